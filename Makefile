@@ -1,0 +1,30 @@
+# make run: the main job, from nothing. make test: what CI runs.
+PYTHON ?= python3
+BIN = .venv/bin
+SOURCES = pyproject.toml constraints.txt
+
+.PHONY: run test bench clean
+
+run: .venv/.run
+	$(BIN)/evatune init --out runs/demo --overwrite
+
+test: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2
+
+bench: .venv/.run
+	$(BIN)/python benchmarks/init.py
+
+.venv/.run: $(SOURCES)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+.venv/.test: .venv/.run
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,5 @@
+"""`python -m evatune`."""
+
+from evatune.cli import main
+
+main()

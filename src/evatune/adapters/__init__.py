@@ -1,0 +1,1 @@
+"""From a calibration to adapters. The only place that imports `peft`."""

@@ -1,0 +1,230 @@
+"""Writes a calibration into the LoRA layers of a `PeftModel`, in place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from evatune.adapters.scale import require_scale, scaled_rows
+from evatune.calibrate import ForwardFunction, Progress, run
+from evatune.calibration import Calibration
+from evatune.capture import Site
+from evatune.capture.tap import RowsFunction
+from evatune.capture.targets import base_name, layer_sizes
+from evatune.config import CalibrationConfig
+from evatune.errors import AdapterError, TargetError
+from evatune.ranks import RankPlan
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A LoRA layer of the adapter and where it hangs."""
+
+    site: Site
+    layer: LoraLayer
+    path: str  # in the wrapped model
+
+
+def initialize_model(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    rank: int | None,
+    rho: float | None,
+    budget: str | None,
+    metric: str | None,
+    scale: str,
+    config: CalibrationConfig | None,
+    forward: ForwardFunction | None,
+    rows: RowsFunction | None,
+    adapter_name: str,
+    progress: Callable[[Progress], None] | None,
+) -> Calibration:
+    """`evatune.initialize` for a model; see there. Nothing is written before everything is known to fit."""
+    require_scale(scale)
+    lora = _lora_config(model, adapter_name)
+    slots = _slots(model, adapter_name)
+    config = _settings(config, lora, rank=rank, rho=rho, budget=budget, metric=metric)
+    calibration = run(model, [slot.site for slot in slots], batches, config, forward=forward, rows=rows, progress=progress)
+    calibration.require_usable()
+    plan = calibration.allocate()
+    _write(model, slots, calibration, plan, scale=scale, adapter_name=adapter_name)
+    return calibration
+
+
+def _lora_config(model: nn.Module, adapter_name: str) -> LoraConfig:
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict) or not configs:
+        raise AdapterError(
+            f"{type(model).__name__} carries no adapter; build one first: get_peft_model(model, LoraConfig(r=16, "
+            "target_modules='all-linear'))"
+        )
+    if adapter_name not in configs:
+        raise AdapterError(f"there is no adapter {adapter_name!r}; this model has {', '.join(map(repr, configs))}")
+    found = configs[adapter_name]
+    if not isinstance(found, LoraConfig) or type(found).__name__ != "LoraConfig":
+        raise AdapterError(f"adapter {adapter_name!r} is a {type(found).__name__}; EVA initialises LoRA adapters only")
+    return found
+
+
+def _settings(
+    config: CalibrationConfig | None,
+    lora: LoraConfig,
+    *,
+    rank: int | None,
+    rho: float | None,
+    budget: str | None,
+    metric: str | None,
+) -> CalibrationConfig:
+    """The calibration's settings: what the caller says, else what `config` says, else what the adapter says."""
+    eva = lora.eva_config
+    if config is None:
+        config = CalibrationConfig(rank=lora.r, rho=eva.rho if eva is not None else 2.0)
+        if rank is None and lora.rank_pattern:
+            raise AdapterError(
+                "the LoraConfig has a rank_pattern, which redistribution would overwrite; leave it out, or pass rank= to "
+                "say that it may be replaced"
+            )
+    given = {"rank": rank, "rho": rho, "budget": budget, "metric": metric}
+    return replace(config, **{name: value for name, value in given.items() if value is not None})
+
+
+def _slots(model: nn.Module, adapter_name: str) -> list[_Slot]:
+    """The adapter's LoRA layers in model order. Raises before anything runs if one cannot be initialised."""
+    slots, odd, trained = [], [], []
+    for path, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or adapter_name not in layer.r:
+            continue
+        name, plain = base_name(path), layer.get_base_layer()
+        sizes = layer_sizes(plain)
+        if sizes is None or adapter_name not in layer.lora_A:
+            odd.append(f"{name} ({type(plain).__name__})")
+            continue
+        b = layer.lora_B[adapter_name].weight
+        if b.device.type != "meta" and bool(b.any()):
+            trained.append(name)
+        slots.append(_Slot(Site(name, plain, *sizes), layer, path))
+    if odd:
+        raise TargetError(
+            f"EVA does not support these adapted layers: {', '.join(odd[:5])}"
+            f"{f' and {len(odd) - 5} more' if len(odd) > 5 else ''}; leave them out with exclude_modules in the LoraConfig"
+        )
+    if trained:
+        raise AdapterError(
+            f"adapter {adapter_name!r} is already trained or was initialised with B ≠ 0 (for example {trained[0]}); "
+            "initialise a fresh one, with init_lora_weights=True or 'eva'"
+        )
+    if not slots:
+        raise AdapterError(f"adapter {adapter_name!r} has no LoRA layer in this model")
+    return slots
+
+
+@torch.no_grad()
+def _write(
+    model: nn.Module, slots: list[_Slot], calibration: Calibration, plan: RankPlan, *, scale: str, adapter_name: str
+) -> None:
+    lora = model.peft_config[adapter_name]  # type: ignore[index,union-attr]
+    adjust = lora.eva_config is None or lora.eva_config.adjust_scaling_factors
+    fresh = copy.copy(lora)
+    fresh.init_lora_weights = "eva"  # PEFT then fills B with zeros and leaves A to us
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    kept, dropped = [], []
+    with torch.random.fork_rng(devices=[]):  # PEFT draws an A that is overwritten at once
+        for slot in slots:
+            name, rank = slot.site.name, plan.ranks[slot.site.name]
+            if rank == 0:
+                _remove(model, slot, adapter_name)
+                dropped.append(name)
+                continue
+            alpha = slot.layer.lora_alpha[adapter_name]
+            alphas[name] = _alpha(alpha, rank, plan.rank, lora.use_rslora) if adjust else alpha
+            ranks[name] = rank
+            a = scaled_rows(calibration.spectra[name], rank, scale)
+            _fill(slot.layer, a, alphas[name], fresh, adapter_name)
+            kept.append(name)
+
+    lora.r = plan.rank
+    lora.rank_pattern = _pattern({name: r for name, r in ranks.items() if r != lora.r})
+    lora.alpha_pattern = _pattern({name: a for name, a in alphas.items() if a != lora.lora_alpha})
+    lora.target_modules = _targets(lora, model, kept, dropped)
+    # What a loader needs to know: ranks and weights are all there, nothing is left to initialise. Axolotl
+    # and others refuse to merge an adapter that still says "eva".
+    lora.init_lora_weights = True
+    lora.eva_config = None
+    for name, rank in ranks.items():
+        assert lora.rank_pattern.get(get_pattern_key(lora.rank_pattern.keys(), name), lora.r) == rank, name
+
+
+def _alpha(alpha: float, layer_rank: int, rank: int, rslora: bool) -> float:
+    """α of a layer such that its scale, α/r or under rsLoRA α/√r, stays what it was at `rank`."""
+    ratio = layer_rank / rank
+    adjusted = alpha * (ratio**0.5 if rslora else ratio)
+    return int(adjusted) if adjusted == int(adjusted) else adjusted
+
+
+def _fill(layer: LoraLayer, a: Tensor, alpha: float, config: LoraConfig, adapter_name: str) -> None:
+    """Give the layer its rank, α and A; B = 0. Parameters keep their dtype, and their identity where they fit."""
+    old = layer.lora_A[adapter_name].weight
+    dtype, trainable = old.dtype, old.requires_grad
+    if len(a) != len(old) or old.device.type == "meta":
+        layer.update_layer(adapter_name, r=len(a), lora_alpha=alpha, config=config)
+        for part in (layer.lora_A, layer.lora_B):
+            part[adapter_name].to(dtype)  # get_peft_model may have chosen float32 above a 16-bit base
+            part[adapter_name].requires_grad_(trainable)
+    else:
+        layer.lora_alpha[adapter_name] = alpha
+        layer.scaling[adapter_name] = alpha / (len(a) ** 0.5 if config.use_rslora else len(a))
+    layer.lora_A[adapter_name].weight.copy_(a)
+    layer.lora_B[adapter_name].weight.zero_()
+
+
+def _remove(model: nn.Module, slot: _Slot, adapter_name: str) -> None:
+    """Take the adapter off a layer: the plain layer comes back, unless another adapter still needs the wrapper."""
+    layer = slot.layer
+    if set(layer.r) == {adapter_name}:
+        parent, _, child = slot.path.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+        return
+    with _kept(layer):
+        layer.delete_adapter(adapter_name)
+
+
+@contextmanager
+def _kept(layer: LoraLayer) -> Iterator[None]:
+    """PEFT activates another adapter on a layer that loses its active one; here every other stays as it was."""
+    active = list(layer.active_adapters)
+    trainable = {name: p.requires_grad for name, p in layer.named_parameters()}
+    yield
+    layer._active_adapter = active
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(trainable[name])
+
+
+def _pattern(values: dict[str, Any]) -> dict[str, Any]:
+    """PEFT takes the first key that a layer's name ends in, so that longer names must come first."""
+    return dict(sorted(values.items(), key=lambda item: -len(item[0])))
+
+
+def _targets(lora: LoraConfig, model: nn.Module, kept: list[str], dropped: list[str]) -> Any:
+    """`target_modules` that match the layers kept and no other, with the adapter's other filters as they are."""
+    trial = copy.copy(lora)
+    trial.target_modules = set(kept)
+    trial.layers_to_transform = None
+    names = {base_name(path) for path, _ in model.named_modules()} | set(dropped)
+    matched = {name for name in names if check_target_module_exists(trial, name) is True}
+    lora.layers_to_transform = lora.layers_pattern = None  # the names say it all now
+    if matched == set(kept):
+        return set(kept)
+    # A dropped layer's name ends in a kept one's: only whole names tell them apart.
+    return "|".join(name.replace(".", r"\.") for name in kept)

@@ -1,0 +1,36 @@
+"""Length of the rows of A: the formulas behind `initialize(scale=...)`, in their one home."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from evatune.errors import ConfigError
+from evatune.spectrum import Spectrum
+
+SCALES = ("paper", "whiten", "matched")
+# A direction along which the input hardly varies would be blown up without bound by 1/σ.
+_SIGMA_FLOOR = 1e-3
+
+
+def require_scale(scale: str) -> None:
+    """Raise a ConfigError for a scale that does not exist."""
+    if scale not in SCALES:
+        raise ConfigError(f"scale is {scale!r}; choose one of {', '.join(SCALES)}")
+
+
+def scaled_rows(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
+    """The matrix A of a layer, (rank, d) float32; a new tensor, never a view of the spectrum.
+
+    See `evatune.initialize` for the formula of each `scale`.
+    """
+    require_scale(scale)
+    rows = spectrum.directions[:rank].clone()
+    moments = spectrum.second_moments[:rank].double()
+    if scale == "whiten":
+        sigma = torch.maximum(spectrum.variances[:rank].double().sqrt(), _SIGMA_FLOOR * moments.sqrt())
+        return (rows / sigma[:, None]).float()
+    if scale == "matched":
+        default = rank / (3 * rows.shape[1]) * spectrum.total_second_moment
+        return rows * float((default / moments.sum()).sqrt())
+    return rows

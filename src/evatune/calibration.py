@@ -1,0 +1,195 @@
+"""The record of a calibration: spectra, statuses and settings, in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evatune.config import CalibrationConfig
+from evatune.errors import LayerError, RecordError
+from evatune.ranks import Candidate, RankPlan
+from evatune.ranks import allocate as _allocate
+from evatune.spectrum import Certificate, Spectrum, empty
+from evatune.status import Status
+from evatune.version import __version__
+
+_FORMAT = "evatune-calibration-1"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is known about a calibrated layer besides its spectrum."""
+
+    in_features: int
+    out_features: int
+    input: int | None  # layers with the same number share one input and one spectrum; None: never called
+    first_bad_batch: int | None = None  # counted from 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a model's layers saw. Keys are module names of the base model, in model order."""
+
+    spectra: dict[str, Spectrum]
+    status: dict[str, Status]
+    layers: dict[str, Layer]
+    config: CalibrationConfig
+    batches: int
+    model: str = ""
+    versions: dict[str, str] = field(default_factory=lambda: _versions())
+
+    def allocate(
+        self,
+        rank: int | None = None,
+        rho: float | None = None,
+        budget: str | None = None,
+        metric: str | None = None,
+        min_rank: int = 0,
+    ) -> RankPlan:
+        """Redistribute a rank budget; see `evatune.ranks.allocate`. Defaults come from `config`."""
+        config = self.config
+        return _allocate(
+            {
+                name: Candidate(self.spectra[name], layer.in_features, layer.out_features)
+                for name, layer in self.layers.items()
+            },
+            rank=config.rank if rank is None else rank,
+            rho=config.rho if rho is None else rho,
+            budget=budget or config.budget,
+            metric=metric or config.metric,
+            min_rank=min_rank,
+        )
+
+    def require_usable(self) -> None:
+        """Raise a LayerError that lists every layer no adapter can be initialised for, with advice."""
+        failed: dict[Status, list[str]] = {}
+        for name, status in self.status.items():
+            if not status.usable:
+                failed.setdefault(status, []).append(self._explain(name))
+        if failed:
+            lines = []
+            for status, names in failed.items():
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                lines.append(f"{status}: {', '.join(names[:5])}{more}; {status.advice}")
+            total = sum(map(len, failed.values()))
+            raise LayerError(f"{total} of {len(self.status)} layers cannot be initialised: " + ". ".join(lines))
+
+    def _explain(self, name: str) -> str:
+        spectrum, layer = self.spectra[name], self.layers[name]
+        if self.status[name] is Status.NON_FINITE:
+            return f"{name} (first in batch {layer.first_bad_batch})"
+        if self.status[name] is Status.TOO_FEW_ROWS:
+            return f"{name} ({spectrum.rows} rows for {min(self.config.kept, layer.in_features)} components)"
+        return name
+
+    # -- file -----------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file: under a temporary name first, then renamed, so it is whole or absent."""
+        tensors: dict[str, Tensor] = {}
+        inputs: dict[str, dict[str, Any]] = {}
+        for name, layer in self.layers.items():
+            if layer.input is None or str(layer.input) in inputs:
+                continue
+            spectrum = self.spectra[name]
+            key = str(layer.input)
+            tensors[f"{key}.directions"] = spectrum.directions.contiguous()
+            tensors[f"{key}.energies"] = spectrum.energies.contiguous()
+            tensors[f"{key}.mean"] = spectrum.mean.contiguous()
+            facts: dict[str, Any] = {"total_energy": spectrum.total_energy, "rows": spectrum.rows}
+            if spectrum.certificate is not None:
+                tensors[f"{key}.fresh_energies"] = spectrum.certificate.energies.contiguous()
+                facts |= {
+                    "fresh_total_energy": spectrum.certificate.total_energy,
+                    "fresh_rows": spectrum.certificate.rows,
+                }
+            inputs[key] = facts
+        record = {
+            "config": asdict(self.config),
+            "batches": self.batches,
+            "model": self.model,
+            "versions": self.versions,
+            "inputs": inputs,
+            "layers": {name: asdict(layer) | {"status": self.status[name]} for name, layer in self.layers.items()},
+        }
+        target = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata={"format": _FORMAT, "record": json.dumps(record)})
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read a file that `save` wrote. Raises RecordError for anything else; nothing is unpickled."""
+        if not Path(path).is_file():
+            raise RecordError(f"{path} is not a file; give the calibration.safetensors that evatune wrote")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise RecordError(
+                        f"{path} is a safetensors file but not an evatune calibration (format "
+                        f"{metadata.get('format')!r}, expected {_FORMAT!r}); give the calibration.safetensors that "
+                        "evatune wrote"
+                    )
+                return cls._from_record(json.loads(metadata["record"]), file)
+        except SafetensorError as error:
+            raise RecordError(f"{path} is damaged or not a safetensors file ({error}); run the calibration again") from error
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, RecordError):
+                raise
+            raise RecordError(
+                f"{path} says it is an evatune calibration but its record is damaged ({type(error).__name__}: {error}); "
+                "run the calibration again"
+            ) from error
+
+    @classmethod
+    def _from_record(cls, record: dict[str, Any], file: Any) -> Calibration:
+        config = CalibrationConfig(**record["config"])
+        by_input: dict[int, Spectrum] = {}
+        for key, facts in record["inputs"].items():
+            certificate = None
+            if "fresh_rows" in facts:
+                certificate = Certificate(
+                    file.get_tensor(f"{key}.fresh_energies"), facts["fresh_total_energy"], facts["fresh_rows"]
+                )
+            by_input[int(key)] = Spectrum(
+                directions=file.get_tensor(f"{key}.directions"),
+                energies=file.get_tensor(f"{key}.energies"),
+                total_energy=facts["total_energy"],
+                rows=facts["rows"],
+                mean=file.get_tensor(f"{key}.mean"),
+                centered=config.center,
+                certificate=certificate,
+            )
+        spectra, status, layers = {}, {}, {}
+        for name, facts in record["layers"].items():
+            status[name] = Status(facts.pop("status"))
+            layer = layers[name] = Layer(**facts)
+            spectra[name] = empty(layer.in_features, config.center) if layer.input is None else by_input[layer.input]
+        return cls(spectra, status, layers, config, record["batches"], record["model"], versions=record["versions"])
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _versions() -> dict[str, str]:
+    return {"evatune": __version__, "torch": torch.__version__, "python": platform.python_version()}

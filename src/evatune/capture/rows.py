@@ -1,0 +1,102 @@
+"""From an activation to rows: padding and unlabelled tokens are left out, by index and without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evatune.errors import DataError
+
+
+def batch_field(batch: Any, key: str) -> Any:
+    """A named part of a batch, whether it is a mapping or a dataclass; None where it has none."""
+    if isinstance(batch, Mapping):
+        return batch.get(key)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return next((getattr(batch, f.name) for f in fields(batch) if f.name == key), None)
+    return None
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether position t predicts label t + 1: causal language models, by their class name."""
+    names = [type(m).__name__ for m in model.modules() if hasattr(m, "config")]
+    return any("CausalLM" in name or "LMHeadModel" in name or "DoubleHeads" in name for name in names)
+
+
+class RowSelector:
+    """Chooses the rows of one batch. Built once per batch, asked once per activation.
+
+    Args:
+        batch: what the model is called with.
+        labels_only: keep only tokens that have a loss, besides dropping padding.
+        ignore_index: label of tokens without a loss.
+        shift: labels belong to the position before them (causal language models).
+    """
+
+    def __init__(self, batch: Any, *, labels_only: bool = False, ignore_index: int = -100, shift: bool = False):
+        mask = batch_field(batch, "attention_mask")
+        self.mask = token_mask(mask) if isinstance(mask, Tensor) else None  # (B, T) bool
+        if labels_only:
+            labelled = label_mask(batch_field(batch, "labels"), ignore_index, shift)
+            if self.mask is not None and self.mask.shape == labelled.shape:
+                labelled = labelled & self.mask.to(labelled.device)
+            self.mask = labelled
+        # The one wait for the device per batch: how many rows there are decides the shapes of all that follows.
+        self.index = None if self.mask is None or bool(self.mask.all()) else self.mask.flatten().nonzero().flatten()
+
+    def rows(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(n, d) view of an activation (…, d) where strides allow it, and which rows to take (None: all)."""
+        flat = x.reshape(-1, x.shape[-1])
+        if self.mask is None or self.index is None:
+            return flat, None
+        b, t = self.mask.shape
+        if x.ndim == 3 and x.shape[:2] == (b, t):
+            return flat, self.index.to(x.device)
+        if x.ndim == 2 and x.shape[0] == b * t:
+            return flat, self.index.to(x.device)
+        if x.ndim > 3 and x.shape[:2] == (b, t):
+            inner = flat.shape[0] // (b * t)
+            spread = self.index[:, None] * inner + torch.arange(inner, device=self.index.device)
+            return flat, spread.flatten().to(x.device)
+        return flat, None  # pooled, or of a length of its own: the mask does not speak about these rows
+
+
+def token_mask(mask: Tensor) -> Tensor | None:
+    """(B, T) bool, true where a token is real, from any of the forms that transformers' models accept.
+
+    2-D: 1 for real. 3-D (B, Q, T) and 4-D (B, H, Q, T): bool or 1 for "may look at", or additive with 0
+    for "may look at"; a token is real when its own position may look at it.
+    """
+    if mask.ndim == 2:
+        return mask > 0 if mask.is_floating_point() else mask.bool()
+    if mask.ndim not in (3, 4):
+        return None
+    if mask.ndim == 4:
+        mask = mask[:, 0]
+    own = mask[:, 0] if mask.shape[1] == 1 else None
+    if own is None:
+        if mask.shape[1] != mask.shape[2]:
+            return None  # queries and keys of different lengths: no position looks at itself
+        own = mask.diagonal(dim1=1, dim2=2)
+    if own.is_floating_point():
+        additive = bool((mask < 0).any()) or not bool(mask.any())
+        return own > -1 if additive else own > 0
+    return own.bool()
+
+
+def label_mask(labels: Any, ignore_index: int, shift: bool) -> Tensor:
+    """(B, T) bool, true where the position's output enters the loss."""
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        shape = f"of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else "absent"
+        raise DataError(
+            f"labels_only needs token labels of shape (batch, tokens) in each batch; labels are {shape}. Set "
+            "labels_only=False, or pass rows= to choose rows yourself"
+        )
+    kept = labels != ignore_index
+    if shift:
+        kept = torch.cat([kept[:, 1:], torch.zeros_like(kept[:, :1])], dim=1)
+    return kept

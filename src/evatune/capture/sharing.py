@@ -1,0 +1,141 @@
+"""Which layers have the same input, and one sketch for all of them.
+
+Found by tensor identity while the model runs: the query, key and value projections are handed the very
+same tensor. No value is read. Layers join a group at their first call; whoever is later handed something
+else leaves it with a copy of the sketch as it stood, so a group is right at every moment and sharing
+changes the cost only.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from evatune.sketch import Digest, Sketch
+
+
+class _Identity:
+    """Recognises a tensor seen before: the same memory, still alive, not written to since."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.ref = weakref.ref(x)
+        self.key = _memory(x)
+
+    def matches(self, x: Tensor) -> bool:
+        # While the first tensor lives its memory cannot be handed to another one.
+        return self.ref() is not None and _memory(x) == self.key
+
+
+def _memory(x: Tensor) -> tuple[object, ...]:
+    version = 0 if x.is_inference() else x._version  # inference tensors keep no count of writes
+    return (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, version)
+
+
+@dataclass
+class _Pending:
+    """One activation of this forward pass that some members of the group have seen and others not yet."""
+
+    identity: _Identity
+    digest: Digest
+
+
+@dataclass(eq=False)
+class InputGroup:
+    """Layers that have been handed the same tensors so far, and their common sketch."""
+
+    sketch: Sketch
+    cursor: dict[str, int] = field(default_factory=dict)  # member → how many of `pending` it has seen
+    pending: list[_Pending] = field(default_factory=list)
+
+    @property
+    def members(self) -> list[str]:
+        return list(self.cursor)
+
+    def settle(self) -> None:
+        """Add to the sketch what every member has seen."""
+        while self.pending and min(self.cursor.values()) > 0:
+            self.sketch.absorb(self.pending.pop(0).digest)
+            for name in self.cursor:
+                self.cursor[name] -= 1
+
+    def split(self, names: list[str]) -> InputGroup:
+        """Members that have seen the same part of `pending` leave with a copy of the sketch."""
+        seen = self.cursor[names[0]]
+        other = InputGroup(self.sketch.clone(), dict.fromkeys(names, seen), self.pending[:seen])
+        for name in names:
+            del self.cursor[name]
+        other.settle()
+        self.settle()
+        return other
+
+
+class Sharing:
+    """Routes activations to groups.
+
+    Args:
+        make: builds a newborn sketch for an activation.
+        share: False when rows depend on the layer's name, so that no two layers can share.
+    """
+
+    def __init__(self, make: Callable[[Tensor], Sketch], *, share: bool = True) -> None:
+        self._make = make
+        self._share = share
+        self._group: dict[str, InputGroup] = {}
+        self._newborn: dict[object, tuple[_Identity, InputGroup]] = {}  # born in this forward pass, by first tensor
+        self._newborn_groups: set[InputGroup] = set()
+        self._unwatched: set[str] = set()
+
+    @property
+    def groups(self) -> list[InputGroup]:
+        """The distinct groups, in the order of their first call."""
+        return list(dict.fromkeys(self._group.values()))
+
+    def group_of(self, name: str) -> InputGroup | None:
+        return self._group.get(name)
+
+    def offer(self, name: str, x: Tensor, digest: Callable[[Sketch], Digest]) -> None:
+        """A layer is called with `x`; `digest(sketch)` summarises it and is only called when it is new."""
+        if name in self._unwatched:
+            return
+        group = self._group.get(name) or self._join(name, x)
+        seen = group.cursor[name]
+        if seen < len(group.pending) and not group.pending[seen].identity.matches(x):
+            group = self._group[name] = group.split([name])
+            seen = group.cursor[name]
+        if seen == len(group.pending):
+            group.pending.append(_Pending(_Identity(x), digest(group.sketch)))
+        group.cursor[name] = seen + 1
+        if group not in self._newborn_groups:  # others may still join those, and must find all of it pending
+            group.settle()
+
+    def stop_watching(self, name: str) -> None:
+        """Between forward passes: drop a layer and its sketch, for good."""
+        group = self._group.pop(name)
+        del group.cursor[name]
+        self._unwatched.add(name)
+
+    def end_of_forward(self) -> None:
+        """Members that missed what others saw leave their group; nothing stays pending."""
+        self._newborn.clear()
+        self._newborn_groups.clear()
+        for group in self.groups:
+            group.settle()
+            while group.pending:
+                late = [name for name, seen in group.cursor.items() if seen == 0]
+                other = group.split(late)
+                for name in late:
+                    self._group[name] = other
+
+    def _join(self, name: str, x: Tensor) -> InputGroup:
+        first, group = self._newborn.get(_memory(x), (None, None))
+        if self._share and first is not None and group is not None and first.matches(x):
+            group.cursor[name] = 0
+        else:
+            group = InputGroup(self._make(x), {name: 0})
+            self._newborn[_memory(x)] = (_Identity(x), group)
+            self._newborn_groups.add(group)
+        self._group[name] = group
+        return group

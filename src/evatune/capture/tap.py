@@ -1,0 +1,74 @@
+"""Watches the inputs of layers while the model runs: forward pre-hooks that always come off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from evatune.capture.rows import RowSelector
+from evatune.capture.sharing import Sharing
+from evatune.capture.targets import Site
+from evatune.errors import DataError
+
+RowsFunction = Callable[[Tensor, Any, str], Tensor]
+
+
+class Tap:
+    """Context manager: inside it, every call of a site offers its input to `sharing`.
+
+    Set `batch` and `selector` before each forward pass. With a `rows` function the user's own choice
+    replaces the selector.
+    """
+
+    def __init__(self, sites: Sequence[Site], sharing: Sharing, rows: RowsFunction | None = None) -> None:
+        self._sites = sites
+        self._sharing = sharing
+        self._rows = rows
+        self._handles: list[RemovableHandle] = []
+        self.batch: Any = None
+        self.selector: RowSelector | None = None
+
+    def __enter__(self) -> Self:
+        for site in self._sites:
+            hook = self._hook_for(site)
+            self._handles.append(site.module.register_forward_pre_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.batch = self.selector = None
+
+    def _hook_for(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if x is not None:
+                self._take(site, x.detach() if x.requires_grad else x, original=x)
+
+        return hook
+
+    @torch.no_grad()
+    def _take(self, site: Site, x: Tensor, original: Tensor) -> None:
+        if self._rows is not None:
+            flat, index = self._chosen(site, x), None
+        else:
+            assert self.selector is not None
+            flat, index = self.selector.rows(x)
+        self._sharing.offer(site.name, original, lambda sketch: sketch.digest(flat, index))
+
+    def _chosen(self, site: Site, x: Tensor) -> Tensor:
+        assert self._rows is not None
+        rows = self._rows(x, self.batch, site.name)
+        if not isinstance(rows, Tensor) or rows.ndim != 2 or rows.shape[1] != site.in_features:
+            got = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise DataError(
+                f"rows(activation, batch, {site.name!r}) returned {got}; it must return a tensor of shape "
+                f"(rows, {site.in_features})"
+            )
+        return rows.detach()

@@ -1,0 +1,162 @@
+"""Which modules are calibrated, under which name, and how wide their inputs and outputs are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from evatune.errors import AdapterError, TargetError
+
+Targets = str | Iterable[str] | None
+
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module whose input is watched."""
+
+    name: str  # in the base model, without any wrapper's prefix
+    module: nn.Module  # the plain layer, inside its wrapper if it has one
+    in_features: int
+    out_features: int
+
+
+def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a layer kind that is supported, else None. New kinds are added here.
+
+    Quantised linears derive from `nn.Linear` and keep its sizes, whatever the shape of their storage.
+    """
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    # By name: transformers' Conv1D is a Linear with its weight transposed, (in, out), and the core does not
+    # import transformers.
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return int(module.weight.shape[0]), int(module.nf)
+    return None
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether this is an adapter layer around a base layer, as PEFT builds them."""
+    return isinstance(getattr(module, "base_layer", None), nn.Module) and hasattr(module, "_disable_adapters")
+
+
+def base_name(name: str) -> str:
+    """A module's name in the base model, from its name in a `PeftModel`."""
+    return name.removeprefix(_PEFT_PREFIX)
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(base name, module as found, plain layer) of everything that can be targeted; adapters are looked through."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside) and inside:
+            continue
+        if is_wrapper(module):
+            inside = (*inside, f"{name}.")
+            plain = module
+            while is_wrapper(plain):
+                plain = plain.base_layer  # type: ignore[assignment]
+            yield base_name(name), module, plain
+        elif name:
+            yield base_name(name), module, module
+
+
+def find_sites(model: nn.Module, targets: Targets = None) -> list[Site]:
+    """The layers to calibrate, in model order.
+
+    Args:
+        model: any module, or a `PeftModel`.
+        targets: as PEFT names them. "all-linear": every linear layer but the output embedding. Any other
+            string: a regular expression that must match a module's whole name. A list: names or suffixes of
+            names. None: the layers that carry an adapter if there are any, else "all-linear".
+
+    Raises:
+        TargetError: nothing matches, or a match is of a kind that is not supported.
+    """
+    layers = list(named_layers(model))
+    if targets is None:
+        wrapped = [name for name, module, _ in layers if is_wrapper(module)]
+        chosen, unsupported_is_error = (set(wrapped), True) if wrapped else (_all_linear(model, layers), False)
+    elif isinstance(targets, str) and targets.lower() == "all-linear":
+        chosen, unsupported_is_error = _all_linear(model, layers), False
+    else:
+        matches = _matcher(targets)
+        chosen, unsupported_is_error = {name for name, _, _ in layers if matches(name)}, True
+    if not chosen:
+        raise TargetError(_nothing_matches(targets, layers))
+
+    sites, odd = [], []
+    for name, _, plain in layers:
+        if name not in chosen:
+            continue
+        sizes = layer_sizes(plain)
+        if sizes is not None:
+            sites.append(Site(name, plain, *sizes))
+        elif unsupported_is_error:
+            odd.append(f"{name} ({type(plain).__name__})")
+    if odd:
+        raise TargetError(
+            f"these targets are of a kind that is not supported: {', '.join(odd[:5])}"
+            f"{f' and {len(odd) - 5} more' if len(odd) > 5 else ''}; linear layers and GPT-2's Conv1D are. Name the "
+            "linear layers instead, or leave these out with exclude_modules in the LoraConfig"
+        )
+    return sites
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Run the base model inside a `PeftModel`, then put every adapter's switch back as it was.
+
+    PEFT's own `disable_adapter` also rewrites `requires_grad`; this touches the one flag that the forward
+    pass reads. It lets adapters on the meta device (low_cpu_mem_usage) stand aside as well.
+    """
+    switches = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
+    if any(getattr(m, "merged_adapters", None) for m in switches):
+        raise AdapterError("an adapter is merged into the base weights; call unmerge_adapter() first")
+    before = [m._disable_adapters for m in switches]
+    try:
+        for module in switches:
+            module._disable_adapters = True  # type: ignore[assignment]
+        yield
+    finally:
+        for module, value in zip(switches, before, strict=True):
+            module._disable_adapters = value
+
+
+def _all_linear(model: nn.Module, layers: list[tuple[str, nn.Module, nn.Module]]) -> set[str]:
+    """PEFT's "all-linear": the output embedding is left out."""
+    output = None
+    for module in model.modules():
+        getter = getattr(module, "get_output_embeddings", None)
+        if callable(getter):
+            output = getter()
+            break
+    return {name for name, _, plain in layers if layer_sizes(plain) is not None and plain is not output}
+
+
+def _matcher(targets: str | Iterable[str]) -> Callable[[str], bool]:
+    if isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise TargetError(f"targets {targets!r} is not a regular expression: {error}") from error
+        return lambda name: pattern.fullmatch(name) is not None
+    names = list(targets)
+    return lambda name: any(name == target or name.endswith(f".{target}") for target in names)
+
+
+def _nothing_matches(targets: Targets, layers: list[tuple[str, nn.Module, nn.Module]]) -> str:
+    linear = [name for name, _, plain in layers if layer_sizes(plain) is not None]
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    if not linear:
+        return f"targets {targets!r} match nothing: the model has no linear layer at all"
+    return (
+        f"targets {targets!r} match no layer of this model. Linear layers end in: {', '.join(suffixes[:12])}"
+        f"{' …' if len(suffixes) > 12 else ''}; try targets='all-linear', a list of such endings, or a regular "
+        f"expression for whole names such as {linear[0]!r}"
+    )

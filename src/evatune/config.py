@@ -1,0 +1,71 @@
+"""Every setting of a calibration, with its default and its help text, in one place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from evatune.errors import ConfigError
+from evatune.ranks import BUDGETS, METRICS
+from evatune.sketch import SKETCHES
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """How activations are summarised and when to stop.
+
+    Attributes:
+        rank: r, ranks per layer before redistribution.
+        rho: ρ ≥ 1; no layer gets more than ρ·r ranks.
+        components: directions kept per layer; default ⌊ρ·r⌋, what the redistribution can use.
+        budget, metric: what the stop rule's trial redistribution uses; see `Calibration.allocate`.
+        sketch: "nystrom" (default), "exact" (full second moment), "incremental" (the paper's algorithm).
+        center: subtract the mean. False (default) is what the paper's theorem maximises: the gradient of B at
+            step 0 grows with E‖Ax‖², mean included. True is the paper's code (PCA).
+        oversampling: columns of the Nyström basis beyond `components`.
+        max_batches: bound on forward passes.
+        tolerance: stop when, with the data seen since the last check (at 1, 2, 4, 8, … batches), the directions
+            in use gained less than this share of energy, and less than twice this share of the ranks moved.
+            0: never stop before `max_batches` or the end of the data.
+        labels_only: count only tokens that have a loss (shifted by one for causal language models).
+        ignore_index: label of tokens without a loss.
+        seed: of the sketch's random start.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    rank: int = 16
+    rho: float = 2.0
+    components: int | None = None
+    budget: str = "ranks"
+    metric: str = "ratio"
+    sketch: str = "nystrom"
+    center: bool = False
+    oversampling: int = 8
+    max_batches: int = 64
+    tolerance: float = 0.01
+    labels_only: bool = False
+    ignore_index: int = -100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "max_batches"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.rho >= 1:
+            raise ConfigError(f"rho is {self.rho}; it must be at least 1 (1 = no redistribution, 2 = the usual choice)")
+        if self.components is not None and self.components < 1:
+            raise ConfigError(f"components is {self.components}; it must be at least 1")
+        if self.oversampling < 0:
+            raise ConfigError(f"oversampling is {self.oversampling}; it must not be negative")
+        if not 0 <= self.tolerance < 1:
+            raise ConfigError(f"tolerance is {self.tolerance}; it must lie in [0, 1), and 0 means never stop early")
+        for name, allowed in (("sketch", SKETCHES), ("budget", BUDGETS), ("metric", METRICS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+
+    @property
+    def kept(self) -> int:
+        """Directions kept per layer."""
+        return self.components if self.components is not None else math.floor(self.rank * self.rho + 1e-9)

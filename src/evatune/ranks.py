@@ -1,0 +1,274 @@
+"""Which layer gets how many ranks. Pure: needs spectra and sizes, no model.
+
+The paper's rule: put the components of all layers into one list, sort by a metric of the variance that
+each explains, keep as many as the budget allows. A layer's rank is the number of its components kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evatune.errors import BudgetError, ConfigError
+from evatune.spectrum import Spectrum
+
+METRICS = ("ratio", "raw", "max", "sum")
+BUDGETS = ("ranks", "parameters")
+
+# Cells that the exact search for a parameter budget may fill before it settles for the greedy answer.
+_MAX_CELLS = 400_000_000
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layer as the redistribution sees it."""
+
+    spectrum: Spectrum
+    in_features: int
+    out_features: int
+
+    @property
+    def cost(self) -> int:
+        """Trainable parameters per rank: a row of A and a column of B."""
+        return self.in_features + self.out_features
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Layer → rank, and what it was made for."""
+
+    ranks: dict[str, int]  # every layer keeps its key, also with rank 0
+    rank: int
+    rho: float
+    budget: str  # "ranks" or "parameters"
+    metric: str
+    limit: int  # the budget, in its unit
+    spent: int  # what the ranks cost, in the same unit
+    parameters: int  # trainable parameters of A and B together
+    uniform_parameters: int  # the same with `rank` in every layer
+
+
+def allocate(
+    layers: Mapping[str, Candidate],
+    *,
+    rank: int,
+    rho: float = 2.0,
+    budget: str = "ranks",
+    metric: str = "ratio",
+    min_rank: int = 0,
+) -> RankPlan:
+    """Redistribute a rank budget over layers.
+
+    Args:
+        layers: layer name → spectrum and sizes, in model order.
+        rank: r, the rank that every layer would have without redistribution. At least 1.
+        rho: ρ ≥ 1. No layer gets more than ⌊ρ·r⌋, nor more than min(in, out), nor more than its
+            spectrum has directions with energy.
+        budget: "ranks" spends N·r ranks over N layers (the paper). "parameters" spends
+            r·Σ(in + out) parameters, each component costing the in + out of its layer.
+        metric: what a component λ_j of a layer is worth: "ratio" λ_j / total energy (the paper's default),
+            "raw" λ_j, "max" λ_j / λ_1, "sum" λ_j / Σ of the layer's components in reach, j ≤ cap.
+        min_rank: ranks that every layer with energy gets first, as far as its cap allows.
+
+    Returns:
+        The plan with the greatest sum of metrics among those that spend the budget exactly, or, where no
+        choice of components does so (possible for parameters only), among those that spend most of it.
+        Ties go to the lower component index, then to the earlier layer.
+
+    Raises:
+        ConfigError: an option is out of range. BudgetError: the caps leave less room than the budget, or
+            `min_rank` alone costs more.
+
+    Cost: O(M log M) for M components in ranks; for parameters an exact search over the distinct layer
+    costs, which stays below a few seconds for models of common shape and, for pathological shapes
+    only, gives way to filling the budget greedily by metric per parameter, never above it.
+    """
+    if rank < 1:
+        raise ConfigError(f"rank is {rank}; it must be at least 1")
+    if not rho >= 1:
+        raise ConfigError(f"rho is {rho}; it must be at least 1 (1 = the same rank everywhere, 2 = the usual choice)")
+    if metric not in METRICS:
+        raise ConfigError(f"metric is {metric!r}; choose one of {', '.join(METRICS)}")
+    if budget not in BUDGETS:
+        raise ConfigError(f"budget is {budget!r}; choose one of {', '.join(BUDGETS)}")
+    if min_rank < 0 or min_rank > rank:
+        raise ConfigError(f"min_rank is {min_rank}; it must lie between 0 and rank ({rank})")
+
+    cap = math.floor(rank * rho + 1e-9)
+    caps = {name: min(cap, layer.in_features, layer.out_features, layer.spectrum.usable) for name, layer in layers.items()}
+    costs = {name: 1 if budget == "ranks" else layer.cost for name, layer in layers.items()}
+    limit = sum(rank * cost for cost in costs.values())
+    room = sum(caps[name] * costs[name] for name in layers)
+    if room < limit:
+        tight = [f"{n} ({c})" for n, c in caps.items() if c < rank]
+        raise BudgetError(
+            f"the budget of {limit} {budget} ({rank} per layer over {len(layers)} layers) cannot be met: the layers "
+            f"take at most {room}. Below {rank}: {_some(tight) or 'none'}. Lower rank, raise rho (now {rho:g}), use "
+            "more data, or leave these layers out of the targets"
+        )
+
+    forced = {name: min(min_rank, caps[name]) for name in layers}
+    left = limit - sum(forced[name] * costs[name] for name in layers)
+    if left < 0:
+        raise BudgetError(f"min_rank={min_rank} alone costs {limit - left} {budget}, the budget is {limit}; lower it")
+
+    # One list per cost class, in the stated order; within a class the best m components are its first m.
+    classes: dict[int, list[tuple[float, int, int, str]]] = {}
+    for order, (name, layer) in enumerate(layers.items()):
+        worth = _worth(layer.spectrum, metric, caps[name])
+        for j in range(forced[name], caps[name]):
+            classes.setdefault(costs[name], []).append((-worth[j], j, order, name))
+    sorted_classes = {cost: sorted(items) for cost, items in sorted(classes.items())}
+    taken = _choose({cost: [-item[0] for item in items] for cost, items in sorted_classes.items()}, left)
+
+    ranks = dict(forced)
+    for cost, count in taken.items():
+        for item in sorted_classes[cost][:count]:
+            ranks[item[3]] += 1
+    return RankPlan(
+        ranks=ranks,
+        rank=rank,
+        rho=rho,
+        budget=budget,
+        metric=metric,
+        limit=limit,
+        spent=sum(ranks[name] * costs[name] for name in layers),
+        parameters=sum(ranks[name] * layer.cost for name, layer in layers.items()),
+        uniform_parameters=sum(rank * layer.cost for layer in layers.values()),
+    )
+
+
+def _worth(spectrum: Spectrum, metric: str, cap: int) -> list[float]:
+    energies = spectrum.energies.double()
+    if not len(energies) or spectrum.total_energy <= 0:
+        return []
+    divisor = {
+        "ratio": spectrum.total_energy,
+        "raw": 1.0,
+        "max": float(energies[0]),
+        "sum": float(energies[:cap].sum()),
+    }[metric]
+    values: list[float] = (energies / divisor).tolist()
+    return values
+
+
+def _choose(values: Mapping[int, Sequence[float]], limit: int) -> dict[int, int]:
+    """How many of the leading items of each cost class to take: most spend ≤ `limit`, then most value.
+
+    A knapsack whose items come in few costs and, per cost, in descending order of value. Integer programs
+    of this form have an optimum within 2Δ + 1 items of the one that fills the budget greedily by value
+    per cost, Δ the largest cost in units of the greatest common divisor (Eisenbrand & Weismantel 2018,
+    Proximity results and faster algorithms for integer programming using the Steinitz lemma), so the
+    exact search need only look there.
+    """
+    unit = math.gcd(limit, *values) or 1
+    greedy = _greedy(values, limit)
+    if len(values) <= 1:
+        return greedy
+    centre = _greedy(values, limit, stop=True)
+    reach = 2 * max(values) // unit + 2
+    low = {cost: max(0, centre[cost] - reach) for cost in values}
+    high = {cost: min(len(values[cost]), centre[cost] + reach) for cost in values}
+    # The commonest step sizes first: with the rest of the classes last, the table keeps a coarse unit.
+    order = sorted(values, key=lambda cost: (high[cost] - low[cost], -cost), reverse=True)
+    base = sum(low[cost] * cost for cost in values)
+    budget = limit - base
+
+    best, back, step = torch.zeros(1, dtype=torch.float64), [], 0
+    for position, cost in enumerate(order):
+        prefix = torch.tensor([0.0, *values[cost]], dtype=torch.float64).cumsum(0)[low[cost] : high[cost] + 1]
+        grain = math.gcd(step, cost)
+        span = min(budget, (len(best) - 1) * step + cost * (len(prefix) - 1))
+        last = position == len(order) - 1
+        size = 1 if last else span // grain + 1
+        if size * len(prefix) > _MAX_CELLS:
+            return greedy
+        if last:
+            return _finish(best, step, back, prefix, cost, budget, order, low, greedy)
+        table = torch.full((size,), -math.inf, dtype=torch.float64)
+        choice = torch.zeros(size, dtype=torch.int32)
+        ratio = step // grain if step else 1
+        source = best[: (span // step + 1)] if step else best
+        for m, gain in enumerate(prefix.tolist()):
+            start = m * cost // grain
+            if start >= size:
+                break
+            room = min(len(source), (size - 1 - start) // ratio + 1)
+            target = table[start : start + (room - 1) * ratio + 1 : ratio]
+            candidate = source[:room] + gain
+            better = candidate > target
+            target.copy_(torch.where(better, candidate, target))
+            picked = choice[start : start + (room - 1) * ratio + 1 : ratio]
+            picked.masked_fill_(better, m)
+        best, step = table, grain
+        back.append((cost, grain, choice))
+    raise AssertionError("unreachable: the loop returns at its last class")
+
+
+def _finish(
+    best: Tensor,
+    step: int,
+    back: list[tuple[int, int, Tensor]],
+    prefix: Tensor,
+    cost: int,
+    budget: int,
+    order: Sequence[int],
+    low: Mapping[int, int],
+    greedy: dict[int, int],
+) -> dict[int, int]:
+    """Try every count of the last class with the fullest table cell that still fits, and walk back."""
+    reachable = torch.where(torch.isfinite(best), torch.arange(len(best)), -1).cummax(0).values
+    found: tuple[int, float, int, int] | None = None  # spend, value, count of the last class, cell
+    for m, gain in enumerate(prefix.tolist()):
+        rest = budget - m * cost
+        if rest < 0:
+            break
+        cell = int(reachable[min(rest // step, len(best) - 1)])
+        if cell < 0:
+            continue
+        spend, value = cell * step + m * cost, float(best[cell]) + gain
+        if found is None or spend > found[0] or (spend == found[0] and value > found[1] + 1e-12):
+            found = (spend, value, m, cell)
+    if found is None:
+        return greedy
+    _, _, m, cell = found
+    counts = {order[-1]: low[order[-1]] + m}
+    total = cell * step
+    for index in range(len(back) - 1, -1, -1):
+        cost_here, grain, choice = back[index]
+        m = int(choice[total // grain])
+        counts[cost_here] = low[cost_here] + m
+        total -= m * cost_here
+    return counts
+
+
+def _greedy(values: Mapping[int, Sequence[float]], limit: int, *, stop: bool = False) -> dict[int, int]:
+    """Take items by value per cost. What no longer fits is passed over, or with `stop` ends the filling."""
+    items = sorted((-value / cost, j, cost) for cost, worth in values.items() for j, value in enumerate(worth))
+    counts, left = dict.fromkeys(values, 0), limit
+    for _, j, cost in items:
+        # Only the next of its class may be taken, so that a class's items stay its leading ones.
+        if cost <= left and j == counts[cost]:
+            counts[cost] += 1
+            left -= cost
+        elif stop:
+            break
+    return counts
+
+
+def rank_shift(old: RankPlan, new: RankPlan) -> float:
+    """Share of all ranks that moved from one layer to another between two plans for the same layers."""
+    moved = sum(abs(old.ranks.get(name, 0) - rank) for name, rank in new.ranks.items()) / 2
+    return moved / max(1, sum(new.ranks.values()))
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+__all__ = ["BUDGETS", "METRICS", "Candidate", "RankPlan", "allocate", "rank_shift"]

@@ -1,0 +1,57 @@
+"""The self-contained HTML page of a calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+
+from evatune.calibration import Calibration
+from evatune.ranks import RankPlan
+from evatune.report import plots
+from evatune.report.summary import LayerRow, layer_rows, totals
+from evatune.report.tables import percent, summary_lines
+
+
+def render(calibration: Calibration, plan: RankPlan, settings: Mapping[str, Any]) -> str:
+    """One HTML document without outside references.
+
+    Args:
+        settings: what the run was called with, shown as is at the end.
+    """
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["percent"] = percent
+    template = environment.from_string(files("evatune.report").joinpath("page.html.j2").read_text(encoding="utf-8"))
+    rows = layer_rows(calibration, plan)
+    return template.render(
+        calibration=calibration,
+        plan=plan,
+        rows=rows,
+        totals=totals(calibration, plan),
+        lines=summary_lines(calibration, plan),
+        heat=_heat(rows, plan),
+        spectra=plots.spectra(calibration, plan),
+        energies=plots.energies(rows),
+        settings={**settings, **asdict(calibration.config)},
+    )
+
+
+def _heat(rows: list[LayerRow], plan: RankPlan) -> dict[str, Any]:
+    """Rank per block (down) and layer type (across); layers without a block number are listed in one more line."""
+    types = list(dict.fromkeys(row.type for row in rows))
+    blocks = list(dict.fromkeys(row.block for row in rows))
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
+    top = max([row.rank for row in rows], default=1) or 1
+    for row in rows:
+        strength = row.rank / top
+        cells[row.block, row.type] = {
+            "rank": row.rank,
+            # From white to a dark blue; the text turns white where the ground is dark.
+            "background": f"rgba(31, 95, 168, {strength:.2f})",
+            "color": "#fff" if strength > 0.6 else "#1b2733",
+            "title": f"{row.name}: rank {row.rank} (uniform: {plan.rank}), captured {percent(row.captured)}, {row.status}",
+        }
+    return {"types": types, "blocks": blocks, "cells": cells}

@@ -1,0 +1,71 @@
+"""Plots as SVG text, for the page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from evatune.calibration import Calibration
+from evatune.ranks import RankPlan
+from evatune.report.summary import LayerRow, split_name
+
+_STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
+          "axes.spines.right": False, "svg.hashsalt": "evatune"}  # fmt: skip
+
+
+def spectra(calibration: Calibration, plan: RankPlan) -> str:
+    """Explained variance ratio per component, one line per distinct input, a dot where its rank ends."""
+    kinds = list(dict.fromkeys(split_name(name)[1] for name in calibration.layers))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 3.6))
+        axes = figure.add_subplot()
+        colors = matplotlib.colormaps["tab10"]
+        seen: set[int] = set()
+        named: set[str] = set()
+        for name, layer in calibration.layers.items():
+            if layer.input is None or layer.input in seen:
+                continue
+            seen.add(layer.input)
+            ratio = calibration.spectra[name].explained_variance_ratio.tolist()
+            kind = split_name(name)[1]
+            color = colors(kinds.index(kind) % 10)
+            axes.plot(range(1, len(ratio) + 1), ratio, color=color, alpha=0.6, lw=1, label=None if kind in named else kind)
+            named.add(kind)
+            rank = plan.ranks[name]
+            if rank and rank <= len(ratio):
+                axes.plot([rank], [ratio[rank - 1]], "o", color=color, ms=3.5)
+        axes.set_yscale("log")
+        axes.set_xlabel("component")
+        axes.set_ylabel("share of the layer's energy")
+        axes.legend(frameon=False, fontsize=8, loc="upper right")
+        return _svg(figure)
+
+
+def energies(rows: Sequence[LayerRow]) -> str:
+    """Energy inside each layer's directions: by the rows that chose them, and on unseen rows."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 2.8))
+        axes = figure.add_subplot()
+        places = range(len(rows))
+        axes.bar(
+            places, [100 * (row.explained or 0) for row in rows], color="#c9d7e8", label="explained (rows that chose them)"
+        )
+        points = [(i, 100 * row.captured) for i, row in zip(places, rows, strict=True) if row.captured is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", color="#1f5fa8", ms=3.5, label="captured (unseen rows)")
+        axes.set_ylim(0, 100)
+        axes.set_xlim(-0.7, len(rows) - 0.3)
+        axes.set_xlabel("layer, in model order")
+        axes.set_ylabel("energy, %")
+        axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=2, bbox_to_anchor=(0, 1.17))
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,91 @@
+"""One row per layer: what the tables, the page and `--json` show."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from evatune.calibration import Calibration
+from evatune.ranks import RankPlan
+from evatune.status import Status
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What one layer got and how sure that is. Shares lie in [0, 1]; None where nothing is known."""
+
+    name: str
+    block: str  # what distinguishes it from layers of the same type, e.g. "3"
+    type: str  # name without block numbers, e.g. "attention.self.query"
+    in_features: int
+    out_features: int
+    rank: int
+    parameters: int
+    rows: int
+    explained: float | None  # energy inside its `rank` directions, by the data that chose them
+    captured: float | None  # the same on rows that had no part in choosing them
+    status: str
+    advice: str
+    attention: bool  # whether the status asks for a look
+
+
+def layer_rows(calibration: Calibration, plan: RankPlan) -> list[LayerRow]:
+    """The rows, in model order."""
+    rows = []
+    for name, layer in calibration.layers.items():
+        spectrum, rank = calibration.spectra[name], plan.ranks[name]
+        certificate = spectrum.certificate
+        block, kind = split_name(name)
+        rows.append(
+            LayerRow(
+                name=name,
+                block=block,
+                type=kind,
+                in_features=layer.in_features,
+                out_features=layer.out_features,
+                rank=rank,
+                parameters=rank * (layer.in_features + layer.out_features),
+                rows=spectrum.rows,
+                explained=float(spectrum.explained_variance_ratio[:rank].sum()) if spectrum.rows else None,
+                captured=certificate.captured(rank) if certificate else None,
+                status=str(calibration.status[name]),
+                advice=calibration.status[name].advice,
+                attention=calibration.status[name] is Status.UNSETTLED or not calibration.status[name].usable,
+            )
+        )
+    return rows
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """("3", "attention.self.query") from "encoder.layer.3.attention.self.query"; ("", name) without a number."""
+    match = re.match(r"^(?:.*?\.)?(\d+)\.(.+)$", name)
+    if match is None:
+        return "", name
+    rest = match.group(2)
+    inner = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", rest)
+    kind = re.sub(r"(^|\.)\d+(?=\.|$)", "", rest).strip(".")
+    return ".".join([match.group(1), *inner]), kind or name
+
+
+def totals(calibration: Calibration, plan: RankPlan) -> dict[str, Any]:
+    """The figures below the table."""
+    rows = [row for row in layer_rows(calibration, plan) if row.rank]
+    captured = [row.captured for row in rows if row.captured is not None]
+    ratios = [row.captured / row.explained for row in rows if row.captured is not None and row.explained]
+    return {
+        "layers": len(calibration.layers),
+        "layers_with_rank": len(rows),
+        "distinct_inputs": len({layer.input for layer in calibration.layers.values() if layer.input is not None}),
+        "batches": calibration.batches,
+        "ranks": sum(plan.ranks.values()),
+        "budget": plan.budget,
+        "budget_limit": plan.limit,
+        "budget_spent": plan.spent,
+        "parameters": plan.parameters,
+        "uniform_parameters": plan.uniform_parameters,
+        "captured_mean": sum(captured) / len(captured) if captured else None,
+        "captured_worst": min(captured) if captured else None,
+        "of_achievable_mean": sum(ratios) / len(ratios) if ratios else None,
+        "of_achievable_worst": min(ratios) if ratios else None,
+    }

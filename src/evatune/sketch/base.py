@@ -1,0 +1,209 @@
+"""What the three sketches have in common: one protocol, the row loop and the first two moments."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from evatune.spectrum import Certificate, Spectrum, fix_signs
+
+# Casting, gathering and centring go through buffers of this size instead of a second copy of the activation.
+_CHUNK_BYTES = 8 << 20
+
+
+def accumulator_dtype(device: torch.device) -> torch.dtype:
+    """float64 for sums that grow, except on Apple's MPS, which has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@dataclass
+class Digest:
+    """What one activation adds to a sketch. Sums only, so a digest can be added to several sketches."""
+
+    rows: int
+    row_sum: Tensor  # (d,) sum of rows, relative to the sketch's shift
+    energy: Tensor  # () sum of squared norms, relative to the sketch's shift; not finite if any row is not
+    moment: Tensor  # what the algorithm accumulates: Y (d, l), the Gram matrix (d, d) or rows (n, d)
+    fresh: Tensor  # (m,) squared projections on the directions known so far
+
+
+class Sketch(ABC):
+    """A summary of the rows of one layer input, of constant size.
+
+    `digest` reads an activation and changes nothing but a newborn sketch's starting basis; `absorb` adds
+    a digest; `refresh` may move the basis towards the data; `spectrum` gives the answer at any time.
+    No method of the hot path (`digest`, `absorb`) waits for the device.
+    """
+
+    def __init__(self, width: int, components: int, *, center: bool, device: torch.device) -> None:
+        self.width = width
+        self.components = min(components, width)
+        self.center = center
+        self.device = device
+        self.dtype = accumulator_dtype(device)
+        self.shift: Tensor | None = None  # (d,) float32, subtracted from every row when centring
+        self.count = 0
+        self.row_sum = torch.zeros(width, dtype=self.dtype, device=device)
+        self.energy = torch.zeros((), dtype=self.dtype, device=device)
+        self.certificate: Certificate | None = None
+        self._start_fresh(0)
+
+    # -- the protocol ---------------------------------------------------------------------------------
+
+    def update(self, x: Tensor, index: Tensor | None = None) -> None:
+        """Add the rows of `x` (n, d), or those that `index` (m,) int64 selects."""
+        self.absorb(self.digest(x, index))
+
+    def digest(self, x: Tensor, index: Tensor | None = None) -> Digest:
+        """Summarise the rows of `x` (n, d), any float dtype, any strides; at most one pass over the rows."""
+        if self.shift is None and (len(x) if index is None else len(index)):
+            self._begin(x, index)
+        parts = [self._digest_chunk(chunk) for chunk in self._chunks(x, index)]
+        return parts[0] if len(parts) == 1 else self._join(parts)
+
+    def absorb(self, digest: Digest) -> None:
+        """Add a digest of this sketch, or of one it was cloned from since the last refresh."""
+        self.count += digest.rows
+        self.row_sum += digest.row_sum
+        self.energy += digest.energy
+        self._fresh += digest.fresh
+        self._fresh_energy += digest.energy
+        self._fresh_count += digest.rows
+        self._add(digest)
+
+    @property
+    def finite(self) -> Tensor:
+        """() bool on the device: whether every row so far was finite. Otherwise the sketch is worthless."""
+        return torch.isfinite(self.energy)
+
+    def merge(self, other: Self) -> None:
+        """Add another sketch's rows to this one, as if this one had seen them too."""
+        if other.shift is None:
+            return
+        if self.shift is None:
+            self.__dict__.update(other.clone().__dict__)
+            return
+        offset = (other.shift - self.shift).to(self.dtype)
+        self._merge(other, offset)
+        self.energy += other.energy + 2 * offset @ other.row_sum + other.count * offset.square().sum()
+        self.row_sum += other.row_sum + other.count * offset
+        self.count += other.count
+
+    @abstractmethod
+    def refresh(self) -> Spectrum:
+        """Move the basis to what the data so far suggests, start a new certificate, return the spectrum."""
+
+    @abstractmethod
+    def spectrum(self) -> Spectrum:
+        """Directions and energies of everything absorbed so far. Waits for the device; changes nothing."""
+
+    def clone(self) -> Self:
+        """An independent copy."""
+        return copy.deepcopy(self)
+
+    # -- what each algorithm fills in -----------------------------------------------------------------
+
+    @abstractmethod
+    def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
+        """(moment, squared projections) of float32 rows (n, d) that are already shifted."""
+
+    @abstractmethod
+    def _add(self, digest: Digest) -> None: ...
+
+    @abstractmethod
+    def _merge(self, other: Self, offset: Tensor) -> None:
+        """Add the other's second moment, whose rows are relative to `shift + offset` (d,)."""
+
+    def _digest_chunk(self, chunk: Tensor) -> Digest:
+        # Row norms first: a float32 sum over one row is short, the long sum over rows is float64.
+        energy = torch.linalg.vector_norm(chunk, dim=1).to(self.dtype).square_().sum()
+        # As a product and not as sum(0), which reads the rows at a fraction of the speed.
+        row_sum = torch.mv(chunk.T, chunk.new_ones(len(chunk)))
+        return Digest(len(chunk), row_sum, energy, *self._reduce(chunk))
+
+    def _join(self, parts: list[Digest]) -> Digest:
+        """One digest from those of an activation's chunks; their sums add up in float64."""
+        return Digest(
+            sum(part.rows for part in parts),
+            torch.stack([part.row_sum for part in parts]).sum(0, dtype=self.dtype),
+            torch.stack([part.energy for part in parts]).sum(),
+            self._join_moments([part.moment for part in parts]),
+            torch.stack([part.fresh for part in parts]).sum(0),
+        )
+
+    def _join_moments(self, moments: list[Tensor]) -> Tensor:
+        total = moments[0]
+        for moment in moments[1:]:
+            total += moment
+        return total
+
+    def _begin(self, x: Tensor, index: Tensor | None) -> None:
+        """First sight of data: choose the shift, the mean of a few rows, near enough to the true mean."""
+        head = self._head(x, index, 1024)
+        mean = head.mean(0) if self.center and len(head) else torch.zeros(self.width, device=self.device)
+        self.shift = torch.nan_to_num(mean, nan=0.0, posinf=0.0, neginf=0.0)
+
+    # -- helpers --------------------------------------------------------------------------------------
+
+    def _chunks(self, x: Tensor, index: Tensor | None) -> Iterator[Tensor]:
+        """Float32 shifted rows: `x` itself where that is what it already is, else bounded copies."""
+        n = len(x) if index is None else len(index)
+        if index is None and x.dtype == torch.float32 and not self.center:
+            yield x
+            return
+        step = max(256, _CHUNK_BYTES // (4 * self.width))
+        for start in range(0, max(n, 1), step):  # once even for no rows, so that a digest always has its shapes
+            chunk = x[start : start + step] if index is None else x.index_select(0, index[start : start + step])
+            chunk = chunk.float()
+            yield chunk - self.shift if self.center else chunk
+
+    def _head(self, x: Tensor, index: Tensor | None, limit: int) -> Tensor:
+        """At most `limit` unshifted float32 rows, evenly spread over the activation."""
+        n = len(x) if index is None else len(index)
+        stride = max(1, -(-n // limit))
+        picked = x[::stride] if index is None else x.index_select(0, index[::stride])
+        return picked.float()
+
+    def _start_fresh(self, columns: int) -> None:
+        self._fresh = torch.zeros(columns, dtype=self.dtype, device=self.device)
+        self._fresh_energy = torch.zeros((), dtype=self.dtype, device=self.device)
+        self._fresh_count = 0
+
+    def _certify(self) -> Certificate | None:
+        """The certificate of the rows since the last refresh, or the one before if there were none."""
+        rows = self._fresh_count
+        if rows == 0 or len(self._fresh) == 0:
+            return self.certificate
+        energies = (self._fresh[: self.components] / rows).float().cpu()
+        return Certificate(energies, float(self._fresh_energy) / rows, rows)
+
+    def _mean_offset(self) -> Tensor:
+        """(d,) mean row minus the shift."""
+        return self.row_sum / max(self.count, 1)
+
+    def _moved_energy(self, offset: Tensor) -> Tensor:
+        """() sum of squared norms about `shift + offset` when `offset` is the mean offset."""
+        return (self.energy - self.count * offset.square().sum()).clamp_min(0)
+
+    def _answer(self, directions: Tensor, energies: Tensor) -> Spectrum:
+        """Spectrum from orthonormal columns (d, m) and summed energies (m,), both in descending order."""
+        k = self.components
+        offset = self._mean_offset()
+        count = max(self.count, 1)
+        total = self._moved_energy(offset) if self.center else self.energy
+        shift = torch.zeros(self.width) if self.shift is None else self.shift.cpu()
+        return Spectrum(
+            directions=fix_signs(directions[:, :k].T.float().cpu()).contiguous(),
+            energies=(energies[:k].clamp_min(0) / count).float().cpu(),
+            total_energy=float(total) / count,
+            rows=self.count,
+            mean=(shift.to(self.dtype) + offset.cpu()).float(),
+            centered=self.center,
+            certificate=self._certify(),
+        )

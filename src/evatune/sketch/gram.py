@@ -1,0 +1,53 @@
+"""The exact sketch: the full second moment, d × d. The reference for the others, and fine for narrow layers."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from evatune.sketch.base import Digest, Sketch
+from evatune.spectrum import Spectrum
+
+
+class ExactSketch(Sketch):
+    """Accumulates Σ x xᵀ (float32 products, float64 sum) and takes its eigenvectors at the end.
+
+    Memory: 8·d² bytes. Time: 2·n·d² flops per update, O(d³) per answer; use it where d is a few thousand
+    at most, or as the truth to compare with. Merging is exact. Arguments as for `NystromSketch`.
+    """
+
+    def __init__(self, width: int, components: int, *, center: bool = False, device: torch.device | str = "cpu") -> None:
+        super().__init__(width, components, center=center, device=torch.device(device))
+        self.gram = torch.zeros(width, width, dtype=self.dtype, device=self.device)
+        self.known: Tensor | None = None  # (d, k) directions of the last refresh, for the certificate
+
+    def refresh(self) -> Spectrum:
+        answer = self.spectrum()
+        self.certificate = answer.certificate
+        self.known = answer.directions.T.to(self.device)
+        self._start_fresh(self.known.shape[1])
+        return answer
+
+    def spectrum(self) -> Spectrum:
+        gram = self.gram
+        if self.center:
+            offset = self._mean_offset()
+            gram = gram - self.count * torch.outer(offset, offset)
+        values, vectors = torch.linalg.eigh(gram)
+        return self._answer(vectors.flip(1), values.flip(0))
+
+    def _merge(self, other: Self, offset: Tensor) -> None:
+        cross = torch.outer(other.row_sum, offset)
+        self.gram += other.gram + cross + cross.T + other.count * torch.outer(offset, offset)
+        self.certificate = self._certify()
+        self._start_fresh(0)
+
+    def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
+        if self.known is None or not len(self._fresh):
+            return chunk.T @ chunk, self._fresh
+        return chunk.T @ chunk, (chunk @ self.known).square().sum(0).to(self.dtype)
+
+    def _add(self, digest: Digest) -> None:
+        self.gram += digest.moment

@@ -1,0 +1,92 @@
+"""The paper's sketch: incremental SVD, truncated after every minibatch (EVA's Algorithm 2; Ross et al. 2008).
+
+Kept for comparison with the paper. It costs an SVD of (k + n) × d per minibatch, and what truncation drops
+is gone, so its directions depend on the order of the data.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from evatune.sketch.base import Digest, Sketch
+from evatune.spectrum import Spectrum
+
+
+class IncrementalSketch(Sketch):
+    """Sequential Karhunen-Loève: past directions, new rows and, when centring, one row that moves the mean.
+
+    Minibatches of fewer rows than components wait in a buffer until there are enough, and are never lost.
+    With `center=True` this is the paper's algorithm. Arguments as for `NystromSketch`.
+
+    Memory: 4·k·d bytes and a copy of the minibatch. Time: O((k + n)·d·min(k + n, d)) per minibatch.
+    """
+
+    def __init__(self, width: int, components: int, *, center: bool = False, device: torch.device | str = "cpu") -> None:
+        super().__init__(width, components, center=center, device=torch.device(device))
+        self.factor = torch.zeros(0, width, device=self.device)  # diag(S)·V, (≤ k, d) float32
+        self.mean = torch.zeros(width, dtype=self.dtype, device=self.device)  # of the rows in `factor`
+        self.inside = 0  # rows in `factor`
+        self.buffer: list[Tensor] = []
+
+    def refresh(self) -> Spectrum:
+        answer = self.spectrum()
+        self.certificate = answer.certificate
+        self._start_fresh(len(self.factor))
+        return answer
+
+    def spectrum(self) -> Spectrum:
+        self._flush(at_least=1)
+        singular = torch.linalg.vector_norm(self.factor.to(self.dtype), dim=1)
+        seen = singular > singular.max() * 1e-7 if len(singular) else singular > 0
+        directions = self.factor[seen].to(self.dtype) / singular[seen, None]
+        return self._answer(directions.T, singular[seen].square())
+
+    def _merge(self, other: Self, offset: Tensor) -> None:
+        self._flush(at_least=1)
+        other = other.clone()
+        other._flush(at_least=1)
+        self._combine(other.factor, other.mean + offset, other.inside)
+        self.certificate = self._certify()
+        self._start_fresh(0)
+
+    def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
+        if not len(self._fresh):
+            return chunk.clone(), self._fresh
+        directions = torch.nn.functional.normalize(self.factor[: len(self._fresh)], dim=1)
+        return chunk.clone(), (chunk @ directions.T).square().sum(0).to(self.dtype)
+
+    def _join_moments(self, moments: list[Tensor]) -> Tensor:
+        return torch.cat(moments)
+
+    def _add(self, digest: Digest) -> None:
+        self.buffer.append(digest.moment)
+        if bool(self.finite):  # LAPACK would fail on NaN, and without naming a layer
+            self._flush(at_least=self.components)
+
+    def _flush(self, at_least: int) -> None:
+        """Fold the buffered rows into the factor once there are `at_least` of them."""
+        waiting = sum(map(len, self.buffer))
+        if waiting < at_least:
+            return
+        rows = torch.cat(self.buffer)
+        self.buffer = []
+        mean = rows.mean(0, dtype=self.dtype)
+        self._combine(rows - mean.float() if self.center else rows, mean, len(rows))
+
+    def _combine(self, factor: Tensor, mean: Tensor, count: int) -> None:
+        """Add `count` rows with the given mean whose (centred) second moment is factorᵀ·factor."""
+        total = self.inside + count
+        if total == 0:
+            return
+        stack = [self.factor, factor]
+        if self.center and self.inside:
+            weight = (self.inside * count / total) ** 0.5
+            stack.append((weight * (self.mean - mean)).float()[None])
+        _, singular, right = torch.linalg.svd(torch.cat(stack), full_matrices=False)
+        k = self.components
+        self.factor = singular[:k, None] * right[:k]
+        self.mean += (mean - self.mean) * (count / total)
+        self.inside = total

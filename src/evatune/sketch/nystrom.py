@@ -1,0 +1,178 @@
+"""The default sketch: streaming Nyström approximation of the second moment with a moving basis.
+
+Kept per layer input of width d: an orthonormal basis Ω (d, l) with l = components + oversampling, and
+Y = C·Ω (d, l) where C = Σ x xᵀ. One update is two thin products, 4·n·d·l flops, and no copy of the
+activation. C itself is recovered as Y (ΩᵀY)⁺ Yᵀ (Tropp, Yurtsever, Udell, Cevher 2017, Fixed-rank
+approximation of a positive-semidefinite matrix from streaming data), which is never above C: what the
+sketch reports, the data holds.
+
+Two additions make a narrow sketch near-optimal. The first basis is not random: it comes from a few
+block power steps on a few hundred rows of the first activation. And at each refresh Ω moves to the
+eigenvectors found so far, with Y carried over; every later row then acts as one more power step.
+Because Ω's columns *are* the current directions, the product xΩ also gives, for nothing, the energy that
+they capture on rows they have never seen: the certificate.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from evatune.sketch.base import Digest, Sketch
+from evatune.spectrum import Certificate, Spectrum
+
+# Fewer columns run no faster (matrix products work in blocks) and lose accuracy.
+_MIN_COLUMNS = 32
+_POWER_STEPS = 2
+# Rows for the first basis, per column: enough that its error is that of the rows, not of the count.
+_ROWS_PER_COLUMN = 12
+# Eigenvalues of the unit-diagonal core below this are float32 rounding, not data.
+_CORE_RTOL = 1e-6
+
+
+class NystromSketch(Sketch):
+    """Streaming Nyström sketch.
+
+    Args:
+        width: d, size of a row.
+        components: k, how many directions will be asked for.
+        oversampling: extra columns of the basis; the basis has max(k + oversampling, 32) columns, at most d.
+        center: work on `x - mean` (covariance) instead of `x`; an exact correction, not a second pass.
+        seed: of the random start of the first basis, together with `width`.
+        device: where the rows live.
+
+    Memory: 12·d·l bytes and a temporary (n, l). Time: 4·n·d·l flops per update, O(d·l²) per refresh.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        components: int,
+        *,
+        oversampling: int = 8,
+        center: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(width, components, center=center, device=torch.device(device))
+        columns = min(max(self.components + oversampling, _MIN_COLUMNS), width)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + width)
+        start = torch.randn(width, columns, generator=generator)
+        self._set_basis(torch.linalg.qr(start)[0].to(self.device))
+        self.product = torch.zeros(width, columns, dtype=self.dtype, device=self.device)  # (d, l), C·Ω
+
+    def refresh(self) -> Spectrum:
+        directions, energies = self._eigenpairs()
+        answer = self._answer(directions, energies)
+        self.certificate = answer.certificate
+        if self.center:
+            self._recentre()
+        old = self.basis
+        if directions.shape[1] < old.shape[1]:
+            # Fewer directions than columns have energy. The rest of the basis must still watch for new
+            # ones, so it keeps its old columns, the least energetic first, and not whatever QR makes up.
+            directions = torch.linalg.qr(torch.cat([directions, old.to(directions.dtype).flip(1)], dim=1))[0]
+            directions = directions[:, : old.shape[1]]
+            energies = torch.cat([energies, energies.new_zeros(old.shape[1] - len(energies))])
+        self._set_basis(directions)
+        # U Σ² Uᵀ on the rounded basis, not U Σ²: the carried product belongs to the float32 Ω exactly.
+        self.product = directions * energies @ (directions.T @ self.basis.to(self.dtype))
+        self._start_fresh(old.shape[1])
+        return answer
+
+    def spectrum(self) -> Spectrum:
+        return self._answer(*self._eigenpairs())
+
+    def _merge(self, other: Self, offset: Tensor) -> None:
+        """Exact when both bases are equal; otherwise each side is first reduced to its l leading directions."""
+        if torch.equal(self.basis, other.basis):
+            self.product += other._image(other.product, self.basis, offset)
+            self._fresh += other._fresh
+            self._fresh_energy += other._fresh_energy
+            self._fresh_count += other._fresh_count
+            return
+        mine, theirs = self._factor(), other._factor()
+        joint = torch.linalg.svd(torch.cat([mine, theirs], dim=1), full_matrices=False)[0]
+        self._set_basis(joint[:, : self.basis.shape[1]])
+        basis = self.basis
+        on = basis.to(self.dtype)
+        self.product = mine @ (mine.T @ on) + other._image(theirs @ (theirs.T @ on), basis, offset)
+        self.certificate = _pool(self._certify(), other._certify())
+        self._start_fresh(0)
+
+    def _begin(self, x: Tensor, index: Tensor | None) -> None:
+        super()._begin(x, index)
+        rows = torch.nan_to_num(self._head(x, index, _ROWS_PER_COLUMN * self.basis.shape[1]) - self.shift)
+        for _ in range(_POWER_STEPS if len(rows) else 0):
+            # Power steps on C + δI: the same eigenvectors, but of full rank, so QR never has to invent a column.
+            image = rows.T @ (rows @ self.basis)
+            image = torch.nan_to_num(image / torch.linalg.matrix_norm(image).clamp_min(1e-30), posinf=0.0, neginf=0.0)
+            self._set_basis(torch.linalg.qr(image + 1e-5 * self.basis)[0])
+
+    def _set_basis(self, basis: Tensor) -> None:
+        """(d, l) float32, stored by columns: the product with the rows runs a tenth faster."""
+        self.basis = basis.float().T.contiguous().T
+
+    def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
+        projected = chunk @ self.basis  # (n, l)
+        squares = projected.square().sum(0).to(self.dtype) if len(self._fresh) else self._fresh
+        return chunk.T @ projected, squares
+
+    def _add(self, digest: Digest) -> None:
+        self.product += digest.moment
+
+    def _recentre(self) -> None:
+        """Move the shift to the mean so far: the eigenpairs just taken are about that mean."""
+        assert self.shift is not None
+        moved = (self.shift + self._mean_offset()).float()
+        step = (moved - self.shift).to(self.dtype)
+        self.energy += self.count * step.square().sum() - 2 * step @ self.row_sum
+        self.row_sum -= self.count * step
+        self.shift = moved
+
+    def _image(self, image: Tensor, basis: Tensor, offset: Tensor) -> Tensor:
+        """C·basis (d, l) with rows about `shift - offset`, from `image`, the same about `shift`."""
+        on = basis.to(self.dtype)
+        along = offset @ on
+        crossed = torch.outer(self.row_sum, along) + torch.outer(offset, self.row_sum @ on)
+        return image + crossed + self.count * torch.outer(offset, along)
+
+    def _factor(self) -> Tensor:
+        """F (d, m) with F·Fᵀ the Nyström approximation about the shift."""
+        directions, energies = _nystrom(self.basis.to(self.dtype), self.product)
+        return directions * energies.sqrt()
+
+    def _eigenpairs(self) -> tuple[Tensor, Tensor]:
+        """Eigenvectors (d, m) and eigenvalues (m,), descending, m ≤ l; about the mean when centring."""
+        basis, product = self.basis.to(self.dtype), self.product
+        if self.center:
+            offset = self._mean_offset()
+            product = product - self.count * torch.outer(offset, offset @ basis)
+        return _nystrom(basis, product)
+
+
+def _nystrom(basis: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenpairs, (d, m) and (m,), of Y (ΩᵀY)⁺ Yᵀ for Ω = `basis` and Y = `product`, both (d, l) float64."""
+    q, t = torch.linalg.qr(product)
+    core = basis.T @ product  # ΩᵀCΩ, (l, l)
+    core = (core + core.T) / 2
+    # Scaled to unit diagonal first. Energies of one layer span many orders of magnitude, and so does the
+    # rounding in the columns of Y; a threshold relative to the largest would drop small true directions.
+    scale = core.diagonal().clamp_min(0).sqrt()
+    inverse = torch.where(scale > scale.max() * 1e-9, 1 / scale, 0.0)
+    values, vectors = torch.linalg.eigh(inverse[:, None] * core * inverse)
+    keep = values > _CORE_RTOL
+    root = t @ (inverse[:, None] * vectors[:, keep]) / values[keep].sqrt()
+    left, singular, _ = torch.linalg.svd(root, full_matrices=False)
+    return q @ left, singular.square()
+
+
+def _pool(a: Certificate | None, b: Certificate | None) -> Certificate | None:
+    """Both certificates as one, weighted by their rows."""
+    if a is None or b is None:
+        return a or b
+    rows = a.rows + b.rows
+    wa, wb = a.rows / rows, b.rows / rows
+    return Certificate(wa * a.energies + wb * b.energies, wa * a.total_energy + wb * b.total_energy, rows)

@@ -1,0 +1,113 @@
+"""What one layer input looks like: its leading directions, their energies and what they miss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Energy that known directions captured on rows which had no part in finding them.
+
+    The directions are those of the last refresh before these rows came, so the figure is an unbiased
+    estimate for *them* and, on average, a low one for the final directions, which saw more data.
+    """
+
+    energies: Tensor  # (k,) float32, mean squared projection per fresh row, cumulative use only
+    total_energy: float  # mean squared norm per fresh row
+    rows: int  # fresh rows the estimate rests on
+
+    def captured(self, rank: int | None = None) -> float:
+        """Share in [0, 1] of the fresh rows' energy inside the first `rank` directions (default: all)."""
+        if self.total_energy <= 0:
+            return 0.0
+        kept = self.energies if rank is None else self.energies[:rank]
+        return float(kept.sum(dtype=torch.float64)) / self.total_energy
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Leading eigenpairs of the second moment of the rows that entered a layer.
+
+    With `centered` the moment is that of `x - mean` (the covariance), otherwise that of `x` itself.
+    All tensors live on the CPU and are not shared with any sketch.
+    """
+
+    directions: Tensor  # (k, d) float32, orthonormal rows, largest energy first
+    energies: Tensor  # (k,) float32, mean squared projection per row, descending
+    total_energy: float  # mean squared norm per row; all d directions together
+    rows: int  # how many rows were seen
+    mean: Tensor  # (d,) float32, mean row
+    centered: bool = False
+    certificate: Certificate | None = field(default=None)
+
+    @property
+    def explained_variance_ratio(self) -> Tensor:
+        """Share of the total energy per direction, shape (k,), float32."""
+        if self.total_energy <= 0:
+            return torch.zeros_like(self.energies)
+        return self.energies / self.total_energy
+
+    @property
+    def second_moments(self) -> Tensor:
+        """`E[(v_j·x)²]` per direction, shape (k,), float32: uncentred, whatever `centered` says."""
+        return self.energies + self._mean_squares if self.centered else self.energies
+
+    @property
+    def variances(self) -> Tensor:
+        """`Var[v_j·x]` per direction, shape (k,), float32: centred, whatever `centered` says."""
+        return self.energies if self.centered else (self.energies - self._mean_squares).clamp_min(0)
+
+    @property
+    def total_second_moment(self) -> float:
+        """`E‖x‖²`: uncentred, whatever `centered` says."""
+        return self.total_energy + (float(self.mean.double().square().sum()) if self.centered else 0.0)
+
+    @property
+    def usable(self) -> int:
+        """Number of directions that carry energy above the rounding of float32 products."""
+        floor = self.total_energy * 1e-8
+        return int((self.energies > floor).sum()) if self.total_energy > 0 else 0
+
+    @property
+    def _mean_squares(self) -> Tensor:
+        return (self.directions @ self.mean).square()
+
+
+def empty(width: int, centered: bool = False) -> Spectrum:
+    """The spectrum of a layer that saw nothing: no directions, no energy."""
+    return Spectrum(torch.zeros(0, width), torch.zeros(0), 0.0, 0, torch.zeros(width), centered)
+
+
+def fix_signs(directions: Tensor) -> Tensor:
+    """Flip each row of (k, d) so that its entry of largest magnitude (the first, in a tie) is positive."""
+    if directions.numel() == 0:
+        return directions
+    pivot = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
+    return directions * torch.where(pivot < 0, -1.0, 1.0).to(directions.dtype)
+
+
+def principal_angles(a: Tensor, b: Tensor) -> Tensor:
+    """Angles in radians between the row spaces of two orthonormal bases.
+
+    Args:
+        a: (p, d) with orthonormal rows. b: (q, d) likewise.
+
+    Returns:
+        (min(p, q),) float64, ascending. Computed from sines where the cosine is near one
+        (Björck & Golub 1973), so tiny angles are not rounded to 1e-8.
+    """
+    small, large = (a.double(), b.double()) if len(a) <= len(b) else (b.double(), a.double())
+    cosines = torch.linalg.svdvals(small @ large.T).clamp(max=1.0)  # descending, so angles ascend
+    sines = torch.linalg.svdvals(small - small @ large.T @ large).clamp(max=1.0).flip(0)
+    return torch.where(cosines > 0.7, torch.asin(sines), torch.acos(cosines))
+
+
+def captured_energy(directions: Tensor, rows: Tensor) -> float:
+    """Share of `‖rows‖²` inside the span of orthonormal `directions` (k, d); `rows` is (n, d)."""
+    rows = rows.double()
+    total = float(rows.square().sum())
+    return float((rows @ directions.double().T).square().sum()) / total if total > 0 else 0.0

@@ -1,0 +1,1 @@
+"""Trainers: the same initialisation, on their own data and device. The place that knows `transformers.Trainer`."""
