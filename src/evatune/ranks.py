@@ -178,7 +178,8 @@ def _choose(values: Mapping[int, Sequence[float]], limit: int) -> dict[int, int]
     base = sum(low[cost] * cost for cost in values)
     budget = limit - base
 
-    best, back, step = torch.zeros(1, dtype=torch.float64), [], 0
+    best, step = torch.zeros(1, dtype=torch.float64), 0
+    back: list[tuple[int, int, Tensor]] = []
     for position, cost in enumerate(order):
         prefix = torch.tensor([0.0, *values[cost]], dtype=torch.float64).cumsum(0)[low[cost] : high[cost] + 1]
         grain = math.gcd(step, cost)

@@ -58,7 +58,7 @@ def initialize_model(
     calibration = run(model, [slot.site for slot in slots], batches, config, forward=forward, rows=rows, progress=progress)
     calibration.require_usable()
     plan = calibration.allocate()
-    _write(model, slots, calibration, plan, scale=scale, adapter_name=adapter_name)
+    _write(model, lora, slots, calibration, plan, scale=scale, adapter_name=adapter_name)
     return calibration
 
 
@@ -95,7 +95,7 @@ def _settings(
                 "the LoraConfig has a rank_pattern, which redistribution would overwrite; leave it out, or pass rank= to "
                 "say that it may be replaced"
             )
-    given = {"rank": rank, "rho": rho, "budget": budget, "metric": metric}
+    given: dict[str, Any] = {"rank": rank, "rho": rho, "budget": budget, "metric": metric}
     return replace(config, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -131,9 +131,15 @@ def _slots(model: nn.Module, adapter_name: str) -> list[_Slot]:
 
 @torch.no_grad()
 def _write(
-    model: nn.Module, slots: list[_Slot], calibration: Calibration, plan: RankPlan, *, scale: str, adapter_name: str
+    model: nn.Module,
+    lora: LoraConfig,
+    slots: list[_Slot],
+    calibration: Calibration,
+    plan: RankPlan,
+    *,
+    scale: str,
+    adapter_name: str,
 ) -> None:
-    lora = model.peft_config[adapter_name]  # type: ignore[index,union-attr]
     adjust = lora.eva_config is None or lora.eva_config.adjust_scaling_factors
     fresh = copy.copy(lora)
     fresh.init_lora_weights = "eva"  # PEFT then fills B with zeros and leaves A to us

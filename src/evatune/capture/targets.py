@@ -36,7 +36,8 @@ def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
     # By name: transformers' Conv1D is a Linear with its weight transposed, (in, out), and the core does not
     # import transformers.
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return int(module.weight.shape[0]), int(module.nf)
+        weight = module.get_parameter("weight")
+        return weight.shape[0], weight.shape[1]
     return None
 
 
@@ -58,9 +59,9 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]
             continue
         if is_wrapper(module):
             inside = (*inside, f"{name}.")
-            plain = module
+            plain: nn.Module = module
             while is_wrapper(plain):
-                plain = plain.base_layer  # type: ignore[assignment]
+                plain = plain.get_submodule("base_layer")
             yield base_name(name), module, plain
         elif name:
             yield base_name(name), module, module

@@ -99,7 +99,7 @@ def init(
 
     adapted = get_peft_model(
         loaded.model,
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, task_type=loaded.peft_task),  # type: ignore[arg-type]
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, task_type=loaded.peft_task),
     )
     calibration = _with_bar(
         log,
@@ -123,8 +123,14 @@ def init(
 def _with_bar(log: Console, batches: TextBatches, config: CalibrationConfig, work: Any) -> Calibration:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TextColumn("batches at most"), TimeElapsedColumn(),
-               TextColumn("{task.fields[settled]}"))  # fmt: skip
+    columns = (
+        TextColumn("calibrating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("batches at most"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[settled]}"),
+    )
     with Progress(*columns, console=log, transient=True) as bar:
         task = bar.add_task("", total=min(config.max_batches, len(batches)), settled="")
 

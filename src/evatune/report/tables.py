@@ -97,4 +97,5 @@ def adapter_table(rows: Iterable[dict[str, Any]]) -> Table:
 
 
 def percent(share: float | None) -> str:
+    """A share in [0, 1] for people; a dash where there is none."""
     return "–" if share is None else f"{share:.1%}"

@@ -143,11 +143,11 @@ class Sketch(ABC):
             total += moment
         return total
 
-    def _begin(self, x: Tensor, index: Tensor | None) -> None:
-        """First sight of data: choose the shift, the mean of a few rows, near enough to the true mean."""
-        head = self._head(x, index, 1024)
-        mean = head.mean(0) if self.center and len(head) else torch.zeros(self.width, device=self.device)
-        self.shift = torch.nan_to_num(mean, nan=0.0, posinf=0.0, neginf=0.0)
+    def _begin(self, x: Tensor, index: Tensor | None) -> Tensor:
+        """First sight of data. Chooses the shift, the mean of a few rows; returns those rows, shifted, finite."""
+        head = torch.nan_to_num(self._head(x, index, 1024), posinf=0.0, neginf=0.0)
+        self.shift = head.mean(0) if self.center else torch.zeros(self.width, device=self.device)
+        return head - self.shift if self.center else head
 
     # -- helpers --------------------------------------------------------------------------------------
 
@@ -161,7 +161,7 @@ class Sketch(ABC):
         for start in range(0, max(n, 1), step):  # once even for no rows, so that a digest always has its shapes
             chunk = x[start : start + step] if index is None else x.index_select(0, index[start : start + step])
             chunk = chunk.float()
-            yield chunk - self.shift if self.center else chunk
+            yield chunk if self.shift is None or not self.center else chunk - self.shift
 
     def _head(self, x: Tensor, index: Tensor | None, limit: int) -> Tensor:
         """At most `limit` unshifted float32 rows, evenly spread over the activation."""

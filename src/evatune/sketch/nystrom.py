@@ -102,14 +102,15 @@ class NystromSketch(Sketch):
         self.certificate = _pool(self._certify(), other._certify())
         self._start_fresh(0)
 
-    def _begin(self, x: Tensor, index: Tensor | None) -> None:
-        super()._begin(x, index)
-        rows = torch.nan_to_num(self._head(x, index, _ROWS_PER_COLUMN * self.basis.shape[1]) - self.shift)
-        for _ in range(_POWER_STEPS if len(rows) else 0):
+    def _begin(self, x: Tensor, index: Tensor | None) -> Tensor:
+        rows = super()._begin(x, index)
+        head = rows[:: max(1, len(rows) // (_ROWS_PER_COLUMN * self.basis.shape[1]))]
+        for _ in range(_POWER_STEPS):
             # Power steps on C + δI: the same eigenvectors, but of full rank, so QR never has to invent a column.
-            image = rows.T @ (rows @ self.basis)
+            image = head.T @ (head @ self.basis)
             image = torch.nan_to_num(image / torch.linalg.matrix_norm(image).clamp_min(1e-30), posinf=0.0, neginf=0.0)
             self._set_basis(torch.linalg.qr(image + 1e-5 * self.basis)[0])
+        return rows
 
     def _set_basis(self, basis: Tensor) -> None:
         """(d, l) float32, stored by columns: the product with the rows runs a tenth faster."""

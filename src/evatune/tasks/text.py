@@ -169,7 +169,7 @@ def _read_local(path: Path, split: str) -> Any:
 
 
 def _text_column(data: Any, column: str | None, source: str | Path) -> str:
-    strings = [
+    strings: list[str] = [
         name for name, feature in data.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
     ]
     if column is not None:
