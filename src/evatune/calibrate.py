@@ -24,6 +24,9 @@ from evatune.sketch import Sketch, make_sketch
 from evatune.spectrum import Spectrum, empty
 from evatune.status import Status
 
+# Two or three batches agree too easily, and the bound costs next to nothing.
+_MIN_BATCHES = 4
+
 ForwardFunction = Callable[[nn.Module, Any], Any]
 
 
@@ -125,7 +128,7 @@ def run(
             (forward or call_model)(model, batch)
             sharing.end_of_forward()
             monitor.note_bad_rows(count)
-            done = monitor.check() if _is_checkpoint(count) else False
+            done = monitor.check(count) if _is_checkpoint(count) else False
             if progress is not None:
                 progress(Progress(count, config.max_batches, monitor.rows, len(monitor.settled), len(sites)))
             if done:
@@ -195,7 +198,7 @@ class _Monitor:
                     self._bad.setdefault(name, batch)
                     self._sharing.stop_watching(name)
 
-    def check(self) -> bool:
+    def check(self, batch: int) -> bool:
         """Refresh every basis; true when directions and ranks have both settled.
 
         Directions: the mean over layers, weighted by their ranks, of what the previous directions miss. A
@@ -218,6 +221,8 @@ class _Monitor:
                 self.settled.add(site.name)
         moved = rank_shift(self._plan, plan) if self._plan and plan else 1.0
         self._spectra, self._plan = spectra, plan
+        if batch < _MIN_BATCHES:
+            return False
         return tolerance > 0 and missed <= tolerance * weight and moved <= 2 * tolerance
 
     def result(self, ended: Status, batches: int, model: nn.Module) -> Calibration:

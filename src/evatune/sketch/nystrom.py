@@ -28,7 +28,10 @@ _MIN_COLUMNS = 32
 _POWER_STEPS = 2
 # Rows for the first basis, per column: enough that its error is that of the rows, not of the count.
 _ROWS_PER_COLUMN = 12
-# Eigenvalues of the unit-diagonal core below this are float32 rounding, not data.
+# Columns below this share of the largest column's amplitude are rounding. With λ_j = ω_jᵀCω_j, float32 products
+# leave an error of about 1e-7·λ_1 in Y's column j, which enters the answer as (1e-7·λ_1)² / λ_j.
+_COLUMN_RTOL = 1e-5
+# Eigenvalues of the unit-diagonal core below this, or below the rounding it shows, are not data.
 _CORE_RTOL = 1e-6
 
 
@@ -158,13 +161,14 @@ def _nystrom(basis: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenpairs, (d, m) and (m,), of Y (ΩᵀY)⁺ Yᵀ for Ω = `basis` and Y = `product`, both (d, l) float64."""
     q, t = torch.linalg.qr(product)
     core = basis.T @ product  # ΩᵀCΩ, (l, l)
+    skew = core - core.T  # zero but for rounding, and so a measure of it
     core = (core + core.T) / 2
     # Scaled to unit diagonal first. Energies of one layer span many orders of magnitude, and so does the
     # rounding in the columns of Y; a threshold relative to the largest would drop small true directions.
     scale = core.diagonal().clamp_min(0).sqrt()
-    inverse = torch.where(scale > scale.max() * 1e-9, 1 / scale, 0.0)
+    inverse = torch.where(scale > scale.max() * _COLUMN_RTOL, 1 / scale, 0.0)
     values, vectors = torch.linalg.eigh(inverse[:, None] * core * inverse)
-    keep = values > _CORE_RTOL
+    keep = values > torch.linalg.matrix_norm(inverse[:, None] * skew * inverse).clamp_min(_CORE_RTOL)
     root = t @ (inverse[:, None] * vectors[:, keep]) / values[keep].sqrt()
     left, singular, _ = torch.linalg.svd(root, full_matrices=False)
     return q @ left, singular.square()

@@ -1,0 +1,159 @@
+"""The redistribution against brute force, and its laws."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evatune.errors import BudgetError, ConfigError
+from evatune.ranks import METRICS, Candidate, RankPlan, allocate
+from evatune.spectrum import Spectrum
+
+
+def candidate(energies: list[float], in_features: int, out_features: int, rest: float = 1.0) -> Candidate:
+    values = torch.tensor(sorted(energies, reverse=True))
+    k = len(energies)
+    spectrum = Spectrum(
+        torch.eye(max(k, in_features))[:k], values, float(values.sum()) + rest, 100, torch.zeros(in_features)
+    )
+    return Candidate(spectrum, in_features, out_features)
+
+
+def worth(layer: Candidate, metric: str, cap: int) -> list[float]:
+    e = layer.spectrum.energies.double()
+    by = {"ratio": layer.spectrum.total_energy, "raw": 1.0, "max": float(e[0]), "sum": float(e[:cap].sum())}[metric]
+    return (e / by).tolist()
+
+
+def value(layers: dict[str, Candidate], plan: RankPlan) -> float:
+    total = 0.0
+    for name, layer in layers.items():
+        cap = min(math.floor(plan.rank * plan.rho), layer.in_features, layer.out_features, len(layer.spectrum.energies))
+        total += sum(worth(layer, plan.metric, cap)[: plan.ranks[name]])
+    return total
+
+
+def brute_force(
+    layers: dict[str, Candidate], rank: int, rho: float, budget: str, metric: str, least: int
+) -> tuple[int, float]:
+    """(largest spend within the budget, best value at that spend) over all choices of ranks."""
+    caps = [min(math.floor(rank * rho), c.in_features, c.out_features, len(c.spectrum.energies)) for c in layers.values()]
+    costs = [1 if budget == "ranks" else c.cost for c in layers.values()]
+    gains = [[0.0, *itertools.accumulate(worth(c, metric, cap)[:cap])] for c, cap in zip(layers.values(), caps, strict=True)]
+    limit, best = rank * sum(costs), (-1, -1.0)
+    for choice in itertools.product(*(range(min(least, cap), cap + 1) for cap in caps)):
+        spend = sum(r * cost for r, cost in zip(choice, costs, strict=True))
+        if spend <= limit:
+            best = max(best, (spend, sum(g[r] for g, r in zip(gains, choice, strict=True))))
+    return best
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 100_000),
+    budget=st.sampled_from(["ranks", "parameters"]),
+    metric=st.sampled_from(METRICS),
+    rho=st.sampled_from([1.0, 1.5, 2.0, 3.0]),
+    least=st.sampled_from([0, 1]),
+)
+def test_no_choice_of_ranks_does_better(seed: int, budget: str, metric: str, rho: float, least: int) -> None:
+    rng = random.Random(seed)
+    rank = rng.randint(1, 3)
+    sizes = [(rng.choice([4, 5, 8, 12]), rng.choice([4, 6, 8, 16])) for _ in range(rng.randint(1, 5))]
+    layers = {
+        f"l{i}": candidate([10 ** rng.uniform(-3, 2) for _ in range(math.floor(rank * rho))], *size)
+        for i, size in enumerate(sizes)
+    }
+    plan = allocate(layers, rank=rank, rho=rho, budget=budget, metric=metric, min_rank=least)
+    spend, best = brute_force(layers, rank, rho, budget, metric, least)
+    assert plan.spent == spend
+    assert value(layers, plan) == pytest.approx(best, rel=1e-9)
+
+
+def test_one_list_of_all_components_is_what_decides() -> None:
+    layers = {"a": candidate([8, 4, 2, 1], 9, 9, rest=85), "b": candidate([50, 3, 0.5, 0.1], 9, 9, rest=46.4)}
+    assert allocate(layers, rank=2, rho=2).ranks == {"a": 2, "b": 2}
+    assert allocate(layers, rank=2, rho=2, metric="raw").ranks == {"a": 2, "b": 2}
+    assert allocate(layers, rank=2, rho=2, metric="max").ranks == {"a": 3, "b": 1}
+
+
+def test_rho_one_is_uniform() -> None:
+    layers = {str(i): candidate([1.0 + i] * 4, 8, 8) for i in range(5)}
+    assert set(allocate(layers, rank=4, rho=1).ranks.values()) == {4}
+
+
+def test_ties_go_to_the_lower_component_then_to_the_earlier_layer() -> None:
+    layers = {name: candidate([5, 5, 5], 9, 9) for name in ("q", "k", "v")}
+    assert allocate(layers, rank=1, rho=3).ranks == {"q": 1, "k": 1, "v": 1}
+    pair = {name: candidate([5, 4, 4], 9, 9) for name in ("q", "k")}
+    assert allocate(pair, rank=1, rho=3).ranks == {"q": 1, "k": 1}
+    odd = {"q": candidate([5, 4], 9, 9), "k": candidate([5, 4], 9, 9), "v": candidate([1, 1], 9, 9)}
+    assert allocate(odd, rank=1, rho=2).ranks == {"q": 2, "k": 1, "v": 0}
+
+
+def test_a_layer_of_rank_zero_keeps_its_key() -> None:
+    layers = {"rich": candidate([9, 8], 9, 9), "poor": candidate([1e-3, 1e-4], 9, 9, rest=100)}
+    assert allocate(layers, rank=1, rho=2).ranks == {"rich": 2, "poor": 0}
+
+
+def test_minimum_rank_is_given_first() -> None:
+    layers = {"rich": candidate([9, 8, 7, 6], 9, 9), "poor": candidate([1e-3, 1e-4], 9, 9, rest=100)}
+    assert allocate(layers, rank=2, rho=2, min_rank=1).ranks == {"rich": 3, "poor": 1}
+
+
+def test_a_parameter_budget_is_spent_to_the_last_parameter_on_shapes_of_real_models() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q": (8192, 8192), "k": (8192, 1024), "v": (8192, 1024), "o": (8192, 8192), "gate": (8192, 28672),
+              "up": (8192, 28672), "down": (28672, 8192)}  # fmt: skip
+    layers = {
+        f"{block}.{name}": candidate((torch.rand(32, generator=generator) ** 4).tolist(), *shape)
+        for block in range(80)
+        for name, shape in shapes.items()
+    }
+    layers["lm_head"] = candidate((torch.rand(32, generator=generator) ** 4).tolist(), 8192, 128256)
+    start = time.monotonic()
+    plan = allocate(layers, rank=16, rho=2, budget="parameters")
+    assert plan.spent == plan.limit == plan.parameters == plan.uniform_parameters
+    assert time.monotonic() - start < 60  # bounded, not timed: a hang would be hours
+
+
+def test_a_vocabulary_of_odd_size_does_not_stop_the_exact_search() -> None:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"attn": (768, 2304), "proj": (768, 768), "fc": (768, 3072), "out": (3072, 768)}
+    layers = {
+        f"{block}.{name}": candidate((torch.rand(32, generator=generator) ** 4).tolist(), *shape)
+        for block in range(12)
+        for name, shape in shapes.items()
+    }
+    layers["lm_head"] = candidate((torch.rand(32, generator=generator) ** 4).tolist(), 768, 50257)
+    plan = allocate(layers, rank=16, rho=2, budget="parameters")
+    assert plan.spent == plan.limit
+
+
+def test_a_budget_that_cannot_be_met_names_the_layers_that_are_too_small() -> None:
+    layers = {"wide": candidate([3, 2, 1, 1], 9, 9), "narrow": candidate([3, 2], 9, 2)}
+    with pytest.raises(BudgetError, match=r"narrow \(2\).*Lower rank, raise rho"):
+        allocate(layers, rank=4, rho=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"rank": 2, "rho": 0.5}, "rho is 0.5"),
+        ({"rank": 2, "rho": math.nan}, "rho is nan"),
+        ({"rank": 2, "metric": "best"}, "choose one of ratio, raw, max, sum"),
+        ({"rank": 2, "budget": "euros"}, "choose one of ranks, parameters"),
+        ({"rank": 2, "min_rank": 3}, "min_rank is 3"),
+    ],
+)
+def test_options_out_of_range_say_what_is_allowed(options: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        allocate({"a": candidate([1, 1, 1, 1], 9, 9)}, **options)  # type: ignore[arg-type]
