@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -211,7 +212,9 @@ def _kept(layer: LoraLayer) -> Iterator[None]:
     """PEFT activates another adapter on a layer that loses its active one; here every other stays as it was."""
     active = list(layer.active_adapters)
     trainable = {name: p.requires_grad for name, p in layer.named_parameters()}
-    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it activates another adapter, which is undone below
+        yield
     layer._active_adapter = active
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(trainable[name])
