@@ -191,11 +191,27 @@ def test_with_equal_bases_order_and_split_do_not_matter(kind: str) -> None:
     shuffled = run(*reversed(rows[512:].split(256)))
     assert principal_angles(whole.directions[:6], shuffled.directions[:6]).max() < 1e-4
     assert torch.allclose(whole.energies, shuffled.energies, rtol=1e-5)
+    left, right = start.clone(), start.sibling()
+    left.update(rows[512:2000])
+    right.update(rows[2000:])
+    left.merge(right)
+    assert left.spectrum().rows == whole.rows
+    assert principal_angles(whole.directions[:6], left.spectrum().directions[:6]).max() < 1e-4
     digests = [start.digest(part) for part in rows[512:].split(700)]
     added = start.clone()
     for digest in digests:
         added.absorb(digest)
     assert principal_angles(whole.directions[:6], added.spectrum().directions[:6]).max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", SKETCHES)
+@pytest.mark.parametrize("center", [False, True])
+def test_a_sibling_holds_no_rows(kind: str, center: bool) -> None:
+    sketch = build(kind, 32, 4, center=center)
+    feed(sketch, planted(300, 32), 100)
+    fresh = sketch.sibling().spectrum()
+    assert (fresh.rows, fresh.total_energy) == (0, 0)
+    assert sketch.spectrum().rows == 300
 
 
 def test_equal_seeds_give_equal_bits_and_the_seed_matters() -> None:

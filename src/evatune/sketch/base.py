@@ -107,6 +107,15 @@ class Sketch(ABC):
         """An independent copy."""
         return copy.deepcopy(self)
 
+    def sibling(self) -> Self:
+        """A sketch without rows that starts from this one's basis and shift.
+
+        What it is fed can be merged back exactly, as long as neither side refreshes in between.
+        """
+        other = self.clone()
+        other._forget()
+        return other
+
     # -- what each algorithm fills in -----------------------------------------------------------------
 
     @abstractmethod
@@ -115,6 +124,14 @@ class Sketch(ABC):
 
     @abstractmethod
     def _add(self, digest: Digest) -> None: ...
+
+    def _forget(self) -> None:
+        """Drop every sum; subclasses drop theirs too."""
+        self.count = 0
+        self.row_sum.zero_()
+        self.energy.zero_()
+        self.certificate = None
+        self._start_fresh(len(self._fresh))
 
     @abstractmethod
     def _merge(self, other: Self, offset: Tensor) -> None:

@@ -51,3 +51,7 @@ class ExactSketch(Sketch):
 
     def _add(self, digest: Digest) -> None:
         self.gram += digest.moment
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.gram.zero_()

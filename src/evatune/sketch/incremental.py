@@ -66,6 +66,11 @@ class IncrementalSketch(Sketch):
         if bool(self.finite):  # LAPACK would fail on NaN, and without naming a layer
             self._flush(at_least=self.components)
 
+    def _forget(self) -> None:
+        super()._forget()
+        self.factor, self.mean, self.inside, self.buffer = self.factor[:0], torch.zeros_like(self.mean), 0, []
+        self._start_fresh(0)
+
     def _flush(self, at_least: int) -> None:
         """Fold the buffered rows into the factor once there are `at_least` of them."""
         waiting = sum(map(len, self.buffer))

@@ -127,6 +127,10 @@ class NystromSketch(Sketch):
     def _add(self, digest: Digest) -> None:
         self.product += digest.moment
 
+    def _forget(self) -> None:
+        super()._forget()
+        self.product.zero_()
+
     def _recentre(self) -> None:
         """Move the shift to the mean so far: the eigenpairs just taken are about that mean."""
         assert self.shift is not None
