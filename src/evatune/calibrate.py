@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import islice
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from evatune.calibration import Calibration, Layer
 from evatune.capture import InputGroup, RowSelector, Sharing, Site, Tap, find_sites, shifts_labels
-from evatune.capture.tap import RowsFunction
+from evatune.capture.tap import EnoughSeen, RowsFunction
 from evatune.capture.targets import Targets, adapters_off
 from evatune.config import CalibrationConfig
 from evatune.errors import BudgetError, DataError
@@ -74,6 +74,9 @@ def calibrate(
         Whatever the model itself raises. In every case the model, its modes, hooks, gradients and the
         random number generators are left as they were.
 
+    The first forward pass runs to its end. The later ones of a transformers model may end at the last watched
+    layer, where nothing is lost by it: see `_may_cut_short`.
+
     Cost: the forward passes plus 4·d·l flops per token and distinct layer input of width d, with
     l = components + oversampling; 12·d·l bytes per distinct input.
     """
@@ -115,17 +118,19 @@ def run(
 
     sharing = Sharing(newborn, share=rows is None)
     monitor = _Monitor(sites, sharing, config)
+    can_cut = forward is None and _may_cut_short(model)
     ended = Status.DATA_EXHAUSTED
     count = 0
     with _as_found(model), Tap(sites, sharing, rows) as tap, torch.no_grad():
         for count, batch in enumerate(islice(_iterate(batches), config.max_batches), start=1):
             batch = batch if forward is not None else to_device(batch, device)
-            tap.batch = batch
+            selector = None
             if rows is None:
-                tap.selector = RowSelector(
-                    batch, labels_only=config.labels_only, ignore_index=config.ignore_index, shift=shift
-                )
-            (forward or call_model)(model, batch)
+                selector = RowSelector(batch, labels_only=config.labels_only, ignore_index=config.ignore_index, shift=shift)
+            tap.begin(batch, selector)
+            with suppress(EnoughSeen):
+                (forward or call_model)(model, batch)
+            tap.cut_short = tap.cut_short or (count == 1 and can_cut and tap.each_called_once)
             sharing.end_of_forward()
             monitor.note_bad_rows(count)
             done = monitor.check(count) if _is_checkpoint(count) else False
@@ -173,6 +178,25 @@ def to_device(batch: Any, device: torch.device | None) -> Any:
     return batch
 
 
+def _may_cut_short(model: nn.Module) -> bool:
+    """Whether nothing is lost by leaving a forward pass once every watched layer has been called.
+
+    What is left out is the end of the last block, the output embedding and the loss; for a language model
+    with a large vocabulary that is much time and most of the memory. Only for transformers' own models, whose
+    forward passes have no other effects, and only where nobody else waits for the end: no forward hooks, no
+    offloading, no compiled graph, no other process.
+    """
+    base = getattr(model, "get_base_model", lambda: model)()
+    if not hasattr(base, "get_output_embeddings") or hasattr(model, "_orig_mod"):
+        return False
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False
+    return not any(
+        module._forward_hooks or hasattr(module, "_hf_hook") or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+
+
 class _Monitor:
     """Watches the sketches: bad rows, the stop rule, and the verdict per layer."""
 
@@ -207,8 +231,11 @@ class _Monitor:
         """
         spectra = {group: group.sketch.refresh() for group in self._sharing.groups}
         self.rows = max((spectrum.rows for spectrum in spectra.values()), default=0)
-        plan = self._trial_plan(spectra)
         tolerance = self._config.tolerance
+        if tolerance == 0:
+            self._spectra = spectra
+            return False
+        plan = self._trial_plan(spectra)
         missed, weight = 0.0, 0
         self.settled = set()
         for site in self._sites:
@@ -221,13 +248,11 @@ class _Monitor:
                 self.settled.add(site.name)
         moved = rank_shift(self._plan, plan) if self._plan and plan else 1.0
         self._spectra, self._plan = spectra, plan
-        if batch < _MIN_BATCHES:
-            return False
-        return tolerance > 0 and missed <= tolerance * weight and moved <= 2 * tolerance
+        return batch >= _MIN_BATCHES and missed <= tolerance * weight and moved <= 2 * tolerance
 
     def result(self, ended: Status, batches: int, model: nn.Module) -> Calibration:
         spectra, status, layers = {}, {}, {}
-        answers = {group: group.sketch.spectrum() for group in self._sharing.groups}
+        answers = {group: self._answer(group) for group in self._sharing.groups}
         number = {group: index for index, group in enumerate(answers)}
         for site in self._sites:
             group = self._sharing.group_of(site.name)
@@ -248,6 +273,11 @@ class _Monitor:
             batches=batches,
             model=_describe(model),
         )
+
+    def _answer(self, group: InputGroup) -> Spectrum:
+        """The group's spectrum: the last check's, if no row came after it."""
+        known = self._spectra.get(group)
+        return known if known is not None and known.rows == group.sketch.count else group.sketch.spectrum()
 
     def _verdict(self, site: Site, spectrum: Spectrum, ended: Status) -> Status:
         if site.name in self._bad:

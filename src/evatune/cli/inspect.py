@@ -17,53 +17,57 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Print ranks, energies and statuses of a calibration, or ranks and scales of an adapter."""
+    from evatune.adapters.saved import adapter_rows
+    from evatune.calibration import Calibration
+
+    adapter, record = _find(file)
+    rows = adapter_rows(adapter) if adapter else None
+    calibration = Calibration.load(record) if record else None
+    if as_json:
+        facts: dict[str, Any] = {} if rows is None else {"adapter": rows}
+        typer.echo(json.dumps(facts | (calibration_facts(calibration) if calibration else {})))
+        return
+    from evatune.report.tables import adapter_table, console, show_calibration
+
+    terminal = console()
+    if rows is not None:
+        terminal.print(adapter_table(terminal, rows))
+    if calibration is not None:
+        show_calibration(terminal, calibration)
+
+
+def _find(file: Path) -> tuple[Path | None, Path | None]:
+    """(adapter, calibration) behind a path, by what the files hold rather than by their names."""
+    from evatune.adapters.saved import is_adapter
     from evatune.errors import RecordError
 
     if not file.exists():
         raise RecordError(f"{str(file)!r} does not exist; give a calibration.safetensors, an adapter file, or a folder")
-    calibration = file / "calibration.safetensors" if file.is_dir() else file
-    adapter = file / "adapter_model.safetensors" if file.is_dir() else file
-    facts: dict[str, Any] = {}
-    shown: list[Any] = []
-    if file.is_dir() and not calibration.exists() and not adapter.exists():
-        raise RecordError(f"folder {str(file)!r} holds neither calibration.safetensors nor adapter_model.safetensors")
-    is_adapter = (adapter.parent / "adapter_config.json").exists() and (file.is_dir() or adapter.name.startswith("adapter"))
-    if is_adapter and adapter.exists():
-        from evatune.adapters.saved import adapter_rows
-        from evatune.report.tables import adapter_table
-
-        rows = adapter_rows(adapter)
-        facts["adapter"] = rows
-        shown.append(adapter_table(rows))
-    if calibration.exists() and (file.is_dir() or not is_adapter):
-        from evatune.calibration import Calibration
-        from evatune.report.tables import calibration_table, summary_lines
-
-        loaded = Calibration.load(calibration)
-        facts |= calibration_facts(loaded)
-        plan = loaded.allocate()
-        shown += [calibration_table(loaded, plan), *summary_lines(loaded, plan)]
-    if as_json:
-        typer.echo(json.dumps(facts))
-        return
-    from evatune.report.tables import console
-
-    terminal = console()
-    for part in shown:
-        terminal.print(part, highlight=False)
+    if not file.is_dir():
+        return (file, None) if is_adapter(file) else (None, file)
+    found = [
+        path if path.exists() else None for path in (file / "adapter_model.safetensors", file / "calibration.safetensors")
+    ]
+    if not any(found):
+        raise RecordError(
+            f"folder {str(file)!r} holds neither calibration.safetensors nor adapter_model.safetensors; give a folder that "
+            "evatune init or PEFT's save_pretrained wrote"
+        )
+    return found[0], found[1]
 
 
 def calibration_facts(calibration: Calibration) -> dict[str, Any]:
     """What `--json` says about a calibration."""
     from dataclasses import asdict
 
-    from evatune.report.summary import layer_rows, totals
+    from evatune.report.summary import layer_rows, plan_of, totals
 
-    plan = calibration.allocate()
+    plan, problem = plan_of(calibration)
     return {
         "model": calibration.model,
         "config": asdict(calibration.config),
         "versions": calibration.versions,
         "totals": totals(calibration, plan),
+        "problem": problem,
         "layers": [asdict(row) for row in layer_rows(calibration, plan)],
     }

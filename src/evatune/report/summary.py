@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from evatune.calibration import Calibration
+from evatune.errors import BudgetError
 from evatune.ranks import RankPlan
 from evatune.status import Status
 
@@ -30,6 +32,26 @@ class LayerRow:
     attention: bool  # whether the status asks for a look
 
 
+def plan_of(calibration: Calibration) -> tuple[RankPlan, str | None]:
+    """The plan with the calibration's own settings; or rank 0 everywhere, and the reason in words.
+
+    A calibration with unusable layers may leave too few components for the budget. Its statuses say why, so
+    it must still be possible to look at it.
+    """
+    try:
+        return calibration.allocate(), None
+    except BudgetError as error:
+        config = calibration.config
+        sizes = [layer.in_features + layer.out_features for layer in calibration.layers.values()]
+        uniform = config.rank * sum(sizes)
+        plan = RankPlan(
+            ranks=dict.fromkeys(calibration.layers, 0), rank=config.rank, rho=config.rho, budget=config.budget,
+            metric=config.metric, limit=config.rank * len(sizes) if config.budget == "ranks" else uniform, spent=0,
+            parameters=0, uniform_parameters=uniform,
+        )  # fmt: skip
+        return plan, str(error)
+
+
 def layer_rows(calibration: Calibration, plan: RankPlan) -> list[LayerRow]:
     """The rows, in model order."""
     rows = []
@@ -47,14 +69,19 @@ def layer_rows(calibration: Calibration, plan: RankPlan) -> list[LayerRow]:
                 rank=rank,
                 parameters=rank * (layer.in_features + layer.out_features),
                 rows=spectrum.rows,
-                explained=float(spectrum.explained_variance_ratio[:rank].sum()) if spectrum.rows else None,
-                captured=certificate.captured(rank) if certificate else None,
+                explained=_known(float(spectrum.explained_variance_ratio[:rank].sum())) if spectrum.rows else None,
+                captured=_known(certificate.captured(rank)) if certificate else None,
                 status=str(calibration.status[name]),
                 advice=calibration.status[name].advice,
                 attention=calibration.status[name] is Status.UNSETTLED or not calibration.status[name].usable,
             )
         )
     return rows
+
+
+def _known(share: float) -> float | None:
+    """None for NaN, which JSON cannot say either."""
+    return share if math.isfinite(share) else None
 
 
 def split_name(name: str) -> tuple[str, str]:

