@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import time
 
 import pytest
 import torch
@@ -19,10 +18,9 @@ from evatune.spectrum import Spectrum
 
 def candidate(energies: list[float], in_features: int, out_features: int, rest: float = 1.0) -> Candidate:
     values = torch.tensor(sorted(energies, reverse=True))
-    k = len(energies)
-    spectrum = Spectrum(
-        torch.eye(max(k, in_features))[:k], values, float(values.sum()) + rest, 100, torch.zeros(in_features)
-    )
+    nothing = torch.zeros(1)  # directions and mean play no part here, and must cost nothing at the widths of real models
+    directions, mean = nothing.expand(len(energies), in_features), nothing.expand(in_features)
+    spectrum = Spectrum(directions, values, float(values.sum()) + rest, 100, mean)
     return Candidate(spectrum, in_features, out_features)
 
 
@@ -118,10 +116,8 @@ def test_a_parameter_budget_is_spent_to_the_last_parameter_on_shapes_of_real_mod
         for name, shape in shapes.items()
     }
     layers["lm_head"] = candidate((torch.rand(32, generator=generator) ** 4).tolist(), 8192, 128256)
-    start = time.monotonic()
     plan = allocate(layers, rank=16, rho=2, budget="parameters")
     assert plan.spent == plan.limit == plan.parameters == plan.uniform_parameters
-    assert time.monotonic() - start < 60  # bounded, not timed: a hang would be hours
 
 
 def test_a_vocabulary_of_odd_size_does_not_stop_the_exact_search() -> None:
