@@ -142,9 +142,14 @@ def check(model: nn.Module, batches: list[Any]) -> None:
     for name, spectrum in calibration.spectra.items():
         v = spectrum.directions
         assert torch.allclose(v @ v.T, torch.eye(len(v)), atol=1e-5), name
-        exact = torch.linalg.eigvalsh(truth.of(name)).flip(0)
+        moment, lead = truth.of(name), v[:RANK].double()
+        exact = torch.linalg.eigvalsh(moment).flip(0)
+        best = float(exact[:RANK].sum())
         assert abs(spectrum.total_energy / float(exact.sum()) - 1) < 1e-5, name
-        assert 0.97 < float(spectrum.energies[:RANK].sum()) / float(exact[:RANK].sum()) < 1 + 1e-5, name
+        captured = float(((lead @ moment) * lead).sum())
+        assert 0.985 * best < captured < best * (1 + 1e-6), name
+        # What a Nyström sketch reports is never above what is there; below it by a few per cent where a spectrum is flat.
+        assert 0.94 * best < float(spectrum.energies[:RANK].sum()) < captured * (1 + 1e-5), name
         layer = ours.base_model.model.get_submodule(name)
         if isinstance(layer, LoraLayer):
             assert torch.equal(layer.lora_A["default"].weight, v[: plan.ranks[name]]), name

@@ -133,7 +133,9 @@ def run(
             tap.cut_short = tap.cut_short or (count == 1 and can_cut and tap.each_called_once)
             sharing.end_of_forward()
             monitor.note_bad_rows(count)
-            done = monitor.check(count) if _is_checkpoint(count) else False
+            if _is_refresh(count):
+                monitor.refresh()
+            done = monitor.check(count) if _is_check(count) else False
             if progress is not None:
                 progress(Progress(count, config.max_batches, monitor.rows, len(monitor.settled), len(sites)))
             if done:
@@ -204,7 +206,8 @@ class _Monitor:
         self._sites = sites
         self._sharing = sharing
         self._config = config
-        self._spectra: dict[InputGroup, Spectrum] = {}
+        self._latest: dict[InputGroup, Spectrum] = {}  # of the last refresh
+        self._spectra: dict[InputGroup, Spectrum] = {}  # of the last check
         self._plan: RankPlan | None = None
         self._bad: dict[str, int] = {}  # layer → first batch with NaN or Inf
         self.settled: set[str] = set()
@@ -222,18 +225,20 @@ class _Monitor:
                     self._bad.setdefault(name, batch)
                     self._sharing.stop_watching(name)
 
+    def refresh(self) -> None:
+        """Move every sketch's basis to what the data so far suggests."""
+        self._latest = {group: group.sketch.refresh() for group in self._sharing.groups}
+        self.rows = max((spectrum.rows for spectrum in self._latest.values()), default=0)
+
     def check(self, batch: int) -> bool:
-        """Refresh every basis; true when directions and ranks have both settled.
+        """After a refresh: true when directions and ranks have both settled since the last check.
 
         Directions: the mean over layers, weighted by their ranks, of what the previous directions miss. A
         single layer that learns slowly does not hold up the rest; it gets a status of its own.
         Ranks: twice the tolerance, since ranks move between components of nearly equal worth.
         """
-        spectra = {group: group.sketch.refresh() for group in self._sharing.groups}
-        self.rows = max((spectrum.rows for spectrum in spectra.values()), default=0)
-        tolerance = self._config.tolerance
+        spectra, tolerance = self._latest, self._config.tolerance
         if tolerance == 0:
-            self._spectra = spectra
             return False
         plan = self._trial_plan(spectra)
         missed, weight = 0.0, 0
@@ -275,8 +280,8 @@ class _Monitor:
         )
 
     def _answer(self, group: InputGroup) -> Spectrum:
-        """The group's spectrum: the last check's, if no row came after it."""
-        known = self._spectra.get(group)
+        """The group's spectrum: the last refresh's, if no row came after it."""
+        known = self._latest.get(group)
         return known if known is not None and known.rows == group.sketch.count else group.sketch.spectrum()
 
     def _verdict(self, site: Site, spectrum: Spectrum, ended: Status) -> Status:
@@ -323,9 +328,14 @@ def _missed(before: Spectrum, now: Spectrum, used: int) -> float:
     return 1 - float((overlap * now.energies).sum()) / best
 
 
-def _is_checkpoint(batch: int) -> bool:
-    """1, 2, 4, 8, …: few enough to cost little; the basis moves when the data behind it has doubled."""
+def _is_check(batch: int) -> bool:
+    """1, 2, 4, 8, …: the stop rule compares with what half the data said."""
     return batch & (batch - 1) == 0
+
+
+def _is_refresh(batch: int) -> bool:
+    """At each check and, from 6 on, halfway to the next: few enough to cost little, and each is a power step."""
+    return _is_check(batch) or (batch > 3 and batch % 3 == 0 and _is_check(batch // 3))
 
 
 def _iterate(batches: Iterable[Any]) -> Iterator[Any]:

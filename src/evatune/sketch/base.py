@@ -15,6 +15,9 @@ from evatune.spectrum import Certificate, Spectrum, fix_signs
 
 # Casting, gathering and centring go through buffers of this size instead of a second copy of the activation.
 _CHUNK_BYTES = 8 << 20
+# Rows that choose a newborn sketch's shift and basis. Half as many cost the Nyström sketch a third of a per cent of
+# the energy in the worst layer of MiniLM, sixteen batches later.
+_FIRST_ROWS = 1024
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:
@@ -119,8 +122,8 @@ class Sketch(ABC):
     # -- what each algorithm fills in -----------------------------------------------------------------
 
     @abstractmethod
-    def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
-        """(moment, squared projections) of float32 rows (n, d) that are already shifted."""
+    def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(row sum, moment, squared projections) of float32 rows (n, d) that are already shifted."""
 
     @abstractmethod
     def _add(self, digest: Digest) -> None: ...
@@ -140,9 +143,8 @@ class Sketch(ABC):
     def _digest_chunk(self, chunk: Tensor) -> Digest:
         # Row norms first: a float32 sum over one row is short, the long sum over rows is float64.
         energy = torch.linalg.vector_norm(chunk, dim=1).to(self.dtype).square_().sum()
-        # As a product and not as sum(0), which reads the rows at a fraction of the speed.
-        row_sum = torch.mv(chunk.T, chunk.new_ones(len(chunk)))
-        return Digest(len(chunk), row_sum, energy, *self._reduce(chunk))
+        row_sum, moment, fresh = self._reduce(chunk)
+        return Digest(len(chunk), row_sum, energy, moment, fresh)
 
     def _join(self, parts: list[Digest]) -> Digest:
         """One digest from those of an activation's chunks; their sums add up in float64."""
@@ -162,7 +164,7 @@ class Sketch(ABC):
 
     def _begin(self, x: Tensor, index: Tensor | None) -> Tensor:
         """First sight of data. Chooses the shift, the mean of a few rows; returns those rows, shifted, finite."""
-        head = torch.nan_to_num(self._head(x, index, 1024), posinf=0.0, neginf=0.0)
+        head = torch.nan_to_num(self._head(x, index, _FIRST_ROWS), posinf=0.0, neginf=0.0)
         self.shift = head.mean(0) if self.center else torch.zeros(self.width, device=self.device)
         return head - self.shift if self.center else head
 
@@ -179,6 +181,11 @@ class Sketch(ABC):
             chunk = x[start : start + step] if index is None else x.index_select(0, index[start : start + step])
             chunk = chunk.float()
             yield chunk if self.shift is None or not self.center else chunk - self.shift
+
+    @staticmethod
+    def _row_sum(chunk: Tensor) -> Tensor:
+        """(d,) as a product and not as sum(0), which reads the rows at a fraction of the speed."""
+        return torch.mv(chunk.T, chunk.new_ones(len(chunk)))
 
     def _head(self, x: Tensor, index: Tensor | None, limit: int) -> Tensor:
         """At most `limit` unshifted float32 rows, evenly spread over the activation."""

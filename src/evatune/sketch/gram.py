@@ -44,10 +44,11 @@ class ExactSketch(Sketch):
         self.certificate = self._certify()
         self._start_fresh(0)
 
-    def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
-        if self.known is None or not len(self._fresh):
-            return chunk.T @ chunk, self._fresh
-        return chunk.T @ chunk, (chunk @ self.known).square().sum(0).to(self.dtype)
+    def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        squares = self._fresh
+        if self.known is not None and len(squares):
+            squares = (chunk @ self.known).square().sum(0).to(self.dtype)
+        return self._row_sum(chunk), chunk.T @ chunk, squares
 
     def _add(self, digest: Digest) -> None:
         self.gram += digest.moment

@@ -52,11 +52,12 @@ class IncrementalSketch(Sketch):
         self.certificate = self._certify()
         self._start_fresh(0)
 
-    def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
-        if not len(self._fresh):
-            return chunk.clone(), self._fresh
-        directions = torch.nn.functional.normalize(self.factor[: len(self._fresh)], dim=1)
-        return chunk.clone(), (chunk @ directions.T).square().sum(0).to(self.dtype)
+    def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        squares = self._fresh
+        if len(squares):
+            directions = torch.nn.functional.normalize(self.factor[: len(squares)], dim=1)
+            squares = (chunk @ directions.T).square().sum(0).to(self.dtype)
+        return self._row_sum(chunk), chunk.clone(), squares
 
     def _join_moments(self, moments: list[Tensor]) -> Tensor:
         return torch.cat(moments)
