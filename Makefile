@@ -15,7 +15,7 @@ test: .venv/.test
 	$(BIN)/pytest -n 2
 
 bench: .venv/.run
-	$(BIN)/python benchmarks/init.py
+	$(BIN)/python benchmarks/init.py --output benchmarks/results/init.json
 
 .venv/.run: $(SOURCES)
 	$(PYTHON) -m venv .venv

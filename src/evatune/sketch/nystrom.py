@@ -174,7 +174,8 @@ def _nystrom_factor(basis: Tensor, product: Tensor) -> Tensor:
     inverse = torch.where(scale > scale.max() * _COLUMN_RTOL, 1 / scale, 0.0)
     values, vectors = torch.linalg.eigh(inverse[:, None] * core * inverse)
     keep = values > torch.linalg.matrix_norm(inverse[:, None] * skew * inverse).clamp_min(_CORE_RTOL)
-    return product @ (inverse[:, None] * vectors[:, keep] / values[keep].sqrt())
+    factor: Tensor = product @ (inverse[:, None] * vectors[:, keep] / values[keep].sqrt())
+    return factor
 
 
 def _eigenpairs_of(factor: Tensor) -> tuple[Tensor, Tensor]:
