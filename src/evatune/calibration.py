@@ -17,6 +17,7 @@ from torch import Tensor
 
 from evatune.config import CalibrationConfig
 from evatune.errors import LayerError, RecordError
+from evatune.files import umask
 from evatune.ranks import Candidate, RankPlan
 from evatune.ranks import allocate as _allocate
 from evatune.spectrum import Certificate, Spectrum, empty
@@ -127,7 +128,7 @@ class Calibration:
         os.close(handle)
         try:
             save_file(tensors, temporary, metadata={"format": _FORMAT, "record": json.dumps(record)})
-            os.chmod(temporary, 0o666 & ~_umask())
+            os.chmod(temporary, 0o666 & ~umask())
             os.replace(temporary, target)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -183,12 +184,6 @@ class Calibration:
             layer = layers[name] = Layer(**facts)
             spectra[name] = empty(layer.in_features, config.center) if layer.input is None else by_input[layer.input]
         return cls(spectra, status, layers, config, record["batches"], record["model"], versions=record["versions"])
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _versions() -> dict[str, str]:

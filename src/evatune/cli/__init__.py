@@ -9,6 +9,7 @@ import typer
 
 from evatune.cli.init import init
 from evatune.cli.inspect import inspect
+from evatune.cli.train import compare, recipes, train
 from evatune.version import __version__
 
 # Typer carries its own copy of click, or needs the package, depending on its version; this is either's root.
@@ -23,6 +24,9 @@ app = typer.Typer(
 )
 app.command()(init)
 app.command()(inspect)
+app.command()(train)
+app.command()(compare)
+app.add_typer(recipes, name="recipes")
 
 
 @app.callback(invoke_without_command=True)

@@ -141,7 +141,7 @@ def init(
     with log.status("loading libraries"):
         from evatune.tasks import text
 
-        _quiet()
+        quiet_libraries()
     source, corpus = model or text.demo_model(), data or text.demo_data()
     text.require_loadable(source, task, device, dtype)
     text.require_path(corpus, "data")
@@ -307,7 +307,7 @@ def _library_versions() -> dict[str, str]:
     return {name: version(name) for name in ("peft", "transformers", "datasets", "safetensors")}
 
 
-def _quiet() -> None:
+def quiet_libraries() -> None:
     """One progress bar is enough, and what the libraries warn each other about is not the user's business."""
     import warnings
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from evatune.errors import ConfigError
+from evatune.files import umask
 
 _MARK = "calibration.safetensors"
 _OURS = {_MARK, "adapter_config.json", "adapter_model.safetensors", "README.md", "report.html", "run.json"}
@@ -75,8 +76,7 @@ def _require_writable(out: Path) -> None:
 
 def _open_to_readers(folder: Path) -> None:
     """Temporary folders and safetensors' files are for their owner alone; results get the usual permissions."""
-    mask = os.umask(0)
-    os.umask(mask)
+    mask = umask()
     folder.chmod(0o777 & ~mask)
     for path in folder.rglob("*"):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

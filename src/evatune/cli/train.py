@@ -1,0 +1,190 @@
+"""`evatune train`, `compare` and `recipes`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_RUNS = Path("runs")
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe of ours (evatune recipes ls) or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings that replace the recipe's, such as method=lora training.steps=100.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/RECIPE-METHOD-seedN.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Fine-tune by a recipe. The same command again resumes a killed run, and reads a finished one."""
+    from evatune.recipes import load
+
+    settings = load(recipe, overrides or [])
+    folder = out or _RUNS / f"{Path(recipe).stem}-{settings.method}-seed{settings.seed}"
+
+    from rich.console import Console
+
+    log = Console(stderr=True, quiet=as_json)
+    with log.status("loading libraries"):
+        from evatune.cli.init import quiet_libraries
+        from evatune.report.runs import run_plot
+        from evatune.tasks.run import read_metrics, run
+
+        quiet_libraries()
+    result = run(settings, folder, quiet=as_json)
+    run_plot(read_metrics(folder), folder / "curves.png")
+    _rank_page(folder, settings)
+    if as_json:
+        typer.echo(json.dumps({"out": str(folder)} | result))
+        return
+    typer.echo(
+        f"{settings.method} on {settings.task}: score {result['score']:.3f}, evaluation loss {result['eval_loss']:.3f}; "
+        f"{result['trainable_parameters']:,} trainable parameters; {result['init_seconds']:.1f} s to initialise, "
+        f"{result['train_seconds']:.1f} s to train"
+    )
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith(".") and path.name != "checkpoints":
+            typer.echo(str(path))
+
+
+def compare(
+    recipe: Annotated[str, typer.Argument(help="A recipe of ours or a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings that replace the recipe's.")] = None,
+    methods: Annotated[str, typer.Option(help="Methods, with commas between.")] = "lora,eva",
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas between.")] = "0,1,2",
+    lrs: Annotated[str, typer.Option(help="Learning rates, with commas between. Default: the recipe's.")] = "",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes of one thread each. Default: one per core.")] = None,
+    target_loss: Annotated[
+        float | None, typer.Option(help="Evaluation loss to reach. Default: the first method's final one.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder. Default: runs/compare-RECIPE.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compare methods under equal conditions. Finished cells are kept: the same command again goes on."""
+    from dataclasses import asdict
+
+    from evatune.errors import EvatuneError
+    from evatune.recipes import load
+
+    settings = load(recipe, overrides or [])
+    folder = out or _RUNS / f"compare-{Path(recipe).stem}"
+    chosen_seeds, rates = _numbers(seeds, int, "--seeds"), _numbers(lrs, float, "--lrs")
+
+    from rich.console import Console
+
+    log = Console(stderr=True, quiet=as_json)
+    with log.status("loading libraries"):
+        from evatune.files import write_text
+        from evatune.report.runs import comparison_plot, comparison_table
+        from evatune.report.tables import console
+        from evatune.tasks.compare import grid, run_cells, summarise
+
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    cells = grid(settings, names, chosen_seeds, rates, folder / "cells")
+    folder.mkdir(parents=True, exist_ok=True)
+    failed = _with_bar(log, cells, lambda tell: run_cells(cells, workers or os.cpu_count() or 1, tell))
+    lines, target = summarise(cells, target_loss)
+    facts = {"recipe": recipe, "target_loss": target, "lines": [asdict(line) for line in lines],
+             "failed": {str(path): why for path, why in failed.items()}}  # fmt: skip
+    write_text(folder / "comparison.json", json.dumps(facts, indent=2) + "\n")
+    if lines:
+        comparison_plot(lines, folder / "curves.png")
+    if as_json:
+        typer.echo(json.dumps(facts))
+    elif lines:
+        console().print(comparison_table(lines, target))
+        typer.echo(f"{folder / 'comparison.json'}\n{folder / 'curves.png'}")
+    if failed:
+        path, why = next(iter(failed.items()))
+        raise EvatuneError(f"{len(failed)} of {len(cells)} runs failed, for example {path.name}: {why}")
+
+
+recipes = typer.Typer(help="List, show or copy recipes.", no_args_is_help=True)
+
+
+@recipes.command()
+def ls() -> None:
+    """List the recipes that come with evatune."""
+    from evatune.recipes import ours, text_of
+
+    for name in ours():
+        first = text_of(name).splitlines()[0].removeprefix("#").strip()
+        typer.echo(f"{name:24} {first}")
+
+
+@recipes.command()
+def show(recipe: Annotated[str, typer.Argument(help="Name or file.")]) -> None:
+    """Print a recipe, and every key it may have with what it means."""
+    from evatune.recipes import as_tree, keys, load, text_of
+
+    typer.echo(text_of(recipe).rstrip() + "\n")
+    flat = _flat(as_tree(load(recipe)))
+    for key, meaning in keys().items():
+        typer.echo(f"# {key} = {flat[key]}    {meaning}")
+
+
+@recipes.command()
+def cp(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe of ours.")],
+    file: Annotated[Path, typer.Argument(help="Where to.")],
+) -> None:
+    """Copy a recipe, to change it."""
+    from evatune.errors import ConfigError
+    from evatune.files import write_text
+    from evatune.recipes import text_of
+
+    text = text_of(recipe)
+    if file.exists():
+        raise ConfigError(f"file {str(file)!r} exists; name another")
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"folder {str(file.absolute().parent)!r} does not exist; make it first, or name another file")
+    write_text(file, text)
+    typer.echo(str(file))
+
+
+def _rank_page(folder: Path, settings: Any) -> None:
+    """The report page of a run that has a calibration."""
+    from evatune.calibration import Calibration
+    from evatune.files import write_text
+    from evatune.recipes import as_tree
+    from evatune.report.page import render
+
+    path = folder / "calibration.safetensors"
+    if path.is_file():
+        calibration = Calibration.load(path)
+        write_text(folder / "report.html", render(calibration, calibration.allocate(), _flat(as_tree(settings))))
+
+
+def _with_bar(log: Any, cells: Any, work: Any) -> dict[Path, str]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn(), TextColumn("left"),
+               TimeRemainingColumn(), TextColumn("{task.description}"))  # fmt: skip
+    with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as bar:
+        task = bar.add_task("", total=len(cells))
+
+        def tell(cell: Any, problem: str | None) -> None:
+            bar.update(task, advance=1, description=f"{'failed' if problem else 'done'}: {cell.folder.name}")
+
+        failed: dict[Path, str] = work(tell)
+        return failed
+
+
+def _numbers(text: str, kind: Any, option: str) -> list[Any]:
+    from evatune.errors import ConfigError
+
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigError(f"{option} is {text!r}; give numbers with commas between, such as {option} 0,1,2") from None
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

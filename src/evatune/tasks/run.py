@@ -1,0 +1,232 @@
+"""One fine-tuning run: a recipe in, a folder of results out. transformers' Trainer does the training."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from evatune.adapters import methods
+from evatune.errors import ConfigError
+from evatune.files import write_text
+from evatune.initialize import initialize
+from evatune.recipes import Recipe, as_tree
+from evatune.tasks import understanding
+
+DOMAINS: dict[str, ModuleType] = {"understanding": understanding}
+RESULT, METRICS, RECIPE = "result.json", "metrics.jsonl", "recipe.json"
+
+
+def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Train and evaluate; a folder with a finished run of the same recipe is read instead, an unfinished one resumed.
+
+    Writes `recipe.json`, `metrics.jsonl`, `adapter/` (or `model/`), `calibration.safetensors` where the method has one,
+    Trainer's checkpoints while it runs, and last of all `result.json`.
+
+    Returns:
+        What `result.json` holds: score in [0, 1] (higher is better), eval_loss, trainable_parameters, init_seconds,
+        train_seconds, steps.
+
+    Raises:
+        ConfigError: an unknown domain, task or method; a folder that holds another run. DataError: data cannot be had.
+    """
+    if recipe.domain not in DOMAINS:
+        raise ConfigError(f"domain is {recipe.domain!r}; choose one of {', '.join(DOMAINS)}")
+    methods.require_method(recipe.method)
+    tree = as_tree(recipe)
+    _claim(folder, tree)
+    if (folder / RESULT).is_file():
+        found: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return found
+    transformers.set_seed(recipe.seed)
+    data, training = recipe.data, recipe.training
+    task = DOMAINS[recipe.domain].prepare(
+        recipe.task, recipe.model, train=data.train, test=data.test, max_length=data.max_length
+    )
+    checkpoint = _last_checkpoint(folder)
+    start = time.perf_counter()
+    model = methods.adapt(
+        task.model, recipe.method, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, targets=recipe.adapter.targets,
+        task_type=task.task_type, head=task.head, steps=training.steps,
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model=model,
+        args=_arguments(recipe, folder, quiet),
+        train_dataset=task.train,
+        eval_dataset=task.test,
+        data_collator=task.collator,
+        compute_metrics=task.metric,
+        optimizers=(
+            methods.optimizer_for(
+                model, recipe.method, training.learning_rate, training.weight_decay, training.lora_plus_ratio
+            ),
+            None,
+        ),
+        callbacks=[_AfterStep(recipe.method), _Metrics(folder / METRICS, training.batch_size)],
+    )
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)  # metrics go to the file
+    calibration = methods.prepare(
+        model,
+        recipe.method,
+        lambda **options: initialize(trainer, **options),
+        lambda: iter(trainer.get_train_dataloader()),
+        rho=recipe.adapter.rho,
+        seed=recipe.seed,
+    )
+    init_seconds = time.perf_counter() - start
+    if calibration is not None:
+        calibration.save(folder / "calibration.safetensors")
+    if methods.METHODS[recipe.method].changes_base and not (folder / "start").exists():
+        _save_start(model, folder / "start")
+    transformers.set_seed(recipe.seed)  # whatever a method drew, all see the same batches
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    train_seconds = time.perf_counter() - start
+    final = next((line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {"step": -1})
+    if final["step"] != training.steps:
+        final = trainer.evaluate()
+    methods.save(
+        model, recipe.method, folder / ("adapter" if methods.METHODS[recipe.method].adapter else "model"), folder / "start"
+    )
+    result = {
+        "score": final["eval_score"],
+        "eval_loss": final["eval_loss"],
+        "trainable_parameters": _trainable(model),
+        "init_seconds": init_seconds,
+        "train_seconds": train_seconds,  # of the last stretch, if the run was resumed
+        "resumed": checkpoint is not None,
+        "steps": training.steps,
+        "peak_memory_bytes": _peak_memory(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, in the order of their steps."""
+    path = folder / METRICS
+    lines: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):  # the last line of a killed run may be half a line
+                lines.append(json.loads(line))
+    return lines
+
+
+class _Metrics(transformers.TrainerCallback):  # type: ignore[misc]
+    """Appends one JSON object per log or evaluation."""
+
+    def __init__(self, path: Path, batch_size: int) -> None:
+        self.path = path
+        self.batch_size = batch_size
+        self.norms: dict[str, float] = {}
+        self.begun = self.begun_at = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # A resumed run repeats the steps after its checkpoint.
+        kept = [line for line in read_metrics(self.path.parent) if line["step"] <= state.global_step]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.begun, self.begun_at = time.perf_counter(), state.global_step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        if (state.global_step + 1) % args.logging_steps == 0:
+            self.norms = methods.gradient_norms(model)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], model: nn.Module, **_: Any) -> None:
+        if "train_runtime" in logs:  # Trainer's summary, which result.json holds
+            return
+        seconds = time.perf_counter() - self.begun
+        samples = (state.global_step - self.begun_at) * self.batch_size
+        line = {"step": state.global_step, "seconds": seconds, "samples_per_second": samples / seconds if seconds else 0.0}
+        line |= {key: value for key, value in logs.items() if isinstance(value, (int, float))}
+        if "loss" in logs:
+            line |= self.norms | {"peak_memory_bytes": _peak_memory(), "trainable_parameters": _trainable(model)}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class _AfterStep(transformers.TrainerCallback):  # type: ignore[misc]
+    def __init__(self, method: str) -> None:
+        self.method = method
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        methods.after_step(model, self.method, state.global_step)
+
+
+def _claim(folder: Path, tree: dict[str, Any]) -> None:
+    """Make the folder this recipe's, or find that it is. Anything else in it is left alone."""
+    path = folder / RECIPE
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before != tree:
+            changed = sorted(key for key in {*before, *tree} if before.get(key) != tree.get(key))
+            raise ConfigError(
+                f"{str(folder)!r} holds a run with other settings (they differ in {', '.join(changed)}); name another --out"
+            )
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{str(folder)!r} exists and holds no run of evatune; name another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(tree, indent=2) + "\n")
+
+
+def _arguments(recipe: Recipe, folder: Path, quiet: bool) -> Any:
+    training = recipe.training
+    return transformers.TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        seed=recipe.seed,
+        learning_rate=training.learning_rate,
+        max_steps=training.steps,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=4 * training.batch_size,
+        warmup_steps=round(training.warmup * training.steps),
+        lr_scheduler_type=training.schedule,
+        weight_decay=training.weight_decay,
+        logging_steps=training.log_every,
+        eval_strategy="steps",
+        eval_steps=training.eval_every,
+        save_strategy="steps",
+        save_steps=training.save_every,
+        save_total_limit=1,
+        report_to=training.report_to,
+        disable_tqdm=quiet or not sys.stderr.isatty(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    root = folder / "checkpoints"
+    return transformers.trainer_utils.get_last_checkpoint(str(root)) if root.is_dir() else None
+
+
+def _save_start(model: Any, folder: Path) -> None:
+    """The adapter before training, under a temporary name first: a killed run must not leave half of it."""
+    temporary = folder.with_name(".start")
+    config = model.peft_config["default"]
+    init, config.init_lora_weights = config.init_lora_weights, True  # as PEFT documents it for the conversion
+    model.save_pretrained(temporary)
+    config.init_lora_weights = init
+    os.replace(temporary, folder)
+
+
+def _trainable(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _peak_memory() -> int:
+    """Bytes: of the accelerator's memory where there is one, else of this process since it began."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
