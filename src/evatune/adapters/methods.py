@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, TaskType, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from evatune.calibrate import calibrate
@@ -151,7 +155,14 @@ def save(model: Any, name: str, folder: Any, start: Any) -> None:
         start: folder of the adapter as it was before training; needed where the method changes the base weights.
     """
     if METHODS[name].changes_base:
-        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start))
+        with warnings.catch_warnings():
+            # PEFT loads the start beside the trained adapter for this, and warns against doing so.
+            warnings.filterwarnings("ignore", message=".*changes the base weights", category=UserWarning)
+            model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start))
+        # PEFT's conversion writes the LoRA matrices alone; the head that was trained beside them belongs there too.
+        path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+        whole = {key: value.contiguous() for key, value in get_peft_model_state_dict(model).items()} | load_file(path)
+        save_file(whole, path, metadata={"format": "pt"})
     else:
         model.save_pretrained(folder)
 

@@ -1,0 +1,70 @@
+"""Recipes: defaults, overrides, and mistakes that are all told at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evatune.errors import ConfigError
+from evatune.recipes import as_tree, keys, load, ours, parse, text_of
+
+
+@pytest.mark.parametrize("name", ours())
+def test_each_of_ours_loads_and_names_its_command(name: str) -> None:
+    recipe = load(name)
+    assert name.startswith(recipe.domain)
+    assert f"evatune train {name}" in text_of(name)
+
+
+def test_overrides_reach_into_the_tree() -> None:
+    recipe = load("understanding-movie", ["method=lora", "training.learning_rate=3e-4", "adapter.targets=[query, value]"])
+    assert (recipe.method, recipe.training.learning_rate, recipe.adapter.targets) == ("lora", 3e-4, ["query", "value"])
+    assert recipe.data == load("understanding-movie").data
+
+
+def test_a_recipe_survives_its_plain_values() -> None:
+    recipe = load("understanding-bbc", ["seed=3"])
+    assert parse(as_tree(recipe)) == recipe
+
+
+def test_every_key_has_a_help_text() -> None:
+    assert all(keys().values())
+
+
+def test_all_mistakes_are_told_at_once_with_the_nearest_key() -> None:
+    wrong = ["training.learnin_rate=3", "adapter.rank=0", "tsk=3", "training.steps=abc"]
+    with pytest.raises(ConfigError, match="4 mistakes") as caught:
+        load("understanding-movie", wrong)
+    text = str(caught.value)
+    assert "unknown key 'training.learnin_rate' (nearest: training.learning_rate)" in text
+    assert "unknown key 'tsk' (nearest: task)" in text
+    assert "adapter.rank is 0: input should be greater than or equal to 1" in text
+    assert "training.steps is 'abc'" in text
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("understanding-movi", "did you mean understanding-movie"),
+        ("nothing/at/all.yaml", "there is no recipe or file"),
+    ],
+)
+def test_an_unknown_recipe_names_ours(source: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        load(source)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"), [("a: [", "is not YAML"), ("- 1", "holds list"), ("domain: x", "key 'task' is missing")]
+)
+def test_a_file_that_is_no_recipe_says_so(content: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=text):
+        load(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(("override", "text"), [("steps", "is not key=value"), ("task.a=1", "'task' is a value")])
+def test_an_override_that_is_none_says_so(override: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        load("understanding-movie", [override])

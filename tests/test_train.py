@@ -1,0 +1,211 @@
+"""Fine-tuning by recipes: runs, methods, resuming, comparing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+from evatune.adapters.methods import METHODS
+from evatune.errors import ConfigError
+from evatune.recipes import Recipe, load
+from evatune.tasks import understanding
+from evatune.tasks.compare import grid, run_cells, summarise
+from evatune.tasks.run import RESULT, read_metrics, run
+
+torch.set_num_threads(1)
+
+SMALL = ["data.train=48", "data.test=24", "training.steps=6", "training.batch_size=8", "training.log_every=1",
+         "training.eval_every=3", "training.save_every=2", "adapter.rank=4"]  # fmt: skip
+
+
+def small(model: Path | str, *more: str) -> Recipe:
+    return load("understanding-bbc", [*SMALL, f"model={model}", *more])
+
+
+def evatune(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "evatune", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_reports(method: str, bert_folder: Path, tmp_path: Path) -> None:
+    result = run(small(bert_folder, f"method={method}"), tmp_path / "run", quiet=True)
+    assert 0 <= result["score"] <= 1
+    assert result["trainable_parameters"] > 0
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
+    if METHODS[method].adapter:
+        assert all({"grad_norm_A"} <= line.keys() for line in lines if "loss" in line) or method == "adalora"
+    assert (tmp_path / "run" / "calibration.safetensors").exists() == (
+        METHODS[method].eva is not None or METHODS[method].minor
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "olora", "mica", "eva", "eva-dora"])
+def test_a_saved_adapter_gives_its_score_on_the_untouched_base_model(method: str, bert_folder: Path, tmp_path: Path) -> None:
+    result = run(small(bert_folder, f"method={method}", "training.learning_rate=0.01"), tmp_path / "run", quiet=True)
+    base = AutoModelForSequenceClassification.from_pretrained(bert_folder, num_labels=5)
+    model = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter")).eval()
+    task = understanding.prepare("bbc", str(bert_folder), train=48, test=24, max_length=48)
+    batch = task.collator(list(task.test))
+    with torch.no_grad():
+        loss = float(model(**batch).loss)
+    assert loss == pytest.approx(result["eval_loss"], abs=1e-4)
+
+
+def test_only_the_head_learns_with_head_and_all_with_full(bert_folder: Path, tmp_path: Path) -> None:
+    head = run(small(bert_folder, "method=head"), tmp_path / "head", quiet=True)
+    full = run(small(bert_folder, "method=full"), tmp_path / "full", quiet=True)
+    assert head["trainable_parameters"] == 32 * 5 + 5
+    total = sum(
+        p.numel() for p in AutoModelForSequenceClassification.from_pretrained(bert_folder, num_labels=5).parameters()
+    )
+    assert full["trainable_parameters"] == total
+
+
+def test_the_ranks_of_lora_redist_are_evas_and_its_directions_are_not(bert_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    for method in ("eva", "lora-redist"):
+        run(small(bert_folder, f"method={method}", "training.learning_rate=1e-9"), tmp_path / method, quiet=True)
+    ours, random = (load_file(tmp_path / m / "adapter" / "adapter_model.safetensors") for m in ("eva", "lora-redist"))
+    a = [key for key in ours if "lora_A" in key]
+    assert {key: ours[key].shape for key in a} == {key: random[key].shape for key in a}
+    assert not any(torch.allclose(ours[key], random[key]) for key in a)
+
+
+def test_equal_seeds_give_equal_runs(bert_folder: Path, tmp_path: Path) -> None:
+    first, second = (run(small(bert_folder), tmp_path / name, quiet=True) for name in ("a", "b"))
+    assert first["eval_loss"] == second["eval_loss"]
+
+
+def test_a_finished_run_is_read_and_not_run_again(bert_folder: Path, tmp_path: Path) -> None:
+    first = run(small(bert_folder), tmp_path / "run", quiet=True)
+    written = (tmp_path / "run" / RESULT).stat().st_mtime_ns
+    assert run(small(bert_folder), tmp_path / "run", quiet=True) == first
+    assert (tmp_path / "run" / RESULT).stat().st_mtime_ns == written
+
+
+def test_a_folder_with_another_run_is_left_alone(bert_folder: Path, tmp_path: Path) -> None:
+    run(small(bert_folder, "method=head"), tmp_path / "run", quiet=True)
+    with pytest.raises(ConfigError, match="other settings \\(they differ in method\\)"):
+        run(small(bert_folder, "method=lora"), tmp_path / "run", quiet=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(ConfigError, match="holds no run of evatune"):
+        run(small(bert_folder), tmp_path / "mine", quiet=True)
+
+
+@pytest.mark.parametrize("method", ["lora", "eva"])
+def test_a_killed_run_resumes_and_ends_like_one_that_was_not(method: str, bert_folder: Path, tmp_path: Path) -> None:
+    recipe = small(bert_folder, f"method={method}", "training.steps=12")
+    whole = run(recipe, tmp_path / "whole", quiet=True)
+    settings = [*SMALL, f"model={bert_folder}", f"method={method}", "training.steps=12"]
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "evatune", "train", "understanding-bbc", *settings, "--out", str(out), "--json"]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints" / "checkpoint-4" / "trainer_state.json").exists() and time.monotonic() < deadline:
+        assert process.poll() is None or (out / RESULT).exists()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = run(recipe, out, quiet=True)
+    assert resumed["eval_loss"] == pytest.approx(whole["eval_loss"], abs=1e-6)
+    losses = [[line["loss"] for line in read_metrics(folder) if "loss" in line] for folder in (tmp_path / "whole", out)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_mistakes_have_one_sentence_and_status_2(tmp_path: Path) -> None:
+    for arguments, text in (
+        (["understanding-bbc", "method=best"], "method is 'best'; choose one of lora"),
+        (["understanding-bbc", "task=nothing"], "tasks of language understanding are movie"),
+        (["understanding-bbc", "domain=cooking"], "domain is 'cooking'"),
+        (["understanding-bbc", "data.train=99999"], "has 2225 examples"),
+    ):
+        found = evatune("train", *arguments, "--out", tmp_path / "run")
+        assert found.returncode == 2, found.stderr
+        assert text in found.stderr
+        assert "Traceback" not in found.stderr
+        (tmp_path / "run" / "recipe.json").unlink(missing_ok=True)
+
+
+def test_a_comparison_keeps_what_is_done_and_goes_on(bert_folder: Path, tmp_path: Path) -> None:
+    recipe = small(bert_folder, "training.steps=4")
+    cells = grid(recipe, ["head", "eva"], [0, 1], [1e-2], tmp_path)
+    assert len(cells) == 4
+    run(cells[0].recipe, cells[0].folder, quiet=True)
+    before = (cells[0].folder / RESULT).stat().st_mtime_ns
+    told: list[Any] = []
+    assert run_cells(cells, 2, lambda cell, problem: told.append((cell.folder.name, problem))) == {}
+    assert len(told) == 4
+    assert (cells[0].folder / RESULT).stat().st_mtime_ns == before
+    lines, target = summarise(cells)
+    assert {line.method: line.seeds for line in lines} == {"head": 2, "eva": 2}
+    assert target == pytest.approx(next(line.eval_loss for line in lines if line.method == "head"))
+    assert all(line.score_deviation is not None and line.best for line in lines)
+
+
+def test_a_failing_cell_does_not_end_the_others(bert_folder: Path, tmp_path: Path) -> None:
+    recipe = small(bert_folder, "training.steps=4")
+    cells = grid(recipe, ["head"], [0, 1], [], tmp_path)
+    cells[0].folder.mkdir(parents=True)
+    (cells[0].folder / "foreign").write_text("")
+    failed = run_cells(cells, 2, lambda *_: None)
+    assert list(failed) == [cells[0].folder]
+    assert "holds no run of evatune" in failed[cells[0].folder]
+    assert cells[1].done
+
+
+def test_the_command_compares_and_shows(bert_folder: Path, tmp_path: Path) -> None:
+    found = evatune(
+        "compare", "understanding-bbc", *SMALL, "training.steps=4", f"model={bert_folder}", "--methods", "lora,eva",
+        "--seeds", "0", "--lrs", "1e-3,1e-2", "--out", tmp_path / "c", "--workers", "2", "--json",
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    facts = json.loads(found.stdout)
+    assert len(facts["lines"]) == 4
+    assert facts["failed"] == {}
+    assert (tmp_path / "c" / "curves.png").stat().st_size > 1000
+
+
+def test_the_main_run_on_minilm_writes_what_it_says(tmp_path: Path) -> None:
+    settings = ["data.train=64", "data.test=32", "training.steps=6", "training.eval_every=6"]
+    found = evatune("train", "understanding-bbc", *settings, "--out", tmp_path / "run")
+    assert found.returncode == 0, found.stderr
+    assert "eva on bbc: score" in found.stdout
+    for name in ("adapter", "calibration.safetensors", "curves.png", "metrics.jsonl", "report.html", "result.json"):
+        assert (tmp_path / "run" / name).exists()
+        assert name in found.stdout
+
+
+def test_sentiment_has_both_labels_and_no_neutral_text() -> None:
+    texts, labels = understanding._sentiment("tweet")
+    assert len(texts) == len(labels) > 3000
+    assert 0.2 < sum(labels) / len(labels) < 0.8
+
+
+def test_a_wrong_download_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evatune.errors import DataError
+
+    monkeypatch.setenv("EVATUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(understanding, "_SHA256", "0" * 64)
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: (Path(command[-2]) / "vaderSentiment-3.3.2.tar.gz").write_text("x")
+    )
+    with pytest.raises(DataError, match="SHA-256 differs"):
+        understanding._source_archive()
+    assert list(tmp_path.iterdir()) == []
