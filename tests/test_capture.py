@@ -419,3 +419,83 @@ def test_an_exception_in_the_data_leaves_the_model_alone() -> None:
     with pytest.raises(OSError, match="disk on fire"):
         evatune.calibrate(net, broken())
     assert state_of(net) == before
+
+
+class Parting(nn.Module):
+    """a and b start with one input and part; c comes later with that same input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = x.split(40)
+        self.a(first)
+        self.b(first)
+        self.a(second)
+        self.b(third)
+        return self.c(first)
+
+
+def test_a_layer_that_comes_after_its_group_has_parted_gets_its_own_rows() -> None:
+    rows = torch.randn(120, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 121)[:, None]
+    calibration = evatune.calibrate(Parting(), [rows], EXACT)
+    for name, own in {"a": rows[:80], "b": torch.cat([rows[:40], rows[80:]]), "c": rows[:40]}.items():
+        assert calibration.spectra[name].rows == len(own)
+        assert calibration.spectra[name].total_energy == pytest.approx(float(own.square().sum(1).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("sketch", ["nystrom", "exact", "incremental"])
+def test_a_first_batch_without_rows_is_no_obstacle_when_centring(sketch: str) -> None:
+    batches = [torch.zeros(0, 8), *torch.randn(4, 120, 8).unbind()]
+    config = evatune.CalibrationConfig(rank=2, sketch=sketch, center=True, tolerance=0)
+    assert evatune.calibrate(Parting(), batches[1:], config, targets=["c"]).status["c"].usable
+    assert evatune.calibrate(nn.Sequential(nn.Linear(8, 8)), batches, config).spectra["0"].rows == 480
+
+
+def test_a_forward_pass_in_inference_mode_is_fine_and_sees_writes_in_place() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x + 0
+            self.a(h)
+            h.mul_(3)
+            return self.b(h)
+
+    batches = [torch.randn(50, 8, generator=torch.Generator().manual_seed(1)) for _ in range(3)]
+    calibration = evatune.calibrate(InPlace(), batches, EXACT, forward=torch.inference_mode()(lambda m, x: m(x)))
+    energies = {name: spectrum.total_energy for name, spectrum in calibration.spectra.items()}
+    assert energies["b"] == pytest.approx(9 * energies["a"], rel=1e-5)
+
+
+def test_torchs_own_transformer_layers_are_not_passed_by() -> None:
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 4, 24, batch_first=True), 2, enable_nested_tensor=True
+    ).eval()
+    mask = torch.zeros(4, 10, dtype=torch.bool)
+    mask[:, 7:] = True
+    batch = {"src": torch.randn(4, 10, 16), "src_key_padding_mask": mask}
+    before = torch.backends.mha.get_fastpath_enabled()
+    calibration = evatune.calibrate(model, [batch] * 4, EXACT, targets=["linear1", "linear2"])
+    assert all(status.usable for status in calibration.status.values())
+    assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile imports what torch itself has deprecated
+def test_names_of_a_compiled_model_are_those_of_the_model() -> None:
+    assert names(torch.compile(Toy()), None) == names(Toy(), None)
+
+
+def test_rows_are_handed_the_kind_of_batch_that_was_given() -> None:
+    batch = BatchEncoding(tokens(1)[0])
+    kinds: list[type] = []
+
+    def rows(x: Tensor, given: Any, name: str) -> Tensor:
+        kinds.append(type(given))
+        return x[given.attention_mask.bool()] if x.ndim == 3 else x
+
+    evatune.calibrate(tiny_bert(), [batch] * 2, EXACT, rows=rows)
+    assert set(kinds) == {BatchEncoding}

@@ -387,3 +387,70 @@ def test_random_numbers_are_where_they_were() -> None:
     torch.manual_seed(3)
     evatune.initialize(model, tokens(8))
     assert torch.rand(1) == expected
+
+
+def test_a_config_without_rank_leaves_rank_and_rho_to_the_adapter() -> None:
+    model = lora(tiny_bert(), eva_config=EvaConfig(rho=1.0), init_lora_weights="eva", r=3)
+    calibration = evatune.initialize(model, tokens(8), config=evatune.CalibrationConfig(center=True))
+    assert (calibration.config.rank, calibration.config.rho) == (3, 1.0)
+    assert set(calibration.allocate().ranks.values()) == {3}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_second_call_leaves_the_scale_as_it_is(rslora: bool) -> None:
+    model = lora(tiny_bert(), use_rslora=rslora)
+    for _ in range(3):
+        evatune.initialize(model, tokens(8), rank=4)
+    scales = [layer.scaling["default"] for layer in lora_layers(model).values()]
+    assert scales == pytest.approx([8 / 4**0.5 if rslora else 8 / 4] * len(scales))
+
+
+def test_layers_whose_names_end_in_one_another_keep_their_own_ranks(tmp_path: Path) -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.lin, self.other = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.block = nn.ModuleDict({"lin": nn.Linear(16, 16)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other(torch.relu(self.block["lin"](torch.tanh(self.lin(x)))))
+
+    generator = torch.Generator().manual_seed(0)
+    for decay in (0.5, 0.7, 0.9):
+        batches = [torch.randn(40, 16, generator=generator) * decay ** torch.arange(16) for _ in range(4)]
+        model = lora(Nested(), target_modules=["lin", "other"])
+        calibration = evatune.initialize(model, batches)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(Nested(), str(tmp_path))
+        ranks = calibration.allocate().ranks
+        assert {name: layer.r["default"] for name, layer in lora_layers(loaded).items()} == {
+            n: r for n, r in ranks.items() if r
+        }
+        assert all(layer.scaling["default"] == pytest.approx(2) for layer in lora_layers(loaded).values())
+        assert torch.allclose(loaded(batches[0]), model(batches[0]), atol=1e-6)
+
+
+def test_a_bias_of_b_starts_at_zero_too() -> None:
+    batch = tokens()[0]
+    before = output(tiny_bert(), batch)
+    model = lora(tiny_bert(), lora_bias=True)
+    evatune.initialize(model, tokens(8))
+    assert torch.allclose(output(model, batch), before, atol=1e-5)
+
+
+def test_frozen_parameters_of_other_adapters_stay_frozen() -> None:
+    model = lora(tiny_bert())
+    model.add_adapter("b", LoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".b." in name)
+    evatune.initialize(model, tokens(8), adapter_name="b")
+    assert all(parameter.requires_grad == (".b." in name) for name, parameter in model.named_parameters())
+
+
+def test_magnitudes_of_dora_keep_their_dtype() -> None:
+    model = lora(tiny_bert().to(torch.bfloat16), use_dora=True)
+    before = {name: p.dtype for name, p in model.named_parameters() if "magnitude" in name}
+    evatune.initialize(model, tokens(8))
+    after = {name: p.dtype for name, p in model.named_parameters() if "magnitude" in name}
+    assert after.items() <= before.items()

@@ -135,12 +135,16 @@ def test_mistakes_have_one_sentence_and_status_2(tmp_path: Path) -> None:
         (["understanding-bbc", "task=nothing"], "tasks of language understanding are movie"),
         (["understanding-bbc", "domain=cooking"], "domain is 'cooking'"),
         (["understanding-bbc", "data.train=99999"], "has 2225 examples"),
+        (["understanding-bbc", "model=./nowhere"], "model './nowhere' does not exist"),
+        (["understanding-bbc", "training.schedule=jumpy"], "training.schedule is 'jumpy'; choose one of linear"),
+        (["understanding-bbc", "adapter.targets=nothing"], "match no layer of this model"),
+        (["understanding-bbc", f"seed={2**40}"], "seed is 1099511627776"),
     ):
         found = evatune("train", *arguments, "--out", tmp_path / "run")
         assert found.returncode == 2, found.stderr
         assert text in found.stderr
         assert "Traceback" not in found.stderr
-        (tmp_path / "run" / "recipe.json").unlink(missing_ok=True)
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_comparison_keeps_what_is_done_and_goes_on(bert_folder: Path, tmp_path: Path) -> None:

@@ -68,3 +68,12 @@ def test_too_late_is_a_clear_error(tmp_path: Path) -> None:
 def test_batches_beside_a_trainer_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="takes its batches from the trainer"):
         evatune.initialize(trainer(tmp_path), tokens())
+
+
+def test_random_states_are_as_they_were(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    evatune.initialize(run)
+    assert torch.equal(torch.rand(1), expected)

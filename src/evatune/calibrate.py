@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -102,6 +104,7 @@ def run(
     progress: Callable[[Progress], None] | None = None,
 ) -> Calibration:
     """`calibrate` for layers that are already chosen."""
+    config = replace(config, rank=config.rank_or_default, rho=config.rho_or_default)  # the record says all of it
     device = _model_device(model)
     shift = config.labels_only and shifts_labels(model)
 
@@ -171,6 +174,10 @@ def to_device(batch: Any, device: torch.device | None) -> Any:
     """The batch with its tensors on `device`; the caller's containers are not touched."""
     if isinstance(batch, Tensor):
         return batch if device is None else batch.to(device)
+    if isinstance(batch, UserDict):  # transformers' BatchEncoding, whose own `to` would change the caller's
+        moved = copy.copy(batch)
+        moved.data = {key: to_device(value, device) for key, value in batch.items()}
+        return moved
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -189,7 +196,7 @@ def _may_cut_short(model: nn.Module) -> bool:
     offloading, no compiled graph, no other process.
     """
     base = getattr(model, "get_base_model", lambda: model)()
-    if not hasattr(base, "get_output_embeddings") or hasattr(model, "_orig_mod"):
+    if not type(base).__module__.startswith("transformers.") or hasattr(model, "_orig_mod"):
         return False
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False
@@ -246,7 +253,7 @@ class _Monitor:
         for site in self._sites:
             group = self._sharing.group_of(site.name)
             before = self._spectra.get(group) if group else None
-            used = max(1, plan.ranks[site.name] if plan and site.name in plan.ranks else self._config.rank)
+            used = max(1, plan.ranks[site.name] if plan and site.name in plan.ranks else self._config.rank_or_default)
             gap = _missed(before, spectra[group], used) if group and before else 1.0
             missed, weight = missed + used * gap, weight + used
             if gap <= tolerance:
@@ -308,10 +315,15 @@ class _Monitor:
             if group is not None:
                 candidates[site.name] = Candidate(spectra[group], site.in_features, site.out_features)
         try:
-            plan = allocate(candidates, rank=config.rank, rho=config.rho, budget=config.budget, metric=config.metric)
+            return allocate(
+                candidates,
+                rank=config.rank_or_default,
+                rho=config.rho_or_default,
+                budget=config.budget,
+                metric=config.metric,
+            )
         except BudgetError:
             return None
-        return plan
 
 
 def _missed(before: Spectrum, now: Spectrum, used: int) -> float:
@@ -360,13 +372,17 @@ def _as_found(model: nn.Module) -> Iterator[None]:
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        # In evaluation mode torch's own transformer layers would pass their inner linear layers by.
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.random.fork_rng(devices=_cuda_devices(model)), adapters_off(model):
             model.eval()
             yield
     finally:
         for module, training in modes:
             module.training = training
+        torch.backends.mha.set_fastpath_enabled(fast)
         random.setstate(python_state)
         if numpy:
             numpy.random.set_state(numpy_state)

@@ -64,10 +64,10 @@ class Calibration:
                 name: Candidate(self.spectra[name], layer.in_features, layer.out_features)
                 for name, layer in self.layers.items()
             },
-            rank=config.rank if rank is None else rank,
-            rho=config.rho if rho is None else rho,
-            budget=budget or config.budget,
-            metric=metric or config.metric,
+            rank=config.rank_or_default if rank is None else rank,
+            rho=config.rho_or_default if rho is None else rho,
+            budget=config.budget if budget is None else budget,
+            metric=config.metric if metric is None else metric,
             min_rank=min_rank,
         )
 
@@ -151,7 +151,7 @@ class Calibration:
                 return cls._from_record(json.loads(metadata["record"]), file)
         except SafetensorError as error:
             raise RecordError(f"{path} is damaged or not a safetensors file ({error}); run the calibration again") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, RecordError):
                 raise
             raise RecordError(
@@ -178,12 +178,27 @@ class Calibration:
                 centered=config.center,
                 certificate=certificate,
             )
+        for spectrum in by_input.values():
+            _require_whole(spectrum)
         spectra, status, layers = {}, {}, {}
         for name, facts in record["layers"].items():
             status[name] = Status(facts.pop("status"))
             layer = layers[name] = Layer(**facts)
+            if not (isinstance(layer.in_features, int) and isinstance(layer.out_features, int) and layer.out_features > 0):
+                raise ValueError(f"sizes of {name} are {layer.in_features!r} and {layer.out_features!r}")
+            if layer.input is not None and by_input[layer.input].directions.shape[1] != layer.in_features:
+                raise ValueError(f"{name} has {layer.in_features} inputs but directions of another width")
             spectra[name] = empty(layer.in_features, config.center) if layer.input is None else by_input[layer.input]
         return cls(spectra, status, layers, config, record["batches"], record["model"], versions=record["versions"])
+
+
+def _require_whole(spectrum: Spectrum) -> None:
+    """Raise a ValueError unless shapes fit each other and every number is one."""
+    directions, energies = spectrum.directions, spectrum.energies
+    if directions.ndim != 2 or energies.shape != directions.shape[:1] or spectrum.mean.shape != directions.shape[1:]:
+        raise ValueError(f"directions {tuple(directions.shape)}, energies {tuple(energies.shape)} and mean do not fit")
+    if not isinstance(spectrum.rows, int) or not isinstance(spectrum.total_energy, (int, float)):
+        raise ValueError("rows and total_energy are not numbers")
 
 
 def _versions() -> dict[str, str]:

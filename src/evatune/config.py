@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 
 from evatune.errors import ConfigError
-from evatune.ranks import BUDGETS, METRICS
+from evatune.ranks import BUDGETS, METRICS, require_rho
 from evatune.sketch import SKETCHES
+
+DEFAULT_RANK, DEFAULT_RHO = 16, 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +17,8 @@ class CalibrationConfig:
     """How activations are summarised and when to stop.
 
     Attributes:
-        rank: r, ranks per layer before redistribution.
-        rho: ρ ≥ 1; no layer gets more than ρ·r ranks.
+        rank: r, ranks per layer before redistribution. Default: the adapter's, where there is one, else 16.
+        rho: ρ ≥ 1; no layer gets more than ρ·r ranks. Default: the adapter's `EvaConfig.rho`, else 2.
         components: directions kept per layer; default ⌊ρ·r⌋, what the redistribution can use.
         budget, metric: what the stop rule's trial redistribution uses; see `Calibration.allocate`.
         sketch: "nystrom" (default), "exact" (full second moment), "incremental" (the paper's algorithm).
@@ -35,8 +37,8 @@ class CalibrationConfig:
         ConfigError: a value out of its range.
     """
 
-    rank: int = 16
-    rho: float = 2.0
+    rank: int | None = None
+    rho: float | None = None
     components: int | None = None
     budget: str = "ranks"
     metric: str = "ratio"
@@ -50,15 +52,15 @@ class CalibrationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("rank", "max_batches"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not self.rho >= 1:
-            raise ConfigError(f"rho is {self.rho}; it must be at least 1 (1 = no redistribution, 2 = the usual choice)")
-        if self.components is not None and self.components < 1:
-            raise ConfigError(f"components is {self.components}; it must be at least 1")
-        if self.oversampling < 0:
-            raise ConfigError(f"oversampling is {self.oversampling}; it must not be negative")
+        for name, least in (("rank", 1), ("max_batches", 1), ("components", 1), ("oversampling", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if value is None and name in ("rank", "components"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+            if value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        require_rho(self.rho_or_default)
         if not 0 <= self.tolerance < 1:
             raise ConfigError(f"tolerance is {self.tolerance}; it must lie in [0, 1), and 0 means never stop early")
         for name, allowed in (("sketch", SKETCHES), ("budget", BUDGETS), ("metric", METRICS)):
@@ -66,6 +68,18 @@ class CalibrationConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
 
     @property
+    def rank_or_default(self) -> int:
+        """r."""
+        return DEFAULT_RANK if self.rank is None else self.rank
+
+    @property
+    def rho_or_default(self) -> float:
+        """ρ."""
+        return DEFAULT_RHO if self.rho is None else self.rho
+
+    @property
     def kept(self) -> int:
         """Directions kept per layer."""
-        return self.components if self.components is not None else math.floor(self.rank * self.rho + 1e-9)
+        return (
+            self.components if self.components is not None else math.floor(self.rank_or_default * self.rho_or_default + 1e-9)
+        )

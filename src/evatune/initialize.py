@@ -52,10 +52,10 @@ def initialize(
         adapter_name: which adapter to initialise; no other is touched.
 
     Returns:
-        The `Calibration`. Afterwards B = 0, so the model's output is what it was; ranks and α are set in
-        the adapter's config (`rank_pattern`, `alpha_pattern`) such that each layer's α/r (rsLoRA: α/√r) is
-        what it was; layers of rank 0 carry this adapter no more; `save_pretrained` writes a folder that
-        plain PEFT loads.
+        The `Calibration`. Afterwards B = 0, so the model's output is what it was; ranks and α are set in the
+        adapter's config (`rank_pattern`, `alpha_pattern`) such that each layer's scale is α over `rank` (rsLoRA:
+        over its root), whatever its own rank, and so what it was unless `rank` replaces r; layers of rank 0 carry
+        this adapter no more; `save_pretrained` writes a folder that plain PEFT loads.
 
     Raises:
         AdapterError: no LoRA adapter of that name, or one that is already trained or merged.

@@ -87,10 +87,12 @@ def allocate(
     costs, which stays below a few seconds for models of common shape and, for pathological shapes
     only, gives way to filling the budget greedily by metric per parameter, never above it.
     """
+    for name, value in (("rank", rank), ("min_rank", min_rank)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{name} is {value!r}; it must be a whole number")
     if rank < 1:
         raise ConfigError(f"rank is {rank}; it must be at least 1")
-    if not rho >= 1:
-        raise ConfigError(f"rho is {rho}; it must be at least 1 (1 = the same rank everywhere, 2 = the usual choice)")
+    require_rho(rho)
     if metric not in METRICS:
         raise ConfigError(f"metric is {metric!r}; choose one of {', '.join(METRICS)}")
     if budget not in BUDGETS:
@@ -140,6 +142,12 @@ def allocate(
         parameters=sum(ranks[name] * layer.cost for name, layer in layers.items()),
         uniform_parameters=sum(rank * layer.cost for layer in layers.values()),
     )
+
+
+def require_rho(rho: float) -> None:
+    """Raise a ConfigError unless 1 ≤ ρ < ∞."""
+    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 1 <= rho < math.inf:
+        raise ConfigError(f"rho is {rho!r}; it must be a number of at least 1 (1 = no redistribution, 2 = the usual choice)")
 
 
 def _worth(spectrum: Spectrum, metric: str, cap: int) -> list[float]:

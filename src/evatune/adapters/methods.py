@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from evatune.calibrate import calibrate
 from evatune.calibration import Calibration
-from evatune.capture.targets import base_name
+from evatune.capture.targets import base_name, find_sites
 from evatune.config import CalibrationConfig
 from evatune.errors import ConfigError
 
@@ -88,6 +88,7 @@ def adapt(
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(name == "full" or any(part in path.split(".") for part in head))
         return model
+    find_sites(model, targets)  # whose error says what would match
     common: dict[str, Any] = {
         "target_modules": targets, "lora_alpha": alpha, "modules_to_save": head, "task_type": TaskType(task_type),
     }  # fmt: skip

@@ -88,14 +88,16 @@ def _settings(
     metric: str | None,
 ) -> CalibrationConfig:
     """The calibration's settings: what the caller says, else what `config` says, else what the adapter says."""
-    eva = lora.eva_config
-    if config is None:
-        config = CalibrationConfig(rank=lora.r, rho=eva.rho if eva is not None else 2.0)
-        if rank is None and lora.rank_pattern:
+    config = config or CalibrationConfig()
+    if rank is None and config.rank is None:
+        if lora.rank_pattern:
             raise AdapterError(
                 "the LoraConfig has a rank_pattern, which redistribution would overwrite; leave it out, or pass rank= to "
                 "say that it may be replaced"
             )
+        rank = lora.r
+    if rho is None and config.rho is None and lora.eva_config is not None:
+        rho = lora.eva_config.rho
     given: dict[str, Any] = {"rank": rank, "rho": rho, "budget": budget, "metric": metric}
     return replace(config, **{name: value for name, value in given.items() if value is not None})
 
@@ -112,7 +114,7 @@ def _slots(model: nn.Module, adapter_name: str) -> list[_Slot]:
             odd.append(f"{name} ({type(plain).__name__})")
             continue
         b = layer.lora_B[adapter_name].weight
-        if b.device.type != "meta" and bool(b.any()):
+        if b.device.type != "meta" and bool(b.any()):  # a bias of B may be random before training, as PEFT draws it
             trained.append(name)
         slots.append(_Slot(Site(name, plain, *sizes), layer, path))
     if odd:
@@ -144,38 +146,38 @@ def _write(
     adjust = lora.eva_config is None or lora.eva_config.adjust_scaling_factors
     fresh = copy.copy(lora)
     fresh.init_lora_weights = "eva"  # PEFT then fills B with zeros and leaves A to us
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    kept, dropped = [], []
+    rslora = lora.use_rslora
+    ranks, alphas = {}, {}
+    for slot in slots:
+        name, layer, rank = slot.site.name, slot.layer, plan.ranks[slot.site.name]
+        if rank:
+            now = layer.lora_alpha[adapter_name]
+            # First back to what the layer's α would be at the config's rank: an earlier call may have moved both.
+            alpha = _alpha(now, lora.r, layer.r[adapter_name], rslora)
+            ranks[name], alphas[name] = rank, _alpha(alpha, rank, plan.rank, rslora) if adjust else now
+    kept, dropped = list(ranks), [slot.site.name for slot in slots if slot.site.name not in ranks]
+    rank_pattern, alpha_pattern = _pattern(ranks, plan.rank), _pattern(alphas, lora.lora_alpha)
     with torch.random.fork_rng(devices=[]):  # PEFT draws an A that is overwritten at once
         for slot in slots:
-            name, rank = slot.site.name, plan.ranks[slot.site.name]
-            if rank == 0:
+            name = slot.site.name
+            if name in ranks:
+                a = scaled_rows(calibration.spectra[name], ranks[name], scale)
+                _fill(slot.layer, a, alphas[name], fresh, adapter_name)
+            else:
                 _remove(model, slot, adapter_name)
-                dropped.append(name)
-                continue
-            alpha = slot.layer.lora_alpha[adapter_name]
-            alphas[name] = _alpha(alpha, rank, plan.rank, lora.use_rslora) if adjust else alpha
-            ranks[name] = rank
-            a = scaled_rows(calibration.spectra[name], rank, scale)
-            _fill(slot.layer, a, alphas[name], fresh, adapter_name)
-            kept.append(name)
 
     lora.r = plan.rank
-    lora.rank_pattern = _pattern({name: r for name, r in ranks.items() if r != lora.r})
-    lora.alpha_pattern = _pattern({name: a for name, a in alphas.items() if a != lora.lora_alpha})
+    lora.rank_pattern, lora.alpha_pattern = rank_pattern, alpha_pattern
     lora.target_modules = _targets(lora, model, kept, dropped)
     # What a loader needs to know: ranks and weights are all there, nothing is left to initialise. Axolotl
     # and others refuse to merge an adapter that still says "eva".
     lora.init_lora_weights = True
     lora.eva_config = None
-    for name, rank in ranks.items():
-        assert lora.rank_pattern.get(get_pattern_key(lora.rank_pattern.keys(), name), lora.r) == rank, name
 
 
-def _alpha(alpha: float, layer_rank: int, rank: int, rslora: bool) -> float:
-    """α of a layer such that its scale, α/r or under rsLoRA α/√r, stays what it was at `rank`."""
-    ratio = layer_rank / rank
+def _alpha(alpha: float, rank: int, before: int, rslora: bool) -> float:
+    """α at `rank` such that the scale, α/r or under rsLoRA α/√r, is what `alpha` gave at the rank `before`."""
+    ratio = rank / before
     adjusted = alpha * (ratio**0.5 if rslora else ratio)
     return int(adjusted) if adjusted == int(adjusted) else adjusted
 
@@ -183,17 +185,24 @@ def _alpha(alpha: float, layer_rank: int, rank: int, rslora: bool) -> float:
 def _fill(layer: LoraLayer, a: Tensor, alpha: float, config: LoraConfig, adapter_name: str) -> None:
     """Give the layer its rank, α and A; B = 0. Parameters keep their dtype, and their identity where they fit."""
     old = layer.lora_A[adapter_name].weight
-    dtype, trainable = old.dtype, old.requires_grad
+    dtype = old.dtype
+    # PEFT's update_layer makes every adapter of the layer trainable, and a magnitude vector of the base's dtype.
+    before = {name: p.requires_grad for name, p in layer.named_parameters()}
     if len(a) != len(old) or old.device.type == "meta":
         layer.update_layer(adapter_name, r=len(a), lora_alpha=alpha, config=config)
-        for part in (layer.lora_A, layer.lora_B):
-            part[adapter_name].to(dtype)  # get_peft_model may have chosen float32 above a 16-bit base
-            part[adapter_name].requires_grad_(trainable)
+        for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+            if adapter_name in part:
+                part[adapter_name].to(dtype)  # get_peft_model may have chosen float32 above a 16-bit base
+        for name, parameter in layer.named_parameters():
+            if name in before:
+                parameter.requires_grad_(before[name])
     else:
         layer.lora_alpha[adapter_name] = alpha
         layer.scaling[adapter_name] = alpha / (len(a) ** 0.5 if config.use_rslora else len(a))
     layer.lora_A[adapter_name].weight.copy_(a)
     layer.lora_B[adapter_name].weight.zero_()
+    if layer.lora_B[adapter_name].bias is not None:
+        layer.lora_B[adapter_name].bias.zero_()
 
 
 def _remove(model: nn.Module, slot: _Slot, adapter_name: str) -> None:
@@ -220,9 +229,16 @@ def _kept(layer: LoraLayer) -> Iterator[None]:
         parameter.requires_grad_(trainable[name])
 
 
-def _pattern(values: dict[str, Any]) -> dict[str, Any]:
-    """PEFT takes the first key that a layer's name ends in, so that longer names must come first."""
-    return dict(sorted(values.items(), key=lambda item: -len(item[0])))
+def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
+    """A PEFT pattern that gives each layer its value, with as few entries as that takes.
+
+    PEFT takes the first key that a layer's name ends in. So longer names come first, and a layer with the default
+    value needs an entry where another's name would match it.
+    """
+    pattern = {name: value for name, value in values.items() if value != default}
+    pattern |= {name: default for name in values if get_pattern_key(pattern.keys(), name) in pattern.keys() - {name}}
+    pattern |= {name: value for name, value in values.items() if value != default}
+    return dict(sorted(pattern.items(), key=lambda item: -len(item[0])))
 
 
 def _targets(lora: LoraConfig, model: nn.Module, kept: list[str], dropped: list[str]) -> Any:

@@ -25,12 +25,13 @@ class _Identity:
         self.key = _memory(x)
 
     def matches(self, x: Tensor) -> bool:
-        # While the first tensor lives its memory cannot be handed to another one.
-        return self.ref() is not None and _memory(x) == self.key
+        # While the first tensor lives its memory cannot be handed to another one. Inference tensors keep no count
+        # of writes, so two calls with one of them may have seen different values.
+        return self.ref() is not None and not x.is_inference() and _memory(x) == self.key
 
 
 def _memory(x: Tensor) -> tuple[object, ...]:
-    version = 0 if x.is_inference() else x._version  # inference tensors keep no count of writes
+    version = 0 if x.is_inference() else x._version
     return (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, version)
 
 
@@ -49,6 +50,7 @@ class InputGroup:
     sketch: Sketch
     cursor: dict[str, int] = field(default_factory=dict)  # member → how many of `pending` it has seen
     pending: list[_Pending] = field(default_factory=list)
+    open: bool = True  # nothing has gone into the sketch yet, so that a layer may still join
 
     @property
     def members(self) -> list[str]:
@@ -57,6 +59,7 @@ class InputGroup:
     def settle(self) -> None:
         """Add to the sketch what every member has seen."""
         while self.pending and min(self.cursor.values()) > 0:
+            self.open = False
             self.sketch.absorb(self.pending.pop(0).digest)
             for name in self.cursor:
                 self.cursor[name] -= 1
@@ -64,7 +67,7 @@ class InputGroup:
     def split(self, names: list[str]) -> InputGroup:
         """Members that have seen the same part of `pending` leave with a copy of the sketch."""
         seen = self.cursor[names[0]]
-        other = InputGroup(self.sketch.clone(), dict.fromkeys(names, seen), self.pending[:seen])
+        other = InputGroup(self.sketch.clone(), dict.fromkeys(names, seen), self.pending[:seen], open=False)
         for name in names:
             del self.cursor[name]
         other.settle()
@@ -131,7 +134,7 @@ class Sharing:
 
     def _join(self, name: str, x: Tensor) -> InputGroup:
         first, group = self._newborn.get(_memory(x), (None, None))
-        if self._share and first is not None and group is not None and first.matches(x):
+        if self._share and first is not None and group is not None and group.open and first.matches(x):
             group.cursor[name] = 0
         else:
             group = InputGroup(self._make(x), {name: 0})

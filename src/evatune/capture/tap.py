@@ -78,7 +78,9 @@ class Tap:
         return hook
 
     @torch.no_grad()
+    @torch.inference_mode(mode=False)  # a sketch made or added to in inference mode could not be changed outside it
     def _take(self, site: Site, x: Tensor, original: Tensor) -> None:
+        x = x.clone() if x.is_inference() else x
         if self._rows is not None:
             flat, index = self._chosen(site, x), None
         else:

@@ -13,7 +13,7 @@ from evatune.errors import AdapterError, TargetError
 
 Targets = str | Iterable[str] | None
 
-_PEFT_PREFIX = "base_model.model."
+_PREFIXES = ("_orig_mod.", "base_model.model.")  # of torch.compile and of PEFT
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,10 @@ def is_wrapper(module: nn.Module) -> bool:
 
 
 def base_name(name: str) -> str:
-    """A module's name in the base model, from its name in a `PeftModel`."""
-    return name.removeprefix(_PEFT_PREFIX)
+    """A module's name in the base model, from its name in a `PeftModel` or a compiled model."""
+    while name.startswith(_PREFIXES):
+        name = name.removeprefix("_orig_mod.").removeprefix("base_model.model.")
+    return name
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:

@@ -58,11 +58,11 @@ def init(
     ] = "auto",
     rank: Annotated[
         int, typer.Option(help="Ranks per layer before redistribution.", rich_help_panel=_RANKS)
-    ] = _DEFAULTS.rank,
+    ] = _DEFAULTS.rank_or_default,
     rho: Annotated[
         float,
         typer.Option(help="No layer gets more than rho times rank; 1: no redistribution.", rich_help_panel=_RANKS),
-    ] = _DEFAULTS.rho,
+    ] = _DEFAULTS.rho_or_default,
     alpha: Annotated[float, typer.Option(help="LoRA's alpha; the paper uses 1.", rich_help_panel=_RANKS)] = 1,
     targets: Annotated[
         str,
@@ -129,7 +129,7 @@ def init(
         rank=rank, rho=rho, budget=budget, metric=metric, sketch=sketch, center=center, max_batches=max_batches,
         tolerance=tolerance, seed=seed,
     )  # fmt: skip
-    _require_sizes(alpha, rho, batch_size, max_length)
+    _require_sizes(alpha, batch_size, max_length, seed)
     require_free(out, overwrite)
     from evatune.adapters.scale import require_scale
 
@@ -175,13 +175,13 @@ def init(
     _show(calibration, out, settings, as_json)
 
 
-def _require_sizes(alpha: float, rho: float, batch_size: int, max_length: int | None) -> None:
+def _require_sizes(alpha: float, batch_size: int, max_length: int | None, seed: int) -> None:
     from evatune.errors import ConfigError
 
     if not (alpha > 0 and math.isfinite(alpha)):
         raise ConfigError(f"alpha is {alpha:g}; it must be a number above 0 (the paper uses 1)")
-    if not math.isfinite(rho):
-        raise ConfigError(f"rho is {rho}; it must be a number of at least 1")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed is {seed}; it must be at least 0 and below 2 to the power 63")
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")

@@ -67,7 +67,7 @@ def compare(
     """Compare methods under equal conditions. Finished cells are kept: the same command again goes on."""
     from dataclasses import asdict
 
-    from evatune.errors import EvatuneError
+    from evatune.errors import ConfigError, EvatuneError
     from evatune.recipes import load
 
     settings = load(recipe, overrides or [])
@@ -85,7 +85,10 @@ def compare(
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
     cells = grid(settings, names, chosen_seeds, rates, folder / "cells")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{str(folder)!r} cannot be written ({error.strerror}); name another --out") from error
     failed = _with_bar(log, cells, lambda tell: run_cells(cells, workers or os.cpu_count() or 1, tell))
     lines, target = summarise(cells, target_loss)
     facts = {"recipe": recipe, "target_loss": target, "lines": [asdict(line) for line in lines],
@@ -103,7 +106,7 @@ def compare(
         raise EvatuneError(f"{len(failed)} of {len(cells)} runs failed, for example {path.name}: {why}")
 
 
-recipes = typer.Typer(help="List, show or copy recipes.", no_args_is_help=True)
+recipes = typer.Typer(help="List, show or copy recipes.")
 
 
 @recipes.command()

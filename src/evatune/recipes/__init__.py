@@ -65,7 +65,7 @@ class Recipe:
     task: str = Field(description="which task of the domain")
     model: str = Field(default="demo", description="hub id or local folder; demo: the small model of the domain")
     method: str = Field(default="eva", description="what is trained and how it starts")
-    seed: int = Field(default=0, ge=0, description="of new weights, of the order of examples and of dropout")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of new weights, of the order of examples and of dropout")
     data: DataOptions = DataOptions()
     adapter: AdapterOptions = AdapterOptions()
     training: TrainingOptions = TrainingOptions()
@@ -82,7 +82,10 @@ def text_of(source: str) -> str:
         return files(__name__).joinpath(f"{source}.yaml").read_text(encoding="utf-8")
     path = Path(source)
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"recipe {source!r} is not a text in UTF-8; give a YAML file") from error
     near = difflib.get_close_matches(source, ours(), n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(f"there is no recipe or file {source!r}; {hint}ours are {', '.join(ours())}")

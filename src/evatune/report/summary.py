@@ -43,10 +43,11 @@ def plan_of(calibration: Calibration) -> tuple[RankPlan, str | None]:
     except BudgetError as error:
         config = calibration.config
         sizes = [layer.in_features + layer.out_features for layer in calibration.layers.values()]
-        uniform = config.rank * sum(sizes)
+        rank = config.rank_or_default
+        uniform = rank * sum(sizes)
         plan = RankPlan(
-            ranks=dict.fromkeys(calibration.layers, 0), rank=config.rank, rho=config.rho, budget=config.budget,
-            metric=config.metric, limit=config.rank * len(sizes) if config.budget == "ranks" else uniform, spent=0,
+            ranks=dict.fromkeys(calibration.layers, 0), rank=rank, rho=config.rho_or_default, budget=config.budget,
+            metric=config.metric, limit=rank * len(sizes) if config.budget == "ranks" else uniform, spent=0,
             parameters=0, uniform_parameters=uniform,
         )  # fmt: skip
         return plan, str(error)

@@ -60,7 +60,7 @@ class NystromSketch(Sketch):
         super().__init__(width, components, center=center, device=torch.device(device))
         # One column of the products is for the sum of the rows, see `_reduce`.
         columns = min(max(self.components + oversampling, _MIN_COLUMNS) - 1, width)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + width)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + width) % 2**63)
         start = torch.randn(width, columns, generator=generator)
         self._set_basis(torch.linalg.qr(start)[0].to(self.device))
         self.product = torch.zeros(width, columns, dtype=self.dtype, device=self.device)  # (d, l), C·Ω
@@ -69,7 +69,7 @@ class NystromSketch(Sketch):
         directions, energies = self._eigenpairs()
         answer = self._answer(directions, energies)
         self.certificate = answer.certificate
-        if self.center:
+        if self.center and self.shift is not None:
             self._recentre()
         old = self.basis
         if directions.shape[1] < old.shape[1]:

@@ -10,13 +10,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evatune.adapters.methods import require_method
 from evatune.errors import ConfigError, EvatuneError
-from evatune.recipes import Recipe, as_tree
+from evatune.recipes import Recipe, as_tree, parse
 from evatune.tasks.run import RESULT, read_metrics
 
 
@@ -63,9 +63,8 @@ def grid(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], rates: Se
     for seed in dict.fromkeys(seeds):
         for method in dict.fromkeys(methods):
             for rate in dict.fromkeys(rates or [recipe.training.learning_rate]):
-                if not rate > 0:
-                    raise ConfigError(f"a learning rate is {rate}; it must be above 0")
-                one = replace(recipe, method=method, seed=seed, training=replace(recipe.training, learning_rate=rate))
+                tree = as_tree(recipe) | {"method": method, "seed": seed}
+                one = parse(tree | {"training": tree["training"] | {"learning_rate": rate}}, "the comparison")
                 digest = hashlib.sha256(json.dumps(as_tree(one), sort_keys=True).encode()).hexdigest()[:10]
                 cells.append(Cell(one, store / f"{recipe.task}-{method}-lr{rate:g}-seed{seed}-{digest}"))
     return cells
@@ -122,7 +121,6 @@ def _run_one(tree: dict[str, Any], folder: str) -> None:
     import torch
     import transformers
 
-    from evatune.recipes import parse
     from evatune.tasks.run import run
 
     torch.set_num_threads(1)

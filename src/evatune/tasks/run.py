@@ -44,7 +44,7 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         raise ConfigError(f"domain is {recipe.domain!r}; choose one of {', '.join(DOMAINS)}")
     methods.require_method(recipe.method)
     tree = as_tree(recipe)
-    _claim(folder, tree)
+    begun = _require_ours(folder, tree)
     if (folder / RESULT).is_file():
         found: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         return found
@@ -59,9 +59,12 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         task.model, recipe.method, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, targets=recipe.adapter.targets,
         task_type=task.task_type, head=task.head, steps=training.steps,
     )  # fmt: skip
+    arguments = _arguments(recipe, folder, quiet)
+    if not begun:  # not before everything that the recipe can get wrong has been looked at
+        _claim(folder, tree)
     trainer = transformers.Trainer(
         model=model,
-        args=_arguments(recipe, folder, quiet),
+        args=arguments,
         train_dataset=task.train,
         eval_dataset=task.test,
         data_collator=task.collator,
@@ -164,25 +167,38 @@ class _AfterStep(transformers.TrainerCallback):  # type: ignore[misc]
         methods.after_step(model, self.method, state.global_step)
 
 
-def _claim(folder: Path, tree: dict[str, Any]) -> None:
-    """Make the folder this recipe's, or find that it is. Anything else in it is left alone."""
+def _require_ours(folder: Path, tree: dict[str, Any]) -> bool:
+    """Whether this recipe's run has begun in the folder. ConfigError if the folder is anything else than that or free."""
     path = folder / RECIPE
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before != tree:
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
             changed = sorted(key for key in {*before, *tree} if before.get(key) != tree.get(key))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ConfigError(f"{str(path)!r} is damaged, so its run cannot go on; name another --out") from error
+        if changed:
             raise ConfigError(
                 f"{str(folder)!r} holds a run with other settings (they differ in {', '.join(changed)}); name another --out"
             )
-        return
+        return True
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{str(folder)!r} exists and holds no run of evatune; name another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(tree, indent=2) + "\n")
+    return False
+
+
+def _claim(folder: Path, tree: dict[str, Any]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / RECIPE, json.dumps(tree, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"{str(folder)!r} cannot be written ({error.strerror}); name another --out") from error
 
 
 def _arguments(recipe: Recipe, folder: Path, quiet: bool) -> Any:
     training = recipe.training
+    schedules = [str(kind.value) for kind in transformers.SchedulerType]
+    if training.schedule not in schedules:
+        raise ConfigError(f"training.schedule is {training.schedule!r}; choose one of {', '.join(schedules)}")
     return transformers.TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         seed=recipe.seed,

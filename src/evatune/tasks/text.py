@@ -90,7 +90,7 @@ def load_model(source: str | Path, task: str = "auto", device: str = "auto", dty
     """
     require_loadable(source, task, device, dtype)
     instead = "a local folder with config.json, weights and tokenizer" + ("" if task == "auto" else ", or another task")
-    with _reading(source, "a model and tokenizer", instead):
+    with reading(source, "a model and tokenizer", instead):
         config = transformers.AutoConfig.from_pretrained(source)
         task = _task_of(config) if task == "auto" else task
         loader = getattr(transformers, TASKS[task][0])
@@ -158,7 +158,7 @@ def load_texts(source: str | Path, column: str | None = None, *, split: str = "t
     """
     require_path(source, "data")
     path = Path(source)
-    with _reading(source, "data", "a folder or file of text, JSON Lines, CSV or Parquet"):
+    with reading(source, "data", "a folder or file of text, JSON Lines, CSV or Parquet"):
         data = _read_local(path, split) if path.exists() else datasets.load_dataset(str(source), split=split)
     column = _text_column(data, column, source)
     data = data.select_columns([column])
@@ -284,7 +284,7 @@ def require_path(source: str | Path, what: str) -> None:
 
 
 @contextmanager
-def _reading(source: str | Path, what: str, instead: str) -> Iterator[None]:
+def reading(source: str | Path, what: str, instead: str) -> Iterator[None]:
     """Turn every error while `source` is read into a DataError that says what to give instead."""
     local = Path(source).exists()
     reachable = local or _hub_answers()

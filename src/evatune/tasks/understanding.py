@@ -19,7 +19,7 @@ import numpy as np
 import transformers
 
 from evatune.errors import ConfigError, DataError
-from evatune.tasks.text import demo_data, demo_model
+from evatune.tasks.text import demo_data, demo_model, reading, require_path
 
 _SENTIMENT = {  # task → file in the archive
     "movie": "movieReviewSnippets_GroundTruth.txt",
@@ -63,10 +63,12 @@ def prepare(task: str, model: str, *, train: int, test: int, max_length: int) ->
         )
     order = np.random.default_rng(0).permutation(len(texts))[: train + test].tolist()
     source = demo_model() if model == "demo" else model
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    require_path(source, "model")
+    with reading(source, "a model and tokenizer", "a local folder with config.json, weights and tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        loaded = transformers.AutoModelForSequenceClassification.from_pretrained(source, num_labels=len(set(labels)))
     encoded = tokenizer([texts[i] for i in order], truncation=True, max_length=max_length)
     data = datasets.Dataset.from_dict({**encoded, "labels": [labels[i] for i in order]})
-    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(source, num_labels=len(set(labels)))
     return Prepared(
         model=loaded,
         tokenizer=tokenizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -28,5 +29,10 @@ def initialize_trainer(trainer: Any, *, forward: ForwardFunction | None, **optio
     loader = trainer.get_train_dataloader()
     del trainer.accelerator._dataloaders[known:]  # accelerate saves the state of all it has prepared
     # The loader inside accelerate's own: leaving that one early would leave its end-of-epoch mark behind.
-    batches = map(trainer._prepare_inputs, getattr(loader, "base_dataloader", loader))
-    return initialize_model(trainer.model, batches, forward=prepared, **options)
+    inner = getattr(loader, "base_dataloader", loader)
+
+    def batches() -> Iterator[Any]:  # the loader draws its seed when this is first asked, where random states are kept
+        for batch in inner:
+            yield trainer._prepare_inputs(batch)
+
+    return initialize_model(trainer.model, batches(), forward=prepared, **options)
