@@ -499,3 +499,14 @@ def test_rows_are_handed_the_kind_of_batch_that_was_given() -> None:
 
     evatune.calibrate(tiny_bert(), [batch] * 2, EXACT, rows=rows)
     assert set(kinds) == {BatchEncoding}
+
+
+def test_a_module_that_is_trained_in_full_keeps_its_name_and_its_original_is_watched() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    options = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
+    model = get_peft_model(tiny_bert("classification"), LoraConfig(r=2, **options))
+    assert names(model, "all-linear") == names(tiny_bert("classification"), "all-linear")
+    assert names(model, None) == [name for name in names(model, "all-linear") if name.endswith("query")]
+    calibration = evatune.calibrate(model, tokens(8), EXACT, targets=["classifier"])
+    assert calibration.status["classifier"].usable

@@ -454,3 +454,11 @@ def test_magnitudes_of_dora_keep_their_dtype() -> None:
     evatune.initialize(model, tokens(8))
     after = {name: p.dtype for name, p in model.named_parameters() if "magnitude" in name}
     assert after.items() <= before.items()
+
+
+def test_the_adapters_wish_for_whitening_is_granted() -> None:
+    model = lora(tiny_bert(), init_lora_weights="eva", eva_config=EvaConfig(whiten=True))
+    calibration = evatune.initialize(model, tokens(8))
+    for name, layer in lora_layers(model).items():
+        a = layer.lora_A["default"].weight
+        assert torch.allclose(a, scaled_rows(calibration.spectra[name], len(a), "whiten"), rtol=1e-4, atol=1e-6)

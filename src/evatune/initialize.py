@@ -43,6 +43,7 @@ def initialize(
             "paper"    a_j = v_j, orthonormal rows.
             "whiten"   a_j = v_j / σ_j, σ_j the standard deviation of v_j·x over tokens, so that every
                        component of Ax has variance 1. σ_j is taken no smaller than 0.001·sqrt(E[(v_j·x)²]).
+                       Also what `EvaConfig(whiten=True)` in the adapter's config asks for.
             "matched"  a_j = c·v_j, c² = (r_l / (3·in)) · E‖x‖² / Σ_j E[(v_j·x)²], so that E‖Ax‖² is what it
                        is for PEFT's default initialisation (uniform on ±1/√in) at the layer's rank: a
                        learning rate tuned for LoRA carries over.

@@ -54,6 +54,8 @@ def initialize_model(
     """`evatune.initialize` for a model; see there. Nothing is written before everything is known to fit."""
     require_scale(scale)
     lora = _lora_config(model, adapter_name)
+    if lora.eva_config is not None and lora.eva_config.whiten and scale == "paper":
+        scale = "whiten"
     slots = _slots(model, adapter_name)
     config = _settings(config, lora, rank=rank, rho=rho, budget=budget, metric=metric)
     calibration = run(model, [slot.site for slot in slots], batches, config, forward=forward, rows=rows, progress=progress)

@@ -43,7 +43,16 @@ def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
 
 def is_wrapper(module: nn.Module) -> bool:
     """Whether this is an adapter layer around a base layer, as PEFT builds them."""
-    return isinstance(getattr(module, "base_layer", None), nn.Module) and hasattr(module, "_disable_adapters")
+    return _inside(module) == "base_layer"
+
+
+def _inside(module: nn.Module) -> str | None:
+    """Where PEFT keeps what it wraps: below an adapter, or beside a copy that is trained (`modules_to_save`)."""
+    if not hasattr(module, "_disable_adapters"):
+        return None
+    return next(
+        (part for part in ("base_layer", "original_module") if isinstance(getattr(module, part, None), nn.Module)), None
+    )
 
 
 def base_name(name: str) -> str:
@@ -59,11 +68,11 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]
     for name, module in model.named_modules():
         if name.startswith(inside) and inside:
             continue
-        if is_wrapper(module):
+        if _inside(module):
             inside = (*inside, f"{name}.")
             plain: nn.Module = module
-            while is_wrapper(plain):
-                plain = plain.get_submodule("base_layer")
+            while part := _inside(plain):
+                plain = plain.get_submodule(part)
             yield base_name(name), module, plain
         elif name:
             yield base_name(name), module, module
