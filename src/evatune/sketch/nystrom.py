@@ -1,6 +1,6 @@
 """The default sketch: streaming Nyström approximation of the second moment with a moving basis.
 
-Kept per layer input of width d: an orthonormal basis Ω (d, l) with l = components + oversampling, and
+Kept per layer input of width d: an orthonormal basis Ω (d, l) with l = components + oversampling - 1, and
 Y = C·Ω (d, l) where C = Σ x xᵀ. One update is two thin products, 4·n·d·l flops, and no copy of the
 activation. C itself is recovered as Y (ΩᵀY)⁺ Yᵀ (Tropp, Yurtsever, Udell, Cevher 2017, Fixed-rank
 approximation of a positive-semidefinite matrix from streaming data), which is never above C: what the
@@ -39,7 +39,8 @@ class NystromSketch(Sketch):
     Args:
         width: d, size of a row.
         components: k, how many directions will be asked for.
-        oversampling: extra columns of the basis; the basis has max(k + oversampling, 32) columns, at most d.
+        oversampling: extra columns; the products have max(k + oversampling, 32), of which the basis takes all but
+            one, at most d.
         center: work on `x - mean` (covariance) instead of `x`; an exact correction, not a second pass.
         seed: of the random start of the first basis, together with `width`.
         device: where the rows live.
@@ -185,7 +186,8 @@ def _eigenpairs_of(factor: Tensor) -> tuple[Tensor, Tensor]:
     an error of 1e-16·λ_1/λ_j in direction j: below float32's for every energy that `_COLUMN_RTOL` lets through.
     """
     values, vectors = torch.linalg.eigh(factor.T @ factor)
-    keep = values > values.amax() * _COLUMN_RTOL**2 if len(values) else values > 0
+    floor = max(_COLUMN_RTOL**2, torch.finfo(factor.dtype).eps)
+    keep = values > values.amax() * floor if len(values) else values > 0
     values, vectors = values[keep].flip(0), vectors[:, keep].flip(1)
     return factor @ (vectors / values.sqrt()), values
 
