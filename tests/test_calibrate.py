@@ -240,3 +240,49 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         calibration.save(path)
     assert path.read_text() == "precious"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rho": float("inf")}, {"rho": "2"}, {"rank": 2.5}, {"rank": "16"}, {"components": 2.5}, {"max_batches": 2.5},
+     {"oversampling": 1.5}, {"seed": 1.5}, {"seed": -1}],
+)  # fmt: skip
+def test_settings_of_the_wrong_kind_are_named(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(options))} is "):
+        CalibrationConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rho": float("inf")}, {"rank": 2.5}, {"min_rank": 1.5}, {"metric": ""}, {"budget": ""}]
+)
+def test_allocate_names_options_of_the_wrong_kind(options: dict[str, Any]) -> None:
+    calibration = evatune.calibrate(Toy(), inputs(), CalibrationConfig(rank=4))
+    with pytest.raises(ConfigError, match=f"{next(iter(options))} is "):
+        calibration.allocate(**options)
+
+
+def test_a_large_seed_is_fine() -> None:
+    assert evatune.calibrate(Toy(), inputs(), CalibrationConfig(rank=4, seed=2**62)).batches == 6
+
+
+@pytest.mark.parametrize("damage", ["inputs", "layers", "in_features", "total_energy", "rows"])
+def test_a_record_with_damaged_contents_is_refused(damage: str, tmp_path: Path) -> None:
+    import json
+
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    path = tmp_path / "c.safetensors"
+    evatune.calibrate(Toy(), inputs(), CalibrationConfig(rank=4)).save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    record = json.loads(metadata["record"])
+    if damage in ("inputs", "layers"):
+        record[damage] = None
+    elif damage == "in_features":
+        next(iter(record["layers"].values()))[damage] = -5
+    else:
+        next(iter(record["inputs"].values()))[damage] = "x"
+    save_file(load_file(path), path, metadata=metadata | {"record": json.dumps(record)})
+    with pytest.raises(RecordError, match="its record is damaged"):
+        Calibration.load(path)
