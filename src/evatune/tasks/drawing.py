@@ -38,14 +38,28 @@ _DART = np.array([1.25, -0.75 + 0.6j, -0.75 - 0.6j])  # points to the right; lon
 Grey = Any  # float array (SIDE, SIDE), 0 black, 1 white
 
 
-def letter(rng: np.random.Generator, text: str, font: str, *, sizes: tuple[int, int], tilt: float) -> Any:
-    """A glyph or a few, wherever there is room, turned by at most `tilt` degrees. uint8 (32, 32)."""
-    ground, ink = _ground(rng)
+def letter(
+    rng: np.random.Generator,
+    text: str,
+    font: str,
+    *,
+    sizes: tuple[int, int],
+    tilt: float,
+    spread: float = 1,
+    clear: float = 0,
+) -> Any:
+    """A glyph, turned by at most `tilt` degrees. uint8 (32, 32).
+
+    Args:
+        sizes: of the font, smallest and largest, in pixels. spread: share of the room around the glyph in which it moves.
+        clear: chance of an even black ground.
+    """
+    ground, ink = (np.zeros((SIDE, SIDE)), 0.9) if rng.random() < clear else _ground(rng)
     found = _font(font, int(rng.integers(sizes[0], sizes[1] + 1)) * 2)
     left, top, right, bottom = found.getbbox(text)
     fine = Image.new("L", (2 * SIDE, 2 * SIDE))
     ImageDraw.Draw(fine).text((SIDE - (left + right) / 2, SIDE - (top + bottom) / 2), text, fill=255, font=found)
-    room = np.maximum(0, SIDE - np.array([right - left, bottom - top]) / 2)  # in pixels of the fine image
+    room = spread * np.maximum(0, SIDE - np.array([right - left, bottom - top]) / 2)  # in pixels of the fine image
     x, y = rng.uniform(-room, room).round()
     fine = fine.rotate(rng.uniform(-tilt, tilt), Image.Resampling.BILINEAR, translate=(int(x), int(y)))
     return _finished(rng, _painted(ground, fine, ink))
