@@ -28,6 +28,9 @@ class DataOptions:
     )
     test: int = Field(default=500, ge=1, description="examples to evaluate on, none of them trained on")
     max_length: int = Field(default=48, ge=4, description="tokens per text; the rest is cut off")
+    source: str | None = Field(default=None, description="hub id or folder of the user's own data; its split train is used")
+    image_column: str = Field(default="image", description="images: column of data.source that holds them")
+    label_column: str = Field(default="label", description="column of data.source that holds the classes")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

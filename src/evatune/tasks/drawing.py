@@ -1,0 +1,140 @@
+"""Images drawn from random numbers: glyphs and plain shapes on cluttered, noisy grounds; 32 × 32, grey."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+SIDE = 32
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+# Both sets come with matplotlib. The first is for pre-training alone, the second for the task of recognising fonts alone.
+PRETRAINING_FONTS = tuple(
+    f"DejaVu{family}"
+    for family in (
+        "Sans", "Sans-Bold", "Sans-Oblique", "Sans-BoldOblique", "SansMono", "SansMono-Bold", "SansMono-Oblique",
+        "SansMono-BoldOblique", "Serif", "Serif-Bold", "Serif-Italic", "Serif-BoldItalic",
+    )
+)  # fmt: skip
+TASK_FONTS = (
+    "cmb10", "cmr10", "cmss10", "cmti10", "cmtt10", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
+    "STIXGeneralBolIta",
+)  # fmt: skip
+CELLS, ANGLES, MOST_SHAPES = 4, 16, 8
+
+_FINE = 4  # shapes are drawn this many times as large, then averaged down: smooth edges, positions between pixels
+_TURN = 2 * np.pi
+_DISC = np.exp(1j * np.linspace(0, _TURN, 24, endpoint=False))
+_SQUARE = np.exp(1j * _TURN * (np.arange(4) + 0.5) / 4)
+_TRIANGLE = np.exp(1j * _TURN * np.arange(3) / 3)
+_STAR = np.exp(1j * _TURN * np.arange(10) / 10) * np.where(np.arange(10) % 2, 0.45, 1)
+_SHAPES = (_DISC, _SQUARE, _TRIANGLE, _STAR)
+_DART = np.array([1.25, -0.75 + 0.6j, -0.75 - 0.6j])  # points to the right; longer than wide
+
+Grey = Any  # float array (SIDE, SIDE), 0 black, 1 white
+
+
+def letter(
+    rng: np.random.Generator,
+    text: str,
+    font: str,
+    *,
+    sizes: tuple[int, int],
+    tilt: float,
+    spread: float = 1,
+    clear: float = 0,
+) -> Any:
+    """A glyph, turned by at most `tilt` degrees. uint8 (32, 32).
+
+    Args:
+        sizes: of the font, smallest and largest, in pixels. spread: share of the room around the glyph in which it moves.
+        clear: chance of an even black ground.
+    """
+    ground, ink = (np.zeros((SIDE, SIDE)), 0.9) if rng.random() < clear else _ground(rng)
+    found = _font(font, int(rng.integers(sizes[0], sizes[1] + 1)) * 2)
+    left, top, right, bottom = found.getbbox(text)
+    fine = Image.new("L", (2 * SIDE, 2 * SIDE))
+    ImageDraw.Draw(fine).text((SIDE - (left + right) / 2, SIDE - (top + bottom) / 2), text, fill=255, font=found)
+    room = spread * np.maximum(0, SIDE - np.array([right - left, bottom - top]) / 2)  # in pixels of the fine image
+    x, y = rng.uniform(-room, room).round()
+    fine = fine.rotate(rng.uniform(-tilt, tilt), Image.Resampling.BILINEAR, translate=(int(x), int(y)))
+    return _finished(rng, _painted(ground, fine, ink))
+
+
+def location(rng: np.random.Generator, label: int) -> Any:
+    """A shape whose centre lies in cell `label` of a grid of 4 × 4, row by row. uint8 (32, 32)."""
+    ground, ink = _ground(rng)
+    row, column = divmod(label, CELLS)
+    cell = (SIDE - 8) / CELLS
+    centre = complex(*(4 + cell * (np.array([column, row]) + rng.uniform(0, 1, 2))))
+    return _finished(rng, _shape(ground, _any_shape(rng), centre, rng.uniform(2, 6), rng.uniform(0, _TURN), ink))
+
+
+def orientation(rng: np.random.Generator, label: int) -> Any:
+    """A dart that points into sector `label` of 16, clockwise from the right. uint8 (32, 32)."""
+    ground, ink = _ground(rng)
+    centre = complex(*rng.uniform(8, SIDE - 8, 2))
+    angle = _TURN * (label + rng.uniform(-0.5, 0.5)) / ANGLES
+    return _finished(rng, _shape(ground, _DART, centre, rng.uniform(3.5, 7), angle, ink))
+
+
+def counting(rng: np.random.Generator, label: int) -> Any:
+    """`label` + 1 shapes of unlike size and brightness, which may overlap a little. uint8 (32, 32)."""
+    image, ink = _ground(rng)
+    placed: list[tuple[complex, float]] = []
+    while len(placed) <= label:
+        radius = rng.uniform(1.8, 4.5)
+        centre = complex(*rng.uniform(radius, SIDE - radius, 2))
+        if all(abs(centre - other) > 0.8 * (radius + size) for other, size in placed):
+            placed.append((centre, radius))
+            image = _shape(image, _any_shape(rng), centre, radius, rng.uniform(0, _TURN), ink + rng.uniform(-0.12, 0.12))
+    return _finished(rng, image)
+
+
+def fonts(rng: np.random.Generator, label: int) -> Any:
+    """A random letter in font `label` of `TASK_FONTS`. uint8 (32, 32)."""
+    return letter(rng, str(rng.choice(list(LETTERS))), TASK_FONTS[label], sizes=(20, 30), tilt=15)
+
+
+def _ground(rng: np.random.Generator) -> tuple[Grey, float]:
+    """A sloping ground with a few lines on it, and a brightness that stands out from it, either way."""
+    level, step = rng.uniform(0.1, 0.4), rng.uniform(0.3, 0.5)
+    slope = rng.uniform(-0.1, 0.1, 2)
+    line = np.linspace(-1, 1, SIDE)
+    image = level + slope[0] * line[:, None] + slope[1] * line[None, :]
+    for _ in range(rng.integers(0, 4)):
+        fine = Image.new("L", (2 * SIDE, 2 * SIDE))
+        ImageDraw.Draw(fine).line([float(x) for x in rng.uniform(0, 2 * SIDE, 4)], fill=255, width=int(rng.integers(1, 4)))
+        image = _painted(image, fine, level + rng.uniform(-0.2, 0.2))
+    ink = level + step
+    return (1 - image, 1 - ink) if rng.random() < 0.5 else (image, ink)
+
+
+def _any_shape(rng: np.random.Generator) -> Any:
+    return _SHAPES[rng.integers(len(_SHAPES))]
+
+
+def _shape(image: Grey, outline: Any, centre: complex, radius: float, angle: float, ink: float) -> Grey:
+    corners = _FINE * (centre + radius * outline * np.exp(1j * angle))
+    fine = Image.new("L", (_FINE * SIDE, _FINE * SIDE))
+    ImageDraw.Draw(fine).polygon([(float(z.real), float(z.imag)) for z in corners], fill=255)
+    return _painted(image, fine, ink)
+
+
+def _painted(image: Grey, fine: Image.Image, ink: float) -> Grey:
+    cover = np.asarray(fine.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64) / 255
+    return image * (1 - cover) + ink * cover
+
+
+def _finished(rng: np.random.Generator, image: Grey) -> Any:
+    noisy = image + rng.uniform(0.02, 0.1) * rng.standard_normal(image.shape)
+    return np.round(255 * noisy.clip(0, 1)).astype(np.uint8)
+
+
+@cache
+def _font(name: str, size: int) -> Any:
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), size)
