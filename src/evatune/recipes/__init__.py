@@ -28,6 +28,7 @@ class DataOptions:
     )
     test: int = Field(default=500, ge=1, description="examples to evaluate on, none of them trained on")
     max_length: int = Field(default=48, ge=4, description="tokens per text; the rest is cut off")
+    episodes: int = Field(default=20, ge=1, description="rl: episodes in the simulator")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
