@@ -76,9 +76,9 @@ def main() -> None:
         Windows(part | {"states": (part["states"] - mean) / deviation}, LENGTH) for part in (data, unseen)
     )
     trainer = train(
-        model, train_set, test_set, transformers.default_data_collator, name=NAME, seed=SEED, max_steps=4000,
+        model, train_set, test_set, transformers.default_data_collator, name=NAME, seed=SEED, max_steps=2400,
         learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=200, weight_decay=0.01, per_device_train_batch_size=64,
-        per_device_eval_batch_size=256, eval_strategy="steps", eval_steps=1000, logging_steps=100,
+        per_device_eval_batch_size=256, eval_strategy="steps", eval_steps=1200, logging_steps=100,
     )  # fmt: skip
     trained = trainer.model.eval()
     fold(trained, mean, deviation)

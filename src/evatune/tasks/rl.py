@@ -42,7 +42,7 @@ TRAIN, TEST, JUDGE = range(3)  # who an episode is for; a seed belongs to one of
 _STEPS = 200  # of an episode at most; experts need 40 to 140
 _NOISE = 0.2
 _RETURN = 1.0  # what demonstrations reach: see `Windows`
-_FRAME_EVERY = 4  # simulator steps, of which a second has 80
+_FRAME_EVERY = 8  # simulator steps, of which a second has 80
 _FRAME = (180, 240)  # pixels
 _log = logging.getLogger(__name__)
 
@@ -280,7 +280,11 @@ class _Film:
         try:
             import mujoco
 
-            self.renderer = mujoco.Renderer(env.model, *_FRAME)
+            env.model.vis.quality.offsamples = 0  # without a GPU, smooth edges and shadows cost more than the policy
+            renderer = mujoco.Renderer(env.model, *_FRAME)
+            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+            self.renderer = renderer
         except Exception as error:  # of many kinds: no driver, no display, a library that is missing
             _log.warning("no episode.gif: MuJoCo cannot draw here (%s); set MUJOCO_GL to egl or osmesa", error)
 
@@ -294,7 +298,9 @@ class _Film:
         if self.frames:
             first, *others = self.frames
             temporary = path.with_name(f".{path.name}")
-            first.save(temporary, format="GIF", save_all=True, append_images=others, duration=1000 // 20, loop=0)
+            first.save(
+                temporary, format="GIF", save_all=True, append_images=others, duration=1000 * _FRAME_EVERY // 80, loop=0
+            )
             os.replace(temporary, path)
 
     def close(self) -> None:
