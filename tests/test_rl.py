@@ -18,7 +18,7 @@ import transformers
 from peft import PeftModel
 from PIL import Image
 
-from evatune.errors import ConfigError, DataError
+from evatune.errors import ConfigError, DataError, EvatuneError
 from evatune.recipes import Recipe, load, ours
 from evatune.tasks import rl
 from evatune.tasks.compare import grid, run_cells, summarise
@@ -291,12 +291,13 @@ def test_there_is_a_recipe_for_every_task() -> None:
         ("data.max_length=17", "data.max_length is 17 steps, but this model sees 16 at most"),
         ("model=./nowhere", "model './nowhere' does not exist"),
         ("adapter.targets=[q_proj]", "match no layer of this model"),
+        ("method=olora", "method olora cannot start layers of the kind Conv1D, such as 'encoder.h.0.attn.c_attn'"),
     ],
 )
 def test_a_mistake_has_one_sentence_and_leaves_no_folder(
     override: str, text: str, small_folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises((ConfigError, DataError, ValueError), match=text):
+    with pytest.raises(EvatuneError, match=text):
         run(small(small_folder, override), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
