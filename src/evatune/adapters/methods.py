@@ -91,10 +91,18 @@ def adapt(
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(name == "full" or (name == "head" and any(part in path.split(".") for part in head)))
         return model
-    find_sites(model, targets)  # whose error says what would match
+    sites = find_sites(model, targets)  # whose error says what would match
+    transposed = [site.name for site in sites if type(site.module).__name__ == "Conv1D"]
+    if name == "olora" and transposed:
+        raise ConfigError(
+            f"method olora cannot start layers of the kind Conv1D, such as {transposed[0]!r}: PEFT's OLoRA reads their "
+            "weights the wrong way round; choose another method, or other adapter.targets"
+        )
     common: dict[str, Any] = {
         "target_modules": targets, "lora_alpha": alpha, "modules_to_save": head if new_head else None,
         "task_type": TaskType(task_type) if task_type else None,
+        # PEFT corrects this by itself, but with a warning per layer.
+        "fan_in_fan_out": len(transposed) == len(sites),
     }  # fmt: skip
     if name == "adalora":
         # Starts at 1.5 times the rank and prunes to it over the middle part of the run, in the paper's proportions.

@@ -27,10 +27,18 @@ class DataOptions:
         default=1000, ge=1, description="examples to train on, drawn with the seed 0 whatever the run's seed is"
     )
     test: int = Field(default=500, ge=1, description="examples to evaluate on, none of them trained on")
-    max_length: int = Field(default=48, ge=4, description="tokens per text; the rest is cut off")
-    source: str | None = Field(default=None, description="hub id or folder of the user's own data; its split train is used")
-    image_column: str = Field(default="image", description="images: column of data.source that holds them")
+    max_length: int = Field(default=48, ge=4, description="tokens per text, the rest is cut off; rl: steps the policy sees")
+    source: str | None = Field(default=None, description="hub id, file or folder of the user's own data")
+    subset: str | None = Field(default=None, description="configuration of a hub data set, such as sst2 of nyu-mll/glue")
+    train_split: str = Field(default="train", description="split of data.source to train on")
+    test_split: str | None = Field(default=None, description="split to evaluate on; default: unseen examples of train_split")
+    columns: list[str] = Field(
+        default_factory=list,
+        description="columns of data.source: text, or a pair of texts; generation: prompt and answer; images: the image. "
+        "Default: text, or image",
+    )
     label_column: str = Field(default="label", description="column of data.source that holds the classes")
+    episodes: int = Field(default=20, ge=1, description="rl: episodes in the simulator")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -46,7 +46,7 @@ class Line:
     trainable_parameters: int
     init_seconds: float
     train_seconds: float
-    curve: list[tuple[int, float, float]]  # step, mean evaluation loss, mean score
+    curve: list[tuple[int, float, float | None]]  # step, mean evaluation loss, mean score where it was measured
     best: bool  # the method's learning rate of highest mean score
 
 
@@ -155,7 +155,7 @@ def summarise(cells: Sequence[Cell], target_loss: float | None = None) -> tuple[
     lines = []
     for (method, rate), group in found.items():
         some = results[method, rate]
-        curves = [_curve(cell.folder) for cell in group]
+        curves = [_curve(cell.folder, result["score"]) for cell, result in zip(group, some, strict=True)]
         reached = [next((step for step, loss, _ in curve if target_loss is not None and loss <= target_loss), None)
                    for curve in curves]  # fmt: skip
         steps = [step for step in reached if step is not None]
@@ -179,17 +179,25 @@ def summarise(cells: Sequence[Cell], target_loss: float | None = None) -> tuple[
     return lines, target_loss
 
 
-def _curve(folder: Path) -> list[tuple[int, float, float]]:
-    return [(line["step"], line["eval_loss"], line["eval_score"]) for line in read_metrics(folder) if "eval_loss" in line]
+def _curve(folder: Path, score: float) -> list[tuple[int, float, float | None]]:
+    """Step, evaluation loss, score; a score that no evaluation measures is known after the last one."""
+    lines = [line for line in read_metrics(folder) if "eval_loss" in line]
+    return [
+        (line["step"], line["eval_loss"], line.get("eval_score", score if line is lines[-1] else None)) for line in lines
+    ]
 
 
-def _mean_curve(curves: list[list[tuple[int, float, float]]]) -> list[tuple[int, float, float]]:
+def _mean_curve(curves: list[list[tuple[int, float, float | None]]]) -> list[tuple[int, float, float | None]]:
     """The mean over seeds at the steps that every seed has."""
     if not curves:
         return []
     by_step = [{step: (loss, score) for step, loss, score in curve} for curve in curves]
     common = sorted(set.intersection(*(set(points) for points in by_step)))
-    return [(step, _mean(p[step][0] for p in by_step), _mean(p[step][1] for p in by_step)) for step in common]
+    found = []
+    for step in common:
+        losses, scores = zip(*(points[step] for points in by_step), strict=True)
+        found.append((step, _mean(losses), None if None in scores else _mean(scores)))
+    return found
 
 
 def _mean(values: Any) -> float:

@@ -21,9 +21,9 @@ from evatune.errors import ConfigError
 from evatune.files import write_text
 from evatune.initialize import initialize
 from evatune.recipes import Recipe, as_tree
-from evatune.tasks import images, understanding
+from evatune.tasks import generation, images, rl, understanding
 
-DOMAINS: dict[str, ModuleType] = {"understanding": understanding, "images": images}
+DOMAINS: dict[str, ModuleType] = {"generation": generation, "understanding": understanding, "images": images, "rl": rl}
 _OF_TRAINER = ("runtime", "per_second", "model_preparation_time")  # what its evaluation says about speed
 RESULT, METRICS, RECIPE = "result.json", "metrics.jsonl", "recipe.json"
 

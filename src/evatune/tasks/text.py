@@ -159,7 +159,7 @@ def load_texts(source: str | Path, column: str | None = None, *, split: str = "t
     require_path(source, "data")
     path = Path(source)
     with reading(source, "data", "a folder or file of text, JSON Lines, CSV or Parquet"):
-        data = _read_local(path, split) if path.exists() else datasets.load_dataset(str(source), split=split)
+        data = read_local(path, split) if path.exists() else datasets.load_dataset(str(source), split=split)
     column = _text_column(data, column, source)
     data = data.select_columns([column])
     data = data if column == "text" else data.rename_column(column, "text")
@@ -171,7 +171,8 @@ def load_texts(source: str | Path, column: str | None = None, *, split: str = "t
     return data
 
 
-def _read_local(path: Path, split: str) -> Any:
+def read_local(path: Path, split: str) -> Any:
+    """One split of files or of a folder that `datasets` saved. DataError for what is not read."""
     if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
         return _one_split(datasets.load_from_disk(str(path)), path, split)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _kind(p) and p.is_file())
