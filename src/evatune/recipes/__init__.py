@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -57,7 +57,9 @@ class TrainingOptions:
 
     learning_rate: float = Field(default=1e-3, gt=0, description="largest learning rate")
     steps: int = Field(default=60, ge=1, description="optimiser steps")
-    batch_size: int = Field(default=16, ge=1, description="examples per step")
+    batch_size: int = Field(default=16, ge=1, description="examples per batch and process")
+    accumulate: int = Field(default=1, ge=1, description="batches whose gradients make one step")
+    precision: Literal["float32", "bf16", "fp16"] = Field(default="float32", description="mixed precision, or none")
     warmup: float = Field(default=0.06, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     schedule: str = Field(default="linear", description="learning rate after warm-up, as transformers names it")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay")

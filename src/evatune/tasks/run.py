@@ -75,7 +75,7 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
             ),
             None,
         ),
-        callbacks=[_AfterStep(recipe.method), _Metrics(folder / METRICS, training.batch_size)],
+        callbacks=[_AfterStep(recipe.method), _Metrics(folder / METRICS, training.batch_size * training.accumulate)],
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)  # metrics go to the file
     calibration = methods.prepare(
@@ -211,6 +211,10 @@ def _arguments(recipe: Recipe, folder: Path, quiet: bool) -> Any:
         max_steps=training.steps,
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=4 * training.batch_size,
+        gradient_accumulation_steps=training.accumulate,
+        bf16=training.precision == "bf16",
+        fp16=training.precision == "fp16",
+        use_cpu=not torch.accelerator.is_available(),
         warmup_steps=round(training.warmup * training.steps),
         lr_scheduler_type=training.schedule,
         weight_decay=training.weight_decay,
