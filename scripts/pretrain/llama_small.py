@@ -89,7 +89,7 @@ class Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1200, help="optimiser steps of 32 blocks of 128 tokens")
+    parser.add_argument("--steps", type=int, default=800, help="optimiser steps of 32 blocks of 128 tokens")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
