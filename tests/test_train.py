@@ -151,7 +151,7 @@ def test_mistakes_have_one_sentence_and_status_2(tmp_path: Path) -> None:
 
 def test_a_comparison_keeps_what_is_done_and_goes_on(bert_folder: Path, tmp_path: Path) -> None:
     recipe = small(bert_folder, "training.steps=4")
-    cells = grid(recipe, ["head", "eva"], [0, 1], [1e-2], tmp_path)
+    cells = grid([recipe], ["head", "eva"], [0, 1], [1e-2], tmp_path)
     assert len(cells) == 4
     run(cells[0].recipe, cells[0].folder, quiet=True)
     before = (cells[0].folder / RESULT).stat().st_mtime_ns
@@ -159,15 +159,16 @@ def test_a_comparison_keeps_what_is_done_and_goes_on(bert_folder: Path, tmp_path
     assert run_cells(cells, 2, lambda cell, problem: told.append((cell.folder.name, problem))) == {}
     assert len(told) == 4
     assert (cells[0].folder / RESULT).stat().st_mtime_ns == before
-    lines, target = summarise(cells)
-    assert {line.method: line.seeds for line in lines} == {"head": 2, "eva": 2}
-    assert target == pytest.approx(next(line.eval_loss for line in lines if line.method == "head"))
-    assert all(line.score_deviation is not None and line.best for line in lines)
+    found = summarise(cells)
+    assert {line.method: line.seeds for line in found.lines} == {"head": 2, "eva": 2}
+    assert found.targets == {"bbc": next(line.eval_loss.mean for line in found.lines if line.method == "head")}
+    assert all(line.score.deviation is not None and line.best for line in found.lines)
+    assert found.averages().keys() == {"head", "eva"}
 
 
 def test_a_failing_cell_does_not_end_the_others(bert_folder: Path, tmp_path: Path) -> None:
     recipe = small(bert_folder, "training.steps=4")
-    cells = grid(recipe, ["head"], [0, 1], [], tmp_path)
+    cells = grid([recipe], ["head"], [0, 1], [], tmp_path)
     cells[0].folder.mkdir(parents=True)
     (cells[0].folder / "foreign").write_text("")
     failed = run_cells(cells, 2, lambda *_: None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
@@ -87,6 +88,19 @@ class Recipe:
 def ours() -> list[str]:
     """Names of the recipes that come with evatune."""
     return sorted(path.name.removesuffix(".yaml") for path in files(__name__).iterdir() if path.name.endswith(".yaml"))
+
+
+def expand(sources: Iterable[str]) -> list[str]:
+    """Recipes and files, patterns of our names such as "images-*" replaced by the names. ConfigError if one fits none."""
+    found: list[str] = []
+    for source in sources:
+        names = [source] if not any(sign in source for sign in "*?[") else fnmatch.filter(ours(), source)
+        if not names:
+            raise ConfigError(f"no recipe of ours fits {source!r}; ours are {', '.join(ours())}")
+        found += names
+    if not found:
+        raise ConfigError(f"name at least one recipe; ours are {', '.join(ours())}")
+    return list(dict.fromkeys(found))
 
 
 def text_of(source: str) -> str:
@@ -196,6 +210,7 @@ __all__ = [
     "Recipe",
     "TrainingOptions",
     "as_tree",
+    "expand",
     "keys",
     "load",
     "ours",
