@@ -124,7 +124,7 @@ def run(
     can_cut = forward is None and _may_cut_short(model)
     ended = Status.DATA_EXHAUSTED
     count = 0
-    with _as_found(model), Tap(sites, sharing, rows) as tap, torch.no_grad():
+    with as_found(model), Tap(sites, sharing, rows) as tap, torch.no_grad():
         for count, batch in enumerate(islice(_iterate(batches), config.max_batches), start=1):
             batch = batch if forward is not None else to_device(batch, device)
             selector = None
@@ -366,7 +366,7 @@ def _iterate(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 @contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
+def as_found(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and base weights inside; modes, adapters and random states as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     python_state = random.getstate()

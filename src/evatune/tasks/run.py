@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -22,6 +21,7 @@ from evatune.files import write_text
 from evatune.initialize import initialize
 from evatune.recipes import Recipe, as_tree
 from evatune.tasks import generation, images, rl, understanding
+from evatune.trainers.hf import training_batches
 
 DOMAINS: dict[str, ModuleType] = {"generation": generation, "understanding": understanding, "images": images, "rl": rl}
 _OF_TRAINER = ("runtime", "per_second", "model_preparation_time")  # what its evaluation says about speed
@@ -82,15 +82,14 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         model,
         recipe.method,
         lambda **options: initialize(trainer, rows=task.rows, **options),
-        lambda: iter(trainer.get_train_dataloader()),
+        lambda size: training_batches(trainer, size, recipe.seed),
         rho=recipe.adapter.rho,
         seed=recipe.seed,
+        start=folder / "start",
     )
     init_seconds = time.perf_counter() - start
     if calibration is not None:
         calibration.save(folder / "calibration.safetensors")
-    if methods.METHODS[recipe.method].changes_base and not (folder / "start").exists():
-        _save_start(model, folder / "start")
     transformers.set_seed(recipe.seed)  # whatever a method drew, all see the same batches
     start = time.perf_counter()
     if recipe.method != "untouched":
@@ -234,16 +233,6 @@ def _arguments(recipe: Recipe, folder: Path, quiet: bool) -> Any:
 def _last_checkpoint(folder: Path) -> str | None:
     root = folder / "checkpoints"
     return transformers.trainer_utils.get_last_checkpoint(str(root)) if root.is_dir() else None
-
-
-def _save_start(model: Any, folder: Path) -> None:
-    """The adapter before training, under a temporary name first: a killed run must not leave half of it."""
-    temporary = folder.with_name(".start")
-    config = model.peft_config["default"]
-    init, config.init_lora_weights = config.init_lora_weights, True  # as PEFT documents it for the conversion
-    model.save_pretrained(temporary)
-    config.init_lora_weights = init
-    os.replace(temporary, folder)
 
 
 def _trainable(model: nn.Module) -> int:
