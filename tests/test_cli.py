@@ -717,7 +717,7 @@ def test_no_command_prints_the_help(command: Command) -> None:
     assert "inspect" in answer.out
 
 
-@pytest.mark.parametrize("name", ["init", "inspect"])
+@pytest.mark.parametrize("name", ["init", "inspect", "export"])
 def test_every_option_is_explained(command: Command, name: str) -> None:
     answer = command(name, "--help")
     assert answer.status == 0

@@ -76,12 +76,13 @@ def export_uniform(
     """
     out = Path(out)
     require_out(out, overwrite, adapter)
-    saved = isinstance(adapter, (str, Path))
-    config = read_config(Path(adapter)) if saved else lora_config(adapter, adapter_name)
-    _require_plain(config)
-    if saved:
+    if isinstance(adapter, (str, Path)):
+        config = read_config(Path(adapter))
+        _require_plain(config)
         state = _read_weights(Path(adapter))
     else:
+        config = lora_config(adapter, adapter_name)
+        _require_plain(config)
         with warnings.catch_warnings():  # that it adds embeddings which the adapter targets
             warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`", category=UserWarning)
             state = get_peft_model_state_dict(adapter, adapter_name=adapter_name)
