@@ -89,20 +89,29 @@ def load_model(source: str | Path, task: str = "auto", device: str = "auto", dty
         DataError: nothing loadable there. ConfigError: unknown task, device or dtype.
     """
     require_loadable(source, task, device, dtype)
+    loaded = read_model(source, task, dtype)
+    _make_ready(loaded.model, loaded.tokenizer)
+    try:
+        loaded.model.to(_device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"the model does not fit on device {device!r} ({_first_line(error)}); try cpu") from error
+    return loaded
+
+
+def read_model(source: str | Path, task: str = "auto", dtype: str = "auto", **options: Any) -> TextModel:
+    """`load_model` without its checks and changes: model, config and tokenizer as they are saved, on the CPU.
+
+    `options` go to transformers' `from_pretrained`.
+    """
     instead = "a local folder with config.json, weights and tokenizer" + ("" if task == "auto" else ", or another task")
     with reading(source, "a model and tokenizer", instead):
         config = transformers.AutoConfig.from_pretrained(source)
         task = _task_of(config) if task == "auto" else task
         loader = getattr(transformers, TASKS[task][0])
-        model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there is none
         raise DataError(f"{str(source)!r} holds a model but no tokenizer; put tokenizer.json beside its config.json")
-    _make_ready(model, tokenizer)
-    try:
-        model.to(_device(device))
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"the model does not fit on device {device!r} ({_first_line(error)}); try cpu") from error
     return TextModel(model.eval(), tokenizer, task, tuple(sorted(info["missing_keys"])))
 
 
