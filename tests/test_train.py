@@ -182,6 +182,32 @@ def test_a_failing_cell_does_not_end_the_others(bert_folder: Path, tmp_path: Pat
     assert cells[1].done
 
 
+def test_ray_runs_the_same_cells(bert_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    recipe = small(bert_folder, "training.steps=2", "training.eval_every=2")
+    cells = grid([recipe], ["head"], [0, 1], [], tmp_path)
+    cells[1].folder.mkdir(parents=True)
+    (cells[1].folder / "foreign").write_text("")
+    told: list[Path] = []
+    failed = run_cells(cells, 1, lambda cell, _: told.append(cell.folder), "ray")
+    assert sorted(told) == sorted(cell.folder for cell in cells)
+    assert cells[0].done
+    assert "holds no run of evatune" in failed[cells[1].folder]
+    again = run(cells[0].recipe, tmp_path / "here", quiet=True)
+    assert summarise(cells).lines[0].eval_loss.mean == pytest.approx(again["eval_loss"], abs=1e-6)
+
+
+def test_executors_are_named_and_ray_names_its_extra(
+    bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = grid([small(bert_folder)], ["head"], [0], [], tmp_path)
+    with pytest.raises(ConfigError, match="executor is 'slurm'; choose one of process, ray"):
+        run_cells(cells, 1, lambda *_: None, "slurm")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"pip install 'evatune\[ray\]'"):
+        run_cells(cells, 1, lambda *_: None, "ray")
+
+
 def test_the_command_compares_and_shows(bert_folder: Path, tmp_path: Path) -> None:
     found = evatune(
         "compare", "understanding-bbc", *SMALL, "training.steps=4", f"model={bert_folder}", "--methods", "lora,eva",
@@ -191,6 +217,10 @@ def test_the_command_compares_and_shows(bert_folder: Path, tmp_path: Path) -> No
     facts = json.loads(found.stdout)
     assert len(facts["lines"]) == 4
     assert facts["failed"] == {}
+    assert facts["averages"].keys() == {"lora", "eva"}
+    table = (tmp_path / "c" / "comparison.md").read_text()
+    assert table.count("| bbc |") == 4
+    assert "`evatune compare understanding-bbc" in table
     assert (tmp_path / "c" / "curves.png").stat().st_size > 1000
 
 
@@ -199,9 +229,40 @@ def test_the_main_run_on_minilm_writes_what_it_says(tmp_path: Path) -> None:
     found = evatune("train", "understanding-bbc", *settings, "--out", tmp_path / "run")
     assert found.returncode == 0, found.stderr
     assert "eva on bbc: score" in found.stdout
-    for name in ("adapter", "calibration.safetensors", "curves.png", "metrics.jsonl", "report.html", "result.json"):
+    for name in ("adapter", "calibration.safetensors", "curves.png", "metrics.jsonl", "ranks.png", "report.html"):
         assert (tmp_path / "run" / name).exists()
         assert name in found.stdout
+
+
+@pytest.mark.parametrize("columns", [["text"], ["text", "other"]])
+def test_texts_of_the_user_are_read(columns: list[str], bert_folder: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"w{i} w2", "other": "w3", "label": "yes" if i % 2 else "no"} for i in range(40)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ["task=mine", f"data.source={tmp_path / 'mine.jsonl'}", f"data.columns={columns}", "data.train=24", "data.test=16"]
+    task = understanding.prepare(small(bert_folder, *own))
+    assert len(task.train) == 24
+    assert set(task.train["labels"]) == {0, 1}
+    assert set(map(len, task.train["input_ids"])) == {1 + len(columns)}
+
+
+@pytest.mark.parametrize(
+    ("label", "more", "text"),
+    [
+        (7, [], "holds the label 7; its 2 classes must be names, or numbers from 0 to 1"),
+        (1, ["data.label_column=class"], "has no column 'class'; it has text, label"),
+        (1, ["data.columns=[words]"], "has no column 'words'; it has text, label"),
+        (1, ["data.train_split=first"], "first"),
+    ],
+)
+def test_mistakes_in_data_of_the_user_name_the_column(
+    label: int, more: list[str], text: str, bert_folder: Path, tmp_path: Path
+) -> None:
+    rows = [{"text": "w1 w2", "label": label if i % 2 else 0} for i in range(40)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=text):
+        understanding.prepare(
+            small(bert_folder, "task=mine", f"data.source={tmp_path / 'mine.jsonl'}", "data.train=24", "data.test=16", *more)
+        )
 
 
 def test_sentiment_has_both_labels_and_no_neutral_text() -> None:

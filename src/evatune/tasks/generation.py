@@ -98,9 +98,9 @@ def _per_token(logits: Any, labels: Tensor) -> Tensor:
 def _encode(tokenizer: Any, pair: Pair, longest: int) -> dict[str, list[int]]:
     """Tokens of prompt and answer with an end; labels on the answer only. What is too long is cut: the answer's
     end, then the prompt's start."""
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    begin, end = ([] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     prompt = begin + tokenizer(pair.prompt, add_special_tokens=False)["input_ids"]
-    answer = [*tokenizer(pair.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id][: longest - 1]
+    answer = [*tokenizer(pair.answer, add_special_tokens=False)["input_ids"], *end][: longest - 1]
     prompt = prompt[max(0, len(prompt) + len(answer) - longest) :]
     return {
         "input_ids": prompt + answer,
