@@ -47,12 +47,16 @@ def letter(
     tilt: float,
     spread: float = 1,
     clear: float = 0,
-) -> Any:
-    """A glyph, turned by at most `tilt` degrees. uint8 (32, 32).
+) -> tuple[Any, list[float]]:
+    """A glyph, turned by at most `tilt` degrees.
 
     Args:
         sizes: of the font, smallest and largest, in pixels. spread: share of the room around the glyph in which it moves.
         clear: chance of an even black ground.
+
+    Returns:
+        The image, uint8 (32, 32), and its geometry: how far right and down of the middle in half sides of the image, height
+        in sides, turn against the clock in half turns.
     """
     ground, ink = (np.zeros((SIDE, SIDE)), 0.9) if rng.random() < clear else _ground(rng)
     found = _font(font, int(rng.integers(sizes[0], sizes[1] + 1)) * 2)
@@ -61,8 +65,9 @@ def letter(
     ImageDraw.Draw(fine).text((SIDE - (left + right) / 2, SIDE - (top + bottom) / 2), text, fill=255, font=found)
     room = spread * np.maximum(0, SIDE - np.array([right - left, bottom - top]) / 2)  # in pixels of the fine image
     x, y = rng.uniform(-room, room).round()
-    fine = fine.rotate(rng.uniform(-tilt, tilt), Image.Resampling.BILINEAR, translate=(int(x), int(y)))
-    return _finished(rng, _painted(ground, fine, ink))
+    turn = rng.uniform(-tilt, tilt)
+    fine = fine.rotate(turn, Image.Resampling.BILINEAR, translate=(int(x), int(y)))
+    return _finished(rng, _painted(ground, fine, ink)), [x / SIDE, y / SIDE, (bottom - top) / (2 * SIDE), turn / 180]
 
 
 def location(rng: np.random.Generator, label: int) -> Any:
@@ -97,7 +102,7 @@ def counting(rng: np.random.Generator, label: int) -> Any:
 
 def fonts(rng: np.random.Generator, label: int) -> Any:
     """A random letter in font `label` of `TASK_FONTS`. uint8 (32, 32)."""
-    return letter(rng, str(rng.choice(list(LETTERS))), TASK_FONTS[label], sizes=(20, 30), tilt=15)
+    return letter(rng, str(rng.choice(list(LETTERS))), TASK_FONTS[label], sizes=(20, 30), tilt=15)[0]
 
 
 def _ground(rng: np.random.Generator) -> tuple[Grey, float]:
