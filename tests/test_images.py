@@ -24,8 +24,8 @@ SMALL = ["data.train=48", "data.test=24", "training.steps=4", "training.batch_si
          "training.eval_every=2", "adapter.rank=4"]  # fmt: skip
 DRAWN = {
     "location": (drawing.location, 16),
-    "orientation": (drawing.orientation, 16),
-    "counting": (drawing.counting, 8),
+    "orientation": (drawing.orientation, 8),
+    "counting": (drawing.counting, 6),
     "fonts": (drawing.fonts, 9),
 }
 
@@ -109,19 +109,18 @@ def test_a_shape_lies_in_the_cell_that_its_label_names() -> None:
 
 
 def test_a_dart_points_where_its_label_says() -> None:
-    # The mean of many darts, each moved so that its centre of contrast is the origin, has its skewness along the axis.
-    for label in range(16):
-        direction = np.array([np.cos(2 * np.pi * label / 16), np.sin(2 * np.pi * label / 16)])
-        skew = []
-        for i in range(60):
+    # Its tip is thin and far out, so along its direction its mass is skewed to the front.
+    places = np.stack(np.meshgrid(np.arange(32), np.arange(32)), -1).reshape(-1, 2)
+    for label in range(8):
+        direction = np.array([np.cos(2 * np.pi * label / 8), np.sin(2 * np.pi * label / 8)])
+        skews = []
+        for i in range(40):
             image = drawing.orientation(np.random.default_rng([label, i]), label) / 255
-            weight = np.abs(image - np.median(image))
-            weight = np.where(weight > 0.25, weight, 0)
-            places = np.stack(np.meshgrid(np.arange(32), np.arange(32)), -1).reshape(-1, 2)
-            share = weight.reshape(-1) / max(weight.sum(), 1e-9)
-            along = (places - share @ places) @ direction
-            skew.append(share @ along**3)
-        assert np.median(skew) > 0
+            contrast = np.abs(image - np.median(image))
+            share = np.where(contrast > 0.2, contrast, 0).reshape(-1)
+            share = share / share.sum()
+            skews.append(share @ ((places - share @ places) @ direction) ** 3)
+        assert np.median(skews) > 0
 
 
 def test_pre_training_saw_no_font_of_the_task() -> None:

@@ -24,7 +24,8 @@ TASK_FONTS = (
     "cmb10", "cmr10", "cmss10", "cmti10", "cmtt10", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
     "STIXGeneralBolIta",
 )  # fmt: skip
-CELLS, ANGLES, MOST_SHAPES = 4, 16, 8
+TASK_LETTERS = "AQRaegky"  # in which the fonts differ
+CELLS, ANGLES, MOST_SHAPES = 4, 8, 6
 
 _FINE = 4  # shapes are drawn this many times as large, then averaged down: smooth edges, positions between pixels
 _TURN = 2 * np.pi
@@ -47,12 +48,17 @@ def letter(
     tilt: float,
     spread: float = 1,
     clear: float = 0,
-) -> Any:
-    """A glyph, turned by at most `tilt` degrees. uint8 (32, 32).
+    noise: float = 0.1,
+) -> tuple[Any, list[float]]:
+    """A glyph, turned by at most `tilt` degrees.
 
     Args:
         sizes: of the font, smallest and largest, in pixels. spread: share of the room around the glyph in which it moves.
-        clear: chance of an even black ground.
+        clear: chance of an even black ground. noise: its largest standard deviation.
+
+    Returns:
+        The image, uint8 (32, 32), and its geometry: how far right and down of the middle in half sides of the image, height
+        in sides, turn against the clock in half turns.
     """
     ground, ink = (np.zeros((SIDE, SIDE)), 0.9) if rng.random() < clear else _ground(rng)
     found = _font(font, int(rng.integers(sizes[0], sizes[1] + 1)) * 2)
@@ -61,8 +67,10 @@ def letter(
     ImageDraw.Draw(fine).text((SIDE - (left + right) / 2, SIDE - (top + bottom) / 2), text, fill=255, font=found)
     room = spread * np.maximum(0, SIDE - np.array([right - left, bottom - top]) / 2)  # in pixels of the fine image
     x, y = rng.uniform(-room, room).round()
-    fine = fine.rotate(rng.uniform(-tilt, tilt), Image.Resampling.BILINEAR, translate=(int(x), int(y)))
-    return _finished(rng, _painted(ground, fine, ink))
+    turn = rng.uniform(-tilt, tilt)
+    fine = fine.rotate(turn, Image.Resampling.BILINEAR, translate=(int(x), int(y)))
+    geometry = [x / SIDE, y / SIDE, (bottom - top) / (2 * SIDE), turn / 180]
+    return _finished(rng, _painted(ground, fine, ink), noise=noise), geometry
 
 
 def location(rng: np.random.Generator, label: int) -> Any:
@@ -71,15 +79,15 @@ def location(rng: np.random.Generator, label: int) -> Any:
     row, column = divmod(label, CELLS)
     cell = (SIDE - 8) / CELLS
     centre = complex(*(4 + cell * (np.array([column, row]) + rng.uniform(0, 1, 2))))
-    return _finished(rng, _shape(ground, _any_shape(rng), centre, rng.uniform(2, 6), rng.uniform(0, _TURN), ink))
+    return _finished(rng, _shape(ground, _any_shape(rng), centre, rng.uniform(2, 6), rng.uniform(0, _TURN), ink), noise=0.1)
 
 
 def orientation(rng: np.random.Generator, label: int) -> Any:
-    """A dart that points into sector `label` of 16, clockwise from the right. uint8 (32, 32)."""
+    """A dart that points into sector `label` of 8, clockwise from the right. uint8 (32, 32)."""
     ground, ink = _ground(rng)
-    centre = complex(*rng.uniform(8, SIDE - 8, 2))
+    centre = complex(*rng.uniform(10, SIDE - 10, 2))
     angle = _TURN * (label + rng.uniform(-0.5, 0.5)) / ANGLES
-    return _finished(rng, _shape(ground, _DART, centre, rng.uniform(3.5, 7), angle, ink))
+    return _finished(rng, _shape(ground, _DART, centre, rng.uniform(5, 9), angle, ink), noise=0.06)
 
 
 def counting(rng: np.random.Generator, label: int) -> Any:
@@ -87,17 +95,18 @@ def counting(rng: np.random.Generator, label: int) -> Any:
     image, ink = _ground(rng)
     placed: list[tuple[complex, float]] = []
     while len(placed) <= label:
-        radius = rng.uniform(1.8, 4.5)
+        radius = rng.uniform(2, 4.5)
         centre = complex(*rng.uniform(radius, SIDE - radius, 2))
-        if all(abs(centre - other) > 0.8 * (radius + size) for other, size in placed):
+        if all(abs(centre - other) > 0.9 * (radius + size) for other, size in placed):
             placed.append((centre, radius))
             image = _shape(image, _any_shape(rng), centre, radius, rng.uniform(0, _TURN), ink + rng.uniform(-0.12, 0.12))
-    return _finished(rng, image)
+    return _finished(rng, image, noise=0.06)
 
 
 def fonts(rng: np.random.Generator, label: int) -> Any:
-    """A random letter in font `label` of `TASK_FONTS`. uint8 (32, 32)."""
-    return letter(rng, str(rng.choice(list(LETTERS))), TASK_FONTS[label], sizes=(20, 30), tilt=15)
+    """One of `TASK_LETTERS` in font `label` of `TASK_FONTS`. uint8 (32, 32)."""
+    text = TASK_LETTERS[rng.integers(len(TASK_LETTERS))]
+    return letter(rng, text, TASK_FONTS[label], sizes=(24, 32), tilt=10, spread=0.3, noise=0.06)[0]
 
 
 def _ground(rng: np.random.Generator) -> tuple[Grey, float]:
@@ -130,8 +139,8 @@ def _painted(image: Grey, fine: Image.Image, ink: float) -> Grey:
     return image * (1 - cover) + ink * cover
 
 
-def _finished(rng: np.random.Generator, image: Grey) -> Any:
-    noisy = image + rng.uniform(0.02, 0.1) * rng.standard_normal(image.shape)
+def _finished(rng: np.random.Generator, image: Grey, *, noise: float) -> Any:
+    noisy = image + rng.uniform(0.02, noise) * rng.standard_normal(image.shape)
     return np.round(255 * noisy.clip(0, 1)).astype(np.uint8)
 
 
