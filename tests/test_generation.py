@@ -78,6 +78,14 @@ def test_eva_starts_from_the_loss_of_lora(tmp_path: Path) -> None:
     assert losses[1:] == pytest.approx(losses[:1] * 2, abs=1e-5)
 
 
+def test_the_gradient_of_b_is_larger_for_eva_than_for_orthonormal_rows(tmp_path: Path) -> None:
+    norms = {}
+    for method in ("lora-orthogonal", "eva-rho1"):
+        result = run(small("reviews", f"method={method}"), tmp_path / method, quiet=True)
+        norms[method] = result["first_gradient_b"]
+    assert norms["eva-rho1"] > norms["lora-orthogonal"]
+
+
 def test_the_measures_are_those_of_the_definition(llama: tuple[Any, Any]) -> None:
     model, tokenizer = llama
     pairs = [Pair("2 + 2 =", " 4"), Pair("", "import os"), Pair("x", " y z w")]

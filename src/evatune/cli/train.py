@@ -45,6 +45,7 @@ def train(
         f"{settings.method} on {settings.task}: score {result['score']:.3f}, evaluation loss {result['eval_loss']:.3f}; "
         f"{result['trainable_parameters']:,} trainable parameters; {result['init_seconds']:.1f} s to initialise, "
         f"{result['train_seconds']:.1f} s to train"
+        + ("" if result["first_gradient_b"] is None else f"; gradient of B at step 1: {result['first_gradient_b']:.3g}")
     )
     for path in sorted(folder.iterdir()):
         if not path.name.startswith(".") and path.name != "checkpoints":

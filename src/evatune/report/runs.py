@@ -119,7 +119,7 @@ def comparison_table(comparison: Comparison) -> Table:
     goals = ", ".join(f"{task} {loss:.3f}" for task, loss in comparison.targets.items())
     table.caption = (
         "* the method's best rate, chosen on these very scores. ± is the standard deviation over seeds.\n"
-        f"Target, an evaluation loss: {goals}."
+        f"Target, an evaluation loss: {goals}. grad B: norm of the gradient of all B at step 1."
     )
     return table
 
@@ -147,6 +147,7 @@ def _cells(line: Line) -> list[str]:
         _spread(line.eval_loss, ".3f"),
         "–" if line.steps_to_target is None else _spread(line.steps_to_target, ".0f"),
         _spread(line.trainable_parameters, ",.0f"),
+        "–" if line.first_gradient_b is None else _spread(line.first_gradient_b, ".3g"),
         _spread(line.init_seconds, ".1f"),
         _spread(line.train_seconds, ".1f"),
     ]

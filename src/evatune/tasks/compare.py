@@ -52,6 +52,7 @@ class Line:
     eval_loss: Spread
     steps_to_target: Spread | None  # None unless every seed got there
     trainable_parameters: Spread
+    first_gradient_b: Spread | None  # norm of the gradient of all B at step 1; None without an adapter
     init_seconds: Spread
     train_seconds: Spread
     curve: list[tuple[int, float, float | None]]  # step, mean evaluation loss, mean score where it was measured
@@ -230,6 +231,7 @@ def summarise(cells: Sequence[Cell], target_loss: float | None = None) -> Compar
         some = results[task, method, rate]
         curves = [_curve(cell.folder, result["score"]) for cell, result in zip(group, some, strict=True)]
         steps = [next((step for step, loss, _ in curve if loss <= targets[task]), None) for curve in curves]
+        gradients = [result["first_gradient_b"] for result in some]
         reached = [step for step in steps if step is not None]
         lines.append(
             Line(
@@ -237,6 +239,7 @@ def summarise(cells: Sequence[Cell], target_loss: float | None = None) -> Compar
                 method=method,
                 learning_rate=rate,
                 seeds=len(some),
+                first_gradient_b=None if None in gradients else _spread(gradients),
                 steps_to_target=_spread(reached) if len(reached) == len(steps) else None,
                 curve=_mean_curve(curves),
                 best=best[task, method] == rate,

@@ -36,7 +36,8 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
 
     Returns:
         What `result.json` holds: score in [0, 1] (higher is better), eval_loss, measures (what else the task measures),
-        trainable_parameters, init_seconds, train_seconds, steps.
+        trainable_parameters, first_gradient_b (norm of the gradient of all B at step 1, None without an adapter),
+        init_seconds, train_seconds, steps.
 
     Raises:
         ConfigError: an unknown domain, task or method; a folder that holds another run. DataError: data cannot be had.
@@ -109,6 +110,7 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         "eval_loss": measures.pop("loss"),
         "measures": {key: value for key, value in measures.items() if not key.endswith(_OF_TRAINER)},
         "trainable_parameters": _trainable(model),
+        "first_gradient_b": next((line["grad_norm_B"] for line in read_metrics(folder) if "grad_norm_B" in line), None),
         "init_seconds": init_seconds,
         "train_seconds": train_seconds,  # of the last stretch, if the run was resumed
         "resumed": checkpoint is not None,
@@ -147,7 +149,7 @@ class _Metrics(transformers.TrainerCallback):  # type: ignore[misc]
         self.begun, self.begun_at = time.perf_counter(), state.global_step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        if (state.global_step + 1) % args.logging_steps == 0:
+        if state.global_step == 0 or (state.global_step + 1) % args.logging_steps == 0:
             self.norms = methods.gradient_norms(model)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], model: nn.Module, **_: Any) -> None:
@@ -218,6 +220,7 @@ def _arguments(recipe: Recipe, folder: Path, quiet: bool) -> Any:
         lr_scheduler_type=training.schedule,
         weight_decay=training.weight_decay,
         logging_steps=training.log_every,
+        logging_first_step=True,
         eval_strategy="steps",
         eval_on_start=True,
         eval_steps=training.eval_every,
