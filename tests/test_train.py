@@ -182,6 +182,25 @@ def test_a_failing_cell_does_not_end_the_others(bert_folder: Path, tmp_path: Pat
     assert cells[1].done
 
 
+def test_a_killed_comparison_leaves_no_worker_behind(bert_folder: Path, tmp_path: Path) -> None:
+    import psutil
+
+    settings = [*SMALL, f"model={bert_folder}", "training.steps=10000", "--methods", "lora", "--seeds", "0"]
+    command = [sys.executable, "-m", "evatune", "compare", "understanding-bbc", *settings, "--out", str(tmp_path / "c")]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    workers: list[psutil.Process] = []
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("c/cells/*/metrics.jsonl")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.1)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert workers
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert alive == []
+
+
 def test_ray_runs_the_same_cells(bert_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra ray is not installed")
     recipe = small(bert_folder, "training.steps=2", "training.eval_every=2")

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -137,7 +138,7 @@ def _in_processes(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, s
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers when they import torch
     try:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(max_workers=max(1, workers), mp_context=context) as pool:
+        with ProcessPoolExecutor(max_workers=max(1, workers), mp_context=context, initializer=_die_with_parent) as pool:
             futures = {pool.submit(_run_one, as_tree(cell.recipe), str(cell.folder)): cell for cell in cells}
             for future in as_completed(futures):
                 try:
@@ -149,6 +150,18 @@ def _in_processes(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, s
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = before
+
+
+def _die_with_parent() -> None:
+    """Let no worker outlive a comparison that was killed: its cell would be run twice at a time by the next one."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _on_ray(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, str | None]]:
