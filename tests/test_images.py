@@ -16,7 +16,7 @@ from PIL import Image
 from evatune.errors import ConfigError, DataError
 from evatune.recipes import Recipe, load
 from evatune.tasks import drawing, images
-from evatune.tasks.run import read_metrics, run
+from evatune.tasks.run import RESULT, read_metrics, run
 
 torch.set_num_threads(1)
 
@@ -73,6 +73,20 @@ def test_eva_starts_from_the_loss_of_lora(tmp_path: Path) -> None:
 def test_equal_seeds_give_equal_runs(tmp_path: Path) -> None:
     first, second = (run(small("location", "method=eva", "seed=3"), tmp_path / name, quiet=True) for name in "ab")
     assert first["eval_loss"] == second["eval_loss"]
+
+
+def test_a_resumed_run_of_all_weights_keeps_all_of_them(tmp_path: Path) -> None:
+    def weights() -> Any:
+        model, info = transformers.Dinov2ForImageClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
+        assert not any(info.values())
+        return model.state_dict()
+
+    run(small("digits", "method=full"), tmp_path, quiet=True)
+    before = weights()
+    (tmp_path / RESULT).unlink()
+    assert run(small("digits", "method=full"), tmp_path, quiet=True)["resumed"]
+    after = weights()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_split_is_the_same_for_every_seed_and_nothing_is_in_both_halves() -> None:
