@@ -59,6 +59,10 @@ class Questions(transformers.Dinov2ForImageClassification):  # type: ignore[misc
         loss = loss + torch.nn.functional.cross_entropy(font, labels[:, 1].long())
         return {"loss": loss + GEOMETRY_WEIGHT * torch.nn.functional.mse_loss(geometry, labels[:, 2:]), "logits": logits}
 
+    def save_pretrained(self, folder: Any, **options: Any) -> None:
+        # Trainer resumes from the names that the modules have now, not from those of DINOv2's first checkpoints.
+        super().save_pretrained(folder, **options, save_original_format=False)
+
 
 def main() -> None:
     torch.set_num_threads(1)

@@ -24,8 +24,8 @@ TASK_FONTS = (
     "cmb10", "cmr10", "cmss10", "cmti10", "cmtt10", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
     "STIXGeneralBolIta",
 )  # fmt: skip
-TASK_LETTERS = "AQRaegky"  # in which the fonts differ
-CELLS, ANGLES, MOST_SHAPES = 4, 8, 6
+TASK_LETTERS = "QRaeg"  # in which the fonts differ
+CELLS, ANGLES, MOST_SHAPES = 5, 16, 5
 
 _FINE = 4  # shapes are drawn this many times as large, then averaged down: smooth edges, positions between pixels
 _TURN = 2 * np.pi
@@ -34,7 +34,6 @@ _SQUARE = np.exp(1j * _TURN * (np.arange(4) + 0.5) / 4)
 _TRIANGLE = np.exp(1j * _TURN * np.arange(3) / 3)
 _STAR = np.exp(1j * _TURN * np.arange(10) / 10) * np.where(np.arange(10) % 2, 0.45, 1)
 _SHAPES = (_DISC, _SQUARE, _TRIANGLE, _STAR)
-_DART = np.array([1.25, -0.75 + 0.6j, -0.75 - 0.6j])  # points to the right; longer than wide
 
 Grey = Any  # float array (SIDE, SIDE), 0 black, 1 white
 
@@ -74,7 +73,7 @@ def letter(
 
 
 def location(rng: np.random.Generator, label: int) -> Any:
-    """A shape whose centre lies in cell `label` of a grid of 4 × 4, row by row. uint8 (32, 32)."""
+    """A shape whose centre lies in cell `label` of a grid of 5 × 5, row by row. uint8 (32, 32)."""
     ground, ink = _ground(rng)
     row, column = divmod(label, CELLS)
     cell = (SIDE - 8) / CELLS
@@ -83,24 +82,27 @@ def location(rng: np.random.Generator, label: int) -> Any:
 
 
 def orientation(rng: np.random.Generator, label: int) -> Any:
-    """A dart that points into sector `label` of 8, clockwise from the right. uint8 (32, 32)."""
+    """A dart, slim or broad, that points into sector `label` of 16, clockwise from the right. uint8 (32, 32)."""
     ground, ink = _ground(rng)
-    centre = complex(*rng.uniform(10, SIDE - 10, 2))
+    centre = complex(*rng.uniform(8, SIDE - 8, 2))
     angle = _TURN * (label + rng.uniform(-0.5, 0.5)) / ANGLES
-    return _finished(rng, _shape(ground, _DART, centre, rng.uniform(5, 9), angle, ink), noise=0.06)
+    wing = 1j * rng.uniform(0.35, 0.9)
+    dart = np.array([1.25, -0.75 + wing, -0.75 - wing])
+    return _finished(rng, _shape(ground, dart, centre, rng.uniform(4, 8), angle, ink), noise=0.06)
 
 
 def counting(rng: np.random.Generator, label: int) -> Any:
-    """`label` + 1 shapes of unlike size and brightness, which may overlap a little. uint8 (32, 32)."""
-    image, ink = _ground(rng)
+    """`label` + 1 shapes of one kind on an even ground, of unlike size and brightness, apart. uint8 (32, 32)."""
+    image = np.full((SIDE, SIDE), rng.choice([0.1, 0.9]))
+    outline = _any_shape(rng)
     placed: list[tuple[complex, float]] = []
-    while len(placed) <= label:
+    while len(placed) <= label:  # small shapes find room always: four large ones keep them off 642 of 784 pixels at most
         radius = rng.uniform(2, 4.5)
         centre = complex(*rng.uniform(radius, SIDE - radius, 2))
-        if all(abs(centre - other) > 0.9 * (radius + size) for other, size in placed):
+        if all(abs(centre - other) > 1.1 * (radius + size) for other, size in placed):
             placed.append((centre, radius))
-            image = _shape(image, _any_shape(rng), centre, radius, rng.uniform(0, _TURN), ink + rng.uniform(-0.12, 0.12))
-    return _finished(rng, image, noise=0.06)
+            image = _shape(image, outline, centre, radius, rng.uniform(0, _TURN), rng.uniform(0.38, 0.62))
+    return _finished(rng, image, noise=0.02)
 
 
 def fonts(rng: np.random.Generator, label: int) -> Any:

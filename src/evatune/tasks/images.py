@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
@@ -96,6 +97,9 @@ def _model(name: str, classes: int) -> tuple[Any, Any]:
         )
     if not isinstance(getattr(model, "classifier", None), torch.nn.Module):
         raise DataError(f"the head of {name!r} is not named classifier; give a model such as ViT, DINOv2, Swin or ConvNeXt")
+    # transformers writes a checkpoint with the names of the architecture's first release, and its Trainer resumes only from
+    # those that the modules have now: a resumed run would lose what attention layers have learnt.
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
     return model, processor
 
 
