@@ -535,7 +535,8 @@ def test_an_interrupt_while_calibrating_leaves_nothing(init: Command, work: Path
     monkeypatch.setattr(transformers.BertModel, "forward", interrupt)
     answer = init()
     assert answer.status == 130
-    assert answer.err == "evatune: interrupted; nothing was written\n"
+    assert answer.err.startswith("evatune: interrupted; ")
+    assert answer.err.endswith("another command has written nothing\n")
     assert list(work.iterdir()) == []
 
 

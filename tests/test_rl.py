@@ -301,7 +301,7 @@ def test_there_is_a_recipe_for_every_task() -> None:
         ("data.max_length=17", "data.max_length is 17 steps, but this model sees 16 at most"),
         ("model=./nowhere", "model './nowhere' does not exist"),
         ("adapter.targets=[q_proj]", "match no layer of this model"),
-        ("method=olora", "method olora cannot start layers of the kind Conv1D, such as 'encoder.h.0.attn.c_attn'"),
+        ("method=olora", "method 'olora' is not right on GPT-2's Conv1D layers"),
     ],
 )
 def test_a_mistake_has_one_sentence_and_leaves_no_folder(

@@ -141,7 +141,7 @@ def test_mistakes_have_one_sentence_and_status_2(tmp_path: Path) -> None:
         (["understanding-bbc", "method=best"], "method is 'best'; choose one of lora"),
         (["understanding-bbc", "task=nothing"], "tasks of language understanding are movie"),
         (["understanding-bbc", "domain=cooking"], "domain is 'cooking'"),
-        (["understanding-bbc", "data.train=99999"], "has 2225 examples"),
+        (["understanding-bbc", "data.train=99999"], "has 2127 examples"),
         (["understanding-bbc", "model=./nowhere"], "model './nowhere' does not exist"),
         (["understanding-bbc", "training.schedule=jumpy"], "training.schedule is 'jumpy'; choose one of linear"),
         (["understanding-bbc", "adapter.targets=nothing"], "match no layer of this model"),

@@ -111,6 +111,11 @@ def adapt(
     if not method.adapter:
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(name == "full" or (name == "head" and any(part in path.split(".") for part in head)))
+        if name == "head" and not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError(
+                f"method 'head' finds no weights of its own in {', '.join(head)}, which may share those of the embeddings; "
+                "choose lora or full"
+            )
         return model
     find_sites(model, targets)  # whose error says what would match
     common: dict[str, Any] = {

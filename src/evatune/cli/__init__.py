@@ -52,10 +52,13 @@ def main() -> None:
         _stop(2, str(error))
     except _UsageMistake as error:
         _stop(2, f"{_sentence(error)}; {_help_of(error)} lists the options")
+    except OSError as error:
+        what = f" {str(error.filename)!r}" if error.filename else ""
+        _stop(2, f"cannot read or write{what} ({error.strerror or error}); make room or rights, then run the command again")
     except (KeyboardInterrupt, typer.Abort):
         status = _INTERRUPTED
     if status == _INTERRUPTED:
-        _stop(status, "interrupted; nothing was written")
+        _stop(status, "interrupted; train and compare go on when run again, another command has written nothing")
     sys.exit(status or 0)
 
 

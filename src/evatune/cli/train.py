@@ -68,7 +68,7 @@ def compare(
     ] = None,
     executor: Annotated[str, typer.Option(help="process, or ray: a cluster (RAY_ADDRESS), else this machine.")] = "process",
     target_loss: Annotated[
-        float | None, typer.Option(help="Evaluation loss to reach. Default: the first method's final one on the task.")
+        float | None, typer.Option(help="Evaluation loss to reach. Default: what every seed of the first method reached.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder. Default: runs/compare-RECIPE, or -DOMAIN.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

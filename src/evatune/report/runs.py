@@ -90,17 +90,9 @@ def comparison_plot(comparison: Comparison, path: Path) -> None:
 
 
 _HEADINGS = (
-    "task",
-    "method",
-    "learning rate",
-    "seeds",
-    "score",
-    "loss",
-    "steps to target",
-    "parameters",
-    "init s",
+    "task", "method", "learning rate", "seeds", "score", "loss", "steps to target", "parameters", "grad B", "init s",
     "train s",
-)
+)  # fmt: skip
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -110,17 +102,13 @@ def comparison_table(comparison: Comparison) -> Table:
         table.add_column(heading, justify="left" if heading in ("task", "method") else "right", no_wrap=True)
     tasks = list(comparison.targets)
     for task in tasks:
-        some = sorted((line for line in comparison.lines if line.task == task), key=lambda line: -line.score.mean)
+        some = sorted((line for line in comparison.lines if line.task == task), key=_worst_last)
         for line in some:
             table.add_row(*_cells(line), style="" if line.best else "dim", end_section=line is some[-1])
     if len(tasks) > 1:
         for method, score in sorted(comparison.averages().items(), key=lambda item: -item[1]):
             table.add_row(f"all {len(tasks)}", method, "best", "", f"{score:.3f}")
-    goals = ", ".join(f"{task} {loss:.3f}" for task, loss in comparison.targets.items())
-    table.caption = (
-        "* the method's best rate, chosen on these very scores. ± is the standard deviation over seeds.\n"
-        f"Target, an evaluation loss: {goals}. grad B: norm of the gradient of all B at step 1."
-    )
+    table.caption = _caption(comparison)
     return table
 
 
@@ -128,13 +116,25 @@ def comparison_markdown(comparison: Comparison, command: str) -> str:
     """The same table as Markdown, under the command that made it."""
     lines = [f"`{command}`", "", "| " + " | ".join(_HEADINGS) + " |", "|---|---" + "|---:" * (len(_HEADINGS) - 2) + "|"]
     for task in comparison.targets:
-        some = sorted((line for line in comparison.lines if line.task == task), key=lambda line: -line.score.mean)
+        some = sorted((line for line in comparison.lines if line.task == task), key=_worst_last)
         lines += ["| " + " | ".join(_cells(line)) + " |" for line in some]
     if len(comparison.targets) > 1:
         empty = " |" * (len(_HEADINGS) - 5)
         for method, score in sorted(comparison.averages().items(), key=lambda item: -item[1]):
             lines.append(f"| all {len(comparison.targets)} | {method} | best |  | {score:.3f} |{empty}")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", _caption(comparison)]) + "\n"
+
+
+def _caption(comparison: Comparison) -> str:
+    goals = ", ".join(f"{task} {loss:.3f}" for task, loss in comparison.targets.items())
+    return (
+        "* the method's best rate, chosen on these very scores. ± is the standard deviation over seeds.\n"
+        f"Target, an evaluation loss: {goals}. grad B: norm of the gradient of all B at step 1."
+    )
+
+
+def _worst_last(line: Line) -> float:
+    return math.inf if math.isnan(line.score.mean) else -line.score.mean
 
 
 def _cells(line: Line) -> list[str]:

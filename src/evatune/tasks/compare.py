@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import statistics
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ def grid(
     """
     for method in methods:
         require_method(method)
+    if len({recipe.task for recipe in recipes}) < len(recipes):
+        raise ConfigError("two of the recipes have the same task; give each a task name of its own to compare them")
     if not methods or not seeds:
         raise ConfigError("a comparison needs at least one method and one seed, such as --methods lora,eva --seeds 0,1")
     cells = []
@@ -140,11 +143,15 @@ def _in_processes(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, s
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(max_workers=max(1, workers), mp_context=context, initializer=_die_with_parent) as pool:
             futures = {pool.submit(_run_one, as_tree(cell.recipe), str(cell.folder)): cell for cell in cells}
-            for future in as_completed(futures):
-                try:
-                    yield futures[future], future.result()
-                except BrokenProcessPool:
-                    yield futures[future], _DIED
+            try:
+                for future in as_completed(futures):
+                    try:
+                        yield futures[future], future.result()
+                    except BrokenProcessPool:
+                        yield futures[future], _DIED
+            except BaseException:  # an interrupt must not wait for the whole queue
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     finally:
         if before is None:
             del os.environ["OMP_NUM_THREADS"]
@@ -220,7 +227,8 @@ def summarise(cells: Sequence[Cell], target_loss: float | None = None) -> Compar
     """One line per task, method and learning rate from the cells that are done.
 
     Args:
-        target_loss: evaluation loss to reach. Default: per task the mean final one of the first method, at its best rate.
+        target_loss: evaluation loss to reach. Default: per task what every seed of the first method reached, at its best
+            rate.
     """
     found: dict[tuple[str, str, float], list[Cell]] = {}
     for cell in cells:
@@ -233,11 +241,11 @@ def summarise(cells: Sequence[Cell], target_loss: float | None = None) -> Compar
     best: dict[tuple[str, str], float] = {}
     for task, method, _ in found:
         others = [r for t, m, r in found if (t, m) == (task, method)]
-        best[task, method] = max(others, key=lambda r: _mean(one["score"] for one in results[task, method, r]))
+        best[task, method] = max(others, key=lambda r: _score(results[task, method, r]))
     targets: dict[str, float] = {}
     for (task, method), rate in best.items():
         if task not in targets:  # the first method
-            first = _mean(result["eval_loss"] for result in results[task, method, rate])
+            first = max(result["eval_loss"] for result in results[task, method, rate])
             targets[task] = first if target_loss is None else target_loss
     lines = []
     for (task, method, rate), group in found.items():
@@ -263,6 +271,12 @@ def summarise(cells: Sequence[Cell], target_loss: float | None = None) -> Compar
 
 
 _MEASURED = ("score", "eval_loss", "trainable_parameters", "init_seconds", "train_seconds")
+
+
+def _score(results: Sequence[Mapping[str, float]]) -> float:
+    """To choose by: a run that diverged is the worst."""
+    mean = _mean(result["score"] for result in results)
+    return -math.inf if math.isnan(mean) else mean
 
 
 def _spread(values: Sequence[float]) -> Spread:

@@ -23,6 +23,7 @@ from evatune.tasks.text import reading, require_path
 TASKS = tuple(language.TASKS)
 _ANSWER_TOKENS = 40  # of a solution that is written; the longest worked solution has fewer
 _TOGETHER = 100  # sequences
+_LARGEST_LOSS = 100.0  # of a run that diverged; its exponential is still a number
 
 
 def prepare(recipe: Recipe) -> Task:
@@ -78,7 +79,7 @@ def measures(prediction: Any) -> dict[str, float]:
     counted = prediction.label_ids[:, 1:] != -100
     mean = float(losses[:, 1:][counted].mean())
     exact = float(np.all((hits[:, 1:] == 1) | ~counted, axis=1).mean())
-    return {"perplexity": math.exp(mean), "exact_match": exact}
+    return {"perplexity": math.exp(min(mean, _LARGEST_LOSS)), "exact_match": exact}
 
 
 def _with_score(prediction: Any) -> dict[str, float]:

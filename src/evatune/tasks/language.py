@@ -173,7 +173,8 @@ def _functions() -> dict[str, list[Pair]]:
     """Documented functions of the held-out modules: head and first line of the docstring → the body's first statements."""
     found: dict[str, list[Pair]] = {}
     for module, text in library():
-        if not held_out(module):
+        # Some versions of Python keep datetime's and decimal's code in modules named so, and pre-training saw it elsewhere.
+        if not held_out(module) or module.startswith("_py"):
             continue
         for node in ast.walk(ast.parse(text)):
             if not isinstance(node, ast.FunctionDef) or len(node.body) < 2 or not ast.get_docstring(node):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
 import resource
+import shutil
 import sys
 import time
 from contextlib import suppress
@@ -25,6 +27,7 @@ from evatune.trainers.hf import training_batches
 
 DOMAINS: dict[str, ModuleType] = {"generation": generation, "understanding": understanding, "images": images, "rl": rl}
 _OF_TRAINER = ("runtime", "per_second", "model_preparation_time")  # what its evaluation says about speed
+_SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")  # need no more settings
 RESULT, METRICS, RECIPE = "result.json", "metrics.jsonl", "recipe.json"
 
 
@@ -60,9 +63,7 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         task_type=task.task_type, head=task.head, new_head=task.new_head, steps=training.steps,
     )  # fmt: skip
     arguments = _arguments(recipe, folder, quiet)
-    if not begun:  # not before everything that the recipe can get wrong has been looked at
-        _claim(folder, tree)
-    trainer = transformers.Trainer(
+    trainer = _trainer(
         model=model,
         args=arguments,
         train_dataset=task.train,
@@ -78,6 +79,8 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         ),
         callbacks=[_AfterStep(recipe.method), _Metrics(folder / METRICS, training.batch_size * training.accumulate)],
     )
+    if not begun:  # not before everything that the recipe can get wrong has been looked at
+        _claim(folder, tree)
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)  # metrics go to the file
     calibration = methods.prepare(
         model,
@@ -93,7 +96,10 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         calibration.save(folder / "calibration.safetensors")
     transformers.set_seed(recipe.seed)  # whatever a method drew, all see the same batches
     start = time.perf_counter()
-    if recipe.method != "untouched":
+    if checkpoint is not None and checkpoint.endswith(f"-{training.steps}"):  # killed after the last step
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = transformers.TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    elif recipe.method != "untouched":
         trainer.train(resume_from_checkpoint=checkpoint)
     train_seconds = time.perf_counter() - start
     final = next((line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {"step": -1})
@@ -116,9 +122,14 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         "resumed": checkpoint is not None,
         "steps": training.steps,
         "peak_memory_bytes": _peak_memory(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
     write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a thousand runs they would fill the disk
     return result
 
 
@@ -160,7 +171,10 @@ class _Metrics(transformers.TrainerCallback):  # type: ignore[misc]
         line = {"step": state.global_step, "seconds": seconds, "samples_per_second": samples / seconds if seconds else 0.0}
         line |= {key: value for key, value in logs.items() if isinstance(value, (int, float))}
         if "loss" in logs:
-            line |= self.norms | {"peak_memory_bytes": _peak_memory(), "trainable_parameters": _trainable(model)}
+            # They were taken after Trainer's clipping, whose factor its own norm tells.
+            clipped = max(1.0, logs.get("grad_norm", 0.0) / args.max_grad_norm) if args.max_grad_norm else 1.0
+            line |= {key: value * clipped for key, value in self.norms.items()}
+            line |= {"peak_memory_bytes": _peak_memory(), "trainable_parameters": _trainable(model)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -187,7 +201,7 @@ def _require_ours(folder: Path, tree: dict[str, Any]) -> bool:
                 f"{str(folder)!r} holds a run with other settings (they differ in {', '.join(changed)}); name another --out"
             )
         return True
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
         raise ConfigError(f"{str(folder)!r} exists and holds no run of evatune; name another --out")
     return False
 
@@ -202,9 +216,8 @@ def _claim(folder: Path, tree: dict[str, Any]) -> None:
 
 def _arguments(recipe: Recipe, folder: Path, quiet: bool) -> Any:
     training = recipe.training
-    schedules = [str(kind.value) for kind in transformers.SchedulerType]
-    if training.schedule not in schedules:
-        raise ConfigError(f"training.schedule is {training.schedule!r}; choose one of {', '.join(schedules)}")
+    if training.schedule not in _SCHEDULES:
+        raise ConfigError(f"training.schedule is {training.schedule!r}; choose one of {', '.join(_SCHEDULES)}")
     return transformers.TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         seed=recipe.seed,
@@ -224,7 +237,8 @@ def _arguments(recipe: Recipe, folder: Path, quiet: bool) -> Any:
         eval_strategy="steps",
         eval_on_start=True,
         eval_steps=training.eval_every,
-        save_strategy="steps",
+        # PEFT cannot load what AdaLoRA has pruned into a fresh adapter, so that a killed run of it begins again.
+        save_strategy="no" if recipe.method == "adalora" else "steps",
         save_steps=training.save_every,
         save_total_limit=1,
         report_to=training.report_to,
@@ -233,9 +247,21 @@ def _arguments(recipe: Recipe, folder: Path, quiet: bool) -> Any:
     )
 
 
+def _trainer(**options: Any) -> Any:
+    try:
+        return transformers.Trainer(**options)
+    except (ValueError, RuntimeError, ImportError) as error:  # such as a tracker that is not installed
+        raise ConfigError(f"Trainer refuses these settings: {' '.join(str(error).split())}") from error
+
+
 def _last_checkpoint(folder: Path) -> str | None:
-    root = folder / "checkpoints"
-    return transformers.trainer_utils.get_last_checkpoint(str(root)) if root.is_dir() else None
+    """The newest checkpoint that was written to its end: Trainer writes its state last."""
+    whole = []
+    for path in (folder / "checkpoints").glob("checkpoint-*"):
+        with suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            whole.append(path)
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def _trainable(model: nn.Module) -> int:

@@ -90,7 +90,7 @@ def load_model(source: str | Path, task: str = "auto", device: str = "auto", dty
     """
     require_loadable(source, task, device, dtype)
     loaded = read_model(source, task, dtype)
-    _make_ready(loaded.model, loaded.tokenizer)
+    make_ready(loaded.model, loaded.tokenizer)
     try:
         loaded.model.to(_device(device))
     except (RuntimeError, AssertionError) as error:
@@ -115,7 +115,8 @@ def read_model(source: str | Path, task: str = "auto", dtype: str = "auto", **op
     return TextModel(model.eval(), tokenizer, task, tuple(sorted(info["missing_keys"])))
 
 
-def _make_ready(model: Any, tokenizer: Any) -> None:
+def make_ready(model: Any, tokenizer: Any) -> None:
+    """See to a padding token, to the longest text that the model can read, and that no cache is kept."""
     if tokenizer.pad_token is None:
         # Any token will do: the attention mask leaves it out.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
