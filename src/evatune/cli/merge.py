@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from evatune.calibration import Calibration
+    from evatune.status import Status
 
 
 def merge(
@@ -69,7 +70,7 @@ def _unknown(files: Sequence[Path], parts: Sequence[Calibration], merged: Calibr
     """A line per shard that has no usable result for layers that the others know."""
     lines = []
     for file, part in zip(files, parts, strict=True):
-        by_status: dict[str, list[str]] = {}
+        by_status: dict[Status, list[str]] = {}
         for name, status in part.status.items():
             if merged.status[name].usable and not status.usable:
                 by_status.setdefault(status, []).append(name)
