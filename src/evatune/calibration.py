@@ -89,20 +89,28 @@ class Calibration:
             best_r - T  ≤  Σ_{j≤r} energies_j  ≤  captured_r  ≤  best_r
 
         up to rounding, where best_r is the energy that the r best directions for all the data capture of it, and
-        captured_r what the first r merged ones do. With `sketch="exact"`, T may be replaced by r times the mean over
-        shards of their smallest kept energy, where that is less. More `components` make T smaller. T is nearly reached
-        where each shard's own directions hide one that all have in common. Where the data of every
-        shard has a rank of at most k, T = 0.
+        captured_r what the first r merged ones do. T is nearly reached where every shard drops one and the same
+        direction, and 0 where the data of every shard has a rank of at most k.
+
+        Where each shard's directions are the best for its own data, as with `sketch="exact"`, Rᵢ ⪯ fᵢ(I - Pᵢ), with fᵢ
+        the shard's smallest kept energy and Pᵢ the projection on its directions. Then Σ nᵢCᵢ / N ⪯ L + f·I, with
+        f = Σ nᵢfᵢ / N and L the merge of the shards with their energies lowered by fᵢ, and T may be replaced by
+
+            D_r = Σ_{j≤r} (λ_j(L) + f - energies_j)  ≤  r·f
+
+        which is 0 where all shards agree on their directions. More `components` make both smaller. For the figures of
+        a merge see `evatune.merge.loss_bounds`; `evatune merge` prints them.
 
         Args:
             shards: two or more, of the same layers, with the same settings but for `seed` and `max_batches`.
 
         Returns:
             A new calibration. Its certificates are what the directions of one half of the shards capture of the other
-            half's kept rows: never too high, and low where the shards differ. A layer is `non_finite` if it is so in
-            one shard, as in one pass. Otherwise what the shards know is joined, its rows are judged as those of one
-            pass, and the layer is as settled as in its least settled shard; one that has no usable result for it
-            counts as `data_exhausted`. `first_bad_batch` counts through the shards in the order given.
+            half's rows, by what the records keep of them: low where shards differ or drop much, not high. A layer is
+            `non_finite` if it is so in one shard, as in one pass. Otherwise what the shards know is joined, its rows
+            are judged as those of one pass, and the layer is as settled as in its least settled shard; a shard that
+            has no usable result for it counts as `data_exhausted`. `first_bad_batch` counts through the shards in the
+            order given.
 
         Raises:
             ConfigError: fewer than two, or one that does not fit the first; the message names the difference.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,16 +88,46 @@ def merge_spectra(parts: Sequence[Spectrum], components: int) -> Spectrum:
     return replace(answer, certificate=lively[0].certificate if lively else None)
 
 
-def loss_bounds(merged: Calibration, shards: Sequence[Calibration]) -> dict[str, float]:
-    """Layer → the share of its energy that `merged` can have lost at most against one pass over all the data.
+class LossBound(NamedTuple):
+    """The share of a layer's energy that its leading merged directions can have lost against one pass, at most."""
 
-    This is T of `Calibration.merge`, divided by the layer's total energy; 0 for a layer without energy.
-    """
+    proven: float  # whatever the sketches found
+    given_best: float  # if each shard's directions are the best for its own data, as the exact sketch's are
+
+
+def loss_bounds(merged: Calibration, shards: Sequence[Calibration], ranks: Mapping[str, int]) -> dict[str, LossBound]:
+    """Layer → bounds for its first `ranks[name]` directions; see `Calibration.merge`, where they are derived."""
+    losses: dict[int | None, tuple[float, Tensor]] = {}
     bounds = {}
     for name, spectrum in merged.spectra.items():
-        outside = sum(part.rows * part.tail_energy for part in _parts(shards, name))
-        bounds[name] = outside / (spectrum.rows * spectrum.total_energy) if spectrum.total_energy > 0 else 0.0
+        number, rank = merged.layers[name].input, ranks[name]
+        if rank == 0 or spectrum.total_energy == 0:
+            bounds[name] = LossBound(0.0, 0.0)
+            continue
+        if number not in losses:
+            losses[number] = _losses(spectrum, [part for part in _parts(shards, name) if part.rows], merged.config.kept)
+        outside, by_rank = losses[number]
+        given_best = min(outside, float(by_rank[:rank][-1])) / spectrum.total_energy
+        proven = given_best if merged.config.sketch == "exact" else outside / spectrum.total_energy
+        bounds[name] = LossBound(proven, given_best)
     return bounds
+
+
+def _losses(merged: Spectrum, parts: Sequence[Spectrum], components: int) -> tuple[float, Tensor]:
+    """T and, for r = 1 … k, D_r of `Calibration.merge`, per row."""
+    weights = [part.rows / merged.rows for part in parts]
+    outside = sum(weight * part.tail_energy for weight, part in zip(weights, parts, strict=True))
+    # Fewer directions than were asked for: there is no energy in any other.
+    full = [len(part.energies) == min(components, part.directions.shape[1]) for part in parts]
+    floors = [float(part.energies[-1]) if whole else 0.0 for part, whole in zip(parts, full, strict=True)]
+    lowered = [replace(part, energies=part.energies - floor) for part, floor in zip(parts, floors, strict=True)]
+    about = merged.mean.double()
+    factor = torch.cat([weight**0.5 * _factor(part, about) for weight, part in zip(weights, lowered, strict=True)])
+    upper = torch.zeros(len(merged.energies), dtype=torch.float64)
+    largest = torch.linalg.svdvals(factor).square()[: len(upper)]
+    upper[: len(largest)] = largest
+    upper += sum(weight * floor for weight, floor in zip(weights, floors, strict=True))
+    return outside, (upper - merged.energies.double()).cumsum(0).clamp_min(0)
 
 
 def _join(parts: Sequence[Spectrum], components: int) -> Spectrum:
@@ -131,7 +161,7 @@ def _total_about(part: Spectrum, about: Tensor) -> float:
 def _cross_check(parts: Sequence[Spectrum], components: int) -> Certificate:
     """What the directions of one half of the parts capture of the other half's rows.
 
-    What a part dropped cannot be measured and counts as missed, so the figure is never too high. The shards' own
+    What a part dropped cannot be measured and counts as missed, so the figure errs on the low side only. The shards' own
     certificates are of no use here: they are about directions that the merge has changed.
     """
     known, fresh = sorted((parts[::2], parts[1::2]), key=lambda half: sum(part.rows for part in half), reverse=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from evatune.calibration import Calibration
+    from evatune.merge import LossBound
     from evatune.status import Status
 
 
@@ -28,6 +29,7 @@ def merge(
     from evatune.errors import ConfigError
     from evatune.files import require_free_file
     from evatune.merge import loss_bounds
+    from evatune.report.summary import plan_of
 
     files = [path / "calibration.safetensors" if path.is_dir() else path for path in shards]
     for index, file in enumerate(files):
@@ -43,27 +45,34 @@ def merge(
         raise ConfigError(
             f"output {str(out)!r} cannot be written ({error.strerror or error}); name another with --out"
         ) from error
-    bounds = loss_bounds(merged, parts)
+    plan, problem = plan_of(merged)
+    bounds = loss_bounds(merged, parts, plan.ranks)
     if as_json:
         about = [
             {"file": str(file), "batches": part.batches, "status": part.status}
             for file, part in zip(files, parts, strict=True)
         ]
-        typer.echo(json.dumps({"out": str(out), "shards": about, "loss_bounds": bounds} | calibration_facts(merged)))
+        lost = {name: bound._asdict() for name, bound in bounds.items()}
+        typer.echo(json.dumps({"out": str(out), "shards": about, "loss_bounds": lost} | calibration_facts(merged)))
         return
-    from evatune.report.tables import console, percent, say, show_calibration
+    from evatune.report.tables import console, say, show_calibration
 
     terminal = console()
     show_calibration(terminal, merged)
-    mean, worst = sum(bounds.values()) / len(bounds), max(bounds.values())
-    say(
-        terminal,
-        f"Against one pass over all the data the directions lose at most {percent(mean)} of the energy on average, "
-        f"{percent(worst)} in the worst layer",
-        *_unknown(files, parts, merged),
-        "",
-        f"{out}  the record; evatune inspect prints it",
+    if problem is None:
+        say(terminal, _loss(bounds.values(), merged.config.sketch))
+    say(terminal, *_unknown(files, parts, merged), "", f"{out}  the record; evatune inspect prints it")
+
+
+def _loss(bounds: Collection[LossBound], sketch: str) -> str:
+    from evatune.report.tables import percent
+
+    proven, given_best = (
+        f"{percent(sum(shares) / len(shares))} on average and {percent(max(shares))} in the worst layer"
+        for shares in zip(*bounds, strict=True)
     )
+    found = "" if sketch == "exact" else f" if each shard's sketch found its best ones; else {proven}"
+    return f"Energy that the chosen directions can have lost against one pass over all the data: at most {given_best}{found}"
 
 
 def _unknown(files: Sequence[Path], parts: Sequence[Calibration], merged: Calibration) -> list[str]:
