@@ -436,6 +436,7 @@ def test_an_existing_file_is_replaced_on_demand_and_only_if_it_is_ours(
     refused(command("merge", *files, "-o", out), "--overwrite")
     assert command("merge", *files[:2], "-o", out, "--overwrite").status == 0
     assert Calibration.load(out).spectra["layer"].rows == 550
+    refused(command("merge", *files, "-o", files[0], "--overwrite"), "is one of the calibrations to merge")
     refused(command("merge", *files, "-o", tmp_path), "is a folder")
     refused(command("merge", *files, "-o", out / "x.safetensors"), "cannot be written")
 

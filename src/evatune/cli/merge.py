@@ -35,6 +35,8 @@ def merge(
     for index, file in enumerate(files):
         if file.resolve() in (other.resolve() for other in files[:index]):
             raise ConfigError(f"{str(file)!r} is given twice; its data would count twice")
+    if out.resolve() in (file.resolve() for file in files):
+        raise ConfigError(f"output {str(out)!r} is one of the calibrations to merge; name another with --out")
     require_free_file(out, overwrite, _is_calibration)
     parts = [Calibration.load(file) for file in files]
     merged = Calibration.merge(parts)
