@@ -291,7 +291,10 @@ def test_a_layer_that_one_shard_knows_is_known(poor: str, tmp_path: Path) -> Non
         assert merged.spectra["a"].rows == 80 + {"zero": 80, "few": 2, "never": 0, "none": 0}[poor]
         fine = next(s for s in shards if s.status["a"].usable).spectra["a"]
         assert principal_angles(merged.spectra["a"].directions, fine.directions).max() < 0.2
-        assert merged.spectra["a"].certificate is not None or poor != "few"
+        certificate = merged.spectra["a"].certificate
+        assert certificate is not None
+        if poor != "few":  # nobody else has seen rows with energy: what the shard says of itself stands
+            assert certificate is fine.certificate
         merged.save(tmp_path / "c.safetensors")
         assert Calibration.load(tmp_path / "c.safetensors").status == merged.status
 
