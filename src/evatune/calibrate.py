@@ -24,7 +24,7 @@ from evatune.errors import BudgetError, DataError
 from evatune.ranks import Candidate, RankPlan, allocate, rank_shift
 from evatune.sketch import Sketch, make_sketch
 from evatune.spectrum import Spectrum, empty
-from evatune.status import Status
+from evatune.status import Status, shortage
 
 # Two or three batches agree too easily, and the bound costs next to nothing.
 _MIN_BATCHES = 4
@@ -295,12 +295,9 @@ class _Monitor:
             return Status.NON_FINITE
         if self._sharing.group_of(site.name) is None:
             return Status.NEVER_CALLED
-        if spectrum.rows == 0:
-            return Status.TOO_FEW_ROWS
-        if spectrum.total_energy == 0:
-            return Status.NO_SIGNAL
-        if spectrum.rows < min(self._config.kept, site.in_features, site.out_features):
-            return Status.TOO_FEW_ROWS
+        lack = shortage(spectrum.rows, spectrum.total_energy, min(self._config.kept, site.in_features, site.out_features))
+        if lack is not None:
+            return lack
         if site.name in self.settled:
             return Status.CONVERGED
         return Status.UNSETTLED if ended is Status.CONVERGED else ended

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor
 from evatune.config import CalibrationConfig
 from evatune.errors import LayerError, RecordError
 from evatune.files import umask
+from evatune.merge import merge as _merge
 from evatune.ranks import Candidate, RankPlan
 from evatune.ranks import allocate as _allocate
 from evatune.spectrum import Certificate, Spectrum, empty
@@ -70,6 +73,51 @@ class Calibration:
             metric=config.metric if metric is None else metric,
             min_rank=min_rank,
         )
+
+    @classmethod
+    def merge(cls, shards: Sequence[Calibration]) -> Calibration:
+        """Join calibrations of the same model that were computed apart, each on a shard of the data of its own.
+
+        Per layer, the leading directions of Σ nᵢKᵢ / N, where shard i has nᵢ of the N rows and Kᵢ is what its record
+        keeps of their second moment Cᵢ. Rows, batches, means and total energies are exactly those of one pass; centred
+        records join about the common mean. Sums are float64; the order of shards changes rounding only.
+
+        What that can lose. No sketch reports what its data does not hold: Cᵢ = Kᵢ + Rᵢ with Rᵢ ⪰ 0, and tr Rᵢ is the
+        energy outside the shard's directions, its `tail_energy`. Let T = Σ nᵢ·tr Rᵢ / N. By Weyl's and Ky Fan's
+        inequalities, for every r and per row,
+
+            best_r - T  ≤  Σ_{j≤r} energies_j  ≤  captured_r  ≤  best_r
+
+        up to rounding, where best_r is the energy that the r best directions for all the data capture of it, and
+        captured_r what the first r merged ones do. T is nearly reached where every shard drops one and the same
+        direction, and 0 where the data of every shard has a rank of at most k.
+
+        Where each shard's directions are the best for its own data, as with `sketch="exact"`, Rᵢ ⪯ fᵢ(I - Pᵢ), with fᵢ
+        the shard's smallest kept energy and Pᵢ the projection on its directions. Then Σ nᵢCᵢ / N ⪯ L + f·I, with
+        f = Σ nᵢfᵢ / N and L the merge of the shards with their energies lowered by fᵢ, and T may be replaced by
+
+            D_r = Σ_{j≤r} (λ_j(L) + f - energies_j)  ≤  r·f
+
+        which is 0 where all shards agree on their directions. More `components` make both smaller. For the figures of
+        a merge see `evatune.merge.loss_bounds`; `evatune merge` prints them.
+
+        Args:
+            shards: two or more, of the same layers, with the same settings but for `seed` and `max_batches`.
+
+        Returns:
+            A new calibration. Its certificates are what the directions of one half of the shards capture of the other
+            half's rows, by what the records keep of them: low where shards differ or drop much, not high. A layer is
+            `non_finite` if it is so in one shard, as in one pass. Otherwise what the shards know is joined, its rows
+            are judged as those of one pass, and the layer is as settled as in its least settled shard; a shard that
+            has no usable result for it counts as `data_exhausted`. `first_bad_batch` counts through the shards in the
+            order given.
+
+        Raises:
+            ConfigError: fewer than two, or one that does not fit the first; the message names the difference.
+
+        Cost: per distinct input O(d·(m·k)²) for m shards, m·k ≤ d.
+        """
+        return _merge(shards)
 
     def require_usable(self) -> None:
         """Raise a LayerError that lists every layer no adapter can be initialised for, with advice."""
@@ -199,6 +247,9 @@ def _require_whole(spectrum: Spectrum) -> None:
         raise ValueError(f"directions {tuple(directions.shape)}, energies {tuple(energies.shape)} and mean do not fit")
     if not isinstance(spectrum.rows, int) or not isinstance(spectrum.total_energy, (int, float)):
         raise ValueError("rows and total_energy are not numbers")
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in (directions, energies, spectrum.mean))
+    if spectrum.rows < 0 or not (finite and math.isfinite(spectrum.total_energy)):
+        raise ValueError("a number is NaN, Inf or a negative count")
 
 
 def _versions() -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,6 +55,21 @@ def require_free(out: Path, overwrite: bool, *, mark: str, ours: Collection[str]
         )
     if Path.cwd().is_relative_to(out.resolve()):
         raise ConfigError(f"output {str(out)!r} is the folder you are in; go elsewhere, or name another with --out")
+    _require_writable(out)
+
+
+def require_free_file(out: Path, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
+    """Raise a ConfigError unless the file `out` can be written, or replaced when `overwrite` says so and it is ours."""
+    if out.is_dir():
+        raise ConfigError(f"output {str(out)!r} is a folder; name a file in it with --out")
+    if os.path.lexists(out):
+        if not overwrite:
+            raise ConfigError(f"output file {str(out)!r} exists; name another with --out, or replace it with --overwrite")
+        if not is_ours(out):
+            raise ConfigError(
+                f"output file {str(out)!r} exists and was not written by evatune, so --overwrite leaves it alone; name "
+                "another with --out"
+            )
     _require_writable(out)
 
 

@@ -52,6 +52,11 @@ class Spectrum:
         return self.energies / self.total_energy
 
     @property
+    def tail_energy(self) -> float:
+        """Mean squared norm per row outside the directions."""
+        return max(0.0, self.total_energy - float(self.energies.sum(dtype=torch.float64)))
+
+    @property
     def second_moments(self) -> Tensor:
         """`E[(v_j·x)²]` per direction, shape (k,), float32: uncentred, whatever `centered` says."""
         return self.energies + self._mean_squares if self.centered else self.energies

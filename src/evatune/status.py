@@ -37,3 +37,12 @@ _ADVICE = {
     Status.NON_FINITE: "NaN or Inf came in; check the batch named, or use float32 or bfloat16 instead of float16",
     Status.NEVER_CALLED: "the forward pass never reached it; leave it out with exclude_modules, or pass forward=",
 }
+
+
+def shortage(rows: int, total_energy: float, needed: int) -> Status | None:
+    """What the rows of a layer lack for `needed` directions, or None."""
+    if rows == 0:
+        return Status.TOO_FEW_ROWS
+    if total_energy == 0:
+        return Status.NO_SIGNAL
+    return Status.TOO_FEW_ROWS if rows < needed else None

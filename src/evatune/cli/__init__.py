@@ -10,6 +10,7 @@ import typer
 from evatune.cli.export import export
 from evatune.cli.init import init
 from evatune.cli.inspect import inspect
+from evatune.cli.merge import merge
 from evatune.cli.train import compare, recipes, train
 from evatune.version import __version__
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(init)
 app.command()(inspect)
+app.command()(merge)
 app.command()(train)
 app.command()(compare)
 app.command()(export)

@@ -1,0 +1,102 @@
+"""`evatune merge`: calibrations of separate shards of the data in, one calibration out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from evatune.calibration import Calibration
+    from evatune.merge import LossBound
+    from evatune.status import Status
+
+
+def merge(
+    shards: Annotated[
+        list[Path], typer.Argument(help="Two or more calibration.safetensors, or folders that evatune init wrote.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, such as calibration.safetensors.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a calibration.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Join calibrations of the same model that were computed apart on different data."""
+    from evatune.calibration import Calibration
+    from evatune.cli.inspect import calibration_facts
+    from evatune.errors import ConfigError
+    from evatune.files import require_free_file
+    from evatune.merge import loss_bounds
+    from evatune.report.summary import plan_of
+
+    files = [path / "calibration.safetensors" if path.is_dir() else path for path in shards]
+    for index, file in enumerate(files):
+        if file.resolve() in (other.resolve() for other in files[:index]):
+            raise ConfigError(f"{str(file)!r} is given twice; its data would count twice")
+    if out.resolve() in (file.resolve() for file in files):
+        raise ConfigError(f"output {str(out)!r} is one of the calibrations to merge; name another with --out")
+    require_free_file(out, overwrite, _is_calibration)
+    parts = [Calibration.load(file) for file in files]
+    merged = Calibration.merge(parts)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        merged.save(out)
+    except OSError as error:
+        raise ConfigError(
+            f"output {str(out)!r} cannot be written ({error.strerror or error}); name another with --out"
+        ) from error
+    plan, problem = plan_of(merged)
+    bounds = loss_bounds(merged, parts, plan.ranks)
+    if as_json:
+        about = [
+            {"file": str(file), "batches": part.batches, "status": part.status}
+            for file, part in zip(files, parts, strict=True)
+        ]
+        lost = {name: bound._asdict() for name, bound in bounds.items()}
+        typer.echo(json.dumps({"out": str(out), "shards": about, "loss_bounds": lost} | calibration_facts(merged)))
+        return
+    from evatune.report.tables import console, say, show_calibration
+
+    terminal = console()
+    show_calibration(terminal, merged)
+    if problem is None:
+        say(terminal, _loss(bounds.values(), merged.config.sketch))
+    say(terminal, *_unknown(files, parts, merged), "", f"{out}  the record; evatune inspect prints it")
+
+
+def _loss(bounds: Collection[LossBound], sketch: str) -> str:
+    from evatune.report.tables import percent
+
+    proven, given_best = (
+        f"{percent(sum(shares) / len(shares))} on average and {percent(max(shares))} in the worst layer"
+        for shares in zip(*bounds, strict=True)
+    )
+    found = "" if sketch == "exact" else f" if each shard's sketch found its best ones; else {proven}"
+    return f"Energy that the chosen directions can have lost against one pass over all the data: at most {given_best}{found}"
+
+
+def _unknown(files: Sequence[Path], parts: Sequence[Calibration], merged: Calibration) -> list[str]:
+    """A line per shard that has no usable result for layers that the others know."""
+    lines = []
+    for file, part in zip(files, parts, strict=True):
+        by_status: dict[Status, list[str]] = {}
+        for name, status in part.status.items():
+            if merged.status[name].usable and not status.usable:
+                by_status.setdefault(status, []).append(name)
+        for status, names in by_status.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"{', '.join(names[:3])}{more}: {status} in {file}, known from the other shards.")
+    return lines
+
+
+def _is_calibration(file: Path) -> bool:
+    from evatune.calibration import Calibration
+    from evatune.errors import RecordError
+
+    try:
+        Calibration.load(file)
+    except RecordError:
+        return False
+    return True
