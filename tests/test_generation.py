@@ -118,7 +118,7 @@ class _Parrot:
     device = torch.device("cpu")
 
     def __init__(self, tokenizer: Any, pairs: list[Pair], good: int) -> None:
-        texts = [pair.answer if i < good else "1 + 1 = 3. The answer is 999" for i, pair in enumerate(pairs)]
+        texts = [pair.answer if i < good else "1 + 1 = 3. So 999" for i, pair in enumerate(pairs)]
         self.answers = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
 
     def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:

@@ -51,27 +51,27 @@ def _problem(source: random.Random) -> Pair:
     if source.random() < 0.25:
         groups, size = source.randint(2, 5), source.randint(2, 6)
         extra = source.randint(1, 9)
-        story = f"{name} has {groups} boxes with {size} {thing} each, and {extra} {thing} more."
+        story = f"{name} has {groups} boxes of {size} {thing} and {extra} more"
         steps = [f"{groups} * {size} = {groups * size}", f"{groups * size} + {extra} = {groups * size + extra}"]
         total = groups * size + extra
     else:
         total = source.randint(2, 20)
-        story, steps = f"{name} has {total} {thing}.", []
-        for begin in ("Then {who} ", "After that {who} "):
+        story, steps = f"{name} has {total} {thing}", []
+        for _ in range(2):
             plus = source.random() < 0.5 or total < 2
             b = source.randint(1, 9) if plus else source.randint(1, min(9, total - 1))
             step = source.choice(_ADD if plus else _SUBTRACT).format(b=b, other=other)
             after = total + b if plus else total - b
-            story += f" {begin.format(who=name)}{step}."
+            story += f", {step}"
             steps.append(f"{total} {'+' if plus else '-'} {b} = {after}")
             total = after
-    return Pair(f"{story} How many {thing} does {name} have now?\n", f"{'. '.join(steps)}. The answer is {total}")
+    return Pair(f"{story}. How many {thing} now?\n", f"{'. '.join(steps)}. So {total}")
 
 
 def final_answer(text: str) -> str:
     """What a solution says its answer is; empty if it says none."""
     lines = text.strip().splitlines()
-    return lines[0].rpartition("The answer is ")[2].strip(" .") if lines and "The answer is " in lines[0] else ""
+    return lines[0].rpartition("So ")[2].strip(" .") if lines and "So " in lines[0] else ""
 
 
 def arithmetic(train: int, test: int) -> Pairs:
@@ -88,7 +88,6 @@ def arithmetic(train: int, test: int) -> Pairs:
 # --- Questions about things ----------------------------------------------------------------------------------------
 
 _QUESTIONS = {
-    "kind": ("What kind of thing is a {}?", "A {} is a kind of"),
     "place": ("Where is a {} most often found?", "You will find a {}"),
     "action": ("What does a {} do, or what is done with it?", "A typical thing about a {}:"),
     "part": ("What does a {} have?", "Every {} has"),
@@ -119,17 +118,20 @@ _CLASSES: dict[str, tuple[str, ...]] = {  # members; then kind, place, action, p
 
 
 def commonsense(train: int, test: int) -> Pairs:
-    """Questions with four choices. An answer that is tested was never seen for that thing: it follows from what
-    the other things of its class are like."""
+    """Questions about a thing, with four choices, after the fact of what kind it is.
+
+    An answer that is tested was never seen for that thing: it follows from what other things of its kind are like.
+    """
     source = random.Random(0)
     kinds = list(_QUESTIONS)
-    answers = {kind: sorted({facts[place] for facts in _CLASSES.values()}) for place, kind in enumerate(kinds)}
+    answers = {kind: sorted({facts[place] for _, *facts in _CLASSES.values()}) for place, kind in enumerate(kinds)}
     cells = [
         (thing, kind, facts[place])
-        for members, facts in _CLASSES.items()
+        for members, (_, *facts) in _CLASSES.items()
         for thing in members.split()
         for place, kind in enumerate(kinds)
     ]
+    of = {thing: facts[0] for members, facts in _CLASSES.items() for thing in members.split()}
     source.shuffle(cells)
     held = len(cells) // 4
 
@@ -139,7 +141,7 @@ def commonsense(train: int, test: int) -> Pairs:
             wrong = source.sample([other for other in answers[kind] if other != answer], 3)
             choices = source.sample([answer, *wrong], 4)
             found.extend(
-                Pair(f"{question.format(thing)} Answer:", f" {answer}", tuple(f" {choice}" for choice in choices))
+                Pair(f"{thing}: {of[thing]}. {question.format(thing)}", f" {answer}", tuple(f" {one}" for one in choices))
                 for question in _QUESTIONS[kind]
             )
         source.shuffle(found)
