@@ -54,9 +54,9 @@ def test_no_prompt_that_is_tested_was_learned_from(task: str) -> None:
 
 def test_worked_solutions_are_right() -> None:
     for pair in language.arithmetic(500, 0).train:
-        steps = [step.split(" = ") for step in pair.answer.split(". ")[:-1]]
-        assert all(eval(left) == int(right) for left, right in steps)  # the task's own sums
-        assert steps[-1][1] == language.final_answer(pair.answer)
+        left, right = pair.answer.split(" = ")
+        assert eval(left) == int(right)  # the task's own sums
+        assert language.final_answer(pair.answer) == right
 
 
 def test_a_question_has_its_answer_among_four_different_choices() -> None:
@@ -118,7 +118,7 @@ class _Parrot:
     device = torch.device("cpu")
 
     def __init__(self, tokenizer: Any, pairs: list[Pair], good: int) -> None:
-        texts = [pair.answer if i < good else "1 + 1 = 3. So 999" for i, pair in enumerate(pairs)]
+        texts = [pair.answer if i < good else "1 + 1 = 999" for i, pair in enumerate(pairs)]
         self.answers = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
 
     def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:

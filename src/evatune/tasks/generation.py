@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def prepare(recipe: Recipe) -> Task:
 
     The loss counts the answer's tokens only. The score is, by task: the share of problems whose written solution ends in
     the right number (arithmetic); of questions whose right choice is the most likely one, as a sum over its tokens
-    (commonsense); else one over the perplexity, the geometric mean of the probability of the answer's tokens.
+    (commonsense); else one over the perplexity per character, so that models with other tokenizers can be compared.
 
     Raises ConfigError for an unknown task or sizes beyond the data, DataError where model or data cannot be had.
     """
@@ -46,7 +47,6 @@ def prepare(recipe: Recipe) -> Task:
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    train = [_encode(tokenizer, pair, data.max_length) for pair in pairs.train]
     # By length, so that little of a batch is padding; no measure sees the order.
     tests = sorted(pairs.test, key=lambda pair: len(tokenizer(pair.prompt + pair.answer)["input_ids"]))
 
@@ -55,16 +55,18 @@ def prepare(recipe: Recipe) -> Task:
             return {"score": _solved(model, tokenizer, tests)}
         return {"score": _chosen(model, tokenizer, tests, data.max_length)}
 
+    test = [_encode(tokenizer, pair, data.max_length) for pair in tests]
+    answers = [token for row in test for token in row["labels"] if token not in (-100, tokenizer.eos_token_id)]
     judged = recipe.task == "arithmetic" or any(pair.choices for pair in tests)
     return Task(
         model=model,
-        train=datasets.Dataset.from_list(train),
-        test=datasets.Dataset.from_list([_encode(tokenizer, pair, data.max_length) for pair in tests]),
+        train=datasets.Dataset.from_list([_encode(tokenizer, pair, data.max_length) for pair in pairs.train]),
+        test=datasets.Dataset.from_list(test),
         collator=transformers.DataCollatorForSeq2Seq(tokenizer),
         head=["lm_head"],
         new_head=False,
         task_type="CAUSAL_LM",
-        metric=measures if judged else _with_score,
+        metric=measures if judged else partial(_with_score, tokens=len(answers), characters=len(tokenizer.decode(answers))),
         reduce=_per_token,
         judge=judge if judged else None,
     )
@@ -82,9 +84,9 @@ def measures(prediction: Any) -> dict[str, float]:
     return {"perplexity": math.exp(min(mean, _LARGEST_LOSS)), "exact_match": exact}
 
 
-def _with_score(prediction: Any) -> dict[str, float]:
+def _with_score(prediction: Any, tokens: int, characters: int) -> dict[str, float]:
     found = measures(prediction)
-    return {"score": 1 / found["perplexity"], **found}
+    return {"score": found["perplexity"] ** (-tokens / characters), **found}
 
 
 def _per_token(logits: Any, labels: Tensor) -> Tensor:
