@@ -19,6 +19,7 @@ from evatune.adapters.milora import milora
 from evatune.adapters.starts import Batches, Start, lora_layers
 from evatune.calibrate import calibrate
 from evatune.calibration import Calibration
+from evatune.capture.tap import RowsFunction
 from evatune.capture.targets import find_sites
 from evatune.config import CalibrationConfig
 from evatune.errors import ConfigError
@@ -142,14 +143,22 @@ def adapt(
 
 
 def prepare(
-    model: nn.Module, name: str, initialize: Initialize, batches: Batches, *, rho: float, seed: int, start: Path
+    model: nn.Module,
+    name: str,
+    initialize: Initialize,
+    batches: Batches,
+    *,
+    rho: float,
+    seed: int,
+    start: Path,
+    rows: RowsFunction | None = None,
 ) -> Calibration | None:
     """What the method does before training, with data or with the weights.
 
     Args:
         initialize: `evatune.initialize`, bound to the model or trainer.
         batches: examples per batch → training batches, for passes of other kinds.
-        start: where a method that changes the base weights keeps its adapter as it was before training.
+        rows: the task's choice of rows, for the same. start: where a method that changes the base weights keeps its adapter as it was before training.
     """
     method = METHODS[name]
     if method.start is not None:
@@ -160,7 +169,7 @@ def prepare(
             _redraw(model, seed)
         return calibration
     if method.minor:
-        return _write_minor(model, batches(_MINOR_EXAMPLES))
+        return _write_minor(model, batches(_MINOR_EXAMPLES), rows)
     return None
 
 
@@ -245,14 +254,14 @@ def _redraw(model: nn.Module, seed: int) -> None:
 
 
 @torch.no_grad()
-def _write_minor(model: nn.Module, batches: Iterable[Any]) -> Calibration:
+def _write_minor(model: nn.Module, batches: Iterable[Any], rows: RowsFunction | None) -> Calibration:
     """A from the directions with least energy, uniform ranks: the control of EVA's claim."""
     layers = lora_layers(model)
     width = max(layer.in_features for layer in layers.values())
     config = CalibrationConfig(
         rank=next(iter(layers.values())).r["default"], rho=1, sketch="exact", max_batches=_MINOR_BATCHES
     )
-    calibration = calibrate(model, batches, replace(config, components=width, tolerance=0))
+    calibration = calibrate(model, batches, replace(config, components=width, tolerance=0), rows=rows)
     for path, layer in layers.items():
         a = layer.lora_A["default"].weight
         a.copy_(calibration.spectra[path].directions[-len(a) :])

@@ -90,6 +90,7 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         rho=recipe.adapter.rho,
         seed=recipe.seed,
         start=folder / "start",
+        rows=task.rows,
     )
     init_seconds = time.perf_counter() - start
     if calibration is not None:
