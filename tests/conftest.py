@@ -1,12 +1,18 @@
-"""Small models with tokenizers, and texts, as folders and files."""
+"""Small models with tokenizers, and texts, as folders and files; and the command line in this process."""
 
 from __future__ import annotations
 
 import random
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from evatune.cli import main
 
 
 def tiny_tokenizer(**options: Any) -> Any:
@@ -77,3 +83,40 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise socket.gaierror("no network in this test")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Answer]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command line in this process."""
+
+    def run(*arguments: Any) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["evatune", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return Answer(int(ended.value.code or 0), out, err)
+
+    return run
+
+
+def refused(answer: Answer, *parts: str, folder: Path | None = None, left: frozenset[str] = frozenset()) -> None:
+    """Status 2, one line on stderr with these parts in it, nothing on stdout, nothing left behind."""
+    assert answer.status == 2, answer
+    assert re.fullmatch(r"evatune: [^\n]+\n", answer.err), answer.err
+    assert "Traceback" not in answer.err
+    assert answer.out == ""
+    for part in parts:
+        assert part in answer.err, (part, answer.err)
+    if folder is not None:
+        assert {path.name for path in folder.iterdir()} == left

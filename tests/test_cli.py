@@ -10,8 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,41 +24,16 @@ from torch import nn
 
 import evatune
 from evatune.cli import main
-from evatune.cli.output import whole_folder
 from evatune.errors import ConfigError
+from evatune.files import whole_folder
 from evatune.report.tables import show_calibration
-from tests.conftest import save_model, sentences
+from tests.conftest import Answer, Command, refused, save_model, sentences
 
 torch.set_num_threads(1)
 
 FILES = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "calibration.safetensors", "report.html", "run.json",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Answer]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command line in this process."""
-
-    def run(*arguments: Any) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["evatune", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return Answer(int(ended.value.code or 0), out, err)
-
-    return run
 
 
 @pytest.fixture
@@ -99,18 +72,6 @@ def written(bert_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPat
         with pytest.raises(SystemExit):
             main()
     return out
-
-
-def refused(answer: Answer, *parts: str, folder: Path | None = None, left: frozenset[str] = frozenset()) -> None:
-    """Status 2, one line on stderr with these parts in it, nothing on stdout, nothing left behind."""
-    assert answer.status == 2, answer
-    assert re.fullmatch(r"evatune: [^\n]+\n", answer.err), answer.err
-    assert "Traceback" not in answer.err
-    assert answer.out == ""
-    for part in parts:
-        assert part in answer.err, (part, answer.err)
-    if folder is not None:
-        assert {path.name for path in folder.iterdir()} == left
 
 
 # -- what init writes -----------------------------------------------------------------------------------
@@ -756,7 +717,7 @@ def test_no_command_prints_the_help(command: Command) -> None:
     assert "inspect" in answer.out
 
 
-@pytest.mark.parametrize("name", ["init", "inspect"])
+@pytest.mark.parametrize("name", ["init", "inspect", "export"])
 def test_every_option_is_explained(command: Command, name: str) -> None:
     answer = command(name, "--help")
     assert answer.status == 0

@@ -203,9 +203,9 @@ def test_a_mistake_in_the_recipe_says_what_is_allowed(overrides: list[str], erro
 @pytest.mark.parametrize(
     ("labels", "overrides", "text"),
     [
-        ([0, 1] * 4, ["data.image_column=photo"], "has no column 'photo'; it has image, label, extra"),
+        ([0, 1] * 4, ["data.columns=[photo]"], "has no column 'photo'; it has image, label, extra"),
         ([0, 1] * 4, ["data.label_column=kind"], "has no column 'kind'; it has image, label, extra"),
-        ([0, 1] * 4, ["data.image_column=extra"], "column 'extra' of .* holds no images"),
+        ([0, 1] * 4, ["data.columns=[extra]"], "column 'extra' of .* holds no images"),
         ([-1] * 8, [], "column 'label' of .* holds the label -1; its 1 classes"),
         ([1, 2] * 4, [], "holds the label 2; its 2 classes must be names, or numbers from 0 to 1"),
         ([0.5, 1.5] * 4, [], "holds the label 0.5"),

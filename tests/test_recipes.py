@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from evatune.errors import ConfigError
-from evatune.recipes import as_tree, keys, load, ours, parse, text_of
+from evatune.recipes import as_tree, expand, keys, load, ours, parse, text_of
 
 
 @pytest.mark.parametrize("name", ours())
@@ -68,3 +68,13 @@ def test_a_file_that_is_no_recipe_says_so(content: str, text: str, tmp_path: Pat
 def test_an_override_that_is_none_says_so(override: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         load("understanding-movie", [override])
+
+
+def test_patterns_name_recipes_of_ours() -> None:
+    assert expand(["generation-*", "generation-code", "mine.yaml"]) == [
+        "generation-arithmetic", "generation-code", "generation-commonsense", "generation-reviews", "mine.yaml",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"no recipe of ours fits 'cooking-\*'"):
+        expand(["cooking-*"])
+    with pytest.raises(ConfigError, match="name at least one recipe"):
+        expand([])

@@ -78,5 +78,7 @@ def write_asset(
         encoding="utf-8",
     )
     shutil.rmtree(folder, ignore_errors=True)
+    for path in temporary.iterdir():  # safetensors writes files for the owner alone
+        path.chmod(0o644)
     os.replace(temporary, folder)
     return folder

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from evatune.calibration import Calibration, Layer
-from evatune.capture import InputGroup, RowSelector, Sharing, Site, Tap, find_sites, shifts_labels
+from evatune.capture import InputGroup, Sharing, Site, Tap, find_sites, selector_for
 from evatune.capture.tap import EnoughSeen, RowsFunction
 from evatune.capture.targets import Targets, adapters_off
 from evatune.config import CalibrationConfig
@@ -104,9 +104,11 @@ def run(
     progress: Callable[[Progress], None] | None = None,
 ) -> Calibration:
     """`calibrate` for layers that are already chosen."""
-    config = replace(config, rank=config.rank_or_default, rho=config.rho_or_default)  # the record says all of it
-    device = _model_device(model)
-    shift = config.labels_only and shifts_labels(model)
+    labels_only = config.labels_only or False
+    # the record says all of it
+    config = replace(config, rank=config.rank_or_default, rho=config.rho_or_default, labels_only=labels_only)
+    device = model_device(model)
+    select = selector_for(model, labels_only, config.ignore_index)
 
     def newborn(x: Tensor) -> Sketch:
         return make_sketch(
@@ -124,13 +126,10 @@ def run(
     can_cut = forward is None and _may_cut_short(model)
     ended = Status.DATA_EXHAUSTED
     count = 0
-    with _as_found(model), Tap(sites, sharing, rows) as tap, torch.no_grad():
-        for count, batch in enumerate(islice(_iterate(batches), config.max_batches), start=1):
+    with as_found(model), Tap(sites, sharing, rows) as tap, torch.no_grad():
+        for count, batch in enumerate(islice(iterate(batches), config.max_batches), start=1):
             batch = batch if forward is not None else to_device(batch, device)
-            selector = None
-            if rows is None:
-                selector = RowSelector(batch, labels_only=config.labels_only, ignore_index=config.ignore_index, shift=shift)
-            tap.begin(batch, selector)
+            tap.begin(batch, select(batch) if rows is None else None)
             with suppress(EnoughSeen):
                 (forward or call_model)(model, batch)
             tap.cut_short = tap.cut_short or (count == 1 and can_cut and tap.each_called_once)
@@ -350,7 +349,8 @@ def _is_refresh(batch: int) -> bool:
     return _is_check(batch) or (batch > 3 and batch % 3 == 0 and _is_check(batch // 3))
 
 
-def _iterate(batches: Iterable[Any]) -> Iterator[Any]:
+def iterate(batches: Iterable[Any]) -> Iterator[Any]:
+    """An iterator over batches; a DataError for what is none, or is a single batch."""
     if isinstance(batches, (Tensor, Mapping, str, bytes)):
         raise DataError(
             f"batches is a single {type(batches).__name__}; give an iterable of batches, such as a DataLoader or a list "
@@ -366,7 +366,7 @@ def _iterate(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 @contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
+def as_found(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and base weights inside; modes, adapters and random states as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     python_state = random.getstate()
@@ -392,7 +392,7 @@ def _cuda_devices(model: nn.Module) -> list[int]:
     return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
 
-def _model_device(model: nn.Module) -> torch.device | None:
+def model_device(model: nn.Module) -> torch.device | None:
     """Where batches go: the device of the first parameter that has data."""
     return next((p.device for p in model.parameters() if p.device.type != "meta"), None)
 

@@ -29,7 +29,9 @@ class CalibrationConfig:
         tolerance: stop when, with the data seen since the last check (at 1, 2, 4, 8, … batches), the directions
             in use gained less than this share of energy, and less than twice this share of the ranks moved.
             0: never stop before `max_batches` or the end of the data.
-        labels_only: count only tokens that have a loss (shifted by one for causal language models).
+        labels_only: count only tokens that have a loss (shifted by one for causal language models). "auto": where a
+            batch has a label per token, and not for encoder-decoder models, whose labels are the decoder's. Default:
+            what the adapter's `EvaConfig.use_label_mask` asks for, else False.
         ignore_index: label of tokens without a loss.
         seed: of the sketch's random start.
 
@@ -47,7 +49,7 @@ class CalibrationConfig:
     oversampling: int = 16
     max_batches: int = 64
     tolerance: float = 0.01
-    labels_only: bool = False
+    labels_only: bool | str | None = None
     ignore_index: int = -100
     seed: int = 0
 
@@ -63,6 +65,8 @@ class CalibrationConfig:
         require_rho(self.rho_or_default)
         if not 0 <= self.tolerance < 1:
             raise ConfigError(f"tolerance is {self.tolerance}; it must lie in [0, 1), and 0 means never stop early")
+        if self.labels_only not in (None, False, True, "auto"):
+            raise ConfigError(f"labels_only is {self.labels_only!r}; it must be True, False or 'auto'")
         for name, allowed in (("sketch", SKETCHES), ("budget", BUDGETS), ("metric", METRICS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")

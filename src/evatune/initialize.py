@@ -48,7 +48,10 @@ def initialize(
                        is for PEFT's default initialisation (uniform on ±1/√in) at the layer's rank: a
                        learning rate tuned for LoRA carries over.
 
-        config: other settings of the calibration; `rank`, `rho`, `budget` and `metric` given here override it.
+        config: other settings of the calibration; `rank`, `rho`, `budget` and `metric` given here override it. Where
+            it leaves `labels_only` open and the adapter's config asks for EVA (`init_lora_weights="eva"`), its
+            `EvaConfig.use_label_mask` and `label_mask_value` hold: tokens without a loss are left out of batches that
+            have a label per token (but not for encoder-decoder models).
         forward, rows, progress: as for `evatune.calibrate`.
         adapter_name: which adapter to initialise; no other is touched.
 

@@ -12,30 +12,34 @@ from typing import Any
 import torch
 from peft import AdaLoraConfig, LoraConfig, TaskType, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
-from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from evatune.adapters import starts
+from evatune.adapters.milora import milora
+from evatune.adapters.starts import Batches, Start, lora_layers
 from evatune.calibrate import calibrate
 from evatune.calibration import Calibration
-from evatune.capture.targets import base_name, find_sites
+from evatune.capture.targets import find_sites
 from evatune.config import CalibrationConfig
 from evatune.errors import ConfigError
 
 Initialize = Callable[..., Calibration]
 
+_MINOR_BATCHES, _MINOR_EXAMPLES = 16, 16  # of the pass of eva-minor
+
 
 @dataclass(frozen=True)
 class Method:
-    """How a method differs from LoRA as PEFT builds it."""
+    """How a method differs from LoRA as PEFT builds it, and which layers it is right for."""
 
     options: dict[str, Any] = field(default_factory=dict)  # of LoraConfig
     eva: dict[str, Any] | None = None  # options of evatune.initialize, if that starts it
+    start: Start | None = None  # what moves a part of the base weights into the adapter
     adapter: bool = True
-    changes_base: bool = False  # the base weights are not what they were, so that saving must convert
     random_a: bool = False  # EVA's ranks, PEFT's A
     minor: bool = False  # the smallest directions instead of the largest
+    conv1d: bool = True  # runs on GPT-2's Conv1D, whose weight is (in, out)
+    width: int = 0  # each layer must be at least this many times the rank wide, both in and out
     source: str = ""
 
 
@@ -43,26 +47,40 @@ METHODS: dict[str, Method] = {
     "lora": Method(source="Hu et al. 2021"),
     "lora-orthogonal": Method({"init_lora_weights": "orthogonal"}),
     "rslora": Method({"use_rslora": True}, source="Kalajdzievski 2023"),
-    "pissa": Method({"init_lora_weights": "pissa"}, changes_base=True, source="Meng et al. 2024"),
-    "olora": Method({"init_lora_weights": "olora"}, changes_base=True, source="Büyükakyüz 2024"),
+    "pissa": Method(start=starts.pissa, width=1, source="Meng et al. 2024"),
+    "olora": Method(start=starts.olora, width=1, conv1d=False, source="Büyükakyüz 2024"),
+    "milora": Method(start=milora, width=1, source="Wang et al. 2024, arXiv 2406.09044"),
+    "corda": Method(start=starts.corda, width=1, source="Yang et al. 2024"),
+    # On Conv1D PEFT takes the width of the input for that of the output in the length of B.
+    "lora-ga": Method(start=starts.lora_ga, width=2, conv1d=False, source="Wang et al. 2024, arXiv 2407.05000"),
     "mica": Method({"init_lora_weights": "mica"}, source="arXiv 2604.01694"),
     "dora": Method({"use_dora": True}, source="Liu et al. 2024"),
     "adalora": Method(source="Zhang et al. 2023"),
     "loraplus": Method(source="Hayou et al. 2024"),
     "eva": Method(eva={}, source="Paischer et al. 2024"),
+    "eva-rho1": Method(eva={"rho": 1}),  # the directions alone: every layer keeps its rank
     "eva-dora": Method({"use_dora": True}, eva={}),
     "eva-whiten": Method(eva={"scale": "whiten"}),
     "eva-matched": Method(eva={"scale": "matched"}),
     "lora-redist": Method(eva={}, random_a=True),
-    "eva-minor": Method(minor=True),
+    "eva-minor": Method(minor=True, width=1),
     "full": Method(adapter=False),
     "head": Method(adapter=False),
     "untouched": Method(adapter=False),  # nothing is trained: what the checkpoint can do
 }
 
+# Known by name, and why no run has them.
+_REFUSED = {
+    "loftq": "starts an adapter from the error of quantising the base to 4 bits, for which PEFT needs a GPU and "
+    "bitsandbytes, and every base here is loaded unquantised; pissa, olora and milora start from the weights too"
+}
+_INSTEAD = "lower adapter.rank, name other adapter.targets, or choose lora or eva"
+
 
 def require_method(name: str) -> None:
-    """Raise a ConfigError for a method that does not exist."""
+    """Raise a ConfigError for a method that does not exist, or that nothing here can run."""
+    if name in _REFUSED:
+        raise ConfigError(f"method {name!r} {_REFUSED[name]}")
     if name not in METHODS:
         raise ConfigError(f"method is {name!r}; choose one of {', '.join(METHODS)}")
 
@@ -85,6 +103,9 @@ def adapt(
         task_type: PEFT's, None for a model that it has no name for.
         head: endings of the names of the modules that "head" trains. new_head: every method trains them in full.
         steps: optimiser steps to come, which AdaLoRA plans by.
+
+    Raises:
+        ConfigError: the method cannot run on these layers or at this rank. TargetError: no layer matches.
     """
     method = METHODS[name]
     if not method.adapter:
@@ -96,35 +117,45 @@ def adapt(
         "target_modules": targets, "lora_alpha": alpha, "modules_to_save": head if new_head else None,
         "task_type": TaskType(task_type) if task_type else None,
     }  # fmt: skip
+    config: Any = LoraConfig(r=rank, **common, **method.options)
     if name == "adalora":
         # Starts at 1.5 times the rank and prunes to it over the middle part of the run, in the paper's proportions.
-        return get_peft_model(
-            model,
-            AdaLoraConfig(
-                **common, init_r=math.ceil(1.5 * rank), target_r=rank, total_step=steps, tinit=steps // 10,
-                tfinal=steps // 3, deltaT=max(1, steps // 100),
-            ),
+        config = AdaLoraConfig(
+            **common, init_r=math.ceil(1.5 * rank), target_r=rank, total_step=steps, tinit=steps // 10,
+            tfinal=steps // 3, deltaT=max(1, steps // 100),
         )  # fmt: skip
-    return get_peft_model(model, LoraConfig(r=rank, **common, **method.options))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)  # PEFT then sets it
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            raise ConfigError(f"method {name!r} cannot run on this model ({error}); {_INSTEAD}") from error
+    _require_fit(adapted, name)
+    if name == "adalora":
+        _keep_penalty_out_of_evaluation(adapted.base_model)
+    return adapted
 
 
 def prepare(
-    model: nn.Module, name: str, initialize: Initialize, batches: Callable[[], Iterable[Any]], *, rho: float, seed: int
+    model: nn.Module, name: str, initialize: Initialize, batches: Batches, *, rho: float, seed: int, start: Path
 ) -> Calibration | None:
-    """What the method does with data before training.
+    """What the method does before training, with data or with the weights.
 
     Args:
         initialize: `evatune.initialize`, bound to the model or trainer.
-        batches: fresh training batches, for passes of other kinds.
+        batches: examples per batch → training batches, for passes of other kinds.
+        start: where a method that changes the base weights keeps its adapter as it was before training.
     """
     method = METHODS[name]
+    if method.start is not None:
+        starts.begin(model, method.start, batches, seed, start)
     if method.eva is not None:
-        calibration = initialize(rho=rho, **method.eva)
+        calibration = initialize(**({"rho": rho} | method.eva))
         if method.random_a:
             _redraw(model, seed)
         return calibration
     if method.minor:
-        return _write_minor(model, batches())
+        return _write_minor(model, batches(_MINOR_EXAMPLES))
     return None
 
 
@@ -153,34 +184,57 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
     return {f"grad_norm_{part}": float(torch.stack(tensors).norm()) for part, tensors in found.items() if tensors}
 
 
-def save(model: Any, name: str, folder: Any, start: Any) -> None:
+def save(model: Any, name: str, folder: Path, start: Path) -> None:
     """Write the adapter (or the whole model), such that it fits the original base weights.
 
     Args:
-        start: folder of the adapter as it was before training; needed where the method changes the base weights.
+        start: as for `prepare`.
     """
-    if METHODS[name].changes_base:
-        with warnings.catch_warnings():
-            # PEFT loads the start beside the trained adapter for this, and warns against doing so.
-            warnings.filterwarnings("ignore", message=".*changes the base weights", category=UserWarning)
-            model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start))
-        # PEFT's conversion writes the LoRA matrices alone; the head that was trained beside them belongs there too.
-        path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
-        whole = {key: value.contiguous() for key, value in get_peft_model_state_dict(model).items()} | load_file(path)
-        save_file(whole, path, metadata={"format": "pt"})
+    if METHODS[name].start is not None:
+        starts.save_for_base(model, folder, start)
     else:
         model.save_pretrained(folder)
 
 
-def _layers(model: nn.Module) -> dict[str, LoraLayer]:
-    return {base_name(path): module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+def _require_fit(model: nn.Module, name: str) -> None:
+    """Raise a ConfigError where the method would fail on a layer, or be another method than its name says."""
+    method = METHODS[name]
+    layers = lora_layers(model)
+    conv1d = [path for path, layer in layers.items() if getattr(layer, "fan_in_fan_out", False)]
+    if conv1d and not method.conv1d:
+        raise ConfigError(
+            f"method {name!r} is not right on GPT-2's Conv1D layers, whose weights lie transposed (here {conv1d[0]} and "
+            f"others); choose pissa, milora, corda or eva, or name linear layers as adapter.targets"
+        )
+    for path, layer in layers.items():
+        sizes, least = (layer.in_features, layer.out_features), method.width * layer.r["default"]
+        if min(sizes) < least:
+            raise ConfigError(
+                f"method {name!r} at adapter.rank {layer.r['default']} needs layers at least {least} wide, and {path} maps "
+                f"{sizes[0]} to {sizes[1]} values; {_INSTEAD}"
+            )
+
+
+def _keep_penalty_out_of_evaluation(model: Any) -> None:
+    """PEFT adds AdaLoRA's penalty on P and Q to every loss; an evaluation's is compared with those of other methods."""
+    config = model.peft_config["default"]
+    weight = config.orth_reg_weight
+
+    def before(module: nn.Module, *_: Any) -> None:
+        config.orth_reg_weight = weight if module.training else 0.0
+
+    def after(*_: Any) -> None:
+        config.orth_reg_weight = weight  # as it is to be saved
+
+    model.register_forward_pre_hook(before)
+    model.register_forward_hook(after)
 
 
 @torch.no_grad()
 def _redraw(model: nn.Module, seed: int) -> None:
     """PEFT's default A in every layer, at the ranks that are there."""
     generator = torch.Generator().manual_seed(seed)
-    for layer in _layers(model).values():
+    for layer in lora_layers(model).values():
         a = layer.lora_A["default"].weight
         a.copy_((2 * torch.rand(a.shape, generator=generator) - 1) / a.shape[1] ** 0.5)
 
@@ -188,9 +242,11 @@ def _redraw(model: nn.Module, seed: int) -> None:
 @torch.no_grad()
 def _write_minor(model: nn.Module, batches: Iterable[Any]) -> Calibration:
     """A from the directions with least energy, uniform ranks: the control of EVA's claim."""
-    layers = _layers(model)
+    layers = lora_layers(model)
     width = max(layer.in_features for layer in layers.values())
-    config = CalibrationConfig(rank=next(iter(layers.values())).r["default"], rho=1, sketch="exact", max_batches=16)
+    config = CalibrationConfig(
+        rank=next(iter(layers.values())).r["default"], rho=1, sketch="exact", max_batches=_MINOR_BATCHES
+    )
     calibration = calibrate(model, batches, replace(config, components=width, tolerance=0))
     for path, layer in layers.items():
         a = layer.lora_A["default"].weight

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import EvaConfig, LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
@@ -24,11 +24,10 @@ from evatune.capture.tap import RowsFunction
 from evatune.capture.targets import base_name, layer_sizes
 from evatune.config import CalibrationConfig
 from evatune.errors import AdapterError, TargetError
-from evatune.ranks import RankPlan
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     """A LoRA layer of the adapter and where it hangs."""
 
     site: Site
@@ -53,19 +52,29 @@ def initialize_model(
 ) -> Calibration:
     """`evatune.initialize` for a model; see there. Nothing is written before everything is known to fit."""
     require_scale(scale)
-    lora = _lora_config(model, adapter_name)
+    lora = lora_config(model, adapter_name)
     if lora.eva_config is not None and lora.eva_config.whiten and scale == "paper":
         scale = "whiten"
-    slots = _slots(model, adapter_name)
+    slots, odd = find_slots(model, adapter_name)
+    if odd:
+        kinds = [f"{base_name(path)} ({type(layer.get_base_layer()).__name__})" for path, layer in odd.items()]
+        raise TargetError(
+            f"EVA does not support these adapted layers: {', '.join(kinds[:5])}"
+            f"{f' and {len(kinds) - 5} more' if len(kinds) > 5 else ''}; leave them out with exclude_modules in the "
+            "LoraConfig"
+        )
+    require_fresh(slots, adapter_name)
     config = _settings(config, lora, rank=rank, rho=rho, budget=budget, metric=metric)
     calibration = run(model, [slot.site for slot in slots], batches, config, forward=forward, rows=rows, progress=progress)
     calibration.require_usable()
     plan = calibration.allocate()
-    _write(model, lora, slots, calibration, plan, scale=scale, adapter_name=adapter_name)
+    rows_of_a = {name: scaled_rows(calibration.spectra[name], rank, scale) for name, rank in plan.ranks.items()}
+    write_rows(model, lora, slots, rows_of_a, rank=plan.rank, adapter_name=adapter_name)
     return calibration
 
 
-def _lora_config(model: nn.Module, adapter_name: str) -> LoraConfig:
+def lora_config(model: nn.Module, adapter_name: str) -> LoraConfig:
+    """The adapter's config; an AdapterError if there is no such adapter or if it is not plain LoRA."""
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict) or not configs:
         raise AdapterError(
@@ -100,75 +109,90 @@ def _settings(
         rank = lora.r
     if rho is None and config.rho is None and lora.eva_config is not None:
         rho = lora.eva_config.rho
+    if config.labels_only is None and lora.init_lora_weights == "eva" and lora.eva_config is not None:
+        config = replace(config, **label_settings(lora.eva_config))
     given: dict[str, Any] = {"rank": rank, "rho": rho, "budget": budget, "metric": metric}
     return replace(config, **{name: value for name, value in given.items() if value is not None})
 
 
-def _slots(model: nn.Module, adapter_name: str) -> list[_Slot]:
-    """The adapter's LoRA layers in model order. Raises before anything runs if one cannot be initialised."""
-    slots, odd, trained = [], [], []
+def label_settings(eva: EvaConfig) -> dict[str, Any]:
+    """Which tokens count, as `EvaConfig` says it, in the words of `CalibrationConfig`."""
+    return {"labels_only": "auto" if eva.use_label_mask else False, "ignore_index": eva.label_mask_value}
+
+
+def find_slots(model: nn.Module, adapter_name: str) -> tuple[list[Slot], dict[str, LoraLayer]]:
+    """The adapter's LoRA layers in model order, and by path those of a kind that EVA does not initialise."""
+    slots, odd = [], {}
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or adapter_name not in layer.r:
             continue
-        name, plain = base_name(path), layer.get_base_layer()
+        plain = layer.get_base_layer()
         sizes = layer_sizes(plain)
         if sizes is None or adapter_name not in layer.lora_A:
-            odd.append(f"{name} ({type(plain).__name__})")
-            continue
-        b = layer.lora_B[adapter_name].weight
-        if b.device.type != "meta" and bool(b.any()):  # a bias of B may be random before training, as PEFT draws it
-            trained.append(name)
-        slots.append(_Slot(Site(name, plain, *sizes), layer, path))
-    if odd:
-        raise TargetError(
-            f"EVA does not support these adapted layers: {', '.join(odd[:5])}"
-            f"{f' and {len(odd) - 5} more' if len(odd) > 5 else ''}; leave them out with exclude_modules in the LoraConfig"
-        )
-    if trained:
-        raise AdapterError(
-            f"adapter {adapter_name!r} is already trained or was initialised with B ≠ 0 (for example {trained[0]}); "
-            "initialise a fresh one, with init_lora_weights=True or 'eva'"
-        )
-    if not slots:
+            odd[path] = layer
+        else:
+            slots.append(Slot(Site(base_name(path), plain, *sizes), layer, path))
+    if not slots and not odd:
         raise AdapterError(f"adapter {adapter_name!r} has no LoRA layer in this model")
-    return slots
+    return slots, odd
+
+
+def require_fresh(slots: list[Slot], adapter_name: str) -> None:
+    """Raise an AdapterError for an adapter that is not at its start, which is B = 0."""
+    for slot in slots:
+        b = slot.layer.lora_B[adapter_name].weight
+        if b.device.type != "meta" and bool(b.any()):  # a bias of B may be random before training, as PEFT draws it
+            raise AdapterError(
+                f"adapter {adapter_name!r} is already trained or was initialised with B ≠ 0 (for example {slot.site.name}); "
+                "initialise a fresh one, with init_lora_weights=True or 'eva'"
+            )
 
 
 @torch.no_grad()
-def _write(
+def write_rows(
     model: nn.Module,
     lora: LoraConfig,
-    slots: list[_Slot],
-    calibration: Calibration,
-    plan: RankPlan,
+    slots: list[Slot],
+    rows: Mapping[str, Tensor],  # base name → A of (rank, in); no rows: the layer carries the adapter no more
     *,
-    scale: str,
+    rank: int,
     adapter_name: str,
+    others: Mapping[str, LoraLayer] | None = None,
 ) -> None:
+    """Give each layer its A and rank, B = 0 and α, and write ranks, α and targets into the adapter's config.
+
+    Args:
+        rank: the r that the config gets, and that the scale of every layer refers to.
+        others: base name → adapted layer that stays as it is.
+    """
     adjust = lora.eva_config is None or lora.eva_config.adjust_scaling_factors
     fresh = copy.copy(lora)
     fresh.init_lora_weights = "eva"  # PEFT then fills B with zeros and leaves A to us
     rslora = lora.use_rslora
-    ranks, alphas = {}, {}
+    ranks = {slot.site.name: len(rows[slot.site.name]) for slot in slots if len(rows[slot.site.name])}
+    alphas = {}
     for slot in slots:
-        name, layer, rank = slot.site.name, slot.layer, plan.ranks[slot.site.name]
-        if rank:
+        name, layer = slot.site.name, slot.layer
+        if name in ranks:
             now = layer.lora_alpha[adapter_name]
             # First back to what the layer's α would be at the config's rank: an earlier call may have moved both.
             alpha = _alpha(now, lora.r, layer.r[adapter_name], rslora)
-            ranks[name], alphas[name] = rank, _alpha(alpha, rank, plan.rank, rslora) if adjust else now
-    kept, dropped = list(ranks), [slot.site.name for slot in slots if slot.site.name not in ranks]
-    rank_pattern, alpha_pattern = _pattern(ranks, plan.rank), _pattern(alphas, lora.lora_alpha)
+            alphas[name] = _alpha(alpha, ranks[name], rank, rslora) if adjust else now
+    others = others or {}
+    kept, dropped = [*ranks, *others], [slot.site.name for slot in slots if slot.site.name not in ranks]
+    rank_pattern = _pattern(ranks | {name: layer.r[adapter_name] for name, layer in others.items()}, rank)
+    alpha_pattern = _pattern(
+        alphas | {name: layer.lora_alpha[adapter_name] for name, layer in others.items()}, lora.lora_alpha
+    )
     with torch.random.fork_rng(devices=[]):  # PEFT draws an A that is overwritten at once
         for slot in slots:
             name = slot.site.name
             if name in ranks:
-                a = scaled_rows(calibration.spectra[name], ranks[name], scale)
-                _fill(slot.layer, a, alphas[name], fresh, adapter_name)
+                _fill(slot.layer, rows[name], alphas[name], fresh, adapter_name)
             else:
                 _remove(model, slot, adapter_name)
 
-    lora.r = plan.rank
+    lora.r = rank
     lora.rank_pattern, lora.alpha_pattern = rank_pattern, alpha_pattern
     lora.target_modules = _targets(lora, model, kept, dropped)
     # What a loader needs to know: ranks and weights are all there, nothing is left to initialise. Axolotl
@@ -207,7 +231,7 @@ def _fill(layer: LoraLayer, a: Tensor, alpha: float, config: LoraConfig, adapter
         layer.lora_B[adapter_name].bias.zero_()
 
 
-def _remove(model: nn.Module, slot: _Slot, adapter_name: str) -> None:
+def _remove(model: nn.Module, slot: Slot, adapter_name: str) -> None:
     """Take the adapter off a layer: the plain layer comes back, unless another adapter still needs the wrapper."""
     layer = slot.layer
     if set(layer.r) == {adapter_name}:

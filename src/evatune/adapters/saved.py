@@ -31,7 +31,7 @@ def adapter_rows(weights: Path) -> list[dict[str, Any]]:
 
     Raises RecordError for a damaged file, a damaged or absent config beside it, or an adapter that is not LoRA.
     """
-    config = _config(weights.parent)
+    config = read_config(weights.parent)
     try:
         rows = _rows(weights, config)
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
@@ -43,7 +43,8 @@ def adapter_rows(weights: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _config(folder: Path) -> LoraConfig:
+def read_config(folder: Path) -> LoraConfig:
+    """The config of a saved LoRA adapter; a RecordError for a folder without one, or with one of another kind."""
     from peft import LoraConfig
 
     path = folder / "adapter_config.json"
@@ -62,9 +63,15 @@ def _config(folder: Path) -> LoraConfig:
     return config
 
 
-def _rows(weights: Path, config: LoraConfig) -> list[dict[str, Any]]:
+def layer_scale(config: LoraConfig, layer: str, rank: int) -> tuple[float, float]:
+    """(α, scale) of a layer, by its name without PEFT's prefix and the rank of its matrices."""
     from peft.utils.other import get_pattern_key
 
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), layer), config.lora_alpha)
+    return alpha, alpha / (rank**0.5 if config.use_rslora else rank)
+
+
+def _rows(weights: Path, config: LoraConfig) -> list[dict[str, Any]]:
     rows = []
     with safe_open(weights, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118  not a mapping
@@ -72,14 +79,14 @@ def _rows(weights: Path, config: LoraConfig) -> list[dict[str, Any]]:
                 continue
             layer = key.removeprefix(_PREFIX).removesuffix(_A)
             a, b = file.get_tensor(key).float(), file.get_tensor(key.removesuffix(_A) + _B).float()
-            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), layer), config.lora_alpha)
             rank = a.shape[0]
+            alpha, scale = layer_scale(config, layer, rank)
             rows.append(
                 {
                     "layer": layer,
                     "rank": rank,
                     "alpha": alpha,
-                    "scale": alpha / (rank**0.5 if config.use_rslora else rank),
+                    "scale": scale,
                     "parameters": a.numel() + b.numel(),
                     "a_row_norm": float(a.flatten(1).norm(dim=1).mean()),
                     "b_norm": float(b.norm()),

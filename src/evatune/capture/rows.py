@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -27,20 +27,33 @@ def shifts_labels(model: nn.Module) -> bool:
     return any("CausalLM" in name or "LMHeadModel" in name or "DoubleHeads" in name for name in names)
 
 
+def decodes_labels(model: nn.Module) -> bool:
+    """Whether labels belong to a decoder that has tokens of its own: encoder-decoder models."""
+    return any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True for m in model.modules())
+
+
+def has_token_labels(batch: Any) -> bool:
+    """Whether `labels` has one entry per token, by the shape of `attention_mask` or `input_ids`."""
+    labels = batch_field(batch, "labels")
+    tokens = (batch_field(batch, key) for key in ("attention_mask", "input_ids"))
+    shapes = [t.shape for t in tokens if isinstance(t, Tensor) and t.ndim == 2]
+    return isinstance(labels, Tensor) and bool(shapes) and labels.shape == shapes[0]
+
+
 class RowSelector:
     """Chooses the rows of one batch. Built once per batch, asked once per activation.
 
     Args:
         batch: what the model is called with.
-        labels_only: keep only tokens that have a loss, besides dropping padding.
+        labels_only: keep only tokens that have a loss, besides dropping padding; "auto": if tokens have labels at all.
         ignore_index: label of tokens without a loss.
         shift: labels belong to the position before them (causal language models).
     """
 
-    def __init__(self, batch: Any, *, labels_only: bool = False, ignore_index: int = -100, shift: bool = False):
+    def __init__(self, batch: Any, *, labels_only: bool | str = False, ignore_index: int = -100, shift: bool = False):
         mask = batch_field(batch, "attention_mask")
         self.mask = token_mask(mask) if isinstance(mask, Tensor) else None  # (B, T) bool
-        if labels_only:
+        if labels_only is True or (labels_only == "auto" and has_token_labels(batch)):
             labelled = label_mask(batch_field(batch, "labels"), ignore_index, shift)
             if self.mask is not None and self.mask.shape == labelled.shape:
                 labelled = labelled & self.mask.to(labelled.device)
@@ -63,6 +76,14 @@ class RowSelector:
             spread = self.index[:, None] * inner + torch.arange(inner, device=self.index.device)
             return flat, spread.flatten().to(x.device)
         return flat, None  # pooled, or of a length of its own: the mask does not speak about these rows
+
+
+def selector_for(model: nn.Module, labels_only: bool | str, ignore_index: int) -> Callable[[Any], RowSelector]:
+    """A function from a batch to its `RowSelector`, with what depends on the model settled."""
+    if labels_only == "auto" and decodes_labels(model):
+        labels_only = False
+    shift = bool(labels_only) and shifts_labels(model)
+    return lambda batch: RowSelector(batch, labels_only=labels_only, ignore_index=ignore_index, shift=shift)
 
 
 def token_mask(mask: Tensor) -> Tensor | None:

@@ -7,6 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
+from evatune.cli.export import export
 from evatune.cli.init import init
 from evatune.cli.inspect import inspect
 from evatune.cli.train import compare, recipes, train
@@ -26,6 +27,7 @@ app.command()(init)
 app.command()(inspect)
 app.command()(train)
 app.command()(compare)
+app.command()(export)
 app.add_typer(recipes, name="recipes")
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evatune.cli.output import require_free, whole_folder
 from evatune.config import CalibrationConfig
+from evatune.files import require_free, whole_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +23,8 @@ Names = str | list[str]
 
 _DEFAULTS = CalibrationConfig()
 _DEMO_LENGTH, _LENGTH = 128, 512
+_MARK = "calibration.safetensors"
+_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "report.html", "run.json")
 _INPUT, _RANKS, _LOOP, _OUTPUT = "Model and data", "Adapter", "Calibration", "Output"
 
 
@@ -130,7 +132,7 @@ def init(
         tolerance=tolerance, seed=seed,
     )  # fmt: skip
     _require_sizes(alpha, batch_size, max_length, seed)
-    require_free(out, overwrite)
+    require_free(out, overwrite, mark=_MARK, ours=_FILES)
     from evatune.adapters.scale import require_scale
 
     require_scale(scale)
@@ -265,7 +267,7 @@ def _write(folder: Path, adapted: Any, calibration: Calibration, settings: dict[
     from evatune.report.page import render
 
     adapted.save_pretrained(folder)
-    calibration.save(folder / "calibration.safetensors")
+    calibration.save(folder / _MARK)
     page = render(calibration, calibration.allocate(), settings)
     (folder / "report.html").write_text(page, encoding="utf-8")
     record = {"settings": settings, "versions": calibration.versions | _library_versions()}

@@ -45,6 +45,7 @@ def train(
         f"{settings.method} on {settings.task}: score {result['score']:.3f}, evaluation loss {result['eval_loss']:.3f}; "
         f"{result['trainable_parameters']:,} trainable parameters; {result['init_seconds']:.1f} s to initialise, "
         f"{result['train_seconds']:.1f} s to train"
+        + ("" if result["first_gradient_b"] is None else f"; gradient of B at step 1: {result['first_gradient_b']:.3g}")
     )
     for path in sorted(folder.iterdir()):
         if not path.name.startswith(".") and path.name != "checkpoints":
@@ -52,26 +53,39 @@ def train(
 
 
 def compare(
-    recipe: Annotated[str, typer.Argument(help="A recipe of ours or a YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings that replace the recipe's.")] = None,
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            help="Recipes of ours, patterns of their names such as 'images-*', or YAML files; with settings that replace "
+            "theirs, such as training.steps=100.",
+        ),
+    ],
     methods: Annotated[str, typer.Option(help="Methods, with commas between.")] = "lora,eva",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas between.")] = "0,1,2",
     lrs: Annotated[str, typer.Option(help="Learning rates, with commas between. Default: the recipe's.")] = "",
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes of one thread each. Default: one per core.")] = None,
-    target_loss: Annotated[
-        float | None, typer.Option(help="Evaluation loss to reach. Default: the first method's final one.")
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time, of one thread each. Default: one per core.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder. Default: runs/compare-RECIPE.")] = None,
+    executor: Annotated[str, typer.Option(help="process, or ray: a cluster (RAY_ADDRESS), else this machine.")] = "process",
+    target_loss: Annotated[
+        float | None, typer.Option(help="Evaluation loss to reach. Default: the first method's final one on the task.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder. Default: runs/compare-RECIPE, or -DOMAIN.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compare methods under equal conditions. Finished cells are kept: the same command again goes on."""
+    import shlex
+    import sys
     from dataclasses import asdict
 
     from evatune.errors import ConfigError, EvatuneError
-    from evatune.recipes import load
+    from evatune.recipes import expand, load
 
-    settings = load(recipe, overrides or [])
-    folder = out or _RUNS / f"compare-{Path(recipe).stem}"
+    sources = expand(text for text in recipes if "=" not in text)
+    overrides = [text for text in recipes if "=" in text]
+    settings = [load(source, overrides) for source in sources]
+    shared = Path(sources[0]).stem if len(sources) == 1 else "-".join(dict.fromkeys(one.domain for one in settings))
+    folder = out or _RUNS / f"compare-{shared}"
     chosen_seeds, rates = _numbers(seeds, int, "--seeds"), _numbers(lrs, float, "--lrs")
 
     from rich.console import Console
@@ -79,7 +93,7 @@ def compare(
     log = Console(stderr=True, quiet=as_json)
     with log.status("loading libraries"):
         from evatune.files import write_text
-        from evatune.report.runs import comparison_plot, comparison_table
+        from evatune.report.runs import comparison_markdown, comparison_plot, comparison_table
         from evatune.report.tables import console
         from evatune.tasks.compare import grid, run_cells, summarise
 
@@ -89,18 +103,21 @@ def compare(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{str(folder)!r} cannot be written ({error.strerror}); name another --out") from error
-    failed = _with_bar(log, cells, lambda tell: run_cells(cells, workers or os.cpu_count() or 1, tell))
-    lines, target = summarise(cells, target_loss)
-    facts = {"recipe": recipe, "target_loss": target, "lines": [asdict(line) for line in lines],
-             "failed": {str(path): why for path, why in failed.items()}}  # fmt: skip
+    failed = _with_bar(log, cells, lambda tell: run_cells(cells, workers or os.cpu_count() or 1, tell, executor))
+    found = summarise(cells, target_loss)
+    command = shlex.join(["evatune", *sys.argv[1:]])
+    facts = {"command": command, "target_losses": found.targets, "lines": [asdict(line) for line in found.lines],
+             "averages": found.averages(), "failed": {str(path): why for path, why in failed.items()}}  # fmt: skip
     write_text(folder / "comparison.json", json.dumps(facts, indent=2) + "\n")
-    if lines:
-        comparison_plot(lines, folder / "curves.png")
+    if found.lines:
+        comparison_plot(found, folder / "curves.png")
+        write_text(folder / "comparison.md", comparison_markdown(found, command))
     if as_json:
         typer.echo(json.dumps(facts))
-    elif lines:
-        console().print(comparison_table(lines, target))
-        typer.echo(f"{folder / 'comparison.json'}\n{folder / 'curves.png'}")
+    elif found.lines:
+        console().print(comparison_table(found))
+        for name in ("comparison.json", "comparison.md", "curves.png"):
+            typer.echo(str(folder / name))
     if failed:
         path, why = next(iter(failed.items()))
         raise EvatuneError(f"{len(failed)} of {len(cells)} runs failed, for example {path.name}: {why}")
@@ -150,16 +167,19 @@ def cp(
 
 
 def _rank_page(folder: Path, settings: Any) -> None:
-    """The report page of a run that has a calibration."""
+    """The report page and the rank map of a run that has a calibration."""
     from evatune.calibration import Calibration
     from evatune.files import write_text
     from evatune.recipes import as_tree
     from evatune.report.page import render
+    from evatune.report.runs import rank_plot
 
     path = folder / "calibration.safetensors"
     if path.is_file():
         calibration = Calibration.load(path)
-        write_text(folder / "report.html", render(calibration, calibration.allocate(), _flat(as_tree(settings))))
+        plan = calibration.allocate()
+        write_text(folder / "report.html", render(calibration, plan, _flat(as_tree(settings))))
+        rank_plot(calibration, plan, folder / "ranks.png")
 
 
 def _with_bar(log: Any, cells: Any, work: Any) -> dict[Path, str]:

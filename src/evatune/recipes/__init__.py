@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -27,10 +28,18 @@ class DataOptions:
         default=1000, ge=1, description="examples to train on, drawn with the seed 0 whatever the run's seed is"
     )
     test: int = Field(default=500, ge=1, description="examples to evaluate on, none of them trained on")
-    max_length: int = Field(default=48, ge=4, description="tokens per text; the rest is cut off")
-    source: str | None = Field(default=None, description="hub id or folder of the user's own data; its split train is used")
-    image_column: str = Field(default="image", description="images: column of data.source that holds them")
+    max_length: int = Field(default=48, ge=4, description="tokens per text, the rest is cut off; rl: steps the policy sees")
+    source: str | None = Field(default=None, description="hub id, file or folder of the user's own data")
+    subset: str | None = Field(default=None, description="configuration of a hub data set, such as sst2 of nyu-mll/glue")
+    train_split: str = Field(default="train", description="split of data.source to train on")
+    test_split: str | None = Field(default=None, description="split to evaluate on; default: unseen examples of train_split")
+    columns: list[str] = Field(
+        default_factory=list,
+        description="columns of data.source: text, or a pair of texts; generation: prompt and answer; images: the image. "
+        "Default: text, or image",
+    )
     label_column: str = Field(default="label", description="column of data.source that holds the classes")
+    episodes: int = Field(default=20, ge=1, description="rl: episodes in the simulator")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -49,7 +58,9 @@ class TrainingOptions:
 
     learning_rate: float = Field(default=1e-3, gt=0, description="largest learning rate")
     steps: int = Field(default=60, ge=1, description="optimiser steps")
-    batch_size: int = Field(default=16, ge=1, description="examples per step")
+    batch_size: int = Field(default=16, ge=1, description="examples per batch and process")
+    accumulate: int = Field(default=1, ge=1, description="batches whose gradients make one step")
+    precision: Literal["float32", "bf16", "fp16"] = Field(default="float32", description="mixed precision, or none")
     warmup: float = Field(default=0.06, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     schedule: str = Field(default="linear", description="learning rate after warm-up, as transformers names it")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay")
@@ -77,6 +88,19 @@ class Recipe:
 def ours() -> list[str]:
     """Names of the recipes that come with evatune."""
     return sorted(path.name.removesuffix(".yaml") for path in files(__name__).iterdir() if path.name.endswith(".yaml"))
+
+
+def expand(sources: Iterable[str]) -> list[str]:
+    """Recipes and files, patterns of our names such as "images-*" replaced by the names. ConfigError if one fits none."""
+    found: list[str] = []
+    for source in sources:
+        names = [source] if not any(sign in source for sign in "*?[") else fnmatch.filter(ours(), source)
+        if not names:
+            raise ConfigError(f"no recipe of ours fits {source!r}; ours are {', '.join(ours())}")
+        found += names
+    if not found:
+        raise ConfigError(f"name at least one recipe; ours are {', '.join(ours())}")
+    return list(dict.fromkeys(found))
 
 
 def text_of(source: str) -> str:
@@ -186,6 +210,7 @@ __all__ = [
     "Recipe",
     "TrainingOptions",
     "as_tree",
+    "expand",
     "keys",
     "load",
     "ours",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,11 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from evatune.calibration import Calibration
+from evatune.ranks import RankPlan
+from evatune.report.summary import layer_rows
+
 if TYPE_CHECKING:
-    from evatune.tasks.compare import Line
+    from evatune.tasks.compare import Comparison, Line, Spread
 
 _STYLE = {"font.family": "sans-serif", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
@@ -36,51 +42,119 @@ def run_plot(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
         _save(figure, path)
 
 
-def comparison_plot(lines: Sequence[Line], path: Path) -> None:
-    """Evaluation loss and score over steps, one curve per method at its best learning rate; a PNG."""
-    shown = [line for line in lines if line.best]
+def rank_plot(calibration: Calibration, plan: RankPlan, path: Path) -> None:
+    """The rank of every layer, blocks across and types of layer down; a PNG."""
+    rows = layer_rows(calibration, plan)
+    blocks, types = (list(dict.fromkeys(getattr(row, part) for row in rows)) for part in ("block", "type"))
+    table = [[math.nan] * len(blocks) for _ in types]
+    for row in rows:
+        table[types.index(row.type)][blocks.index(row.block)] = row.rank
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        axes = figure.subplots(1, 2)
-        colors = matplotlib.colormaps["tab20" if len(shown) > 10 else "tab10"]
-        for number, line in enumerate(shown):
-            for part, axis in enumerate(axes, start=1):
-                steps, values = [p[0] for p in line.curve], [p[part] for p in line.curve]
-                label = f"{line.method} (lr {line.learning_rate:g})"
-                axis.plot(steps, values, marker="o", ms=3, color=colors(number), label=label)
-        axes[0].set(xlabel="step", ylabel="evaluation loss, mean over seeds")
-        axes[1].set(xlabel="step", ylabel="score, mean over seeds")
-        figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside right center", fontsize=8)
+        figure = Figure(figsize=(2.5 + 0.45 * len(blocks), 1 + 0.32 * len(types)), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(table, cmap="viridis", aspect="auto", vmin=0)
+        for row in rows:
+            place = blocks.index(row.block), types.index(row.type)
+            shade = "black" if row.rank > 0.6 * max(1, *plan.ranks.values()) else "white"
+            axes.text(*place, str(row.rank), ha="center", va="center", color=shade, fontsize=8)
+        axes.set_xticks(range(len(blocks)), blocks)
+        axes.set_yticks(range(len(types)), types)
+        axes.set_xlabel("block")
+        figure.colorbar(image, ax=axes, label="rank")
         _save(figure, path)
 
 
-def comparison_table(lines: Sequence[Line], target_loss: float | None) -> Table:
-    """One line per method and learning rate; a method's best rate is marked."""
+def comparison_plot(comparison: Comparison, path: Path) -> None:
+    """Evaluation loss and score over steps, a row per task, one curve per method at its best learning rate; a PNG.
+
+    A score that is measured after training only is a point at the end.
+    """
+    shown = [line for line in comparison.lines if line.best]
+    methods, tasks = (list(dict.fromkeys(getattr(line, part) for line in shown)) for part in ("method", "task"))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(10, 0.6 + 2.8 * len(tasks)), layout="constrained")
+        axes = figure.subplots(len(tasks), 2, squeeze=False)
+        colors = matplotlib.colormaps["tab20" if len(methods) > 10 else "tab10"]
+        for line in shown:
+            for part, axis in enumerate(axes[tasks.index(line.task)], start=1):
+                points = [(point[0], point[part]) for point in line.curve if point[part] is not None]
+                axis.plot(*zip(*points, strict=True), marker="o", ms=3, color=colors(methods.index(line.method)))
+        for task, (left, right) in zip(tasks, axes, strict=True):
+            left.set(ylabel=f"{task}: evaluation loss")
+            right.set(ylabel=f"{task}: score")
+        for axis in axes[-1]:
+            axis.set(xlabel="step (mean over seeds)")
+        handles = [Line2D([], [], marker="o", ms=3, color=colors(i)) for i in range(len(methods))]
+        figure.legend(handles, methods, frameon=False, loc="outside right upper", fontsize=8)
+        _save(figure, path)
+
+
+_HEADINGS = (
+    "task",
+    "method",
+    "learning rate",
+    "seeds",
+    "score",
+    "loss",
+    "steps to target",
+    "parameters",
+    "init s",
+    "train s",
+)
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """One line per task, method and learning rate; a method's best rate is marked. Several tasks end with averages."""
     table = Table(title="Comparison", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
-    for heading in (
-        "method",
-        "learning rate",
-        "seeds",
-        "score",
-        "loss",
-        "steps to target",
-        "parameters",
-        "init s",
-        "train s",
-    ):
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
-    for line in sorted(lines, key=lambda line: -line.score):
-        deviation = "" if line.score_deviation is None else f" ± {line.score_deviation:.3f}"
-        steps = "–" if line.steps_to_target is None else f"{line.steps_to_target:.0f}"
-        table.add_row(
-            line.method, f"{line.learning_rate:g}{' *' if line.best else '  '}", str(line.seeds),
-            f"{line.score:.3f}{deviation}", f"{line.eval_loss:.3f}", steps, f"{line.trainable_parameters:,}",
-            f"{line.init_seconds:.1f}", f"{line.train_seconds:.1f}",
-            style="" if line.best else "dim",
-        )  # fmt: skip
-    target = "" if target_loss is None else f" Target: evaluation loss {target_loss:.3f}."
-    table.caption = f"* the method's best rate, chosen on these very scores. ± is the deviation over seeds.{target}"
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="left" if heading in ("task", "method") else "right", no_wrap=True)
+    tasks = list(comparison.targets)
+    for task in tasks:
+        some = sorted((line for line in comparison.lines if line.task == task), key=lambda line: -line.score.mean)
+        for line in some:
+            table.add_row(*_cells(line), style="" if line.best else "dim", end_section=line is some[-1])
+    if len(tasks) > 1:
+        for method, score in sorted(comparison.averages().items(), key=lambda item: -item[1]):
+            table.add_row(f"all {len(tasks)}", method, "best", "", f"{score:.3f}")
+    goals = ", ".join(f"{task} {loss:.3f}" for task, loss in comparison.targets.items())
+    table.caption = (
+        "* the method's best rate, chosen on these very scores. ± is the standard deviation over seeds.\n"
+        f"Target, an evaluation loss: {goals}. grad B: norm of the gradient of all B at step 1."
+    )
     return table
+
+
+def comparison_markdown(comparison: Comparison, command: str) -> str:
+    """The same table as Markdown, under the command that made it."""
+    lines = [f"`{command}`", "", "| " + " | ".join(_HEADINGS) + " |", "|---|---" + "|---:" * (len(_HEADINGS) - 2) + "|"]
+    for task in comparison.targets:
+        some = sorted((line for line in comparison.lines if line.task == task), key=lambda line: -line.score.mean)
+        lines += ["| " + " | ".join(_cells(line)) + " |" for line in some]
+    if len(comparison.targets) > 1:
+        empty = " |" * (len(_HEADINGS) - 5)
+        for method, score in sorted(comparison.averages().items(), key=lambda item: -item[1]):
+            lines.append(f"| all {len(comparison.targets)} | {method} | best |  | {score:.3f} |{empty}")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(line: Line) -> list[str]:
+    return [
+        line.task,
+        line.method,
+        f"{line.learning_rate:g}{' *' if line.best else '  '}",
+        str(line.seeds),
+        _spread(line.score, ".3f"),
+        _spread(line.eval_loss, ".3f"),
+        "–" if line.steps_to_target is None else _spread(line.steps_to_target, ".0f"),
+        _spread(line.trainable_parameters, ",.0f"),
+        "–" if line.first_gradient_b is None else _spread(line.first_gradient_b, ".3g"),
+        _spread(line.init_seconds, ".1f"),
+        _spread(line.train_seconds, ".1f"),
+    ]
+
+
+def _spread(value: Spread, form: str) -> str:
+    return f"{value.mean:{form}}" + ("" if value.deviation is None else f" ± {value.deviation:{form}}")
 
 
 def _save(figure: Figure, path: Path) -> None:

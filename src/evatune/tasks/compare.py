@@ -1,4 +1,4 @@
-"""Many runs of one recipe: method × learning rate × seed, in parallel processes, each finished one kept."""
+"""Many runs: task × method × learning rate × seed, in parallel, each finished one kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -33,25 +34,52 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A method at one learning rate, over seeds. Deviations are of the sample, None for a single seed."""
+class Spread:
+    """Mean over seeds, and the sample's standard deviation; None for a single seed."""
 
+    mean: float
+    deviation: float | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method at one learning rate on one task, over seeds."""
+
+    task: str
     method: str
     learning_rate: float
     seeds: int
-    score: float
-    score_deviation: float | None
-    eval_loss: float
-    steps_to_target: float | None  # mean over seeds; None unless every seed got there
-    trainable_parameters: int
-    init_seconds: float
-    train_seconds: float
-    curve: list[tuple[int, float, float]]  # step, mean evaluation loss, mean score
-    best: bool  # the method's learning rate of highest mean score
+    score: Spread
+    eval_loss: Spread
+    steps_to_target: Spread | None  # None unless every seed got there
+    trainable_parameters: Spread
+    first_gradient_b: Spread | None  # norm of the gradient of all B at step 1; None without an adapter
+    init_seconds: Spread
+    train_seconds: Spread
+    curve: list[tuple[int, float, float | None]]  # step, mean evaluation loss, mean score where it was measured
+    best: bool  # the method's learning rate of highest mean score on this task
 
 
-def grid(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], rates: Sequence[float], store: Path) -> list[Cell]:
-    """The cells, seed by seed, so that an interrupted comparison has seen every method.
+@dataclass(frozen=True)
+class Comparison:
+    """All lines, task by task, and the evaluation loss to reach on each task."""
+
+    lines: list[Line]
+    targets: dict[str, float]
+
+    def averages(self) -> dict[str, float]:
+        """Method → mean over the tasks of its score at its best rate, for methods that are done on every task."""
+        scores: dict[str, list[float]] = {}
+        for line in self.lines:
+            if line.best:
+                scores.setdefault(line.method, []).append(line.score.mean)
+        return {method: _mean(some) for method, some in scores.items() if len(some) == len(self.targets)}
+
+
+def grid(
+    recipes: Sequence[Recipe], methods: Sequence[str], seeds: Sequence[int], rates: Sequence[float], store: Path
+) -> list[Cell]:
+    """The cells, seed by seed, so that an interrupted comparison has seen every method and task.
 
     A cell's folder is named after its settings, hash included: other settings never read its result.
     """
@@ -61,60 +89,111 @@ def grid(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], rates: Se
         raise ConfigError("a comparison needs at least one method and one seed, such as --methods lora,eva --seeds 0,1")
     cells = []
     for seed in dict.fromkeys(seeds):
-        for method in dict.fromkeys(methods):
-            for rate in dict.fromkeys(rates or [recipe.training.learning_rate]):
-                tree = as_tree(recipe) | {"method": method, "seed": seed}
-                one = parse(tree | {"training": tree["training"] | {"learning_rate": rate}}, "the comparison")
-                digest = hashlib.sha256(json.dumps(as_tree(one), sort_keys=True).encode()).hexdigest()[:10]
-                cells.append(Cell(one, store / f"{recipe.task}-{method}-lr{rate:g}-seed{seed}-{digest}"))
+        for recipe in recipes:
+            for method in dict.fromkeys(methods):
+                for rate in dict.fromkeys(rates or [recipe.training.learning_rate]):
+                    tree = as_tree(recipe) | {"method": method, "seed": seed}
+                    one = parse(tree | {"training": tree["training"] | {"learning_rate": rate}}, "the comparison")
+                    digest = hashlib.sha256(json.dumps(as_tree(one), sort_keys=True).encode()).hexdigest()[:10]
+                    cells.append(Cell(one, store / f"{recipe.task}-{method}-lr{rate:g}-seed{seed}-{digest}"))
     return cells
 
 
-def run_cells(cells: Sequence[Cell], workers: int, progress: Callable[[Cell, str | None], None]) -> dict[Path, str]:
-    """Run what is not done yet, in processes of one thread each.
+def run_cells(
+    cells: Sequence[Cell], workers: int, progress: Callable[[Cell, str | None], None], executor: str = "process"
+) -> dict[Path, str]:
+    """Run what is not done yet, each cell on one thread.
 
     Args:
+        workers: processes at a time. On Ray the cluster decides: a cell asks for one CPU.
         progress: called after each cell, with what went wrong or None.
+        executor: "process", or "ray": the cluster that the address in RAY_ADDRESS names, else this machine. Its machines
+            must see the folders of the cells under the same paths.
 
     Returns:
         Folder → message for the cells that failed; the others went on.
+
+    Raises:
+        ConfigError: another executor, or Ray is not installed.
     """
-    waiting = [cell for cell in cells if not cell.done]
+    if executor not in _EXECUTORS:
+        raise ConfigError(f"executor is {executor!r}; choose one of {', '.join(_EXECUTORS)}")
+    waiting = []
     for cell in cells:
         if cell.done:
             progress(cell, None)
+        else:
+            waiting.append(cell)
     failed: dict[Path, str] = {}
-    if not waiting:
-        return failed
+    if waiting:
+        for cell, problem in _EXECUTORS[executor](waiting, workers):
+            if problem is not None:
+                failed[cell.folder] = problem
+            progress(cell, problem)
+    return failed
+
+
+def _in_processes(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, str | None]]:
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers when they import torch
     try:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(max_workers=max(1, workers), mp_context=context) as pool:
-            futures = {pool.submit(_run_one, as_tree(cell.recipe), str(cell.folder)): cell for cell in waiting}
+        with ProcessPoolExecutor(max_workers=max(1, workers), mp_context=context, initializer=_die_with_parent) as pool:
+            futures = {pool.submit(_run_one, as_tree(cell.recipe), str(cell.folder)): cell for cell in cells}
             for future in as_completed(futures):
-                cell = futures[future]
                 try:
-                    future.result()
-                    problem = None
+                    yield futures[future], future.result()
                 except BrokenProcessPool:
-                    problem = "its process died (out of memory?); run the same command again, with fewer --workers"
-                except EvatuneError as error:
-                    problem = str(error)
-                except Exception as error:  # one failing cell must not end the others
-                    problem = f"{type(error).__name__}: {error}"
-                if problem is not None:
-                    failed[cell.folder] = problem
-                progress(cell, problem)
+                    yield futures[future], _DIED
     finally:
         if before is None:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = before
-    return failed
 
 
-def _run_one(tree: dict[str, Any], folder: str) -> None:
+def _die_with_parent() -> None:
+    """Let no worker outlive a comparison that was killed: its cell would be run twice at a time by the next one."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _on_ray(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, str | None]]:
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("Ray is not installed; install it with: pip install 'evatune[ray]'") from error
+    started_here = not ray.is_initialized()
+    if started_here:
+        size = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": max(1, workers)}
+        ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False, **size)
+    try:
+        task = ray.remote(num_cpus=1, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})(_run_one)
+        futures = {task.remote(as_tree(cell.recipe), str(cell.folder.absolute())): cell for cell in cells}
+        while futures:
+            (done,), _ = ray.wait(list(futures), num_returns=1)
+            cell = futures.pop(done)
+            try:
+                yield cell, ray.get(done)
+            except ray.exceptions.RayError:
+                yield cell, _DIED
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+_EXECUTORS = {"process": _in_processes, "ray": _on_ray}
+_DIED = "its process died (out of memory?); run the same command again, with fewer --workers"
+
+
+def _run_one(tree: dict[str, Any], folder: str) -> str | None:
+    """Run a cell in a worker; what went wrong, or None. One failing cell must not end the others."""
     import warnings
 
     import datasets
@@ -128,68 +207,87 @@ def _run_one(tree: dict[str, Any], folder: str) -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    run(parse(tree), Path(folder), quiet=True)
+    try:
+        run(parse(tree), Path(folder), quiet=True)
+    except EvatuneError as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
-def summarise(cells: Sequence[Cell], target_loss: float | None = None) -> tuple[list[Line], float | None]:
-    """One line per method and learning rate from the cells that are done, and the target loss used.
+def summarise(cells: Sequence[Cell], target_loss: float | None = None) -> Comparison:
+    """One line per task, method and learning rate from the cells that are done.
 
     Args:
-        target_loss: evaluation loss to reach. Default: the mean final one of the first method, at its best rate.
+        target_loss: evaluation loss to reach. Default: per task the mean final one of the first method, at its best rate.
     """
-    found: dict[tuple[str, float], list[Cell]] = {}
+    found: dict[tuple[str, str, float], list[Cell]] = {}
     for cell in cells:
         if cell.done:
-            found.setdefault((cell.recipe.method, cell.recipe.training.learning_rate), []).append(cell)
+            recipe = cell.recipe
+            found.setdefault((recipe.task, recipe.method, recipe.training.learning_rate), []).append(cell)
     results = {
         key: [json.loads((c.folder / RESULT).read_text(encoding="utf-8")) for c in group] for key, group in found.items()
     }
-    best: dict[str, float] = {}
-    for method in dict.fromkeys(method for method, _ in found):
-        best[method] = max(
-            (rate for m, rate in found if m == method), key=lambda rate: _mean(r["score"] for r in results[method, rate])
-        )
-    if target_loss is None and best:
-        first = next(iter(best))
-        target_loss = _mean(result["eval_loss"] for result in results[first, best[first]])
+    best: dict[tuple[str, str], float] = {}
+    for task, method, _ in found:
+        others = [r for t, m, r in found if (t, m) == (task, method)]
+        best[task, method] = max(others, key=lambda r: _mean(one["score"] for one in results[task, method, r]))
+    targets: dict[str, float] = {}
+    for (task, method), rate in best.items():
+        if task not in targets:  # the first method
+            first = _mean(result["eval_loss"] for result in results[task, method, rate])
+            targets[task] = first if target_loss is None else target_loss
     lines = []
-    for (method, rate), group in found.items():
-        some = results[method, rate]
-        curves = [_curve(cell.folder) for cell in group]
-        reached = [next((step for step, loss, _ in curve if target_loss is not None and loss <= target_loss), None)
-                   for curve in curves]  # fmt: skip
-        steps = [step for step in reached if step is not None]
-        scores = [result["score"] for result in some]
+    for (task, method, rate), group in found.items():
+        some = results[task, method, rate]
+        curves = [_curve(cell.folder, result["score"]) for cell, result in zip(group, some, strict=True)]
+        steps = [next((step for step, loss, _ in curve if loss <= targets[task]), None) for curve in curves]
+        gradients = [result["first_gradient_b"] for result in some]
+        reached = [step for step in steps if step is not None]
         lines.append(
             Line(
+                task=task,
                 method=method,
                 learning_rate=rate,
                 seeds=len(some),
-                score=_mean(scores),
-                score_deviation=statistics.stdev(scores) if len(scores) > 1 else None,
-                eval_loss=_mean(result["eval_loss"] for result in some),
-                steps_to_target=_mean(steps) if len(steps) == len(reached) else None,
-                trainable_parameters=round(_mean(result["trainable_parameters"] for result in some)),
-                init_seconds=_mean(result["init_seconds"] for result in some),
-                train_seconds=_mean(result["train_seconds"] for result in some),
+                first_gradient_b=None if None in gradients else _spread(gradients),
+                steps_to_target=_spread(reached) if len(reached) == len(steps) else None,
                 curve=_mean_curve(curves),
-                best=best[method] == rate,
+                best=best[task, method] == rate,
+                **{key: _spread([result[key] for result in some]) for key in _MEASURED},
             )
         )
-    return lines, target_loss
+    return Comparison(sorted(lines, key=lambda line: line.task), targets)
 
 
-def _curve(folder: Path) -> list[tuple[int, float, float]]:
-    return [(line["step"], line["eval_loss"], line["eval_score"]) for line in read_metrics(folder) if "eval_loss" in line]
+_MEASURED = ("score", "eval_loss", "trainable_parameters", "init_seconds", "train_seconds")
 
 
-def _mean_curve(curves: list[list[tuple[int, float, float]]]) -> list[tuple[int, float, float]]:
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(_mean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def _curve(folder: Path, score: float) -> list[tuple[int, float, float | None]]:
+    """Step, evaluation loss, score; a score that no evaluation measures is known after the last one."""
+    lines = [line for line in read_metrics(folder) if "eval_loss" in line]
+    return [
+        (line["step"], line["eval_loss"], line.get("eval_score", score if line is lines[-1] else None)) for line in lines
+    ]
+
+
+def _mean_curve(curves: list[list[tuple[int, float, float | None]]]) -> list[tuple[int, float, float | None]]:
     """The mean over seeds at the steps that every seed has."""
     if not curves:
         return []
     by_step = [{step: (loss, score) for step, loss, score in curve} for curve in curves]
     common = sorted(set.intersection(*(set(points) for points in by_step)))
-    return [(step, _mean(p[step][0] for p in by_step), _mean(p[step][1] for p in by_step)) for step in common]
+    found = []
+    for step in common:
+        losses, scores = zip(*(points[step] for points in by_step), strict=True)
+        found.append((step, _mean(losses), None if None in scores else _mean(scores)))
+    return found
 
 
 def _mean(values: Any) -> float:

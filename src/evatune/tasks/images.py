@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -15,9 +14,9 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from evatune.errors import ConfigError, DataError
-from evatune.recipes import DataOptions, Recipe
-from evatune.tasks import drawing
+from evatune.errors import DataError
+from evatune.recipes import Recipe
+from evatune.tasks import drawing, own
 from evatune.tasks.store import asset, built
 from evatune.tasks.task import Task
 from evatune.tasks.text import reading, require_path
@@ -46,23 +45,21 @@ def prepare(recipe: Recipe) -> Task:
     Raises ConfigError for an unknown task or sizes beyond the data, DataError where model or data cannot be had.
     """
     data = recipe.data
-    found = _of_the_user(recipe) if data.source is not None else _ours(recipe.task)
-    total = data.train + data.test
-    if total > len(found.labels):
-        raise ConfigError(
-            f"data.train + data.test is {total}, but task {recipe.task!r} has {len(found.labels)} examples; lower them"
-        )
+    if data.source is None:
+        found = _ours(recipe.task)
+        train, test = own.sizes(len(found.labels), data.train, data.test, recipe.task)
+    else:
+        found, train, test = _of_the_user(recipe)
     model, processor = _model(recipe.model, found.classes)
 
     def batch(examples: list[tuple[Image.Image, int]]) -> dict[str, Tensor]:
         images, labels = zip(*examples, strict=True)
         return {**processor([image.convert("RGB") for image in images], return_tensors="pt"), "labels": torch.tensor(labels)}
 
-    order = np.random.default_rng(0).permutation(len(found.labels))[:total].tolist()
     return Task(
         model=model,
-        train=_Examples(found, order[: data.train]),
-        test=_Examples(found, order[data.train :]),
+        train=_Examples(found, train),
+        test=_Examples(found, test),
         collator=batch,
         metric=accuracy,
         head=["classifier"],
@@ -107,10 +104,7 @@ def _model(name: str, classes: int) -> tuple[Any, Any]:
 
 
 def _ours(task: str) -> _Labelled:
-    if task not in TASKS:
-        raise ConfigError(
-            f"task is {task!r}; tasks of image classification are {', '.join(TASKS)}, or any other name with data.source"
-        )
+    own.require_task(task, TASKS, "image classification")
     if task == "digits":
         pictures, labels = _digits()
         classes = 10
@@ -144,42 +138,18 @@ def _digits() -> tuple[list[Image.Image], list[int]]:
     return [Image.fromarray(np.uint8(image * (255 / 16))) for image in found.images], found.target.tolist()
 
 
-def _of_the_user(recipe: Recipe) -> _Labelled:
-    """Images and labels of the split "train" of `data.source`."""
-    data, source = recipe.data, str(recipe.data.source)
-    if recipe.task in TASKS:
-        raise ConfigError(f"task {recipe.task!r} has data of its own; with data.source, give the task another name")
-    require_path(source, "data.source")
-    instead = "a folder with a subfolder of images per class, or of Parquet files, or run images-digits, which has its data"
-    with reading(source, "images", instead):
-        saved = any((Path(source) / name).exists() for name in ("dataset_info.json", "dataset_dict.json"))
-        table = datasets.load_from_disk(source) if saved else datasets.load_dataset(source)
-    if isinstance(table, datasets.DatasetDict):
-        if "train" not in table:
-            raise DataError(f"{source!r} has no split 'train'; it has {', '.join(table)}")
-        table = table["train"]
-    for column in (data.image_column, data.label_column):
-        if column not in table.column_names:
-            raise DataError(f"{source!r} has no column {column!r}; it has {', '.join(table.column_names)}")
-    if not isinstance(table.features[data.image_column], datasets.Image):
-        raise DataError(f"column {data.image_column!r} of {source!r} holds no images; name another with data.image_column")
-    labels, classes = _labels(table, data)
-    return _Labelled(lambda i: table[i][data.image_column], labels, classes)
+def _of_the_user(recipe: Recipe) -> tuple[_Labelled, list[int], list[int]]:
+    """Images and labels of `data.source`."""
+    data = recipe.data
+    column = (data.columns or ["image"])[0]
+    train, test = own.split(recipe, [column, data.label_column], TASKS, "images-digits")
+    if not isinstance(train.features[column], datasets.Image):
+        raise DataError(f"column {column!r} of {str(data.source)!r} holds no images; name another with data.columns")
+    first, second, classes = own.labels(train, test, data)
+    count = len(first)
 
+    def picture(i: int) -> Image.Image:
+        image: Image.Image = train[i][column] if i < count else test[i - count][column]
+        return image
 
-def _labels(table: Any, data: DataOptions) -> tuple[list[int], int]:
-    """Labels as numbers, and how many classes there are: as the column declares them, else as many as occur."""
-    labels, feature = list(table[data.label_column]), table.features[data.label_column]
-    if all(isinstance(label, str) for label in labels):
-        names = {name: i for i, name in enumerate(sorted(set(labels)))}
-        labels = [names[label] for label in labels]
-    classes = feature.num_classes if isinstance(feature, datasets.ClassLabel) else len(set(labels))
-    wrong = next((label for label in labels if not isinstance(label, int) or not 0 <= label < classes), None)
-    if wrong is not None or None in labels:
-        raise DataError(
-            f"column {data.label_column!r} of {str(data.source)!r} holds the label {wrong!r}; its {classes} classes must be "
-            f"names, or numbers from 0 to {classes - 1}; name another column with data.label_column, or another source"
-        )
-    if classes < 2:
-        raise DataError(f"column {data.label_column!r} of {str(data.source)!r} holds one class only; give at least two")
-    return labels, classes
+    return _Labelled(picture, first + second, classes), list(range(count)), list(range(count, count + len(second)))

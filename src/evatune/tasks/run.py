@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -21,9 +20,10 @@ from evatune.errors import ConfigError
 from evatune.files import write_text
 from evatune.initialize import initialize
 from evatune.recipes import Recipe, as_tree
-from evatune.tasks import images, understanding
+from evatune.tasks import generation, images, rl, understanding
+from evatune.trainers.hf import training_batches
 
-DOMAINS: dict[str, ModuleType] = {"understanding": understanding, "images": images}
+DOMAINS: dict[str, ModuleType] = {"generation": generation, "understanding": understanding, "images": images, "rl": rl}
 _OF_TRAINER = ("runtime", "per_second", "model_preparation_time")  # what its evaluation says about speed
 RESULT, METRICS, RECIPE = "result.json", "metrics.jsonl", "recipe.json"
 
@@ -36,7 +36,8 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
 
     Returns:
         What `result.json` holds: score in [0, 1] (higher is better), eval_loss, measures (what else the task measures),
-        trainable_parameters, init_seconds, train_seconds, steps.
+        trainable_parameters, first_gradient_b (norm of the gradient of all B at step 1, None without an adapter),
+        init_seconds, train_seconds, steps.
 
     Raises:
         ConfigError: an unknown domain, task or method; a folder that holds another run. DataError: data cannot be had.
@@ -75,22 +76,21 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
             ),
             None,
         ),
-        callbacks=[_AfterStep(recipe.method), _Metrics(folder / METRICS, training.batch_size)],
+        callbacks=[_AfterStep(recipe.method), _Metrics(folder / METRICS, training.batch_size * training.accumulate)],
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)  # metrics go to the file
     calibration = methods.prepare(
         model,
         recipe.method,
         lambda **options: initialize(trainer, rows=task.rows, **options),
-        lambda: iter(trainer.get_train_dataloader()),
+        lambda size: training_batches(trainer, size, recipe.seed),
         rho=recipe.adapter.rho,
         seed=recipe.seed,
+        start=folder / "start",
     )
     init_seconds = time.perf_counter() - start
     if calibration is not None:
         calibration.save(folder / "calibration.safetensors")
-    if methods.METHODS[recipe.method].changes_base and not (folder / "start").exists():
-        _save_start(model, folder / "start")
     transformers.set_seed(recipe.seed)  # whatever a method drew, all see the same batches
     start = time.perf_counter()
     if recipe.method != "untouched":
@@ -110,6 +110,7 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         "eval_loss": measures.pop("loss"),
         "measures": {key: value for key, value in measures.items() if not key.endswith(_OF_TRAINER)},
         "trainable_parameters": _trainable(model),
+        "first_gradient_b": next((line["grad_norm_B"] for line in read_metrics(folder) if "grad_norm_B" in line), None),
         "init_seconds": init_seconds,
         "train_seconds": train_seconds,  # of the last stretch, if the run was resumed
         "resumed": checkpoint is not None,
@@ -148,7 +149,7 @@ class _Metrics(transformers.TrainerCallback):  # type: ignore[misc]
         self.begun, self.begun_at = time.perf_counter(), state.global_step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        if (state.global_step + 1) % args.logging_steps == 0:
+        if state.global_step == 0 or (state.global_step + 1) % args.logging_steps == 0:
             self.norms = methods.gradient_norms(model)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], model: nn.Module, **_: Any) -> None:
@@ -211,10 +212,15 @@ def _arguments(recipe: Recipe, folder: Path, quiet: bool) -> Any:
         max_steps=training.steps,
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=4 * training.batch_size,
+        gradient_accumulation_steps=training.accumulate,
+        bf16=training.precision == "bf16",
+        fp16=training.precision == "fp16",
+        use_cpu=not torch.accelerator.is_available(),
         warmup_steps=round(training.warmup * training.steps),
         lr_scheduler_type=training.schedule,
         weight_decay=training.weight_decay,
         logging_steps=training.log_every,
+        logging_first_step=True,
         eval_strategy="steps",
         eval_on_start=True,
         eval_steps=training.eval_every,
@@ -230,16 +236,6 @@ def _arguments(recipe: Recipe, folder: Path, quiet: bool) -> Any:
 def _last_checkpoint(folder: Path) -> str | None:
     root = folder / "checkpoints"
     return transformers.trainer_utils.get_last_checkpoint(str(root)) if root.is_dir() else None
-
-
-def _save_start(model: Any, folder: Path) -> None:
-    """The adapter before training, under a temporary name first: a killed run must not leave half of it."""
-    temporary = folder.with_name(".start")
-    config = model.peft_config["default"]
-    init, config.init_lora_weights = config.init_lora_weights, True  # as PEFT documents it for the conversion
-    model.save_pretrained(temporary)
-    config.init_lora_weights = init
-    os.replace(temporary, folder)
 
 
 def _trainable(model: nn.Module) -> int:

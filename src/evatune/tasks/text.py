@@ -89,20 +89,29 @@ def load_model(source: str | Path, task: str = "auto", device: str = "auto", dty
         DataError: nothing loadable there. ConfigError: unknown task, device or dtype.
     """
     require_loadable(source, task, device, dtype)
+    loaded = read_model(source, task, dtype)
+    _make_ready(loaded.model, loaded.tokenizer)
+    try:
+        loaded.model.to(_device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"the model does not fit on device {device!r} ({_first_line(error)}); try cpu") from error
+    return loaded
+
+
+def read_model(source: str | Path, task: str = "auto", dtype: str = "auto", **options: Any) -> TextModel:
+    """`load_model` without its checks and changes: model, config and tokenizer as they are saved, on the CPU.
+
+    `options` go to transformers' `from_pretrained`.
+    """
     instead = "a local folder with config.json, weights and tokenizer" + ("" if task == "auto" else ", or another task")
     with reading(source, "a model and tokenizer", instead):
         config = transformers.AutoConfig.from_pretrained(source)
         task = _task_of(config) if task == "auto" else task
         loader = getattr(transformers, TASKS[task][0])
-        model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there is none
         raise DataError(f"{str(source)!r} holds a model but no tokenizer; put tokenizer.json beside its config.json")
-    _make_ready(model, tokenizer)
-    try:
-        model.to(_device(device))
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"the model does not fit on device {device!r} ({_first_line(error)}); try cpu") from error
     return TextModel(model.eval(), tokenizer, task, tuple(sorted(info["missing_keys"])))
 
 
@@ -159,7 +168,7 @@ def load_texts(source: str | Path, column: str | None = None, *, split: str = "t
     require_path(source, "data")
     path = Path(source)
     with reading(source, "data", "a folder or file of text, JSON Lines, CSV or Parquet"):
-        data = _read_local(path, split) if path.exists() else datasets.load_dataset(str(source), split=split)
+        data = read_local(path, split) if path.exists() else datasets.load_dataset(str(source), split=split)
     column = _text_column(data, column, source)
     data = data.select_columns([column])
     data = data if column == "text" else data.rename_column(column, "text")
@@ -171,7 +180,8 @@ def load_texts(source: str | Path, column: str | None = None, *, split: str = "t
     return data
 
 
-def _read_local(path: Path, split: str) -> Any:
+def read_local(path: Path, split: str) -> Any:
+    """One split of files or of a folder that `datasets` saved. DataError for what is not read."""
     if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
         return _one_split(datasets.load_from_disk(str(path)), path, split)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _kind(p) and p.is_file())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import numpy as np
 import transformers
 
 from evatune.errors import ConfigError
 from evatune.recipes import Recipe
+from evatune.tasks import own
 from evatune.tasks.corpora import SENTIMENT, bbc, sentiment
 from evatune.tasks.task import Task
 from evatune.tasks.text import demo_model, reading, require_path
@@ -22,34 +23,60 @@ def prepare(recipe: Recipe) -> Task:
 
     Raises ConfigError for an unknown task or sizes beyond the data, DataError where data cannot be had.
     """
-    task, data = recipe.task, recipe.data
-    if task not in TASKS:
-        raise ConfigError(f"task is {task!r}; tasks of language understanding are {', '.join(TASKS)}")
-    texts, labels = bbc() if task == "bbc" else sentiment(task)
-    if data.train + data.test > len(texts):
-        raise ConfigError(
-            f"data.train + data.test is {data.train + data.test}, but task {task!r} has {len(texts)} examples; lower them"
-        )
-    order = np.random.default_rng(0).permutation(len(texts))[: data.train + data.test].tolist()
+    data = recipe.data
+    train, test, classes = _own(recipe) if data.source is not None else _ours(recipe)
     source = demo_model() if recipe.model == "demo" else recipe.model
     require_path(source, "model")
-    with reading(source, "a model and tokenizer", "a local folder with config.json, weights and tokenizer"):
+    instead = "a local folder with config.json, weights and tokenizer, or model=demo as in the recipe understanding-movie"
+    with reading(source, "a model and tokenizer", instead):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(source, num_labels=len(set(labels)))
-    encoded = tokenizer([texts[i] for i in order], truncation=True, max_length=data.max_length)
-    examples = datasets.Dataset.from_dict({**encoded, "labels": [labels[i] for i in order]})
-    tests = range(data.train, data.train + data.test)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(source, num_labels=classes)
+
+    def encode(part: _Labelled) -> Any:
+        texts = [list(column) for column in zip(*part.texts, strict=True)]
+        encoded = tokenizer(*texts, truncation=True, max_length=data.max_length)
+        return datasets.Dataset.from_dict({**encoded, "labels": part.labels})
+
+    tests = encode(test)
     return Task(
         model=model,
-        train=examples.select(range(data.train)),
+        train=encode(train),
         # By length, so that little of a batch is padding; the metric does not see the order.
-        test=examples.select(sorted(tests, key=lambda i: len(encoded["input_ids"][i]))),
+        test=tests.select(sorted(range(len(tests)), key=lambda i: len(tests[i]["input_ids"]))),
         collator=transformers.DataCollatorWithPadding(tokenizer),
         metric=accuracy,
         head=["classifier"],
         new_head=True,
         task_type="SEQ_CLS",
     )
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    texts: list[tuple[str, ...]]  # one or a pair
+    labels: list[int]
+
+
+def _ours(recipe: Recipe) -> tuple[_Labelled, _Labelled, int]:
+    task, data = recipe.task, recipe.data
+    own.require_task(task, TASKS, "language understanding")
+    texts, labels = bbc() if task == "bbc" else sentiment(task)
+    parts = own.sizes(len(texts), data.train, data.test, task)
+    train, test = (_Labelled([(texts[i],) for i in part], [labels[i] for i in part]) for part in parts)
+    return train, test, len(set(labels))
+
+
+def _own(recipe: Recipe) -> tuple[_Labelled, _Labelled, int]:
+    data, columns = recipe.data, recipe.data.columns or ["text"]
+    if len(columns) > 2:
+        raise ConfigError(f"data.columns is {columns}; give one column of text, or two for pairs of texts")
+    parts = own.split(recipe, [*columns, data.label_column], TASKS, "understanding-movie")
+    first, second, classes = own.labels(*parts, data)
+    train, test = (
+        _Labelled([tuple(str(row[column]) for column in columns) for row in part], labels)
+        for part, labels in zip(parts, (first, second), strict=True)
+    )
+    return train, test, classes
 
 
 def accuracy(prediction: Any) -> dict[str, float]:

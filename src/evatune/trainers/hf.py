@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from evatune.adapters.peft import initialize_model
 from evatune.calibrate import ForwardFunction, call_model
@@ -25,14 +27,30 @@ def initialize_trainer(trainer: Any, *, forward: ForwardFunction | None, **optio
         with trainer.accelerator.autocast():  # the precision that training will run in
             return (forward or call_model)(model, batch)
 
-    known = len(trainer.accelerator._dataloaders)
-    loader = trainer.get_train_dataloader()
-    del trainer.accelerator._dataloaders[known:]  # accelerate saves the state of all it has prepared
-    # The loader inside accelerate's own: leaving that one early would leave its end-of-epoch mark behind.
-    inner = getattr(loader, "base_dataloader", loader)
+    inner = _loader(trainer)
 
     def batches() -> Iterator[Any]:  # the loader draws its seed when this is first asked, where random states are kept
         for batch in inner:
             yield trainer._prepare_inputs(batch)
 
     return initialize_model(trainer.model, batches(), forward=prepared, **options)
+
+
+def training_batches(trainer: Any, size: int, seed: int) -> Iterator[Any]:
+    """One pass over the trainer's training examples, `size` at a time, in an order that the seed alone decides.
+
+    Collator, columns and device are the trainer's.
+    """
+    inner = _loader(trainer)
+    order = torch.Generator().manual_seed(seed)
+    for batch in DataLoader(inner.dataset, size, shuffle=True, generator=order, collate_fn=inner.collate_fn):
+        yield trainer._prepare_inputs(batch)
+
+
+def _loader(trainer: Any) -> Any:
+    """The trainer's loader of training batches, without a trace of it in the trainer."""
+    known = len(trainer.accelerator._dataloaders)
+    loader = trainer.get_train_dataloader()
+    del trainer.accelerator._dataloaders[known:]  # accelerate saves the state of all it has prepared
+    # The loader inside accelerate's own: leaving that one early would leave its end-of-epoch mark behind.
+    return getattr(loader, "base_dataloader", loader)

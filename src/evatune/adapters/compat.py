@@ -1,0 +1,331 @@
+"""PEFT's own names and signatures for EVA, on evatune's engine: change one import, keep the code.
+
+    from evatune.adapters.compat import get_eva_state_dict, initialize_lora_eva_weights
+
+What differs from PEFT 0.21, on purpose:
+
+- The directions are those of `evatune.initialize`: of the uncentred second moment, each batch read once, 64 batches at
+  most. `EvaConfig.tau`, the cosine at which PEFT takes a vector as settled, becomes the tolerance (1 - tau) / 10 of the
+  stop rule, which speaks of all the energy, where the vectors that settle last carry little of it. 0.9 is evatune's
+  default; 0.99, PEFT's, asks for directions that hardly depend on the batches drawn; 1 means never to stop early.
+- `EvaConfig.whiten` divides each direction by the standard deviation along it, once.
+- The label mask is shifted for causal language models: position t predicts label t + 1.
+- A state dict may come from the base model or from the `PeftModel`; a dict that fits no layer is an error.
+- The caller's mappings, model and batches stay as they are, and an adapter that is trained already is refused.
+- Afterwards the adapter's config says `init_lora_weights=True`, since nothing is left to initialise.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import EvaConfig, LoraConfig
+from peft.tuners.lora.eva import (
+    forward_fn_dict,
+    prepare_layer_inputs_fn_language_modeling,
+    prepare_model_inputs_fn_language_modeling,
+)
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+
+from evatune.adapters.peft import Slot, find_slots, label_settings, lora_config, require_fresh, write_rows
+from evatune.adapters.scale import scaled_rows
+from evatune.calibrate import Progress, iterate, model_device, run, to_device
+from evatune.capture import RowSelector, Site, find_sites, selector_for
+from evatune.capture.rows import batch_field
+from evatune.capture.tap import RowsFunction
+from evatune.capture.targets import base_name, layer_sizes
+from evatune.config import CalibrationConfig
+from evatune.errors import AdapterError, ConfigError, DataError, TargetError
+
+ModelInputs = Callable[[Any, LoraConfig], Any]
+LayerInputs = Callable[[Any, Any, str], Tensor]
+
+_WEIGHT = 0.1  # of the energy, in the vectors that settle last: what `tau` is about
+
+
+def get_eva_state_dict(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    peft_config: LoraConfig | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = forward_fn_dict,
+    prepare_model_inputs_fn: ModelInputs | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: LayerInputs | Mapping[str, LayerInputs] | None = prepare_layer_inputs_fn_language_modeling,
+    adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
+) -> dict[str, Tensor]:
+    """The matrix A of each layer, at the rank that the redistribution gives it.
+
+    Args:
+        model: a `PeftModel`, whose adapted layers are taken, or any model together with `peft_config`.
+        dataloader: any iterable of batches, also a generator.
+        peft_config: what `r`, `target_modules` and `eva_config` are read from. Default: the adapter's.
+        forward_fn: `forward_fn(model, batch)`. By default mappings are keywords, tuples are positions.
+        prepare_model_inputs_fn: `fn(batch, peft_config)`; what it returns is `model_input` below. None: the batch.
+        prepare_layer_inputs_fn: `fn(layer_inputs, model_input, layer_name)` → (n, d), the rows that count;
+            `layer_inputs` is the tuple of the layer's positional arguments. A mapping gives layers, by their names in
+            `model`, functions of their own. None, and layers that the mapping leaves out: all rows, padding too.
+            With both defaults: all tokens but padding and, as `EvaConfig.use_label_mask` says, those without a loss.
+        adapter_name: which adapter of a `PeftModel`.
+        gather_distributed_inputs: with torch.distributed, every process sees the rows of all, so that all get the same
+            result; they must then have equally many batches. False: each process for itself.
+        show_progress_bar: draw one on stderr.
+
+    Returns:
+        Name of the layer in `model` (in a `PeftModel` with its prefix) → (rank, in) float32 on the model's device, also
+        (0, in). No two tensors share storage, so safetensors saves it. PEFT's own `initialize_lora_eva_weights` takes it.
+
+    Raises:
+        AdapterError: no config, or one with a `rank_pattern`. ConfigError: a mapping with names that are not there.
+        DataError: no batch. TargetError: no layer. LayerError, BudgetError: as for `evatune.initialize`. All of these
+        are ValueErrors.
+    """
+    if peft_config is None:
+        if not hasattr(model, "peft_config"):
+            raise AdapterError(
+                "peft_config is required if model is not a PeftModel; pass LoraConfig(init_lora_weights='eva')"
+            )
+        peft_config = lora_config(model, adapter_name)
+    if peft_config.rank_pattern:
+        raise AdapterError(
+            "the LoraConfig has a rank_pattern, which redistribution would overwrite; leave it out and set r, which is "
+            "redistributed within EvaConfig.rho"
+        )
+    eva = peft_config.eva_config or EvaConfig()
+    sites = _sites(model, peft_config, adapter_name)
+    if isinstance(prepare_layer_inputs_fn, Mapping):
+        unknown = prepare_layer_inputs_fn.keys() - {site.name for site in sites}
+        if unknown:
+            raise ConfigError(
+                "prepare_layer_inputs_fn is a mapping but the following module names were not found in the model: "
+                f"{', '.join(sorted(unknown))}; the layers are named like {sites[0].name}"
+            )
+    tolerance = round(_WEIGHT * (1 - eva.tau), 9)
+    config = CalibrationConfig(rank=peft_config.r, rho=eva.rho, tolerance=tolerance, **label_settings(eva))
+    rows = _rows(model, peft_config, config, prepare_model_inputs_fn, prepare_layer_inputs_fn)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and gather_distributed_inputs:
+        rows = _gathering(rows or _usual_rows(model, config))
+    forward = None if forward_fn is forward_fn_dict else forward_fn
+    device = model_device(model)
+    batches = dataloader if forward is None else _moved(dataloader, device)
+    with _bar(show_progress_bar and not (distributed and torch.distributed.get_rank())) as progress:
+        calibration = run(model, sites, batches, config, forward=forward, rows=rows, progress=progress)
+    calibration.require_usable()
+    scale = "whiten" if eva.whiten else "paper"
+    return {
+        name: scaled_rows(calibration.spectra[name], rank, scale).to(device)
+        for name, rank in calibration.allocate().ranks.items()
+    }
+
+
+def initialize_lora_eva_weights(
+    model: nn.Module,
+    dataloader: Iterable[Any] | None = None,
+    eva_state_dict: Mapping[str, Tensor] | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = forward_fn_dict,
+    prepare_model_inputs_fn: ModelInputs | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: LayerInputs | Mapping[str, LayerInputs] | None = prepare_layer_inputs_fn_language_modeling,
+    adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
+) -> None:
+    """Write EVA's directions, ranks and α into the adapter of a `PeftModel`, in place; B = 0.
+
+    Works on adapters built with `low_cpu_mem_usage=True` too. With `EvaConfig.adjust_scaling_factors` (PEFT's default)
+    each layer keeps its scale, whatever its new rank.
+
+    Args:
+        model: a `PeftModel` whose adapter has `init_lora_weights="eva"`.
+        dataloader: batches, unless `eva_state_dict` is given.
+        eva_state_dict: what `get_eva_state_dict`, ours or PEFT's, returned: name of a layer, with or without PEFT's
+            prefix → (rank, in). No rows: the layer carries the adapter no more. Layers that are not in it keep rank
+            and α, start as PEFT's default does, and are named in a warning. Nothing is taken out of the dict.
+        The rest: as for `get_eva_state_dict`.
+
+    Raises:
+        AdapterError: no PeftModel, another `init_lora_weights`, B ≠ 0, or a state dict that does not fit.
+        DataError: neither batches nor a state dict. All else as for `get_eva_state_dict`.
+        The model is unchanged in every case.
+    """
+    if not hasattr(model, "peft_config"):
+        raise AdapterError("model must be a PeftModel; build one with get_peft_model(model, LoraConfig(...))")
+    lora = lora_config(model, adapter_name)
+    if lora.init_lora_weights != "eva":
+        raise AdapterError(
+            "`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`; that of adapter "
+            f"{adapter_name!r} is {lora.init_lora_weights!r} (True also after it was initialised). evatune.initialize asks "
+            "for nothing of the kind"
+        )
+    slots, odd = find_slots(model, adapter_name)
+    require_fresh(slots, adapter_name)
+    if eva_state_dict is None:
+        if dataloader is None:
+            raise DataError("dataloader is required if eva_state_dict is not provided; give one of the two")
+        eva_state_dict = get_eva_state_dict(
+            model,
+            dataloader,
+            forward_fn=forward_fn,
+            prepare_model_inputs_fn=prepare_model_inputs_fn,
+            prepare_layer_inputs_fn=prepare_layer_inputs_fn,
+            adapter_name=adapter_name,
+            gather_distributed_inputs=gather_distributed_inputs,
+            show_progress_bar=show_progress_bar,
+        )
+    rows = _fitting(eva_state_dict, slots)
+    missing = [slot for slot in slots if slot.site.name not in rows]
+    for slot in missing:  # PEFT's default: uniform on ±1/√in
+        a = torch.empty(slot.layer.r[adapter_name], slot.site.in_features)
+        rows[slot.site.name] = nn.init.kaiming_uniform_(a, a=5**0.5)
+    others = {base_name(path): layer for path, layer in odd.items()}
+    usual = copy.copy(lora)
+    usual.init_lora_weights = True
+    for layer in others.values():  # they may be on the meta device
+        layer.update_layer(adapter_name, layer.r[adapter_name], lora_alpha=layer.lora_alpha[adapter_name], config=usual)
+    write_rows(model, lora, slots, rows, rank=lora.r, adapter_name=adapter_name, others=others)
+    if missing or others:
+        names = [*(slot.site.name for slot in missing), *others]
+        warnings.warn(
+            "the following layers were initialized with init_lora_weights=True because they were not found in the eva "
+            f"state_dict: {', '.join(names)}",
+            stacklevel=2,
+        )
+
+
+def _fitting(state: Mapping[str, Tensor], slots: list[Slot]) -> dict[str, Tensor]:
+    """The entries that belong to these layers, by base name."""
+    by_name = {base_name(key): value for key, value in state.items()}
+    rows = {slot.site.name: by_name[slot.site.name] for slot in slots if slot.site.name in by_name}
+    if state and slots and not rows:
+        raise AdapterError(
+            f"no name in the eva state_dict is that of an adapted layer (names like {next(iter(state))}; layers like "
+            f"{slots[0].site.name}); give the state dict of this model"
+        )
+    for slot in slots:
+        a = rows.get(slot.site.name)
+        if a is not None and (a.ndim != 2 or a.shape[1] != slot.site.in_features):
+            raise AdapterError(
+                f"the eva state_dict has {tuple(a.shape)} for {slot.site.name}; it must be (rank, {slot.site.in_features}); "
+                "give the state dict of this model"
+            )
+    return rows
+
+
+def _sites(model: nn.Module, config: LoraConfig, adapter_name: str) -> list[Site]:
+    """The layers to calibrate, under their names in `model`; unsupported kinds are left out, as PEFT does."""
+    if hasattr(model, "peft_config"):
+        slots, _ = find_slots(model, adapter_name)
+        sites = [Site(slot.path, slot.site.module, slot.site.in_features, slot.site.out_features) for slot in slots]
+    else:
+        layers = {name: (module, sizes) for name, module in model.named_modules() if (sizes := layer_sizes(module))}
+        if config.target_modules is None or config.target_modules == "all-linear":
+            every = {site.module for site in find_sites(model, "all-linear")}
+            config = copy.copy(config)
+            config.target_modules = {name for name, (module, _) in layers.items() if module in every}
+        sites = [Site(n, m, *sizes) for n, (m, sizes) in layers.items() if check_target_module_exists(config, n)]
+    if not sites:
+        raise TargetError(
+            f"target_modules {config.target_modules!r} match no linear layer of this model; try 'all-linear', or a list of "
+            "endings of layer names"
+        )
+    return sites
+
+
+def _rows(
+    model: nn.Module,
+    peft_config: LoraConfig,
+    config: CalibrationConfig,
+    prepare_model: ModelInputs | None,
+    prepare_layer: LayerInputs | Mapping[str, LayerInputs] | None,
+) -> RowsFunction | None:
+    """The caller's functions as the engine's `rows`; None for PEFT's defaults, which the engine's own rule replaces."""
+    usual = prepare_model is prepare_model_inputs_fn_language_modeling
+    if usual and prepare_layer is prepare_layer_inputs_fn_language_modeling:
+        return None
+    select = selector_for(model, config.labels_only or False, config.ignore_index)
+
+    def prepare(batch: Any) -> Any:
+        if usual:  # PEFT's takes nothing but a dict, and does not shift labels
+            return _positions(select(batch), batch)
+        return batch if prepare_model is None else prepare_model(batch, peft_config)
+
+    model_input = _once_per_batch(prepare)
+
+    def rows(x: Tensor, batch: Any, name: str) -> Tensor:
+        chosen = prepare_layer.get(name) if isinstance(prepare_layer, Mapping) else prepare_layer
+        return x.reshape(-1, x.shape[-1]) if chosen is None else chosen((x,), model_input(batch), name)
+
+    return rows
+
+
+def _usual_rows(model: nn.Module, config: CalibrationConfig) -> RowsFunction:
+    """The engine's own choice of rows, as a function."""
+    select = _once_per_batch(selector_for(model, config.labels_only or False, config.ignore_index))
+
+    def rows(x: Tensor, batch: Any, name: str) -> Tensor:
+        selector: RowSelector = select(batch)
+        flat, index = selector.rows(x)
+        return flat if index is None else flat[index]
+
+    return rows
+
+
+def _positions(selector: RowSelector, batch: Any) -> Tensor | None:
+    """(n, 2) row and column of each token that counts; None where the batch has no tokens to speak of."""
+    mask, ids = selector.mask, batch_field(batch, "input_ids")
+    if mask is None and isinstance(ids, Tensor):
+        mask = torch.ones_like(ids, dtype=torch.bool)
+    return None if mask is None else mask.nonzero()
+
+
+def _once_per_batch(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`make(batch)`, remembered until another batch comes: every layer of a forward pass asks for it."""
+    batch_seen, made = object(), None
+
+    def get(batch: Any) -> Any:
+        nonlocal batch_seen, made
+        if batch is not batch_seen:
+            batch_seen, made = batch, make(batch)
+        return made
+
+    return get
+
+
+def _gathering(rows: RowsFunction) -> RowsFunction:
+    """The rows of all processes, in the order of their ranks."""
+
+    def gathered(x: Tensor, batch: Any, name: str) -> Tensor:
+        own = rows(x, batch, name)
+        count = torch.tensor([len(own)], device=own.device)
+        counts = [torch.zeros_like(count) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(counts, count)
+        sizes = [int(n) for n in counts]
+        padded = own.new_zeros(max(sizes), own.shape[1])  # what is gathered must have one shape
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded)
+        return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
+
+    return gathered
+
+
+def _moved(batches: Iterable[Any], device: torch.device | None) -> Iterator[Any]:
+    for batch in iterate(batches):
+        yield to_device(batch, device)
+
+
+@contextmanager
+def _bar(show: bool) -> Iterator[Callable[[Progress], None]]:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    with Bar(console=console, transient=True, disable=not (show and console.is_terminal)) as bar:
+        task = bar.add_task("EVA", total=None)
+        yield lambda now: bar.update(task, completed=now.batch, total=now.max_batches)

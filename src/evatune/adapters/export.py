@@ -1,0 +1,284 @@
+"""From an adapter whose ranks differ to what servers read: one rank for all layers, or no adapter at all.
+
+Most runtimes know one α and one rank. vLLM (before it read patterns) and SGLang take `lora_alpha / r` of the config and do
+not read, or refuse, `rank_pattern` and `alpha_pattern`; llama.cpp takes `lora_alpha / (rank of the layer's matrices)`;
+Axolotl's merge refuses patterns even if empty. With one rank R for all layers, one α and neither pattern nor rsLoRA these
+are all the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from evatune.adapters.peft import lora_config
+from evatune.adapters.saved import layer_scale, read_config
+from evatune.errors import AdapterError, RecordError
+from evatune.files import require_free, whole_folder
+from evatune.version import __version__
+
+RECORD = "export.json"  # lists what an export wrote, and so marks a folder that another may replace
+
+_PREFIX = "base_model.model."
+# "….lora_A.weight" or "….lora_embedding_A": the first dimension of A and the second of B is the rank.
+_KEY = re.compile(r"(?P<layer>.+)\.lora_(?:(?P<part>[AB])\.weight|embedding_(?P<table>[AB]))")
+# Each adds something to s·BAx, or changes what A, B or the layers mean.
+_VARIANTS = (
+    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config",
+    "velora_config", "monteclora_config", "target_parameters", "layer_replication",
+)  # fmt: skip
+_STARTS = (True, False, "gaussian", "orthogonal", "mica", "eva")  # these leave the base weights alone
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """What `export_uniform` wrote."""
+
+    rank: int
+    alpha: float
+    layers: int  # with an adapter
+    zeros: tuple[str, ...]  # layers that got an adapter of zeros
+    rescaled: tuple[str, ...]  # layers whose scale was another one, and is folded into B
+
+
+def export_uniform(
+    adapter: str | Path | PeftModel, out: str | Path, *, adapter_name: str = "default", overwrite: bool = False
+) -> Uniform:
+    """Write a LoRA adapter with one rank and one α that means exactly the same, for servers without rank patterns.
+
+    A gets rows of zeros and B columns of zeros up to the largest rank R. α/R is the scale of most layers; where a layer's
+    is another, the quotient goes into B, which is then float32. rsLoRA becomes plain α/R. Where a layer has no adapter
+    but its neighbours do (q_proj beside k_proj and v_proj) and the same layer of another block has one, it gets zeros:
+    SGLang stacks neighbours and needs all of them. `modules_to_save` and other trained tensors stay as they are.
+
+    Args:
+        adapter: a folder that `save_pretrained` wrote, or a `PeftModel`.
+        out: folder to write; it is whole or absent.
+        adapter_name: which adapter of a `PeftModel`.
+        overwrite: replace an `out` that an export wrote.
+
+    Raises:
+        AdapterError: DoRA or another variant that servers do not have; an initialisation that changed the base weights.
+        RecordError: a damaged folder, or an adapter that is not LoRA. ConfigError: `out` cannot be written.
+    """
+    out = Path(out)
+    require_out(out, overwrite, adapter)
+    if isinstance(adapter, (str, Path)):
+        config = read_config(Path(adapter))
+        _require_plain(config)
+        state = _read_weights(Path(adapter))
+    else:
+        config = lora_config(adapter, adapter_name)
+        _require_plain(config)
+        with warnings.catch_warnings():  # that it adds embeddings which the adapter targets
+            warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`", category=UserWarning)
+            state = get_peft_model_state_dict(adapter, adapter_name=adapter_name)
+    state, uniform = _pad(state, config)
+    with whole_folder(out) as folder:
+        save_file(state, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        _write_config(folder, config, uniform, _layers(state))
+        base = config.base_model_name_or_path
+        about = (
+            f"LoRA adapter for `{base or 'its base model'}`: rank {uniform.rank} and scale {uniform.alpha:g}/{uniform.rank} "
+            "in every layer. Exported by evatune from an adapter whose ranks may differ; the update of the weights is the "
+            f"same.\n\nvLLM needs a `--max-lora-rank` of at least {uniform.rank}."
+        )
+        write_card(folder, about, base, library="peft")
+        write_record(folder, {"format": "uniform", "rank": uniform.rank, "alpha": uniform.alpha})
+    return uniform
+
+
+def merge(base: nn.Module, adapter: str | Path) -> nn.Module:
+    """The base model with a saved adapter added into its weights, in place; checked for NaN and Inf by PEFT.
+
+    Raises RecordError for an adapter that is damaged, not LoRA, or not of this base model.
+    """
+    adapter = Path(adapter)
+    read_config(adapter)
+    _read_weights(adapter)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
+            model = PeftModel.from_pretrained(base, str(adapter))
+        merged: nn.Module = model.merge_and_unload(safe_merge=True)
+    except (RuntimeError, ValueError, KeyError, UserWarning) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RecordError(
+            f"adapter {str(adapter)!r} cannot be merged into {type(base).__name__} ({reason}); give the model it was "
+            "trained on"
+        ) from error
+    return merged
+
+
+def head_size(adapter: str | Path) -> int | None:
+    """How many labels a classification head that was trained beside the adapter has; None where there is none."""
+    heads = [
+        value for key, value in _read_weights(Path(adapter)).items()
+        if re.search(r"\.(score|classifier|classifier\.out_proj)\.weight$", key) and value.ndim == 2
+    ]  # fmt: skip
+    return heads[0].shape[0] if heads else None
+
+
+def require_out(out: Path, overwrite: bool, source: Any = None) -> None:
+    """Raise a ConfigError unless an export may write `out`; an AdapterError where that is its own source."""
+    if isinstance(source, (str, Path)) and out.resolve() == Path(source).resolve():
+        raise AdapterError(f"output {str(out)!r} is the adapter itself; name another folder with --out")
+    try:
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        ours = [str(name) for name in record["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = []
+    require_free(out, overwrite, mark=RECORD, ours=ours)
+
+
+def write_card(folder: Path, about: str, base: str | None, library: str) -> None:
+    """A model card, as hubs read it."""
+    lines = ["---", *([f"base_model: {base}"] if base else []), f"library_name: {library}", "tags:", "- lora", "---", ""]
+    (folder / "README.md").write_text("\n".join([*lines, about, ""]), encoding="utf-8")
+
+
+def write_record(folder: Path, facts: dict[str, Any]) -> None:
+    """The last file of an export: what it is, and the names of all others."""
+    files = sorted(path.name for path in folder.iterdir())
+    record = facts | {"evatune": __version__, "files": files}
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise RecordError(
+            f"folder {str(folder)!r} holds no {SAFETENSORS_WEIGHTS_NAME}; give one that save_pretrained wrote (pickled "
+            "adapter_model.bin is not read: load and save it with PEFT)"
+        )
+    try:
+        state: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise RecordError(f"{str(path)!r} is damaged ({error}); save the adapter again") from error
+    return state
+
+
+def _require_plain(config: LoraConfig) -> None:
+    found = [name for name in _VARIANTS if getattr(config, name, None)]
+    if found:
+        raise AdapterError(
+            f"the adapter is more than s·BAx ({found[0]} is set), which servers do not compute; merge it into the base "
+            "model instead: --format merged"
+        )
+    start = config.init_lora_weights
+    if start not in _STARTS:
+        raise AdapterError(
+            f"the adapter was initialised with {start!r}, which changes the base weights, so it does not fit the original "
+            "ones; save it with path_initial_model_for_weight_conversion first"
+        )
+
+
+def _layers(state: dict[str, Tensor]) -> list[str]:
+    """Names of the layers that have matrices, without PEFT's prefix, in order."""
+    names = (match["layer"].removeprefix(_PREFIX) for key in state if (match := _KEY.fullmatch(key)))
+    return list(dict.fromkeys(names))
+
+
+def _pad(state: dict[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor], Uniform]:
+    """The same adapter at one rank and one scale."""
+    ranks: dict[str, int] = {}
+    for key, value in state.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            if ".lora_" in key:
+                raise AdapterError(f"{key} belongs to no plain LoRA layer; merge the adapter instead: --format merged")
+        else:
+            rank = value.shape[_rank_dimension(match)] if value.ndim > 1 else 0
+            if not rank or ranks.setdefault(match["layer"], rank) != rank:
+                raise RecordError(f"the matrices of {match['layer']} do not fit each other; save the adapter again")
+    whole = Counter(match["layer"] for key in state if (match := _KEY.fullmatch(key)))
+    if not ranks or set(whole.values()) != {2}:
+        odd = next((layer for layer, count in whole.items() if count != 2), None)
+        raise RecordError(f"the adapter lacks A or B of {odd or 'every layer'}; save it again")
+    scales = {layer: layer_scale(config, layer.removeprefix(_PREFIX), rank)[1] for layer, rank in ranks.items()}
+    r = max(ranks.values())
+    alpha = _number(r * Counter(scales.values()).most_common(1)[0][0])
+    quotients = {layer: scale / (alpha / r) for layer, scale in scales.items()}
+    rescaled = [layer for layer, quotient in quotients.items() if abs(quotient - 1) > 1e-12]
+
+    padded = {}
+    for key, value in state.items():
+        match = _KEY.fullmatch(key)
+        if match is not None:
+            dim = _rank_dimension(match)
+            if dim == 1 and match["layer"] in rescaled:
+                value = (value.double() * quotients[match["layer"]]).float()  # in 16 bits it would no longer be the same
+            value = _grown(value, r, dim)
+        padded[key] = value.detach().cpu().contiguous()
+    zeros = _neighbours(padded)
+    names = [name.removeprefix(_PREFIX) for name in rescaled]
+    return padded | zeros, Uniform(r, alpha, len(ranks), tuple(_layers(zeros)), tuple(names))
+
+
+def _rank_dimension(match: re.Match[str]) -> int:
+    return 0 if "A" in (match["part"], match["table"]) else 1
+
+
+def _grown(matrix: Tensor, size: int, dim: int) -> Tensor:
+    """The matrix with zeros appended along `dim` up to `size`."""
+    shape = list(matrix.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([matrix, matrix.new_zeros(shape)], dim)
+
+
+def _neighbours(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros for layers without an adapter whose neighbours have one, as the same layer of other blocks shows.
+
+    Neighbours are children of one module; the same module of another block differs in numbers only. Where shapes vary
+    from block to block, nothing tells what is right here, and nothing is added.
+    """
+    weights = {key: value for key, value in state.items() if _KEY.fullmatch(key)}
+    parents: dict[str, set[str]] = {}  # "….layers.*.self_attn" → where it occurs with an adapter
+    children: dict[str, dict[str, list[Tensor]]] = {}  # the same → what follows it in keys → its tensors
+    for key, value in weights.items():
+        match = _KEY.fullmatch(key)
+        assert match is not None
+        parent = match["layer"].rpartition(".")[0]
+        kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", parent)
+        parents.setdefault(kind, set()).add(parent)
+        children.setdefault(kind, {}).setdefault(key.removeprefix(parent), []).append(value)
+    return {
+        parent + end: torch.zeros_like(values[0])
+        for kind, ends in children.items()
+        for parent in sorted(parents[kind])
+        for end, values in ends.items()
+        if parent + end not in state and len({value.shape for value in values}) == 1
+    }
+
+
+def _write_config(folder: Path, config: LoraConfig, uniform: Uniform, layers: list[str]) -> None:
+    plain = copy.copy(config)
+    plain.r, plain.lora_alpha = uniform.rank, uniform.alpha
+    plain.use_rslora, plain.init_lora_weights, plain.eva_config = False, True, None
+    # Whole names: a server reads their endings, and PEFT touches no layer that has no matrices here.
+    plain.target_modules = layers
+    plain.exclude_modules = plain.layers_to_transform = plain.layers_pattern = None
+    plain.inference_mode = True
+    plain.save_pretrained(folder)
+    path = folder / CONFIG_NAME
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    del facts["rank_pattern"], facts["alpha_pattern"]  # Axolotl refuses to merge where the names occur at all
+    path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _number(value: float) -> float:
+    """A whole number as one, up to the rounding of a quotient and a product."""
+    return round(value) if abs(value - round(value)) < 1e-9 * max(1.0, abs(value)) and round(value) else value
