@@ -55,7 +55,7 @@ def imports_of(file: Path) -> set[str]:
         ("peft", {"adapters", "cli"}),
         ("transformers", {"trainers", "tasks", "cli"}),
         ("datasets", {"tasks", "cli"}),
-        ("matplotlib", {"report"}),
+        ("matplotlib", {"report", "tasks"}),
         ("jinja2", {"report"}),
         ("typer", {"cli"}),
     ],

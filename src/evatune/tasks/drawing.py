@@ -6,7 +6,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -167,4 +166,6 @@ def _finished(rng: np.random.Generator, image: Grey, *, noise: float) -> Any:
 
 @cache
 def _font(name: str, size: int) -> Any:
+    import matplotlib  # which takes long to import, and here only knows where its fonts are
+
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), size)
