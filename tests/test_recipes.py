@@ -13,7 +13,7 @@ from evatune.recipes import as_tree, expand, keys, load, ours, parse, text_of
 @pytest.mark.parametrize("name", ours())
 def test_each_of_ours_loads_and_names_its_command(name: str) -> None:
     recipe = load(name)
-    assert name.startswith(recipe.domain)
+    assert name.startswith((recipe.domain, "paper-"))
     assert f"evatune train {name}" in text_of(name)
 
 

@@ -158,7 +158,8 @@ def prepare(
     Args:
         initialize: `evatune.initialize`, bound to the model or trainer.
         batches: examples per batch → training batches, for passes of other kinds.
-        rows: the task's choice of rows, for the same. start: where a method that changes the base weights keeps its adapter as it was before training.
+        rows: the task's choice of rows, for the same.
+        start: where a method that changes the base weights keeps its adapter as it was before training.
     """
     method = METHODS[name]
     if method.start is not None:

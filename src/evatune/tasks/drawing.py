@@ -1,4 +1,4 @@
-"""Images drawn from random numbers: glyphs and plain shapes on cluttered, noisy grounds; 32 × 32, grey."""
+"""Images drawn from random numbers: glyphs, plain shapes, pictures on cluttered, noisy grounds; 32 × 32, grey."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -111,6 +110,19 @@ def fonts(rng: np.random.Generator, label: int) -> Any:
     return letter(rng, text, TASK_FONTS[label], sizes=(24, 32), tilt=10, spread=0.3, noise=0.06)[0]
 
 
+def scene(rng: np.random.Generator, picture: Image.Image) -> Any:
+    """A light-on-black picture near the middle, with strokes over it as bright as it or its ground. uint8 (32, 32)."""
+    ground, ink = _ground(rng)
+    side = int(rng.integers(40, 61))  # in pixels of the fine image
+    x, y = rng.integers(-4, 5, 2) + (2 * SIDE - side) // 2
+    fine = Image.new("L", (2 * SIDE, 2 * SIDE))
+    fine.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (int(x), int(y)))
+    image = _painted(ground, fine, ink)
+    for _ in range(3):
+        image = _painted(image, _stroke(rng, 4), ink if rng.random() < 0.5 else float(ground.mean()))
+    return _finished(rng, image, noise=0.1)
+
+
 def _ground(rng: np.random.Generator) -> tuple[Grey, float]:
     """A sloping ground with a few lines on it, and a brightness that stands out from it, either way."""
     level, step = rng.uniform(0.1, 0.4), rng.uniform(0.3, 0.5)
@@ -118,9 +130,7 @@ def _ground(rng: np.random.Generator) -> tuple[Grey, float]:
     line = np.linspace(-1, 1, SIDE)
     image = level + slope[0] * line[:, None] + slope[1] * line[None, :]
     for _ in range(rng.integers(0, 4)):
-        fine = Image.new("L", (2 * SIDE, 2 * SIDE))
-        ImageDraw.Draw(fine).line([float(x) for x in rng.uniform(0, 2 * SIDE, 4)], fill=255, width=int(rng.integers(1, 4)))
-        image = _painted(image, fine, level + rng.uniform(-0.2, 0.2))
+        image = _painted(image, _stroke(rng), level + rng.uniform(-0.2, 0.2))
     ink = level + step
     return (1 - image, 1 - ink) if rng.random() < 0.5 else (image, ink)
 
@@ -136,6 +146,14 @@ def _shape(image: Grey, outline: Any, centre: complex, radius: float, angle: flo
     return _painted(image, fine, ink)
 
 
+def _stroke(rng: np.random.Generator, width: int | None = None) -> Image.Image:
+    """A straight line between two random places; without `width`, of one to three pixels of the fine image."""
+    fine = Image.new("L", (2 * SIDE, 2 * SIDE))
+    ends = [float(x) for x in rng.uniform(0, 2 * SIDE, 4)]
+    ImageDraw.Draw(fine).line(ends, fill=255, width=width or int(rng.integers(1, 4)))
+    return fine
+
+
 def _painted(image: Grey, fine: Image.Image, ink: float) -> Grey:
     cover = np.asarray(fine.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64) / 255
     return image * (1 - cover) + ink * cover
@@ -148,4 +166,6 @@ def _finished(rng: np.random.Generator, image: Grey, *, noise: float) -> Any:
 
 @cache
 def _font(name: str, size: int) -> Any:
+    import matplotlib  # which takes long to import, and here only knows where its fonts are
+
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), size)

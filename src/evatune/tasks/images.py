@@ -106,20 +106,27 @@ def _model(name: str, classes: int) -> tuple[Any, Any]:
 def _ours(task: str) -> _Labelled:
     own.require_task(task, TASKS, "image classification")
     if task == "digits":
-        images, labels = _digits()
-        return _Labelled(lambda i: Image.fromarray(images[i]), labels, 10)
-    draw, classes = _DRAWN[task]
+        pictures, labels = _digits()
+        classes = 10
+    else:
+        draw, classes = _DRAWN[task]
+        labels = [i % classes for i in range(_DRAWN_COUNT)]
+
+    def image(i: int) -> Any:
+        rng = np.random.default_rng([0, i])
+        return drawing.scene(rng, pictures[i]) if task == "digits" else draw(rng, labels[i])
 
     def build() -> dict[str, Tensor]:
-        images = [draw(np.random.default_rng([0, i]), i % classes) for i in range(_DRAWN_COUNT)]
-        return {"images": torch.from_numpy(np.stack(images))}
+        images = torch.from_numpy(np.stack([image(i) for i in range(len(labels))]))
+        return {"images": images, "labels": torch.tensor(labels)}
 
-    pixels = built(f"images-{task}", {"version": _DRAWN_VERSION, "count": _DRAWN_COUNT}, build)["images"].numpy()
-    return _Labelled(lambda i: Image.fromarray(pixels[i]), [i % classes for i in range(_DRAWN_COUNT)], classes)
+    found = built(f"images-{task}", {"version": _DRAWN_VERSION}, build)
+    pixels = found["images"].numpy()
+    return _Labelled(lambda i: Image.fromarray(pixels[i]), found["labels"].tolist(), classes)
 
 
-def _digits() -> tuple[Any, list[int]]:
-    """Images as uint8 (1797, 8, 8), and which digit each is."""
+def _digits() -> tuple[list[Image.Image], list[int]]:
+    """Pictures of 8 × 8, and which digit each is."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -128,7 +135,7 @@ def _digits() -> tuple[Any, list[int]]:
             "install it with: pip install 'evatune[images]'"
         ) from error
     found = load_digits()  # values from 0 to 16
-    return np.round(found.images * (255 / 16)).astype(np.uint8), found.target.tolist()
+    return [Image.fromarray(np.uint8(image * (255 / 16))) for image in found.images], found.target.tolist()
 
 
 def _of_the_user(recipe: Recipe) -> tuple[_Labelled, list[int], list[int]]:
