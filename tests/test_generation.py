@@ -133,7 +133,8 @@ def test_a_solution_counts_by_its_final_number(llama: tuple[Any, Any]) -> None:
 
 def test_choices_are_weighed_by_their_likelihood(llama: tuple[Any, Any]) -> None:
     model, tokenizer = llama
-    sure = [Pair("import", answer, (answer, " zqxv zqxv zqxv")) for answer in (" os", " zqxv zqxv zqxv")]
+    choices = (" os", " zqxv zqxv zqxv")
+    sure = [Pair("import", answer, choices) for answer in choices]
     assert generation._chosen(model, tokenizer, sure, 32) == 0.5
 
 
@@ -149,7 +150,7 @@ def test_data_of_the_user_are_read(columns: list[str], tmp_path: Path) -> None:
 
 def _decoded(examples: Any) -> list[str]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(asset("llama-small"))
-    texts: list[str] = tokenizer.batch_decode(examples["input_ids"])
+    texts: list[str] = tokenizer.batch_decode(list(examples["input_ids"]))
     return texts
 
 

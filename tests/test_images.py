@@ -75,13 +75,15 @@ def test_equal_seeds_give_equal_runs(tmp_path: Path) -> None:
     assert first["eval_loss"] == second["eval_loss"]
 
 
-def test_a_resumed_run_of_all_weights_keeps_all_of_them(tmp_path: Path) -> None:
+def test_a_resumed_run_of_all_weights_keeps_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def weights() -> Any:
         model, info = transformers.Dinov2ForImageClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
         assert not any(info.values())
         return model.state_dict()
 
-    run(small("digits", "method=full"), tmp_path, quiet=True)
+    with monkeypatch.context() as patch:  # as if it had been killed before its last line
+        patch.setattr("evatune.tasks.run.shutil.rmtree", lambda *_, **__: None)
+        run(small("digits", "method=full"), tmp_path, quiet=True)
     before = weights()
     (tmp_path / RESULT).unlink()
     assert run(small("digits", "method=full"), tmp_path, quiet=True)["resumed"]
@@ -223,7 +225,7 @@ def test_a_mistake_in_the_data_names_the_column(labels: Any, overrides: list[str
 def test_data_without_a_split_to_train_on_say_which_there_are(tmp_path: Path) -> None:
     datasets.disable_progress_bars()
     datasets.DatasetDict({"test": table([0, 1])}).save_to_disk(tmp_path / "data")
-    with pytest.raises(DataError, match="has no split 'train'; it has test"):
+    with pytest.raises(DataError, match="has no split 'train'; choose one of test"):
         images.prepare(of_the_user(tmp_path / "data"))
 
 

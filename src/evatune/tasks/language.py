@@ -169,11 +169,13 @@ def _functions() -> dict[str, list[Pair]]:
         # Some versions of Python keep datetime's and decimal's code in modules named so, and pre-training saw it elsewhere.
         if not held_out(module) or module.startswith("_py"):
             continue
+        rows = text.split("\n")  # not splitlines, which counts form feeds too
         for node in ast.walk(ast.parse(text)):
             if not isinstance(node, ast.FunctionDef) or len(node.body) < 2 or not ast.get_docstring(node):
                 continue
             line = (ast.get_docstring(node) or "").splitlines()[0]
-            body = [ast.get_source_segment(text, statement, padded=True) or "" for statement in node.body[1:]]
+            # Not ast.get_source_segment, which splits the whole text each time.
+            body = ["\n".join(rows[one.lineno - 1 : one.end_lineno]) for one in node.body[1:]]
             kept = textwrap.dedent(body[0])
             for more in body[1:]:
                 if len(kept) + len(more) > _LONGEST:
