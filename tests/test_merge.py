@@ -472,7 +472,7 @@ def test_the_example_runs_on_ray(tmp_path: Path) -> None:
         pytest.skip("the extra demo is not installed")
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "shards_ray.py"), "--batches", "1", "--out", str(tmp_path / "shards")],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     merged = Calibration.load(tmp_path / "shards" / "calibration.safetensors")

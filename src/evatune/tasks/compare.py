@@ -178,8 +178,8 @@ def _on_ray(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, str | N
         raise ConfigError("Ray is not installed; install it with: pip install 'evatune[ray]'") from error
     started_here = not ray.is_initialized()
     if started_here:
-        size = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": max(1, workers)}
-        ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False, **size)
+        where = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "num_cpus": max(1, workers)}
+        ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False, **where)
     try:
         task = ray.remote(num_cpus=1, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})(_run_one)
         futures = {task.remote(as_tree(cell.recipe), str(cell.folder.absolute())): cell for cell in cells}
