@@ -78,6 +78,16 @@ def test_eva_starts_from_the_loss_of_lora(tmp_path: Path) -> None:
     assert losses[1:] == pytest.approx(losses[:1] * 2, abs=1e-5)
 
 
+def test_a_budget_in_parameters_keeps_eva_within_those_of_lora(tmp_path: Path) -> None:
+    count = {}
+    for method in ("lora", "eva"):
+        recipe = small(
+            "reviews", f"method={method}", "adapter.budget=parameters", "training.steps=1", "training.eval_every=1"
+        )
+        count[method] = run(recipe, tmp_path / method, quiet=True)["trainable_parameters"]
+    assert 0.95 * count["lora"] < count["eva"] <= count["lora"]
+
+
 def test_the_gradient_of_b_is_larger_for_eva_than_for_orthonormal_rows(tmp_path: Path) -> None:
     norms = {}
     for method in ("lora-orthogonal", "eva-rho1"):

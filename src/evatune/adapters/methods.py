@@ -152,20 +152,21 @@ def prepare(
     seed: int,
     start: Path,
     rows: RowsFunction | None = None,
+    budget: str = "ranks",
 ) -> Calibration | None:
     """What the method does before training, with data or with the weights.
 
     Args:
         initialize: `evatune.initialize`, bound to the model or trainer.
         batches: examples per batch → training batches, for passes of other kinds.
-        rows: the task's choice of rows, for the same.
+        rows: the task's choice of rows, for the same. rho, budget: of EVA's redistribution.
         start: where a method that changes the base weights keeps its adapter as it was before training.
     """
     method = METHODS[name]
     if method.start is not None:
         starts.begin(model, method.start, batches, seed, start)
     if method.eva is not None:
-        calibration = initialize(**({"rho": rho} | method.eva))
+        calibration = initialize(**({"rho": rho, "budget": budget} | method.eva))
         if method.random_a:
             _redraw(model, seed)
         return calibration

@@ -49,6 +49,9 @@ class AdapterOptions:
     rank: int = Field(default=8, ge=1, description="ranks per layer, before any redistribution")
     alpha: float = Field(default=8, gt=0, description="LoRA's alpha")
     rho: float = Field(default=2, ge=1, description="EVA: no layer gets more than rho times rank; 1 is no redistribution")
+    budget: Literal["ranks", "parameters"] = Field(
+        default="ranks", description="EVA: what redistribution keeps within that of uniform ranks"
+    )
     targets: str | list[str] = Field(default="all-linear", description="layers, as PEFT names them")
 
 

@@ -91,6 +91,7 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         seed=recipe.seed,
         start=folder / "start",
         rows=task.rows,
+        budget=recipe.adapter.budget,
     )
     init_seconds = time.perf_counter() - start
     if calibration is not None:
