@@ -16,7 +16,10 @@ from evatune.errors import AdapterError
 
 
 def initialize_trainer(trainer: Any, *, forward: ForwardFunction | None, **options: Any) -> Calibration:
-    """Initialise `trainer.model` on the trainer's own training batches, collator, device and precision."""
+    """Initialise `trainer.model` on the trainer's own training batches, collator, device and precision.
+
+    Several processes all see the same batches, and so find the same directions and ranks; the work is not shared out.
+    """
     if getattr(trainer, "optimizer", None) is not None:
         raise AdapterError(
             "the trainer already has an optimiser, which holds the adapter's old parameters; call "
@@ -27,6 +30,9 @@ def initialize_trainer(trainer: Any, *, forward: ForwardFunction | None, **optio
         with trainer.accelerator.autocast():  # the precision that training will run in
             return (forward or call_model)(model, batch)
 
+    if trainer.accelerator.num_processes > 1:
+        same = training_batches(trainer, trainer.args.per_device_train_batch_size, trainer.args.seed)
+        return initialize_model(trainer.model, same, forward=prepared, **options)
     inner = _loader(trainer)
 
     def batches() -> Iterator[Any]:  # the loader draws its seed when this is first asked, where random states are kept
