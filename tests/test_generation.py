@@ -201,3 +201,12 @@ def test_the_checkpoint_fits_its_card() -> None:
         weights = (asset(name) / "model.safetensors").read_bytes()
         assert len(weights) <= 10_000_000
         assert hashlib.sha256(weights).hexdigest() in (asset(name) / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("eva", torch.bfloat16), ("full", torch.float32)])
+def test_mixed_precision_holds_frozen_weights_alone_in_16_bits(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    recipe = small("reviews", f"method={method}", "training.precision=bf16", "training.learning_rate=1e-3")
+    assert generation.prepare(recipe).model.dtype == dtype
+    run(recipe, tmp_path / "run", quiet=True)
+    first, last = (line["eval_loss"] for line in read_metrics(tmp_path / "run") if "eval_loss" in line)
+    assert last < first

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +80,43 @@ def test_random_states_are_as_they_were(tmp_path: Path) -> None:
     torch.manual_seed(1)
     evatune.initialize(run)
     assert torch.equal(torch.rand(1), expected)
+
+
+_TWO_PROCESSES = """
+import sys, warnings
+import datasets, torch, transformers
+import evatune
+from peft import LoraConfig, get_peft_model
+
+warnings.simplefilter("ignore")
+torch.manual_seed(0)
+config = transformers.LlamaConfig(
+    vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64
+)
+model = get_peft_model(transformers.LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear"))
+ids = torch.randint(0, 60, (64, 12), generator=torch.Generator().manual_seed(1)).tolist()
+arguments = transformers.TrainingArguments(
+    output_dir=sys.argv[1], use_cpu=True, max_steps=3, per_device_train_batch_size=4, report_to=[], save_strategy="no",
+    disable_tqdm=True,
+)
+data = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
+trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
+evatune.initialize(trainer)
+trainer.train()
+trained = torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "lora_" in name])
+torch.save(trained, f"{sys.argv[1]}/{trainer.args.process_index}.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # or gloo's threads may abort the process at its end
+"""
+
+
+def test_two_processes_start_from_the_same_adapter_and_train_it(tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(_TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "two.py"), str(tmp_path)], capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(first, second)

@@ -43,7 +43,9 @@ def prepare(recipe: Recipe) -> Task:
     instead = "a local folder with config.json, weights and tokenizer, or model=demo as in the recipe generation-code"
     with reading(source, "a causal language model and its tokenizer", instead):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        dtype = torch.float32 if recipe.model == "demo" else "auto"
+        # Adapters are float32 above a 16-bit base; weights that are trained themselves must not be of 16 bits.
+        half = recipe.training.precision == "bf16" and recipe.method != "full"
+        dtype = torch.bfloat16 if half else torch.float32
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

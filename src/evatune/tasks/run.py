@@ -110,9 +110,9 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     measures = {key.removeprefix("eval_"): value for key, value in final.items() if key.startswith("eval_")}
     if task.judge is not None:
         measures |= task.judge(model.eval(), folder)
-    methods.save(
-        model, recipe.method, folder / ("adapter" if methods.METHODS[recipe.method].adapter else "model"), folder / "start"
-    )
+    if recipe.method != "untouched":
+        kind = "adapter" if methods.METHODS[recipe.method].adapter else "model"
+        methods.save(model, recipe.method, folder / kind, folder / "start")
     result = {
         "score": measures.pop("score"),
         "eval_loss": measures.pop("loss"),
