@@ -41,6 +41,12 @@ def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel or DataParallel, whose wrapping is for training."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    return unwrapped(model.module) if isinstance(model, wrappers) else model
+
+
 def is_wrapper(module: nn.Module) -> bool:
     """Whether this is an adapter layer around a base layer, as PEFT builds them."""
     return _inside(module) == "base_layer"
