@@ -154,13 +154,13 @@ def run(
         if checkpoint is not None:
             tap.cut_short = _resume(checkpoint, monitor, feed, model)
         for turn in range(feed.count + 1, feed.turns + 1):
-            came = feed.advance(turn)
-            over = turn == feed.turns
+            came = someone_came = feed.advance(turn)
             if team.size == 1 and not came:
                 break
             if team.size > 1 and (turn == 1 or in_step):
-                over = not _anyone(team, came, turn) or over
-            if came or (in_step and not over):
+                someone_came = _anyone(team, came, turn)
+            over = turn == feed.turns or (in_step and not someone_came)
+            if came or (in_step and someone_came):
                 batch = feed.batch if forward is not None else to_device(feed.batch, device)
                 tap.begin(batch, select(batch) if rows is None else None, watch=came)
                 with suppress(EnoughSeen):
@@ -377,7 +377,7 @@ class _Monitor:
         everyone = self._team.gather({"batches": feed.count, "open": feed.open, "bad": self._bad})
         self.batches = sum(said["batches"] for said in everyone)
         found = [(name, tuple(place)) for said in everyone for name, place in said["bad"].items()]
-        self._bad = {name: place for name, place in sorted(found, key=lambda entry: entry[1], reverse=True)}
+        self._bad = dict(sorted(found, key=lambda entry: entry[1], reverse=True))  # the first batch is the one that stays
         for name in self._bad:
             self._sharing.stop_watching(name)
         return any(said["open"] for said in everyone)
@@ -418,12 +418,12 @@ class _Monitor:
 
     def result(self, ended: Status, batches: int, model: nn.Module) -> Calibration:
         spectra, status, layers = {}, {}, {}
-        answers: dict[InputGroup, Spectrum] = {}
+        # Numbered by the order of the layers, which all processes have in common.
+        groups = dict.fromkeys(group for site in self._sites if (group := self._sharing.group_of(site.name)))
+        answers = {group: self._answer(group) for group in groups}
+        number = {group: index for index, group in enumerate(groups)}
         for site in self._sites:
             group = self._sharing.group_of(site.name)
-            if group and group not in answers:
-                answers[group] = self._answer(group)
-            number = {group: index for index, group in enumerate(answers)}
             spectrum = answers[group] if group else empty(site.in_features, self._config.center)
             spectra[site.name] = spectrum
             status[site.name] = self._verdict(site, spectrum, ended)
@@ -466,11 +466,11 @@ class _Monitor:
         for name, tensor in tensors.items():
             place, key, part = name.split(".", 2)
             parts.setdefault(f"{place}.{key}", {})[part] = tensor
-        for place, group in enumerate(self._sharing.arrange(record["groups"], self._make)):
-            group.sketch.set_state(parts[f"{place}.sketch"])
+        for number, group in enumerate(self._sharing.arrange(record["groups"], self._make)):
+            group.sketch.set_state(parts[f"{number}.sketch"])
             for key, found in self._found().items():
-                if f"{place}.{key}" in parts:
-                    found[group] = Spectrum.of_state(parts[f"{place}.{key}"])
+                if f"{number}.{key}" in parts:
+                    found[group] = Spectrum.of_state(parts[f"{number}.{key}"])
         self._bad = {name: tuple(place) for name, place in record["bad"].items()}
         for name in self._bad:
             self._sharing.stop_watching(name)

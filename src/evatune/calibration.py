@@ -38,6 +38,7 @@ class Layer:
     input: int | None  # layers with the same number share one input and one spectrum; None: never called
     first_bad_batch: int | None = None  # counted from 1, over all processes
     bad_process: int | None = None  # the one that had it, where several worked together
+    cap: int | None = None  # the most ranks it may get, by the `rank_pattern` of the adapter it was calibrated for
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Calibration:
         metric: str | None = None,
         min_rank: int = 0,
     ) -> RankPlan:
-        """Redistribute a rank budget; see `evatune.ranks.allocate`. Defaults come from `config`."""
+        """Redistribute a rank budget; see `evatune.ranks.allocate`. Defaults come from `config`, caps from `layers`."""
         config = self.config
         return _allocate(
             {
@@ -74,6 +75,7 @@ class Calibration:
             budget=config.budget if budget is None else budget,
             metric=config.metric if metric is None else metric,
             min_rank=min_rank,
+            caps={name: layer.cap for name, layer in self.layers.items() if layer.cap is not None},
         )
 
     @classmethod

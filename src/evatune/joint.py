@@ -86,9 +86,9 @@ class JointSketches:
         for piece in _pieces(groups):
             home = piece[0].sketch.device
             sums = [group.sketch.sums().to(home) for group in piece]
-            added = self._team.add_up(torch.cat(sums), owner).split([len(part) for part in sums])
+            added = self._team.add_up(torch.cat(sums), owner)
             if at_home:
-                for group, part in zip(piece, added, strict=True):
+                for group, part in zip(piece, torch.split(added, [len(part) for part in sums]), strict=True):
                     group.sketch.set_sums(part)
         if at_home:
             spectra = refresh_all([group.sketch for group in groups])

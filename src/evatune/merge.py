@@ -222,7 +222,7 @@ def _require_same(first: Calibration, other: Calibration, number: int) -> None:
                 f"{refused}: {name} is {theirs[0]}→{theirs[1]} there and {mine[0]}→{mine[1]} in calibration 1; merge "
                 "calibrations of the same model"
             )
-    if _model_name(first.model) != _model_name(other.model):
+    if not same_model(first.model, other.model):
         raise ConfigError(
             f"{refused}: its model is {other.model!r} and that of calibration 1 is {first.model!r}; merge calibrations of "
             "the same model"
@@ -234,6 +234,11 @@ def _require_same(first: Calibration, other: Calibration, number: int) -> None:
                 f"{refused}: its {setting} is {value!r} and that of calibration 1 is {ours[setting]!r}; calibrate all "
                 "shards with the same settings"
             )
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether the `model` of two records says the same."""
+    return _model_name(one) == _model_name(other)
 
 
 def _model_name(model: str) -> tuple[str, str]:

@@ -72,6 +72,11 @@ class Team:
         """On process `to`: the sum of everyone's `sums` (m,). On the others the result has no meaning."""
         return sums
 
+    @contextmanager
+    def exchange(self) -> Iterator[None]:
+        """Around messages that belong together: who fails in between cannot tell the others, and leaves instead."""
+        yield
+
     def require_equal(self, facts: Mapping[str, Any]) -> None:
         """Raise a ProcessError on every process, with the difference named, unless all have the same `facts`."""
         text = json.dumps(facts, sort_keys=True)
@@ -121,7 +126,9 @@ class _Joint(Team):
             if self.rank == source:
                 assert tensors is not None
                 flat = {name: tensor.contiguous().to(device) for name, tensor in tensors.items()}
-                spec = json.dumps([[n, list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in flat.items()]).encode()
+                spec = json.dumps(
+                    [[n, list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in flat.items()]
+                ).encode()
                 payload = torch.cat([payload, *(tensor.reshape(-1).view(torch.uint8) for tensor in flat.values())])
                 self.bytes_sent += len(spec) + len(payload)
             sizes = torch.tensor([len(spec), len(payload)])
@@ -151,7 +158,6 @@ class _Joint(Team):
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """Around messages that belong together: who fails in between cannot tell the others, and leaves instead."""
         self._busy = True
         yield
         self._busy = False

@@ -49,7 +49,7 @@ class RankPlan:
     limit: int  # the budget, in its unit
     spent: int  # what the ranks cost, in the same unit
     parameters: int  # trainable parameters of A and B together
-    uniform_parameters: int  # the same with `rank` in every layer
+    uniform_parameters: int  # the same with `rank` in every layer, or its cap where it has one of its own
 
 
 def allocate(
@@ -60,6 +60,7 @@ def allocate(
     budget: str = "ranks",
     metric: str = "ratio",
     min_rank: int = 0,
+    caps: Mapping[str, int] | None = None,
 ) -> RankPlan:
     """Redistribute a rank budget over layers.
 
@@ -73,6 +74,9 @@ def allocate(
         metric: what a component λ_j of a layer is worth: "ratio" λ_j / total energy (the paper's default),
             "raw" λ_j, "max" λ_j / λ_1, "sum" λ_j / Σ of the layer's components in reach, j ≤ cap.
         min_rank: ranks that every layer with energy gets first, as far as its cap allows.
+        caps: layer name → the most ranks it may get, instead of ⌊ρ·r⌋. In the budget and in `uniform_parameters` such a
+            layer counts with its cap, not with r. So ρ = 1 gives every layer its cap or r, and PEFT's `rank_pattern` in
+            the role of `caps` costs what it costs without redistribution.
 
     Returns:
         The plan with the greatest sum of metrics among those that spend the budget exactly, or, where no
@@ -100,17 +104,22 @@ def allocate(
     if min_rank < 0 or min_rank > rank:
         raise ConfigError(f"min_rank is {min_rank}; it must lie between 0 and rank ({rank})")
 
-    cap = math.floor(rank * rho + 1e-9)
-    caps = {name: min(cap, layer.in_features, layer.out_features, layer.spectrum.usable) for name, layer in layers.items()}
+    own = _own_caps(caps or {}, layers)
+    usual = {name: own.get(name, rank) for name in layers}  # without redistribution
+    most = math.floor(rank * rho + 1e-9)
+    caps = {
+        name: min(own.get(name, most), layer.in_features, layer.out_features, layer.spectrum.usable)
+        for name, layer in layers.items()
+    }
     costs = {name: 1 if budget == "ranks" else layer.cost for name, layer in layers.items()}
-    limit = sum(rank * cost for cost in costs.values())
+    limit = sum(usual[name] * cost for name, cost in costs.items())
     room = sum(caps[name] * costs[name] for name in layers)
     if room < limit:
-        tight = [f"{n} ({c})" for n, c in caps.items() if c < rank]
+        tight = [f"{n} ({c})" for n, c in caps.items() if c < usual[n]]
         raise BudgetError(
             f"the budget of {limit} {budget} ({rank} per layer over {len(layers)} layers) cannot be met: the layers "
-            f"take at most {room}. Below {rank}: {_some(tight) or 'none'}. Lower rank, raise rho (now {rho:g}), use "
-            "more data, or leave these layers out of the targets"
+            f"take at most {room}. Below {rank}{' or their own cap' if own else ''}: {_some(tight) or 'none'}. Lower rank, "
+            f"raise rho (now {rho:g}), use more data, or leave these layers out of the targets"
         )
 
     forced = {name: min(min_rank, caps[name]) for name in layers}
@@ -140,8 +149,17 @@ def allocate(
         limit=limit,
         spent=sum(ranks[name] * costs[name] for name in layers),
         parameters=sum(ranks[name] * layer.cost for name, layer in layers.items()),
-        uniform_parameters=sum(rank * layer.cost for layer in layers.values()),
+        uniform_parameters=sum(usual[name] * layer.cost for name, layer in layers.items()),
     )
+
+
+def _own_caps(caps: Mapping[str, int], layers: Mapping[str, Candidate]) -> dict[str, int]:
+    for name, cap in caps.items():
+        if name not in layers:
+            raise ConfigError(f"caps names {name!r}, which is no layer; the layers are {_some(list(layers)) or 'none'}")
+        if isinstance(cap, bool) or not isinstance(cap, int) or cap < 1:
+            raise ConfigError(f"the cap of {name} is {cap!r}; it must be a whole number of at least 1")
+    return dict(caps)
 
 
 def require_rho(rho: float) -> None:

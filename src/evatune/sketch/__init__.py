@@ -31,7 +31,8 @@ def make_sketch(
 def refresh_all(sketches: Sequence[Sketch]) -> list[Spectrum]:
     """`Sketch.refresh` of each, those of one kind and shape together."""
     answers: dict[int, Spectrum] = {}
-    for kind in dict.fromkeys(map(type, sketches)):
+    kinds: list[type[Sketch]] = list(dict.fromkeys(map(type, sketches)))
+    for kind in kinds:
         places = [place for place, sketch in enumerate(sketches) if type(sketch) is kind]
         answers.update(zip(places, kind.refresh_all([sketches[place] for place in places]), strict=True))
     return [answers[place] for place in range(len(sketches))]

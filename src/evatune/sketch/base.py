@@ -248,7 +248,8 @@ class Sketch(ABC):
 
     def _offset_of(self, other: Self) -> Tensor:
         """(d,) the other's shift minus this one's."""
-        assert self.shift is not None and other.shift is not None
+        assert self.shift is not None
+        assert other.shift is not None
         return (other.shift - self.shift).to(self.dtype)
 
     def _add_first_moments(self, other: Self) -> None:

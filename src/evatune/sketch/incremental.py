@@ -50,7 +50,11 @@ class IncrementalSketch(Sketch):
         return self._answer(directions, singular[seen].square())
 
     def state(self) -> dict[str, Tensor]:
-        return super().state() | self._named(("factor", "mean", "inside")) | {"buffer": torch.cat([self.factor[:0], *self.buffer])}
+        return (
+            super().state()
+            | self._named(("factor", "mean", "inside"))
+            | {"buffer": torch.cat([self.factor[:0], *self.buffer])}
+        )
 
     def set_state(self, state: Mapping[str, Tensor]) -> None:
         super().set_state(state)
