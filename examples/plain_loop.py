@@ -21,17 +21,17 @@ model = AutoModelForSequenceClassification.from_pretrained(demo_model(), num_lab
 model = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, task_type="SEQ_CLS", target_modules=["query", "value", "dense"]))
 
 batches = []
-for chosen in torch.randperm(len(texts))[:160].split(8):
+for chosen in torch.randperm(len(texts))[:96].split(8):
     batch = tokenizer([texts[i] for i in chosen], max_length=48, truncation=True, padding=True, return_tensors="pt")
     batches.append(batch | {"labels": torch.tensor([topics[i] for i in chosen])})
 
 calibration = evatune.initialize(model, batches)  # before the optimiser: it needs the parameters as they are now
-optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
 model.train()
 for step, batch in enumerate(batches):
     loss = model(**batch).loss
     loss.backward()
     optimiser.step()
     optimiser.zero_grad()
-    if step % 5 == 0 or step == len(batches) - 1:
+    if step % 3 == 2:
         print(f"step {step:2}  loss {loss.item():.3f}")

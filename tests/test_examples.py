@@ -78,7 +78,7 @@ def test_add_adapter(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 @demo
 def test_trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    left = run(monkeypatch, "trainer.py", "--out", tmp_path, "--report-to", "tensorboard", "--steps", 10)
+    left = run(monkeypatch, "trainer.py", "--out", tmp_path, "--report-to", "tensorboard", "--steps", 6)
     base = AutoModelForSequenceClassification.from_pretrained(demo_model(), num_labels=5)
     assert trained_layers(PeftModel.from_pretrained(base, str(tmp_path / "adapter"))) == trained_layers(left["model"])
     found = scalars(tmp_path)
