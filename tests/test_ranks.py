@@ -119,7 +119,7 @@ def test_with_caps_of_their_own_rho_one_gives_layers_these_or_the_rank() -> None
         ({"c": 1}, ConfigError, "caps names 'c', which is no layer; the layers are a, b"),
         ({"a": 0}, ConfigError, "the cap of a is 0; it must be a whole number of at least 1"),
         ({"a": True}, ConfigError, "the cap of a is True"),
-        ({"a": 5, "b": 2}, BudgetError, r"cannot be met.*Below 2 or their own cap: a \(4\)"),
+        ({"a": 5, "b": 2}, BudgetError, r"2 or its cap per layer.*cannot be met.*Below 2 or its cap: a \(4\)"),
     ],
 )
 def test_caps_that_cannot_be_are_refused(caps: dict[str, int], error: type[Exception], text: str) -> None:

@@ -67,8 +67,14 @@ def test_the_training_data_come_in_the_order_they_would_have_come(tmp_path: Path
 def test_too_late_is_a_clear_error(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.create_optimizer()
+    before, config = {name: value.clone() for name, value in run.model.state_dict().items()}, str(run.model.peft_config)
     with pytest.raises(AdapterError, match=r"already has an optimiser.*before trainer\.train"):
         evatune.initialize(run)
+    assert str(run.model.peft_config) == config
+    assert before.keys() == run.model.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+    run.train()
+    assert not any("evatune/batches" in line for line in run.state.log_history)
 
 
 def test_batches_beside_a_trainer_are_refused(tmp_path: Path) -> None:

@@ -222,6 +222,12 @@ def _require_same(first: Calibration, other: Calibration, number: int) -> None:
                 f"{refused}: {name} is {theirs[0]}→{theirs[1]} there and {mine[0]}→{mine[1]} in calibration 1; merge "
                 "calibrations of the same model"
             )
+        if layer.cap != other.layers[name].cap:
+            most, here = (one.cap or "any number of" for one in (other.layers[name], layer))
+            raise ConfigError(
+                f"{refused}: {name} may get {most} ranks there and {here} in calibration 1; merge "
+                "calibrations for adapters with the same rank_pattern"
+            )
     if not same_model(first.model, other.model):
         raise ConfigError(
             f"{refused}: its model is {other.model!r} and that of calibration 1 is {first.model!r}; merge calibrations of "

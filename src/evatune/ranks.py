@@ -116,10 +116,11 @@ def allocate(
     room = sum(caps[name] * costs[name] for name in layers)
     if room < limit:
         tight = [f"{n} ({c})" for n, c in caps.items() if c < usual[n]]
+        share = f"{rank} or its cap" if own else f"{rank}"
         raise BudgetError(
-            f"the budget of {limit} {budget} ({rank} per layer over {len(layers)} layers) cannot be met: the layers "
-            f"take at most {room}. Below {rank}{' or their own cap' if own else ''}: {_some(tight) or 'none'}. Lower rank, "
-            f"raise rho (now {rho:g}), use more data, or leave these layers out of the targets"
+            f"the budget of {limit} {budget} ({share} per layer over {len(layers)} layers) cannot be met: the layers "
+            f"take at most {room}. Below {share}: {_some(tight) or 'none'}. Lower rank, raise rho (now {rho:g}), use more "
+            "data, or leave these layers out of the targets"
         )
 
     forced = {name: min(min_rank, caps[name]) for name in layers}
