@@ -183,7 +183,14 @@ def in_ddp(rank: int) -> Any:
     loss.backward()
     weights = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
     gradients = {name: p.grad for name, p in model.named_parameters() if "lora_B" in name}
-    return {"found": found, "refused": refused, "weights": weights, "gradients": gradients, "name": type(model.module).__name__}
+    kind = type(model.module).__name__
+    return {"found": found, "refused": refused, "weights": weights, "gradients": gradients, "name": kind}
+        "found": found,
+        "refused": refused,
+        "weights": weights,
+        "gradients": gradients,
+        "name": type(model.module).__name__,
+    }
 
 
 def sharded(rank: int) -> Any:
@@ -399,7 +406,9 @@ def test_inside_ddp_the_names_are_the_models_and_fixed_ranks_are_written(both: l
             assert torch.allclose(a @ a.T, torch.eye(4), atol=1e-5)
 
 
-def test_a_model_in_shards_is_calibrated_in_step_and_its_adapter_written_on_every_process(both: list[dict[str, Any]]) -> None:
+def test_a_model_in_shards_runs_in_step_and_its_adapter_is_written_on_every_process(
+    both: list[dict[str, Any]],
+) -> None:
     found = [one["sharded"] for one in both]
     assert found[0]["found"]["batches"] == 8 + 3
     assert same(found[0]["found"], found[1]["found"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -48,9 +50,14 @@ class Checkpoint:
         """Replace the file."""
         text = json.dumps({**record, "about": dict(self.about)})
         # Two spectra may be one and the same, which safetensors does not write.
-        own = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         with whole_file(self.path) as temporary:
             save_file(own, temporary, metadata={"format": _FORMAT, "record": text})
+
+    def remove(self) -> None:
+        """Remove the file, and what writing it may have left when it was killed."""
+        for path in (self.path, *self.path.parent.glob(f".{glob.escape(self.path.name)}.*")):
+            path.unlink(missing_ok=True)
 
     def read(self, same: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and record, or None where there is nothing to resume.

@@ -110,6 +110,6 @@ class IncrementalSketch(Sketch):
             stack.append((weight * (self.mean - mean)).float()[None])
         _, singular, right = torch.linalg.svd(torch.cat(stack), full_matrices=False)
         k = self.components
-        self.factor = singular[:k, None] * right[:k]
+        self.factor = (singular[:k, None] * right[:k]).contiguous()
         self.mean += (mean - self.mean) * (count / total)
         self.inside = total
