@@ -9,6 +9,7 @@ from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from evatune.calibration import Calibration, Layer
-from evatune.capture import InputGroup, Sharing, Site, Tap, find_sites, selector_for
+from evatune.capture import DecoderRows, InputGroup, Sharing, Site, Tap, Tokens, decoder_of, find_sites, selector_for
 from evatune.capture.tap import EnoughSeen, RowsFunction
 from evatune.capture.targets import Targets, adapters_off
 from evatune.config import CalibrationConfig
 from evatune.errors import BudgetError, DataError
-from evatune.ranks import Candidate, RankPlan, allocate, rank_shift
+from evatune.ranks import RankPlan, allocate, rank_shift
 from evatune.sketch import Sketch, make_sketch
 from evatune.spectrum import Spectrum, empty
 from evatune.status import Status, shortage
@@ -110,15 +111,15 @@ def run(
     device = model_device(model)
     select = selector_for(model, labels_only, config.ignore_index)
 
-    def newborn(x: Tensor) -> Sketch:
+    def newborn(site: Site, device: torch.device) -> Sketch:
         return make_sketch(
-            config.sketch,
-            x.shape[-1],
+            "counts" if isinstance(site.part.view, Tokens) else config.sketch,
+            site.in_features,
             config.kept,
             oversampling=config.oversampling,
             center=config.center,
             seed=config.seed,
-            device=x.device,
+            device=device,
         )
 
     sharing = Sharing(newborn, share=rows is None)
@@ -126,7 +127,8 @@ def run(
     can_cut = forward is None and _may_cut_short(model)
     ended = Status.DATA_EXHAUSTED
     count = 0
-    with as_found(model), Tap(sites, sharing, rows) as tap, torch.no_grad():
+    decoder_rows = partial(DecoderRows, labels_only=labels_only is True, ignore_index=config.ignore_index)
+    with as_found(model), Tap(sites, sharing, rows, decoder_of(model), decoder_rows) as tap, torch.no_grad():
         for count, batch in enumerate(islice(iterate(batches), config.max_batches), start=1):
             batch = batch if forward is not None else to_device(batch, device)
             tap.begin(batch, select(batch) if rows is None else None)
@@ -270,12 +272,8 @@ class _Monitor:
             spectrum = answers[group] if group else empty(site.in_features, self._config.center)
             spectra[site.name] = spectrum
             status[site.name] = self._verdict(site, spectrum, ended)
-            layers[site.name] = Layer(
-                in_features=site.in_features,
-                out_features=site.out_features,
-                input=number[group] if group else None,
-                first_bad_batch=self._bad.get(site.name),
-            )
+            input = number[group] if group else None
+            layers[site.name] = replace(_layer(site), input=input, first_bad_batch=self._bad.get(site.name))
         return Calibration(
             spectra=spectra,
             status=status,
@@ -293,11 +291,14 @@ class _Monitor:
     def _verdict(self, site: Site, spectrum: Spectrum, ended: Status) -> Status:
         if site.name in self._bad:
             return Status.NON_FINITE
-        if self._sharing.group_of(site.name) is None:
-            return Status.NEVER_CALLED
-        lack = shortage(spectrum.rows, spectrum.total_energy, min(self._config.kept, site.in_features, site.out_features))
+        lack: Status | None = Status.NEVER_CALLED
+        if self._sharing.group_of(site.name) is not None:
+            needed = min(self._config.kept, site.in_features, site.out_features)
+            lack = shortage(spectrum.rows, spectrum.total_energy, needed)
         if lack is not None:
-            return lack
+            others = (other.name for other in self._sites if other.unit == site.unit)
+            routed = site.part.expert is not None and any(self._sharing.group_of(name) for name in others)
+            return Status.SELDOM_ROUTED if routed else lack
         if site.name in self.settled:
             return Status.CONVERGED
         return Status.UNSETTLED if ended is Status.CONVERGED else ended
@@ -309,7 +310,7 @@ class _Monitor:
         for site in self._sites:
             group = self._sharing.group_of(site.name)
             if group is not None:
-                candidates[site.name] = Candidate(spectra[group], site.in_features, site.out_features)
+                candidates[site.name] = _layer(site).candidate(spectra[group])
         try:
             return allocate(
                 candidates,
@@ -320,6 +321,12 @@ class _Monitor:
             )
         except BudgetError:
             return None
+
+
+def _layer(site: Site) -> Layer:
+    """The record of a layer that has not been called yet."""
+    unit = "" if site.unit == site.name else site.unit
+    return Layer(site.in_features, site.out_features, input=None, groups=site.part.groups, unit=unit)
 
 
 def _missed(before: Spectrum, now: Spectrum, used: int) -> float:

@@ -26,6 +26,7 @@ def initialize(
     rows: RowsFunction | None = None,
     adapter_name: str = "default",
     progress: Callable[[Progress], None] | None = None,
+    on_unsupported: str = "error",
 ) -> Calibration:
     """Calibrate, redistribute ranks and write the result into a model's LoRA layers, in place.
 
@@ -54,6 +55,8 @@ def initialize(
             have a label per token (but not for encoder-decoder models).
         forward, rows, progress: as for `evatune.calibrate`.
         adapter_name: which adapter to initialise; no other is touched.
+        on_unsupported: adapted layers of a kind that EVA does not initialise are an "error" that names them, or with
+            "skip" stay as PEFT initialised them, at their rank and outside the budget, and are named in a warning.
 
     Returns:
         The `Calibration`. Afterwards B = 0, so the model's output is what it was; ranks and α are set in the
@@ -68,7 +71,7 @@ def initialize(
     """
     options: dict[str, Any] = {
         "rank": rank, "rho": rho, "budget": budget, "metric": metric, "scale": scale, "config": config, "rows": rows,
-        "adapter_name": adapter_name, "progress": progress,
+        "adapter_name": adapter_name, "progress": progress, "on_unsupported": on_unsupported,
     }  # fmt: skip
     if hasattr(model, "get_train_dataloader"):
         if batches is not None:
