@@ -133,8 +133,8 @@ def allocate(
         step = steps[unit]
         worth = [_worth(layer.spectrum, metric, caps[unit]) for layer in tied]
         for j in range(forced[unit], caps[unit], step):
-            value = math.fsum(share for values in worth for share in values[j : j + step])
-            classes.setdefault(step * costs[unit], []).append((-value, j, order, unit))
+            gain = math.fsum(share for values in worth for share in values[j : j + step])
+            classes.setdefault(step * costs[unit], []).append((-gain, j, order, unit))
     sorted_classes = {cost: sorted(items) for cost, items in sorted(classes.items())}
     taken = _choose({cost: [-item[0] for item in items] for cost, items in sorted_classes.items()}, left)
 

@@ -18,7 +18,7 @@ from evatune.capture.products import Places, Products, loops_over_experts
 from evatune.capture.rows import DecoderRows, RowSelector
 from evatune.capture.sharing import Sharing
 from evatune.capture.targets import Site
-from evatune.errors import DataError
+from evatune.errors import DataError, TargetError
 
 RowsFunction = Callable[[Tensor, Any, str], Tensor]
 
@@ -140,6 +140,11 @@ class Tap:
     @torch.inference_mode(mode=False)  # a sketch made or added to in inference mode could not be changed outside it
     def _take(self, site: Site, x: Tensor, original: Tensor, places: Places | None = None) -> None:
         x = x.clone() if x.is_inference() else x
+        if isinstance(site.part.view, Tokens) and (x.is_floating_point() or x.dtype == torch.bool):
+            raise TargetError(
+                f"{site.name} is an embedding ({type(site.module).__name__}) that is called with {x.dtype} numbers and not "
+                "with token ids; leave it out of the targets, or with exclude_modules in the LoraConfig"
+            )
         pieces: Callable[[], Iterator[Piece]]
         if self._rows is not None:
             chosen = self._chosen(site, x)
