@@ -382,6 +382,9 @@ def as_found(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.random.fork_rng(devices=_cuda_devices(model)), adapters_off(model):
             model.eval()
+            for module in model.modules():
+                # In evaluation mode bitsandbytes packs 4-bit weights on a CPU anew, for good, and they train no more.
+                module.training = hasattr(module, "support_avx512bf16_for_cpu")
             yield
     finally:
         for module, training in modes:
