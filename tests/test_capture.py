@@ -64,8 +64,8 @@ def test_a_target_that_matches_nothing_says_what_would() -> None:
 
 
 def test_a_target_of_an_unsupported_kind_is_named() -> None:
-    with pytest.raises(TargetError, match=r"conv \(Conv1d\).*exclude_modules"):
-        find_sites(nn.ModuleDict({"conv": nn.Conv1d(2, 2, 1)}), ["conv"])
+    with pytest.raises(TargetError, match=r"conv \(ConvTranspose1d\).*exclude_modules"):
+        find_sites(nn.ModuleDict({"conv": nn.ConvTranspose1d(2, 2, 1)}), ["conv"])
 
 
 def test_gpt2_conv1d_is_a_linear_layer_with_its_weight_transposed() -> None:

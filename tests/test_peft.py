@@ -369,8 +369,10 @@ def test_an_adapter_that_is_not_lora_is_refused() -> None:
 
 
 def test_an_adapted_layer_of_another_kind_is_named() -> None:
-    model = lora(tiny_bert(), target_modules=["query", "word_embeddings"])
-    with pytest.raises(TargetError, match=r"embeddings\.word_embeddings \(Embedding\).*exclude_modules"):
+    model = lora(
+        nn.ModuleDict({"lin": nn.Linear(4, 4), "conv": nn.Conv1d(2, 2, 3, dilation=2)}), target_modules=["lin", "conv"]
+    )
+    with pytest.raises(TargetError, match=r"conv \(Conv1d, whose dilation.*exclude_modules.*on_unsupported='skip'"):
         evatune.initialize(model, tokens())
 
 

@@ -185,12 +185,6 @@ def in_ddp(rank: int) -> Any:
     gradients = {name: p.grad for name, p in model.named_parameters() if "lora_B" in name}
     kind = type(model.module).__name__
     return {"found": found, "refused": refused, "weights": weights, "gradients": gradients, "name": kind}
-        "found": found,
-        "refused": refused,
-        "weights": weights,
-        "gradients": gradients,
-        "name": type(model.module).__name__,
-    }
 
 
 def sharded(rank: int) -> Any:

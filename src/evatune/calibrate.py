@@ -9,13 +9,14 @@ from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evatune.calibration import Calibration, Layer
-from evatune.capture import InputGroup, Sharing, Site, Tap, find_sites, selector_for
+from evatune.capture import DecoderRows, InputGroup, Sharing, Site, Tap, Tokens, decoder_of, find_sites, selector_for
 from evatune.capture.tap import EnoughSeen, RowsFunction
 from evatune.capture.targets import Targets, adapters_off, unwrapped
 from evatune.checkpoint import Checkpoint
@@ -23,7 +24,7 @@ from evatune.config import CalibrationConfig
 from evatune.errors import BudgetError, ConfigError, DataError
 from evatune.joint import JointSketches
 from evatune.processes import Team
-from evatune.ranks import Candidate, RankPlan, allocate, rank_shift
+from evatune.ranks import RankPlan, allocate, rank_shift
 from evatune.sketch import Sketch, make_sketch, refresh_all
 from evatune.spectrum import Spectrum, empty
 from evatune.status import Status, shortage
@@ -129,10 +130,10 @@ def run(
     device, in_step = model_device(model), team.size > 1 and is_sharded(model)
     select = selector_for(model, labels_only, config.ignore_index)
 
-    def newborn(width: int, device: torch.device) -> Sketch:
+    def newborn(site: Site, device: torch.device) -> Sketch:
         return make_sketch(
-            config.sketch,
-            width,
+            "counts" if isinstance(site.part.view, Tokens) else config.sketch,
+            site.in_features,
             config.kept,
             oversampling=config.oversampling,
             center=config.center,
@@ -142,15 +143,16 @@ def run(
 
     def make(name: str) -> Sketch:
         site = next(site for site in sites if site.name == name)
-        return newborn(site.in_features, model_device(site.module) or device or torch.device("cpu"))
+        return newborn(site, model_device(site.module) or device or torch.device("cpu"))
 
-    sharing = Sharing(lambda x: newborn(x.shape[-1], x.device), share=rows is None)
+    sharing = Sharing(newborn, share=rows is None)
     monitor = _Monitor(sites, sharing, config, team, make)
     can_cut = forward is None and _may_cut_short(model)
     limit = max(config.max_batches, team.size)  # everyone has a turn
     feed = _Feed(batches, team, limit)
     converged = False
-    with as_found(model), Tap(sites, sharing, rows) as tap, torch.no_grad():
+    decoder_rows = partial(DecoderRows, labels_only=labels_only is True, ignore_index=config.ignore_index)
+    with as_found(model), Tap(sites, sharing, rows, decoder_of(model), decoder_rows) as tap, torch.no_grad():
         if checkpoint is not None:
             tap.cut_short = _resume(checkpoint, monitor, feed, model)
         for turn in range(feed.count + 1, feed.turns + 1):
@@ -427,12 +429,12 @@ class _Monitor:
             spectrum = answers[group] if group else empty(site.in_features, self._config.center)
             spectra[site.name] = spectrum
             status[site.name] = self._verdict(site, spectrum, ended)
-            layers[site.name] = Layer(
-                in_features=site.in_features,
-                out_features=site.out_features,
+            bad = self._bad.get(site.name)
+            layers[site.name] = replace(
+                _layer(site),
                 input=number[group] if group else None,
-                first_bad_batch=self._bad[site.name][0] if site.name in self._bad else None,
-                bad_process=self._bad[site.name][1] if site.name in self._bad and self._team.size > 1 else None,
+                first_bad_batch=bad[0] if bad else None,
+                bad_process=bad[1] if bad and self._team.size > 1 else None,
             )
         return Calibration(
             spectra=spectra,
@@ -491,11 +493,14 @@ class _Monitor:
     def _verdict(self, site: Site, spectrum: Spectrum, ended: Status) -> Status:
         if site.name in self._bad:
             return Status.NON_FINITE
-        if self._sharing.group_of(site.name) is None:
-            return Status.NEVER_CALLED
-        lack = shortage(spectrum.rows, spectrum.total_energy, min(self._config.kept, site.in_features, site.out_features))
+        lack: Status | None = Status.NEVER_CALLED
+        if self._sharing.group_of(site.name) is not None:
+            needed = min(self._config.kept, site.in_features, site.out_features)
+            lack = shortage(spectrum.rows, spectrum.total_energy, needed)
         if lack is not None:
-            return lack
+            others = (other.name for other in self._sites if other.unit == site.unit)
+            routed = site.part.expert is not None and any(self._sharing.group_of(name) for name in others)
+            return Status.SELDOM_ROUTED if routed else lack
         if site.name in self.settled:
             return Status.CONVERGED
         return Status.UNSETTLED if ended is Status.CONVERGED else ended
@@ -507,7 +512,7 @@ class _Monitor:
         for site in self._sites:
             group = self._sharing.group_of(site.name)
             if group is not None:
-                candidates[site.name] = Candidate(spectra[group], site.in_features, site.out_features)
+                candidates[site.name] = _layer(site).candidate(spectra[group])
         try:
             return allocate(
                 candidates,
@@ -518,6 +523,12 @@ class _Monitor:
             )
         except BudgetError:
             return None
+
+
+def _layer(site: Site) -> Layer:
+    """The record of a layer that has not been called yet."""
+    unit = "" if site.unit == site.name else site.unit
+    return Layer(site.in_features, site.out_features, input=None, groups=site.part.groups, unit=unit)
 
 
 def _missed(before: Spectrum, now: Spectrum, used: int) -> float:
@@ -578,6 +589,9 @@ def as_found(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.random.fork_rng(devices=_cuda_devices(model)), adapters_off(model):
             model.eval()
+            for module in model.modules():
+                # In evaluation mode bitsandbytes packs 4-bit weights on a CPU anew, for good, and they train no more.
+                module.training = hasattr(module, "support_avx512bf16_for_cpu")
             yield
     finally:
         for module, training in modes:

@@ -39,6 +39,12 @@ class Layer:
     first_bad_batch: int | None = None  # counted from 1, over all processes
     bad_process: int | None = None  # the one that had it, where several worked together
     cap: int | None = None  # the most ranks it may get, by the `rank_pattern` of the adapter it was calibrated for
+    groups: int = 1  # ranks come in multiples of this: groups of a convolution
+    unit: str = ""  # layers with the same name here have one rank: the experts of one weight, parts of one attention
+
+    def candidate(self, spectrum: Spectrum) -> Candidate:
+        """The layer as the redistribution sees it."""
+        return Candidate(spectrum, self.in_features, self.out_features, self.groups, self.unit)
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,7 @@ class Calibration:
         """Redistribute a rank budget; see `evatune.ranks.allocate`. Defaults come from `config`, caps from `layers`."""
         config = self.config
         return _allocate(
-            {
-                name: Candidate(self.spectra[name], layer.in_features, layer.out_features)
-                for name, layer in self.layers.items()
-            },
+            {name: layer.candidate(self.spectra[name]) for name, layer in self.layers.items()},
             rank=config.rank_or_default if rank is None else rank,
             rho=config.rho_or_default if rho is None else rho,
             budget=config.budget if budget is None else budget,

@@ -30,6 +30,7 @@ def initialize(
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
     checkpoint: Checkpoint | None = None,
+    on_unsupported: str = "error",
 ) -> Calibration:
     """Calibrate, redistribute ranks and write the result into a model's LoRA layers, in place.
 
@@ -67,6 +68,8 @@ def initialize(
         adapter_name: which adapter to initialise; no other is touched.
         overwrite: let an adapter that is trained already start over: B = 0 and, with DoRA, magnitudes as at the start.
             Modules trained in full (`modules_to_save`) stay as they are.
+        on_unsupported: adapted layers of a kind that EVA does not initialise are an "error" that names them, or with
+            "skip" stay as PEFT initialised them, at their rank and outside the budget, and are named in a warning.
 
     Returns:
         The `Calibration`. Afterwards B = 0, so the model's output is what it was; ranks and α are set in the
@@ -85,7 +88,7 @@ def initialize(
     options: dict[str, Any] = {
         "rank": rank, "rho": rho, "budget": budget, "metric": metric, "scale": scale, "config": config, "rows": rows,
         "adapter_name": adapter_name, "overwrite": overwrite, "progress": progress, "checkpoint": checkpoint,
-        "forward": forward,
+        "on_unsupported": on_unsupported, "forward": forward,
     }  # fmt: skip
     together = (config or CalibrationConfig()).distributed and not isinstance(batches, Calibration)
     if hasattr(model, "get_train_dataloader"):

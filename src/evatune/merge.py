@@ -36,7 +36,8 @@ def merge(shards: Sequence[Calibration]) -> Calibration:
     joined: dict[tuple[int | None, ...], tuple[int, Spectrum]] = {}
     for name, layer in shards[0].layers.items():
         status[name] = _certain_end(shards, name)
-        if status[name] in (Status.NON_FINITE, Status.NEVER_CALLED):
+        never = all(shard.layers[name].input is None for shard in shards)
+        if never or status[name] is Status.NON_FINITE:
             spectra[name] = empty(layer.in_features, shards[0].config.center)
             layers[name] = replace(layer, input=None, first_bad_batch=_first_bad_batch(shards, name))
             continue
@@ -45,7 +46,11 @@ def merge(shards: Sequence[Calibration]) -> Calibration:
             joined[inputs] = len(joined), merge_spectra(_parts(shards, name), shards[0].config.kept)
         number, spectrum = joined[inputs]
         needed = min(shards[0].config.kept, layer.in_features, layer.out_features)
-        status[name] = shortage(spectrum.rows, spectrum.total_energy, needed) or status[name]
+        lack = shortage(spectrum.rows, spectrum.total_energy, needed)
+        if status[name] is Status.SELDOM_ROUTED:  # in one shard; of all together there may be enough
+            status[name] = Status.DATA_EXHAUSTED if lack is None else Status.SELDOM_ROUTED
+        else:
+            status[name] = lack or status[name]
         spectra[name] = spectrum
         layers[name] = replace(layer, input=number)
     config = replace(
@@ -187,6 +192,8 @@ def _certain_end(shards: Sequence[Calibration], name: str) -> Status:
         return Status.NON_FINITE
     if ends == {Status.NEVER_CALLED}:
         return Status.NEVER_CALLED
+    if Status.SELDOM_ROUTED in ends:
+        return Status.SELDOM_ROUTED
     return max(
         (end if end.usable else Status.DATA_EXHAUSTED for end in ends),
         key=_LEAST_SETTLED_LAST.index,

@@ -30,11 +30,13 @@ class Candidate:
     spectrum: Spectrum
     in_features: int
     out_features: int
+    groups: int = 1  # its rank is a multiple of this; B of a grouped convolution has one output group's rows per column
+    unit: str = ""  # candidates with the same name here have one rank
 
     @property
     def cost(self) -> int:
         """Trainable parameters per rank: a row of A and a column of B."""
-        return self.in_features + self.out_features
+        return self.in_features + self.out_features // self.groups
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def allocate(
         layers: layer name → spectrum and sizes, in model order.
         rank: r, the rank that every layer would have without redistribution. At least 1.
         rho: ρ ≥ 1. No layer gets more than ⌊ρ·r⌋, nor more than min(in, out), nor more than its
-            spectrum has directions with energy.
+            spectrum has directions with energy (of layers with one rank: the richest of their spectra).
         budget: "ranks" spends N·r ranks over N layers (the paper). "parameters" spends
             r·Σ(in + out) parameters, each component costing the in + out of its layer.
         metric: what a component λ_j of a layer is worth: "ratio" λ_j / total energy (the paper's default),
@@ -80,8 +82,8 @@ def allocate(
 
     Returns:
         The plan with the greatest sum of metrics among those that spend the budget exactly, or, where no
-        choice of components does so (possible for parameters only), among those that spend most of it.
-        Ties go to the lower component index, then to the earlier layer.
+        choice of components does so (possible for parameters, and where ranks are tied or come in multiples),
+        among those that spend most of it. Ties go to the lower component index, then to the earlier layer.
 
     Raises:
         ConfigError: an option is out of range. BudgetError: the caps leave less room than the budget, or
@@ -107,15 +109,19 @@ def allocate(
     own = _own_caps(caps or {}, layers)
     usual = {name: own.get(name, rank) for name in layers}  # without redistribution
     most = math.floor(rank * rho + 1e-9)
-    caps = {
-        name: min(own.get(name, most), layer.in_features, layer.out_features, layer.spectrum.usable)
-        for name, layer in layers.items()
-    }
-    costs = {name: 1 if budget == "ranks" else layer.cost for name, layer in layers.items()}
-    limit = sum(usual[name] * cost for name, cost in costs.items())
-    room = sum(caps[name] * costs[name] for name in layers)
+    units: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        units.setdefault(layer.unit or name, []).append(name)
+    steps = {unit: layers[tied[0]].groups for unit, tied in units.items()}
+    caps = {}
+    for unit, tied in units.items():
+        top = max(_top(layers[name], own.get(name, most)) for name in tied)
+        caps[unit] = top - top % steps[unit]
+    costs = {unit: sum(1 if budget == "ranks" else layers[name].cost for name in tied) for unit, tied in units.items()}
+    limit = sum(usual[units[unit][0]] * cost for unit, cost in costs.items())
+    room = sum(caps[unit] * costs[unit] for unit in units)
     if room < limit:
-        tight = [f"{n} ({c})" for n, c in caps.items() if c < usual[n]]
+        tight = [f"{unit} ({cap})" for unit, cap in caps.items() if cap < usual[units[unit][0]]]
         share = f"{rank} or its cap" if own else f"{rank}"
         raise BudgetError(
             f"the budget of {limit} {budget} ({share} per layer over {len(layers)} layers) cannot be met: the layers "
@@ -123,24 +129,27 @@ def allocate(
             "data, or leave these layers out of the targets"
         )
 
-    forced = {name: min(min_rank, caps[name]) for name in layers}
-    left = limit - sum(forced[name] * costs[name] for name in layers)
+    forced = {unit: min(-(-min_rank // steps[unit]) * steps[unit], caps[unit]) for unit in units}
+    left = limit - sum(forced[unit] * costs[unit] for unit in units)
     if left < 0:
         raise BudgetError(f"min_rank={min_rank} alone costs {limit - left} {budget}, the budget is {limit}; lower it")
 
     # One list per cost class, in the stated order; within a class the best m components are its first m.
     classes: dict[int, list[tuple[float, int, int, str]]] = {}
-    for order, (name, layer) in enumerate(layers.items()):
-        worth = _worth(layer.spectrum, metric, caps[name])
-        for j in range(forced[name], caps[name]):
-            classes.setdefault(costs[name], []).append((-worth[j], j, order, name))
+    for order, (unit, tied) in enumerate(units.items()):
+        step = steps[unit]
+        worth = [_worth(layers[name].spectrum, metric, caps[unit]) for name in tied]
+        for j in range(forced[unit], caps[unit], step):
+            gain = math.fsum(share for values in worth for share in values[j : j + step])
+            classes.setdefault(step * costs[unit], []).append((-gain, j, order, unit))
     sorted_classes = {cost: sorted(items) for cost, items in sorted(classes.items())}
     taken = _choose({cost: [-item[0] for item in items] for cost, items in sorted_classes.items()}, left)
 
-    ranks = dict(forced)
+    found = dict(forced)
     for cost, count in taken.items():
         for item in sorted_classes[cost][:count]:
-            ranks[item[3]] += 1
+            found[item[3]] += steps[item[3]]
+    ranks = {name: found[layer.unit or name] for name, layer in layers.items()}
     return RankPlan(
         ranks=ranks,
         rank=rank,
@@ -148,10 +157,15 @@ def allocate(
         budget=budget,
         metric=metric,
         limit=limit,
-        spent=sum(ranks[name] * costs[name] for name in layers),
+        spent=sum(found[unit] * costs[unit] for unit in units),
         parameters=sum(ranks[name] * layer.cost for name, layer in layers.items()),
         uniform_parameters=sum(usual[name] * layer.cost for name, layer in layers.items()),
     )
+
+
+def _top(layer: Candidate, cap: int) -> int:
+    """The most ranks a layer can use, within its cap."""
+    return min(cap, layer.in_features, layer.out_features, layer.spectrum.usable)
 
 
 def _own_caps(caps: Mapping[str, int], layers: Mapping[str, Candidate]) -> dict[str, int]:

@@ -12,6 +12,7 @@ class Status(StrEnum):
     UNSETTLED = "unsettled"
     MAX_BATCHES = "max_batches_reached"
     DATA_EXHAUSTED = "data_exhausted"
+    SELDOM_ROUTED = "seldom_routed"
     TOO_FEW_ROWS = "too_few_rows"
     NO_SIGNAL = "no_signal"
     NON_FINITE = "non_finite"
@@ -20,7 +21,9 @@ class Status(StrEnum):
     @property
     def usable(self) -> bool:
         """Whether an adapter can be initialised from this layer's spectrum."""
-        return self in (Status.CONVERGED, Status.UNSETTLED, Status.MAX_BATCHES, Status.DATA_EXHAUSTED)
+        return self in (
+            Status.CONVERGED, Status.UNSETTLED, Status.MAX_BATCHES, Status.DATA_EXHAUSTED, Status.SELDOM_ROUTED
+        )  # fmt: skip
 
     @property
     def advice(self) -> str:
@@ -32,6 +35,8 @@ _ADVICE = {
     Status.UNSETTLED: "usable; all layers together have settled, this one would gain from a smaller tolerance",
     Status.MAX_BATCHES: "usable, but still moving at max_batches; raise max_batches if the captured energy matters",
     Status.DATA_EXHAUSTED: "usable, but the data ended first; give more batches if there are any",
+    Status.SELDOM_ROUTED: "usable; fewer tokens than components were routed to this expert, so the rest of its rows of A is "
+    "random (orthonormal); give more data if the expert matters",
     Status.TOO_FEW_ROWS: "fewer rows than components came; give more data, or lower rank, rho or components",
     Status.NO_SIGNAL: "every input was zero; check the data, or leave the layer out with exclude_modules",
     Status.NON_FINITE: "NaN or Inf came in; check the batch named, or use float32 or bfloat16 instead of float16",

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from peft import EvaConfig, LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.eva import (
     forward_fn_dict,
     prepare_layer_inputs_fn_language_modeling,
@@ -33,13 +34,15 @@ from peft.tuners.lora.eva import (
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from evatune.adapters.peft import Slot, find_slots, label_settings, lora_config, require_fresh, write_rows
+from evatune.adapters.layers import Slot, find_slots
+from evatune.adapters.peft import label_settings, lora_config, require_fresh, usual_start, write_rows
 from evatune.adapters.scale import scaled_rows
 from evatune.calibrate import Progress, iterate, model_device, run, to_device
 from evatune.capture import RowSelector, Site, find_sites, selector_for
+from evatune.capture.kinds import is_linear, parts_of
 from evatune.capture.rows import batch_field
 from evatune.capture.tap import RowsFunction
-from evatune.capture.targets import base_name, layer_sizes
+from evatune.capture.targets import base_name, sites_of
 from evatune.config import CalibrationConfig
 from evatune.errors import AdapterError, ConfigError, DataError, TargetError
 from evatune.processes import Team
@@ -169,7 +172,7 @@ def initialize_lora_eva_weights(
             f"{adapter_name!r} is {lora.init_lora_weights!r} (True also after it was initialised). evatune.initialize asks "
             "for nothing of the kind"
         )
-    slots, odd = find_slots(model, adapter_name)
+    slots, others = _linear_slots(model, adapter_name)
     require_fresh(slots, adapter_name)
     if eva_state_dict is None:
         if dataloader is None:
@@ -185,18 +188,15 @@ def initialize_lora_eva_weights(
             show_progress_bar=show_progress_bar,
         )
     rows = _fitting(eva_state_dict, slots)
-    missing = [slot for slot in slots if slot.site.name not in rows]
+    missing = [slot for slot in slots if slot.name not in rows]
     for slot in missing:  # PEFT's default: uniform on ±1/√in
-        a = torch.empty(slot.layer.r[adapter_name], slot.site.in_features)
-        rows[slot.site.name] = nn.init.kaiming_uniform_(a, a=5**0.5)
-    others = {base_name(path): layer for path, layer in odd.items()}
-    usual = copy.copy(lora)
-    usual.init_lora_weights = True
+        a = torch.empty(slot.layer.r[adapter_name], slot.sites[0].in_features)
+        rows[slot.name] = nn.init.kaiming_uniform_(a, a=5**0.5)
     for layer in others.values():  # they may be on the meta device
-        layer.update_layer(adapter_name, layer.r[adapter_name], lora_alpha=layer.lora_alpha[adapter_name], config=usual)
+        usual_start(layer, lora, adapter_name)
     write_rows(model, lora, slots, rows, rank=lora.r, adapter_name=adapter_name, others=others)
     if missing or others:
-        names = [*(slot.site.name for slot in missing), *others]
+        names = [*(slot.name for slot in missing), *others]
         warnings.warn(
             "the following layers were initialized with init_lora_weights=True because they were not found in the eva "
             f"state_dict: {', '.join(names)}",
@@ -204,21 +204,28 @@ def initialize_lora_eva_weights(
         )
 
 
+def _linear_slots(model: nn.Module, adapter_name: str) -> tuple[list[Slot], dict[str, LoraLayer]]:
+    """The adapter's linear layers, all that PEFT's EVA knows, and the others by their names."""
+    slots, odd = find_slots(model, adapter_name)
+    others = {slot.name: slot.layer for slot in slots if not slot.is_linear}
+    return [slot for slot in slots if slot.is_linear], others | {base_name(path): layer for path, layer in odd.items()}
+
+
 def _fitting(state: Mapping[str, Tensor], slots: list[Slot]) -> dict[str, Tensor]:
     """The entries that belong to these layers, by base name."""
     by_name = {base_name(key): value for key, value in state.items()}
-    rows = {slot.site.name: by_name[slot.site.name] for slot in slots if slot.site.name in by_name}
+    rows = {slot.name: by_name[slot.name] for slot in slots if slot.name in by_name}
     if state and slots and not rows:
         raise AdapterError(
             f"no name in the eva state_dict is that of an adapted layer (names like {next(iter(state))}; layers like "
-            f"{slots[0].site.name}); give the state dict of this model"
+            f"{slots[0].name}); give the state dict of this model"
         )
     for slot in slots:
-        a = rows.get(slot.site.name)
-        if a is not None and (a.ndim != 2 or a.shape[1] != slot.site.in_features):
+        a, width = rows.get(slot.name), slot.sites[0].in_features
+        if a is not None and (a.ndim != 2 or a.shape[1] != width):
             raise AdapterError(
-                f"the eva state_dict has {tuple(a.shape)} for {slot.site.name}; it must be (rank, {slot.site.in_features}); "
-                "give the state dict of this model"
+                f"the eva state_dict has {tuple(a.shape)} for {slot.name}; it must be (rank, {width}); give the state dict "
+                "of this model"
             )
     return rows
 
@@ -226,15 +233,16 @@ def _fitting(state: Mapping[str, Tensor], slots: list[Slot]) -> dict[str, Tensor
 def _sites(model: nn.Module, config: LoraConfig, adapter_name: str) -> list[Site]:
     """The layers to calibrate, under their names in `model`; unsupported kinds are left out, as PEFT does."""
     if hasattr(model, "peft_config"):
-        slots, _ = find_slots(model, adapter_name)
-        sites = [Site(slot.path, slot.site.module, slot.site.in_features, slot.site.out_features) for slot in slots]
+        slots, _ = _linear_slots(model, adapter_name)
+        sites = [Site(slot.path, slot.sites[0].module, slot.sites[0].part, slot.path) for slot in slots]
     else:
-        layers = {name: (module, sizes) for name, module in model.named_modules() if (sizes := layer_sizes(module))}
+        layers = {name: module for name, module in model.named_modules() if is_linear(module)}
         if config.target_modules is None or config.target_modules == "all-linear":
             every = {site.module for site in find_sites(model, "all-linear")}
             config = copy.copy(config)
-            config.target_modules = {name for name, (module, _) in layers.items() if module in every}
-        sites = [Site(n, m, *sizes) for n, (m, sizes) in layers.items() if check_target_module_exists(config, n)]
+            config.target_modules = {name for name, module in layers.items() if module in every}
+        matched = [(name, module) for name, module in layers.items() if check_target_module_exists(config, name)]
+        sites = [site for name, module in matched for site in sites_of(name, module, parts_of(module))]
     if not sites:
         raise TargetError(
             f"target_modules {config.target_modules!r} match no linear layer of this model; try 'all-linear', or a list of "

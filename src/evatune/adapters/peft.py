@@ -6,22 +6,23 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import EvaConfig, LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from evatune.adapters.scale import choose_scale, scaled_rows
+from evatune.adapters.layers import Slot, describe, find_slots, matrices_of, pairs
+from evatune.adapters.scale import choose_scale, completed, scaled_rows
 from evatune.calibrate import ForwardFunction, Progress, _describe, is_sharded, run
 from evatune.calibration import Calibration
-from evatune.capture import Site
 from evatune.capture.tap import RowsFunction
-from evatune.capture.targets import adapters_off, base_name, layer_sizes, unwrapped
+from evatune.capture.targets import adapters_off, base_name, unwrapped
 from evatune.checkpoint import Checkpoint
 from evatune.config import CalibrationConfig
 from evatune.errors import AdapterError, ConfigError, TargetError
@@ -30,15 +31,6 @@ from evatune.processes import Team
 
 # Starts of PEFT's that leave the base weights, and the forward pass, as they are.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A LoRA layer of the adapter and where it hangs."""
-
-    site: Site
-    layer: LoraLayer
-    path: str  # in the wrapped model
 
 
 def initialize_model(
@@ -56,6 +48,7 @@ def initialize_model(
     adapter_name: str,
     overwrite: bool,
     progress: Callable[[Progress], None] | None,
+    on_unsupported: str,
     team: Team,
     checkpoint: Checkpoint | None = None,
 ) -> Calibration:
@@ -64,13 +57,7 @@ def initialize_model(
     lora = lora_config(model, adapter_name)
     scale = choose_scale(scale, lora.eva_config is not None and lora.eva_config.whiten)
     slots, odd = find_slots(model, adapter_name)
-    if odd:
-        kinds = [f"{base_name(path)} ({type(layer.get_base_layer()).__name__})" for path, layer in odd.items()]
-        raise TargetError(
-            f"EVA does not support these adapted layers: {', '.join(kinds[:5])}"
-            f"{f' and {len(kinds) - 5} more' if len(kinds) > 5 else ''}; leave them out with exclude_modules in the "
-            "LoraConfig"
-        )
+    _judge_unsupported(odd, on_unsupported, every=not slots)
     if overwrite:
         _require_whole_base(lora, adapter_name)
     else:
@@ -84,7 +71,7 @@ def initialize_model(
         calibration = _applied(batches, model, lora, slots, caps, given, idle)
     else:
         config = _settings(config, lora, caps, given)
-        sites = [slot.site for slot in slots]
+        sites = [site for slot in slots for site in slot.sites]
         calibration = run(
             model, sites, batches, config, team, forward=forward, rows=rows, progress=progress, checkpoint=checkpoint
         )
@@ -92,9 +79,32 @@ def initialize_model(
     calibration = replace(calibration, layers=layers)
     calibration.require_usable()
     plan = calibration.allocate()
-    rows_of_a = {name: scaled_rows(calibration.spectra[name], rank, scale) for name, rank in plan.ranks.items()}
-    write_rows(model, lora, slots, rows_of_a, rank=plan.rank, adapter_name=adapter_name)
+    rows_of_a = {
+        name: completed(scaled_rows(calibration.spectra[name], rank, scale), rank, seed=calibration.config.seed + number)
+        for number, (name, rank) in enumerate(plan.ranks.items())
+    }
+    for layer in odd.values():
+        if any(a.device.type == "meta" for a, _, _ in pairs(layer, adapter_name)):
+            usual_start(layer, lora, adapter_name)
+    others = {base_name(path): layer for path, layer in odd.items()}
+    write_rows(model, lora, slots, rows_of_a, rank=plan.rank, adapter_name=adapter_name, others=others)
     return calibration
+
+
+def _judge_unsupported(odd: Mapping[str, LoraLayer], on_unsupported: str, *, every: bool) -> None:
+    """An error that names the layers EVA cannot initialise, or with "skip" a warning, unless there are no others."""
+    if on_unsupported not in ("error", "skip"):
+        raise ConfigError(f"on_unsupported is {on_unsupported!r}; it must be 'error' or 'skip'")
+    if not odd:
+        return
+    kinds = [describe(path, layer) for path, layer in odd.items()]
+    some = f"{', '.join(kinds[:5])}{f' and {len(kinds) - 5} more' if len(kinds) > 5 else ''}"
+    if every or on_unsupported == "error":
+        raise TargetError(
+            f"EVA does not support these adapted layers: {some}; leave them out with exclude_modules in the LoraConfig"
+            f"{'' if every else ', or start them as PEFT does with on_unsupported=' + repr('skip')}"
+        )
+    warnings.warn(f"EVA does not support these layers, which start as PEFT initialised them: {some}", stacklevel=4)
 
 
 def lora_config(model: nn.Module, adapter_name: str) -> LoraConfig:
@@ -116,7 +126,8 @@ def lora_config(model: nn.Module, adapter_name: str) -> LoraConfig:
 def _caps(lora: LoraConfig, slots: list[Slot], adapter_name: str) -> dict[str, int]:
     """The ranks that the adapter's `rank_pattern` gives, by layer."""
     keys = lora.rank_pattern.keys()
-    return {slot.site.name: slot.layer.r[adapter_name] for slot in slots if get_pattern_key(keys, slot.site.name) in keys}
+    named = [slot for slot in slots if get_pattern_key(keys, slot.name) in keys]
+    return {site.name: slot.layer.r[adapter_name] for slot in named for site in slot.sites}
 
 
 def _settings(
@@ -170,8 +181,9 @@ def _applied(
             f"the calibration is one of {calibration.model!r} and this model is {_describe(model)!r}; calibrate this model "
             "(or, if it is the same under another name, pass dataclasses.replace(calibration, model=''))"
         )
-    for slot in slots:
-        site, known = slot.site, calibration.layers.get(slot.site.name)
+    sites = [site for slot in slots for site in slot.sites]
+    for site in sites:
+        known = calibration.layers.get(site.name)
         if known is None or (known.in_features, known.out_features) != (site.in_features, site.out_features):
             there = "not in it" if known is None else f"{known.in_features}→{known.out_features} in it"
             raise AdapterError(
@@ -188,7 +200,7 @@ def _applied(
             f"rank {config.rank} at rho {config.rho_or_default:g} may give a layer {needed} ranks, and the calibration was "
             f"made for {reach}; lower rank or rho, or calibrate again with CalibrationConfig(components={needed})"
         )
-    names = [slot.site.name for slot in slots]
+    names = [site.name for site in sites]
     return replace(
         calibration,
         spectra={name: calibration.spectra[name] for name in names},
@@ -213,33 +225,30 @@ def label_settings(eva: EvaConfig) -> dict[str, Any]:
     return {"labels_only": "auto" if eva.use_label_mask else False, "ignore_index": eva.label_mask_value}
 
 
-def find_slots(model: nn.Module, adapter_name: str) -> tuple[list[Slot], dict[str, LoraLayer]]:
-    """The adapter's LoRA layers in model order, and by path those of a kind that EVA does not initialise."""
-    slots, odd = [], {}
-    for path, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer) or adapter_name not in layer.r:
-            continue
-        plain = layer.get_base_layer()
-        sizes = layer_sizes(plain)
-        if sizes is None or adapter_name not in layer.lora_A:
-            odd[path] = layer
-        else:
-            slots.append(Slot(Site(base_name(path), plain, *sizes), layer, path))
-    if not slots and not odd:
-        raise AdapterError(f"adapter {adapter_name!r} has no LoRA layer in this model")
-    return slots, odd
-
-
 def require_fresh(slots: list[Slot], adapter_name: str) -> None:
-    """Raise an AdapterError for an adapter that is not at its start, which is B = 0."""
+    """Raise an AdapterError for an adapter that is not at its start, which is BA = 0."""
     for slot in slots:
-        b = slot.layer.lora_B[adapter_name].weight
-        b = b.full_tensor() if hasattr(b, "full_tensor") else b  # of a sharded model
-        if b.device.type != "meta" and bool(b.any()):  # a bias of B may be random before training, as PEFT draws it
-            raise AdapterError(
-                f"adapter {adapter_name!r} is already trained or was initialised with B ≠ 0 (for example {slot.site.name}); "
-                "initialise a fresh one, with init_lora_weights=True or 'eva', or start this one over with overwrite=True"
-            )
+        for a, b, _ in pairs(slot.layer, adapter_name):  # a bias of B may be random before training, as PEFT draws it
+            # B = 0 as a rule, but A = 0 of embeddings
+            if a.device.type != "meta" and _any(b) and _any(a):
+                raise AdapterError(
+                    f"adapter {adapter_name!r} is already trained or was initialised with B ≠ 0 (for example {slot.name}); "
+                    "initialise a fresh one, with init_lora_weights=True or 'eva', or start this one over with "
+                    "overwrite=True"
+                )
+
+
+def _any(parameter: Tensor) -> bool:
+    """Whether a value is not zero, on any process that holds a part of it."""
+    whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return bool(whole.any())
+
+
+def usual_start(layer: LoraLayer, lora: LoraConfig, adapter_name: str) -> None:
+    """Have PEFT initialise a layer as it does by default."""
+    usual = copy.copy(lora)
+    usual.init_lora_weights = True
+    layer.update_layer(adapter_name, layer.r[adapter_name], lora_alpha=layer.lora_alpha[adapter_name], config=usual)
 
 
 def _require_whole_base(lora: LoraConfig, adapter_name: str) -> None:
@@ -257,7 +266,7 @@ def write_rows(
     model: nn.Module,
     lora: LoraConfig,
     slots: list[Slot],
-    rows: Mapping[str, Tensor],  # base name → A of (rank, in); no rows: the layer carries the adapter no more
+    rows: Mapping[str, Tensor],  # site → its rows of A, (rank, in); no rows: the layer carries the adapter no more
     *,
     rank: int,
     adapter_name: str,
@@ -271,34 +280,38 @@ def write_rows(
     """
     adjust = lora.eva_config is None or lora.eva_config.adjust_scaling_factors
     fresh = copy.copy(lora)
-    fresh.init_lora_weights = "eva"  # PEFT then fills B with zeros and leaves A to us
+    fresh.init_lora_weights = True  # with BA = 0; not every kind of layer knows "eva"
     rslora = lora.use_rslora
-    ranks = {slot.site.name: len(rows[slot.site.name]) for slot in slots if len(rows[slot.site.name])}
+    ranks = {slot.name: len(rows[slot.sites[0].name]) for slot in slots if len(rows[slot.sites[0].name])}
     alphas = {}
     for slot in slots:
-        name, layer = slot.site.name, slot.layer
+        name, layer = slot.name, slot.layer
         if name in ranks:
             now = layer.lora_alpha[adapter_name]
             # First back to what the layer's α would be at the config's rank: an earlier call may have moved both.
             alpha = _alpha(now, lora.r, layer.r[adapter_name], rslora)
             alphas[name] = _alpha(alpha, ranks[name], rank, rslora) if adjust else now
     others = others or {}
-    kept, dropped = [*ranks, *others], [slot.site.name for slot in slots if slot.site.name not in ranks]
+    weights = {slot.name for slot in slots if slot.is_parameter}
+    kept = [name for name in (*ranks, *others) if name not in weights]
+    dropped = [slot.name for slot in slots if slot.name not in ranks and not slot.is_parameter]
     rank_pattern = _pattern(ranks | {name: layer.r[adapter_name] for name, layer in others.items()}, rank)
     alpha_pattern = _pattern(
         alphas | {name: layer.lora_alpha[adapter_name] for name, layer in others.items()}, lora.lora_alpha
     )
     with torch.random.fork_rng(devices=[]):  # PEFT draws an A that is overwritten at once
         for slot in slots:
-            name = slot.site.name
+            name = slot.name
             if name in ranks:
-                _fill(slot.layer, rows[name], alphas[name], fresh, adapter_name)
+                _fill(slot.layer, matrices_of(slot, rows), ranks[name], alphas[name], fresh, adapter_name)
             else:
                 _remove(model, slot, adapter_name)
 
     lora.r = rank
     lora.rank_pattern, lora.alpha_pattern = rank_pattern, alpha_pattern
     lora.target_modules = _targets(lora, model, kept, dropped)
+    if weights:
+        lora.target_parameters = [name for name in ranks if name in weights]
     # What a loader needs to know: ranks and weights are all there, nothing is left to initialise. Axolotl
     # and others refuse to merge an adapter that still says "eva".
     lora.init_lora_weights = True
@@ -312,28 +325,33 @@ def _alpha(alpha: float, rank: int, before: int, rslora: bool) -> float:
     return int(adjusted) if adjusted == int(adjusted) else adjusted
 
 
-def _fill(layer: LoraLayer, a: Tensor, alpha: float, config: LoraConfig, adapter_name: str) -> None:
+def _fill(layer: LoraLayer, matrices: list[Tensor], rank: int, alpha: float, config: LoraConfig, adapter_name: str) -> None:
     """Give the layer its rank, α and A; B = 0. Parameters keep their dtype, and their identity where they fit."""
-    old = layer.lora_A[adapter_name].weight
-    dtype = old.dtype
+    old = pairs(layer, adapter_name)
+    dtype = old[0][0].dtype
     # PEFT's update_layer makes every adapter of the layer trainable, and a magnitude vector of the base's dtype.
     before = {name: p.requires_grad for name, p in layer.named_parameters()}
     # A trained magnitude vector of DoRA starts anew as well.
-    if len(a) != len(old) or old.device.type == "meta" or adapter_name in layer.lora_magnitude_vector:
-        layer.update_layer(adapter_name, r=len(a), lora_alpha=alpha, config=config)
-        for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
-            if adapter_name in part:
-                part[adapter_name].to(dtype)  # get_peft_model may have chosen float32 above a 16-bit base
+    anew = adapter_name in layer.lora_magnitude_vector
+    if anew or layer.r[adapter_name] != rank or any(a.device.type == "meta" for a, _, _ in old):
+        layer.update_layer(adapter_name, r=rank, lora_alpha=alpha, config=config)
+        for parameter in (p for pair in pairs(layer, adapter_name) for p in pair if p is not None):
+            parameter.data = parameter.data.to(dtype)  # get_peft_model may have chosen float32 above a 16-bit base
+        if adapter_name in layer.lora_magnitude_vector:
+            layer.lora_magnitude_vector[adapter_name].to(dtype)
         for name, parameter in layer.named_parameters():
             if name in before:
                 parameter.requires_grad_(before[name])
     else:
-        layer.lora_alpha[adapter_name] = alpha
-        layer.scaling[adapter_name] = alpha / (len(a) ** 0.5 if config.use_rslora else len(a))
-    _put(layer.lora_A[adapter_name].weight, a)
-    layer.lora_B[adapter_name].weight.zero_()
-    if layer.lora_B[adapter_name].bias is not None:
-        layer.lora_B[adapter_name].bias.zero_()
+        for part in (layer, getattr(layer.base_layer, "out_proj", None)):  # attention's output projection goes along
+            if isinstance(part, LoraLayer):
+                part.lora_alpha[adapter_name] = alpha
+                part.scaling[adapter_name] = alpha / (rank**0.5 if config.use_rslora else rank)
+    for (a, b, bias), matrix in zip(pairs(layer, adapter_name), matrices, strict=True):
+        _put(a, matrix)
+        b.zero_()
+        if bias is not None:
+            bias.zero_()
 
 
 def _put(parameter: Tensor, value: Tensor) -> None:
@@ -349,8 +367,15 @@ def _remove(model: nn.Module, slot: Slot, adapter_name: str) -> None:
     """Take the adapter off a layer: the plain layer comes back, unless another adapter still needs the wrapper."""
     layer = slot.layer
     if set(layer.r) == {adapter_name}:
-        parent, _, child = slot.path.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+        # Looked up, for a wrapper around this one may be gone.
+        path = next(path for path, module in model.named_modules() if module is layer)
+        parent, _, child = path.rpartition(".")
+        plain = layer.get_base_layer()
+        if isinstance(layer, MultiheadAttention):
+            plain = layer.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+        elif slot.is_parameter:
+            plain = layer.base_layer  # another parameter of the module may have a wrapper too
+        setattr(model.get_submodule(parent), child, plain)
         return
     with _kept(layer):
         layer.delete_adapter(adapter_name)

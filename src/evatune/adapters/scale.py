@@ -6,11 +6,25 @@ import torch
 from torch import Tensor
 
 from evatune.errors import ConfigError
-from evatune.spectrum import Spectrum
+from evatune.spectrum import Spectrum, fix_signs
 
 SCALES = ("paper", "whiten", "matched")
 # A direction along which the input hardly varies would be blown up without bound by 1/σ.
 _SIGMA_FLOOR = 1e-3
+
+
+def completed(rows: Tensor, rank: int, *, seed: int) -> Tensor:
+    """(rank, d): the rows, and as many random ones as are missing, orthogonal to all others and as long on average.
+
+    For experts to which too few tokens were routed.
+    """
+    if len(rows) >= rank:
+        return rows
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(rows.shape[1], rank - len(rows), generator=generator)
+    orthonormal = torch.linalg.qr(torch.cat([rows.T, drawn], dim=1))[0]
+    length = rows.norm(dim=1).mean() if len(rows) else 1.0
+    return torch.cat([rows, fix_signs(orthonormal[:, len(rows) :].T) * length])
 
 
 def require_scale(scale: str) -> None:
@@ -37,11 +51,12 @@ def choose_scale(scale: str | None, whiten: bool) -> str:
 
 
 def scaled_rows(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
-    """The matrix A of a layer, (rank, d) float32; a new tensor, never a view of the spectrum.
+    """The matrix A of a layer, (rank, d) float32, of fewer rows where fewer directions have energy; no view.
 
     See `evatune.initialize` for the formula of each `scale`.
     """
     require_scale(scale)
+    rank = min(rank, spectrum.usable)
     rows = spectrum.directions[:rank].clone()
     moments = spectrum.second_moments[:rank].double()
     if scale == "whiten":

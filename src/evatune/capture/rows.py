@@ -32,6 +32,15 @@ def decodes_labels(model: nn.Module) -> bool:
     return any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True for m in model.modules())
 
 
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """The decoder of an encoder-decoder model, which is called with masks of its own; None for any other model."""
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False) is True and hasattr(module, "get_decoder"):
+            found = module.get_decoder()  # type: ignore[operator]
+            return found if isinstance(found, nn.Module) else None
+    return None
+
+
 def has_token_labels(batch: Any) -> bool:
     """Whether `labels` has one entry per token, by the shape of `attention_mask` or `input_ids`."""
     labels = batch_field(batch, "labels")
@@ -63,25 +72,58 @@ class RowSelector:
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(n, d) view of an activation (…, d) where strides allow it, and which rows to take (None: all)."""
-        flat = x.reshape(-1, x.shape[-1])
+        index = self.chosen(x.shape[:-1])
+        return x.reshape(-1, x.shape[-1]), None if index is None else index.to(x.device)
+
+    def of_places(self, places: Tensor, total: int) -> Tensor | None:
+        """Which of n rows to take (None: all) that stood at `places` (n,) among `total` rows."""
+        if self.mask is None or self.chosen(torch.Size([total])) is None:
+            return None
+        return self.mask.flatten().to(places.device)[places].nonzero().flatten()
+
+    def chosen(self, shape: torch.Size) -> Tensor | None:
+        """Which of the rows of an activation with these leading dimensions to take, counted flat (None: all)."""
         if self.mask is None or self.index is None:
-            return flat, None
+            return None
         b, t = self.mask.shape
-        if x.ndim == 3 and x.shape[:2] == (b, t):
-            return flat, self.index.to(x.device)
-        if x.ndim == 2 and x.shape[0] == b * t:
-            return flat, self.index.to(x.device)
-        if x.ndim > 3 and x.shape[:2] == (b, t):
-            inner = flat.shape[0] // (b * t)
-            spread = self.index[:, None] * inner + torch.arange(inner, device=self.index.device)
-            return flat, spread.flatten().to(x.device)
-        return flat, None  # pooled, or of a length of its own: the mask does not speak about these rows
+        if tuple(shape) == (b * t,):
+            return self.index
+        if tuple(shape[:2]) != (b, t):
+            return None  # pooled, or of a length of its own: the mask does not speak about these rows
+        inner = shape[2:].numel()
+        return (self.index[:, None] * inner + torch.arange(inner, device=self.index.device)).flatten()
+
+
+class DecoderRows:
+    """Chooses rows while the decoder of an encoder-decoder model runs, where two sequences meet.
+
+    The decoder's own tokens count as the `attention_mask` that it is called with says, else where `labels` have a loss
+    (in training a position without one is padding), else all. The encoder's output, handed to it as
+    `encoder_hidden_states` and from there to the keys and values of cross-attention, is recognised by identity and goes
+    by the `encoder_attention_mask`.
+
+    Args:
+        batch: what the model is called with. call: the keywords that the decoder is called with.
+        labels_only: go by the labels even where there is a mask. ignore_index: label of tokens without a loss.
+    """
+
+    def __init__(self, batch: Any, call: Mapping[str, Any], *, labels_only: bool, ignore_index: int) -> None:
+        self._encoded = call.get("encoder_hidden_states")
+        mask, labels = call.get("attention_mask"), batch_field(batch, "labels")
+        use_labels = (labels_only or mask is None) and isinstance(labels, Tensor) and labels.ndim == 2
+        own = {"attention_mask": mask, "labels": labels}
+        self._own = RowSelector(own, labels_only=use_labels, ignore_index=ignore_index)
+        self._others = RowSelector({"attention_mask": call.get("encoder_attention_mask")})
+
+    def selector(self, x: Tensor) -> RowSelector:
+        """Whose rows `x` holds."""
+        return self._others if x is self._encoded else self._own
 
 
 def selector_for(model: nn.Module, labels_only: bool | str, ignore_index: int) -> Callable[[Any], RowSelector]:
     """A function from a batch to its `RowSelector`, with what depends on the model settled."""
-    if labels_only == "auto" and decodes_labels(model):
-        labels_only = False
+    if decodes_labels(model):
+        labels_only = False  # of them `DecoderRows` knows
     shift = bool(labels_only) and shifts_labels(model)
     return lambda batch: RowSelector(batch, labels_only=labels_only, ignore_index=ignore_index, shift=shift)
 

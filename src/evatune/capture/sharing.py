@@ -1,9 +1,9 @@
 """Which layers have the same input, and one sketch for all of them.
 
 Found by tensor identity while the model runs: the query, key and value projections are handed the very
-same tensor. No value is read. Layers join a group at their first call; whoever is later handed something
-else leaves it with a copy of the sketch as it stood, so a group is right at every moment and sharing
-changes the cost only.
+same tensor, and read it as rows in the same way. No value is read. Layers join a group at their first call;
+whoever is later handed something else leaves it with a copy of the sketch as it stood, so a group is right at
+every moment and sharing changes the cost only.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from evatune.capture.targets import Site
 from evatune.sketch import Digest, Sketch
 
 
@@ -79,11 +81,11 @@ class Sharing:
     """Routes activations to groups.
 
     Args:
-        make: builds a newborn sketch for an activation.
+        make: builds a newborn sketch for the input of a layer.
         share: False when rows depend on the layer's name, so that no two layers can share.
     """
 
-    def __init__(self, make: Callable[[Tensor], Sketch], *, share: bool = True) -> None:
+    def __init__(self, make: Callable[[Site, torch.device], Sketch], *, share: bool = True) -> None:
         self._make = make
         self._share = share
         self._group: dict[str, InputGroup] = {}
@@ -99,11 +101,12 @@ class Sharing:
     def group_of(self, name: str) -> InputGroup | None:
         return self._group.get(name)
 
-    def offer(self, name: str, x: Tensor, digest: Callable[[Sketch], Digest]) -> None:
+    def offer(self, site: Site, x: Tensor, digest: Callable[[Sketch], Digest]) -> None:
         """A layer is called with `x`; `digest(sketch)` summarises it and is only called when it is new."""
+        name = site.name
         if name in self._unwatched:
             return
-        group = self._group.get(name) or self._join(name, x)
+        group = self._group.get(name) or self._join(site, x)
         seen = group.cursor[name]
         if seen < len(group.pending) and not group.pending[seen].identity.matches(x):
             group = self._group[name] = group.split([name])
@@ -148,13 +151,14 @@ class Sharing:
                 for name in late:
                     self._group[name] = other
 
-    def _join(self, name: str, x: Tensor) -> InputGroup:
-        first, group = self._newborn.get(_memory(x), (None, None))
+    def _join(self, site: Site, x: Tensor) -> InputGroup:
+        key = (site.part.view, site.in_features, *_memory(x))  # a convolution's patches are not a linear layer's rows
+        first, group = self._newborn.get(key, (None, None))
         if self._share and first is not None and group is not None and group.open and first.matches(x):
-            group.cursor[name] = 0
+            group.cursor[site.name] = 0
         else:
-            group = InputGroup(self._make(x), {name: 0})
-            self._newborn[_memory(x)] = (_Identity(x), group)
+            group = InputGroup(self._make(site, x.device), {site.name: 0})
+            self._newborn[key] = (_Identity(x), group)
             self._newborn_groups.add(group)
-        self._group[name] = group
+        self._group[site.name] = group
         return group

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from operator import attrgetter
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from evatune.capture.rows import RowSelector
+from evatune.capture.kinds import Piece, Tokens, sequences_of
+from evatune.capture.products import Places, Products, loops_over_experts
+from evatune.capture.rows import DecoderRows, RowSelector
 from evatune.capture.sharing import Sharing
 from evatune.capture.targets import Site
-from evatune.errors import DataError
+from evatune.errors import DataError, TargetError
 
 RowsFunction = Callable[[Tensor, Any, str], Tensor]
 
@@ -27,45 +31,69 @@ class EnoughSeen(BaseException):
 
 
 class Tap:
-    """Context manager: inside it, every call of a site offers its input to `sharing`.
+    """Context manager: inside it, every call of a site offers its rows to `sharing`.
 
     Call `begin` before each forward pass. With a `rows` function the user's own choice replaces the
     selector. While `cut_short` is true, a forward pass that has called every site once ends there with
     `EnoughSeen`.
+
+    Args:
+        decoder: of an encoder-decoder model, inside which rows are chosen by what `decoder_rows` makes of the batch and
+            of the keywords that the decoder is called with.
     """
 
-    def __init__(self, sites: Sequence[Site], sharing: Sharing, rows: RowsFunction | None = None) -> None:
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        sharing: Sharing,
+        rows: RowsFunction | None = None,
+        decoder: nn.Module | None = None,
+        decoder_rows: Callable[[Any, dict[str, Any]], DecoderRows] | None = None,
+    ) -> None:
         self._sites = sites
         self._sharing = sharing
         self._rows = rows
-        self._handles: list[RemovableHandle] = []
+        self._decoder = decoder
+        self._decoder_rows = decoder_rows
+        self._undo = ExitStack()
         self._batch: Any = None
         self._selector: RowSelector | None = None
+        self._decoding: DecoderRows | None = None
         self._calls: Counter[str] = Counter()
         self._watching = True
         self.cut_short = False
 
     def begin(self, batch: Any, selector: RowSelector | None, *, watch: bool = True) -> None:
         """A forward pass on `batch` comes next, which counts if `watch` says so."""
-        self._batch, self._selector, self._watching = batch, selector, watch
+        self._batch, self._selector, self._decoding, self._watching = batch, selector, None, watch
         self._calls.clear()
 
     @property
     def each_called_once(self) -> bool:
-        """Whether the forward pass since `begin` called every site exactly once."""
+        """Whether the forward pass since `begin` called every site exactly once, and all of it is known by now."""
         return self._calls.total() == len(self._calls) == len(self._sites)
 
     def __enter__(self) -> Self:
+        held: dict[nn.Module, list[Site]] = {}
         for site in self._sites:
-            hook = self._hook_for(site)
-            self._handles.append(site.module.register_forward_pre_hook(hook, with_kwargs=True))
+            if site.part.parameter:
+                held.setdefault(site.module, []).append(site)
+            else:
+                hook = site.module.register_forward_pre_hook(self._hook_for(site), with_kwargs=True)
+                self._undo.callback(hook.remove)
+        for module, sites in held.items():
+            self._watch_products(module, sites)
+        self._undo.callback(loops_over_experts(list(held)))
+        if self._decoder is not None and self._rows is None:
+            start = self._decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)
+            end = self._decoder.register_forward_hook(self._leave_decoder, always_call=True)
+            self._undo.callback(start.remove)
+            self._undo.callback(end.remove)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._batch = self._selector = None
+        self._undo.close()
+        self._batch = self._selector = self._decoding = None
 
     def _hook_for(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -78,24 +106,71 @@ class Tap:
 
         return hook
 
+    def _watch_products(self, module: nn.Module, sites: list[Site]) -> None:
+        """Watch what a module multiplies parameters with, from each of its calls' start to its end."""
+        by_product = {(site.part.parameter, site.part.expert): site for site in sites}
+        active: list[Products] = []
+
+        def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            sequences = sequences_of(module, args, kwargs)
+
+            def seen(parameter: str, expert: int | None, rows: Tensor, places: Places | None) -> None:
+                site = by_product.get((parameter, expert))
+                if site is not None:
+                    self._take(site, sequences(rows), original=rows, places=places)
+
+            parameters = {key: attrgetter(key)(module) for key, _ in by_product}
+            active.append(Products(parameters, seen))
+            active[-1].__enter__()  # type: ignore[no-untyped-call]
+
+        def end(*_: Any) -> None:
+            if active:
+                active.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+        self._undo.callback(module.register_forward_pre_hook(start, with_kwargs=True).remove)
+        self._undo.callback(module.register_forward_hook(end, always_call=True).remove)
+
+    def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self._decoder_rows is not None
+        self._decoding = self._decoder_rows(self._batch, kwargs)
+
+    def _leave_decoder(self, *_: Any) -> None:
+        self._decoding = None
+
     @torch.no_grad()
     @torch.inference_mode(mode=False)  # a sketch made or added to in inference mode could not be changed outside it
-    def _take(self, site: Site, x: Tensor, original: Tensor) -> None:
+    def _take(self, site: Site, x: Tensor, original: Tensor, places: Places | None = None) -> None:
         x = x.clone() if x.is_inference() else x
+        if isinstance(site.part.view, Tokens) and (x.is_floating_point() or x.dtype == torch.bool):
+            raise TargetError(
+                f"{site.name} is an embedding ({type(site.module).__name__}) that is called with {x.dtype} numbers and not "
+                "with token ids; leave it out of the targets, or with exclude_modules in the LoraConfig"
+            )
+        pieces: Callable[[], Iterator[Piece]]
         if self._rows is not None:
-            flat, index = self._chosen(site, x), None
+            chosen = self._chosen(site, x)
+            pieces = lambda: iter([(chosen, None)])  # noqa: E731
         else:
-            assert self._selector is not None
-            flat, index = self._selector.rows(x)
-        self._sharing.offer(site.name, original, lambda sketch: sketch.digest(flat, index))
+            selector = self._selector if self._decoding is None else self._decoding.selector(original)
+            assert selector is not None
+            if places is not None:
+                index = selector.of_places(*places)
+                pieces = lambda: iter([(x, index)])  # noqa: E731
+            else:
+                pieces = partial(site.part.view.pieces, x, selector)
+        self._sharing.offer(site, original, lambda sketch: sketch.digest_pieces(pieces()))
 
     def _chosen(self, site: Site, x: Tensor) -> Tensor:
         assert self._rows is not None
-        rows = self._rows(x, self._batch, site.name)
-        if not isinstance(rows, Tensor) or rows.ndim != 2 or rows.shape[1] != site.in_features:
+        view = site.part.view
+        rows = self._rows(view.whole(x), self._batch, site.name)
+        shape = "(rows,)" if isinstance(view, Tokens) else f"(rows, {site.in_features})"
+        fits = isinstance(rows, Tensor) and (
+            rows.ndim == 1 if isinstance(view, Tokens) else rows.ndim == 2 and rows.shape[1] == site.in_features
+        )
+        if not fits:
             got = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
             raise DataError(
-                f"rows(activation, batch, {site.name!r}) returned {got}; it must return a tensor of shape "
-                f"(rows, {site.in_features})"
+                f"rows(activation, batch, {site.name!r}) returned {got}; it must return a tensor of shape {shape}"
             )
         return rows.detach()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from evatune.capture.kinds import KINDS, Part, expert_parts, is_linear, parts_of
 from evatune.errors import AdapterError, TargetError
 
 Targets = str | Iterable[str] | None
@@ -18,27 +19,25 @@ _PREFIXES = ("_orig_mod.", "base_model.model.")  # of torch.compile and of PEFT
 
 @dataclass(frozen=True)
 class Site:
-    """A module whose input is watched."""
+    """A module whose input is watched, or a parameter whose products are."""
 
     name: str  # in the base model, without any wrapper's prefix
     module: nn.Module  # the plain layer, inside its wrapper if it has one
-    in_features: int
-    out_features: int
+    part: Part
+    unit: str  # sites of one unit are one layer to PEFT, which gives them one rank
+
+    @property
+    def in_features(self) -> int:
+        return self.part.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.part.out_features
 
 
-def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a layer kind that is supported, else None. New kinds are added here.
-
-    Quantised linears derive from `nn.Linear` and keep its sizes, whatever the shape of their storage.
-    """
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    # By name: transformers' Conv1D is a Linear with its weight transposed, (in, out), and the core does not
-    # import transformers.
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        weight = module.get_parameter("weight")
-        return weight.shape[0], weight.shape[1]
-    return None
+def sites_of(name: str, module: nn.Module, parts: list[Part]) -> list[Site]:
+    """One site per part of a layer."""
+    return [Site(name + part.suffix, module, part, name) for part in parts]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -91,39 +90,67 @@ def find_sites(model: nn.Module, targets: Targets = None) -> list[Site]:
         model: any module, or a `PeftModel`.
         targets: as PEFT names them. "all-linear": every linear layer but the output embedding. Any other
             string: a regular expression that must match a module's whole name. A list: names or suffixes of
-            names. None: the layers that carry an adapter if there are any, else "all-linear".
+            names. None: the layers that carry an adapter if there are any, else "all-linear". A name may also be
+            that of a parameter in which the weights of experts are stacked.
 
     Raises:
         TargetError: nothing matches, or a match is of a kind that is not supported.
     """
     layers = list(named_layers(model))
-    if targets is None:
-        wrapped = [name for name, module, _ in layers if is_wrapper(module)]
-        chosen, unsupported_is_error = (set(wrapped), True) if wrapped else (_all_linear(model, layers), False)
-    elif isinstance(targets, str) and targets.lower() == "all-linear":
-        chosen, unsupported_is_error = _all_linear(model, layers), False
+    matches, strict = _matcher([]), False
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        chosen = _all_linear(model, layers)
+    elif targets is not None:
+        matches, strict = _matcher(targets), True
+        chosen = {name for name, _, _ in layers if matches(name)}
     else:
-        matches = _matcher(targets)
-        chosen, unsupported_is_error = {name for name, _, _ in layers if matches(name)}, True
-    if not chosen:
-        raise TargetError(_nothing_matches(targets, layers))
+        chosen = {name for name, found, _ in layers if is_wrapper(found)}
+        chosen, strict = (chosen, True) if chosen else (_all_linear(model, layers), False)
 
-    sites, odd = [], []
-    for name, _, plain in layers:
-        if name not in chosen:
-            continue
-        sizes = layer_sizes(plain)
-        if sizes is not None:
-            sites.append(Site(name, plain, *sizes))
-        elif unsupported_is_error:
-            odd.append(f"{name} ({type(plain).__name__})")
+    sites: list[Site] = []
+    odd = []
+    for name, found, plain in layers:
+        weights = [key for key in _stacked(plain) if matches(f"{name}.{key}")]
+        if name in chosen:
+            parts = parts_of(plain)
+            sites += sites_of(name, plain, parts)
+            weights += adapted_parameters(found)
+            if strict and not parts and not weights:
+                odd.append(f"{name} ({type(plain).__name__})")
+        for key in weights:
+            sites += parameter_sites(f"{name}.{key}", plain)
     if odd:
         raise TargetError(
             f"these targets are of a kind that is not supported: {', '.join(odd[:5])}"
-            f"{f' and {len(odd) - 5} more' if len(odd) > 5 else ''}; linear layers and GPT-2's Conv1D are. Name the "
-            "linear layers instead, or leave these out with exclude_modules in the LoraConfig"
+            f"{f' and {len(odd) - 5} more' if len(odd) > 5 else ''}; supported are "
+            f"{', '.join(kind.name for kind in KINDS)} and stacked weights of experts. Name such layers instead, or leave "
+            "these out with exclude_modules in the LoraConfig"
         )
+    if not sites:
+        raise TargetError(_nothing_matches(targets, layers))
     return sites
+
+
+def parameter_sites(name: str, module: nn.Module) -> list[Site]:
+    """The sites of a weight that a module holds and multiplies with itself, by the weight's whole name."""
+    key = name.rpartition(".")[2]
+    # As PEFT reads it: slices are (out, in), unless the module says that they are transposed.
+    transposed = bool(getattr(module, "is_transposed", False))
+    return sites_of(name, module, expert_parts(key, module.get_parameter(key).shape, transposed=transposed))
+
+
+def adapted_parameters(module: nn.Module) -> list[str]:
+    """Names of the parameters that PEFT's wrappers around a module adapt (`target_parameters`), outermost first."""
+    found = []
+    while isinstance(key := getattr(module, "parameter_name", None), str) and is_wrapper(module):
+        found.append(key)
+        module = module.get_submodule("base_layer")
+    return found
+
+
+def _stacked(module: nn.Module) -> list[str]:
+    """The weights of experts that are stacked in one parameter."""
+    return [key for key, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
 
 
 @contextmanager
@@ -154,7 +181,7 @@ def _all_linear(model: nn.Module, layers: list[tuple[str, nn.Module, nn.Module]]
         if callable(getter):
             output = getter()
             break
-    return {name for name, _, plain in layers if layer_sizes(plain) is not None and plain is not output}
+    return {name for name, _, plain in layers if is_linear(plain) and plain is not output}
 
 
 def _matcher(targets: str | Iterable[str]) -> Callable[[str], bool]:
@@ -169,7 +196,7 @@ def _matcher(targets: str | Iterable[str]) -> Callable[[str], bool]:
 
 
 def _nothing_matches(targets: Targets, layers: list[tuple[str, nn.Module, nn.Module]]) -> str:
-    linear = [name for name, _, plain in layers if layer_sizes(plain) is not None]
+    linear = [name for name, _, plain in layers if is_linear(plain)]
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in linear})
     if not linear:
         return f"targets {targets!r} match nothing: the model has no linear layer at all"

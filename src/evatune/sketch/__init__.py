@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from evatune.sketch.base import Digest, Sketch
+from evatune.sketch.counts import CountSketch
 from evatune.sketch.gram import ExactSketch
 from evatune.sketch.incremental import IncrementalSketch
 from evatune.sketch.nystrom import NystromSketch
@@ -18,7 +19,9 @@ SKETCHES = ("nystrom", "exact", "incremental")
 def make_sketch(
     kind: str, width: int, components: int, *, oversampling: int, center: bool, seed: int, device: torch.device
 ) -> Sketch:
-    """A newborn sketch of the named kind, one of `SKETCHES`."""
+    """A newborn sketch of the named kind: one of `SKETCHES`, or "counts" for rows that come as token ids."""
+    if kind == "counts":
+        return CountSketch(width, components, center=center, device=device)
     if kind == "nystrom":
         return NystromSketch(width, components, oversampling=oversampling, center=center, seed=seed, device=device)
     if kind == "exact":
@@ -40,6 +43,7 @@ def refresh_all(sketches: Sequence[Sketch]) -> list[Spectrum]:
 
 __all__ = [
     "SKETCHES",
+    "CountSketch",
     "Digest",
     "ExactSketch",
     "IncrementalSketch",

@@ -78,6 +78,13 @@ class Sketch(ABC):
         parts = [self._digest_chunk(chunk) for chunk in self._chunks(x, index)]
         return parts[0] if len(parts) == 1 else self._join(parts)
 
+    def digest_pieces(self, pieces: Iterator[tuple[Tensor, Tensor | None]]) -> Digest:
+        """Summarise an activation that comes in pieces, at least one, each as for `digest`."""
+        total = self.digest(*next(pieces))
+        for piece in pieces:
+            total = self._join([total, self.digest(*piece)])
+        return total
+
     def absorb(self, digest: Digest) -> None:
         """Add a digest of this sketch, or of one it was cloned from since the last refresh."""
         self.count += digest.rows

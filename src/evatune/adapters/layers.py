@@ -1,0 +1,117 @@
+"""PEFT's LoRA layers by their kind: what each sees, where it keeps A and B, and which of them EVA cannot start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from torch import Tensor, nn
+
+from evatune.capture import Site
+from evatune.capture.kinds import Part, Patches, Rows, Tokens, conv_part, parts_of
+from evatune.capture.targets import base_name, parameter_sites, sites_of
+from evatune.errors import AdapterError
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A LoRA layer of the adapter and where it hangs: what PEFT gives one rank and one α."""
+
+    name: str  # that PEFT's patterns match: of the base module, or of the parameter
+    sites: tuple[Site, ...]  # one, but for attention (its two projections) and stacked weights (the experts)
+    layer: LoraLayer
+    path: str  # in the wrapped model
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether this is PEFT's usual layer: one A of (rank, in) and one B of (out, rank)."""
+        return len(self.sites) == 1 and self.sites[0].part.view == Rows() and not self.is_parameter
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether PEFT lists it under `target_parameters`."""
+        return isinstance(self.layer, ParamWrapper)
+
+
+def find_slots(model: nn.Module, adapter_name: str) -> tuple[list[Slot], dict[str, LoraLayer]]:
+    """The adapter's LoRA layers in model order, and by path those that EVA does not initialise."""
+    slots: list[Slot] = []
+    odd: dict[str, LoraLayer] = {}
+    inside: tuple[str, ...] = ()  # attention, whose output projection has a LoRA layer of its own
+    for path, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or adapter_name not in layer.r or path.startswith(inside or ("\n",)):
+            continue
+        if isinstance(layer, MultiheadAttention):
+            inside = (*inside, f"{path}.")
+        sites = _sites(path, layer, adapter_name)
+        if sites:
+            slots.append(Slot(sites[0].unit, tuple(sites), layer, path))
+        else:
+            odd[path] = layer
+    if not slots and not odd:
+        raise AdapterError(f"adapter {adapter_name!r} has no LoRA layer in this model")
+    return slots, odd
+
+
+def describe(path: str, layer: LoraLayer) -> str:
+    """Name and kind of a layer that is not supported, and why where its kind is."""
+    base = layer.get_base_layer()
+    why = ", whose dilation PEFT's A does not have, so that PEFT cannot run it" if isinstance(base, _CONVS) else ""
+    return f"{base_name(path)} ({type(base).__name__}{why})"
+
+
+def pairs(layer: LoraLayer, adapter_name: str) -> list[tuple[nn.Parameter, nn.Parameter, nn.Parameter | None]]:
+    """A, B and the bias of B, of every pair that the layer has."""
+    if adapter_name in layer.lora_embedding_A:
+        return [(layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name], None)]
+    b = layer.lora_B[adapter_name]
+    own = (layer.lora_A[adapter_name].weight, b.weight, b.bias)
+    return [own, *pairs(layer.base_layer.out_proj, adapter_name)] if isinstance(layer, MultiheadAttention) else [own]
+
+
+def matrices_of(slot: Slot, rows: Mapping[str, Tensor]) -> list[Tensor]:
+    """The A of every pair of a layer, shaped as PEFT keeps it, from the rows (rank, in) of its sites.
+
+    Of a convolution with groups, each group of outputs sees an equal share of A's rows; they are dealt out in turn, so
+    that no group gets the leading directions alone.
+    """
+    blocks = [rows[site.name] for site in slot.sites]
+    if slot.is_parameter:
+        return [torch.cat(blocks)]  # PEFT stacks the experts
+    part = slot.sites[0].part
+    if isinstance(part.view, Patches):
+        order = [j for group in range(part.groups) for j in range(group, len(blocks[0]), part.groups)]
+        return [blocks[0][order].reshape(len(order), -1, *part.view.kernel)]
+    return blocks
+
+
+def _sites(path: str, layer: LoraLayer, adapter_name: str) -> list[Site]:
+    """What the layer's A is multiplied with; nothing where EVA does not know it."""
+    base = layer.get_base_layer()
+    name = base_name(path)
+    while name.endswith(".base_layer"):  # one wrapper around another: several parameters of a module
+        name = name.removesuffix(".base_layer")
+    if isinstance(layer, ParamWrapper):
+        return parameter_sites(f"{name}.{layer.parameter_name}", base)
+    if isinstance(layer, MultiheadAttention):
+        return sites_of(name, base, parts_of(base))
+    if adapter_name in layer.lora_embedding_A:
+        padding = getattr(base, "padding_idx", None)
+        vocabulary, width = layer.lora_embedding_A[adapter_name].shape[1], layer.lora_embedding_B[adapter_name].shape[0]
+        return sites_of(name, base, [Part(vocabulary, width, Tokens(padding))])
+    a = dict(layer.lora_A.items()).get(adapter_name)
+    if isinstance(base, _CONVS) and isinstance(a, _CONVS):
+        # A has the layer's kernel, stride and padding, but fills with zeros and has no dilation: its rows are the
+        # patches that A itself will see.
+        seen = Patches.of(a)
+        spans = [(k - 1) * d for k, d in zip(base.kernel_size, base.dilation, strict=True)]
+        same = base.padding == "same" or spans == [k - 1 for k in base.kernel_size]
+        return sites_of(name, base, [conv_part(base, seen)]) if same else []
+    if isinstance(a, nn.Linear):  # of any base, quantised or not: A says how wide its input is
+        return sites_of(name, base, [Part(a.in_features, layer.lora_B[adapter_name].out_features)])
+    return []

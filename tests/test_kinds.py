@@ -1,0 +1,514 @@
+"""Every kind of layer a LoRA can sit on: its rows against the exact answer, and its adapter through plain PEFT."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import EvaConfig, LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import evatune
+from evatune.capture import RowSelector
+from evatune.capture import kinds as kinds_module
+from evatune.capture.kinds import Patches
+from evatune.errors import LayerError
+from evatune.spectrum import captured_energy
+from tests.judge import matrices, round_trip
+
+torch.set_num_threads(1)
+# PEFT looks for the patterns of parameters among modules only when it warns; it does honour them.
+pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match any targeted module")
+EXACT = evatune.CalibrationConfig(components=6, sketch="exact", tolerance=0)
+
+
+def moments(rows: Tensor, count: int) -> Tensor:
+    """The leading eigenvalues of the rows' second moment, (count,) float64."""
+    rows = rows.double()
+    return torch.linalg.eigvalsh(rows.T @ rows / len(rows)).flip(0)[:count]
+
+
+def best(rows: Tensor, count: int) -> float:
+    """Share of the rows' energy that the best `count` directions capture."""
+    return float(moments(rows, count).sum() / rows.double().square().sum(1).mean())
+
+
+# -- convolutions -------------------------------------------------------------------------------------
+
+CONVS: dict[str, Callable[[], nn.Module]] = {
+    "1d": lambda: nn.Conv1d(3, 8, 3),
+    "1d stride and padding": lambda: nn.Conv1d(3, 8, 4, stride=2, padding=1),
+    "1d same, even kernel": lambda: nn.Conv1d(3, 8, 4, padding="same"),
+    "1d dilation": lambda: nn.Conv1d(3, 8, 3, dilation=2, padding=1),
+    "2d": lambda: nn.Conv2d(2, 8, (3, 2), stride=(2, 1), padding=(0, 1)),
+    "2d patch embedding": lambda: nn.Conv2d(2, 8, 3, stride=3),
+    "2d same with dilation": lambda: nn.Conv2d(2, 8, 3, dilation=2, padding="same"),
+    "2d circular": lambda: nn.Conv2d(2, 8, 3, padding=1, padding_mode="circular"),
+    "2d reflect": lambda: nn.Conv2d(2, 8, 3, padding=(1, 2), padding_mode="reflect"),
+    "2d replicate, same": lambda: nn.Conv2d(2, 8, (3, 4), padding="same", padding_mode="replicate"),
+    "2d pointwise": lambda: nn.Conv2d(8, 8, 1),
+    "2d groups": lambda: nn.Conv2d(4, 8, 3, groups=2, padding=1),
+    "3d": lambda: nn.Conv3d(2, 8, (2, 1, 3), stride=(1, 2, 1), padding=(1, 0, 1)),
+}
+SIZES = {"1": (12,), "2": (9, 8), "3": (4, 5, 6)}
+
+
+def images(conv: nn.Module, count: int = 4, seed: int = 0) -> list[Tensor]:
+    """Batches whose neighbours are alike, so that directions differ in energy."""
+    generator = torch.Generator().manual_seed(seed)
+    size = SIZES[type(conv).__name__[4]]
+    return [
+        torch.randn(5, conv.in_channels, *size, generator=generator).cumsum(-1)  # type: ignore[arg-type]
+        for _ in range(count)
+    ]
+
+
+def patches(conv: nn.Module, x: Tensor) -> Tensor:
+    """The rows, by torch's own convolution: one output channel per entry of the patch."""
+    width = conv.in_channels * conv.weight[0, 0].numel()  # type: ignore[operator, index]
+    picker = type(conv)(
+        conv.in_channels, width, conv.kernel_size, conv.stride, conv.padding, conv.dilation, bias=False,
+        padding_mode=conv.padding_mode,
+    )  # fmt: skip
+    with torch.no_grad():
+        picker.weight.copy_(torch.eye(width).view_as(picker.weight))
+        return picker(x).flatten(2).transpose(1, 2).reshape(-1, width)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("piece", [16 << 20, 500], ids=["whole", "in small pieces"])
+@pytest.mark.parametrize("kind", CONVS)
+def test_the_rows_of_a_convolution_are_its_patches(kind: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds_module, "_PIECE_BYTES", piece)
+    conv = CONVS[kind]()
+    xs = images(conv)
+    rows = torch.cat([patches(conv, x) for x in xs])
+    spectrum = evatune.calibrate(nn.Sequential(conv), xs, EXACT, targets=["0"]).spectra["0"]
+    assert spectrum.rows == len(rows)
+    assert spectrum.total_energy == pytest.approx(float(rows.square().sum(1).mean()), rel=1e-5)
+    assert torch.allclose(spectrum.energies.double(), moments(rows, len(spectrum.energies)), rtol=1e-4, atol=1e-5)
+    k = len(spectrum.energies)
+    assert captured_energy(spectrum.directions, rows) == pytest.approx(best(rows, k), rel=1e-5)
+
+
+def test_patches_come_in_pieces_of_bounded_size() -> None:
+    view = Patches.of(nn.Conv2d(4, 8, 3, padding=1))
+    x = torch.randn(2, 4, 300, 200)
+    pieces = [rows for rows, _ in view.pieces(x, RowSelector(None))]
+    assert max(rows.nbytes for rows in pieces) <= kinds_module._PIECE_BYTES < sum(rows.nbytes for rows in pieces)
+    assert torch.equal(torch.cat(pieces), view.whole(x).flatten(0, 1))
+
+
+def test_a_mask_of_tokens_chooses_the_patches_at_their_positions() -> None:
+    class Speech(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.halves = nn.Conv1d(3, 4, 3, padding="same"), nn.Conv1d(4, 4, 2, stride=2)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.halves(self.conv(x))
+
+    model, x, mask = Speech(), torch.randn(2, 3, 8), torch.ones(2, 8)
+    mask[1, 5:] = 0
+    spectra = evatune.calibrate(model, [{"x": x, "attention_mask": mask}], EXACT, targets=["conv", "halves"]).spectra
+    rows = patches(model.conv, x)[mask.flatten().bool()]
+    assert spectra["conv"].rows == 13
+    assert spectra["conv"].total_energy == pytest.approx(float(rows.square().sum(1).mean()), rel=1e-5)
+    assert spectra["halves"].rows == 8  # of another length: the mask does not speak about them
+
+
+def test_layers_that_read_one_tensor_differently_do_not_share_a_sketch() -> None:
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv1d(6, 4, 3, padding=1), nn.Conv1d(6, 4, 3, padding=1)
+            self.strided, self.point, self.lin = nn.Conv1d(6, 4, 3, 2), nn.Conv1d(6, 4, 1), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> None:
+            self.a(x), self.b(x), self.strided(x), self.point(x), self.lin(x)
+
+    layers = evatune.calibrate(Fork(), [torch.randn(4, 6, 6)] * 2, EXACT, targets=r"\w+").layers
+    assert layers["a"].input == layers["b"].input
+    assert len({layer.input for layer in layers.values()}) == 4
+
+
+RUN_BY_PEFT = {kind: build for kind, build in CONVS.items() if kind != "1d dilation"}
+
+
+@pytest.mark.parametrize("kind", RUN_BY_PEFT)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+def test_a_convolution_through_plain_peft(kind: str, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(3)
+        return nn.Sequential(CONVS[kind](), nn.Tanh())
+
+    xs = images(build()[0])  # type: ignore[index]
+    config = LoraConfig(r=4, target_modules=["0"])
+    exact = evatune.CalibrationConfig(sketch="exact", tolerance=0)
+    calibration, start = round_trip(build, config, xs, tmp_path, rho=1, config=exact)
+    a = start["0"]
+    assert calibration.layers["0"].in_features == a.shape[1]
+    seen_by_a = get_peft_model(build(), LoraConfig(r=4, target_modules=["0"])).base_model.model[0].lora_A["default"]
+    rows = torch.cat([patches(seen_by_a, x) for x in xs])  # zeros around, and no dilation, whatever the layer has
+    assert torch.allclose(a @ a.T, torch.eye(4), atol=1e-5)
+    assert captured_energy(a, rows) == pytest.approx(best(rows, 4), rel=1e-4)
+
+
+def test_groups_of_outputs_share_the_leading_directions_evenly_and_ranks_are_multiples() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.grouped, self.plain = nn.Conv2d(4, 8, 3, groups=2, padding=1), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.plain(torch.tanh(self.grouped(x)))
+
+    xs = images(Net().grouped)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(Net(), LoraConfig(r=4, target_modules=["grouped", "plain"]))
+    calibration = evatune.initialize(model, xs)
+    ranks = calibration.allocate().ranks
+    assert sum(ranks.values()) == 8
+    assert ranks["grouped"] % 2 == 0 < ranks["grouped"]
+    directions, half = calibration.spectra["grouped"].directions, ranks["grouped"] // 2
+    a = matrices(model, "A")["grouped"]
+    assert torch.equal(a[:half], directions[: 2 * half : 2])
+    assert torch.equal(a[half:], directions[1 : 2 * half : 2])
+    assert calibration.allocate(budget="parameters").uniform_parameters == 4 * (36 + 8 // 2) + 4 * (72 + 8)
+
+
+# -- embeddings ---------------------------------------------------------------------------------------
+
+
+class Words(nn.Module):
+    def __init__(self, padding: int | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(12, 8, padding_idx=padding), nn.Linear(8, 4)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.head(torch.tanh(self.table(ids)))
+
+
+def texts(count: int = 4) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    weights = 0.7 ** torch.arange(12)
+    return [{"ids": torch.multinomial(weights, 40, True, generator=generator).view(4, 10)} for _ in range(count)]
+
+
+@pytest.mark.parametrize("sketch", ["nystrom", "exact", "incremental"])
+@pytest.mark.parametrize("center", [False, True])
+def test_the_directions_of_an_embedding_are_its_most_frequent_tokens(sketch: str, center: bool) -> None:
+    config = evatune.CalibrationConfig(components=5, sketch=sketch, tolerance=0, center=center)
+    spectrum = evatune.calibrate(Words(), texts(), config, targets=["table"]).spectra["table"]
+    counts = torch.bincount(torch.cat([b["ids"].flatten() for b in texts()]), minlength=12)
+    frequency = counts.double() / counts.sum()
+    first = sorted(range(12), key=lambda token: (-int(counts[token]), token))[:5]
+    assert spectrum.rows == 160
+    assert torch.equal(spectrum.directions, torch.eye(12)[first])
+    assert torch.allclose(spectrum.mean.double(), frequency)
+    one_hot = torch.eye(12, dtype=torch.float64)[torch.cat([b["ids"].flatten() for b in texts()])]
+    rows = one_hot - one_hot.mean(0) if center else one_hot
+    assert spectrum.total_energy == pytest.approx(float(rows.square().sum(1).mean()))
+    assert torch.allclose(spectrum.energies.double(), (rows @ torch.eye(12).double()[first].T).square().mean(0))
+    assert spectrum.certificate is not None
+    assert 0 < spectrum.certificate.captured() <= 1
+
+
+def test_padding_is_no_token() -> None:
+    batches = texts()
+    for batch in batches:
+        batch["attention_mask"] = torch.ones(4, 10)
+        batch["attention_mask"][1, 3:] = 0
+    masked = evatune.calibrate(Words(), batches, EXACT, targets=["table"]).spectra["table"]
+    assert masked.rows == 4 * 33
+    spectrum = evatune.calibrate(Words(padding=0), texts(), EXACT, targets=["table"]).spectra["table"]
+    assert spectrum.rows == sum(int((b["ids"] != 0).sum()) for b in texts())
+    assert spectrum.mean[0] == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True}, {"use_dora": True}, {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.5)}],
+    ids=["lora", "rslora", "dora", "eva"],
+)
+@pytest.mark.parametrize("meta", [False, True])
+def test_an_embedding_through_plain_peft(options: dict[str, Any], meta: bool, tmp_path: Path) -> None:
+    config = LoraConfig(r=3, target_modules=["table", "head"], **options)
+    calibration, start = round_trip(Words, config, texts(), tmp_path, meta=meta)
+    rank = calibration.allocate().ranks["table"]
+    assert torch.equal(start["table"], calibration.spectra["table"].directions[:rank])
+
+
+def test_a_trained_embedding_is_not_overwritten() -> None:
+    model = get_peft_model(Words(), LoraConfig(r=2, target_modules=["table"]))
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**texts()[0]).sum().backward()
+    optimiser.step()
+    with pytest.raises(evatune.EvatuneError, match=r"already trained.*table"):
+        evatune.initialize(model, texts())
+
+
+def test_counts_of_shards_add_up_and_a_saved_calibration_comes_back(tmp_path: Path) -> None:
+    whole = evatune.calibrate(Words(), texts(), EXACT, targets=["table"])
+    parts = [evatune.calibrate(Words(), texts()[i : i + 2], EXACT, targets=["table"]) for i in (0, 2)]
+    merged = evatune.Calibration.merge(parts)
+    assert merged.spectra["table"].total_energy == pytest.approx(1)
+    assert torch.allclose(merged.spectra["table"].mean, whole.spectra["table"].mean)
+    whole.save(tmp_path / "c.safetensors")
+    assert torch.equal(
+        evatune.Calibration.load(tmp_path / "c.safetensors").spectra["table"].directions, whole.spectra["table"].directions
+    )
+
+
+# -- attention of torch -------------------------------------------------------------------------------
+
+
+class Attends(nn.Module):
+    def __init__(self, batch_first: bool = True, cross: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn, self.head, self.cross = nn.MultiheadAttention(16, 2, batch_first=batch_first), nn.Linear(16, 16), cross
+
+    def forward(self, x: Tensor, memory: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        query = x if self.attn.batch_first else x.transpose(0, 1)
+        key = query if memory is None else memory if self.attn.batch_first else memory.transpose(0, 1)
+        out = self.attn(query, key, key)[0]
+        return self.head(out if self.attn.batch_first else out.transpose(0, 1))
+
+
+def sequences(cross: bool = False) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    scales = 0.8 ** torch.arange(16)
+    batches = []
+    for _ in range(4):
+        batch = {"x": torch.randn(5, 7, 16, generator=generator) * scales + 0.2}
+        if cross:
+            batch["memory"] = torch.randn(5, 9, 16, generator=generator) * scales.flip(0)
+        batches.append(batch)
+    return batches
+
+
+def what_out_proj_sees(model: Attends, batch: dict[str, Tensor]) -> Tensor:
+    """(batch, tokens, d): with the identity for its weight, attention gives what its output projection is given."""
+    replaced = {"attn.out_proj.weight": torch.eye(16), "attn.out_proj.bias": torch.zeros(16)}
+    replaced |= {"head.weight": torch.eye(16), "head.bias": torch.zeros(16)}
+    with torch.no_grad():
+        found: Tensor = torch.func.functional_call(model, replaced, kwargs=batch)
+    return found
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_rows_of_both_projections_of_attention(batch_first: bool, cross: bool, masked: bool) -> None:
+    model, batches = Attends(batch_first, cross), sequences(cross)
+    mask = torch.ones(5, 7)
+    if masked:
+        mask[2, 4:] = 0
+    kept = mask.bool()
+    ins = [b["x"][kept] for b in batches] + [b["memory"].flatten(0, 1) for b in batches if cross]
+    outs = torch.cat([what_out_proj_sees(model, b)[kept] for b in batches])
+    batches = [b | {"attention_mask": mask} for b in batches]
+    spectra = evatune.calibrate(model, batches, EXACT, targets=["attn"]).spectra
+    assert list(spectra) == ["attn", "attn.out_proj"]
+    for name, rows in {"attn": torch.cat(ins), "attn.out_proj": outs}.items():
+        assert spectra[name].rows == len(rows)
+        assert torch.allclose(spectra[name].energies.double(), moments(rows, 6), rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("meta", [False, True])
+def test_attention_through_plain_peft(batch_first: bool, meta: bool, tmp_path: Path) -> None:
+    config = LoraConfig(r=3, target_modules=["attn", "head"])
+    build = lambda: Attends(batch_first)  # noqa: E731
+    calibration, start = round_trip(build, config, sequences(), tmp_path, meta=meta)
+    ranks = calibration.allocate().ranks
+    assert ranks["attn"] == ranks["attn.out_proj"]
+    assert sum(ranks.values()) <= 9
+    for name in ("attn", "attn.out_proj"):
+        assert torch.equal(start[name], calibration.spectra[name].directions[: ranks["attn"]])
+
+
+class Louder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.loud = Attends(), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.loud(1e4 * x)
+
+
+def test_attention_of_rank_zero_is_plain_again() -> None:
+    model = get_peft_model(Louder(), LoraConfig(r=3, target_modules=["attn", "loud"]))
+    ranks = evatune.initialize(model, sequences(), rho=4, metric="raw").allocate().ranks
+    assert ranks == {"inner.attn": 0, "inner.attn.out_proj": 0, "loud": 9}
+    inner = model.base_model.model.inner
+    assert type(inner.attn) is nn.MultiheadAttention
+    assert not any("lora" in name for name, _ in inner.named_modules())
+
+
+# -- experts ------------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """Stacked weights, and for each token the experts that the batch names."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = transposed
+        generator = torch.Generator().manual_seed(0)
+        up, down = (torch.randn(4, *shape, generator=generator) / 3 for shape in ((12, 8), (8, 12)))
+        self.up, self.down = (nn.Parameter(w.transpose(1, 2).contiguous() if transposed else w) for w in (up, down))
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # (n, 8), (n, 2)
+        out = torch.zeros_like(x)
+        for expert in chosen.unique():
+            token = torch.where((chosen == expert).any(1))[0]
+            up, down = self.up[expert], self.down[expert]
+            if self.is_transposed:
+                out.index_add_(0, token, torch.tanh(x[token] @ up) @ down)
+            else:
+                linear = nn.functional.linear
+                out.index_add_(0, token, linear(torch.tanh(linear(x[token], up)), down))
+        return out
+
+
+class Mixture(nn.Module):
+    def __init__(self, transposed: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts, self.head = Experts(transposed), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, chosen: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        found: Tensor = self.head(self.experts(x.flatten(0, 1), chosen.flatten(0, 1)).view(x.shape))
+        return found
+
+
+def routed(count: int = 4, seldom: int = 3) -> list[dict[str, Tensor]]:
+    """Tokens that go to experts 0, 1 and 2; a single one of the first batch goes to `seldom`."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for number in range(count):
+        x = torch.randn(3, 10, 8, generator=generator) * 0.8 ** torch.arange(8)
+        chosen = torch.stack([torch.randperm(3, generator=generator)[:2] for _ in range(30)]).view(3, 10, 2)
+        if number == 0 and seldom < 4:
+            chosen[0, 0, 0] = seldom
+        mask = torch.ones(3, 10)
+        mask[1, 6:] = 0
+        batches.append({"x": x, "chosen": chosen, "attention_mask": mask})
+    return batches
+
+
+def rows_of_expert(model: Mixture, batches: list[dict[str, Tensor]], expert: int) -> tuple[Tensor, Tensor]:
+    """What its slices of `up` and `down` are multiplied with, padding left out."""
+    kept = [
+        b["x"][b["attention_mask"].bool() & (b["chosen"] == expert).any(-1)] for b in batches
+    ]  # fmt: skip
+    x = torch.cat(kept)
+    up = model.experts.up[expert].detach()
+    return x, torch.tanh(x @ (up if model.experts.is_transposed else up.T))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_each_expert_has_the_rows_routed_to_it(transposed: bool) -> None:
+    model, batches = Mixture(transposed), routed()
+    config = evatune.CalibrationConfig(components=4, sketch="exact", tolerance=0)
+    calibration = evatune.calibrate(model, batches, config, targets=["experts.up", "experts.down"])
+    assert list(calibration.spectra) == [f"experts.{key}.{e}" for key in ("up", "down") for e in range(4)]
+    for expert in range(3):
+        for key, rows in zip(("up", "down"), rows_of_expert(model, batches, expert), strict=True):
+            spectrum = calibration.spectra[f"experts.{key}.{expert}"]
+            assert spectrum.rows == len(rows)
+            assert torch.allclose(spectrum.energies.double(), moments(rows, 4), rtol=1e-4)
+            assert calibration.status[f"experts.{key}.{expert}"].usable
+
+
+def test_an_expert_that_is_seldom_called_says_so_and_starts_from_what_it_saw() -> None:
+    model = get_peft_model(Mixture(), LoraConfig(r=3, target_modules=[], target_parameters=["experts.up", "experts.down"]))
+    calibration = evatune.initialize(model, routed())
+    for key in ("up", "down"):
+        assert calibration.spectra[f"experts.{key}.3"].rows == 1
+        assert calibration.status[f"experts.{key}.3"] == "seldom_routed"
+        assert "random" in calibration.status[f"experts.{key}.3"].advice
+        rank = calibration.allocate().ranks[f"experts.{key}.3"]
+        own = matrices(model, "A")[f"experts.{key}"][3 * rank :]
+        assert torch.allclose(own @ own.T, torch.eye(rank), atol=1e-5)
+        assert torch.equal(own[0], calibration.spectra[f"experts.{key}.3"].directions[0])
+
+
+@pytest.mark.parametrize("seldom", [3, 9], ids=["once", "never"])
+def test_shards_that_route_too_little_together_may_route_enough(seldom: int, tmp_path: Path) -> None:
+    config = evatune.CalibrationConfig(components=2, sketch="exact", tolerance=0)
+    parts = [evatune.calibrate(Mixture(), routed(1, seldom), config, targets=["experts.up"]) for _ in range(2)]
+    parts[0].save(tmp_path / "part.safetensors")
+    parts[0] = evatune.Calibration.load(tmp_path / "part.safetensors")
+    assert {part.status["experts.up.3"] for part in parts} == {"seldom_routed"}
+    merged = evatune.Calibration.merge(parts)
+    assert merged.status["experts.up.3"] == ("data_exhausted" if seldom == 3 else "seldom_routed")
+    assert merged.layers["experts.up.3"].unit == "experts.up"
+    assert len(set(merged.allocate(rank=1, rho=2).ranks.values())) == 1
+
+
+def test_a_parameter_whose_products_never_come_is_an_error() -> None:
+    class Unused(Mixture):
+        def forward(self, x: Tensor, chosen: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return self.head(x)
+
+    model = get_peft_model(Unused(), LoraConfig(r=2, target_modules=["head"], target_parameters=["experts.up"]))
+    with pytest.raises(LayerError, match=r"never_called: experts\.up\.0"):
+        evatune.initialize(model, routed())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("keys", [["up"], ["up", "down"]])
+def test_stacked_experts_through_plain_peft(transposed: bool, meta: bool, keys: list[str], tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["head"], target_parameters=[f"experts.{key}" for key in keys])
+    calibration, start = round_trip(lambda: Mixture(transposed), config, routed(), tmp_path, meta=meta)
+    ranks = calibration.allocate().ranks
+    assert sum(ranks.values()) <= 2 * (4 * len(keys) + 1)
+    for key in keys:
+        assert len({ranks[f"experts.{key}.{e}"] for e in range(4)}) == 1
+        for expert, own in enumerate(start[f"experts.{key}"].chunk(4)[:3]):
+            assert torch.equal(own, calibration.spectra[f"experts.{key}.{expert}"].directions[: len(own)])
+
+
+def test_a_stacked_weight_of_rank_zero_carries_no_adapter(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        model = Mixture()
+        with torch.no_grad():
+            model.experts.up.mul_(1e-3)  # so that the inputs of `down` are poor
+        return model
+
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.up", "experts.down"])
+    calibration, _ = round_trip(build, config, routed(), tmp_path, rho=2, metric="raw")
+    assert {calibration.allocate().ranks[f"experts.down.{e}"] for e in range(4)} == {0}
+    saved = LoraConfig.from_pretrained(str(tmp_path))
+    assert saved.target_parameters == ["experts.up"]
+
+
+def test_experts_that_are_layers_of_their_own_have_their_own_rows_and_statuses() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+
+        def forward(self, x: Tensor, chosen: Tensor, attention_mask: Tensor) -> Tensor:
+            x, chosen = x.flatten(0, 1), chosen.flatten(0, 1)
+            return sum(  # type: ignore[return-value]
+                layer(x[(chosen == number).any(1)]).sum() for number, layer in enumerate(self.experts)
+                if (chosen == number).any()
+            )  # fmt: skip
+
+    calibration = evatune.calibrate(Listed(), routed(seldom=9), evatune.CalibrationConfig(components=4, tolerance=0))
+    assert calibration.status["experts.3"] == "never_called"
+    assert calibration.status["experts.0"].usable
+    assert calibration.spectra["experts.0"].rows == sum(int((b["chosen"] == 0).any(-1).sum()) for b in routed(seldom=9))
