@@ -67,7 +67,8 @@ def initialize(
             same adapter. A Trainer's processes share its batches out.
         adapter_name: which adapter to initialise; no other is touched.
         overwrite: let an adapter that is trained already start over: B = 0 and, with DoRA, magnitudes as at the start.
-            Modules trained in full (`modules_to_save`) stay as they are.
+            Modules trained in full (`modules_to_save`) stay as they are. Refused where the adapter's own start has changed
+            the base weights (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) or the way it trains (MiCA).
         on_unsupported: adapted layers of a kind that EVA does not initialise are an "error" that names them, or with
             "skip" stay as PEFT initialised them, at their rank and outside the budget, and are named in a warning.
 

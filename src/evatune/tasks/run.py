@@ -166,7 +166,7 @@ class _Metrics(transformers.TrainerCallback):  # type: ignore[misc]
             self.norms = methods.gradient_norms(model)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], model: nn.Module, **_: Any) -> None:
-        if "train_runtime" in logs:  # Trainer's summary, which result.json holds
+        if "train_runtime" in logs or "evatune/batches" in logs:  # summaries, of what result.json and the calibration hold
             return
         seconds = time.perf_counter() - self.begun
         samples = (state.global_step - self.begun_at) * self.batch_size
