@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import EvaConfig, LoraConfig, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import evatune
-from evatune.capture import RowSelector
+from evatune.adapters.export import export_uniform
+from evatune.adapters.methods import adapt
+from evatune.capture import RowSelector, find_sites
 from evatune.capture import kinds as kinds_module
 from evatune.capture.kinds import Patches
-from evatune.errors import LayerError
+from evatune.errors import AdapterError, ConfigError, DataError, LayerError, TargetError
 from evatune.spectrum import captured_energy
 from tests.judge import matrices, round_trip
 
@@ -374,10 +376,10 @@ class Experts(nn.Module):
             token = torch.where((chosen == expert).any(1))[0]
             up, down = self.up[expert], self.down[expert]
             if self.is_transposed:
-                out.index_add_(0, token, torch.tanh(x[token] @ up) @ down)
+                out.index_add_(0, token, (torch.tanh(x[token] @ up) @ down).to(x.dtype))
             else:
                 linear = nn.functional.linear
-                out.index_add_(0, token, linear(torch.tanh(linear(x[token], up)), down))
+                out.index_add_(0, token, linear(torch.tanh(linear(x[token], up)), down).to(x.dtype))
         return out
 
 
@@ -512,3 +514,146 @@ def test_experts_that_are_layers_of_their_own_have_their_own_rows_and_statuses()
     assert calibration.status["experts.3"] == "never_called"
     assert calibration.status["experts.0"].usable
     assert calibration.spectra["experts.0"].rows == sum(int((b["chosen"] == 0).any(-1).sum()) for b in routed(seldom=9))
+
+
+def test_padding_is_left_out_of_experts_rows_under_autocast_and_in_inference_mode_too() -> None:
+    batches = routed()
+    config = evatune.CalibrationConfig(components=4, sketch="exact", tolerance=0)
+    targets = ["experts.up", "experts.down"]
+    plain = evatune.calibrate(Mixture(), batches, config, targets=targets).spectra
+
+    def autocast(model: nn.Module, batch: dict[str, Tensor]) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(**batch)
+
+    def inference(model: nn.Module, batch: dict[str, Tensor]) -> None:
+        with torch.inference_mode():
+            model(**batch)
+
+    for forward in (autocast, inference):
+        found = evatune.calibrate(Mixture(), batches, config, targets=targets, forward=forward).spectra
+        for name, spectrum in plain.items():
+            assert found[name].rows == spectrum.rows
+            assert found[name].total_energy == pytest.approx(spectrum.total_energy, rel=0.02)
+
+
+# -- what is asked for by hand, and what is not supported ---------------------------------------------
+
+
+def test_a_rows_function_is_handed_patches_and_ids() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.conv = nn.Embedding(12, 8), nn.Conv1d(8, 4, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.conv(self.table(ids).transpose(1, 2))
+
+    shapes = {}
+
+    def rows(activation: Tensor, batch: Any, name: str) -> Tensor:
+        shapes[name] = tuple(activation.shape)
+        return activation[:2].flatten() if name == "table" else activation[:2].flatten(0, 1)
+
+    calibration = evatune.calibrate(Both(), texts(), EXACT, targets=["table", "conv"], rows=rows)
+    assert shapes == {"table": (4, 10), "conv": (4, 8, 24)}
+    assert (calibration.spectra["table"].rows, calibration.spectra["conv"].rows) == (4 * 20, 4 * 16)
+    with pytest.raises(DataError, match=r"'table'\) returned shape \(4, 10\); it must return a tensor of shape \(rows,\)"):
+        evatune.calibrate(Both(), texts(), EXACT, targets=["table"], rows=lambda activation, batch, name: activation)
+
+
+class Mixed(nn.Module):
+    """Of three adapted layers, PEFT runs two; the third is never reached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide = nn.Conv1d(8, 8, 3, dilation=2)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_layers_that_are_not_supported_are_named_or_left_as_peft_made_them(meta: bool, tmp_path: Path) -> None:
+    xs = list(torch.randn(4, 30, 8, generator=torch.Generator().manual_seed(0)) * 0.7 ** torch.arange(8))
+    lora = LoraConfig(r=2, target_modules=["wide", "first", "second"])
+    model = get_peft_model(Mixed(), lora, low_cpu_mem_usage=meta)
+    refused = r"wide \(Conv1d, whose dilation PEFT's A does not have.*exclude_modules.*on_unsupported='skip'"
+    with pytest.raises(TargetError, match=refused):
+        evatune.initialize(model, xs)
+    before = None if meta else matrices(model, "A")["wide"]
+    with pytest.warns(UserWarning, match=r"start as PEFT initialised them: wide \(Conv1d"):
+        calibration = evatune.initialize(model, xs, on_unsupported="skip")
+    assert set(calibration.allocate().ranks) == {"first", "second"}
+    after = matrices(model, "A")["wide"]
+    assert after.any() if before is None else torch.equal(before, after)
+    assert not matrices(model, "B")["wide"].any()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(Mixed(), str(tmp_path))
+    assert torch.equal(matrices(again, "A")["wide"], after)
+    assert torch.allclose(again(xs[0]), model(xs[0]))
+    with pytest.raises(ConfigError, match="on_unsupported is 'ignore'"):
+        evatune.initialize(model, xs, on_unsupported="ignore")
+    alone = get_peft_model(Mixed(), LoraConfig(r=2, target_modules=["wide"]))
+    with pytest.raises(TargetError, match="wide"):
+        evatune.initialize(alone, xs, on_unsupported="skip")  # there would be nothing left to do
+
+
+def test_kinds_that_are_not_supported_are_named_with_those_that_are() -> None:
+    model = nn.ModuleDict({"a": nn.Bilinear(2, 2, 2), "b": nn.ConvTranspose2d(2, 2, 1), "c": nn.Linear(2, 2)})
+    with pytest.raises(TargetError, match=r"a \(Bilinear\), b \(ConvTranspose2d\); supported are .*nn\.Embedding"):
+        find_sites(model, ["a", "b", "c"])
+    split = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, kdim=4)})
+    with pytest.raises(TargetError, match=r"attn \(MultiheadAttention\).*query, key and value of one width"):
+        find_sites(split, ["attn"])
+
+
+def test_dora_where_peft_has_none_names_the_layers() -> None:
+    with pytest.raises(
+        ConfigError, match=r"'dora' cannot run.*MultiheadAttention does not support DoRA.*at attn;.*choose lora"
+    ):
+        adapt(
+            Attends(), "dora", rank=2, alpha=2, targets=["attn"], task_type=None, head=[], new_head=False, steps=1
+        )  # fmt: skip
+
+
+def test_methods_for_linear_layers_say_so() -> None:
+    build: Any = lambda name: adapt(  # noqa: E731
+        Words(), name, rank=2, alpha=2, targets=["table", "head"], task_type=None, head=[], new_head=False, steps=1
+    )
+    with pytest.raises(ConfigError, match=r"'eva-minor' is defined for linear layers, and table \(Embedding\) is none"):
+        build("eva-minor")
+    build("eva")
+
+
+@pytest.mark.parametrize("kind", ["2d", "3d"])
+def test_a_convolutions_adapter_is_exported_at_one_rank(kind: str, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        conv = CONVS[kind]()
+        return nn.Sequential(conv, nn.Tanh(), type(conv)(8, 4, 1))
+
+    xs = images(build()[0])  # type: ignore[index]
+    model = get_peft_model(build(), LoraConfig(r=2, target_modules=["0", "2"]))
+    evatune.initialize(model, xs)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    export_uniform(model, tmp_path / "out")
+    loaded = PeftModel.from_pretrained(build(), str(tmp_path / "out"))
+    assert torch.allclose(loaded(xs[0]), model(xs[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_what_no_server_reads_is_not_exported(tmp_path: Path) -> None:
+    grouped = nn.Sequential(nn.Conv1d(4, 8, 3, groups=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(grouped, LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(AdapterError, match="0 is a convolution with groups, whose adapter no server reads"):
+        export_uniform(model, tmp_path / "out")
+    model = get_peft_model(Attends(), LoraConfig(r=2, target_modules=["attn"]))
+    with pytest.raises(AdapterError, match=r"out_proj is a projection of nn.MultiheadAttention, whose adapter no server"):
+        export_uniform(model, tmp_path / "out")

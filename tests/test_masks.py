@@ -39,16 +39,25 @@ def bert_to_bert() -> nn.Module:
 
 # model → layers of the encoder, of the decoder, and of the decoder but fed by the encoder
 TWO_SIDES: dict[str, tuple[Any, str, str, str]] = {
-    "t5": (t5, r"encoder\.block\..*\.(q|wi|wo)", r"decoder\..*(SelfAttention\.k|EncDecAttention\.(q|o)|wi)", r".*EncDecAttention\.(k|v)"),
+    "t5": (
+        t5,
+        r"encoder\.block\..*\.(q|wi|wo)",
+        r"decoder\..*(SelfAttention\.k|EncDecAttention\.(q|o)|wi)",
+        r".*EncDecAttention\.(k|v)",
+    ),
     "bart": (
-        bart, r"model\.encoder\..*(q_proj|fc2)", r"model\.decoder\..*(self_attn\.k_proj|encoder_attn\.(q_proj|out_proj)|fc1)",
+        bart,
+        r"model\.encoder\..*(q_proj|fc2)",
+        r"model\.decoder\..*(self_attn\.k_proj|encoder_attn\.(q_proj|out_proj)|fc1)",
         r".*encoder_attn\.(k|v)_proj",
     ),
     "bert to bert": (
-        bert_to_bert, r"encoder\..*(query|output\.dense)", r"decoder\..*\.(attention\.self\.key|crossattention\.self\.query)",
+        bert_to_bert,
+        r"encoder\..*(query|output\.dense)",
+        r"decoder\..*\.(attention\.self\.key|crossattention\.self\.query)",
         r"decoder\..*crossattention\.self\.(key|value)",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces")

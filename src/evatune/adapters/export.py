@@ -202,6 +202,13 @@ def _pad(state: dict[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor
                 raise AdapterError(f"{key} belongs to no plain LoRA layer; merge the adapter instead: --format merged")
         else:
             rank = value.shape[_rank_dimension(match)] if value.ndim > 1 else 0
+            grouped = match["part"] == "B" and value.ndim > 2 and rank < ranks.get(match["layer"], rank)
+            if grouped or ".base_layer" in match["layer"]:
+                raise AdapterError(
+                    f"{match['layer'].removeprefix(_PREFIX)} is a "
+                    f"{'convolution with groups' if grouped else 'projection of nn.MultiheadAttention'}, whose adapter no "
+                    "server reads; serve it with PEFT, or leave such layers out of the targets"
+                )
             if not rank or ranks.setdefault(match["layer"], rank) != rank:
                 raise RecordError(f"the matrices of {match['layer']} do not fit each other; save the adapter again")
     whole = Counter(match["layer"] for key in state if (match := _KEY.fullmatch(key)))
