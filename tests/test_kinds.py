@@ -13,8 +13,9 @@ from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import evatune
-from evatune.adapters.export import export_uniform
+from evatune.adapters.export import export_uniform, merge
 from evatune.adapters.methods import adapt
+from evatune.adapters.saved import adapter_rows
 from evatune.capture import RowSelector, find_sites
 from evatune.capture import kinds as kinds_module
 from evatune.capture.kinds import Patches
@@ -657,3 +658,47 @@ def test_what_no_server_reads_is_not_exported(tmp_path: Path) -> None:
     model = get_peft_model(Attends(), LoraConfig(r=2, target_modules=["attn"]))
     with pytest.raises(AdapterError, match=r"out_proj is a projection of nn.MultiheadAttention, whose adapter no server"):
         export_uniform(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("build", "batches", "options"),
+    [
+        (Words, texts, {"target_modules": ["table", "head"]}),
+        (Attends, sequences, {"target_modules": ["attn", "head"]}),
+        (Mixture, routed, {"target_modules": ["head"], "target_parameters": ["experts.up", "experts.down"]}),
+    ],
+)
+def test_a_saved_adapter_says_the_rank_and_scale_of_every_kind(
+    build: Any, batches: Any, options: Any, tmp_path: Path
+) -> None:
+    calibration, start = round_trip(build, LoraConfig(r=3, lora_alpha=6, **options), batches(), tmp_path)
+    rows = {row["layer"]: row for row in adapter_rows(tmp_path / "adapter_model.safetensors")}
+    ranks = {name.removesuffix(".0"): rank for name, rank in calibration.allocate().ranks.items() if name[-1] not in "123"}
+    assert {name: row["rank"] for name, row in rows.items()} == {name: rank for name, rank in ranks.items() if rank}
+    assert {row["scale"] for row in rows.values()} == {2}
+    assert rows.keys() == start.keys()
+
+
+# A pads with zeros and has no dilation.
+UNMERGED = ("2d same with dilation", "2d circular", "2d reflect", "2d replicate, same")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in RUN_BY_PEFT if kind != "2d groups"])  # which PEFT refuses itself
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_a_convolution_is_merged_where_the_sum_of_the_weights_is_what_the_adapter_computes(
+    kind: str, tmp_path: Path
+) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(3)
+        return nn.Sequential(CONVS[kind]())
+
+    model = get_peft_model(build(), LoraConfig(r=2, target_modules=["0"]))
+    with torch.no_grad():
+        model.base_model.model[0].lora_B["default"].weight.normal_()
+    model.save_pretrained(tmp_path)
+    x = images(build()[0])[0]  # type: ignore[index]
+    if kind not in UNMERGED:
+        assert torch.allclose(merge(build(), tmp_path)(x), model(x), rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(AdapterError, match=r"0 \(Conv2d\(.*cannot be merged"):
+            merge(build(), tmp_path)

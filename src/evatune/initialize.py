@@ -34,7 +34,8 @@ def initialize(
 
     Args:
         model: a `PeftModel` with a LoRA adapter (or a transformers model after `add_adapter`); or a
-            transformers or TRL `Trainer` around one, whose own data, collator and device are then used.
+            transformers or TRL `Trainer` around one, whose own data, collator and device are then used. The adapter
+            may sit on any kind of layer that `evatune.calibrate` lists, and on parameters (`target_parameters`).
         batches: as for `evatune.calibrate`; not with a Trainer.
         rank: r. Default: the adapter's `LoraConfig.r`.
         rho: ρ. Default: the adapter's `EvaConfig.rho` if it has one, else 2.
