@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack
 
 import evatune
 from evatune.adapters.export import export_uniform, merge
@@ -122,6 +124,11 @@ def test_a_mask_of_tokens_chooses_the_patches_at_their_positions() -> None:
     assert spectra["conv"].rows == 13
     assert spectra["conv"].total_energy == pytest.approx(float(rows.square().sum(1).mean()), rel=1e-5)
     assert spectra["halves"].rows == 8  # of another length: the mask does not speak about them
+
+
+def test_a_regular_expression_takes_no_weight_of_a_convolution_for_experts() -> None:
+    sites = find_sites(nn.ModuleDict({"conv": nn.Conv1d(2, 3, 1)}), r"conv.*")
+    assert [site.name for site in sites] == ["conv"]
 
 
 def test_layers_that_read_one_tensor_differently_do_not_share_a_sketch() -> None:
@@ -468,6 +475,30 @@ def test_a_parameter_whose_products_never_come_is_an_error() -> None:
     model = get_peft_model(Unused(), LoraConfig(r=2, target_modules=["head"], target_parameters=["experts.up"]))
     with pytest.raises(LayerError, match=r"never_called: experts\.up\.0"):
         evatune.initialize(model, routed())
+
+
+def test_a_model_that_fails_inside_its_experts_is_left_as_it_was() -> None:
+    class Failing(Experts):
+        def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+            super().forward(x, chosen)
+            raise RuntimeError("the experts broke")
+
+    model = Mixture()
+    model.experts = Failing(transposed=False)
+    model.experts.config = SimpleNamespace(_experts_implementation="grouped_mm")  # as transformers names it
+    with pytest.raises(RuntimeError, match="the experts broke"):
+        evatune.calibrate(model, routed(), EXACT, targets=["experts.up"])
+    assert not _len_torch_dispatch_stack()
+    assert not model.experts._forward_pre_hooks
+    assert not model.experts._forward_hooks
+    assert model.experts.config._experts_implementation == "grouped_mm"
+
+
+def test_an_expert_that_no_token_reaches_does_not_hold_up_the_rest() -> None:
+    config = evatune.CalibrationConfig(rank=2, max_batches=32, tolerance=0.05)
+    calibration = evatune.calibrate(Mixture(), routed(1, seldom=9) * 32, config, targets=["experts.up", "head"])
+    assert calibration.batches < 32
+    assert calibration.status["experts.up.3"] == "seldom_routed"
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -104,9 +104,9 @@ def find_sites(model: nn.Module, targets: Targets = None) -> list[Site]:
     sites: list[Site] = []
     odd = []
     for name, found, plain in layers:
-        weights = [key for key in _stacked(plain) if matches(f"{name}.{key}")]
+        parts = parts_of(plain)
+        weights = [] if parts else [key for key in _stacked(plain) if matches(f"{name}.{key}")]
         if name in chosen:
-            parts = parts_of(plain)
             sites += sites_of(name, plain, parts)
             weights += adapted_parameters(found)
             if strict and not parts and not weights:
@@ -143,7 +143,7 @@ def adapted_parameters(module: nn.Module) -> list[str]:
 
 
 def _stacked(module: nn.Module) -> list[str]:
-    """The weights of experts that are stacked in one parameter."""
+    """Parameters of a shape in which the weights of experts are stacked."""
     return [key for key, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
 
 
