@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch._C import _len_torch_dispatch_stack
 
 import evatune
+from evatune.adapters.compat import initialize_lora_eva_weights
 from evatune.adapters.export import export_uniform, merge
 from evatune.adapters.methods import adapt
 from evatune.adapters.saved import adapter_rows
@@ -23,7 +25,7 @@ from evatune.capture import kinds as kinds_module
 from evatune.capture.kinds import Patches
 from evatune.errors import AdapterError, ConfigError, DataError, LayerError, TargetError
 from evatune.spectrum import captured_energy
-from tests.judge import matrices, round_trip
+from tests.judge import matrices, result, round_trip
 
 torch.set_num_threads(1)
 # PEFT looks for the patterns of parameters among modules only when it warns; it does honour them.
@@ -733,3 +735,28 @@ def test_a_convolution_is_merged_where_the_sum_of_the_weights_is_what_the_adapte
     else:
         with pytest.raises(AdapterError, match=r"0 \(Conv2d\(.*cannot be merged"):
             merge(build(), tmp_path)
+
+
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize(
+    ("build", "batches", "options", "other"),
+    [
+        (Words, texts, {"target_modules": ["table", "head"]}, "table"),
+        (Attends, sequences, {"target_modules": ["attn", "head"]}, "attn"),
+        (Mixture, routed, {"target_modules": ["head"], "target_parameters": ["experts.up"]}, "experts.up"),
+    ],
+)
+def test_pefts_own_functions_start_what_peft_does_not_know_as_peft_does(
+    build: Any, batches: Any, options: Any, other: str, meta: bool, tmp_path: Path
+) -> None:
+    before = result(build(), batches()[0])
+    lora = LoraConfig(r=3, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0), **options)
+    model = get_peft_model(build(), lora, low_cpu_mem_usage=meta)
+    with pytest.warns(UserWarning, match=rf"not found in the eva state_dict: {re.escape(other)}"):
+        initialize_lora_eva_weights(model, batches(), show_progress_bar=False)
+    assert torch.allclose(result(model, batches()[0]), before, atol=1e-5)
+    assert torch.allclose(matrices(model, "A")["head"] @ matrices(model, "A")["head"].T, torch.eye(3), atol=1e-5)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build(), str(tmp_path))
+    assert all(torch.equal(a, matrices(model, "A")[name]) for name, a in matrices(again, "A").items())
+    assert matrices(again, "A").keys() == matrices(model, "A").keys()

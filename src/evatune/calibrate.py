@@ -62,7 +62,8 @@ def calibrate(
         config: settings; `CalibrationConfig()` by default.
         targets: which layers, as PEFT names them: "all-linear", a list of names or suffixes, or a regular
             expression for whole names. Default: the layers that carry an adapter, else "all-linear". Besides linear
-            layers: convolutions, embeddings, `nn.MultiheadAttention` (named like it, and "….out_proj") and parameters
+            layers: convolutions (their own patches; `evatune.initialize` takes those that PEFT's A sees, which pads with
+            zeros and has no dilation), embeddings, `nn.MultiheadAttention` (named like it, and "….out_proj") and parameters
             in which the weights of experts are stacked (one entry per expert, "….0", "….1", …).
         forward: `forward(model, batch)` replaces the default call: `model(**batch)` for a mapping or a
             dataclass, `model(*batch)` for a tuple or list, `model(batch)` for a tensor.
