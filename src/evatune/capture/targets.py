@@ -117,8 +117,8 @@ def find_sites(model: nn.Module, targets: Targets = None) -> list[Site]:
         raise TargetError(
             f"these targets are of a kind that is not supported: {', '.join(odd[:5])}"
             f"{f' and {len(odd) - 5} more' if len(odd) > 5 else ''}; supported are "
-            f"{', '.join(kind.name for kind in KINDS)} and stacked weights of experts. Name such layers instead, or leave "
-            "these out with exclude_modules in the LoraConfig"
+            f"{', '.join(kind.name for kind in KINDS)} and stacked weights of experts. Name the linear layers "
+            "or others of these instead, or leave those out with exclude_modules in the LoraConfig"
         )
     if not sites:
         raise TargetError(_nothing_matches(targets, layers))
