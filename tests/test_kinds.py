@@ -443,6 +443,39 @@ def test_each_expert_has_the_rows_routed_to_it(transposed: bool) -> None:
             assert calibration.status[f"experts.{key}.{expert}"].usable
 
 
+def test_experts_that_are_multiplied_all_at_once_have_the_rows_that_are_not_zero() -> None:
+    class AtOnce(Experts):
+        def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+            routed = (chosen[:, None, :] == torch.arange(4)[:, None]).any(-1)  # (n, 4)
+            every = x[None] * routed.T[..., None]
+            return torch.bmm(torch.tanh(torch.bmm(every, self.up)), self.down).sum(0)
+
+    batches, config = routed(), evatune.CalibrationConfig(components=4, sketch="exact", tolerance=0)
+    targets = ["experts.up", "experts.down"]
+    model = Mixture(transposed=True)
+    one_by_one = evatune.calibrate(model, batches, config, targets=targets)
+    model.experts = AtOnce(transposed=True)
+    at_once = evatune.calibrate(model, batches, config, targets=targets)
+    for name, spectrum in one_by_one.spectra.items():
+        assert at_once.spectra[name].rows == spectrum.rows
+        assert torch.allclose(at_once.spectra[name].energies, spectrum.energies, rtol=1e-4, atol=1e-7)
+
+
+def test_a_stack_of_one_weight_has_all_rows() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(1, 6, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight[0])
+
+    x = torch.randn(50, 8)
+    spectrum = evatune.calibrate(nn.Sequential(Single()), [x], EXACT, targets=["0.weight"]).spectra["0.weight.0"]
+    assert spectrum.rows == 50
+    assert torch.allclose(spectrum.energies.double(), moments(x, 6), rtol=1e-4)
+
+
 def test_an_expert_that_is_seldom_called_says_so_and_starts_from_what_it_saw() -> None:
     model = get_peft_model(Mixture(), LoraConfig(r=3, target_modules=[], target_parameters=["experts.up", "experts.down"]))
     calibration = evatune.initialize(model, routed())
