@@ -5,6 +5,7 @@
 
 The map step is a plain function from a shard of the data to a file, so Slurm, Kubernetes or a shell loop do as well
 as Ray; the reduce step needs the files only, and is also `evatune merge shards/shard-*.safetensors -o all.safetensors`.
+What it leaves starts an adapter: `evatune.initialize(peft_model, Calibration.load("shards/calibration.safetensors"))`.
 
 On a cluster, three things change. `ray.init` finds it by the address in RAY_ADDRESS, and `num_cpus=WORKERS` goes away.
 `--out` names a folder that every machine can write to. With GPUs, `@ray.remote(num_gpus=1)` and

@@ -381,6 +381,10 @@ def test_other_layers_widths_and_models_are_named() -> None:
     with pytest.raises(ConfigError, match="its model is 'Bert hub/small' and that of calibration 1 is 'Bert /data/large'"):
         Calibration.merge([one, other])
     Calibration.merge([one, replace(first, model="Bert /elsewhere/large")])
+    capped = replace(first, layers={name: replace(layer, cap=1) for name, layer in first.layers.items()})
+    with pytest.raises(ConfigError, match=r"a may get any number of ranks there and 1 in .*same rank_pattern"):
+        Calibration.merge([capped, first])
+    assert {layer.cap for layer in Calibration.merge([capped, capped]).layers.values()} == {1}
 
 
 # -- the command ----------------------------------------------------------------------------------------

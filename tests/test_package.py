@@ -33,7 +33,7 @@ def test_the_public_names_are_these_and_no_more() -> None:
 
 
 def test_importing_evatune_loads_no_heavy_library() -> None:
-    heavy = {"peft", "transformers", "datasets", "matplotlib", "jinja2", "typer", "rich", "accelerate"}
+    heavy = {"peft", "transformers", "datasets", "matplotlib", "jinja2", "typer", "rich", "accelerate", "trl", "lightning"}
     code = f"import sys, evatune; print(sorted({heavy} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
@@ -54,6 +54,9 @@ def imports_of(file: Path) -> set[str]:
     [
         ("peft", {"adapters", "cli"}),
         ("transformers", {"trainers", "tasks", "cli"}),
+        ("lightning", {"trainers"}),
+        ("pytorch_lightning", {"trainers"}),
+        ("trl", set()),
         ("datasets", {"tasks", "cli"}),
         ("matplotlib", {"report", "tasks"}),  # whose fonts are drawn
         ("jinja2", {"report"}),

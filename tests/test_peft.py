@@ -376,12 +376,6 @@ def test_an_adapted_layer_of_another_kind_is_named() -> None:
         evatune.initialize(model, tokens())
 
 
-def test_a_rank_pattern_is_not_overwritten_unasked() -> None:
-    model = lora(tiny_bert(), rank_pattern={"query": 2})
-    with pytest.raises(AdapterError, match="rank_pattern"):
-        evatune.initialize(model, tokens())
-
-
 def test_random_numbers_are_where_they_were() -> None:
     model = lora(tiny_bert())
     torch.manual_seed(3)

@@ -30,22 +30,32 @@ def worth(layer: Candidate, metric: str, cap: int) -> list[float]:
     return (e / by).tolist()
 
 
-def value(layers: dict[str, Candidate], plan: RankPlan) -> float:
+def value(layers: dict[str, Candidate], plan: RankPlan, own: dict[str, int] | None = None) -> float:
     total = 0.0
     for name, layer in layers.items():
-        cap = min(math.floor(plan.rank * plan.rho), layer.in_features, layer.out_features, len(layer.spectrum.energies))
+        most = (own or {}).get(name, math.floor(plan.rank * plan.rho))
+        cap = min(most, layer.in_features, layer.out_features, len(layer.spectrum.energies))
         total += sum(worth(layer, plan.metric, cap)[: plan.ranks[name]])
     return total
 
 
 def brute_force(
-    layers: dict[str, Candidate], rank: int, rho: float, budget: str, metric: str, least: int
+    layers: dict[str, Candidate],
+    rank: int,
+    rho: float,
+    budget: str,
+    metric: str,
+    least: int,
+    own: dict[str, int] | None = None,
 ) -> tuple[int, float]:
     """(largest spend within the budget, best value at that spend) over all choices of ranks."""
-    caps = [min(math.floor(rank * rho), c.in_features, c.out_features, len(c.spectrum.energies)) for c in layers.values()]
+    own = own or {}
+    most = {name: own.get(name, math.floor(rank * rho)) for name in layers}
+    caps = [min(most[n], c.in_features, c.out_features, len(c.spectrum.energies)) for n, c in layers.items()]
     costs = [1 if budget == "ranks" else c.cost for c in layers.values()]
     gains = [[0.0, *itertools.accumulate(worth(c, metric, cap)[:cap])] for c, cap in zip(layers.values(), caps, strict=True)]
-    limit, best = rank * sum(costs), (-1, -1.0)
+    limit = sum(own.get(name, rank) * cost for name, cost in zip(layers, costs, strict=True))
+    best = (-1, -1.0)
     for choice in itertools.product(*(range(min(least, cap), cap + 1) for cap in caps)):
         spend = sum(r * cost for r, cost in zip(choice, costs, strict=True))
         if spend <= limit:
@@ -73,6 +83,49 @@ def test_no_choice_of_ranks_does_better(seed: int, budget: str, metric: str, rho
     spend, best = brute_force(layers, rank, rho, budget, metric, least)
     assert plan.spent == spend
     assert value(layers, plan) == pytest.approx(best, rel=1e-9)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 100_000),
+    budget=st.sampled_from(["ranks", "parameters"]),
+    metric=st.sampled_from(METRICS),
+    rho=st.sampled_from([1.0, 2.0, 3.0]),
+)
+def test_no_choice_of_ranks_below_the_layers_own_caps_does_better(seed: int, budget: str, metric: str, rho: float) -> None:
+    rng = random.Random(seed)
+    rank = rng.randint(1, 3)
+    sizes = [(rng.choice([6, 8, 12]), rng.choice([6, 8, 16])) for _ in range(rng.randint(1, 4))]
+    own = {f"l{i}": rng.randint(1, 6) for i in range(len(sizes)) if rng.random() < 0.5}
+    layers = {f"l{i}": candidate([10 ** rng.uniform(-3, 2) for _ in range(9)], *size) for i, size in enumerate(sizes)}
+    plan = allocate(layers, rank=rank, rho=rho, budget=budget, metric=metric, caps=own)
+    assert all(plan.ranks[name] <= cap for name, cap in own.items())
+    spend, best = brute_force(layers, rank, rho, budget, metric, 0, own)
+    assert plan.spent == spend
+    assert value(layers, plan, own) == pytest.approx(best, rel=1e-9)
+
+
+def test_with_caps_of_their_own_rho_one_gives_layers_these_or_the_rank() -> None:
+    layers = {str(i): candidate([1.0 + i] * 8, 8, 8) for i in range(4)}
+    plan = allocate(layers, rank=4, rho=1, caps={"0": 2, "3": 7})
+    assert plan.ranks == {"0": 2, "1": 4, "2": 4, "3": 7}
+    assert plan.limit == plan.spent == 17
+    assert plan.parameters == plan.uniform_parameters == 17 * 16
+
+
+@pytest.mark.parametrize(
+    ("caps", "error", "text"),
+    [
+        ({"c": 1}, ConfigError, "caps names 'c', which is no layer; the layers are a, b"),
+        ({"a": 0}, ConfigError, "the cap of a is 0; it must be a whole number of at least 1"),
+        ({"a": True}, ConfigError, "the cap of a is True"),
+        ({"a": 5, "b": 2}, BudgetError, r"2 or its cap per layer.*cannot be met.*Below 2 or its cap: a \(4\)"),
+    ],
+)
+def test_caps_that_cannot_be_are_refused(caps: dict[str, int], error: type[Exception], text: str) -> None:
+    layers = {name: candidate([4, 3, 2, 1], 9, 9) for name in "ab"}
+    with pytest.raises(error, match=text):
+        allocate(layers, rank=2, rho=2, caps=caps)
 
 
 def test_one_list_of_all_components_is_what_decides() -> None:

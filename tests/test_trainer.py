@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import evatune
 from evatune.errors import AdapterError, DataError
@@ -20,7 +22,7 @@ from tests.toys import tiny_bert, tokens
 torch.set_num_threads(1)
 
 
-def trainer(folder: Path, **options: Any) -> Trainer:
+def trainer(folder: Path, *, report_to: Sequence[str] = (), logs: bool = False, **options: Any) -> Trainer:
     model = get_peft_model(tiny_bert("classification"), LoraConfig(r=4, task_type="SEQ_CLS", target_modules="all-linear"))
     rows = [
         {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(number % 2)}
@@ -28,8 +30,9 @@ def trainer(folder: Path, **options: Any) -> Trainer:
         for number, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True))
     ]
     arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=4, max_steps=4, report_to=[], use_cpu=True, disable_tqdm=True,
-        logging_strategy="no", save_strategy="no", dataloader_pin_memory=False, learning_rate=1e-2,
+        output_dir=str(folder), per_device_train_batch_size=4, max_steps=4, report_to=list(report_to), use_cpu=True,
+        disable_tqdm=True, logging_strategy="steps" if logs else "no", logging_steps=1, save_strategy="no",
+        dataloader_pin_memory=False, learning_rate=1e-2,
     )  # fmt: skip
     return Trainer(model=model, args=arguments, train_dataset=rows, **options)
 
@@ -64,8 +67,14 @@ def test_the_training_data_come_in_the_order_they_would_have_come(tmp_path: Path
 def test_too_late_is_a_clear_error(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.create_optimizer()
+    before, config = {name: value.clone() for name, value in run.model.state_dict().items()}, str(run.model.peft_config)
     with pytest.raises(AdapterError, match=r"already has an optimiser.*before trainer\.train"):
         evatune.initialize(run)
+    assert str(run.model.peft_config) == config
+    assert before.keys() == run.model.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+    run.train()
+    assert not any("evatune/batches" in line for line in run.state.log_history)
 
 
 def test_batches_beside_a_trainer_are_refused(tmp_path: Path) -> None:
@@ -80,6 +89,96 @@ def test_random_states_are_as_they_were(tmp_path: Path) -> None:
     torch.manual_seed(1)
     evatune.initialize(run)
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_finished_calibration_starts_a_trainers_model_without_a_batch(tmp_path: Path) -> None:
+    run, direct = trainer(tmp_path / "a"), trainer(tmp_path / "b")
+    calibration = evatune.initialize(direct)
+    run.get_train_dataloader = None  # type: ignore[assignment, method-assign]
+    evatune.initialize(run, calibration)
+    ours, theirs = run.model.state_dict(), direct.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    run.create_optimizer()
+    with pytest.raises(AdapterError, match="already has an optimiser"):
+        evatune.initialize(run, calibration)
+
+
+# -- trackers -----------------------------------------------------------------------------------------
+
+
+class Tracker(TrainerCallback):
+    """What a tracker of `report_to` is to the trainer: it opens a run as training begins, and then takes what is logged."""
+
+    def __init__(self) -> None:
+        self.open, self.lines = False, []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.open = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        assert self.open
+        self.lines.append((state.global_step, dict(logs)))
+
+
+def test_trackers_get_what_the_calibration_found_before_the_first_loss(tmp_path: Path) -> None:
+    tracker = Tracker()
+    run = trainer(tmp_path, logs=True, callbacks=[tracker])
+    run.remove_callback(PrinterCallback)
+    calibration = evatune.initialize(run)
+    assert not tracker.lines
+    run.train()
+    step, figures = tracker.lines[0]
+    plan = calibration.allocate()
+    ranks = {name: rank for name, rank in plan.ranks.items() if rank}
+    shares = [calibration.spectra[name].certificate.captured(rank) for name, rank in ranks.items()]  # type: ignore[union-attr]
+    assert step == 0
+    assert figures.pop("epoch") == 0
+    assert figures.pop("evatune/energy") == pytest.approx(sum(shares) / len(shares))
+    statuses = {key: figures.pop(key) for key in list(figures) if key.startswith("evatune/status/")}
+    assert set(statuses) <= {f"evatune/status/{status}" for status in evatune.Status}
+    assert sum(statuses.values()) == len(calibration.layers) == 13
+    assert figures == {
+        "evatune/batches": calibration.batches, "evatune/ranks": 4 * 13, "evatune/parameters": plan.parameters,
+        "evatune/layers": len(ranks),
+    }  # fmt: skip
+    assert [logs.get("loss") is not None for _, logs in tracker.lines[1:5]] == [True] * 4
+    assert [line for line in run.state.log_history if "evatune/batches" in line] == [run.state.log_history[0]]
+
+
+def test_only_the_last_of_several_initialisations_is_logged(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.remove_callback(PrinterCallback)
+    evatune.initialize(run)
+    evatune.initialize(run, rank=2)
+    run.train()
+    assert [line["evatune/ranks"] for line in run.state.log_history if "evatune/ranks" in line] == [2 * 13]
+
+
+def scalars(folder: Path) -> dict[str, float]:
+    """The scalars in TensorBoard's event files: records of length, checksum, message, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for path in folder.rglob("events.out.tfevents.*"):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            found |= {value.tag: value.simple_value for value in event.summary.value if value.HasField("simple_value")}
+            data = data[12 + length + 4 :]
+    return found
+
+
+def test_tensorboard_shows_it(tmp_path: Path) -> None:
+    run = trainer(tmp_path, report_to=["tensorboard"], logs=True)
+    run.remove_callback(PrinterCallback)
+    calibration = evatune.initialize(run)
+    run.train()
+    found = scalars(tmp_path)
+    assert found["train/evatune/batches"] == calibration.batches
+    assert 0 < found["train/evatune/energy"] <= 1
+    assert "train/loss" in found
 
 
 _TWO_PROCESSES = """
@@ -101,22 +200,33 @@ arguments = transformers.TrainingArguments(
 )
 data = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
 trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
+assert trainer.args.world_size == 2
 evatune.initialize(trainer)
+started = torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "lora_" in name])
 trainer.train()
+assert "evatune/batches" in trainer.state.log_history[0]
 trained = torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "lora_" in name])
-torch.save(trained, f"{sys.argv[1]}/{trainer.args.process_index}.pt")
+torch.save((started, trained), f"{sys.argv[1]}/{trainer.args.process_index}.pt")
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()  # or gloo's threads may abort the process at its end
 """
 
 
-def test_two_processes_start_from_the_same_adapter_and_train_it(tmp_path: Path) -> None:
+_TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+# With --cpu accelerate starts one process, whatever their number, unless there is MPI. --multi_gpu starts them all, and
+# without a GPU they talk through gloo.
+_ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+               "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", [_TORCHRUN, _ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_start_from_the_same_adapter_and_train_it(tmp_path: Path, launcher: list[str]) -> None:
     (tmp_path / "two.py").write_text(_TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(tmp_path / "two.py"), str(tmp_path)], capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", *launcher, str(tmp_path / "two.py"), str(tmp_path)], capture_output=True, text=True,
+        timeout=300, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert torch.equal(first, second)
+    for ours, theirs in zip(first, second, strict=True):  # as they start, and when they are trained
+        assert torch.equal(ours, theirs)

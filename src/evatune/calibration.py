@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from evatune.config import CalibrationConfig
 from evatune.errors import LayerError, RecordError
-from evatune.files import umask
+from evatune.files import whole_file
 from evatune.merge import merge as _merge
 from evatune.ranks import Candidate, RankPlan
 from evatune.ranks import allocate as _allocate
@@ -37,7 +36,9 @@ class Layer:
     in_features: int
     out_features: int
     input: int | None  # layers with the same number share one input and one spectrum; None: never called
-    first_bad_batch: int | None = None  # counted from 1
+    first_bad_batch: int | None = None  # counted from 1, over all processes
+    bad_process: int | None = None  # the one that had it, where several worked together
+    cap: int | None = None  # the most ranks it may get, by the `rank_pattern` of the adapter it was calibrated for
     groups: int = 1  # ranks come in multiples of this: groups of a convolution
     unit: str = ""  # layers with the same name here have one rank: the experts of one weight, parts of one attention
 
@@ -56,6 +57,8 @@ class Calibration:
     config: CalibrationConfig
     batches: int
     model: str = ""
+    processes: int = 1  # that saw the batches together
+    bytes_sent: int = 0  # by this one of them to the others
     versions: dict[str, str] = field(default_factory=lambda: _versions())
 
     def allocate(
@@ -66,7 +69,7 @@ class Calibration:
         metric: str | None = None,
         min_rank: int = 0,
     ) -> RankPlan:
-        """Redistribute a rank budget; see `evatune.ranks.allocate`. Defaults come from `config`."""
+        """Redistribute a rank budget; see `evatune.ranks.allocate`. Defaults come from `config`, caps from `layers`."""
         config = self.config
         return _allocate(
             {name: layer.candidate(self.spectra[name]) for name, layer in self.layers.items()},
@@ -75,6 +78,7 @@ class Calibration:
             budget=config.budget if budget is None else budget,
             metric=config.metric if metric is None else metric,
             min_rank=min_rank,
+            caps={name: layer.cap for name, layer in self.layers.items() if layer.cap is not None},
         )
 
     @classmethod
@@ -139,7 +143,8 @@ class Calibration:
     def _explain(self, name: str) -> str:
         spectrum, layer = self.spectra[name], self.layers[name]
         if self.status[name] is Status.NON_FINITE:
-            return f"{name} (first in batch {layer.first_bad_batch})"
+            where = "" if layer.bad_process is None else f" on process {layer.bad_process}"
+            return f"{name} (first in batch {layer.first_bad_batch}{where})"
         if self.status[name] is Status.TOO_FEW_ROWS:
             return f"{name} ({spectrum.rows} rows for {min(self.config.kept, layer.in_features)} components)"
         return name
@@ -170,20 +175,14 @@ class Calibration:
             "config": asdict(self.config),
             "batches": self.batches,
             "model": self.model,
+            "processes": self.processes,
+            "bytes_sent": self.bytes_sent,
             "versions": self.versions,
             "inputs": inputs,
             "layers": {name: asdict(layer) | {"status": self.status[name]} for name, layer in self.layers.items()},
         }
-        target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
-        try:
+        with whole_file(Path(path)) as temporary:
             save_file(tensors, temporary, metadata={"format": _FORMAT, "record": json.dumps(record)})
-            os.chmod(temporary, 0o666 & ~umask())
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -242,7 +241,17 @@ class Calibration:
             if layer.input is not None and by_input[layer.input].directions.shape[1] != layer.in_features:
                 raise ValueError(f"{name} has {layer.in_features} inputs but directions of another width")
             spectra[name] = empty(layer.in_features, config.center) if layer.input is None else by_input[layer.input]
-        return cls(spectra, status, layers, config, record["batches"], record["model"], versions=record["versions"])
+        return cls(
+            spectra,
+            status,
+            layers,
+            config,
+            record["batches"],
+            record["model"],
+            processes=record.get("processes", 1),
+            bytes_sent=record.get("bytes_sent", 0),
+            versions=record["versions"],
+        )
 
 
 def _require_whole(spectrum: Spectrum) -> None:

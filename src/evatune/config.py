@@ -25,7 +25,7 @@ class CalibrationConfig:
         center: subtract the mean. False (default) is what the paper's theorem maximises: the gradient of B at
             step 0 grows with E‖Ax‖², mean included. True is the paper's code (PCA).
         oversampling: columns of the Nyström basis beyond `components`.
-        max_batches: bound on forward passes.
+        max_batches: bound on forward passes, of all processes together; each gets at least one.
         tolerance: stop when, with the data seen since the last check (at 1, 2, 4, 8, … batches), the directions
             in use gained less than this share of energy, and less than twice this share of the ranks moved.
             0: never stop before `max_batches` or the end of the data.
@@ -34,6 +34,8 @@ class CalibrationConfig:
             what the adapter's `EvaConfig.use_label_mask` asks for, else False.
         ignore_index: label of tokens without a loss.
         seed: of the sketch's random start.
+        distributed: whether the processes of torch.distributed, where there are several, calibrate together, each on
+            batches of its own. False: every process works alone, as if there were no other.
 
     Raises:
         ConfigError: a value out of its range.
@@ -52,6 +54,7 @@ class CalibrationConfig:
     labels_only: bool | str | None = None
     ignore_index: int = -100
     seed: int = 0
+    distributed: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("rank", 1), ("max_batches", 1), ("components", 1), ("oversampling", 0), ("seed", 0)):

@@ -7,7 +7,8 @@
     ├── DataError          batches, texts or files that cannot be used                         (also ValueError)
     ├── LayerError         layers whose activations give nothing to start an adapter from      (also ValueError)
     ├── RecordError        a calibration or adapter file that is damaged or not ours           (also ValueError)
-    └── AdapterError       a model or adapter in a state that cannot be initialised            (also ValueError)
+    ├── AdapterError       a model or adapter in a state that cannot be initialised            (also ValueError)
+    └── ProcessError       one of several processes that work together failed or was lost      (also RuntimeError)
 
 Every message says what came, what is allowed and what to try, and names the layer or the option.
 """
@@ -45,3 +46,7 @@ class RecordError(EvatuneError, ValueError):
 
 class AdapterError(EvatuneError, ValueError):
     """The model or its adapter is in a state that cannot be initialised."""
+
+
+class ProcessError(EvatuneError, RuntimeError):
+    """One of several processes that calibrate together failed, was lost, or works on something else."""

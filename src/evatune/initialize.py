@@ -5,27 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from evatune.calibrate import ForwardFunction, Progress
+from evatune.calibrate import ForwardFunction, Progress, model_device
 from evatune.calibration import Calibration
 from evatune.capture.tap import RowsFunction
+from evatune.checkpoint import Checkpoint
 from evatune.config import CalibrationConfig
 from evatune.errors import DataError
+from evatune.processes import Team
 
 
 def initialize(
     model: Any,
-    batches: Iterable[Any] | None = None,
+    batches: Iterable[Any] | Calibration | None = None,
     *,
     rank: int | None = None,
     rho: float | None = None,
     budget: str | None = None,
     metric: str | None = None,
-    scale: str = "paper",
+    scale: str | None = None,
     config: CalibrationConfig | None = None,
     forward: ForwardFunction | None = None,
     rows: RowsFunction | None = None,
     adapter_name: str = "default",
+    overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    checkpoint: Checkpoint | None = None,
     on_unsupported: str = "error",
 ) -> Calibration:
     """Calibrate, redistribute ranks and write the result into a model's LoRA layers, in place.
@@ -36,16 +40,22 @@ def initialize(
         model: a `PeftModel` with a LoRA adapter (or a transformers model after `add_adapter`); or a
             transformers or TRL `Trainer` around one, whose own data, collator and device are then used. The adapter
             may sit on any kind of layer that `evatune.calibrate` lists, and on parameters (`target_parameters`).
-        batches: as for `evatune.calibrate`; not with a Trainer.
-        rank: r. Default: the adapter's `LoraConfig.r`.
-        rho: ρ. Default: the adapter's `EvaConfig.rho` if it has one, else 2.
-        budget, metric: "ranks" and "ratio" unless `config` says otherwise; see `evatune.ranks.allocate`.
-        scale: length of the rows of A. With v_j the j-th direction, r_l the layer's rank, `in` its width:
+        batches: as for `evatune.calibrate`; not with a Trainer. Or a finished `Calibration` of this model, merged or loaded
+            from a file, also with a Trainer: it must cover the adapter's layers, and no batch is run then.
+        rank: r. Default: the adapter's `LoraConfig.r`, and its `rank_pattern` as it stands: a layer that it names gets at
+            most the rank there, whatever ρ, and counts with it in the budget, so that all ranks together are as many as
+            the config gives. A `rank` given here (or in `config`) replaces r and the pattern, which an adapter that evatune
+            has written ranks into needs, to be redistributed anew.
+        rho: ρ. Default: the adapter's `EvaConfig.rho` if it has one, else that of the `Calibration`, else 2.
+        budget, metric: "ranks" and "ratio" unless `config` or the `Calibration` says otherwise; see
+            `evatune.ranks.allocate`.
+        scale: length of the rows of A. Default: "whiten" if the adapter's config says `EvaConfig(whiten=True)`, which no
+            other scale given here may contradict; else "paper". With v_j the j-th direction, r_l the layer's rank, `in` its
+            width:
 
             "paper"    a_j = v_j, orthonormal rows.
             "whiten"   a_j = v_j / σ_j, σ_j the standard deviation of v_j·x over tokens, so that every
                        component of Ax has variance 1. σ_j is taken no smaller than 0.001·sqrt(E[(v_j·x)²]).
-                       Also what `EvaConfig(whiten=True)` in the adapter's config asks for.
             "matched"  a_j = c·v_j, c² = (r_l / (3·in)) · E‖x‖² / Σ_j E[(v_j·x)²], so that E‖Ax‖² is what it
                        is for PEFT's default initialisation (uniform on ±1/√in) at the layer's rank: a
                        learning rate tuned for LoRA carries over.
@@ -54,34 +64,49 @@ def initialize(
             it leaves `labels_only` open and the adapter's config asks for EVA (`init_lora_weights="eva"`), its
             `EvaConfig.use_label_mask` and `label_mask_value` hold: tokens without a loss are left out of batches that
             have a label per token (but not for encoder-decoder models).
-        forward, rows, progress: as for `evatune.calibrate`.
+        forward, rows, progress, checkpoint: as for `evatune.calibrate`, and so are several processes: each ends with the
+            same adapter. A Trainer's processes share its batches out.
         adapter_name: which adapter to initialise; no other is touched.
+        overwrite: let an adapter that is trained already start over: B = 0 and, with DoRA, magnitudes as at the start.
+            Modules trained in full (`modules_to_save`) stay as they are.
         on_unsupported: adapted layers of a kind that EVA does not initialise are an "error" that names them, or with
             "skip" stay as PEFT initialised them, at their rank and outside the budget, and are named in a warning.
 
     Returns:
         The `Calibration`. Afterwards B = 0, so the model's output is what it was; ranks and α are set in the
-        adapter's config (`rank_pattern`, `alpha_pattern`) such that each layer's scale is α over `rank` (rsLoRA:
-        over its root), whatever its own rank, and so what it was unless `rank` replaces r; layers of rank 0 carry
-        this adapter no more; `save_pretrained` writes a folder that plain PEFT loads.
+        adapter's config (`rank_pattern`, `alpha_pattern`) such that each layer's scale is what it was, α over r
+        (rsLoRA: over its root) with both patterns, whatever its new rank, unless `rank` replaces r; layers of rank 0 carry
+        this adapter no more; `save_pretrained` writes a folder that plain PEFT loads. A Trainer logs, at the start of each
+        `train()`, what the calibration found, for its trackers (`report_to`) too: see `evatune.trainers.summary`.
 
     Raises:
-        AdapterError: no LoRA adapter of that name, or one that is already trained or merged.
+        AdapterError: no LoRA adapter of that name, or one that is merged, or trained already (unless `overwrite`); a
+            `Calibration` of another model; a Trainer that has an optimiser already.
         LayerError: layers without a usable result. BudgetError: the budget cannot be met.
-        ConfigError, DataError, TargetError: as for `calibrate`. The model is unchanged in every case.
+        ConfigError: options that contradict each other, the adapter's config or the `Calibration`.
+        DataError, TargetError: as for `calibrate`. The model is unchanged in every case.
     """
     options: dict[str, Any] = {
         "rank": rank, "rho": rho, "budget": budget, "metric": metric, "scale": scale, "config": config, "rows": rows,
-        "adapter_name": adapter_name, "progress": progress, "on_unsupported": on_unsupported,
+        "adapter_name": adapter_name, "overwrite": overwrite, "progress": progress, "checkpoint": checkpoint,
+        "on_unsupported": on_unsupported, "forward": forward,
     }  # fmt: skip
+    together = (config or CalibrationConfig()).distributed and not isinstance(batches, Calibration)
     if hasattr(model, "get_train_dataloader"):
-        if batches is not None:
-            raise DataError("initialize(trainer) takes its batches from the trainer; leave out the second argument")
+        if batches is not None and not isinstance(batches, Calibration):
+            raise DataError(
+                "initialize(trainer) takes its batches from the trainer; leave out the second argument, or give a "
+                "Calibration"
+            )
         from evatune.trainers.hf import initialize_trainer
 
-        return initialize_trainer(model, forward=forward, **options)
+        with Team.formed(together, model_device(model.model)) as team:
+            return initialize_trainer(model, batches, team=team, **options)
     if batches is None:
-        raise DataError("initialize(model, batches) needs batches: a DataLoader, list or generator of model inputs")
+        raise DataError(
+            "initialize(model, batches) needs batches: a DataLoader, list or generator of model inputs, or a Calibration"
+        )
     from evatune.adapters.peft import initialize_model
 
-    return initialize_model(model, batches, forward=forward, **options)
+    with Team.formed(together, model_device(model)) as team:
+        return initialize_model(model, batches, team=team, **options)

@@ -22,7 +22,7 @@ _RTOL = 1e-7
 # From settled to not; a shard that could settle nothing counts as one whose data ended.
 _LEAST_SETTLED_LAST = (Status.CONVERGED, Status.UNSETTLED, Status.MAX_BATCHES, Status.DATA_EXHAUSTED)
 # How far a shard ran and where its sketch started; everything else says what its numbers mean.
-_MAY_DIFFER = ("max_batches", "seed")
+_MAY_DIFFER = ("max_batches", "seed", "distributed")
 
 
 def merge(shards: Sequence[Calibration]) -> Calibration:
@@ -229,7 +229,13 @@ def _require_same(first: Calibration, other: Calibration, number: int) -> None:
                 f"{refused}: {name} is {theirs[0]}→{theirs[1]} there and {mine[0]}→{mine[1]} in calibration 1; merge "
                 "calibrations of the same model"
             )
-    if _model_name(first.model) != _model_name(other.model):
+        if layer.cap != other.layers[name].cap:
+            most, here = (one.cap or "any number of" for one in (other.layers[name], layer))
+            raise ConfigError(
+                f"{refused}: {name} may get {most} ranks there and {here} in calibration 1; merge "
+                "calibrations for adapters with the same rank_pattern"
+            )
+    if not same_model(first.model, other.model):
         raise ConfigError(
             f"{refused}: its model is {other.model!r} and that of calibration 1 is {first.model!r}; merge calibrations of "
             "the same model"
@@ -241,6 +247,11 @@ def _require_same(first: Calibration, other: Calibration, number: int) -> None:
                 f"{refused}: its {setting} is {value!r} and that of calibration 1 is {ours[setting]!r}; calibrate all "
                 "shards with the same settings"
             )
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether the `model` of two records says the same."""
+    return _model_name(one) == _model_name(other)
 
 
 def _model_name(model: str) -> tuple[str, str]:

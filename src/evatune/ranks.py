@@ -51,7 +51,7 @@ class RankPlan:
     limit: int  # the budget, in its unit
     spent: int  # what the ranks cost, in the same unit
     parameters: int  # trainable parameters of A and B together
-    uniform_parameters: int  # the same with `rank` in every layer
+    uniform_parameters: int  # the same with `rank` in every layer, or its cap where it has one of its own
 
 
 def allocate(
@@ -62,6 +62,7 @@ def allocate(
     budget: str = "ranks",
     metric: str = "ratio",
     min_rank: int = 0,
+    caps: Mapping[str, int] | None = None,
 ) -> RankPlan:
     """Redistribute a rank budget over layers.
 
@@ -75,6 +76,9 @@ def allocate(
         metric: what a component λ_j of a layer is worth: "ratio" λ_j / total energy (the paper's default),
             "raw" λ_j, "max" λ_j / λ_1, "sum" λ_j / Σ of the layer's components in reach, j ≤ cap.
         min_rank: ranks that every layer with energy gets first, as far as its cap allows.
+        caps: layer name → the most ranks it may get, instead of ⌊ρ·r⌋. In the budget and in `uniform_parameters` such a
+            layer counts with its cap, not with r. So ρ = 1 gives every layer its cap or r, and PEFT's `rank_pattern` in
+            the role of `caps` costs what it costs without redistribution.
 
     Returns:
         The plan with the greatest sum of metrics among those that spend the budget exactly, or, where no
@@ -102,24 +106,27 @@ def allocate(
     if min_rank < 0 or min_rank > rank:
         raise ConfigError(f"min_rank is {min_rank}; it must lie between 0 and rank ({rank})")
 
-    cap = math.floor(rank * rho + 1e-9)
-    units: dict[str, list[Candidate]] = {}
+    own = _own_caps(caps or {}, layers)
+    usual = {name: own.get(name, rank) for name in layers}  # without redistribution
+    most = math.floor(rank * rho + 1e-9)
+    units: dict[str, list[str]] = {}
     for name, layer in layers.items():
-        units.setdefault(layer.unit or name, []).append(layer)
-    steps = {unit: tied[0].groups for unit, tied in units.items()}
+        units.setdefault(layer.unit or name, []).append(name)
+    steps = {unit: layers[tied[0]].groups for unit, tied in units.items()}
     caps = {}
     for unit, tied in units.items():
-        most = max(min(cap, layer.in_features, layer.out_features, layer.spectrum.usable) for layer in tied)
-        caps[unit] = most - most % steps[unit]
-    costs = {unit: sum(1 if budget == "ranks" else layer.cost for layer in tied) for unit, tied in units.items()}
-    limit = sum(rank * cost for cost in costs.values())
+        top = max(_top(layers[name], own.get(name, most)) for name in tied)
+        caps[unit] = top - top % steps[unit]
+    costs = {unit: sum(1 if budget == "ranks" else layers[name].cost for name in tied) for unit, tied in units.items()}
+    limit = sum(usual[units[unit][0]] * cost for unit, cost in costs.items())
     room = sum(caps[unit] * costs[unit] for unit in units)
     if room < limit:
-        tight = [f"{n} ({c})" for n, c in caps.items() if c < rank]
+        tight = [f"{unit} ({cap})" for unit, cap in caps.items() if cap < usual[units[unit][0]]]
+        share = f"{rank} or its cap" if own else f"{rank}"
         raise BudgetError(
-            f"the budget of {limit} {budget} ({rank} per layer over {len(layers)} layers) cannot be met: the layers "
-            f"take at most {room}. Below {rank}: {_some(tight) or 'none'}. Lower rank, raise rho (now {rho:g}), use "
-            "more data, or leave these layers out of the targets"
+            f"the budget of {limit} {budget} ({share} per layer over {len(layers)} layers) cannot be met: the layers "
+            f"take at most {room}. Below {share}: {_some(tight) or 'none'}. Lower rank, raise rho (now {rho:g}), use more "
+            "data, or leave these layers out of the targets"
         )
 
     forced = {unit: min(-(-min_rank // steps[unit]) * steps[unit], caps[unit]) for unit in units}
@@ -131,7 +138,7 @@ def allocate(
     classes: dict[int, list[tuple[float, int, int, str]]] = {}
     for order, (unit, tied) in enumerate(units.items()):
         step = steps[unit]
-        worth = [_worth(layer.spectrum, metric, caps[unit]) for layer in tied]
+        worth = [_worth(layers[name].spectrum, metric, caps[unit]) for name in tied]
         for j in range(forced[unit], caps[unit], step):
             gain = math.fsum(share for values in worth for share in values[j : j + step])
             classes.setdefault(step * costs[unit], []).append((-gain, j, order, unit))
@@ -152,8 +159,22 @@ def allocate(
         limit=limit,
         spent=sum(found[unit] * costs[unit] for unit in units),
         parameters=sum(ranks[name] * layer.cost for name, layer in layers.items()),
-        uniform_parameters=sum(rank * layer.cost for layer in layers.values()),
+        uniform_parameters=sum(usual[name] * layer.cost for name, layer in layers.items()),
     )
+
+
+def _top(layer: Candidate, cap: int) -> int:
+    """The most ranks a layer can use, within its cap."""
+    return min(cap, layer.in_features, layer.out_features, layer.spectrum.usable)
+
+
+def _own_caps(caps: Mapping[str, int], layers: Mapping[str, Candidate]) -> dict[str, int]:
+    for name, cap in caps.items():
+        if name not in layers:
+            raise ConfigError(f"caps names {name!r}, which is no layer; the layers are {_some(list(layers)) or 'none'}")
+        if isinstance(cap, bool) or not isinstance(cap, int) or cap < 1:
+            raise ConfigError(f"the cap of {name} is {cap!r}; it must be a whole number of at least 1")
+    return dict(caps)
 
 
 def require_rho(rho: float) -> None:

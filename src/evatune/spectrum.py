@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -26,6 +28,19 @@ class Certificate:
             return 0.0
         kept = self.energies if rank is None else self.energies[:rank]
         return float(kept.sum(dtype=torch.float64)) / self.total_energy
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it as named tensors."""
+        facts = torch.tensor([self.total_energy, self.rows], dtype=torch.float64)
+        return {"fresh_energies": self.energies, "fresh_facts": facts}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Tensor]) -> Self | None:
+        """What `state` described, or None where there is nothing of it."""
+        if "fresh_facts" not in state:
+            return None
+        total, rows = state["fresh_facts"].tolist()
+        return cls(state["fresh_energies"].cpu(), total, int(rows))
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,28 @@ class Spectrum:
         """Number of directions that carry energy above the rounding of float32 products."""
         floor = self.total_energy * 1e-8
         return int((self.energies > floor).sum()) if self.total_energy > 0 else 0
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it as named tensors."""
+        facts = torch.tensor([self.total_energy, self.rows, self.centered], dtype=torch.float64)
+        state = {"directions": self.directions, "energies": self.energies, "mean": self.mean, "facts": facts}
+        if self.certificate is not None:
+            state |= self.certificate.state()
+        return state
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Tensor]) -> Self:
+        """What `state` described."""
+        total, rows, centered = state["facts"].tolist()
+        return cls(
+            directions=state["directions"].cpu(),
+            energies=state["energies"].cpu(),
+            total_energy=total,
+            rows=int(rows),
+            mean=state["mean"].cpu(),
+            centered=bool(centered),
+            certificate=Certificate.of_state(state),
+        )
 
     @property
     def _mean_squares(self) -> Tensor:

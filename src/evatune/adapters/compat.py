@@ -45,6 +45,7 @@ from evatune.capture.tap import RowsFunction
 from evatune.capture.targets import base_name, sites_of
 from evatune.config import CalibrationConfig
 from evatune.errors import AdapterError, ConfigError, DataError, TargetError
+from evatune.processes import Team
 
 ModelInputs = Callable[[Any, LoraConfig], Any]
 LayerInputs = Callable[[Any, Any, str], Tensor]
@@ -76,8 +77,8 @@ def get_eva_state_dict(
             `model`, functions of their own. None, and layers that the mapping leaves out: all rows, padding too.
             With both defaults: all tokens but padding and, as `EvaConfig.use_label_mask` says, those without a loss.
         adapter_name: which adapter of a `PeftModel`.
-        gather_distributed_inputs: with torch.distributed, every process sees the rows of all, so that all get the same
-            result; they must then have equally many batches. False: each process for itself.
+        gather_distributed_inputs: with torch.distributed, the processes calibrate together, each on batches of its own,
+            and get the same result; sums travel, inputs do not. False: each process for itself.
         show_progress_bar: draw one on stderr.
 
     Returns:
@@ -110,16 +111,21 @@ def get_eva_state_dict(
                 f"{', '.join(sorted(unknown))}; the layers are named like {sites[0].name}"
             )
     tolerance = round(_WEIGHT * (1 - eva.tau), 9)
-    config = CalibrationConfig(rank=peft_config.r, rho=eva.rho, tolerance=tolerance, **label_settings(eva))
+    config = CalibrationConfig(
+        rank=peft_config.r,
+        rho=eva.rho,
+        tolerance=tolerance,
+        distributed=gather_distributed_inputs,
+        **label_settings(eva),
+    )
     rows = _rows(model, peft_config, config, prepare_model_inputs_fn, prepare_layer_inputs_fn)
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and gather_distributed_inputs:
-        rows = _gathering(rows or _usual_rows(model, config))
     forward = None if forward_fn is forward_fn_dict else forward_fn
     device = model_device(model)
     batches = dataloader if forward is None else _moved(dataloader, device)
-    with _bar(show_progress_bar and not (distributed and torch.distributed.get_rank())) as progress:
-        calibration = run(model, sites, batches, config, forward=forward, rows=rows, progress=progress)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    show = show_progress_bar and not (distributed and torch.distributed.get_rank())
+    with Team.formed(config.distributed, device) as team, _bar(show) as progress:
+        calibration = run(model, sites, batches, config, team, forward=forward, rows=rows, progress=progress)
     calibration.require_usable()
     scale = "whiten" if eva.whiten else "paper"
     return {
@@ -272,18 +278,6 @@ def _rows(
     return rows
 
 
-def _usual_rows(model: nn.Module, config: CalibrationConfig) -> RowsFunction:
-    """The engine's own choice of rows, as a function."""
-    select = _once_per_batch(selector_for(model, config.labels_only or False, config.ignore_index))
-
-    def rows(x: Tensor, batch: Any, name: str) -> Tensor:
-        selector: RowSelector = select(batch)
-        flat, index = selector.rows(x)
-        return flat if index is None else flat[index]
-
-    return rows
-
-
 def _positions(selector: RowSelector, batch: Any) -> Tensor | None:
     """(n, 2) row and column of each token that counts; None where the batch has no tokens to speak of."""
     mask, ids = selector.mask, batch_field(batch, "input_ids")
@@ -303,24 +297,6 @@ def _once_per_batch(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return made
 
     return get
-
-
-def _gathering(rows: RowsFunction) -> RowsFunction:
-    """The rows of all processes, in the order of their ranks."""
-
-    def gathered(x: Tensor, batch: Any, name: str) -> Tensor:
-        own = rows(x, batch, name)
-        count = torch.tensor([len(own)], device=own.device)
-        counts = [torch.zeros_like(count) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(counts, count)
-        sizes = [int(n) for n in counts]
-        padded = own.new_zeros(max(sizes), own.shape[1])  # what is gathered must have one shape
-        padded[: len(own)] = own
-        parts = [torch.empty_like(padded) for _ in sizes]
-        torch.distributed.all_gather(parts, padded)
-        return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
-
-    return gathered
 
 
 def _moved(batches: Iterable[Any], device: torch.device | None) -> Iterator[Any]:

@@ -18,46 +18,69 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from evatune.adapters.layers import Slot, describe, find_slots, matrices_of, pairs
-from evatune.adapters.scale import completed, require_scale, scaled_rows
-from evatune.calibrate import ForwardFunction, Progress, run
+from evatune.adapters.scale import choose_scale, completed, scaled_rows
+from evatune.calibrate import ForwardFunction, Progress, _describe, is_sharded, run
 from evatune.calibration import Calibration
 from evatune.capture.tap import RowsFunction
-from evatune.capture.targets import base_name
+from evatune.capture.targets import adapters_off, base_name, unwrapped
+from evatune.checkpoint import Checkpoint
 from evatune.config import CalibrationConfig
 from evatune.errors import AdapterError, ConfigError, TargetError
+from evatune.merge import same_model
+from evatune.processes import Team
+
+# Starts of PEFT's that leave the base weights, and the forward pass, as they are.
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def initialize_model(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Calibration,
     *,
     rank: int | None,
     rho: float | None,
     budget: str | None,
     metric: str | None,
-    scale: str,
+    scale: str | None,
     config: CalibrationConfig | None,
     forward: ForwardFunction | None,
     rows: RowsFunction | None,
     adapter_name: str,
+    overwrite: bool,
     progress: Callable[[Progress], None] | None,
     on_unsupported: str,
+    team: Team,
+    checkpoint: Checkpoint | None = None,
 ) -> Calibration:
     """`evatune.initialize` for a model; see there. Nothing is written before everything is known to fit."""
-    require_scale(scale)
+    whole, model = model, unwrapped(model)
     lora = lora_config(model, adapter_name)
-    if lora.eva_config is not None and lora.eva_config.whiten and scale == "paper":
-        scale = "whiten"
+    scale = choose_scale(scale, lora.eva_config is not None and lora.eva_config.whiten)
     slots, odd = find_slots(model, adapter_name)
     _judge_unsupported(odd, on_unsupported, every=not slots)
-    require_fresh(slots, adapter_name)
-    config = _settings(config, lora, rank=rank, rho=rho, budget=budget, metric=metric)
-    sites = [site for slot in slots for site in slot.sites]
-    calibration = run(model, sites, batches, config, forward=forward, rows=rows, progress=progress)
+    if overwrite:
+        _require_whole_base(lora, adapter_name)
+    else:
+        require_fresh(slots, adapter_name)
+    caps = _caps(lora, slots, adapter_name) if rank is None and (config is None or config.rank is None) else {}
+    given = {"rank": rank, "rho": rho, "budget": budget, "metric": metric}
+    if whole is not model or is_sharded(model):
+        _require_fixed_ranks(type(whole).__name__, _settings(config, lora, caps, given))
+    if isinstance(batches, Calibration):
+        idle = {"config": config, "forward": forward, "rows": rows, "progress": progress}
+        calibration = _applied(batches, model, lora, slots, caps, given, idle)
+    else:
+        config = _settings(config, lora, caps, given)
+        sites = [site for slot in slots for site in slot.sites]
+        calibration = run(
+            model, sites, batches, config, team, forward=forward, rows=rows, progress=progress, checkpoint=checkpoint
+        )
+    layers = {name: replace(layer, cap=caps.get(name)) for name, layer in calibration.layers.items()}
+    calibration = replace(calibration, layers=layers)
     calibration.require_usable()
     plan = calibration.allocate()
     rows_of_a = {
-        name: completed(scaled_rows(calibration.spectra[name], rank, scale), rank, seed=config.seed + number)
+        name: completed(scaled_rows(calibration.spectra[name], rank, scale), rank, seed=calibration.config.seed + number)
         for number, (name, rank) in enumerate(plan.ranks.items())
     }
     for layer in odd.values():
@@ -100,30 +123,101 @@ def lora_config(model: nn.Module, adapter_name: str) -> LoraConfig:
     return found
 
 
+def _caps(lora: LoraConfig, slots: list[Slot], adapter_name: str) -> dict[str, int]:
+    """The ranks that the adapter's `rank_pattern` gives, by layer."""
+    keys = lora.rank_pattern.keys()
+    named = [slot for slot in slots if get_pattern_key(keys, slot.name) in keys]
+    return {site.name: slot.layer.r[adapter_name] for slot in named for site in slot.sites}
+
+
 def _settings(
-    config: CalibrationConfig | None,
-    lora: LoraConfig,
-    *,
-    rank: int | None,
-    rho: float | None,
-    budget: str | None,
-    metric: str | None,
+    config: CalibrationConfig | None, lora: LoraConfig, caps: Mapping[str, int], given: Mapping[str, Any]
 ) -> CalibrationConfig:
     """The calibration's settings: what the caller says, else what `config` says, else what the adapter says."""
     config = config or CalibrationConfig()
-    if rank is None and config.rank is None:
-        if lora.rank_pattern:
-            raise AdapterError(
-                "the LoraConfig has a rank_pattern, which redistribution would overwrite; leave it out, or pass rank= to "
-                "say that it may be replaced"
-            )
-        rank = lora.r
-    if rho is None and config.rho is None and lora.eva_config is not None:
-        rho = lora.eva_config.rho
     if config.labels_only is None and lora.init_lora_weights == "eva" and lora.eva_config is not None:
         config = replace(config, **label_settings(lora.eva_config))
-    given: dict[str, Any] = {"rank": rank, "rho": rho, "budget": budget, "metric": metric}
-    return replace(config, **{name: value for name, value in given.items() if value is not None})
+    config = _ranked(config, lora, given)
+    needed = _needed(config, caps)
+    return replace(config, components=needed) if config.components is None and needed > config.kept else config
+
+
+def _ranked(config: CalibrationConfig, lora: LoraConfig, given: Mapping[str, Any]) -> CalibrationConfig:
+    """`config` with what the redistribution goes by: the caller's word, else its own, else the adapter's."""
+    named = {name: value for name, value in given.items() if value is not None}
+    if config.rank is None:
+        named.setdefault("rank", lora.r)
+    if config.rho is None and lora.eva_config is not None:
+        named.setdefault("rho", lora.eva_config.rho)
+    return replace(config, **named)
+
+
+def _needed(config: CalibrationConfig, caps: Mapping[str, int]) -> int:
+    """Directions of a layer that the redistribution may come to use."""
+    return max([replace(config, components=None).kept, *caps.values()])
+
+
+def _applied(
+    calibration: Calibration,
+    model: nn.Module,
+    lora: LoraConfig,
+    slots: list[Slot],
+    caps: Mapping[str, int],
+    given: Mapping[str, Any],
+    idle: Mapping[str, Any],
+) -> Calibration:
+    """The part of a finished calibration that is about these layers, with this adapter's r and ρ.
+
+    Args:
+        given: options of the redistribution. idle: options of a pass over batches, which there is none of.
+    """
+    for option, value in idle.items():
+        if value is not None:
+            raise ConfigError(f"{option} is about a pass over batches, and a finished calibration needs none; leave it out")
+    with adapters_off(model):  # or raise: with an adapter merged in, these are not the weights that were calibrated
+        pass
+    if calibration.model and not same_model(calibration.model, _describe(model)):
+        raise AdapterError(
+            f"the calibration is one of {calibration.model!r} and this model is {_describe(model)!r}; calibrate this model "
+            "(or, if it is the same under another name, pass dataclasses.replace(calibration, model=''))"
+        )
+    sites = [site for slot in slots for site in slot.sites]
+    for site in sites:
+        known = calibration.layers.get(site.name)
+        if known is None or (known.in_features, known.out_features) != (site.in_features, site.out_features):
+            there = "not in it" if known is None else f"{known.in_features}→{known.out_features} in it"
+            raise AdapterError(
+                f"the calibration does not fit this adapter: {site.name}, {site.in_features}→{site.out_features}, is "
+                f"{there}; calibrate this model, with targets that cover the adapter's"
+            )
+    before = calibration.config
+    config = _ranked(replace(before, rank=None, rho=None), lora, given)
+    if config.rho is None:
+        config = replace(config, rho=before.rho)
+    needed, reach = _needed(config, caps), max(before.kept, _needed(before, {}))
+    if needed > reach:
+        raise ConfigError(
+            f"rank {config.rank} at rho {config.rho_or_default:g} may give a layer {needed} ranks, and the calibration was "
+            f"made for {reach}; lower rank or rho, or calibrate again with CalibrationConfig(components={needed})"
+        )
+    names = [site.name for site in sites]
+    return replace(
+        calibration,
+        spectra={name: calibration.spectra[name] for name in names},
+        status={name: calibration.status[name] for name in names},
+        layers={name: calibration.layers[name] for name in names},
+        config=replace(config, components=before.kept),
+    )
+
+
+def _require_fixed_ranks(wrapper: str, config: CalibrationConfig) -> None:
+    """Raise an AdapterError for a model whose parameters are spoken for already, if ranks are to move."""
+    if config.rho_or_default > 1 or config.budget != "ranks":
+        raise AdapterError(
+            f"the model is inside {wrapper} already, which holds the adapter's parameters, and redistribution would replace "
+            "them; call evatune.initialize before the model is wrapped or sharded (with one that fits in memory only in "
+            "shards: evatune.calibrate it, then evatune.initialize(unsharded, calibration)), or pass rho=1 to keep the ranks"
+        )
 
 
 def label_settings(eva: EvaConfig) -> dict[str, Any]:
@@ -136,11 +230,18 @@ def require_fresh(slots: list[Slot], adapter_name: str) -> None:
     for slot in slots:
         for a, b, _ in pairs(slot.layer, adapter_name):  # a bias of B may be random before training, as PEFT draws it
             # B = 0 as a rule, but A = 0 of embeddings
-            if a.device.type != "meta" and bool(b.any()) and bool(a.any()):
+            if a.device.type != "meta" and _any(b) and _any(a):
                 raise AdapterError(
                     f"adapter {adapter_name!r} is already trained or was initialised with B ≠ 0 (for example {slot.name}); "
-                    "initialise a fresh one, with init_lora_weights=True or 'eva'"
+                    "initialise a fresh one, with init_lora_weights=True or 'eva', or start this one over with "
+                    "overwrite=True"
                 )
+
+
+def _any(parameter: Tensor) -> bool:
+    """Whether a value is not zero, on any process that holds a part of it."""
+    whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return bool(whole.any())
 
 
 def usual_start(layer: LoraLayer, lora: LoraConfig, adapter_name: str) -> None:
@@ -148,6 +249,16 @@ def usual_start(layer: LoraLayer, lora: LoraConfig, adapter_name: str) -> None:
     usual = copy.copy(lora)
     usual.init_lora_weights = True
     layer.update_layer(adapter_name, layer.r[adapter_name], lora_alpha=layer.lora_alpha[adapter_name], config=usual)
+
+
+def _require_whole_base(lora: LoraConfig, adapter_name: str) -> None:
+    """Raise an AdapterError where starting over, B = 0, would not give the base model back."""
+    start = lora.init_lora_weights
+    if start not in _PLAIN_STARTS:
+        raise AdapterError(
+            f"adapter {adapter_name!r} was started by init_lora_weights={start!r}, which changes the base weights or trains "
+            "in a way of its own; load the base model again, with a LoraConfig that says init_lora_weights=True or 'eva'"
+        )
 
 
 @torch.no_grad()
@@ -221,7 +332,9 @@ def _fill(layer: LoraLayer, matrices: list[Tensor], rank: int, alpha: float, con
     dtype = old[0][0].dtype
     # PEFT's update_layer makes every adapter of the layer trainable, and a magnitude vector of the base's dtype.
     before = {name: p.requires_grad for name, p in layer.named_parameters()}
-    if layer.r[adapter_name] != rank or any(a.device.type == "meta" for a, _, _ in old):
+    # A trained magnitude vector of DoRA starts anew as well.
+    anew = adapter_name in layer.lora_magnitude_vector
+    if anew or layer.r[adapter_name] != rank or any(a.device.type == "meta" for a, _, _ in old):
         layer.update_layer(adapter_name, r=rank, lora_alpha=alpha, config=config)
         for parameter in (p for pair in pairs(layer, adapter_name) for p in pair if p is not None):
             parameter.data = parameter.data.to(dtype)  # get_peft_model may have chosen float32 above a 16-bit base
@@ -236,10 +349,19 @@ def _fill(layer: LoraLayer, matrices: list[Tensor], rank: int, alpha: float, con
                 part.lora_alpha[adapter_name] = alpha
                 part.scaling[adapter_name] = alpha / (rank**0.5 if config.use_rslora else rank)
     for (a, b, bias), matrix in zip(pairs(layer, adapter_name), matrices, strict=True):
-        a.copy_(matrix)
+        _put(a, matrix)
         b.zero_()
         if bias is not None:
             bias.zero_()
+
+
+def _put(parameter: Tensor, value: Tensor) -> None:
+    """Copy `value` into a parameter, or this process's part of it into the shard that is here."""
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+    parameter.copy_(value)
 
 
 def _remove(model: nn.Module, slot: Slot, adapter_name: str) -> None:

@@ -33,6 +33,23 @@ def require_scale(scale: str) -> None:
         raise ConfigError(f"scale is {scale!r}; choose one of {', '.join(SCALES)}")
 
 
+def choose_scale(scale: str | None, whiten: bool) -> str:
+    """The scale in force: what the caller says, else what `EvaConfig.whiten` of the adapter says.
+
+    Raises:
+        ConfigError: a scale that does not exist, or one that contradicts `whiten`.
+    """
+    if scale is None:
+        return "whiten" if whiten else "paper"
+    require_scale(scale)
+    if whiten and scale != "whiten":
+        raise ConfigError(
+            f"scale is {scale!r} but the adapter's EvaConfig says whiten=True; leave out one of the two, or pass "
+            "scale='whiten'"
+        )
+    return scale
+
+
 def scaled_rows(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
     """The matrix A of a layer, (rank, d) float32, of fewer rows where fewer directions have energy; no view.
 

@@ -9,7 +9,7 @@ every moment and sharing changes the cost only.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -119,9 +119,25 @@ class Sharing:
 
     def stop_watching(self, name: str) -> None:
         """Between forward passes: drop a layer and its sketch, for good."""
-        group = self._group.pop(name)
-        del group.cursor[name]
+        if name in self._group:
+            del self._group.pop(name).cursor[name]
         self._unwatched.add(name)
+
+    def arrange(self, parts: Sequence[Sequence[str]], make: Callable[[str], Sketch]) -> list[InputGroup]:
+        """Between forward passes: make each part a group of its own; in the order of `parts`.
+
+        A part is some or all members of one group, or layers that have not been called; those get what `make` says.
+        """
+        groups = []
+        for names in parts:
+            group = self._group.get(names[0])
+            if group is None:
+                group = InputGroup(make(names[0]), dict.fromkeys(names, 0), open=False)
+            elif len(names) < len(group.cursor):
+                group = group.split(list(names))
+            self._group.update(dict.fromkeys(names, group))
+            groups.append(group)
+        return groups
 
     def end_of_forward(self) -> None:
         """Members that missed what others saw leave their group; nothing stays pending."""

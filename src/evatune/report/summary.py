@@ -44,10 +44,11 @@ def plan_of(calibration: Calibration) -> tuple[RankPlan, str | None]:
         config = calibration.config
         sizes = [layer.in_features + layer.out_features for layer in calibration.layers.values()]
         rank = config.rank_or_default
-        uniform = rank * sum(sizes)
+        usual = [layer.cap or rank for layer in calibration.layers.values()]
+        uniform = sum(one * size for one, size in zip(usual, sizes, strict=True))
         plan = RankPlan(
             ranks=dict.fromkeys(calibration.layers, 0), rank=rank, rho=config.rho_or_default, budget=config.budget,
-            metric=config.metric, limit=rank * len(sizes) if config.budget == "ranks" else uniform, spent=0,
+            metric=config.metric, limit=sum(usual) if config.budget == "ranks" else uniform, spent=0,
             parameters=0, uniform_parameters=uniform,
         )  # fmt: skip
         return plan, str(error)

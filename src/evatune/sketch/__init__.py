@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from evatune.sketch.base import Digest, Sketch
@@ -9,6 +11,7 @@ from evatune.sketch.counts import CountSketch
 from evatune.sketch.gram import ExactSketch
 from evatune.sketch.incremental import IncrementalSketch
 from evatune.sketch.nystrom import NystromSketch
+from evatune.spectrum import Spectrum
 
 SKETCHES = ("nystrom", "exact", "incremental")
 
@@ -28,6 +31,16 @@ def make_sketch(
     raise ValueError(f"no sketch named {kind!r}; known are {', '.join(SKETCHES)}")
 
 
+def refresh_all(sketches: Sequence[Sketch]) -> list[Spectrum]:
+    """`Sketch.refresh` of each, those of one kind and shape together."""
+    answers: dict[int, Spectrum] = {}
+    kinds: list[type[Sketch]] = list(dict.fromkeys(map(type, sketches)))
+    for kind in kinds:
+        places = [place for place, sketch in enumerate(sketches) if type(sketch) is kind]
+        answers.update(zip(places, kind.refresh_all([sketches[place] for place in places]), strict=True))
+    return [answers[place] for place in range(len(sketches))]
+
+
 __all__ = [
     "SKETCHES",
     "CountSketch",
@@ -37,4 +50,5 @@ __all__ = [
     "NystromSketch",
     "Sketch",
     "make_sketch",
+    "refresh_all",
 ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class Digest:
     rows: int
     row_sum: Tensor  # (d,) sum of rows, relative to the sketch's shift
     energy: Tensor  # () sum of squared norms, relative to the sketch's shift; not finite if any row is not
-    moment: Tensor  # what the algorithm accumulates: Y (d, l), the Gram matrix (d, d) or rows (n, d)
+    moment: Tensor  # what the algorithm accumulates: Y (l, d), the Gram matrix (d, d) or rows (n, d)
     fresh: Tensor  # (m,) squared projections on the directions known so far
 
 
@@ -42,7 +42,15 @@ class Sketch(ABC):
     `digest` reads an activation and changes nothing but a newborn sketch's starting basis; `absorb` adds
     a digest; `refresh` may move the basis towards the data; `spectrum` gives the answer at any time.
     No method of the hot path (`digest`, `absorb`) waits for the device.
+
+    Sketches of several processes add up: `start` is what the sums refer to, `rebase` changes that, and the
+    `sums` of sketches with equal starts are those of all their rows together.
     """
+
+    linear: ClassVar[bool] = True  # whether the sums of sketches with equal starts add up
+    # Attributes, tensors or counts. Every sum is zero in a sketch without rows.
+    _START: ClassVar[tuple[str, ...]] = ("shift",)
+    _SUMS: ClassVar[tuple[str, ...]] = ("count", "row_sum", "energy", "_fresh_count", "_fresh", "_fresh_energy")
 
     def __init__(self, width: int, components: int, *, center: bool, device: torch.device) -> None:
         self.width = width
@@ -99,15 +107,17 @@ class Sketch(ABC):
         if self.shift is None:
             self.__dict__.update(other.clone().__dict__)
             return
-        offset = (other.shift - self.shift).to(self.dtype)
-        self._merge(other, offset)
-        self.energy += other.energy + 2 * offset @ other.row_sum + other.count * offset.square().sum()
-        self.row_sum += other.row_sum + other.count * offset
-        self.count += other.count
+        self._merge(other, self._offset_of(other))
+        self._add_first_moments(other)
 
-    @abstractmethod
     def refresh(self) -> Spectrum:
         """Move the basis to what the data so far suggests, start a new certificate, return the spectrum."""
+        return self.refresh_all([self])[0]
+
+    @classmethod
+    @abstractmethod
+    def refresh_all(cls, sketches: Sequence[Self]) -> list[Spectrum]:
+        """`refresh` of many sketches, those of equal shape together where that saves work."""
 
     @abstractmethod
     def spectrum(self) -> Spectrum:
@@ -125,6 +135,72 @@ class Sketch(ABC):
         other = self.clone()
         other._forget()
         return other
+
+    # -- several processes, and files ------------------------------------------------------------------
+
+    def start(self) -> dict[str, Tensor]:
+        """What the sums refer to: shift and basis, as far as there are any, and how many directions are known."""
+        return self._named(self._START) | {"known_directions": torch.tensor(len(self._fresh))}
+
+    def adopt(self, start: Mapping[str, Tensor]) -> None:
+        """Drop every row, and go on from the `start` of another sketch of this size."""
+        self._set(self._START, start)
+        self._forget()
+        self._start_fresh(int(start["known_directions"]))
+
+    def rebase(self, start: Mapping[str, Tensor]) -> None:
+        """Keep every row, as far as this sketch can tell, with sums that refer to another sketch's `start`.
+
+        For sketches that have not been refreshed yet.
+        """
+        rows = self.clone()
+        self.adopt(start)
+        self.merge(rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums."""
+        return sum(value.nbytes for value in self._values(self._SUMS) if isinstance(value, Tensor))
+
+    def sums(self) -> Tensor:
+        """(m,) all sums in one row of `dtype`, for adding up over sketches with equal starts."""
+        parts = [torch.as_tensor(value, dtype=self.dtype, device=self.device) for value in self._values(self._SUMS)]
+        return torch.cat([part.flatten() for part in parts])
+
+    def set_sums(self, sums: Tensor) -> None:
+        """Replace all sums by those of a row (m,) as `sums` gives it."""
+        start = 0
+        for name, value in zip(self._SUMS, self._values(self._SUMS), strict=True):
+            size = value.numel() if isinstance(value, Tensor) else 1
+            part = sums[start : start + size].to(self.device)
+            start += size
+            setattr(self, name, part.reshape(value.shape).clone() if isinstance(value, Tensor) else round(float(part)))
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a sketch of the same settings needs to go on from here."""
+        state = self._named((*self._START, *self._SUMS))
+        return state | (self.certificate.state() if self.certificate is not None else {})
+
+    def set_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+        self._set(self._START, state)
+        self._set(self._SUMS, state)
+        self.certificate = Certificate.of_state(state)
+
+    def _values(self, names: Sequence[str]) -> list[Tensor | int]:
+        return [getattr(self, name) for name in names]
+
+    def _named(self, names: Sequence[str]) -> dict[str, Tensor]:
+        known = zip(names, self._values(names), strict=True)
+        return {name: torch.as_tensor(value) for name, value in known if value is not None}
+
+    def _set(self, names: Sequence[str], values: Mapping[str, Tensor]) -> None:
+        for name in names:
+            value, now = values.get(name), getattr(self, name)
+            if isinstance(now, int):
+                setattr(self, name, int(values[name]))
+            else:
+                setattr(self, name, None if value is None else value.to(self.device, copy=True))
 
     # -- what each algorithm fills in -----------------------------------------------------------------
 
@@ -177,6 +253,18 @@ class Sketch(ABC):
 
     # -- helpers --------------------------------------------------------------------------------------
 
+    def _offset_of(self, other: Self) -> Tensor:
+        """(d,) the other's shift minus this one's."""
+        assert self.shift is not None
+        assert other.shift is not None
+        return (other.shift - self.shift).to(self.dtype)
+
+    def _add_first_moments(self, other: Self) -> None:
+        offset = self._offset_of(other)
+        self.energy += other.energy + 2 * offset @ other.row_sum + other.count * offset.square().sum()
+        self.row_sum += other.row_sum + other.count * offset
+        self.count += other.count
+
     def _chunks(self, x: Tensor, index: Tensor | None) -> Iterator[Tensor]:
         """Float32 shifted rows: `x` itself where that is what it already is, else bounded copies."""
         n = len(x) if index is None else len(index)
@@ -223,14 +311,14 @@ class Sketch(ABC):
         return (self.energy - self.count * offset.square().sum()).clamp_min(0)
 
     def _answer(self, directions: Tensor, energies: Tensor) -> Spectrum:
-        """Spectrum from orthonormal columns (d, m) and summed energies (m,), both in descending order."""
+        """Spectrum from orthonormal rows (m, d) and summed energies (m,), both in descending order."""
         k = self.components
         offset = self._mean_offset()
         count = max(self.count, 1)
         total = self._moved_energy(offset) if self.center else self.energy
         shift = torch.zeros(self.width) if self.shift is None else self.shift.cpu()
         return Spectrum(
-            directions=fix_signs(directions[:, :k].T.float().cpu()).contiguous(),
+            directions=fix_signs(directions[:k].float().cpu()).contiguous(),
             energies=(energies[:k].clamp_min(0) / count).float().cpu(),
             total_energy=float(total) / count,
             rows=self.count,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Sequence
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class CountSketch(Sketch):
     Memory: 16·d bytes. Time: O(n + d) per update, O(d log d) per answer. Merging is exact.
     """
 
+    _START: ClassVar = (*Sketch._START, "known")
+
     def __init__(self, width: int, components: int, *, center: bool = False, device: torch.device | str = "cpu") -> None:
         super().__init__(width, components, center=center, device=torch.device(device))
         self.known: Tensor | None = None  # (k,) tokens of the last refresh, for the certificate
@@ -41,12 +44,14 @@ class CountSketch(Sketch):
         fresh = self._fresh if self.known is None or not len(self._fresh) else counts[self.known]
         return Digest(len(tokens), counts, counts.sum(), counts.new_zeros(0), fresh)
 
-    def refresh(self) -> Spectrum:
-        answer = self.spectrum()
-        self.certificate = answer.certificate
-        self.known = answer.directions.argmax(1).to(self.device)
-        self._start_fresh(len(self.known))
-        return answer
+    @classmethod
+    def refresh_all(cls, sketches: Sequence[Self]) -> list[Spectrum]:
+        answers = [sketch.spectrum() for sketch in sketches]
+        for sketch, answer in zip(sketches, answers, strict=True):
+            sketch.certificate = answer.certificate
+            sketch.known = answer.directions.argmax(1).to(sketch.device)
+            sketch._start_fresh(len(sketch.known))
+        return answers
 
     def spectrum(self) -> Spectrum:
         count = max(self.count, 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Sequence
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -18,17 +19,22 @@ class ExactSketch(Sketch):
     at most, or as the truth to compare with. Merging is exact. Arguments as for `NystromSketch`.
     """
 
+    _START: ClassVar = (*Sketch._START, "known")
+    _SUMS: ClassVar = (*Sketch._SUMS, "gram")
+
     def __init__(self, width: int, components: int, *, center: bool = False, device: torch.device | str = "cpu") -> None:
         super().__init__(width, components, center=center, device=torch.device(device))
         self.gram = torch.zeros(width, width, dtype=self.dtype, device=self.device)
-        self.known: Tensor | None = None  # (d, k) directions of the last refresh, for the certificate
+        self.known: Tensor | None = None  # (k, d) directions of the last refresh, for the certificate
 
-    def refresh(self) -> Spectrum:
-        answer = self.spectrum()
-        self.certificate = answer.certificate
-        self.known = answer.directions.T.to(self.device)
-        self._start_fresh(self.known.shape[1])
-        return answer
+    @classmethod
+    def refresh_all(cls, sketches: Sequence[Self]) -> list[Spectrum]:
+        answers = [sketch.spectrum() for sketch in sketches]
+        for sketch, answer in zip(sketches, answers, strict=True):
+            sketch.certificate = answer.certificate
+            sketch.known = answer.directions.to(sketch.device)
+            sketch._start_fresh(len(sketch.known))
+        return answers
 
     def spectrum(self) -> Spectrum:
         gram = self.gram
@@ -36,7 +42,7 @@ class ExactSketch(Sketch):
             offset = self._mean_offset()
             gram = gram - self.count * torch.outer(offset, offset)
         values, vectors = torch.linalg.eigh(gram)
-        return self._answer(vectors.flip(1), values.flip(0))
+        return self._answer(vectors.flip(1).T, values.flip(0))
 
     def _merge(self, other: Self, offset: Tensor) -> None:
         cross = torch.outer(other.row_sum, offset)
@@ -47,7 +53,7 @@ class ExactSketch(Sketch):
     def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         squares = self._fresh
         if self.known is not None and len(squares):
-            squares = (chunk @ self.known).square().sum(0).to(self.dtype)
+            squares = (chunk @ self.known.T).square().sum(0).to(self.dtype)
         return self._row_sum(chunk), chunk.T @ chunk, squares
 
     def _add(self, digest: Digest) -> None:

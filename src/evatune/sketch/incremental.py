@@ -6,7 +6,8 @@ is gone, so its directions depend on the order of the data.
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class IncrementalSketch(Sketch):
     Memory: 4·k·d bytes and a copy of the minibatch. Time: O((k + n)·d·min(k + n, d)) per minibatch.
     """
 
+    linear: ClassVar = False
+
     def __init__(self, width: int, components: int, *, center: bool = False, device: torch.device | str = "cpu") -> None:
         super().__init__(width, components, center=center, device=torch.device(device))
         self.factor = torch.zeros(0, width, device=self.device)  # diag(S)·V, (≤ k, d) float32
@@ -31,18 +34,32 @@ class IncrementalSketch(Sketch):
         self.inside = 0  # rows in `factor`
         self.buffer: list[Tensor] = []
 
-    def refresh(self) -> Spectrum:
-        answer = self.spectrum()
-        self.certificate = answer.certificate
-        self._start_fresh(len(self.factor))
-        return answer
+    @classmethod
+    def refresh_all(cls, sketches: Sequence[Self]) -> list[Spectrum]:
+        answers = [sketch.spectrum() for sketch in sketches]
+        for sketch, answer in zip(sketches, answers, strict=True):
+            sketch.certificate = answer.certificate
+            sketch._start_fresh(len(sketch.factor))
+        return answers
 
     def spectrum(self) -> Spectrum:
         self._flush(at_least=1)
         singular = torch.linalg.vector_norm(self.factor.to(self.dtype), dim=1)
         seen = singular > singular.max() * 1e-7 if len(singular) else singular > 0
         directions = self.factor[seen].to(self.dtype) / singular[seen, None]
-        return self._answer(directions.T, singular[seen].square())
+        return self._answer(directions, singular[seen].square())
+
+    def state(self) -> dict[str, Tensor]:
+        return (
+            super().state()
+            | self._named(("factor", "mean", "inside"))
+            | {"buffer": torch.cat([self.factor[:0], *self.buffer])}
+        )
+
+    def set_state(self, state: Mapping[str, Tensor]) -> None:
+        super().set_state(state)
+        self._set(("factor", "mean", "inside"), state)
+        self.buffer = [state["buffer"].to(self.device)] if len(state["buffer"]) else []
 
     def _merge(self, other: Self, offset: Tensor) -> None:
         self._flush(at_least=1)
@@ -93,6 +110,6 @@ class IncrementalSketch(Sketch):
             stack.append((weight * (self.mean - mean)).float()[None])
         _, singular, right = torch.linalg.svd(torch.cat(stack), full_matrices=False)
         k = self.components
-        self.factor = singular[:k, None] * right[:k]
+        self.factor = (singular[:k, None] * right[:k]).contiguous()
         self.mean += (mean - self.mean) * (count / total)
         self.inside = total

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+from transformers import TrainerCallback
 
 from evatune.adapters.peft import initialize_model
 from evatune.calibrate import ForwardFunction, call_model
 from evatune.calibration import Calibration
 from evatune.errors import AdapterError
+from evatune.processes import Team
+from evatune.trainers.summary import summary
 
 
-def initialize_trainer(trainer: Any, *, forward: ForwardFunction | None, **options: Any) -> Calibration:
+def initialize_trainer(
+    trainer: Any, calibration: Calibration | None, *, team: Team, forward: ForwardFunction | None, **options: Any
+) -> Calibration:
     """Initialise `trainer.model` on the trainer's own training batches, collator, device and precision.
 
-    Several processes all see the same batches, and so find the same directions and ranks; the work is not shared out.
+    Several processes share the batches out. With a finished `calibration` no batch is run. The trainer logs a summary
+    when it begins to train.
     """
     if getattr(trainer, "optimizer", None) is not None:
         raise AdapterError(
@@ -30,26 +37,55 @@ def initialize_trainer(trainer: Any, *, forward: ForwardFunction | None, **optio
         with trainer.accelerator.autocast():  # the precision that training will run in
             return (forward or call_model)(model, batch)
 
-    if trainer.accelerator.num_processes > 1:
-        same = training_batches(trainer, trainer.args.per_device_train_batch_size, trainer.args.seed)
-        return initialize_model(trainer.model, same, forward=prepared, **options)
-    inner = _loader(trainer)
+    if calibration is not None:
+        found = initialize_model(trainer.model, calibration, team=team, forward=forward, **options)
+    elif trainer.accelerator.num_processes > 1:
+        args = trainer.args
+        share = training_batches(trainer, args.per_device_train_batch_size, args.seed, team.rank, team.size)
+        found = initialize_model(trainer.model, share, team=team, forward=prepared, **options)
+    else:
+        batches = _prepared(trainer, _loader(trainer))
+        found = initialize_model(trainer.model, batches, team=team, forward=prepared, **options)
+    _log_at_start(trainer, found)
+    return found
 
-    def batches() -> Iterator[Any]:  # the loader draws its seed when this is first asked, where random states are kept
-        for batch in inner:
-            yield trainer._prepare_inputs(batch)
 
-    return initialize_model(trainer.model, batches(), forward=prepared, **options)
+def _log_at_start(trainer: Any, calibration: Calibration) -> None:
+    """Have the trainer log the calibration's summary when it begins to train, as it logs its losses."""
+    trainer.remove_callback(_LogAtStart)  # of an earlier call, which this one has replaced
+    trainer.add_callback(_LogAtStart(trainer, summary(calibration)))
 
 
-def training_batches(trainer: Any, size: int, seed: int) -> Iterator[Any]:
+class _LogAtStart(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
+    """Not at once: before training, trackers have no run to log to, and training begins with an empty log."""
+
+    def __init__(self, trainer: Any, figures: dict[str, float]) -> None:
+        self.trainer, self.figures = trainer, figures
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer.log(dict(self.figures))
+
+
+def training_batches(trainer: Any, size: int, seed: int, process: int = 0, processes: int = 1) -> Iterator[Any]:
     """One pass over the trainer's training examples, `size` at a time, in an order that the seed alone decides.
 
-    Collator, columns and device are the trainer's.
+    Of several processes each gets every so many-th batch. Collator, columns and device are the trainer's.
     """
     inner = _loader(trainer)
-    order = torch.Generator().manual_seed(seed)
-    for batch in DataLoader(inner.dataset, size, shuffle=True, generator=order, collate_fn=inner.collate_fn):
+    data = inner.dataset
+    loader: Iterable[Any]
+    if isinstance(data, IterableDataset):  # comes in its own order, and all of it must be read
+        loader = islice(DataLoader(data, size, collate_fn=inner.collate_fn), process, None, processes)
+    else:
+        order = RandomSampler(data, generator=torch.Generator().manual_seed(seed))
+        share = islice(BatchSampler(order, size, drop_last=False), process, None, processes)
+        loader = (inner.collate_fn([data[place] for place in places]) for places in share)
+    yield from _prepared(trainer, loader)
+
+
+def _prepared(trainer: Any, loader: Iterable[Any]) -> Iterator[Any]:
+    """The trainer's own device. A loader draws its seed when this is first asked, which is where random states are kept."""
+    for batch in loader:
         yield trainer._prepare_inputs(batch)
 
 

@@ -1,0 +1,97 @@
+"""A calibration that was interrupted goes on where it was: one file, whole or absent."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evatune.errors import ConfigError, RecordError
+from evatune.files import whole_file
+
+_FORMAT = "evatune-checkpoint-1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a calibration keeps what it needs to go on after an interruption.
+
+    The batches must come in the same order again: those already seen are read and passed over.
+
+    Attributes:
+        path: of the safetensors file; written under a temporary name and renamed, so that it is never torn.
+        every: batches from one writing to the next.
+        resume: go on from the file, if there is one.
+        about: whatever else must be the same for the file to fit, such as a fingerprint of the data; as JSON.
+    """
+
+    path: Path
+    every: int = 8
+    resume: bool = False
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ConfigError(f"checkpoint_every is {self.every}; it must be at least 1 batch")
+
+    def due(self, batches: int) -> bool:
+        """Whether to write after this many batches."""
+        return batches % self.every == 0
+
+    def write(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Replace the file."""
+        text = json.dumps({**record, "about": dict(self.about)})
+        # Two spectra may be one and the same, which safetensors does not write.
+        own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        with whole_file(self.path) as temporary:
+            save_file(own, temporary, metadata={"format": _FORMAT, "record": text})
+
+    def remove(self) -> None:
+        """Remove the file, and what writing it may have left when it was killed."""
+        for path in (self.path, *self.path.parent.glob(f".{glob.escape(self.path.name)}.*")):
+            path.unlink(missing_ok=True)
+
+    def read(self, same: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and record, or None where there is nothing to resume.
+
+        Raises:
+            ConfigError: the record's `same` or `about` differ from today's; the message names the difference.
+            RecordError: it is no checkpoint, or a damaged one.
+        """
+        if not self.resume or not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise RecordError(f"{self.path} is not a checkpoint of evatune; remove it, or leave --resume out")
+                record: dict[str, Any] = json.loads(metadata["record"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            was = {**{key: record[key] for key in same}, **record["about"]}
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, RecordError):
+                raise
+            raise RecordError(f"{self.path} is damaged ({error}); remove it, or leave --resume out") from error
+        now = json.loads(json.dumps({**same, **self.about}))
+        for key in [*now, *was]:
+            if now.get(key) != was.get(key):
+                raise ConfigError(
+                    f"{self.path} does not fit: {_difference(key, was.get(key), now.get(key))}; resume with the same "
+                    "options and data, or leave --resume out to begin again"
+                )
+        return tensors, record
+
+
+def _difference(key: str, was: Any, now: Any) -> str:
+    if isinstance(was, dict) and isinstance(now, dict):
+        part = next(name for name in [*was, *now] if was.get(name) != now.get(name))
+        return _difference(f"{key} {part}", was.get(part), now.get(part))
+    return f"{key} was {was} and is {now}"

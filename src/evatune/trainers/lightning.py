@@ -1,0 +1,127 @@
+"""`EvaCallback`: the same initialisation inside Lightning's `Trainer.fit`. Needs `pip install 'evatune[lightning]'`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from evatune.calibrate import ForwardFunction, call_model, iterate
+from evatune.calibration import Calibration
+from evatune.errors import AdapterError, DataError
+from evatune.initialize import initialize
+from evatune.trainers.summary import summary
+
+try:
+    import lightning.pytorch as pl
+    from lightning.pytorch.utilities import CombinedLoader
+except ModuleNotFoundError:  # the same code, under the name that it had before version 2
+    import pytorch_lightning as pl
+    from pytorch_lightning.utilities import CombinedLoader
+
+
+class EvaCallback(pl.Callback):  # type: ignore[misc]  # not a type: its library is not followed
+    """Starts the LoRA adapter inside a LightningModule with EVA: `Trainer(callbacks=[EvaCallback()])`.
+
+    It runs in `setup` of a fit: after the datamodule's `setup`, before the module's own `setup` and before optimisers are
+    built, which must hold the new parameters. The module must have its adapter by then, so build it in `__init__`: a
+    `PeftModel`, or a transformers model after `add_adapter`, as the module's attribute or anywhere inside it.
+
+    A later fit of the same module leaves it as it is. With `ckpt_path=` the ranks must come out as they did for the
+    checkpoint: seed the run alike, or give the `Calibration` of the first run, which `calibration` holds and `save` keeps.
+
+    Args:
+        batches: what `evatune.initialize` takes, a `Calibration` too. Default: the batches of the fit, by one pass over
+            the datamodule's, the module's or the given `train_dataloader`, as the module's transfer hooks leave them.
+        forward: `forward(model, batch)` runs the model that carries the adapter. Default: the rule of `evatune.calibrate`,
+            which for a batch `(x, y)` means `model(x, y)`; if the training step calls `self.model(x)`, give
+            `forward=lambda model, batch: model(batch[0])`. Either runs in the trainer's precision (autocast).
+        options: any other of `evatune.initialize`.
+
+    Attributes:
+        calibration: the `Calibration`, after `setup`. Its summary goes to the trainer's loggers at step 0; see
+            `evatune.trainers.summary`.
+
+    Raises, in `setup`:
+        AdapterError: no adapter in the module, or several models with one. DataError: several processes and batches; with
+            a `Calibration` any number may start alike. All else as for `evatune.initialize`, which see for cost.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any] | Calibration | None = None,
+        *,
+        forward: ForwardFunction | None = None,
+        **options: Any,
+    ) -> None:
+        self.batches, self.forward, self.options = batches, forward, options
+        self.calibration: Calibration | None = None
+        self._module: Any = None  # the one that is initialised
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Called by Lightning at the beginning of `fit`, `validate`, `test` and `predict`."""
+        if stage != "fit" or pl_module is self._module:
+            return
+        model = _adapted(pl_module)
+        if isinstance(self.batches, Calibration):
+            self.calibration = initialize(model, self.batches, forward=self.forward, **self.options)
+        else:
+            self.calibration = self._calibrated(trainer, model, self.batches)
+        self._module = pl_module
+        figures = summary(self.calibration)
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=0)
+
+    def _calibrated(self, trainer: Any, model: nn.Module, batches: Iterable[Any] | None) -> Calibration:
+        if trainer.world_size > 1:
+            raise DataError(
+                f"EvaCallback reads batches on one process, and this run has {trainer.world_size}, which must all start "
+                "alike; calibrate first and give them one result: EvaCallback(evatune.Calibration.load(path))"
+            )
+        source = _of_the_fit(trainer) if batches is None else batches
+
+        def prepared(model: nn.Module, batch: Any) -> Any:
+            with trainer.precision_plugin.forward_context():
+                return (self.forward or call_model)(model, batch)
+
+        def moved() -> Iterator[Any]:
+            for batch in iterate(source):
+                yield trainer.strategy.batch_to_device(batch)
+
+        trainer.strategy.model_to_device()  # as Lightning does soon after
+        return initialize(model, moved(), forward=prepared, **self.options)
+
+
+def _adapted(module: nn.Module) -> nn.Module:
+    """The outermost model inside that carries an adapter."""
+    found: dict[str, nn.Module] = {}
+    for name, inner in module.named_modules():
+        inside_another = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(getattr(inner, "peft_config", None), dict) and not inside_another:
+            found[name] = inner
+    if not found:
+        raise AdapterError(
+            f"{type(module).__name__} holds no model with an adapter when setup begins; build one in its __init__: "
+            "self.model = get_peft_model(model, LoraConfig(r=16, target_modules='all-linear'))"
+        )
+    if len(found) > 1:
+        raise AdapterError(
+            f"{type(module).__name__} holds several models with an adapter ({', '.join(found)}), and EvaCallback starts "
+            "one; call evatune.initialize(model, batches) for each, before optimisers are built"
+        )
+    return next(iter(found.values()))
+
+
+def _of_the_fit(trainer: Any) -> Iterator[Any]:
+    """The training batches. Asked for when the first is wanted, where random states are kept."""
+    try:
+        loaders = trainer.fit_loop._data_source.dataloader()
+    except Exception as error:
+        error.add_note(
+            "evatune's EvaCallback asked for train_dataloader() before the LightningModule's own setup(). If that is what "
+            "makes the data, give EvaCallback(batches=...) a loader of its own, or make the data in a LightningDataModule."
+        )
+        raise
+    for batch, _, _ in CombinedLoader(loaders, "max_size_cycle"):  # as a fit does, for one loader or several
+        yield batch
