@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from peft import EvaConfig, LoraConfig, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack
 
 import evatune
-from evatune.capture import RowSelector
+from evatune.adapters.compat import initialize_lora_eva_weights
+from evatune.adapters.export import export_uniform, merge
+from evatune.adapters.methods import adapt
+from evatune.adapters.saved import adapter_rows
+from evatune.capture import RowSelector, find_sites
 from evatune.capture import kinds as kinds_module
 from evatune.capture.kinds import Patches
-from evatune.errors import LayerError
+from evatune.errors import AdapterError, ConfigError, DataError, LayerError, TargetError
 from evatune.spectrum import captured_energy
-from tests.judge import matrices, round_trip
+from tests.judge import matrices, result, round_trip
 
 torch.set_num_threads(1)
 # PEFT looks for the patterns of parameters among modules only when it warns; it does honour them.
@@ -119,6 +126,11 @@ def test_a_mask_of_tokens_chooses_the_patches_at_their_positions() -> None:
     assert spectra["conv"].rows == 13
     assert spectra["conv"].total_energy == pytest.approx(float(rows.square().sum(1).mean()), rel=1e-5)
     assert spectra["halves"].rows == 8  # of another length: the mask does not speak about them
+
+
+def test_a_regular_expression_takes_no_weight_of_a_convolution_for_experts() -> None:
+    sites = find_sites(nn.ModuleDict({"conv": nn.Conv1d(2, 3, 1)}), r"conv.*")
+    assert [site.name for site in sites] == ["conv"]
 
 
 def test_layers_that_read_one_tensor_differently_do_not_share_a_sketch() -> None:
@@ -374,10 +386,10 @@ class Experts(nn.Module):
             token = torch.where((chosen == expert).any(1))[0]
             up, down = self.up[expert], self.down[expert]
             if self.is_transposed:
-                out.index_add_(0, token, torch.tanh(x[token] @ up) @ down)
+                out.index_add_(0, token, (torch.tanh(x[token] @ up) @ down).to(x.dtype))
             else:
                 linear = nn.functional.linear
-                out.index_add_(0, token, linear(torch.tanh(linear(x[token], up)), down))
+                out.index_add_(0, token, linear(torch.tanh(linear(x[token], up)), down).to(x.dtype))
         return out
 
 
@@ -431,6 +443,39 @@ def test_each_expert_has_the_rows_routed_to_it(transposed: bool) -> None:
             assert calibration.status[f"experts.{key}.{expert}"].usable
 
 
+def test_experts_that_are_multiplied_all_at_once_have_the_rows_that_are_not_zero() -> None:
+    class AtOnce(Experts):
+        def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+            routed = (chosen[:, None, :] == torch.arange(4)[:, None]).any(-1)  # (n, 4)
+            every = x[None] * routed.T[..., None]
+            return torch.bmm(torch.tanh(torch.bmm(every, self.up)), self.down).sum(0)
+
+    batches, config = routed(), evatune.CalibrationConfig(components=4, sketch="exact", tolerance=0)
+    targets = ["experts.up", "experts.down"]
+    model = Mixture(transposed=True)
+    one_by_one = evatune.calibrate(model, batches, config, targets=targets)
+    model.experts = AtOnce(transposed=True)
+    at_once = evatune.calibrate(model, batches, config, targets=targets)
+    for name, spectrum in one_by_one.spectra.items():
+        assert at_once.spectra[name].rows == spectrum.rows
+        assert torch.allclose(at_once.spectra[name].energies, spectrum.energies, rtol=1e-4, atol=1e-7)
+
+
+def test_a_stack_of_one_weight_has_all_rows() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(1, 6, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight[0])
+
+    x = torch.randn(50, 8)
+    spectrum = evatune.calibrate(nn.Sequential(Single()), [x], EXACT, targets=["0.weight"]).spectra["0.weight.0"]
+    assert spectrum.rows == 50
+    assert torch.allclose(spectrum.energies.double(), moments(x, 6), rtol=1e-4)
+
+
 def test_an_expert_that_is_seldom_called_says_so_and_starts_from_what_it_saw() -> None:
     model = get_peft_model(Mixture(), LoraConfig(r=3, target_modules=[], target_parameters=["experts.up", "experts.down"]))
     calibration = evatune.initialize(model, routed())
@@ -465,6 +510,30 @@ def test_a_parameter_whose_products_never_come_is_an_error() -> None:
     model = get_peft_model(Unused(), LoraConfig(r=2, target_modules=["head"], target_parameters=["experts.up"]))
     with pytest.raises(LayerError, match=r"never_called: experts\.up\.0"):
         evatune.initialize(model, routed())
+
+
+def test_a_model_that_fails_inside_its_experts_is_left_as_it_was() -> None:
+    class Failing(Experts):
+        def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+            super().forward(x, chosen)
+            raise RuntimeError("the experts broke")
+
+    model = Mixture()
+    model.experts = Failing(transposed=False)
+    model.experts.config = SimpleNamespace(_experts_implementation="grouped_mm")  # as transformers names it
+    with pytest.raises(RuntimeError, match="the experts broke"):
+        evatune.calibrate(model, routed(), EXACT, targets=["experts.up"])
+    assert not _len_torch_dispatch_stack()
+    assert not model.experts._forward_pre_hooks
+    assert not model.experts._forward_hooks
+    assert model.experts.config._experts_implementation == "grouped_mm"
+
+
+def test_an_expert_that_no_token_reaches_does_not_hold_up_the_rest() -> None:
+    config = evatune.CalibrationConfig(rank=2, max_batches=32, tolerance=0.05)
+    calibration = evatune.calibrate(Mixture(), routed(1, seldom=9) * 32, config, targets=["experts.up", "head"])
+    assert calibration.batches < 32
+    assert calibration.status["experts.up.3"] == "seldom_routed"
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -512,3 +581,215 @@ def test_experts_that_are_layers_of_their_own_have_their_own_rows_and_statuses()
     assert calibration.status["experts.3"] == "never_called"
     assert calibration.status["experts.0"].usable
     assert calibration.spectra["experts.0"].rows == sum(int((b["chosen"] == 0).any(-1).sum()) for b in routed(seldom=9))
+
+
+def test_padding_is_left_out_of_experts_rows_under_autocast_and_in_inference_mode_too() -> None:
+    batches = routed()
+    config = evatune.CalibrationConfig(components=4, sketch="exact", tolerance=0)
+    targets = ["experts.up", "experts.down"]
+    plain = evatune.calibrate(Mixture(), batches, config, targets=targets).spectra
+
+    def autocast(model: nn.Module, batch: dict[str, Tensor]) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(**batch)
+
+    def inference(model: nn.Module, batch: dict[str, Tensor]) -> None:
+        with torch.inference_mode():
+            model(**batch)
+
+    for forward in (autocast, inference):
+        found = evatune.calibrate(Mixture(), batches, config, targets=targets, forward=forward).spectra
+        for name, spectrum in plain.items():
+            assert found[name].rows == spectrum.rows
+            assert found[name].total_energy == pytest.approx(spectrum.total_energy, rel=0.02)
+
+
+# -- what is asked for by hand, and what is not supported ---------------------------------------------
+
+
+def test_a_rows_function_is_handed_patches_and_ids() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.conv = nn.Embedding(12, 8), nn.Conv1d(8, 4, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.conv(self.table(ids).transpose(1, 2))
+
+    shapes = {}
+
+    def rows(activation: Tensor, batch: Any, name: str) -> Tensor:
+        shapes[name] = tuple(activation.shape)
+        return activation[:2].flatten() if name == "table" else activation[:2].flatten(0, 1)
+
+    calibration = evatune.calibrate(Both(), texts(), EXACT, targets=["table", "conv"], rows=rows)
+    assert shapes == {"table": (4, 10), "conv": (4, 8, 24)}
+    assert (calibration.spectra["table"].rows, calibration.spectra["conv"].rows) == (4 * 20, 4 * 16)
+    with pytest.raises(DataError, match=r"'table'\) returned shape \(4, 10\); it must return a tensor of shape \(rows,\)"):
+        evatune.calibrate(Both(), texts(), EXACT, targets=["table"], rows=lambda activation, batch, name: activation)
+
+
+class Mixed(nn.Module):
+    """Of three adapted layers, PEFT runs two; the third is never reached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide = nn.Conv1d(8, 8, 3, dilation=2)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_layers_that_are_not_supported_are_named_or_left_as_peft_made_them(meta: bool, tmp_path: Path) -> None:
+    xs = list(torch.randn(4, 30, 8, generator=torch.Generator().manual_seed(0)) * 0.7 ** torch.arange(8))
+    lora = LoraConfig(r=2, target_modules=["wide", "first", "second"])
+    model = get_peft_model(Mixed(), lora, low_cpu_mem_usage=meta)
+    refused = r"wide \(Conv1d, whose dilation PEFT's A does not have.*exclude_modules.*on_unsupported='skip'"
+    with pytest.raises(TargetError, match=refused):
+        evatune.initialize(model, xs)
+    before = None if meta else matrices(model, "A")["wide"]
+    with pytest.warns(UserWarning, match=r"start as PEFT initialised them: wide \(Conv1d"):
+        calibration = evatune.initialize(model, xs, on_unsupported="skip")
+    assert set(calibration.allocate().ranks) == {"first", "second"}
+    after = matrices(model, "A")["wide"]
+    assert after.any() if before is None else torch.equal(before, after)
+    assert not matrices(model, "B")["wide"].any()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(Mixed(), str(tmp_path))
+    assert torch.equal(matrices(again, "A")["wide"], after)
+    assert torch.allclose(again(xs[0]), model(xs[0]))
+    with pytest.raises(ConfigError, match="on_unsupported is 'ignore'"):
+        evatune.initialize(model, xs, on_unsupported="ignore")
+    alone = get_peft_model(Mixed(), LoraConfig(r=2, target_modules=["wide"]))
+    with pytest.raises(TargetError, match="wide"):
+        evatune.initialize(alone, xs, on_unsupported="skip")  # there would be nothing left to do
+
+
+def test_kinds_that_are_not_supported_are_named_with_those_that_are() -> None:
+    model = nn.ModuleDict({"a": nn.Bilinear(2, 2, 2), "b": nn.ConvTranspose2d(2, 2, 1), "c": nn.Linear(2, 2)})
+    with pytest.raises(TargetError, match=r"a \(Bilinear\), b \(ConvTranspose2d\); supported are .*nn\.Embedding"):
+        find_sites(model, ["a", "b", "c"])
+    split = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, kdim=4)})
+    with pytest.raises(TargetError, match=r"attn \(MultiheadAttention\).*query, key and value of one width"):
+        find_sites(split, ["attn"])
+
+
+def test_dora_where_peft_has_none_names_the_layers() -> None:
+    with pytest.raises(
+        ConfigError, match=r"'dora' cannot run.*MultiheadAttention does not support DoRA.*at attn;.*choose lora"
+    ):
+        adapt(
+            Attends(), "dora", rank=2, alpha=2, targets=["attn"], task_type=None, head=[], new_head=False, steps=1
+        )  # fmt: skip
+
+
+def test_methods_for_linear_layers_say_so() -> None:
+    build: Any = lambda name: adapt(  # noqa: E731
+        Words(), name, rank=2, alpha=2, targets=["table", "head"], task_type=None, head=[], new_head=False, steps=1
+    )
+    with pytest.raises(ConfigError, match=r"'eva-minor' is defined for linear layers, and table \(Embedding\) is none"):
+        build("eva-minor")
+    build("eva")
+
+
+@pytest.mark.parametrize("kind", ["2d", "3d"])
+def test_a_convolutions_adapter_is_exported_at_one_rank(kind: str, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        conv = CONVS[kind]()
+        return nn.Sequential(conv, nn.Tanh(), type(conv)(8, 4, 1))
+
+    xs = images(build()[0])  # type: ignore[index]
+    model = get_peft_model(build(), LoraConfig(r=2, target_modules=["0", "2"]))
+    evatune.initialize(model, xs)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    export_uniform(model, tmp_path / "out")
+    loaded = PeftModel.from_pretrained(build(), str(tmp_path / "out"))
+    assert torch.allclose(loaded(xs[0]), model(xs[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_what_no_server_reads_is_not_exported(tmp_path: Path) -> None:
+    grouped = nn.Sequential(nn.Conv1d(4, 8, 3, groups=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(grouped, LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(AdapterError, match="0 is a convolution with groups, whose adapter no server reads"):
+        export_uniform(model, tmp_path / "out")
+    model = get_peft_model(Attends(), LoraConfig(r=2, target_modules=["attn"]))
+    with pytest.raises(AdapterError, match=r"out_proj is a projection of nn.MultiheadAttention, whose adapter no server"):
+        export_uniform(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("build", "batches", "options"),
+    [
+        (Words, texts, {"target_modules": ["table", "head"]}),
+        (Attends, sequences, {"target_modules": ["attn", "head"]}),
+        (Mixture, routed, {"target_modules": ["head"], "target_parameters": ["experts.up", "experts.down"]}),
+    ],
+)
+def test_a_saved_adapter_says_the_rank_and_scale_of_every_kind(
+    build: Any, batches: Any, options: Any, tmp_path: Path
+) -> None:
+    calibration, start = round_trip(build, LoraConfig(r=3, lora_alpha=6, **options), batches(), tmp_path)
+    rows = {row["layer"]: row for row in adapter_rows(tmp_path / "adapter_model.safetensors")}
+    ranks = {name.removesuffix(".0"): rank for name, rank in calibration.allocate().ranks.items() if name[-1] not in "123"}
+    assert {name: row["rank"] for name, row in rows.items()} == {name: rank for name, rank in ranks.items() if rank}
+    assert {row["scale"] for row in rows.values()} == {2}
+    assert rows.keys() == start.keys()
+
+
+# A pads with zeros and has no dilation.
+UNMERGED = ("2d same with dilation", "2d circular", "2d reflect", "2d replicate, same")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in RUN_BY_PEFT if kind != "2d groups"])  # which PEFT refuses itself
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_a_convolution_is_merged_where_the_sum_of_the_weights_is_what_the_adapter_computes(
+    kind: str, tmp_path: Path
+) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(3)
+        return nn.Sequential(CONVS[kind]())
+
+    model = get_peft_model(build(), LoraConfig(r=2, target_modules=["0"]))
+    with torch.no_grad():
+        model.base_model.model[0].lora_B["default"].weight.normal_()
+    model.save_pretrained(tmp_path)
+    x = images(build()[0])[0]  # type: ignore[index]
+    if kind not in UNMERGED:
+        assert torch.allclose(merge(build(), tmp_path)(x), model(x), rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(AdapterError, match=r"0 \(Conv2d\(.*cannot be merged"):
+            merge(build(), tmp_path)
+
+
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize(
+    ("build", "batches", "options", "other"),
+    [
+        (Words, texts, {"target_modules": ["table", "head"]}, "table"),
+        (Attends, sequences, {"target_modules": ["attn", "head"]}, "attn"),
+        (Mixture, routed, {"target_modules": ["head"], "target_parameters": ["experts.up"]}, "experts.up"),
+    ],
+)
+def test_pefts_own_functions_start_what_peft_does_not_know_as_peft_does(
+    build: Any, batches: Any, options: Any, other: str, meta: bool, tmp_path: Path
+) -> None:
+    before = result(build(), batches()[0])
+    lora = LoraConfig(r=3, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0), **options)
+    model = get_peft_model(build(), lora, low_cpu_mem_usage=meta)
+    with pytest.warns(UserWarning, match=rf"not found in the eva state_dict: {re.escape(other)}"):
+        initialize_lora_eva_weights(model, batches(), show_progress_bar=False)
+    assert torch.allclose(result(model, batches()[0]), before, atol=1e-5)
+    assert torch.allclose(matrices(model, "A")["head"] @ matrices(model, "A")["head"].T, torch.eye(3), atol=1e-5)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build(), str(tmp_path))
+    assert all(torch.equal(a, matrices(model, "A")[name]) for name, a in matrices(again, "A").items())
+    assert matrices(again, "A").keys() == matrices(model, "A").keys()

@@ -64,11 +64,16 @@ def calibrate(
         batches: DataLoader, list, iterator or generator. Each batch is read once, one pass at most.
         config: settings; `CalibrationConfig()` by default.
         targets: which layers, as PEFT names them: "all-linear", a list of names or suffixes, or a regular
-            expression for whole names. Default: the layers that carry an adapter, else "all-linear".
+            expression for whole names. Default: the layers that carry an adapter, else "all-linear". Besides linear
+            layers: convolutions (their own patches; `evatune.initialize` takes those that PEFT's A sees, which pads with
+            zeros and has no dilation), embeddings, `nn.MultiheadAttention` (named like it, and "….out_proj") and parameters
+            in which the weights of experts are stacked (one entry per expert, "….0", "….1", …).
         forward: `forward(model, batch)` replaces the default call: `model(**batch)` for a mapping or a
             dataclass, `model(*batch)` for a tuple or list, `model(batch)` for a tensor.
         rows: `rows(activation, batch, layer_name)` → (n, d) replaces the default choice of rows: all tokens
-            that `attention_mask` does not exclude. Layers then no longer share sketches.
+            that `attention_mask` does not exclude (inside the decoder of an encoder-decoder model: its own mask, else
+            those with a label). Layers then no longer share sketches. The activation is the layer's input, of a
+            convolution its patches (batch, positions, d), of an embedding the ids, of which it returns (n,).
         progress: called with a `Progress` after each batch.
         checkpoint: a file to go on from after an interruption, see `evatune.checkpoint.Checkpoint`. One process only.
 
@@ -398,20 +403,28 @@ class _Monitor:
 
         Directions: the mean over layers, weighted by their ranks, of what the previous directions miss. A
         single layer that learns slowly does not hold up the rest; it gets a status of its own.
+        An expert weighs as its share of the tokens that the busiest expert got: one that none reach settles never.
         Ranks: twice the tolerance, since ranks move between components of nearly equal worth.
         """
         spectra, tolerance = self._latest, self._config.tolerance
         if tolerance == 0:
             return False
         plan = self._trial_plan(spectra)
-        missed, weight = 0.0, 0
+        missed, weight = 0.0, 0.0
         self.settled = set()
+        busiest: dict[str, int] = {}
+        for site in self._sites:
+            group = self._sharing.group_of(site.name)
+            busiest[site.unit] = max(busiest.get(site.unit, 0), spectra[group].rows if group else 0)
         for site in self._sites:
             group = self._sharing.group_of(site.name)
             before = self._spectra.get(group) if group else None
             used = max(1, plan.ranks[site.name] if plan and site.name in plan.ranks else self._config.rank_or_default)
             gap = _missed(before, spectra[group], used) if group and before else 1.0
-            missed, weight = missed + used * gap, weight + used
+            share = 1.0
+            if site.part.expert is not None:
+                share = spectra[group].rows / max(1, busiest[site.unit]) if group else 0.0
+            missed, weight = missed + share * used * gap, weight + share * used
             if gap <= tolerance:
                 self.settled.add(site.name)
         moved = rank_shift(self._plan, plan) if self._plan and plan else 1.0

@@ -236,6 +236,8 @@ class Calibration:
             layer = layers[name] = Layer(**facts)
             if not (isinstance(layer.in_features, int) and isinstance(layer.out_features, int) and layer.out_features > 0):
                 raise ValueError(f"sizes of {name} are {layer.in_features!r} and {layer.out_features!r}")
+            if not (isinstance(layer.groups, int) and layer.groups > 0 and isinstance(layer.unit, str)):
+                raise ValueError(f"groups and unit of {name} are {layer.groups!r} and {layer.unit!r}")
             if layer.input is not None and by_input[layer.input].directions.shape[1] != layer.in_features:
                 raise ValueError(f"{name} has {layer.in_features} inputs but directions of another width")
             spectra[name] = empty(layer.in_features, config.center) if layer.input is None else by_input[layer.input]

@@ -38,7 +38,8 @@ def initialize(
 
     Args:
         model: a `PeftModel` with a LoRA adapter (or a transformers model after `add_adapter`); or a
-            transformers or TRL `Trainer` around one, whose own data, collator and device are then used.
+            transformers or TRL `Trainer` around one, whose own data, collator and device are then used. The adapter
+            may sit on any kind of layer that `evatune.calibrate` lists, and on parameters (`target_parameters`).
         batches: as for `evatune.calibrate`; not with a Trainer. Or a finished `Calibration` of this model, merged or loaded
             from a file, also with a Trainer: it must cover the adapter's layers, and no batch is run then.
         rank: r. Default: the adapter's `LoraConfig.r`, and its `rank_pattern` as it stands: a layer that it names gets at

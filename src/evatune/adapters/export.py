@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from evatune.adapters.peft import lora_config
 from evatune.adapters.saved import layer_scale, read_config
+from evatune.adapters.starts import lora_layers
 from evatune.errors import AdapterError, RecordError
 from evatune.files import require_free, whole_folder
 from evatune.version import __version__
@@ -104,7 +105,8 @@ def export_uniform(
 def merge(base: nn.Module, adapter: str | Path) -> nn.Module:
     """The base model with a saved adapter added into its weights, in place; checked for NaN and Inf by PEFT.
 
-    Raises RecordError for an adapter that is damaged, not LoRA, or not of this base model.
+    Raises RecordError for an adapter that is damaged, not LoRA, or not of this base model; AdapterError where PEFT's sum is
+    not what the adapter computes.
     """
     adapter = Path(adapter)
     read_config(adapter)
@@ -113,7 +115,10 @@ def merge(base: nn.Module, adapter: str | Path) -> nn.Module:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
             model = PeftModel.from_pretrained(base, str(adapter))
+        _require_mergeable(model)
         merged: nn.Module = model.merge_and_unload(safe_merge=True)
+    except AdapterError:
+        raise
     except (RuntimeError, ValueError, KeyError, UserWarning) as error:
         reason = " ".join(str(error).split())[:300]
         raise RecordError(
@@ -121,6 +126,17 @@ def merge(base: nn.Module, adapter: str | Path) -> nn.Module:
             "trained on"
         ) from error
     return merged
+
+
+def _require_mergeable(model: nn.Module) -> None:
+    """A convolution's A fills with zeros and has no dilation, so no weight of a layer that does otherwise holds BA."""
+    for path, layer in lora_layers(model).items():
+        base = layer.get_base_layer()
+        if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and (base.padding_mode != "zeros" or max(base.dilation) > 1):
+            raise AdapterError(
+                f"{path} ({base}) cannot be merged with its adapter, which pads with zeros and has no dilation; "
+                "keep the adapter beside the model, or leave such layers out of the targets"
+            )
 
 
 def head_size(adapter: str | Path) -> int | None:
@@ -202,6 +218,13 @@ def _pad(state: dict[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor
                 raise AdapterError(f"{key} belongs to no plain LoRA layer; merge the adapter instead: --format merged")
         else:
             rank = value.shape[_rank_dimension(match)] if value.ndim > 1 else 0
+            grouped = match["part"] == "B" and value.ndim > 2 and rank < ranks.get(match["layer"], rank)
+            if grouped or ".base_layer" in match["layer"]:
+                raise AdapterError(
+                    f"{match['layer'].removeprefix(_PREFIX)} is a "
+                    f"{'convolution with groups' if grouped else 'projection of nn.MultiheadAttention'}, whose adapter no "
+                    "server reads; serve it with PEFT, or leave such layers out of the targets"
+                )
             if not rank or ranks.setdefault(match["layer"], rank) != rank:
                 raise RecordError(f"the matrices of {match['layer']} do not fit each other; save the adapter again")
     whole = Counter(match["layer"] for key in state if (match := _KEY.fullmatch(key)))

@@ -15,6 +15,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 
 from evatune.adapters import starts
+from evatune.adapters.layers import find_slots
 from evatune.adapters.milora import milora
 from evatune.adapters.starts import Batches, Start, lora_layers
 from evatune.calibrate import calibrate
@@ -118,7 +119,7 @@ def adapt(
                 "choose lora or full"
             )
         return model
-    find_sites(model, targets)  # whose error says what would match
+    sites = find_sites(model, targets)  # whose error says what would match
     common: dict[str, Any] = {
         "target_modules": targets, "lora_alpha": alpha, "modules_to_save": head if new_head else None,
         "task_type": TaskType(task_type) if task_type else None,
@@ -135,7 +136,10 @@ def adapt(
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:
-            raise ConfigError(f"method {name!r} cannot run on this model ({error}); {_INSTEAD}") from error
+            # The weights that PEFT adapts without a layer to call, which cannot have every variant of LoRA.
+            held = dict.fromkeys(site.unit for site in sites if site.part.parameter)
+            where = f" at {', '.join(list(held)[:3])}" if held else ""
+            raise ConfigError(f"method {name!r} cannot run on this model ({error}){where}; {_INSTEAD}") from error
     _require_fit(adapted, name)
     if name == "adalora":
         _keep_penalty_out_of_evaluation(adapted.base_model)
@@ -216,6 +220,13 @@ def _require_fit(model: nn.Module, name: str) -> None:
     """Raise a ConfigError where the method would fail on a layer, or be another method than its name says."""
     method = METHODS[name]
     layers = lora_layers(model)
+    linear = {slot.name for slot in find_slots(model, "default")[0] if slot.is_linear}
+    other = [f"{path} ({type(layer.get_base_layer()).__name__})" for path, layer in layers.items() if path not in linear]
+    if other and (method.start is not None or method.minor or method.random_a):
+        raise ConfigError(
+            f"method {name!r} is defined for linear layers, and {other[0]} is none; name other adapter.targets, or choose "
+            "lora or eva"
+        )
     conv1d = [path for path, layer in layers.items() if getattr(layer, "fan_in_fan_out", False)]
     if conv1d and not method.conv1d:
         raise ConfigError(

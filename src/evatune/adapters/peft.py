@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import EvaConfig, LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import MultiheadAttention
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -293,6 +293,7 @@ def write_rows(
             alphas[name] = _alpha(alpha, ranks[name], rank, rslora) if adjust else now
     others = others or {}
     weights = {slot.name for slot in slots if slot.is_parameter}
+    weights |= {name for name, layer in others.items() if isinstance(layer, ParamWrapper)}
     kept = [name for name in (*ranks, *others) if name not in weights]
     dropped = [slot.name for slot in slots if slot.name not in ranks and not slot.is_parameter]
     rank_pattern = _pattern(ranks | {name: layer.r[adapter_name] for name, layer in others.items()}, rank)
@@ -311,7 +312,7 @@ def write_rows(
     lora.rank_pattern, lora.alpha_pattern = rank_pattern, alpha_pattern
     lora.target_modules = _targets(lora, model, kept, dropped)
     if weights:
-        lora.target_parameters = [name for name in ranks if name in weights]
+        lora.target_parameters = [name for name in (*ranks, *others) if name in weights]
     # What a loader needs to know: ranks and weights are all there, nothing is left to initialise. Axolotl
     # and others refuse to merge an adapter that still says "eva".
     lora.init_lora_weights = True

@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 _PREFIX = "base_model.model."
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+# Of embeddings, A and B are parameters and not layers.
+_PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 
 
 def is_adapter(file: Path) -> bool:
     """Whether this is a safetensors file with LoRA matrices in it."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return any(key.endswith(_A) for key in opened.keys())  # noqa: SIM118  not a mapping
+            return any(key.endswith(tuple(_PAIRS)) for key in opened.keys())  # noqa: SIM118  not a mapping
     except (SafetensorError, OSError):
         return False
 
@@ -74,16 +75,21 @@ def layer_scale(config: LoraConfig, layer: str, rank: int) -> tuple[float, float
 def _rows(weights: Path, config: LoraConfig) -> list[dict[str, Any]]:
     rows = []
     with safe_open(weights, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118  not a mapping
-            if not key.endswith(_A):
-                continue
-            layer = key.removeprefix(_PREFIX).removesuffix(_A)
-            a, b = file.get_tensor(key).float(), file.get_tensor(key.removesuffix(_A) + _B).float()
-            rank = a.shape[0]
-            alpha, scale = layer_scale(config, layer, rank)
+        found = [(key, end) for key in file.keys() for end in _PAIRS if key.endswith(end)]  # noqa: SIM118  not a mapping
+        heights = {key.removeprefix(_PREFIX): file.get_slice(key).get_shape()[0] for key, _ in found}
+        for key, end in found:
+            path = key.removeprefix(_PREFIX).removesuffix(end)
+            a, b = file.get_tensor(key).float(), file.get_tensor(key.removesuffix(end) + _PAIRS[end]).float()
+            # Attention's output projection, or one of several stacked weights, hangs in the wrapper of its layer.
+            unit = path.partition(".base_layer")[0]
+            beside = [
+                height for other, height in heights.items() if other.startswith((unit + ".lora_", unit + ".base_layer"))
+            ]
+            name, rank = _stacked(config, unit, path.count(".base_layer"), len(a), sum(beside)) or (unit, len(a))
+            alpha, scale = layer_scale(config, name, rank)
             rows.append(
                 {
-                    "layer": layer,
+                    "layer": path.replace(".base_layer", "") if name == unit else name,
                     "rank": rank,
                     "alpha": alpha,
                     "scale": scale,
@@ -93,3 +99,24 @@ def _rows(weights: Path, config: LoraConfig) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def _stacked(config: LoraConfig, unit: str, depth: int, height: int, together: int) -> tuple[str, int] | None:
+    """Name and rank of an adapted parameter of the module `unit`, of whose experts A has the rows one after another.
+
+    The file does not say how many experts there are: the ranks in the config do, since all parameters of a module have
+    equally many. None for other layers.
+
+    Args:
+        depth: how many wrappers are around this one; evatune lists the parameters of a module in this order.
+        height: rows of this A. together: of all A of the module.
+    """
+    from peft.utils.other import get_pattern_key
+
+    ends = [target.rpartition(".") for target in config.target_parameters or ()]
+    names = [f"{unit}.{key}" for module, _, key in ends if f".{unit}".endswith(f".{module}")]
+    pattern = config.rank_pattern
+    ranks = {name: int(pattern.get(get_pattern_key(pattern.keys(), name), config.r)) for name in names}
+    experts = max(1, together // sum(ranks.values())) if ranks else 1
+    likely = names[depth:] + names[:depth]
+    return next(((name, ranks[name]) for name in likely if ranks[name] * experts == height), None)

@@ -79,9 +79,10 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name, parameter = owner
         if parameter.ndim == 2:
             self._seen(name, None, rows.flatten(0, -2), None)
-        elif weight.numel() == parameter.numel():  # all experts at once, each with rows of its own
+        elif weight.ndim == 3:  # all experts at once, each with all the tokens, of which those of others are zero
             for expert, own in enumerate(rows):
-                self._seen(name, expert, own, None)
+                routed = own.any(1).nonzero().flatten()
+                self._seen(name, expert, own[routed], (routed, len(own)))
         else:
             expert = (view.data_ptr() - parameter.data_ptr()) // (parameter.stride(0) * parameter.element_size())
             self._seen(name, expert, rows.flatten(0, -2), self._places(expert, rows))

@@ -110,9 +110,9 @@ def find_sites(model: nn.Module, targets: Targets = None) -> list[Site]:
     sites: list[Site] = []
     odd = []
     for name, found, plain in layers:
-        weights = [key for key in _stacked(plain) if matches(f"{name}.{key}")]
+        parts = parts_of(plain)
+        weights = [] if parts else [key for key in _stacked(plain) if matches(f"{name}.{key}")]
         if name in chosen:
-            parts = parts_of(plain)
             sites += sites_of(name, plain, parts)
             weights += adapted_parameters(found)
             if strict and not parts and not weights:
@@ -123,8 +123,8 @@ def find_sites(model: nn.Module, targets: Targets = None) -> list[Site]:
         raise TargetError(
             f"these targets are of a kind that is not supported: {', '.join(odd[:5])}"
             f"{f' and {len(odd) - 5} more' if len(odd) > 5 else ''}; supported are "
-            f"{', '.join(kind.name for kind in KINDS)} and stacked weights of experts. Name such layers instead, or leave "
-            "these out with exclude_modules in the LoraConfig"
+            f"{', '.join(kind.name for kind in KINDS)} and stacked weights of experts. Name the linear layers "
+            "or others of these instead, or leave those out with exclude_modules in the LoraConfig"
         )
     if not sites:
         raise TargetError(_nothing_matches(targets, layers))
@@ -149,7 +149,7 @@ def adapted_parameters(module: nn.Module) -> list[str]:
 
 
 def _stacked(module: nn.Module) -> list[str]:
-    """The weights of experts that are stacked in one parameter."""
+    """Parameters of a shape in which the weights of experts are stacked."""
     return [key for key, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
 
 

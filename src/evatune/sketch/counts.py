@@ -38,7 +38,9 @@ class CountSketch(Sketch):
         if self.shift is None:
             self.shift = torch.zeros(self.width, device=self.device)  # counts are about nothing but 0
         tokens = x if index is None else x.index_select(0, index)
-        counts = torch.bincount(tokens, minlength=self.width).to(self.dtype)
+        # Not bincount, which waits for the device to find the largest.
+        ones = torch.ones(len(tokens), dtype=self.dtype, device=tokens.device)
+        counts = torch.zeros_like(self.row_sum).scatter_add_(0, tokens.long(), ones)
         fresh = self._fresh if self.known is None or not len(self._fresh) else counts[self.known]
         return Digest(len(tokens), counts, counts.sum(), counts.new_zeros(0), fresh)
 
