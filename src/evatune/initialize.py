@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from evatune.calibrate import ForwardFunction, Progress, model_device
+from evatune.calibrate import Progress
 from evatune.calibration import Calibration
 from evatune.capture.tap import RowsFunction
 from evatune.checkpoint import Checkpoint
 from evatune.config import CalibrationConfig
 from evatune.errors import DataError
+from evatune.model import ForwardFunction, model_device
 from evatune.processes import Team
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from evatune.adapters.layers import Slot, describe, find_slots, matrices_of, pairs
 from evatune.adapters.scale import choose_scale, completed, scaled_rows
-from evatune.calibrate import ForwardFunction, Progress, _describe, is_sharded, run
+from evatune.calibrate import Progress, run
 from evatune.calibration import Calibration
 from evatune.capture.tap import RowsFunction
 from evatune.capture.targets import adapters_off, base_name, unwrapped
@@ -27,6 +27,8 @@ from evatune.checkpoint import Checkpoint
 from evatune.config import CalibrationConfig
 from evatune.errors import AdapterError, ConfigError, TargetError
 from evatune.merge import same_model
+from evatune.model import ForwardFunction, is_sharded
+from evatune.model import describe as describe_model
 from evatune.processes import Team
 
 # Starts of PEFT's that leave the base weights, and the forward pass, as they are.
@@ -176,10 +178,10 @@ def _applied(
             raise ConfigError(f"{option} is about a pass over batches, and a finished calibration needs none; leave it out")
     with adapters_off(model):  # or raise: with an adapter merged in, these are not the weights that were calibrated
         pass
-    if calibration.model and not same_model(calibration.model, _describe(model)):
+    if calibration.model and not same_model(calibration.model, describe_model(model)):
         raise AdapterError(
-            f"the calibration is one of {calibration.model!r} and this model is {_describe(model)!r}; calibrate this model "
-            "(or, if it is the same under another name, pass dataclasses.replace(calibration, model=''))"
+            f"the calibration is one of {calibration.model!r} and this model is {describe_model(model)!r}; calibrate this "
+            "model (or, if it is the same under another name, pass dataclasses.replace(calibration, model=''))"
         )
     sites = [site for slot in slots for site in slot.sites]
     for site in sites:

@@ -24,9 +24,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict, set_
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from evatune.calibrate import as_found, call_model
 from evatune.capture.targets import base_name
 from evatune.errors import ConfigError
+from evatune.model import as_found, call_model
 
 Batches = Callable[[int], Iterable[Any]]  # examples per batch → one pass over the training data, on the model's device
 Start = Callable[[Any, Batches], None]

@@ -116,7 +116,7 @@ class Tap:
 
             def seen(parameter: str, expert: int | None, rows: Tensor, places: Places | None) -> None:
                 site = by_product.get((parameter, expert))
-                if site is not None:
+                if site is not None and self._watching:
                     self._take(site, sequences(rows), original=rows, places=places)
 
             parameters = {key: attrgetter(key)(module) for key, _ in by_product}

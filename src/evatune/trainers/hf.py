@@ -12,9 +12,9 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from transformers import TrainerCallback
 
 from evatune.adapters.peft import initialize_model
-from evatune.calibrate import ForwardFunction, call_model
 from evatune.calibration import Calibration
 from evatune.errors import AdapterError
+from evatune.model import ForwardFunction, call_model
 from evatune.processes import Team
 from evatune.trainers.summary import summary
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from evatune.calibrate import ForwardFunction, call_model, iterate
 from evatune.calibration import Calibration
 from evatune.errors import AdapterError, DataError
 from evatune.initialize import initialize
+from evatune.model import ForwardFunction, call_model, iterate
 from evatune.trainers.summary import summary
 
 try:

@@ -1,0 +1,144 @@
+"""Running a model of any make: how it is called, what it is made to be meanwhile, and where its weights are."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evatune.capture.targets import adapters_off
+from evatune.errors import DataError
+
+ForwardFunction = Callable[[nn.Module, Any], Any]
+
+
+def iterate(batches: Iterable[Any]) -> Iterator[Any]:
+    """An iterator over batches; a DataError for what is none, or is a single batch."""
+    if isinstance(batches, (Tensor, Mapping, str, bytes)):
+        raise DataError(
+            f"batches is a single {type(batches).__name__}; give an iterable of batches, such as a DataLoader or a list "
+            "with this one batch in it"
+        )
+    try:
+        return iter(batches)
+    except TypeError:
+        raise DataError(
+            f"batches is of type {type(batches).__name__}, which cannot be iterated over; give a DataLoader, a list or "
+            "a generator of batches"
+        ) from None
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """The default forward pass: keywords from a mapping or dataclass, positions from a tuple, else one argument."""
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        if is_dataclass(batch) and not isinstance(batch, type):
+            return model(**{f.name: getattr(batch, f.name) for f in fields(batch)})
+        if isinstance(batch, (tuple, list)):
+            return model(*batch)
+        return model(batch)
+    except TypeError as error:
+        error.add_note(
+            f"evatune called the model with a batch of type {type(batch).__name__} by its default rule (mapping → "
+            "keywords, tuple → positions). If that is not how this model is called, pass forward=lambda model, batch: …"
+        )
+        raise
+
+
+def to_device(batch: Any, device: torch.device | None) -> Any:
+    """The batch with its tensors on `device`; the caller's containers are not touched."""
+    if isinstance(batch, Tensor):
+        return batch if device is None else batch.to(device)
+    if isinstance(batch, UserDict):  # transformers' BatchEncoding, whose own `to` would change the caller's
+        moved = copy.copy(batch)
+        moved.data = {key: to_device(value, device) for key, value in batch.items()}
+        return moved
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def may_cut_short(model: nn.Module) -> bool:
+    """Whether nothing is lost by leaving a forward pass once every watched layer has been called.
+
+    What is left out is the end of the last block, the output embedding and the loss; for a language model
+    with a large vocabulary that is much time and most of the memory. Only for transformers' own models, whose
+    forward passes have no other effects, and only where nobody else waits for the end: no forward hooks, no
+    offloading, no compiled graph, no shard of the model on another process.
+    """
+    base = getattr(model, "get_base_model", lambda: model)()
+    if not type(base).__module__.startswith("transformers.") or hasattr(model, "_orig_mod"):
+        return False
+    if is_sharded(model):
+        return False
+    return not any(
+        module._forward_hooks or hasattr(module, "_hf_hook") or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+
+
+@contextmanager
+def as_found(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and base weights inside; modes, adapters and random states as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    python_state = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy else None
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        # In evaluation mode torch's own transformer layers would pass their inner linear layers by.
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.random.fork_rng(devices=_cuda_devices(model)), adapters_off(model):
+            model.eval()
+            for module in model.modules():
+                # In evaluation mode bitsandbytes packs 4-bit weights on a CPU anew, for good, and they train no more.
+                module.training = hasattr(module, "support_avx512bf16_for_cpu")
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        torch.backends.mha.set_fastpath_enabled(fast)
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
+def model_device(model: nn.Module) -> torch.device | None:
+    """Where batches go: the device of the first parameter that has data."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), None)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a forward pass needs the other processes, since they hold parts of this model's weights."""
+    return any(is_part(parameter) for parameter in model.parameters())
+
+
+def is_part(parameter: nn.Parameter) -> bool:
+    """Of a weight in shards: a DTensor (FSDP2), a flat parameter (FSDP1), or one of DeepSpeed's ZeRO-3."""
+    return any(hasattr(parameter, mark) for mark in ("device_mesh", "_is_flat_param", "ds_id"))
+
+
+def describe(model: nn.Module) -> str:
+    """Class and, where the model knows it, name or path of the weights."""
+    inner = getattr(model, "get_base_model", lambda: model)()
+    source = getattr(getattr(inner, "config", None), "_name_or_path", "") or ""
+    # fully_shard puts a class of its own before the model's.
+    kind = next(kind.__name__ for kind in type(inner).__mro__ if not kind.__name__.startswith("FSDP"))
+    return f"{kind} {source}".strip()

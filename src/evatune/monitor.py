@@ -1,0 +1,254 @@
+"""Watches the sketches while batches come: bad rows, when to stop, and the verdict per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evatune.calibration import Calibration, Layer
+from evatune.capture import InputGroup, Sharing, Site
+from evatune.config import CalibrationConfig
+from evatune.errors import BudgetError
+from evatune.joint import JointSketches
+from evatune.model import describe
+from evatune.processes import Team
+from evatune.ranks import RankPlan, allocate, rank_shift
+from evatune.sketch import Sketch, refresh_all
+from evatune.spectrum import Spectrum, empty
+from evatune.status import Status, shortage
+
+# Two or three batches agree too easily, and the bound costs next to nothing.
+_MIN_BATCHES = 4
+
+
+class Monitor:
+    """Watches the sketches, those of all processes: bad rows, the stop rule, and the verdict per layer."""
+
+    def __init__(
+        self, sites: list[Site], sharing: Sharing, config: CalibrationConfig, team: Team, make: Callable[[str], Sketch]
+    ) -> None:
+        self._sites = sites
+        self._sharing = sharing
+        self._config = config
+        self._team = team
+        self._make = make
+        self._joint = JointSketches(team, sharing, [site.name for site in sites], make)
+        self._latest: dict[InputGroup, Spectrum] = {}  # of the last refresh
+        self._spectra: dict[InputGroup, Spectrum] = {}  # of the last check
+        self._plan: RankPlan | None = None
+        self._bad: dict[str, tuple[int, int]] = {}  # layer → first batch with NaN or Inf, and its process
+        self.batches = 0  # of all processes, as of the last meeting
+        self.settled: set[str] = set()
+        self.rows = 0
+
+    def note_bad_rows(self, batch: int) -> None:
+        """Find NaN and Inf, with one wait for the device per batch (and device), however many layers there are."""
+        by_device: dict[torch.device, list[InputGroup]] = {}
+        for group in self._sharing.groups:
+            by_device.setdefault(group.sketch.device, []).append(group)
+        for groups in by_device.values():
+            finite = torch.stack([group.sketch.finite for group in groups]).tolist()
+            for group in (g for g, good in zip(groups, finite, strict=True) if not good):
+                for name in group.members:
+                    self._bad.setdefault(name, (batch, self._team.rank))
+                    self._sharing.stop_watching(name)
+
+    def meet(self, batches: int, more: bool) -> bool:
+        """Tell the others of this process's batches so far, if there may be more, and what was bad; and hear of theirs.
+
+        False if nobody has more data.
+        """
+        everyone = self._team.gather({"batches": batches, "open": more, "bad": self._bad})
+        self.batches = sum(said["batches"] for said in everyone)
+        found = [(name, tuple(place)) for said in everyone for name, place in said["bad"].items()]
+        self._bad = dict(sorted(found, key=lambda entry: entry[1], reverse=True))  # the first batch is the one that stays
+        for name in self._bad:
+            self._sharing.stop_watching(name)
+        return any(said["open"] for said in everyone)
+
+    def refresh(self) -> None:
+        """Move every sketch's basis to what the data so far suggests."""
+        if self._team.size > 1:
+            self._latest = self._joint.refresh()
+        else:
+            groups = self._sharing.groups
+            self._latest = dict(zip(groups, refresh_all([group.sketch for group in groups]), strict=True))
+        self.rows = max((spectrum.rows for spectrum in self._latest.values()), default=0)
+
+    def check(self) -> bool:
+        """After a refresh: true when directions and ranks have both settled since the last check.
+
+        Directions: the mean over layers, weighted by their ranks, of what the previous directions miss. A
+        single layer that learns slowly does not hold up the rest; it gets a status of its own.
+        An expert weighs as its share of the tokens that the busiest expert got: one that none reach settles never.
+        Ranks: twice the tolerance, since ranks move between components of nearly equal worth.
+        """
+        spectra, tolerance = self._latest, self._config.tolerance
+        if tolerance == 0:
+            return False
+        plan = self._trial_plan(spectra)
+        missed, weight = 0.0, 0.0
+        self.settled = set()
+        busiest: dict[str, int] = {}
+        for site in self._sites:
+            group = self._sharing.group_of(site.name)
+            busiest[site.unit] = max(busiest.get(site.unit, 0), spectra[group].rows if group else 0)
+        for site in self._sites:
+            group = self._sharing.group_of(site.name)
+            before = self._spectra.get(group) if group else None
+            used = max(1, plan.ranks[site.name] if plan and site.name in plan.ranks else self._config.rank_or_default)
+            gap = _missed(before, spectra[group], used) if group and before else 1.0
+            share = 1.0
+            if site.part.expert is not None:
+                share = spectra[group].rows / max(1, busiest[site.unit]) if group else 0.0
+            missed, weight = missed + share * used * gap, weight + share * used
+            if gap <= tolerance:
+                self.settled.add(site.name)
+        moved = rank_shift(self._plan, plan) if self._plan and plan else 1.0
+        self._spectra, self._plan = spectra, plan
+        return self.batches >= _MIN_BATCHES and missed <= tolerance * weight and moved <= 2 * tolerance
+
+    def result(self, ended: Status, batches: int, model: nn.Module) -> Calibration:
+        spectra, status, layers = {}, {}, {}
+        # Numbered by the order of the layers, which all processes have in common.
+        groups = dict.fromkeys(group for site in self._sites if (group := self._sharing.group_of(site.name)))
+        answers = {group: self._answer(group) for group in groups}
+        number = {group: index for index, group in enumerate(groups)}
+        for site in self._sites:
+            group = self._sharing.group_of(site.name)
+            spectrum = answers[group] if group else empty(site.in_features, self._config.center)
+            spectra[site.name] = spectrum
+            status[site.name] = self._verdict(site, spectrum, ended)
+            bad = self._bad.get(site.name)
+            layers[site.name] = replace(
+                _layer(site),
+                input=number[group] if group else None,
+                first_bad_batch=bad[0] if bad else None,
+                bad_process=bad[1] if bad and self._team.size > 1 else None,
+            )
+        return Calibration(
+            spectra=spectra,
+            status=status,
+            layers=layers,
+            config=self._config,
+            batches=batches,
+            model=describe(model),
+            processes=self._team.size,
+            bytes_sent=self._team.bytes_sent,
+        )
+
+    def identity(self, model: nn.Module) -> dict[str, Any]:
+        """What must be the same for a checkpoint to fit."""
+        layers = {site.name: [site.in_features, site.out_features] for site in self._sites}
+        return {"model": describe(model), "layers": layers, "config": asdict(self._config)}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the loop has found so far, as named tensors and JSON."""
+        tensors: dict[str, Tensor] = {}
+        for place, group in enumerate(self._sharing.groups):
+            parts = {"sketch": group.sketch.state()}
+            parts |= {key: found[group].state() for key, found in self._found().items() if group in found}
+            tensors |= {f"{place}.{key}.{name}": t for key, part in parts.items() for name, t in part.items()}
+        members = [group.members for group in self._sharing.groups]
+        return tensors, {"groups": members, "bad": self._bad, "settled": sorted(self.settled)}
+
+    def set_state(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            place, key, part = name.split(".", 2)
+            parts.setdefault(f"{place}.{key}", {})[part] = tensor
+        for number, group in enumerate(self._sharing.arrange(record["groups"], self._make)):
+            group.sketch.set_state(parts[f"{number}.sketch"])
+            for key, found in self._found().items():
+                if f"{number}.{key}" in parts:
+                    found[group] = Spectrum.of_state(parts[f"{number}.{key}"])
+        self._bad = {name: tuple(place) for name, place in record["bad"].items()}
+        for name in self._bad:
+            self._sharing.stop_watching(name)
+        self.settled = set(record["settled"])
+        self._plan = self._trial_plan(self._spectra) if self._spectra else None
+        self.rows = max((spectrum.rows for spectrum in self._latest.values()), default=0)
+
+    def _found(self) -> dict[str, dict[InputGroup, Spectrum]]:
+        return {"latest": self._latest, "check": self._spectra}
+
+    def _answer(self, group: InputGroup) -> Spectrum:
+        """The group's spectrum: the last refresh's, if no row came after it."""
+        known = self._latest.get(group)
+        if known is not None and (self._team.size > 1 or known.rows == group.sketch.count):
+            return known
+        return group.sketch.spectrum()
+
+    def _verdict(self, site: Site, spectrum: Spectrum, ended: Status) -> Status:
+        if site.name in self._bad:
+            return Status.NON_FINITE
+        lack: Status | None = Status.NEVER_CALLED
+        if self._sharing.group_of(site.name) is not None:
+            needed = min(self._config.kept, site.in_features, site.out_features)
+            lack = shortage(spectrum.rows, spectrum.total_energy, needed)
+        if lack is not None:
+            others = (other.name for other in self._sites if other.unit == site.unit)
+            routed = site.part.expert is not None and any(self._sharing.group_of(name) for name in others)
+            return Status.SELDOM_ROUTED if routed else lack
+        if site.name in self.settled:
+            return Status.CONVERGED
+        return Status.UNSETTLED if ended is Status.CONVERGED else ended
+
+    def _trial_plan(self, spectra: dict[InputGroup, Spectrum]) -> RankPlan | None:
+        """The ranks that today's spectra imply, or None while there is too little data for any."""
+        config = self._config
+        candidates = {}
+        for site in self._sites:
+            group = self._sharing.group_of(site.name)
+            if group is not None:
+                candidates[site.name] = _layer(site).candidate(spectra[group])
+        try:
+            return allocate(
+                candidates,
+                rank=config.rank_or_default,
+                rho=config.rho_or_default,
+                budget=config.budget,
+                metric=config.metric,
+            )
+        except BudgetError:
+            return None
+
+
+def _layer(site: Site) -> Layer:
+    """The record of a layer that has not been called yet."""
+    unit = "" if site.unit == site.name else site.unit
+    return Layer(site.in_features, site.out_features, input=None, groups=site.part.groups, unit=unit)
+
+
+def _missed(before: Spectrum, now: Spectrum, used: int) -> float:
+    """Share of the energy in the `used` leading directions of `now` that those of `before` do not reach.
+
+    Measured with the energies of `now`, of which `before` has not seen the latest rows. Unlike a cosine per
+    vector it does not care how directions of equal energy rotate among themselves.
+    """
+    used = min(used, len(before.energies), len(now.energies))
+    best = float(now.energies[:used].sum())
+    if used == 0 or best <= 0:
+        return 0.0
+    overlap = (before.directions[:used] @ now.directions.T).square().sum(0)  # (k,) share of each new direction
+    return 1 - float((overlap * now.energies).sum()) / best
+
+
+def passes(before: int, now: int, is_point: Callable[[int], bool]) -> bool:
+    """Whether one of the points lies in (before, now]."""
+    return any(is_point(batch) for batch in range(before + 1, now + 1))
+
+
+def is_check(batch: int) -> bool:
+    """1, 2, 4, 8, …: the stop rule compares with what half the data said."""
+    return batch & (batch - 1) == 0
+
+
+def is_refresh(batch: int) -> bool:
+    """At each check and, from 6 on, halfway to the next: few enough to cost little, and each is a power step."""
+    return is_check(batch) or (batch > 3 and batch % 3 == 0 and is_check(batch // 3))
