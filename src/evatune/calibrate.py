@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from evatune.calibration import Calibration
 from evatune.capture import DecoderRows, Sharing, Site, Tap, Tokens, decoder_of, find_sites, selector_for
+from evatune.capture.rows import full_precision
 from evatune.capture.tap import EnoughSeen, RowsFunction
 from evatune.capture.targets import Targets, unwrapped
 from evatune.checkpoint import Checkpoint
@@ -178,10 +179,11 @@ def run(
                 monitor.note_bad_rows(feed.number(turn))
             before, now = min((turn - 1) * team.size, limit), min(turn * team.size, limit)
             meet = passes(before, now, is_refresh) or (over and team.size > 1)
-            if meet:
-                over = not monitor.meet(feed.count, feed.open) or over
-                monitor.refresh()
-            converged = passes(before, now, is_check) and team.gather(monitor.check())[0]
+            with full_precision(device):
+                if meet:
+                    over = not monitor.meet(feed.count, feed.open) or over
+                    monitor.refresh()
+                converged = passes(before, now, is_check) and team.gather(monitor.check())[0]
             if progress is not None:
                 progress(Progress(now, limit, monitor.rows, len(monitor.settled), len(sites)))
             if converged or over:
@@ -192,7 +194,8 @@ def run(
     if total == 0:
         raise DataError(_NO_DATA)
     ended = Status.MAX_BATCHES if total >= config.max_batches else Status.DATA_EXHAUSTED
-    return monitor.result(Status.CONVERGED if converged else ended, total, model)
+    with full_precision(device):
+        return monitor.result(Status.CONVERGED if converged else ended, total, model)
 
 
 _NO_DATA = "batches is empty: not one batch came; give a DataLoader, list or generator with data"

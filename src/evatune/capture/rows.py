@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -47,6 +48,17 @@ def has_token_labels(batch: Any) -> bool:
     tokens = (batch_field(batch, key) for key in ("attention_mask", "input_ids"))
     shapes = [t.shape for t in tokens if isinstance(t, Tensor) and t.ndim == 2]
     return isinstance(labels, Tensor) and bool(shapes) and labels.shape == shapes[0]
+
+
+@contextmanager
+def full_precision(device: torch.device | None) -> Iterator[None]:
+    """Without autocast, under which products on `device` would be in 16 bits: what is ours is in float32 or better."""
+    kinds = {"cpu", "cpu" if device is None else device.type}
+    with ExitStack() as stack:
+        for kind in kinds:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 class RowSelector:

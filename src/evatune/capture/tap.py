@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from evatune.capture.kinds import Piece, Tokens, sequences_of
 from evatune.capture.products import Places, Products, loops_over_experts
-from evatune.capture.rows import DecoderRows, RowSelector
+from evatune.capture.rows import DecoderRows, RowSelector, full_precision
 from evatune.capture.sharing import Sharing
 from evatune.capture.targets import Site
 from evatune.errors import DataError, TargetError
@@ -158,7 +158,8 @@ class Tap:
                 pieces = lambda: iter([(x, index)])  # noqa: E731
             else:
                 pieces = partial(site.part.view.pieces, x, selector)
-        self._sharing.offer(site, original, lambda sketch: sketch.digest_pieces(pieces()))
+        with full_precision(x.device):
+            self._sharing.offer(site, original, lambda sketch: sketch.digest_pieces(pieces()))
 
     def _chosen(self, site: Site, x: Tensor) -> Tensor:
         assert self._rows is not None
