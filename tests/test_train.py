@@ -116,6 +116,13 @@ def test_a_folder_with_another_run_is_left_alone(bert_folder: Path, tmp_path: Pa
         run(small(bert_folder), tmp_path / "mine", quiet=True)
 
 
+def test_one_of_several_processes_is_refused(bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="this is one of 2 processes, and evatune train is for one"):
+        run(small(bert_folder), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("method", ["lora", "eva", "lora-ga"])
 def test_a_killed_run_resumes_and_ends_like_one_that_was_not(method: str, bert_folder: Path, tmp_path: Path) -> None:
     recipe = small(bert_folder, f"method={method}", "training.steps=12")

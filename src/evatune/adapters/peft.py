@@ -27,7 +27,7 @@ from evatune.checkpoint import Checkpoint
 from evatune.config import CalibrationConfig
 from evatune.errors import AdapterError, ConfigError, TargetError
 from evatune.merge import same_model
-from evatune.model import ForwardFunction, is_sharded
+from evatune.model import ForwardFunction, is_part, is_sharded
 from evatune.model import describe as describe_model
 from evatune.processes import Team
 
@@ -67,7 +67,7 @@ def initialize_model(
     caps = _caps(lora, slots, adapter_name) if rank is None and (config is None or config.rank is None) else {}
     given = {"rank": rank, "rho": rho, "budget": budget, "metric": metric}
     if whole is not model or is_sharded(model):
-        _require_fixed_ranks(type(whole).__name__, _settings(config, lora, caps, given))
+        _require_writable(whole, _settings(config, lora, caps, given))
     if isinstance(batches, Calibration):
         idle = {"config": config, "forward": forward, "rows": rows, "progress": progress}
         calibration = _applied(batches, model, lora, slots, caps, given, idle)
@@ -212,13 +212,19 @@ def _applied(
     )
 
 
-def _require_fixed_ranks(wrapper: str, config: CalibrationConfig) -> None:
-    """Raise an AdapterError for a model whose parameters are spoken for already, if ranks are to move."""
-    if config.rho_or_default > 1 or config.budget != "ranks":
+def _require_writable(model: nn.Module, config: CalibrationConfig) -> None:
+    """Raise an AdapterError for a model whose parameters are spoken for already, unless they can be written where they are.
+
+    That is under DistributedDataParallel and fully_shard, at ranks that stay; not in FSDP1's and DeepSpeed's own storage.
+    """
+    stays = config.rho_or_default == 1 and config.budget == "ranks"
+    in_place = all(hasattr(p, "device_mesh") for p in model.parameters() if is_part(p))
+    if not (stays and in_place):
         raise AdapterError(
-            f"the model is inside {wrapper} already, which holds the adapter's parameters, and redistribution would replace "
-            "them; call evatune.initialize before the model is wrapped or sharded (with one that fits in memory only in "
-            "shards: evatune.calibrate it, then evatune.initialize(unsharded, calibration)), or pass rho=1 to keep the ranks"
+            f"the model is inside {type(model).__name__} already, which holds the adapter's parameters, and redistribution "
+            "would replace them; call evatune.initialize before the model is wrapped or sharded (with one that fits in "
+            "memory only in shards: evatune.calibrate it, then evatune.initialize(unsharded, calibration))"
+            + (", or pass rho=1 to keep the ranks" if in_place else "")
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import resource
 import shutil
@@ -48,6 +49,12 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     if recipe.domain not in DOMAINS:
         raise ConfigError(f"domain is {recipe.domain!r}; choose one of {', '.join(DOMAINS)}")
     methods.require_method(recipe.method)
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ConfigError(
+            f"this is one of {processes} processes, and evatune train is for one; start it without torchrun or accelerate "
+            "launch, or call evatune.initialize(trainer) in a training script of your own, which works on any number"
+        )
     tree = as_tree(recipe)
     begun = _require_ours(folder, tree)
     if (folder / RESULT).is_file():
