@@ -286,3 +286,10 @@ def test_a_record_with_damaged_contents_is_refused(damage: str, tmp_path: Path) 
     save_file(load_file(path), path, metadata=metadata | {"record": json.dumps(record)})
     with pytest.raises(RecordError, match="its record is damaged"):
         Calibration.load(path)
+
+
+def test_a_loaders_seed_is_not_drawn_from_the_callers_random_state() -> None:
+    loader = torch.utils.data.DataLoader(torch.cat(inputs()), batch_size=4, shuffle=True)
+    before = torch.random.get_rng_state()
+    evatune.calibrate(Toy(), loader, CalibrationConfig(rank=4))
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -80,6 +80,36 @@ def test_bad_rows_stay_bad(tmp_path: Path) -> None:
     require_same(whole, evatune.calibrate(Toy(), data, settings, checkpoint=Checkpoint(tmp_path / "c", resume=True)))
 
 
+class Late(torch.nn.Module):
+    """One of its layers is called from the sixth batch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.early, self.late = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        y = self.early(x)
+        return self.late(y) if number > 5 else y
+
+
+def test_layers_that_came_after_the_last_check(tmp_path: Path) -> None:
+    data = [(x, number) for number, x in enumerate(inputs(20), start=1)]
+    settings = config(tolerance=1e-6, max_batches=20)
+    whole = evatune.calibrate(Late(), data, settings)
+    for after in (6, 8, 11):
+
+        def progress(now: evatune.Progress, after: int = after) -> None:
+            if now.batch == after:
+                raise Interrupted
+
+        point = Checkpoint(tmp_path / f"{after}", 1)
+        with pytest.raises(Interrupted):
+            evatune.calibrate(Late(), data, settings, progress=progress, checkpoint=point)
+        resumed = evatune.calibrate(Late(), data, settings, checkpoint=Checkpoint(point.path, resume=True))
+        require_same(whole, resumed)
+
+
 _RUN = """
 import sys, time
 from pathlib import Path
@@ -142,6 +172,13 @@ class TestWhatDoesNotFit:
             self.resume(point, torch.nn.Sequential(torch.nn.Linear(16, 16)))
         with pytest.raises(ConfigError, match="texts was None and is abc"):
             self.resume(point, about={"texts": "abc"})
+
+    def test_other_weights_are_named(self, point: Path) -> None:
+        model = Toy()
+        with torch.no_grad():
+            model.blocks[1].up.weight += 1
+        with pytest.raises(ConfigError, match=r"weights blocks\.1\.up was"):
+            self.resume(point, model)
 
     def test_data_that_is_shorter_now(self, point: Path) -> None:
         with pytest.raises(DataError, match="ended after 3 batches, but 4 were seen before the interruption"):

@@ -374,3 +374,10 @@ def test_whitening_may_be_said_twice() -> None:
     evatune.initialize(by_both, tokens(8), scale="whiten")
     ours, theirs = by_both.state_dict(), by_config.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_stop_rule_knows_the_caps() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
+    model = get_peft_model(net, LoraConfig(r=8, target_modules=["0", "2"], rank_pattern={"2": 2}))
+    assert evatune.initialize(model, inputs(64, rows=256), rho=1.0).batches < 64

@@ -793,3 +793,47 @@ def test_pefts_own_functions_start_what_peft_does_not_know_as_peft_does(
     again = PeftModel.from_pretrained(build(), str(tmp_path))
     assert all(torch.equal(a, matrices(model, "A")[name]) for name, a in matrices(again, "A").items())
     assert matrices(again, "A").keys() == matrices(model, "A").keys()
+
+
+# -- what an interruption and autocast leave ------------------------------------------------------------
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.interrupt = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.attn(x, x, x, need_weights=False)[0]
+        return out
+
+
+def test_ctrl_c_inside_attention_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Attending(), torch.randn(2, 8, 16)
+    before = model(x)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evatune.calibrate(model, [x], targets=["attn"])
+    assert torch.equal(model(x), before)
+    assert not model.attn._forward_pre_hooks
+
+
+def test_autocast_around_all_batches_hides_no_product_of_attention() -> None:
+    data = [torch.randn(2, 8, 16) for _ in range(4)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = evatune.calibrate(Attending(), data, evatune.CalibrationConfig(rank=4, tolerance=0), targets=["attn"])
+    assert {spectrum.rows for spectrum in found.spectra.values()} == {4 * 16}
+    assert torch.is_autocast_cache_enabled()
+
+
+def test_attention_named_together_with_its_output_projection_is_one_layer() -> None:
+    names = {"attn", "attn.out_proj"}
+    assert {site.name for site in find_sites(Attending(), ["attn", "out_proj"])} == names
+    assert [site.name for site in find_sites(Attending(), ["attn", "out_proj"])].count("attn.out_proj") == 1

@@ -169,6 +169,42 @@ def failing_model(rank: int) -> Any:
     return error_of(lambda: evatune.calibrate(toy(), wide()[rank::2], ALL, forward=forward))
 
 
+def failing_at_the_end(rank: int) -> Any:
+    """One process fails when all have calibrated; here, at writing."""
+    import evatune.adapters.peft as writer
+
+    original = writer.write_rows
+    if rank == 1:
+        writer.write_rows = _no_space
+    try:
+        model = get_peft_model(toy(), LoraConfig(r=4, target_modules=["q"]))
+        return error_of(lambda: evatune.initialize(model, wide()[rank::2], config=ALL))
+    finally:
+        writer.write_rows = original
+
+
+def _no_space(*_: Any, **__: Any) -> None:
+    raise MemoryError("no space left")
+
+
+def rows_come_late(rank: int) -> Any:
+    """In the first turn no process has a row that counts."""
+    data = wide()
+    return facts(evatune.calibrate(toy(), data[rank::2], ALL, targets=["q", "down"], rows=_not_of(data[:2])))
+
+
+def _not_of(empty: list[Tensor]) -> Callable[[Tensor, Any, str], Tensor]:
+    def rows(x: Tensor, batch: Tensor, name: str) -> Tensor:
+        flat = x.flatten(0, 1)
+        return flat[:0] if any(torch.equal(batch, other) for other in empty) else flat
+
+    return rows
+
+
+def one_much_shorter(rank: int) -> Any:
+    return facts(evatune.calibrate(toy(), wide(20)[rank::2][: 1 if rank else 10], ALL))
+
+
 def incremental(rank: int) -> Any:
     return error_of(lambda: evatune.calibrate(toy(), wide(), CalibrationConfig(sketch="incremental")))
 
@@ -177,6 +213,10 @@ def in_ddp(rank: int) -> Any:
     model = nn.parallel.DistributedDataParallel(get_peft_model(toy(), LoraConfig(r=4, target_modules="all-linear")))
     found = facts(evatune.calibrate(model, wide()[rank::2], ALL))
     refused = error_of(lambda: evatune.initialize(model, wide()[rank::2], config=ALL))
+    other_rank = error_of(lambda: evatune.initialize(model, wide()[rank::2], config=ALL, rho=1.0, rank=2))
+    dora = nn.parallel.DistributedDataParallel(get_peft_model(toy(), LoraConfig(r=4, target_modules=["q"], use_dora=True)))
+    with_dora = error_of(lambda: evatune.initialize(dora, wide()[rank::2], config=ALL, rho=1.0))
+    refused += [*other_rank, *with_dora]
     evatune.initialize(model, wide()[rank::2], config=ALL, rho=1.0)
     x = wide()[0]
     loss = model(x).square().mean()
@@ -230,7 +270,8 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
         scenario.__name__: scenario
         for scenario in (
             alone, uneven, more_processes_than_batches, default_stop, experts, bad_rows, other_seed, other_targets,
-            no_such_target, other_weights, other_model, no_data, no_data_at_all, failing_model, incremental, in_ddp, sharded,
+            no_such_target, other_weights, other_model, no_data, no_data_at_all, failing_model, failing_at_the_end,
+            rows_come_late, one_much_shorter, incremental, in_ddp, sharded,
         )
     },
 }  # fmt: skip
@@ -318,6 +359,23 @@ def test_a_process_whose_data_ends_first_waits_for_the_others(both: list[dict[st
     assert set(found["status"].values()) == {Status.DATA_EXHAUSTED}
 
 
+def test_data_that_only_some_have_more_of_is_not_exhausted(both: list[dict[str, Any]]) -> None:
+    found = both[0]["one_much_shorter"]
+    assert found["batches"] == 8 + 1  # eight turns for two processes
+    assert set(found["status"].values()) == {Status.MAX_BATCHES}
+
+
+def test_layers_whose_first_rows_come_late_have_one_basis_too(both: list[dict[str, Any]]) -> None:
+    assert same(both[0]["rows_come_late"], both[1]["rows_come_late"])
+    one = evatune.calibrate(toy(), wide(), ALL, targets=["q", "down"], rows=_not_of(wide()[:2]))
+    for name, (_, energies, _, rows, total, certificate) in both[0]["rows_come_late"]["layers"].items():
+        spectrum = one.spectra[name]
+        assert rows == spectrum.rows == 14 * 128
+        assert total == pytest.approx(spectrum.total_energy, rel=1e-6)
+        assert energies.sum() > spectrum.energies.sum() * (1 - 1e-2)
+        assert certificate == pytest.approx(spectrum.certificate.captured(), abs=0.02)
+
+
 def test_every_process_has_a_turn_whatever_max_batches(both: list[dict[str, Any]]) -> None:
     assert both[0]["more_processes_than_batches"]["batches"] == 2
 
@@ -353,7 +411,7 @@ def test_a_nan_is_named_with_its_layer_batch_and_process_on_every_process(both: 
     [
         ("other_seed", "config seed is 0 on process 0 and 1 on process 1"),
         ("other_targets", "only process 0 has layers blocks.0.down"),
-        ("other_weights", "weights"),
+        ("other_weights", "weights blocks.1.down is ["),
         ("other_model", "model is Sequential on process 0 and Toy on process 1"),
     ],
 )
@@ -377,6 +435,8 @@ def test_the_error_of_one_process_is_told_to_the_others(both: list[dict[str, Any
     kind, message = both[0]["failing_model"]
     assert kind == ProcessError.__name__
     assert "process 1 of 2 stopped, and so do all: ArithmeticError: of all things" in message
+    assert both[1]["failing_at_the_end"] == ["MemoryError", "no space left"]
+    assert "process 1 of 2 stopped, and so do all: MemoryError" in both[0]["failing_at_the_end"][1]
     assert both[1]["no_such_target"][0] == "TargetError"
     assert "process 1 of 2 stopped, and so do all: TargetError: targets ['nothing']" in both[0]["no_such_target"][1]
 
@@ -394,7 +454,8 @@ def test_inside_ddp_the_names_are_the_models_and_fixed_ranks_are_written(both: l
     assert same(found[0]["gradients"], found[1]["gradients"])
     assert found[0]["name"] == PeftModel.__name__
     assert found[0]["refused"][0] == AdapterError.__name__
-    assert "inside DistributedDataParallel" in found[0]["refused"][1]
+    for message in found[0]["refused"][1::2]:
+        assert "inside DistributedDataParallel" in message
     for name, a in found[0]["weights"].items():
         if "lora_A" in name:
             assert torch.allclose(a @ a.T, torch.eye(4), atol=1e-5)

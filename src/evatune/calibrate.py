@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,8 +23,6 @@ from evatune.model import (
     ForwardFunction,
     as_found,
     call_model,
-    describe,
-    is_part,
     is_sharded,
     iterate,
     may_cut_short,
@@ -127,13 +125,16 @@ def run(
     rows: RowsFunction | None = None,
     progress: Callable[[Progress], None] | None = None,
     checkpoint: Checkpoint | None = None,
+    caps: Mapping[str, int] | None = None,
 ) -> Calibration:
-    """`calibrate` for layers that are already chosen, on a model without a wrapper for several devices."""
+    """`calibrate` for layers that are already chosen, on a model without a wrapper for several devices.
+
+    Args:
+        caps: what the stop rule's trial redistribution keeps to, as `allocate` does.
+    """
     labels_only = config.labels_only or False
     # the record says all of it
     config = replace(config, rank=config.rank_or_default, rho=config.rho_or_default, labels_only=labels_only)
-    if team.size > 1:
-        _require_same_work(team, model, sites, config, checkpoint)
     device, in_step = model_device(model), team.size > 1 and is_sharded(model)
     select = selector_for(model, labels_only, config.ignore_index)
 
@@ -153,13 +154,15 @@ def run(
         return newborn(site, model_device(site.module) or device or torch.device("cpu"))
 
     sharing = Sharing(newborn, share=rows is None)
-    monitor = Monitor(sites, sharing, config, team, make)
+    monitor = Monitor(sites, sharing, config, team, make, caps or {})
+    if team.size > 1:
+        _require_same_work(team, config, checkpoint, monitor.identity(model) | {"device": str(device and device.type)})
     can_cut = forward is None and may_cut_short(model)
     limit = max(config.max_batches, team.size)  # everyone has a turn
-    feed = _Feed(batches, team, limit)
     converged = False
     decoder_rows = partial(DecoderRows, labels_only=labels_only is True, ignore_index=config.ignore_index)
     with as_found(model), Tap(sites, sharing, rows, decoder_of(model), decoder_rows) as tap, torch.no_grad():
+        feed = _Feed(batches, team, limit)  # loaders draw their seed as soon as they are asked
         if checkpoint is not None:
             tap.cut_short = _resume(checkpoint, monitor, feed, model)
         for turn in range(feed.count + 1, feed.turns + 1):
@@ -181,7 +184,8 @@ def run(
             meet = passes(before, now, is_refresh) or (over and team.size > 1)
             with full_precision(device):
                 if meet:
-                    over = not monitor.meet(feed.count, feed.open) or over
+                    monitor.meet(feed.count, feed.open)
+                    over = over or not monitor.more
                     monitor.refresh()
                 converged = passes(before, now, is_check) and team.gather(monitor.check())[0]
             if progress is not None:
@@ -193,7 +197,9 @@ def run(
     total = monitor.batches if team.size > 1 else feed.count
     if total == 0:
         raise DataError(_NO_DATA)
-    ended = Status.MAX_BATCHES if total >= config.max_batches else Status.DATA_EXHAUSTED
+    # Of several processes some may have ended early, while the turns of the others ran out.
+    bounded = total >= config.max_batches or (team.size > 1 and monitor.more)
+    ended = Status.MAX_BATCHES if bounded else Status.DATA_EXHAUSTED
     with full_precision(device):
         return monitor.result(Status.CONVERGED if converged else ended, total, model)
 
@@ -252,7 +258,7 @@ def _anyone(team: Team, came: bool, turn: int) -> bool:
 
 
 def _require_same_work(
-    team: Team, model: nn.Module, sites: list[Site], config: CalibrationConfig, checkpoint: Checkpoint | None
+    team: Team, config: CalibrationConfig, checkpoint: Checkpoint | None, identity: dict[str, Any]
 ) -> None:
     """Raise on every process unless all of them calibrate the same thing, in a way that several can."""
     if checkpoint is not None:
@@ -262,22 +268,7 @@ def _require_same_work(
             "sketch is 'incremental', whose result several processes cannot add up; use 'nystrom' or 'exact', or calibrate "
             "with distributed=False and join the results by Calibration.merge"
         )
-    layers = {site.name: [site.in_features, site.out_features] for site in sites}
-    facts = {"model": describe(model), "layers": layers, "config": asdict(config)}
-    team.require_equal(facts | {"device": str(getattr(model_device(model), "type", None)), "weights": _fingerprint(sites)})
-
-
-def _fingerprint(sites: list[Site]) -> list[str]:
-    """A few values of each layer's weight, as far as all processes hold the same part of it."""
-    heads = [
-        (site.name, weight.detach().flatten()[:4].float().cpu().tolist())
-        for site in sites
-        if (weight := next(site.module.parameters(), None)) is not None
-        and weight.is_floating_point()
-        and weight.device.type != "meta"
-        and not is_part(weight)
-    ]
-    return [f"{name} {values}" for name, values in heads]
+    team.require_equal(identity)
 
 
 def _snapshot(monitor: Monitor, feed: _Feed, model: nn.Module, cut_short: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:

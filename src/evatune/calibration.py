@@ -42,6 +42,11 @@ class Layer:
     groups: int = 1  # ranks come in multiples of this: groups of a convolution
     unit: str = ""  # layers with the same name here have one rank: the experts of one weight, parts of one attention
 
+    @property
+    def shape(self) -> tuple[int, int, int, str]:
+        """What an adapter of this layer depends on."""
+        return self.in_features, self.out_features, self.groups, self.unit
+
     def candidate(self, spectrum: Spectrum) -> Candidate:
         """The layer as the redistribution sees it."""
         return Candidate(spectrum, self.in_features, self.out_features, self.groups, self.unit)

@@ -69,6 +69,7 @@ class JointSketches:
             seen = [rank for rank, number in enumerate(key) if number is not None]
             seen = [rank for rank in seen if everyone[rank]["rows"][key[rank]]] or seen
             owners[group] = seen[place % len(seen)]
+        self._team.gather(None)  # who failed so far says so here, and not in the middle of what follows
         return owners
 
     def _find_common_basis(self, owners: dict[InputGroup, int]) -> None:
@@ -78,7 +79,8 @@ class JointSketches:
             for group, start in zip(groups, self._share(owner, [g.sketch.start() for g in groups]), strict=True):
                 if owner != self._team.rank:
                     group.sketch.rebase(start)
-        self._common.update(name for group in new for name in group.members)
+        # One that has not seen a row will choose its basis by its first ones, on each process by other ones.
+        self._common.update(name for group in new if group.sketch.shift is not None for name in group.members)
 
     def _refresh_of(self, owner: int, groups: list[InputGroup]) -> dict[InputGroup, Spectrum]:
         """Refresh the groups of one owner, and bring all processes to what it finds."""

@@ -14,7 +14,7 @@ from evatune.capture import InputGroup, Sharing, Site
 from evatune.config import CalibrationConfig
 from evatune.errors import BudgetError
 from evatune.joint import JointSketches
-from evatune.model import describe
+from evatune.model import describe, is_part
 from evatune.processes import Team
 from evatune.ranks import RankPlan, allocate, rank_shift
 from evatune.sketch import Sketch, refresh_all
@@ -29,19 +29,27 @@ class Monitor:
     """Watches the sketches, those of all processes: bad rows, the stop rule, and the verdict per layer."""
 
     def __init__(
-        self, sites: list[Site], sharing: Sharing, config: CalibrationConfig, team: Team, make: Callable[[str], Sketch]
+        self,
+        sites: list[Site],
+        sharing: Sharing,
+        config: CalibrationConfig,
+        team: Team,
+        make: Callable[[str], Sketch],
+        caps: Mapping[str, int],
     ) -> None:
         self._sites = sites
         self._sharing = sharing
         self._config = config
         self._team = team
         self._make = make
+        self._caps = caps
         self._joint = JointSketches(team, sharing, [site.name for site in sites], make)
         self._latest: dict[InputGroup, Spectrum] = {}  # of the last refresh
         self._spectra: dict[InputGroup, Spectrum] = {}  # of the last check
         self._plan: RankPlan | None = None
         self._bad: dict[str, tuple[int, int]] = {}  # layer → first batch with NaN or Inf, and its process
         self.batches = 0  # of all processes, as of the last meeting
+        self.more = True  # whether any process may have more of them
         self.settled: set[str] = set()
         self.rows = 0
 
@@ -57,18 +65,15 @@ class Monitor:
                     self._bad.setdefault(name, (batch, self._team.rank))
                     self._sharing.stop_watching(name)
 
-    def meet(self, batches: int, more: bool) -> bool:
-        """Tell the others of this process's batches so far, if there may be more, and what was bad; and hear of theirs.
-
-        False if nobody has more data.
-        """
+    def meet(self, batches: int, more: bool) -> None:
+        """Tell the others of this process's batches so far, if there may be more, and what was bad; and hear of theirs."""
         everyone = self._team.gather({"batches": batches, "open": more, "bad": self._bad})
         self.batches = sum(said["batches"] for said in everyone)
         found = [(name, tuple(place)) for said in everyone for name, place in said["bad"].items()]
         self._bad = dict(sorted(found, key=lambda entry: entry[1], reverse=True))  # the first batch is the one that stays
         for name in self._bad:
             self._sharing.stop_watching(name)
-        return any(said["open"] for said in everyone)
+        self.more = any(said["open"] for said in everyone)
 
     def refresh(self) -> None:
         """Move every sketch's basis to what the data so far suggests."""
@@ -125,7 +130,7 @@ class Monitor:
             status[site.name] = self._verdict(site, spectrum, ended)
             bad = self._bad.get(site.name)
             layers[site.name] = replace(
-                _layer(site),
+                layer_of(site),
                 input=number[group] if group else None,
                 first_bad_batch=bad[0] if bad else None,
                 bad_process=bad[1] if bad and self._team.size > 1 else None,
@@ -142,9 +147,10 @@ class Monitor:
         )
 
     def identity(self, model: nn.Module) -> dict[str, Any]:
-        """What must be the same for a checkpoint to fit."""
-        layers = {site.name: [site.in_features, site.out_features] for site in self._sites}
-        return {"model": describe(model), "layers": layers, "config": asdict(self._config)}
+        """What must be the same for a checkpoint to fit, and on every process."""
+        layers = {site.name: list(layer_of(site).shape) for site in self._sites}
+        known = {"model": describe(model), "layers": layers, "config": asdict(self._config), "caps": dict(self._caps)}
+        return known | {"weights": fingerprint(self._sites)}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the loop has found so far, as named tensors and JSON."""
@@ -154,7 +160,8 @@ class Monitor:
             parts |= {key: found[group].state() for key, found in self._found().items() if group in found}
             tensors |= {f"{place}.{key}.{name}": t for key, part in parts.items() for name, t in part.items()}
         members = [group.members for group in self._sharing.groups]
-        return tensors, {"groups": members, "bad": self._bad, "settled": sorted(self.settled)}
+        plan = asdict(self._plan) if self._plan is not None else None
+        return tensors, {"groups": members, "bad": self._bad, "settled": sorted(self.settled), "plan": plan}
 
     def set_state(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Go on from what `state` returned."""
@@ -171,7 +178,7 @@ class Monitor:
         for name in self._bad:
             self._sharing.stop_watching(name)
         self.settled = set(record["settled"])
-        self._plan = self._trial_plan(self._spectra) if self._spectra else None
+        self._plan = RankPlan(**record["plan"]) if record["plan"] is not None else None
         self.rows = max((spectrum.rows for spectrum in self._latest.values()), default=0)
 
     def _found(self) -> dict[str, dict[InputGroup, Spectrum]]:
@@ -206,7 +213,7 @@ class Monitor:
         for site in self._sites:
             group = self._sharing.group_of(site.name)
             if group is not None:
-                candidates[site.name] = _layer(site).candidate(spectra[group])
+                candidates[site.name] = layer_of(site).candidate(spectra[group])
         try:
             return allocate(
                 candidates,
@@ -214,12 +221,25 @@ class Monitor:
                 rho=config.rho_or_default,
                 budget=config.budget,
                 metric=config.metric,
+                caps={name: cap for name, cap in self._caps.items() if name in candidates},
             )
         except BudgetError:
             return None
 
 
-def _layer(site: Site) -> Layer:
+def fingerprint(sites: list[Site]) -> dict[str, list[float]]:
+    """Layer → the first values of its weight, as far as this process holds them."""
+    return {
+        site.name: weight.detach().flatten()[:4].float().cpu().tolist()
+        for site in sites
+        if (weight := next(site.module.parameters(), None)) is not None
+        and weight.is_floating_point()
+        and weight.device.type != "meta"
+        and not is_part(weight)
+    }
+
+
+def layer_of(site: Site) -> Layer:
     """The record of a layer that has not been called yet."""
     unit = "" if site.unit == site.name else site.unit
     return Layer(site.in_features, site.out_features, input=None, groups=site.part.groups, unit=unit)

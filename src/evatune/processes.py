@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from evatune.errors import ProcessError
+from evatune.errors import ConfigError, ProcessError
 
 # A process that is not heard of for this long is given up; torch's own default for gloo is three times as long.
 _PATIENCE = timedelta(minutes=10)
@@ -52,6 +53,7 @@ class Team:
         team = _Joint(device or torch.device("cpu"))
         try:
             yield team
+            team.gather(None)  # nobody leaves before all are done
         except ProcessError:
             raise
         except Exception as error:
@@ -95,7 +97,13 @@ class _Joint(Team):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        try:
+            self.group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        except RuntimeError as error:
+            raise ProcessError(
+                f"not all of the {self.size} processes came to calibrate; call evatune on every one of them, or let each "
+                "work alone with CalibrationConfig(distributed=False)"
+            ) from error
         self._store = self.group.get_group_store()
         self._name = f"evatune/{next(_numbers)}"
         self._messages = 0
@@ -201,6 +209,16 @@ class _Joint(Team):
     def _messages_of(self, rank: int) -> int:
         key = f"{self._name}/{rank}"
         return int(self._store.get(key)) if self._store.check([key]) else 0
+
+
+def require_alone(command: str) -> None:
+    """Raise a ConfigError in a process that a launcher started as one of several."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ConfigError(
+            f"this is one of {processes} processes, and {command} is for one; start it without torchrun or accelerate launch, "
+            "or call evatune.initialize in a script of your own, which works on any number"
+        )
 
 
 def _bytes(text: bytes, size: int) -> Tensor:

@@ -29,6 +29,7 @@ from evatune.errors import AdapterError, ConfigError, TargetError
 from evatune.merge import same_model
 from evatune.model import ForwardFunction, is_part, is_sharded
 from evatune.model import describe as describe_model
+from evatune.monitor import layer_of
 from evatune.processes import Team
 
 # Starts of PEFT's that leave the base weights, and the forward pass, as they are.
@@ -67,7 +68,7 @@ def initialize_model(
     caps = _caps(lora, slots, adapter_name) if rank is None and (config is None or config.rank is None) else {}
     given = {"rank": rank, "rho": rho, "budget": budget, "metric": metric}
     if whole is not model or is_sharded(model):
-        _require_writable(whole, _settings(config, lora, caps, given))
+        _require_writable(whole, slots, _settings(config, lora, caps, given), caps, adapter_name)
     if isinstance(batches, Calibration):
         idle = {"config": config, "forward": forward, "rows": rows, "progress": progress}
         calibration = _applied(batches, model, lora, slots, caps, given, idle)
@@ -75,7 +76,16 @@ def initialize_model(
         config = _settings(config, lora, caps, given)
         sites = [site for slot in slots for site in slot.sites]
         calibration = run(
-            model, sites, batches, config, team, forward=forward, rows=rows, progress=progress, checkpoint=checkpoint
+            model,
+            sites,
+            batches,
+            config,
+            team,
+            forward=forward,
+            rows=rows,
+            progress=progress,
+            checkpoint=checkpoint,
+            caps=caps,
         )
     layers = {name: replace(layer, cap=caps.get(name)) for name, layer in calibration.layers.items()}
     calibration = replace(calibration, layers=layers)
@@ -186,7 +196,7 @@ def _applied(
     sites = [site for slot in slots for site in slot.sites]
     for site in sites:
         known = calibration.layers.get(site.name)
-        if known is None or (known.in_features, known.out_features) != (site.in_features, site.out_features):
+        if known is None or known.shape != layer_of(site).shape:
             there = "not in it" if known is None else f"{known.in_features}→{known.out_features} in it"
             raise AdapterError(
                 f"the calibration does not fit this adapter: {site.name}, {site.in_features}→{site.out_features}, is "
@@ -212,19 +222,24 @@ def _applied(
     )
 
 
-def _require_writable(model: nn.Module, config: CalibrationConfig) -> None:
+def _require_writable(
+    model: nn.Module, slots: list[Slot], config: CalibrationConfig, caps: Mapping[str, int], adapter_name: str
+) -> None:
     """Raise an AdapterError for a model whose parameters are spoken for already, unless they can be written where they are.
 
     That is under DistributedDataParallel and fully_shard, at ranks that stay; not in FSDP1's and DeepSpeed's own storage.
     """
+    rank = config.rank_or_default
     stays = config.rho_or_default == 1 and config.budget == "ranks"
+    stays = stays and all(slot.layer.r[adapter_name] == caps.get(slot.sites[0].name, rank) for slot in slots)
+    stays = stays and not any(adapter_name in slot.layer.lora_magnitude_vector for slot in slots)  # DoRA's is replaced
     in_place = all(hasattr(p, "device_mesh") for p in model.parameters() if is_part(p))
     if not (stays and in_place):
         raise AdapterError(
             f"the model is inside {type(model).__name__} already, which holds the adapter's parameters, and redistribution "
             "would replace them; call evatune.initialize before the model is wrapped or sharded (with one that fits in "
             "memory only in shards: evatune.calibrate it, then evatune.initialize(unsharded, calibration))"
-            + (", or pass rho=1 to keep the ranks" if in_place else "")
+            + (", or pass rho=1 to keep the ranks (without DoRA)" if in_place else "")
         )
 
 

@@ -81,6 +81,9 @@ class Tap:
             else:
                 hook = site.module.register_forward_pre_hook(self._hook_for(site), with_kwargs=True)
                 self._undo.callback(hook.remove)
+        if held:  # autocast would keep 16-bit copies of weights from one call to the next, which nobody would recognise
+            self._undo.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+            torch.set_autocast_cache_enabled(False)
         for module, sites in held.items():
             self._watch_products(module, sites)
         self._undo.callback(loops_over_experts(list(held)))
@@ -127,6 +130,11 @@ class Tap:
             if active:
                 active.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
+        def abandon() -> None:  # torch runs no hook after KeyboardInterrupt and its like
+            while active:
+                end()
+
+        self._undo.callback(abandon)
         self._undo.callback(module.register_forward_pre_hook(start, with_kwargs=True).remove)
         self._undo.callback(module.register_forward_hook(end, always_call=True).remove)
 

@@ -109,8 +109,13 @@ def find_sites(model: nn.Module, targets: Targets = None) -> list[Site]:
 
     sites: list[Site] = []
     odd = []
+    held: tuple[str, ...] = ()  # attention that is chosen, and has its output projection as a part already
     for name, found, plain in layers:
+        if held and name.startswith(held):
+            continue
         parts = parts_of(plain)
+        if name in chosen and any(part.parameter for part in parts):
+            held = (*held, f"{name}.")
         weights = [] if parts else [key for key in _stacked(plain) if matches(f"{name}.{key}")]
         if name in chosen:
             sites += sites_of(name, plain, parts)

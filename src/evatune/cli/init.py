@@ -148,7 +148,9 @@ def init(
     _require_sizes(alpha, batch_size, max_length, checkpoint_every, seed)
     require_free(out, overwrite, mark=_MARK, ours=_FILES)
     from evatune.adapters.scale import require_scale
+    from evatune.processes import require_alone
 
+    require_alone("evatune init")
     require_scale(scale)
 
     from rich.console import Console

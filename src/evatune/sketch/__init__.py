@@ -32,11 +32,12 @@ def make_sketch(
 
 
 def refresh_all(sketches: Sequence[Sketch]) -> list[Spectrum]:
-    """`Sketch.refresh` of each, those of one kind and shape together."""
-    answers: dict[int, Spectrum] = {}
-    kinds: list[type[Sketch]] = list(dict.fromkeys(map(type, sketches)))
+    """`Sketch.refresh` of each, those of one kind and shape together; what has not seen a row yet stays as it is."""
+    born = [place for place, sketch in enumerate(sketches) if sketch.shift is not None]
+    answers = {place: sketch.spectrum() for place, sketch in enumerate(sketches) if place not in born}
+    kinds: list[type[Sketch]] = list(dict.fromkeys(type(sketches[place]) for place in born))
     for kind in kinds:
-        places = [place for place, sketch in enumerate(sketches) if type(sketch) is kind]
+        places = [place for place in born if type(sketches[place]) is kind]
         answers.update(zip(places, kind.refresh_all([sketches[place] for place in places]), strict=True))
     return [answers[place] for place in range(len(sketches))]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import resource
 import shutil
@@ -22,6 +21,7 @@ from evatune.adapters import methods
 from evatune.errors import ConfigError
 from evatune.files import write_text
 from evatune.initialize import initialize
+from evatune.processes import require_alone
 from evatune.recipes import Recipe, as_tree
 from evatune.tasks import generation, images, rl, understanding
 from evatune.trainers.hf import training_batches
@@ -49,12 +49,7 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     if recipe.domain not in DOMAINS:
         raise ConfigError(f"domain is {recipe.domain!r}; choose one of {', '.join(DOMAINS)}")
     methods.require_method(recipe.method)
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise ConfigError(
-            f"this is one of {processes} processes, and evatune train is for one; start it without torchrun or accelerate "
-            "launch, or call evatune.initialize(trainer) in a training script of your own, which works on any number"
-        )
+    require_alone("evatune train")
     tree = as_tree(recipe)
     begun = _require_ours(folder, tree)
     if (folder / RESULT).is_file():

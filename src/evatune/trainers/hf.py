@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from evatune.adapters.peft import initialize_model
 from evatune.calibration import Calibration
 from evatune.errors import AdapterError
-from evatune.model import ForwardFunction, call_model
+from evatune.model import ForwardFunction, call_model, model_device, to_device
 from evatune.processes import Team
 from evatune.trainers.summary import summary
 
@@ -34,6 +34,7 @@ def initialize_trainer(
         )
 
     def prepared(model: nn.Module, batch: Any) -> Any:
+        batch = to_device(batch, model_device(model))  # of models to be sharded, not the trainer's yet
         with trainer.accelerator.autocast():  # the precision that training will run in
             return (forward or call_model)(model, batch)
 
@@ -75,7 +76,9 @@ def training_batches(trainer: Any, size: int, seed: int, process: int = 0, proce
     data = inner.dataset
     loader: Iterable[Any]
     if isinstance(data, IterableDataset):  # comes in its own order, and all of it must be read
-        loader = islice(DataLoader(data, size, collate_fn=inner.collate_fn), process, None, processes)
+        loader = DataLoader(data, size, collate_fn=inner.collate_fn)
+        if trainer.accelerator.dispatch_batches is not False:  # else accelerate has cut it into shards already
+            loader = islice(loader, process, None, processes)
     else:
         order = RandomSampler(data, generator=torch.Generator().manual_seed(seed))
         share = islice(BatchSampler(order, size, drop_last=False), process, None, processes)
