@@ -216,8 +216,8 @@ def require_alone(command: str) -> None:
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise ConfigError(
-            f"this is one of {processes} processes, and {command} is for one; start it without torchrun or accelerate launch, "
-            "or call evatune.initialize in a script of your own, which works on any number"
+            f"this is one of {processes} processes, and {command} is for one; start it without torchrun or accelerate "
+            "launch, or call evatune.initialize in a script of your own, which works on any number"
         )
 
 
