@@ -4,9 +4,10 @@
                                [--page docs/performance.md]
 
 Two models: MiniLM on BBC news, 16 × 128 tokens a batch, and a Llama of LLM width (hidden 2048, FFN 5632, two layers,
-random weights, no output embedding) on 4 × 512 tokens; all linear layers (of MiniLM's encoder), r = 16, ρ = 2, float32. Correctness is
-asserted first, by singular values that are found here without evatune. All times are of this one run; only their
-ratios mean anything. Parts that are not named keep what the output file says of them. The last line is one JSON object.
+random weights, no output embedding) on 4 × 512 tokens; all linear layers (of MiniLM: of its encoder), r = 16, ρ = 2,
+float32. Correctness is asserted first, by singular values that are found here without evatune. All times of one part are
+of one run; only their ratios mean anything. Parts that are not named keep what the output file says of them. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
