@@ -186,27 +186,33 @@ def overhead() -> dict[str, Any]:
     return found
 
 
-class Counting:
-    """A loader for PEFT, which reads it over and over until it has converged."""
+class Enough(Exception):
+    """PEFT's initialisation is stopped."""
 
-    def __init__(self, batches: list[Any]) -> None:
-        self.batches, self.read = batches, 0
+
+class Counting:
+    """A loader for PEFT, which reads it over and over until it has converged; or until `stop` says that it is enough."""
+
+    def __init__(self, batches: list[Any], stop: Callable[[int], bool] = lambda read: False) -> None:
+        self.batches, self.stop, self.read = batches, stop, 0
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.batches:
+            if self.stop(self.read):
+                raise Enough
             self.read += 1
             yield dict(batch)
 
 
 def peft() -> dict[str, Any]:
-    """Both whole initialisations on the same batches, until each one's own rule stops it."""
+    """Both whole initialisations on the same batches, each to its own stop; PEFT's at most to 30 times our time."""
     return {name: _both(name, *load(name, count)) for name, count in (("llm", 32), ("minilm", 128))}
 
 
-def _both(name: str, model: nn.Module, batches: list[Any]) -> dict[str, float]:
+def _both(name: str, model: nn.Module, batches: list[Any]) -> dict[str, Any]:
     ours = []
     for _ in range(3):
         fresh = adapted(name, model)
@@ -214,16 +220,25 @@ def _both(name: str, model: nn.Module, batches: list[Any]) -> dict[str, float]:
         calibration = evatune.initialize(fresh, batches)
         ours.append(time.perf_counter() - start)
     theirs = adapted(name, model, init_lora_weights="eva", eva_config=EvaConfig(rho=RHO))
-    loader = Counting(batches)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        seconds, _ = timed(lambda: get_eva_state_dict(theirs, loader, show_progress_bar=False))
+    start = time.perf_counter()
+    loader = Counting(batches, lambda read: time.perf_counter() - start > 30 * statistics.median(ours))
+    finished = _peft_on(theirs, loader)
+    seconds = time.perf_counter() - start
     found = {
-        "evatune_seconds": statistics.median(ours), "evatune_batches": calibration.batches,
-        "peft_seconds": seconds, "peft_batches": loader.read, "ratio": seconds / statistics.median(ours),
+        "evatune_seconds": statistics.median(ours), "evatune_batches": calibration.batches, "peft_seconds": seconds,
+        "peft_batches": loader.read, "peft_finished": finished, "ratio": seconds / statistics.median(ours),
     }  # fmt: skip
     print(name, "PEFT's EVA over ours", json.dumps(found), flush=True)
     return found
+
+
+def _peft_on(model: nn.Module, loader: Counting) -> bool:
+    """PEFT's initialisation; false if the loader stopped it."""
+    with warnings.catch_warnings(), suppress(Enough):
+        warnings.simplefilter("ignore")
+        get_eva_state_dict(model, loader, show_progress_bar=False)
+        return True
+    return False
 
 
 # -- memory --------------------------------------------------------------------------------------------
@@ -251,9 +266,7 @@ def peak(who: str) -> dict[str, int]:
     elif who == "evatune":
         evatune.calibrate(model, batches, all_of(4))
     else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            _peft_for(model, batches)
+        _peft_on(model, Counting(batches, lambda read: read > len(batches)))  # the first is read twice
     size = sum(p.nbytes for p in model.parameters())
     status = Path("/proc/self/status").read_text()
     most = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
@@ -263,22 +276,6 @@ def peak(who: str) -> dict[str, int]:
 def _lora(who: str) -> LoraConfig:
     more = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=RHO)} if who == "peft" else {}
     return LoraConfig(r=RANK, lora_alpha=1, target_modules="all-linear", **more)
-
-
-def _peft_for(model: nn.Module, batches: list[Any]) -> None:
-    """PEFT's initialisation, ended after one pass over the batches."""
-
-    class Enough(Exception):
-        pass
-
-    class Once(Counting):
-        def __iter__(self) -> Iterator[Any]:
-            if self.read > len(self.batches):
-                raise Enough
-            yield from super().__iter__()
-
-    with suppress(Enough):
-        get_eva_state_dict(model, Once(batches), show_progress_bar=False)
 
 
 def _alone(part: str, *arguments: str, environment: dict[str, str] | None = None) -> Any:
@@ -410,10 +407,7 @@ def gathering(name: str, rank: str, size: str, folder: str) -> dict[str, Any]:
 
     dist.all_gather = counted  # type: ignore[assignment]
     loader = Counting(batches[int(rank) :: int(size)])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = adapted(name, model, init_lora_weights="eva", eva_config=EvaConfig(rho=RHO))
-        get_eva_state_dict(theirs, loader, show_progress_bar=False)
+    assert _peft_on(adapted(name, model, init_lora_weights="eva", eva_config=EvaConfig(rho=RHO)), loader)
     return {"bytes": sent, "batches": loader.read}
 
 
@@ -457,10 +451,11 @@ def _ratio(one: dict[str, float]) -> str:
     return f"{one['ratio']:.3f} ({one['least']:.3f} to {one['most']:.3f})"
 
 
-def _against(one: dict[str, float]) -> str:
+def _against(one: dict[str, Any]) -> str:
+    more, end = ("", "") if one["peft_finished"] else ("> ", ", stopped there")
     return (
-        f"{one['ratio']:.1f} ({one['evatune_seconds']:.1f} s, {one['evatune_batches']} batches; "
-        f"{one['peft_seconds']:.0f} s, {one['peft_batches']})"
+        f"{more}{one['ratio']:.1f} ({one['evatune_seconds']:.1f} s, {one['evatune_batches']} batches; "
+        f"{one['peft_seconds']:.0f} s, {one['peft_batches']}{end})"
     )
 
 
