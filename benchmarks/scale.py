@@ -208,7 +208,7 @@ class Counting:
 
 
 def peft() -> dict[str, Any]:
-    """Both whole initialisations on the same batches, each to its own stop; PEFT's at most to 30 times our time."""
+    """Both whole initialisations on the same batches, each to its own stop; PEFT's at most to 22 times our time."""
     return {name: _both(name, *load(name, count)) for name, count in (("llm", 32), ("minilm", 128))}
 
 
@@ -221,7 +221,7 @@ def _both(name: str, model: nn.Module, batches: list[Any]) -> dict[str, Any]:
         ours.append(time.perf_counter() - start)
     theirs = adapted(name, model, init_lora_weights="eva", eva_config=EvaConfig(rho=RHO))
     start = time.perf_counter()
-    loader = Counting(batches, lambda read: time.perf_counter() - start > 30 * statistics.median(ours))
+    loader = Counting(batches, lambda read: time.perf_counter() - start > 22 * statistics.median(ours))
     finished = _peft_on(theirs, loader)
     seconds = time.perf_counter() - start
     found = {
@@ -293,20 +293,20 @@ def growth() -> dict[str, Any]:
 
     Forward passes run to their end here, so that what is left out of few layers does not pass for growth.
 
-    Base: hidden 512, two layers, 4 × 256 tokens a batch, r = 16.
+    Base: hidden 512, two layers, 4 × 256 tokens a batch, eight batches, r = 16. Best of three each.
     """
     sweeps: dict[str, list[tuple[int, Callable[[], tuple[nn.Module, list[Any], dict[str, Any]]]]]] = {
-        "tokens": [(n, lambda n=n: (llama(512), tokens(BATCHES, 4, n // 4), {})) for n in (512, 1024, 2048, 4096)],  # type: ignore[misc]
-        "layers": [(n, lambda n=n: (llama(512, n), tokens(BATCHES, 4, 256), {})) for n in (1, 2, 4, 8)],  # type: ignore[misc]
-        "width": [(n, lambda n=n: (llama(n), tokens(BATCHES, 4, 256), {})) for n in (256, 512, 1024, 2048)],  # type: ignore[misc]
-        "rank": [(n, lambda n=n: (llama(512), tokens(BATCHES, 4, 256), {"rank": n})) for n in (4, 8, 16, 32)],  # type: ignore[misc]
+        "tokens": [(n, lambda n=n: (llama(512), tokens(BATCHES // 2, 4, n // 4), {})) for n in (512, 1024, 2048, 4096)],  # type: ignore[misc]
+        "layers": [(n, lambda n=n: (llama(512, n), tokens(BATCHES // 2, 4, 256), {})) for n in (1, 2, 4, 8)],  # type: ignore[misc]
+        "width": [(n, lambda n=n: (llama(n), tokens(BATCHES // 2, 4, 256), {})) for n in (256, 512, 1024, 2048)],  # type: ignore[misc]
+        "rank": [(n, lambda n=n: (llama(512), tokens(BATCHES // 2, 4, 256), {"rank": n})) for n in (4, 8, 16, 32)],  # type: ignore[misc]
     }
     found: dict[str, Any] = {}
     for sweep, points in sweeps.items():
         ratios = []
         for _, make in points:
             model, batches, options = make()
-            ratios.append(over_forward(model, batches, 5, whole=True, **options)["best_of_each"])
+            ratios.append(over_forward(model, batches, 3, whole=True, **options)["best_of_each"])
         sizes = [size for size, _ in points]
         found[sweep] = {"sizes": sizes, "ratios": ratios, "exponent": _slope(sizes, ratios)}
         print("growth with", sweep, json.dumps(found[sweep]), flush=True)
