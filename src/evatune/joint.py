@@ -3,7 +3,7 @@
 A sketch's rows are spread over the processes as sums about one and the same basis, so that what all of them have seen
 is the sum of the sums. At a refresh each layer input is given to one process, which adds up, factorises and sends the
 new basis and the spectrum to the others, bit for bit; theirs start again from zero. So the factorisations are shared
-out too, nothing has the size of an activation, and what travels is 8·d·l bytes to the owner and 4·d·(l + k) back.
+out too, nothing has the size of an activation, and what travels is 8·d·l bytes to the owner and 4·d·l back.
 
 A newborn sketch has chosen its basis from its own process's rows. At its first refresh one process's basis is taken,
 and the others' sums are carried over to it as well as their own l directions of that one batch can (`Sketch.rebase`).
@@ -94,13 +94,14 @@ class JointSketches:
                     group.sketch.set_sums(part)
         if at_home:
             spectra = refresh_all([group.sketch for group in groups])
-            found = [spectrum.state() | group.sketch.start() for group, spectrum in zip(groups, spectra, strict=True)]
+            found = [_news(group.sketch, spectrum) for group, spectrum in zip(groups, spectra, strict=True)]
         else:
             found = [{} for _ in groups]
         shared = self._share(owner, found)
         if not at_home:
             for group, news in zip(groups, shared, strict=True):
                 group.sketch.adopt(news)
+                news.setdefault("directions", group.sketch.leading(len(news["energies"])))
             spectra = [Spectrum.of_state(news) for news in shared]
         return dict(zip(groups, spectra, strict=True))
 
@@ -112,6 +113,14 @@ class JointSketches:
             place, _, key = name.partition(".")
             shared[int(place)][key] = tensor
         return shared
+
+
+def _news(sketch: Sketch, spectrum: Spectrum) -> dict[str, Tensor]:
+    """What the others need to have the same spectrum and basis. The directions are, as a rule, in the basis already."""
+    news = spectrum.state() | sketch.start()
+    if torch.equal(sketch.leading(len(spectrum.energies)), spectrum.directions):
+        del news["directions"]
+    return news
 
 
 def _pieces(groups: list[InputGroup]) -> Iterator[list[InputGroup]]:

@@ -148,6 +148,10 @@ class Sketch(ABC):
         self._forget()
         self._start_fresh(int(start["known_directions"]))
 
+    def leading(self, count: int) -> Tensor:
+        """The first `count` directions of the last refresh, (count, d) float32 on the CPU, as far as `start` tells them."""
+        return torch.zeros(0, self.width)
+
     def rebase(self, start: Mapping[str, Tensor]) -> None:
         """Keep every row, as far as this sketch can tell, with sums that refer to another sketch's `start`.
 

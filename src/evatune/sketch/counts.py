@@ -53,16 +53,17 @@ class CountSketch(Sketch):
             sketch._start_fresh(len(sketch.known))
         return answers
 
+    def leading(self, count: int) -> Tensor:
+        return super().leading(count) if self.known is None else _one_hot(self.known[:count].cpu(), self.width)
+
     def spectrum(self) -> Spectrum:
         count = max(self.count, 1)
         frequency = (self.row_sum / count).cpu()
         worth = frequency * (1 - frequency) if self.center else frequency
         tokens = torch.argsort(worth, descending=True, stable=True)[: self.components]
         tokens = tokens[frequency[tokens] > 0]
-        directions = torch.zeros(len(tokens), self.width)
-        directions[torch.arange(len(tokens)), tokens] = 1
         return Spectrum(
-            directions=directions,
+            directions=_one_hot(tokens, self.width),
             energies=worth[tokens].float(),
             total_energy=float(worth.sum()),
             rows=self.count,
@@ -80,3 +81,10 @@ class CountSketch(Sketch):
 
     def _add(self, digest: Digest) -> None:
         pass  # the sum of the rows is all there is
+
+
+def _one_hot(tokens: Tensor, width: int) -> Tensor:
+    """(n, width) float32."""
+    rows = torch.zeros(len(tokens), width)
+    rows[torch.arange(len(tokens)), tokens] = 1
+    return rows

@@ -44,6 +44,9 @@ class ExactSketch(Sketch):
         values, vectors = torch.linalg.eigh(gram)
         return self._answer(vectors.flip(1).T, values.flip(0))
 
+    def leading(self, count: int) -> Tensor:
+        return super().leading(count) if self.known is None else self.known[:count].cpu()
+
     def _merge(self, other: Self, offset: Tensor) -> None:
         cross = torch.outer(other.row_sum, offset)
         self.gram += other.gram + cross + cross.T + other.count * torch.outer(offset, offset)

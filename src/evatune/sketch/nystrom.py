@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from evatune.sketch.base import Digest, Sketch
-from evatune.spectrum import Certificate, Spectrum
+from evatune.spectrum import Certificate, Spectrum, fix_signs
 
 # Columns of the products. Fewer run no faster (matrix products work in blocks of 16) and lose accuracy.
 _MIN_COLUMNS = 32
@@ -116,6 +116,9 @@ class NystromSketch(Sketch):
     def spectrum(self) -> Spectrum:
         directions, energies, (count,) = self._eigenpairs([self])
         return self._answer(directions[0, :count], energies[0, :count])
+
+    def leading(self, count: int) -> Tensor:
+        return fix_signs(self.basis[:count].cpu())
 
     def rebase(self, start: Mapping[str, Tensor]) -> None:
         """Of its rows it keeps the l leading directions, as `merge` of sketches with unequal bases does."""
