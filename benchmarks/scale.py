@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
@@ -192,7 +193,7 @@ class Enough(Exception):
 
 
 class Counting:
-    """A loader for PEFT, which reads it over and over until it has converged; or until `stop` says that it is enough."""
+    """A loader for PEFT, without an end of its own; PEFT reads until it has converged, or `stop` says that it is enough."""
 
     def __init__(self, batches: list[Any], stop: Callable[[int], bool] = lambda read: False) -> None:
         self.batches, self.stop, self.read = batches, stop, 0
@@ -201,7 +202,7 @@ class Counting:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self.batches:
+        for batch in itertools.cycle(self.batches):
             if self.stop(self.read):
                 raise Enough
             self.read += 1
