@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -193,17 +194,17 @@ class Enough(Exception):
 
 
 class Counting:
-    """A loader for PEFT, without an end of its own; PEFT reads until it has converged, or `stop` says that it is enough."""
+    """A loader for PEFT, without an end of its own; PEFT reads until it has converged, or has read `most` batches."""
 
-    def __init__(self, batches: list[Any], stop: Callable[[int], bool] = lambda read: False) -> None:
-        self.batches, self.stop, self.read = batches, stop, 0
+    def __init__(self, batches: list[Any], most: float = math.inf) -> None:
+        self.batches, self.most, self.read = batches, most, 0
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
         for batch in itertools.cycle(self.batches):
-            if self.stop(self.read):
+            if self.read >= self.most:
                 raise Enough
             self.read += 1
             yield dict(batch)
@@ -215,17 +216,15 @@ def peft() -> dict[str, Any]:
 
 
 def _both(name: str, model: nn.Module, batches: list[Any]) -> dict[str, Any]:
+    check(name, model, batches[:4], batches[4:8])
     ours = []
     for _ in range(3):
         fresh = adapted(name, model)
-        start = time.perf_counter()
-        calibration = evatune.initialize(fresh, batches)
-        ours.append(time.perf_counter() - start)
-    theirs = adapted(name, model, init_lora_weights="eva", eva_config=EvaConfig(rho=RHO))
-    start = time.perf_counter()
-    loader = Counting(batches, lambda read: time.perf_counter() - start > 22 * statistics.median(ours))
-    finished = _peft_on(theirs, loader)
-    seconds = time.perf_counter() - start
+        seconds, calibration = timed(lambda fresh=fresh: evatune.initialize(fresh, batches))  # type: ignore[misc]
+        ours.append(seconds)
+    print(name, "ours", json.dumps({"seconds": ours, "batches": calibration.batches}), flush=True)
+    theirs, loader = adapted(name, model, init_lora_weights="eva", eva_config=EvaConfig(rho=RHO)), Counting(batches)
+    seconds, finished = timed(lambda: _peft_on(theirs, loader, 22 * statistics.median(ours)))
     found = {
         "evatune_seconds": statistics.median(ours), "evatune_batches": calibration.batches, "peft_seconds": seconds,
         "peft_batches": loader.read, "peft_finished": finished, "ratio": seconds / statistics.median(ours),
@@ -234,11 +233,18 @@ def _both(name: str, model: nn.Module, batches: list[Any]) -> dict[str, Any]:
     return found
 
 
-def _peft_on(model: nn.Module, loader: Counting) -> bool:
-    """PEFT's initialisation; false if the loader stopped it."""
+def _peft_on(model: nn.Module, loader: Counting, limit: float = 0) -> bool:
+    """PEFT's initialisation; false if the loader, or an alarm after `limit` seconds, stopped it."""
+
+    def enough(*_: object) -> None:
+        raise Enough
+
+    signal.signal(signal.SIGALRM, enough)  # between two layers too: a batch of PEFT's takes minutes at LLM width
+    signal.setitimer(signal.ITIMER_REAL, limit)
     with warnings.catch_warnings(), suppress(Enough):
         warnings.simplefilter("ignore")
         get_eva_state_dict(model, loader, show_progress_bar=False)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         return True
     return False
 
@@ -249,7 +255,8 @@ def _peft_on(model: nn.Module, loader: Counting) -> bool:
 def memory() -> dict[str, Any]:
     """Peak resident memory of forward passes, of ours and of PEFT's, each in a process of its own.
 
-    Every large allocation is mapped by itself there, so that the peak has no freed memory in it that the allocator kept.
+    Every large allocation is mapped by itself there, so that the peak has no freed memory in it that the allocator kept;
+    and each has done its work on a small model before, so that the code of the libraries it calls is not counted.
     """
     mapped = {"MALLOC_MMAP_THRESHOLD_": "131072"}
     peaks = {who: _alone("peak", who, environment=mapped) for who in ("bare", "evatune", "peft")}
@@ -264,27 +271,25 @@ def memory() -> dict[str, Any]:
 
 def peak(who: str) -> dict[str, int]:
     """Run one of them on four batches and say how much memory there was at most."""
-    model, batches = load("llm", 4)
-    model = get_peft_model(model, _lora(who))  # the same model for all three
+    more = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=RHO)} if who == "peft" else {}
+    work = {
+        "bare": bare,
+        "evatune": lambda model, batches: evatune.calibrate(model, batches, all_of(len(batches))),
+        "peft": lambda model, batches: _peft_on(model, Counting(batches, len(batches) + 1)),  # the first is read twice
+    }[who]
+    work(adapted("llm", llama(64), **more), tokens(4, length=128))
+    base, batches = load("llm", 4)
+    model = adapted("llm", base, **more)  # the same model for all three
+    del base
     with model.disable_adapter():
         bare(model, batches[:1])
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the model
-    if who == "bare":
-        with model.disable_adapter():
-            bare(model, batches)
-    elif who == "evatune":
-        evatune.calibrate(model, batches, all_of(4))
-    else:
-        _peft_on(model, Counting(batches, lambda read: read > len(batches)))  # the first is read twice
+    with model.disable_adapter() if who == "bare" else nullcontext():
+        work(model, batches)
     size = sum(p.nbytes for p in model.parameters())
     status = Path("/proc/self/status").read_text()
     most = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
     return {"peak": most, "model": size}
-
-
-def _lora(who: str) -> LoraConfig:
-    more = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=RHO)} if who == "peft" else {}
-    return LoraConfig(r=RANK, lora_alpha=1, target_modules="all-linear", **more)
 
 
 def _alone(part: str, *arguments: str, environment: dict[str, str] | None = None) -> Any:
