@@ -272,11 +272,12 @@ def memory() -> dict[str, Any]:
 def peak(who: str) -> dict[str, int]:
     """Run one of them on four batches and say how much memory there was at most."""
     more = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=RHO)} if who == "peft" else {}
-    work = {
+    every: dict[str, Callable[[nn.Module, list[Any]], Any]] = {
         "bare": bare,
         "evatune": lambda model, batches: evatune.calibrate(model, batches, all_of(len(batches))),
         "peft": lambda model, batches: _peft_on(model, Counting(batches, len(batches) + 1)),  # the first is read twice
-    }[who]
+    }
+    work = every[who]
     work(adapted("llm", llama(64), **more), tokens(4, length=128))
     base, batches = load("llm", 4)
     model = adapted("llm", base, **more)  # the same model for all three

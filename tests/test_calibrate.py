@@ -174,7 +174,7 @@ def test_the_same_seed_gives_the_same_bits() -> None:
 
 def test_a_record_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     calibration = evatune.calibrate(Toy(), inputs(), CalibrationConfig(rank=4, center=True, seed=7))
-    path = tmp_path / "calibration.safetensors"
+    path = tmp_path / "new" / "calibration.safetensors"
     calibration.save(path)
     loaded = Calibration.load(path)
     assert (loaded.config, loaded.status, loaded.layers) == (calibration.config, calibration.status, calibration.layers)
@@ -187,7 +187,7 @@ def test_a_record_comes_back_as_it_was_saved(tmp_path: Path) -> None:
         assert torch.equal(other.mean, spectrum.mean)
         assert other.certificate.captured() == spectrum.certificate.captured()  # type: ignore[union-attr]
         assert (other.total_energy, other.rows, other.centered) == (spectrum.total_energy, spectrum.rows, True)
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_layers_that_share_an_input_are_stored_once(tmp_path: Path) -> None:

@@ -277,6 +277,11 @@ def other_width() -> evatune.Calibration:
     return replace(found, layers={name: replace(layer, in_features=7) for name, layer in found.layers.items()})
 
 
+def other_unit() -> evatune.Calibration:
+    found = of_bert()
+    return replace(found, layers={name: replace(layer, unit="x") for name, layer in found.layers.items()})
+
+
 @pytest.mark.parametrize(
     ("build", "call", "error", "text"),
     [
@@ -317,6 +322,12 @@ def other_width() -> evatune.Calibration:
             f"does not fit this adapter: {QUERY.format(0)}, 16→16, is not in it; calibrate this model",
         ),
         (lora_of_bert, lambda m: evatune.initialize(m, other_width()), AdapterError, r"query, 16→16, is 7→16 in it"),
+        (
+            lora_of_bert,
+            lambda m: evatune.initialize(m, other_unit()),
+            AdapterError,
+            "query, 16→16, is 16→16 as a part of x in",
+        ),
         (
             lora_of_bert,
             lambda m: evatune.initialize(m, of_bert(rank=2)),

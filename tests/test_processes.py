@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import evatune
-from evatune import Calibration, CalibrationConfig, Status
+from evatune import Calibration, CalibrationConfig, Status, joint, processes
 from evatune.errors import AdapterError, ConfigError, LayerError, ProcessError
 from evatune.spectrum import captured_energy
 from tests.toys import Toy, inputs
@@ -506,3 +508,45 @@ def test_a_process_that_dies_is_named_by_the_others(tmp_path: Path) -> None:
     assert spawn(dying, tmp_path, 3) == [0, -signal.SIGKILL, 0]
     for rank in (0, 2):
         assert "lost process 1 of 3" in (tmp_path / f"{rank}.txt").read_text()
+
+
+def failing_between(rank: int, folder: str) -> None:
+    """Process 1 fails between two messages of an exchange, where it has no turn to say so, and lives on."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    if rank == 1:
+        joint.refresh_all = _no_space
+    said = error_of(lambda: evatune.calibrate(toy(), wide()[rank::2], ALL))
+    Path(folder, f"{rank}.txt").write_text(": ".join(said))
+    end = time.monotonic() + 60
+    while not Path(folder, "0.txt").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    os._exit(0)  # without the orderly end, for which both would be needed
+
+
+def test_a_failure_between_two_messages_ends_all(tmp_path: Path) -> None:
+    assert spawn(failing_between, tmp_path) == [0, 0]
+    assert (tmp_path / "1.txt").read_text() == "MemoryError: no space left"
+    said = (tmp_path / "0.txt").read_text()
+    assert said.startswith("ProcessError")
+    assert "stopped in the middle of a message" in said or "lost process 1 of 2" in said
+
+
+def absent(rank: int, folder: str) -> None:
+    """Process 1 never calls evatune; the patience of ten minutes is three seconds here."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    processes._PATIENCE = timedelta(seconds=3)
+    if rank == 0:
+        said = error_of(lambda: evatune.calibrate(toy(), wide(), ALL))
+        Path(folder, "0.txt").write_text(": ".join(said))
+    end = time.monotonic() + 60
+    while not Path(folder, "0.txt").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    os._exit(0)
+
+
+def test_a_process_that_never_calls_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    assert spawn(absent, tmp_path) == [0, 0]
+    said = (tmp_path / "0.txt").read_text()
+    assert said.startswith("ProcessError: not all of the 2 processes came to calibrate")

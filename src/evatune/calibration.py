@@ -47,6 +47,11 @@ class Layer:
         """What an adapter of this layer depends on."""
         return self.in_features, self.out_features, self.groups, self.unit
 
+    def described(self) -> str:
+        """The shape in words."""
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        return f"{self.in_features}→{self.out_features}{groups}" + (f" as a part of {self.unit}" if self.unit else "")
+
     def candidate(self, spectrum: Spectrum) -> Candidate:
         """The layer as the redistribution sees it."""
         return Candidate(spectrum, self.in_features, self.out_features, self.groups, self.unit)
@@ -157,7 +162,10 @@ class Calibration:
     # -- file -----------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file: under a temporary name first, then renamed, so it is whole or absent."""
+        """Write a safetensors file: under a temporary name first, then renamed, so it is whole or absent.
+
+        Missing folders are made.
+        """
         tensors: dict[str, Tensor] = {}
         inputs: dict[str, dict[str, Any]] = {}
         for name, layer in self.layers.items():
@@ -186,6 +194,7 @@ class Calibration:
             "inputs": inputs,
             "layers": {name: asdict(layer) | {"status": self.status[name]} for name, layer in self.layers.items()},
         }
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with whole_file(Path(path)) as temporary:
             save_file(tensors, temporary, metadata={"format": _FORMAT, "record": json.dumps(record)})
 

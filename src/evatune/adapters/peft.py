@@ -195,12 +195,11 @@ def _applied(
         )
     sites = [site for slot in slots for site in slot.sites]
     for site in sites:
-        known = calibration.layers.get(site.name)
-        if known is None or known.shape != layer_of(site).shape:
-            there = "not in it" if known is None else f"{known.in_features}→{known.out_features} in it"
+        known, here = calibration.layers.get(site.name), layer_of(site)
+        if known is None or known.shape != here.shape:
             raise AdapterError(
-                f"the calibration does not fit this adapter: {site.name}, {site.in_features}→{site.out_features}, is "
-                f"{there}; calibrate this model, with targets that cover the adapter's"
+                f"the calibration does not fit this adapter: {site.name}, {here.described()}, is "
+                f"{known.described() if known else 'not'} in it; calibrate this model, with targets that cover the adapter's"
             )
     before = calibration.config
     config = _ranked(replace(before, rank=None, rho=None), lora, given)
