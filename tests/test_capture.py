@@ -324,23 +324,50 @@ def test_layers_of_a_real_model_share_what_they_should() -> None:
     )
 
 
-class Overwrites(nn.Module):
-    """Hands one tensor to two layers, but writes to it in between."""
+class Aliases(nn.Module):
+    """Hands two layers an alias each, as DeepSpeed's ZeRO-3 does, and a third one other values at the same address."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> None:
+        memory = x.numpy().copy()
+        h = torch.from_numpy(memory)
+        self.a(h.detach())
+        self.b(h.detach())
+        del h
+        memory[:] = 2
+        self.c(torch.from_numpy(memory))
+
+
+def test_aliases_of_one_tensor_are_one_input_but_memory_used_again_is_another() -> None:
+    xs = [torch.randn(30, 8) for _ in range(3)]
+    calibration = evatune.calibrate(Aliases(), xs, evatune.CalibrationConfig(components=4, tolerance=0))
+    inputs = {name: layer.input for name, layer in calibration.layers.items()}
+    assert inputs["a"] == inputs["b"] != inputs["c"]
+    assert calibration.spectra["c"].total_energy == pytest.approx(8 * 4, rel=1e-6)  # per row
+
+
+class Overwrites(nn.Module):
+    """Hands one tensor to two layers, but writes to it in between."""
+
+    def __init__(self, aliases: bool) -> None:
+        super().__init__()
+        self.aliases = aliases
         self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> None:
         x = x.clone()
-        self.a(x)
+        self.a(x.detach() if self.aliases else x)
         x.mul_(3)
-        self.b(x)
+        self.b(x.detach() if self.aliases else x)
 
 
-def test_a_tensor_written_to_between_two_layers_is_two_inputs() -> None:
+@pytest.mark.parametrize("aliases", [False, True])
+def test_a_tensor_written_to_between_two_layers_is_two_inputs(aliases: bool) -> None:
     xs = [torch.randn(30, 8) for _ in range(3)]
-    calibration = evatune.calibrate(Overwrites(), xs, evatune.CalibrationConfig(components=4, tolerance=0))
+    calibration = evatune.calibrate(Overwrites(aliases), xs, evatune.CalibrationConfig(components=4, tolerance=0))
     a, b = calibration.spectra["a"], calibration.spectra["b"]
     assert b.total_energy == pytest.approx(9 * a.total_energy, rel=1e-4)
 

@@ -188,6 +188,22 @@ def test_a_wide_line_is_not_broken_in_a_pipe(init: Command) -> None:
     assert any(line.startswith("Energy of unseen rows") and line.endswith("chose them") for line in lines)
 
 
+_NOISE = """
+import subprocess
+from evatune.cli.libraries import libraries_on_stderr
+with libraries_on_stderr():
+    print("a library")
+    subprocess.run(["echo", "a worker"])
+print("result")
+"""
+
+
+def test_what_libraries_print_does_not_mix_with_results() -> None:
+    done = subprocess.run([sys.executable, "-c", _NOISE], capture_output=True, text=True, check=True)
+    assert done.stdout == "result\n"
+    assert {"a library", "a worker"} <= set(done.stderr.splitlines())
+
+
 def test_json_output_is_one_object_and_nothing_else(init: Command, work: Path) -> None:
     answer = init(json=True, center=True)
     assert answer.status == 0

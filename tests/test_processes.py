@@ -521,7 +521,8 @@ def failing_between(rank: int, folder: str) -> None:
     end = time.monotonic() + 60
     while not Path(folder, "0.txt").exists() and time.monotonic() < end:
         time.sleep(0.1)
-    os._exit(0)  # without the orderly end, for which both would be needed
+    # Without the orderly end, for which both would be needed; 1 if process 0 would have waited for the end of this one.
+    os._exit(0 if Path(folder, "0.txt").exists() else 1)
 
 
 def test_a_failure_between_two_messages_ends_all(tmp_path: Path) -> None:

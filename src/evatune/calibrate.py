@@ -27,6 +27,7 @@ from evatune.model import (
     iterate,
     may_cut_short,
     model_device,
+    require_gathering,
     to_device,
 )
 from evatune.monitor import Monitor, is_check, is_refresh, passes
@@ -60,7 +61,8 @@ def calibrate(
     """Find the leading directions of what each layer's input carries on this data.
 
     Args:
-        model: any `nn.Module`, or a `PeftModel` (its adapters stand aside, so the result is the base model's).
+        model: any `nn.Module`, or a `PeftModel` (its adapters stand aside, so the result is the base model's); looked
+            for inside DistributedDataParallel, DataParallel and DeepSpeed's engine.
         batches: DataLoader, list, iterator or generator. Each batch is read once, one pass at most.
         config: settings; `CalibrationConfig()` by default.
         targets: which layers, as PEFT names them: "all-linear", a list of names or suffixes, or a regular
@@ -89,6 +91,7 @@ def calibrate(
 
     Raises:
         TargetError: no layer matches. DataError: no batch, or something that is not batches.
+        AdapterError: weights in the shards of DeepSpeed's zero.Init that no engine gathers.
         ProcessError: another process failed, is lost, or has another model, other weights, targets or settings.
         Whatever the model itself raises. In every case the model, its modes, hooks, gradients and the
         random number generators are left as they were.
@@ -132,6 +135,7 @@ def run(
     Args:
         caps: what the stop rule's trial redistribution keeps to, as `allocate` does.
     """
+    require_gathering(model)
     labels_only = config.labels_only or False
     # the record says all of it
     config = replace(config, rank=config.rank_or_default, rho=config.rho_or_default, labels_only=labels_only)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from evatune.capture.targets import adapters_off
-from evatune.errors import DataError
+from evatune.errors import AdapterError, DataError
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
 
@@ -133,6 +133,16 @@ def is_sharded(model: nn.Module) -> bool:
 def is_part(parameter: nn.Parameter) -> bool:
     """Of a weight in shards: a DTensor (FSDP2), a flat parameter (FSDP1), or one of DeepSpeed's ZeRO-3."""
     return any(hasattr(parameter, mark) for mark in ("device_mesh", "_is_flat_param", "ds_id"))
+
+
+def require_gathering(model: nn.Module) -> None:
+    """Raise an AdapterError for weights in DeepSpeed's shards that no engine gathers, so that no forward pass can run."""
+    if any(hasattr(p, "ds_id") for p in model.parameters()) and not any(m._forward_pre_hooks for m in model.modules()):
+        raise AdapterError(
+            "the weights of this model are in the shards of DeepSpeed's zero.Init, and no engine gathers them; call "
+            "deepspeed.initialize first and pass its engine, or load the model outside zero.Init (for a Trainer: before "
+            "its TrainingArguments(deepspeed=…))"
+        )
 
 
 def describe(model: nn.Module) -> str:

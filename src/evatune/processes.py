@@ -60,7 +60,7 @@ class Team:
             team.announce(error)
             raise
         finally:
-            dist.destroy_process_group(team.group)
+            team.leave()
 
     def gather(self, value: Any) -> list[Any]:
         """The `value` of every process, by rank; anything that JSON can hold."""
@@ -126,6 +126,11 @@ class _Joint(Team):
                 self._gather_text(json.dumps({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}))
             except ProcessError as lost:
                 raise lost from error
+
+    def leave(self) -> None:
+        """Close the connections, which ends the wait of others for a message that will not come."""
+        dist.destroy_process_group(self.group)
+        del self.group, self._wire, self._store  # an error's traceback may keep the team, and with it the connections
 
     def share(self, source: int, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         group, device = self._wire

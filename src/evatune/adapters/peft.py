@@ -22,7 +22,7 @@ from evatune.adapters.scale import choose_scale, completed, scaled_rows
 from evatune.calibrate import Progress, run
 from evatune.calibration import Calibration
 from evatune.capture.tap import RowsFunction
-from evatune.capture.targets import adapters_off, base_name, unwrapped
+from evatune.capture.targets import adapters_off, base_name, is_engine, unwrapped
 from evatune.checkpoint import Checkpoint
 from evatune.config import CalibrationConfig
 from evatune.errors import AdapterError, ConfigError, TargetError
@@ -232,12 +232,14 @@ def _require_writable(
     stays = config.rho_or_default == 1 and config.budget == "ranks"
     stays = stays and all(slot.layer.r[adapter_name] == caps.get(slot.sites[0].name, rank) for slot in slots)
     stays = stays and not any(adapter_name in slot.layer.lora_magnitude_vector for slot in slots)  # DoRA's is replaced
-    in_place = all(hasattr(p, "device_mesh") for p in model.parameters() if is_part(p))
+    # An engine's optimizer keeps copies of the parameters and would write them back.
+    in_place = not is_engine(model) and all(hasattr(p, "device_mesh") for p in model.parameters() if is_part(p))
     if not (stays and in_place):
+        where = "in shards" if unwrapped(model) is model else f"inside {type(model).__name__}"
         raise AdapterError(
-            f"the model is inside {type(model).__name__} already, which holds the adapter's parameters, and redistribution "
-            "would replace them; call evatune.initialize before the model is wrapped or sharded (with one that fits in "
-            "memory only in shards: evatune.calibrate it, then evatune.initialize(unsharded, calibration))"
+            f"the model is {where} already, with the adapter's parameters, and redistribution would replace them; call "
+            "evatune.initialize before the model is wrapped or sharded (with one that fits in memory only in shards: "
+            "evatune.calibrate it, then evatune.initialize(unsharded, calibration))"
             + (", or pass rho=1 to keep the ranks (without DoRA)" if in_place else "")
         )
 

@@ -41,9 +41,14 @@ def sites_of(name: str, module: nn.Module, parts: list[Part]) -> list[Site]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel or DataParallel, whose wrapping is for training."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    return unwrapped(model.module) if isinstance(model, wrappers) else model
+    """The model inside DistributedDataParallel, DataParallel or DeepSpeed's engine, whose wrapping is for training."""
+    wrapped = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or is_engine(model)
+    return unwrapped(model.get_submodule("module")) if wrapped else model
+
+
+def is_engine(model: nn.Module) -> bool:
+    """Whether `deepspeed.initialize` returned this; told by name, since most environments are without DeepSpeed."""
+    return any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)
 
 
 def is_wrapper(module: nn.Module) -> bool:

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from evatune.cli.libraries import libraries_on_stderr, quiet_libraries
+
 _FORMATS = ("uniform", "merged")
 
 
@@ -43,7 +45,8 @@ def export(
             text += f", {len(facts[key])} {what}" if facts[key] else ""
     else:
         require_out(out, overwrite, adapter)
-        facts = _merge(adapter, out, model)
+        with libraries_on_stderr():
+            facts = _merge(adapter, out, model)
         text = f"{facts['model']} with the adapter added in"
     if as_json:
         typer.echo(json.dumps({"out": str(out), "format": kind} | facts))
@@ -54,7 +57,6 @@ def export(
 def _merge(adapter: Path, out: Path, model: str | None) -> dict[str, Any]:
     from evatune.adapters.export import head_size, merge, write_card, write_record
     from evatune.adapters.saved import read_config
-    from evatune.cli.init import quiet_libraries
     from evatune.errors import DataError
     from evatune.files import whole_folder
     from evatune.tasks import text

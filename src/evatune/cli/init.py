@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evatune.cli.libraries import libraries_on_stderr, quiet_libraries
 from evatune.config import CalibrationConfig
 from evatune.files import require_free, whole_folder
 
@@ -156,7 +157,7 @@ def init(
     from rich.console import Console
 
     log = Console(stderr=True, quiet=as_json)
-    with log.status("loading libraries"):
+    with log.status("loading libraries"), libraries_on_stderr():
         from evatune.tasks import text
 
         quiet_libraries()
@@ -165,7 +166,7 @@ def init(
     text.require_path(corpus, "data")
     with log.status(f"loading data {data or 'BBC news'}"):
         texts = text.load_texts(corpus, text_column, split=split)
-    with log.status(f"loading model {model or 'MiniLM-L6-v2'}"):
+    with log.status(f"loading model {model or 'MiniLM-L6-v2'}"), libraries_on_stderr():
         loaded = _load_model(source, task, device, dtype, seed)
     if loaded.fresh:
         log.print(
@@ -192,7 +193,8 @@ def init(
     def work(progress: Any) -> Calibration:
         return _initialize(adapted, batches, config, scale, loaded.task, progress, checkpoint)
 
-    calibration = _with_bar(log, batches, config, work)
+    with libraries_on_stderr():
+        calibration = _with_bar(log, batches, config, work)
     with whole_folder(out) as folder:
         _write(folder, adapted, calibration, settings)
     if checkpoint is not None:
@@ -358,17 +360,3 @@ def _library_versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("peft", "transformers", "datasets", "safetensors")}
-
-
-def quiet_libraries() -> None:
-    """One progress bar is enough, and what the libraries warn each other about is not the user's business."""
-    import warnings
-
-    import datasets
-    import transformers
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come to us as exceptions as well
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()

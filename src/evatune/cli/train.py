@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from evatune.cli.libraries import libraries_on_stderr, quiet_libraries
+
 _RUNS = Path("runs")
 
 
@@ -29,13 +31,13 @@ def train(
     from rich.console import Console
 
     log = Console(stderr=True, quiet=as_json)
-    with log.status("loading libraries"):
-        from evatune.cli.init import quiet_libraries
+    with log.status("loading libraries"), libraries_on_stderr():
         from evatune.report.runs import run_plot
         from evatune.tasks.run import read_metrics, run
 
         quiet_libraries()
-    result = run(settings, folder, quiet=as_json)
+    with libraries_on_stderr():
+        result = run(settings, folder, quiet=as_json)
     run_plot(read_metrics(folder), folder / "curves.png")
     _rank_page(folder, settings)
     if as_json:
@@ -91,7 +93,7 @@ def compare(
     from rich.console import Console
 
     log = Console(stderr=True, quiet=as_json)
-    with log.status("loading libraries"):
+    with log.status("loading libraries"), libraries_on_stderr():
         from evatune.files import write_text
         from evatune.report.runs import comparison_markdown, comparison_plot, comparison_table
         from evatune.report.tables import console
@@ -103,7 +105,8 @@ def compare(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{str(folder)!r} cannot be written ({error.strerror}); name another --out") from error
-    failed = _with_bar(log, cells, lambda tell: run_cells(cells, workers or os.cpu_count() or 1, tell, executor))
+    with libraries_on_stderr():
+        failed = _with_bar(log, cells, lambda tell: run_cells(cells, workers or os.cpu_count() or 1, tell, executor))
     found = summarise(cells, target_loss)
     command = shlex.join(["evatune", *sys.argv[1:]])
     facts = {"command": command, "target_losses": found.targets, "lines": [asdict(line) for line in found.lines],
