@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def work(rank: int, folder: str) -> None:
     refused = []
     for stage, rho in ((3, None), (3, 1.0), (2, 1.0)):
         spoken_for = engine(adapted(), stage)
-        refused.append(error_of(lambda: evatune.initialize(spoken_for, data, config=ALL, rho=rho)))  # noqa: B023 - at once
+        refused.append(error_of(partial(evatune.initialize, spoken_for, data, config=ALL, rho=rho)))
     refused.append(error_of(lambda: evatune.initialize(engine(adapted()).module, data, config=ALL)))
     with deepspeed.zero.Init(config_dict_or_path=SETTINGS):
         early = toy()

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import evatune
 from evatune import Calibration, CalibrationConfig, Status, joint, processes
 from evatune.errors import AdapterError, ConfigError, LayerError, ProcessError
 from evatune.spectrum import captured_energy
-from tests.toys import Toy, inputs
+from tests.toys import Block, Toy, inputs
 
 torch.set_num_threads(1)
 
@@ -266,6 +267,21 @@ def sharded(rank: int) -> Any:
     }
 
 
+def in_fsdp1(rank: int) -> Any:
+    """With the parameters as the module has them, which accelerate asks for, and with flat ones."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    def shard(model: nn.Module, as_they_are: bool = True) -> nn.Module:
+        policy, cpu = ModuleWrapPolicy({Block}), torch.device("cpu")
+        return FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=cpu, use_orig_params=as_they_are)
+
+    data = wide()[rank::2][: 3 if rank else 8]
+    adapted = shard(get_peft_model(toy(), LoraConfig(r=4, target_modules="all-linear")))
+    refused = [error_of(partial(evatune.initialize, adapted, data, config=ALL, rho=rho))[1] for rho in (None, 1.0)]
+    return {"found": [facts(evatune.calibrate(shard(toy(), each), data, ALL)) for each in (True, False)], "refused": refused}
+
+
 SCENARIOS: dict[str, Callable[[int], Any]] = {
     **{kind: together(kind) for kind in SETTINGS},
     **{
@@ -273,7 +289,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
         for scenario in (
             alone, uneven, more_processes_than_batches, default_stop, experts, bad_rows, other_seed, other_targets,
             no_such_target, other_weights, other_model, no_data, no_data_at_all, failing_model, failing_at_the_end,
-            rows_come_late, one_much_shorter, incremental, in_ddp, sharded,
+            rows_come_late, one_much_shorter, incremental, in_ddp, sharded, in_fsdp1,
         )
     },
 }  # fmt: skip
@@ -485,6 +501,15 @@ def test_a_model_in_shards_runs_in_step_and_its_adapter_is_written_on_every_proc
     assert all(total > 0 for total in found[0]["gradients"])
     assert found[0]["moved"] <= 1e-5 * found[0]["scale"]
     assert "sharded" in found[0]["refused"][1]
+
+
+def test_fsdp1_is_calibrated_like_fsdp2_and_not_written_to(both: list[dict[str, Any]]) -> None:
+    for process in both:
+        for found in process["in_fsdp1"]["found"]:
+            assert same(found, both[0]["sharded"]["found"])
+        for message in process["in_fsdp1"]["refused"]:
+            assert "in shards already" in message
+            assert "rho=1" not in message
 
 
 def dying(rank: int, folder: str) -> None:

@@ -7,14 +7,14 @@ import random
 import sys
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evatune.capture.targets import adapters_off
+from evatune.capture.targets import adapters_off, stood_for
 from evatune.errors import AdapterError, DataError
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
@@ -77,22 +77,28 @@ def may_cut_short(model: nn.Module) -> bool:
     What is left out is the end of the last block, the output embedding and the loss; for a language model
     with a large vocabulary that is much time and most of the memory. Only for transformers' own models, whose
     forward passes have no other effects, and only where nobody else waits for the end: no forward hooks, no
-    offloading, no compiled graph, no shard of the model on another process.
+    offloading, no shard of the model on another process.
     """
-    base = getattr(model, "get_base_model", lambda: model)()
-    if not type(base).__module__.startswith("transformers.") or hasattr(model, "_orig_mod"):
+    if not type(_base(model)).__module__.startswith("transformers.") or is_sharded(model):
         return False
-    if is_sharded(model):
-        return False
-    return not any(
-        module._forward_hooks or hasattr(module, "_hf_hook") or module._compiled_call_impl is not None
-        for module in model.modules()
-    )
+    return not any(module._forward_hooks or hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The model of the library or the user, inside compiled graphs, FSDP1 and PEFT."""
+    inner = stood_for(model)
+    if inner is None:
+        inner = getattr(model, "get_base_model", lambda: model)()
+    return model if inner is model else _base(inner)
 
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and base weights inside; modes, adapters and random states as before afterwards."""
+    """Evaluation mode, base weights and no compiled graphs inside; modes, adapters and random states as before afterwards.
+
+    Compiled models run uncompiled: with hooks on every layer, which are traced as well, compiling takes far longer
+    than a calibration, and its graphs are of no use afterwards.
+    """
     modes = [(module, module.training) for module in model.modules()]
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")
@@ -101,7 +107,9 @@ def as_found(model: nn.Module) -> Iterator[None]:
     try:
         # In evaluation mode torch's own transformer layers would pass their inner linear layers by.
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.random.fork_rng(devices=_cuda_devices(model)), adapters_off(model):
+        # Nothing is compiled where the compiler has not been imported.
+        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        with eager, torch.random.fork_rng(devices=_cuda_devices(model)), adapters_off(model):
             model.eval()
             for module in model.modules():
                 # In evaluation mode bitsandbytes packs 4-bit weights on a CPU anew, for good, and they train no more.
@@ -131,8 +139,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def is_part(parameter: nn.Parameter) -> bool:
-    """Of a weight in shards: a DTensor (FSDP2), a flat parameter (FSDP1), or one of DeepSpeed's ZeRO-3."""
-    return any(hasattr(parameter, mark) for mark in ("device_mesh", "_is_flat_param", "ds_id"))
+    """Of a weight in shards: a DTensor (FSDP2), flat or a view of what is (FSDP1), or one of DeepSpeed's ZeRO-3."""
+    return any(hasattr(parameter, mark) for mark in ("device_mesh", "_fsdp_flattened", "ds_id"))
 
 
 def require_gathering(model: nn.Module) -> None:
@@ -147,7 +155,7 @@ def require_gathering(model: nn.Module) -> None:
 
 def describe(model: nn.Module) -> str:
     """Class and, where the model knows it, name or path of the weights."""
-    inner = getattr(model, "get_base_model", lambda: model)()
+    inner = _base(model)
     source = getattr(getattr(inner, "config", None), "_name_or_path", "") or ""
     # fully_shard puts a class of its own before the model's.
     kind = next(kind.__name__ for kind in type(inner).__mro__ if not kind.__name__.startswith("FSDP"))

@@ -14,7 +14,8 @@ from evatune.errors import AdapterError, TargetError
 
 Targets = str | Iterable[str] | None
 
-_PREFIXES = ("_orig_mod.", "base_model.model.")  # of torch.compile and of PEFT
+# The one child of modules that stand for another one: of torch.compile, FSDP1, and torch's activation checkpointing.
+_STAND_INS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,16 @@ def _inside(module: nn.Module) -> str | None:
 
 
 def base_name(name: str) -> str:
-    """A module's name in the base model, from its name in a `PeftModel` or a compiled model."""
-    while name.startswith(_PREFIXES):
-        name = name.removeprefix("_orig_mod.").removeprefix("base_model.model.")
+    """A module's name in the base model, from its name in a `PeftModel`, a compiled model or other stand-ins."""
+    name = ".".join(part for part in name.split(".") if part not in _STAND_INS)
+    while name.startswith("base_model.model."):
+        name = name.removeprefix("base_model.model.")
     return name
+
+
+def stood_for(module: nn.Module) -> nn.Module | None:
+    """The module that a compiled or FSDP1-wrapped one stands for; None for any other."""
+    return next((module._modules[key] for key in _STAND_INS if key in module._modules), None)
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
@@ -84,7 +91,7 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]
             while part := _inside(plain):
                 plain = plain.get_submodule(part)
             yield base_name(name), module, plain
-        elif name:
+        elif name and stood_for(module) is None:
             yield base_name(name), module, module
 
 
