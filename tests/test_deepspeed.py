@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import GPT2Config, GPT2Model
 
 import evatune
 from evatune import CalibrationConfig
+from evatune.capture import find_sites
 from tests.test_processes import ALL, error_of, facts, same, spawn, toy, wide
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
@@ -79,8 +81,11 @@ def work(rank: int, folder: str) -> None:
     with deepspeed.zero.Init(config_dict_or_path=SETTINGS):
         early = toy()
     refused.append(error_of(lambda: evatune.calibrate(early, data, ALL)))
+    gpt2 = GPT2Model(GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2, n_positions=32))
+    transposed = evatune.calibrate(engine(gpt2), [{"input_ids": torch.arange(32)[None]}], ALL)
     torch.save(
         {
+            "transposed": {name: layer.in_features for name, layer in transposed.layers.items()},
             "found": facts(found),
             "again": facts(evatune.calibrate(engine(toy()).module, data, ALL)),
             "stage2": facts(evatune.calibrate(engine(toy(), 2), data, ALL)),
@@ -115,6 +120,11 @@ def test_a_sharded_model_is_calibrated_in_step_on_uneven_data(both: list[dict[st
         assert rows == 11 * 128
         assert total == pytest.approx(whole.spectra[name].total_energy, rel=1e-5)
         assert torch.allclose(energies[:4], whole.spectra[name].energies[:4], rtol=0.02)
+
+
+def test_layers_whose_size_only_the_weight_tells_are_known_in_shards(both: list[dict[str, Any]]) -> None:
+    plain = GPT2Model(GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2, n_positions=32))
+    assert both[0]["transposed"] == {site.name: site.in_features for site in find_sites(plain)}
 
 
 def test_an_adapter_initialised_before_the_engine_leaves_the_output_and_trains(both: list[dict[str, Any]]) -> None:

@@ -114,6 +114,27 @@ def test_compiled_models_run_uncompiled_under_their_own_names() -> None:
     assert counters["frames"]  # compiled after all, once evatune is done
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_adapter_of_a_model_compiled_by_blocks_loads_where_peft_looks_for_it(tmp_path: Path) -> None:
+    def by_block() -> Any:
+        model = tiny_bert()
+        model.encoder.layer[1] = torch.compile(model.encoder.layer[1], backend="eager")
+        return model
+
+    first = "encoder.layer.1._orig_mod.attention.self.query"
+    adapted = get_peft_model(by_block(), LoraConfig(r=4, target_modules=["query", "key"], rank_pattern={first: 3}))
+    calibration = evatune.initialize(adapted, words(), config=CalibrationConfig(tolerance=0))
+    assert calibration.layers["encoder.layer.1.attention.self.query"].cap == 3
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(by_block(), tmp_path)
+    saved = {name: p for name, p in adapted.named_parameters() if "lora_" in name}
+    assert saved
+    for name, parameter in loaded.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(parameter, saved.pop(name))
+    assert not saved
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant: bool) -> None:

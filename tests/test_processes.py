@@ -227,6 +227,8 @@ def in_ddp(rank: int) -> Any:
     weights = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
     gradients = {name: p.grad for name, p in model.named_parameters() if "lora_B" in name}
     kind = type(model.module).__name__
+    compiled = torch.compile(nn.parallel.DistributedDataParallel(toy()), backend="eager")
+    assert same(facts(evatune.calibrate(compiled, wide()[rank::2], ALL)), found)
     return {"found": found, "refused": refused, "weights": weights, "gradients": gradients, "name": kind}
 
 

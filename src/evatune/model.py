@@ -145,7 +145,8 @@ def is_part(parameter: nn.Parameter) -> bool:
 
 def require_gathering(model: nn.Module) -> None:
     """Raise an AdapterError for weights in DeepSpeed's shards that no engine gathers, so that no forward pass can run."""
-    if any(hasattr(p, "ds_id") for p in model.parameters()) and not any(m._forward_pre_hooks for m in model.modules()):
+    scattered = any(getattr(getattr(p, "ds_status", None), "name", "") == "NOT_AVAILABLE" for p in model.parameters())
+    if scattered and not any(hasattr(module, "ds_inflight_param_registry") for module in model.modules()):
         raise AdapterError(
             "the weights of this model are in the shards of DeepSpeed's zero.Init, and no engine gathers them; call "
             "deepspeed.initialize first and pass its engine, or load the model outside zero.Init (for a Trainer: before "

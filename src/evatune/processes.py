@@ -129,8 +129,10 @@ class _Joint(Team):
 
     def leave(self) -> None:
         """Close the connections, which ends the wait of others for a message that will not come."""
-        dist.destroy_process_group(self.group)
-        del self.group, self._wire, self._store  # an error's traceback may keep the team, and with it the connections
+        try:
+            dist.destroy_process_group(self.group)
+        finally:  # an error's traceback may keep the team, and with it the connections
+            del self.group, self._wire, self._store
 
     def share(self, source: int, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         group, device = self._wire

@@ -42,7 +42,7 @@ from evatune.capture import RowSelector, Site, find_sites, selector_for
 from evatune.capture.kinds import is_linear, parts_of
 from evatune.capture.rows import batch_field
 from evatune.capture.tap import RowsFunction
-from evatune.capture.targets import base_name, sites_of
+from evatune.capture.targets import peft_name, sites_of
 from evatune.config import CalibrationConfig
 from evatune.errors import AdapterError, ConfigError, DataError, TargetError
 from evatune.model import iterate, model_device, to_device
@@ -209,12 +209,12 @@ def _linear_slots(model: nn.Module, adapter_name: str) -> tuple[list[Slot], dict
     """The adapter's linear layers, all that PEFT's EVA knows, and the others by their names."""
     slots, odd = find_slots(model, adapter_name)
     others = {slot.name: slot.layer for slot in slots if not slot.is_linear}
-    return [slot for slot in slots if slot.is_linear], others | {base_name(path): layer for path, layer in odd.items()}
+    return [slot for slot in slots if slot.is_linear], others | {peft_name(path): layer for path, layer in odd.items()}
 
 
 def _fitting(state: Mapping[str, Tensor], slots: list[Slot]) -> dict[str, Tensor]:
     """The entries that belong to these layers, by base name."""
-    by_name = {base_name(key): value for key, value in state.items()}
+    by_name = {peft_name(key): value for key, value in state.items()}
     rows = {slot.name: by_name[slot.name] for slot in slots if slot.name in by_name}
     if state and slots and not rows:
         raise AdapterError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from evatune.capture import Site
 from evatune.capture.kinds import Part, Patches, Rows, Tokens, conv_part, parts_of
-from evatune.capture.targets import base_name, parameter_sites, sites_of
+from evatune.capture.targets import base_name, parameter_sites, peft_name, sites_of
 from evatune.errors import AdapterError
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -48,9 +48,13 @@ def find_slots(model: nn.Module, adapter_name: str) -> tuple[list[Slot], dict[st
             continue
         if isinstance(layer, MultiheadAttention):
             inside = (*inside, f"{path}.")
-        sites = _sites(path, layer, adapter_name)
+        name = path
+        while name.endswith(".base_layer"):  # one wrapper around another: several parameters of a module
+            name = name.removesuffix(".base_layer")
+        sites = _sites(base_name(name), layer, adapter_name)
         if sites:
-            slots.append(Slot(sites[0].unit, tuple(sites), layer, path))
+            known = f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
+            slots.append(Slot(peft_name(known), tuple(sites), layer, path))
         else:
             odd[path] = layer
     if not slots and not odd:
@@ -62,7 +66,7 @@ def describe(path: str, layer: LoraLayer) -> str:
     """Name and kind of a layer that is not supported, and why where its kind is."""
     base = layer.get_base_layer()
     why = ", whose dilation PEFT's A does not have, so that PEFT cannot run it" if isinstance(base, _CONVS) else ""
-    return f"{base_name(path)} ({type(base).__name__}{why})"
+    return f"{peft_name(path)} ({type(base).__name__}{why})"
 
 
 def pairs(layer: LoraLayer, adapter_name: str) -> list[tuple[nn.Parameter, nn.Parameter, nn.Parameter | None]]:
@@ -90,12 +94,9 @@ def matrices_of(slot: Slot, rows: Mapping[str, Tensor]) -> list[Tensor]:
     return blocks
 
 
-def _sites(path: str, layer: LoraLayer, adapter_name: str) -> list[Site]:
+def _sites(name: str, layer: LoraLayer, adapter_name: str) -> list[Site]:
     """What the layer's A is multiplied with; nothing where EVA does not know it."""
     base = layer.get_base_layer()
-    name = base_name(path)
-    while name.endswith(".base_layer"):  # one wrapper around another: several parameters of a module
-        name = name.removesuffix(".base_layer")
     if isinstance(layer, ParamWrapper):
         return parameter_sites(f"{name}.{layer.parameter_name}", base)
     if isinstance(layer, MultiheadAttention):

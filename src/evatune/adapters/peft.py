@@ -22,7 +22,7 @@ from evatune.adapters.scale import choose_scale, completed, scaled_rows
 from evatune.calibrate import Progress, run
 from evatune.calibration import Calibration
 from evatune.capture.tap import RowsFunction
-from evatune.capture.targets import adapters_off, base_name, is_engine, unwrapped
+from evatune.capture.targets import adapters_off, is_engine, peft_name, unwrapped
 from evatune.checkpoint import Checkpoint
 from evatune.config import CalibrationConfig
 from evatune.errors import AdapterError, ConfigError, TargetError
@@ -98,7 +98,7 @@ def initialize_model(
     for layer in odd.values():
         if any(a.device.type == "meta" for a, _, _ in pairs(layer, adapter_name)):
             usual_start(layer, lora, adapter_name)
-    others = {base_name(path): layer for path, layer in odd.items()}
+    others = {peft_name(path): layer for path, layer in odd.items()}
     write_rows(model, lora, slots, rows_of_a, rank=plan.rank, adapter_name=adapter_name, others=others)
     return calibration
 
@@ -436,7 +436,7 @@ def _targets(lora: LoraConfig, model: nn.Module, kept: list[str], dropped: list[
     trial = copy.copy(lora)
     trial.target_modules = set(kept)
     trial.layers_to_transform = None
-    names = {base_name(path) for path, _ in model.named_modules()} | set(dropped)
+    names = {peft_name(path) for path, _ in model.named_modules()} | set(dropped)
     matched = {name for name in names if check_target_module_exists(trial, name) is True}
     lora.layers_to_transform = lora.layers_pattern = None  # the names say it all now
     if matched == set(kept):

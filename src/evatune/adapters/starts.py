@@ -24,7 +24,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict, set_
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from evatune.capture.targets import base_name
+from evatune.capture.targets import peft_name
 from evatune.errors import ConfigError
 from evatune.model import as_found, call_model
 
@@ -73,7 +73,7 @@ def save_for_base(model: Any, folder: Path, start: Path) -> None:
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The adapted layers by their names in the base model."""
-    return {base_name(path): module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {peft_name(path): module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 @torch.no_grad()

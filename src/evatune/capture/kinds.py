@@ -208,14 +208,12 @@ def _linear_parts(module: nn.Module) -> list[Part]:
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of linear layers of every make, whatever the shape of their storage."""
-    # By name: transformers' Conv1D is a Linear with its weight transposed, (in, out), and the core does not
-    # import transformers.
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        weight = module.get_parameter("weight")
-        return weight.shape[0], weight.shape[1]
-    if not isinstance(module, nn.Linear) and "Linear" not in type(module).__name__:
+    # By name, as the core does not import transformers, whose Conv1D is a Linear with its weight transposed.
+    kind = type(module).__name__
+    if not isinstance(module, nn.Linear) and "Linear" not in kind and kind != "Conv1D":
         return None
-    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):  # the second: GPTQ's layers
+    # The second: GPTQ's layers. The third: Conv1D's.
+    for names in (("in_features", "out_features"), ("infeatures", "outfeatures"), ("nx", "nf")):
         sizes: list[Any] = [getattr(module, name, None) for name in names]
         if all(isinstance(size, int) for size in sizes):
             return sizes[0], sizes[1]

@@ -1,7 +1,7 @@
 """Which layers have the same input, and one sketch for all of them.
 
-Found by a tensor's memory while the model runs: the query, key and value projections are handed the very
-same one, and read it as rows in the same way. No value is read. Layers join a group at their first call;
+Found by tensor identity while the model runs: the query, key and value projections are handed the very
+same tensor, and read it as rows in the same way. No value is read. Layers join a group at their first call;
 whoever is later handed something else leaves it with a copy of the sketch as it stood, so a group is right at
 every moment and sharing changes the cost only.
 """
@@ -20,19 +20,16 @@ from evatune.sketch import Digest, Sketch
 
 
 class _Identity:
-    """Recognises a tensor seen before: the same memory, still alive, not written to since.
-
-    What lives is the memory, not the tensor: DeepSpeed's ZeRO-3 hands every layer an alias of its own.
-    """
+    """Recognises a tensor seen before: the same memory, still alive, not written to since."""
 
     def __init__(self, x: Tensor) -> None:
-        self.storage = weakref.ref(x.untyped_storage())
+        self.ref = weakref.ref(x)
         self.key = _memory(x)
 
     def matches(self, x: Tensor) -> bool:
-        # While the storage lives its memory cannot be handed to another one. Inference tensors keep no count
+        # While the first tensor lives its memory cannot be handed to another one. Inference tensors keep no count
         # of writes, so two calls with one of them may have seen different values.
-        return self.storage() is not None and not x.is_inference() and _memory(x) == self.key
+        return self.ref() is not None and not x.is_inference() and _memory(x) == self.key
 
 
 def _memory(x: Tensor) -> tuple[object, ...]:

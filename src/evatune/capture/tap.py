@@ -79,7 +79,9 @@ class Tap:
             if site.part.parameter:
                 held.setdefault(site.module, []).append(site)
             else:
-                hook = site.module.register_forward_pre_hook(self._hook_for(site), with_kwargs=True)
+                # ZeRO-3's own hook hands every layer an alias, by which nobody would know what layers share.
+                first = any(hasattr(parameter, "ds_id") for parameter in site.module.parameters(recurse=False))
+                hook = site.module.register_forward_pre_hook(self._hook_for(site), with_kwargs=True, prepend=first)
                 self._undo.callback(hook.remove)
         if held:  # autocast would keep 16-bit copies of weights from one call to the next, which nobody would recognise
             self._undo.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from evatune.capture.kinds import KINDS, Part, expert_parts, is_linear, parts_of
@@ -43,8 +44,10 @@ def sites_of(name: str, module: nn.Module, parts: list[Part]) -> list[Site]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, DataParallel or DeepSpeed's engine, whose wrapping is for training."""
-    wrapped = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or is_engine(model)
-    return unwrapped(model.get_submodule("module")) if wrapped else model
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or is_engine(model):
+        return unwrapped(model.get_submodule("module"))
+    inside = stood_for(model)  # the wrapper itself may be compiled
+    return model if inside is None or unwrapped(inside) is inside else unwrapped(inside)
 
 
 def is_engine(model: nn.Module) -> bool:
@@ -66,17 +69,30 @@ def _inside(module: nn.Module) -> str | None:
     )
 
 
-def base_name(name: str) -> str:
-    """A module's name in the base model, from its name in a `PeftModel`, a compiled model or other stand-ins."""
-    name = ".".join(part for part in name.split(".") if part not in _STAND_INS)
-    while name.startswith("base_model.model."):
-        name = name.removeprefix("base_model.model.")
+def peft_name(name: str) -> str:
+    """A module's name as PEFT's patterns and targets have it, from its name in a `PeftModel`, compiled as a whole or not."""
+    while name.startswith(("_orig_mod.", "base_model.model.")):
+        name = name.removeprefix("_orig_mod.").removeprefix("base_model.model.")
     return name
 
 
+def base_name(name: str) -> str:
+    """A module's name in the base model, as records have it: stand-ins within the model are left out as well."""
+    return peft_name(".".join(part for part in name.split(".") if part not in _STAND_INS))
+
+
 def stood_for(module: nn.Module) -> nn.Module | None:
-    """The module that a compiled or FSDP1-wrapped one stands for; None for any other."""
+    """The module that a compiled, FSDP1-wrapped or checkpointed one stands for; None for any other."""
     return next((module._modules[key] for key in _STAND_INS if key in module._modules), None)
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """The layer inside stand-ins and adapters."""
+    inside = stood_for(module)
+    if inside is None:
+        part = _inside(module)
+        inside = module.get_submodule(part) if part else None
+    return module if inside is None else _plain(inside)
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
@@ -87,10 +103,7 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]
             continue
         if _inside(module):
             inside = (*inside, f"{name}.")
-            plain: nn.Module = module
-            while part := _inside(plain):
-                plain = plain.get_submodule(part)
-            yield base_name(name), module, plain
+            yield base_name(name), module, _plain(module)
         elif name and stood_for(module) is None:
             yield base_name(name), module, module
 
@@ -153,7 +166,13 @@ def parameter_sites(name: str, module: nn.Module) -> list[Site]:
     key = name.rpartition(".")[2]
     # As PEFT reads it: slices are (out, in), unless the module says that they are transposed.
     transposed = bool(getattr(module, "is_transposed", False))
-    return sites_of(name, module, expert_parts(key, module.get_parameter(key).shape, transposed=transposed))
+    return sites_of(name, module, expert_parts(key, whole_shape(module.get_parameter(key)), transposed=transposed))
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Of a parameter that may be in DeepSpeed's shards, which are flat."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def adapted_parameters(module: nn.Module) -> list[str]:
@@ -167,7 +186,7 @@ def adapted_parameters(module: nn.Module) -> list[str]:
 
 def _stacked(module: nn.Module) -> list[str]:
     """Parameters of a shape in which the weights of experts are stacked."""
-    return [key for key, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
+    return [key for key, parameter in module.named_parameters(recurse=False) if len(whole_shape(parameter)) == 3]
 
 
 @contextmanager
@@ -197,6 +216,7 @@ def _all_linear(model: nn.Module, layers: list[tuple[str, nn.Module, nn.Module]]
         getter = getattr(module, "get_output_embeddings", None)
         if callable(getter):
             output = getter()
+            output = output if output is None else _plain(output)
             break
     return {name for name, _, plain in layers if is_linear(plain) and plain is not output}
 

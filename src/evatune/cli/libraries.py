@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 
 @contextmanager
 def libraries_on_stderr() -> Iterator[None]:
     """What libraries and worker processes print on stdout meanwhile goes to stderr; stdout is for results."""
-    sys.stdout.flush()
-    results = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(results, 1)
-        os.close(results)
+    with redirect_stdout(sys.stderr):
+        try:
+            results = os.dup(1)
+            os.dup2(2, 1)
+        except OSError:  # one of the two is closed
+            yield
+            return
+        try:
+            yield
+        finally:
+            os.dup2(results, 1)
+            os.close(results)
 
 
 def quiet_libraries() -> None:
