@@ -308,7 +308,7 @@ def growth() -> dict[str, Any]:
 
     Forward passes run to their end here, so that what is left out of few layers does not pass for growth.
 
-    Base: hidden 512, two layers, 4 × 256 tokens a batch, eight batches, r = 16. Best of three each.
+    Base: hidden 512, two layers, 4 × 256 tokens a batch, eight batches, r = 16. Best of five each.
     """
     sweeps: dict[str, list[tuple[int, Callable[[], tuple[nn.Module, list[Any], dict[str, Any]]]]]] = {
         "tokens": [(n, lambda n=n: (llama(512), tokens(BATCHES // 2, 4, n // 4), {})) for n in (512, 1024, 2048, 4096)],  # type: ignore[misc]
@@ -321,7 +321,7 @@ def growth() -> dict[str, Any]:
         ratios = []
         for _, make in points:
             model, batches, options = make()
-            ratios.append(over_forward(model, batches, 3, whole=True, **options)["best_of_each"])
+            ratios.append(over_forward(model, batches, 5, whole=True, **options)["best_of_each"])
         sizes = [size for size, _ in points]
         found[sweep] = {"sizes": sizes, "ratios": ratios, "exponent": _slope(sizes, ratios)}
         print("growth with", sweep, json.dumps(found[sweep]), flush=True)
