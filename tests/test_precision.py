@@ -104,9 +104,12 @@ def test_compiled_models_run_uncompiled_under_their_own_names() -> None:
     for model in (torch.compile(tiny_bert(), backend="eager"), in_place, by_block):
         found = evatune.calibrate(model, words(), SETTINGS)
         assert found.model == plain.model
+        assert found.spectra.keys() == plain.spectra.keys()
         assert found.status == plain.status
         for name, spectrum in plain.spectra.items():
+            assert found.spectra[name].rows == spectrum.rows
             assert torch.equal(found.spectra[name].directions, spectrum.directions)
+            assert torch.equal(found.spectra[name].energies, spectrum.energies)
         evatune.initialize(get_peft_model(tiny_bert(), LoraConfig(r=4, target_modules="all-linear")), found)
     assert not counters["frames"]
     with torch.no_grad():

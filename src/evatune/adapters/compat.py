@@ -213,7 +213,7 @@ def _linear_slots(model: nn.Module, adapter_name: str) -> tuple[list[Slot], dict
 
 
 def _fitting(state: Mapping[str, Tensor], slots: list[Slot]) -> dict[str, Tensor]:
-    """The entries that belong to these layers, by base name."""
+    """The entries that belong to these layers, by the names that PEFT's patterns match."""
     by_name = {peft_name(key): value for key, value in state.items()}
     rows = {slot.name: by_name[slot.name] for slot in slots if slot.name in by_name}
     if state and slots and not rows:

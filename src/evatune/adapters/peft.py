@@ -300,7 +300,7 @@ def write_rows(
 
     Args:
         rank: the r that the config gets, and that the scale of every layer refers to.
-        others: base name → adapted layer that stays as it is.
+        others: name, as PEFT's patterns match it → adapted layer that stays as it is.
     """
     adjust = lora.eva_config is None or lora.eva_config.adjust_scaling_factors
     fresh = copy.copy(lora)

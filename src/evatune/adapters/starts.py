@@ -72,7 +72,7 @@ def save_for_base(model: Any, folder: Path, start: Path) -> None:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """The adapted layers by their names in the base model."""
+    """The adapted layers by the names that PEFT's patterns match."""
     return {peft_name(path): module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
