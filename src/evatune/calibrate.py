@@ -129,10 +129,12 @@ def run(
     progress: Callable[[Progress], None] | None = None,
     checkpoint: Checkpoint | None = None,
     caps: Mapping[str, int] | None = None,
+    active: Callable[[Any], Tensor] | None = None,
 ) -> Calibration:
     """`calibrate` for layers that are already chosen, on a model without a wrapper for several devices.
 
     Args:
+        active: from a batch to the (B, T) positions at which the adapter acts; None: at all.
         caps: what the stop rule's trial redistribution keeps to, as `allocate` does.
     """
     require_gathering(model)
@@ -140,7 +142,7 @@ def run(
     # the record says all of it
     config = replace(config, rank=config.rank_or_default, rho=config.rho_or_default, labels_only=labels_only)
     device, in_step = model_device(model), team.size > 1 and is_sharded(model)
-    select = selector_for(model, labels_only, config.ignore_index)
+    select = selector_for(model, labels_only, config.ignore_index, active)
 
     def newborn(site: Site, device: torch.device) -> Sketch:
         return make_sketch(

@@ -69,9 +69,18 @@ class RowSelector:
         labels_only: keep only tokens that have a loss, besides dropping padding; "auto": if tokens have labels at all.
         ignore_index: label of tokens without a loss.
         shift: labels belong to the position before them (causal language models).
+        active: (B, T) bool, the positions at which the adapter acts; None: at all.
     """
 
-    def __init__(self, batch: Any, *, labels_only: bool | str = False, ignore_index: int = -100, shift: bool = False):
+    def __init__(
+        self,
+        batch: Any,
+        *,
+        labels_only: bool | str = False,
+        ignore_index: int = -100,
+        shift: bool = False,
+        active: Tensor | None = None,
+    ) -> None:
         mask = batch_field(batch, "attention_mask")
         self.mask = token_mask(mask) if isinstance(mask, Tensor) else None  # (B, T) bool
         if labels_only is True or (labels_only == "auto" and has_token_labels(batch)):
@@ -79,6 +88,8 @@ class RowSelector:
             if self.mask is not None and self.mask.shape == labelled.shape:
                 labelled = labelled & self.mask.to(labelled.device)
             self.mask = labelled
+        if active is not None:
+            self.mask = active if self.mask is None else active & self.mask.to(active.device)
         # The one wait for the device per batch: how many rows there are decides the shapes of all that follows.
         self.index = None if self.mask is None or bool(self.mask.all()) else self.mask.flatten().nonzero().flatten()
 
@@ -132,12 +143,19 @@ class DecoderRows:
         return self._others if x is self._encoded else self._own
 
 
-def selector_for(model: nn.Module, labels_only: bool | str, ignore_index: int) -> Callable[[Any], RowSelector]:
-    """A function from a batch to its `RowSelector`, with what depends on the model settled."""
+def selector_for(
+    model: nn.Module, labels_only: bool | str, ignore_index: int, active: Callable[[Any], Tensor] | None = None
+) -> Callable[[Any], RowSelector]:
+    """A function from a batch to its `RowSelector`, with what depends on the model settled.
+
+    Args:
+        active: from a batch to the positions at which the adapter acts; None: at all.
+    """
     if decodes_labels(model):
         labels_only = False  # of them `DecoderRows` knows
     shift = bool(labels_only) and shifts_labels(model)
-    return lambda batch: RowSelector(batch, labels_only=labels_only, ignore_index=ignore_index, shift=shift)
+    options: dict[str, Any] = {"labels_only": labels_only, "ignore_index": ignore_index, "shift": shift}
+    return lambda batch: RowSelector(batch, **options, active=None if active is None else active(batch))
 
 
 def token_mask(mask: Tensor) -> Tensor | None:

@@ -19,6 +19,10 @@ Targets = str | Iterable[str] | None
 _STAND_INS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
+# Where PEFT keeps what it wraps: below an adapter, or beside a copy that is trained (`modules_to_save`).
+_WRAPPED = ("base_layer", "original_module")
+
+
 @dataclass(frozen=True)
 class Site:
     """A module whose input is watched, or a parameter whose products are."""
@@ -61,12 +65,10 @@ def is_wrapper(module: nn.Module) -> bool:
 
 
 def _inside(module: nn.Module) -> str | None:
-    """Where PEFT keeps what it wraps: below an adapter, or beside a copy that is trained (`modules_to_save`)."""
+    """The one of `_WRAPPED` that the module is a wrapper around; None for any other module."""
     if not hasattr(module, "_disable_adapters"):
         return None
-    return next(
-        (part for part in ("base_layer", "original_module") if isinstance(getattr(module, part, None), nn.Module)), None
-    )
+    return next((part for part in _WRAPPED if isinstance(getattr(module, part, None), nn.Module)), None)
 
 
 def peft_name(name: str) -> str:
@@ -74,6 +76,24 @@ def peft_name(name: str) -> str:
     while name.startswith(("_orig_mod.", "base_model.model.")):
         name = name.removeprefix("_orig_mod.").removeprefix("base_model.model.")
     return name
+
+
+def without_wrappers(path: str) -> str:
+    """The path of a module that is wrapped or in a wrapper, in the model without adapters."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPED)
+
+
+def peft_names(model: nn.Module) -> set[str]:
+    """Names of the base model's modules as PEFT's patterns have them, without what adapters have added."""
+    names, hidden = set(), ("\n",)
+    for path, module in model.named_modules():
+        if path.startswith(hidden):
+            continue
+        kept = _inside(module)
+        if kept is not None:
+            hidden += tuple(f"{path}.{child}" for child, _ in module.named_children() if child != kept)
+        names.add(peft_name(without_wrappers(path)))
+    return names
 
 
 def base_name(name: str) -> str:
