@@ -18,7 +18,7 @@ from evatune.capture.tap import EnoughSeen, RowsFunction
 from evatune.capture.targets import Targets, unwrapped
 from evatune.checkpoint import Checkpoint
 from evatune.config import CalibrationConfig
-from evatune.errors import ConfigError, DataError
+from evatune.errors import ConfigError, DataError, NoBatchError
 from evatune.model import (
     ForwardFunction,
     as_found,
@@ -202,7 +202,7 @@ def run(
                 checkpoint.write(*_snapshot(monitor, feed, model, tap.cut_short))
     total = monitor.batches if team.size > 1 else feed.count
     if total == 0:
-        raise DataError(_NO_DATA)
+        raise NoBatchError(_NO_DATA)
     # Of several processes some may have ended early, while the turns of the others ran out.
     bounded = total >= config.max_batches or (team.size > 1 and monitor.more)
     ended = Status.MAX_BATCHES if bounded else Status.DATA_EXHAUSTED
@@ -254,7 +254,7 @@ def _anyone(team: Team, came: bool, turn: int) -> bool:
     everyone = team.gather(came)
     lacking = [str(rank) for rank, has in enumerate(everyone) if not has]
     if turn == 1 and len(lacking) == team.size:
-        raise DataError(_NO_DATA)
+        raise NoBatchError(_NO_DATA)
     if turn == 1 and lacking:
         raise DataError(
             f"process {', '.join(lacking)} of {team.size} got not one batch; give every process data of its own, or start "

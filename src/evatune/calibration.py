@@ -80,7 +80,10 @@ class Calibration:
         metric: str | None = None,
         min_rank: int = 0,
     ) -> RankPlan:
-        """Redistribute a rank budget; see `evatune.ranks.allocate`. Defaults come from `config`, caps and floors from `layers`."""
+        """Redistribute a rank budget; see `evatune.ranks.allocate`.
+
+        Defaults come from `config`, caps and floors from `layers`.
+        """
         config = self.config
         return _allocate(
             {name: layer.candidate(self.spectra[name]) for name, layer in self.layers.items()},

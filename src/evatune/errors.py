@@ -36,6 +36,10 @@ class DataError(EvatuneError, ValueError):
     """Batches, texts or files cannot be used."""
 
 
+class NoBatchError(DataError):
+    """Not one batch came."""
+
+
 class LayerError(EvatuneError, ValueError):
     """Layers were calibrated without a usable result; the message lists them with advice."""
 

@@ -58,8 +58,8 @@ def initialize_model(
     whole, model = model, unwrapped(model)
     lora = lora_config(model, adapter_name)
     scale = choose_scale(scale, lora.eva_config is not None and lora.eva_config.whiten)
+    require_known_variant(model, lora, adapter_name)
     slots, odd = find_slots(model, adapter_name)
-    require_known_variant(lora, [*((slot.name, slot.layer) for slot in slots), *odd.items()], adapter_name)
     _judge_unsupported(odd, on_unsupported, every=not slots)
     if not overwrite:
         require_fresh(slots, adapter_name)
@@ -423,9 +423,7 @@ def _resize(layer: LoraLayer, rank: int, alpha: float, config: LoraConfig, adapt
                 part.scaling[adapter_name] = alpha / (rank**0.5 if config.use_rslora else rank)
 
 
-def _tie(
-    layer: LoraLayer, embedding: LoraLayer, rank: int, alpha: float, config: LoraConfig, adapter_name: str
-) -> None:
+def _tie(layer: LoraLayer, embedding: LoraLayer, rank: int, alpha: float, config: LoraConfig, adapter_name: str) -> None:
     """Give a layer tied to the embedding its rank and α, and the transposes of the embedding's B and A for A and B."""
     trainable = layer.lora_A[adapter_name].weight.requires_grad
     _resize(layer, rank, alpha, config, adapter_name)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import calculate_alora_offsets
-from torch import Tensor
+from torch import Tensor, nn
 
 from evatune.capture.rows import batch_field
+from evatune.capture.targets import peft_name
 from evatune.errors import AdapterError, DataError
 
 # Starts of PEFT's that leave the base weights, and the forward pass, as they are.
@@ -36,11 +37,11 @@ _REFUSED = {
 }
 
 
-def require_known_variant(lora: LoraConfig, layers: Iterable[tuple[str, LoraLayer]], adapter_name: str) -> None:
+def require_known_variant(model: nn.Module, lora: LoraConfig, adapter_name: str) -> None:
     """Raise an AdapterError unless the adapter is plain LoRA or a variant that is known to fit EVA.
 
     Args:
-        layers: (name, LoRA layer) of all layers of the adapter.
+        model: a model with the adapter, or one that `lora` is meant for.
     """
     start = lora.init_lora_weights
     if start == "mica":
@@ -59,12 +60,15 @@ def require_known_variant(lora: LoraConfig, layers: Iterable[tuple[str, LoraLaye
                 f"adapter {adapter_name!r} has {option} set, which EVA cannot start: {reason}; leave it out of the "
                 "LoraConfig, or train the adapter without evatune"
             )
-    for name, layer in layers:
-        variant = type(layer.lora_variant.get(adapter_name)).__name__
-        if adapter_name in layer.lora_variant and variant not in _KNOWN:
+    for path, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_variant:
+            continue
+        variant = type(layer.lora_variant[adapter_name]).__name__
+        if variant not in _KNOWN:
             raise AdapterError(
                 f"adapter {adapter_name!r} is of a variant of LoRA that evatune does not know ({variant}, for example at "
-                f"{name}); use plain LoRA or a variant known to fit, such as DoRA, or train the adapter without evatune"
+                f"{peft_name(path)}); use plain LoRA or a variant known to fit, such as DoRA, or train the adapter "
+                "without evatune"
             )
 
 
