@@ -11,7 +11,7 @@ What differs from PEFT 0.21, on purpose:
 - `EvaConfig.whiten` divides each direction by the standard deviation along it, once.
 - The label mask is shifted for causal language models: position t predicts label t + 1.
 - A state dict may come from the base model or from the `PeftModel`; a dict that fits no layer is an error.
-- Variants of LoRA that EVA does not fit are refused; of activated LoRA the tokens count that the adapter acts on.
+- Variants of LoRA that do not fit EVA are refused. Of activated LoRA the rows count that it acts on.
 - The caller's mappings, model and batches stay as they are, and an adapter that is trained already is refused.
 - Afterwards the adapter's config says `init_lora_weights=True`, since nothing is left to initialise.
 """
@@ -257,8 +257,8 @@ def _sites(model: nn.Module, config: LoraConfig, adapter_name: str) -> list[Site
     matched = {name: module for name, module in layers.items() if check_target_module_exists(config, name)}
     if not matched:
         raise TargetError(
-            f"target_modules {config.target_modules!r} match no layer of this model; try 'all-linear', or a list of "
-            "endings of layer names"
+            f"target_modules {config.target_modules!r} match no layer of this model; try 'all-linear', or "
+            "a list of endings of layer names"
         )
     linear = {name: module for name, module in matched.items() if is_linear(module)}
     return [site for name, module in linear.items() for site in sites_of(name, module, parts_of(module))]

@@ -41,7 +41,7 @@ class Slot:
 def find_slots(model: nn.Module, adapter_name: str) -> tuple[list[Slot], dict[str, LoraLayer]]:
     """The adapter's LoRA layers in model order, and by path those that EVA does not initialise.
 
-    Layers tied to the embedding (`tied_layers`) are in neither: their weights are those of the embedding's adapter.
+    Tied layers (`tied_layers`) are in neither: their weights are those of the embedding's adapter.
     """
     tied = tied_layers(model, adapter_name).values()
     slots: list[Slot] = []
@@ -54,7 +54,8 @@ def find_slots(model: nn.Module, adapter_name: str) -> tuple[list[Slot], dict[st
             continue
         if isinstance(layer, MultiheadAttention):
             inside = (*inside, f"{path}.")
-        name = without_wrappers(path)  # one wrapper around another: several parameters of a module, or a part of it
+        # One wrapper inside another: several parameters of a module are adapted, or layers in it.
+        name = without_wrappers(path)
         sites = _sites(base_name(name), layer, adapter_name)
         if sites:
             known = f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
@@ -67,17 +68,19 @@ def find_slots(model: nn.Module, adapter_name: str) -> tuple[list[Slot], dict[st
 
 
 def tied_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """The layers whose A and B are the transposes of the embedding's (`ensure_weight_tying`), by their names for PEFT."""
-    targets = getattr(model.peft_config[adapter_name], "target_modules_to_tie", None)  # type: ignore[index, union-attr]
+    """By PEFT's names, the layers whose A and B are transposes of the embedding's B and A.
+
+    That is what `ensure_weight_tying` is for where the model's embeddings are tied.
+    """
+    config = model.peft_config[adapter_name]  # type: ignore[index]
+    targets = tuple(f".{target}" for target in getattr(config, "target_modules_to_tie", None) or ())
     if not targets:
         return {}
-    layers = {peft_name(path): module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
-    endings = tuple(f".{target}" for target in targets)
     return {
-        name: layer
-        for name, layer in layers.items()
-        if adapter_name in layer.lora_A and f".{name}".endswith(endings)
-    }  # fmt: skip
+        peft_name(path): module
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.r and f".{path}".endswith(targets)
+    }
 
 
 def describe(path: str, layer: LoraLayer) -> str:

@@ -146,36 +146,37 @@ def _caps(lora: LoraConfig, slots: list[Slot], adapter_name: str) -> dict[str, i
 
 
 def _floors(model: nn.Module, lora: LoraConfig, slots: list[Slot], adapter_name: str) -> dict[str, int]:
-    """At least one rank for embeddings that something hangs on: weights that are saved with the adapter, or tied layers.
+    """At least one rank for embeddings whose adapter others depend on.
 
-    PEFT saves the base weights of an embedding that `target_modules` names, rows of new tokens among them, as long as it
-    carries the adapter.
+    PEFT saves the base weights of an embedding that `target_modules` names, rows of new tokens among
+    them, only while it carries the adapter. And layers may be tied to its adapter.
     """
     targets = lora.target_modules
     named = isinstance(targets, str) or any(name in EMBEDDING_LAYER_NAMES for name in targets or ())
-    saved = [slot for slot in slots if named and slot.name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+    held = [slot for slot in slots if slot.name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES and named]
     if tied_layers(model, adapter_name):
-        saved.append(_embedding(model, slots))
-    return {site.name: 1 for slot in saved for site in slot.sites}
+        held.append(_embedding(model, slots))
+    return {site.name: 1 for slot in held for site in slot.sites}
 
 
 def _embedding(model: nn.Module, slots: list[Slot]) -> Slot:
-    """The slot of the input embedding, which PEFT ties other layers to; an AdapterError where it is none."""
+    """The slot of the input embedding, which PEFT ties others to; an AdapterError if it has none."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     for slot in slots:
         if slot.layer is embedding:
             return slot
     raise AdapterError(
-        "ensure_weight_tying is set, and the input embedding carries no adapter to tie others to; add it to "
-        "target_modules, or set ensure_weight_tying=False"
+        "ensure_weight_tying is set, and the input embedding carries no adapter to tie others to; add "
+        "it to target_modules, or set ensure_weight_tying=False"
     )
 
 
 def _require_invoked(calibration: Calibration, lora: LoraConfig) -> None:
     """Raise a DataError if an adapter that acts from certain tokens on never would on this data."""
-    if lora.alora_invocation_tokens and not any(spectrum.rows for spectrum in calibration.spectra.values()):
+    invocation = lora.alora_invocation_tokens
+    if invocation and not any(spectrum.rows for spectrum in calibration.spectra.values()):
         raise DataError(
-            f"the adapter acts from alora_invocation_tokens={lora.alora_invocation_tokens} on, which occur in no batch; "
+            f"the adapter acts from alora_invocation_tokens={invocation} on, which occur in no batch; "
             "give the batches that it will be trained on, with these tokens in every text"
         )
 
@@ -324,62 +325,69 @@ def write_rows(
     adapter_name: str,
     others: Mapping[str, LoraLayer] | None = None,
 ) -> None:
-    """Give each layer its A and rank, B = 0 and α, and the adapter a config of its own with ranks, α and targets.
+    """Give each layer its A and rank, B = 0 and α, and the adapter a config with ranks, α and targets.
 
-    The config that the adapter was built from, which other models and adapters may share, stays as it is.
+    That config is the adapter's alone: the one it was built from may be that of other models and
+    adapters too, and stays as it is.
 
     Args:
         rank: the r that the config gets, and that the scale of every layer refers to.
         others: name, as PEFT's patterns match it → adapted layer that stays as it is.
     """
-    adjust = lora.eva_config is None or lora.eva_config.adjust_scaling_factors
-    fresh = copy.copy(lora)
-    fresh.init_lora_weights = True  # with BA = 0; not every kind of layer knows "eva"
-    ranks = {slot.name: len(rows[slot.sites[0].name]) for slot in slots if len(rows[slot.sites[0].name])}
-    layers = {slot.name: slot.layer for slot in slots if slot.name in ranks}
-    others = others or {}
+    others = dict(others or {})
+    ranks = {slot.name: len(rows[slot.sites[0].name]) for slot in slots}
+    layers = {slot.name: slot.layer for slot in slots if ranks[slot.name]}
     tied = tied_layers(model, adapter_name)
     if tied:
         source = model.get_input_embeddings()  # type: ignore[operator]
-        name = next(name for name, layer in (layers | dict(others)).items() if layer is source)
+        name = next(name for name, layer in (layers | others).items() if layer is source)
         ranks |= dict.fromkeys(tied, ranks.get(name, source.r[adapter_name]))
+    alphas = {name: _new_alpha(layer, lora, ranks[name], rank, adapter_name) for name, layer in (layers | tied).items()}
+    fresh = copy.copy(lora)
+    fresh.init_lora_weights = True  # with BA = 0; not every kind of layer knows "eva"
 
-    def alpha_of(layer: LoraLayer, new: int) -> float:
-        now = layer.lora_alpha[adapter_name]
-        # First back to what the layer's α would be at the config's rank: an earlier call may have moved both.
-        alpha = _alpha(now, lora.r, layer.r[adapter_name], lora.use_rslora)
-        return _alpha(alpha, new, rank, lora.use_rslora) if adjust else now
-
-    alphas = {name: alpha_of(layer, ranks[name]) for name, layer in (layers | tied).items()}
-    adapted = layers | dict(others)
-    weights = {slot.name for slot in slots if slot.is_parameter}
-    weights |= {name for name, layer in others.items() if isinstance(layer, ParamWrapper)}
-    dropped = {slot.name for slot in slots if slot.name not in ranks}
-    own = copy.deepcopy(lora)
-    own.r = rank
-    own.rank_pattern = _pattern({name: layer.r[adapter_name] for name, layer in others.items()} | ranks, rank)
-    own.alpha_pattern = _pattern(
-        {name: layer.lora_alpha[adapter_name] for name, layer in others.items()} | alphas, lora.lora_alpha
-    )
-    _aim(own, peft_names(model) - tied.keys(), adapted.keys() - weights)
+    adapted = layers | others | tied
+    all_ranks = {name: layer.r[adapter_name] for name, layer in others.items()}
+    all_ranks |= {name: ranks[name] for name in alphas}
+    all_alphas = {name: layer.lora_alpha[adapter_name] for name, layer in others.items()} | alphas
+    own = _own_config(lora, rank, all_ranks, all_alphas)
+    weights = [name for name, layer in (layers | others).items() if isinstance(layer, ParamWrapper)]
+    _aim(own, peft_names(model) - tied.keys(), adapted.keys() - tied.keys() - set(weights))
     if own.target_parameters:
-        parameters = [name for name in adapted if name in weights]
-        own.target_parameters = _named(own.target_parameters, parameters, dropped & weights)
-    # What a loader needs to know: ranks and weights are all there, nothing is left to initialise. Axolotl
-    # and others refuse to merge an adapter that still says "eva".
-    own.init_lora_weights = True
-    own.eva_config = None
+        own.target_parameters = _named(own.target_parameters, weights, ranks.keys() - adapted.keys())
 
     with torch.random.fork_rng(devices=[]):  # PEFT draws an A that is overwritten at once
         for slot in slots:
             name = slot.name
-            if name in ranks:
-                _fill(slot.layer, matrices_of(slot, rows), ranks[name], alphas[name], fresh, adapter_name)
+            if ranks[name]:
+                matrices = matrices_of(slot, rows)
+                _fill(slot.layer, matrices, ranks[name], alphas[name], fresh, adapter_name)
             else:
                 _remove(model, slot, adapter_name, lora.bias)
         for name, layer in tied.items():
             _tie(layer, source, ranks[name], alphas[name], fresh, adapter_name)
     model.peft_config[adapter_name] = own  # type: ignore[index, operator]
+
+
+def _own_config(lora: LoraConfig, rank: int, ranks: dict[str, int], alphas: dict[str, float]) -> LoraConfig:
+    """A copy of the config that says these ranks and α, and that no layer is left to initialise."""
+    own = copy.deepcopy(lora)
+    own.r = rank
+    own.rank_pattern = _pattern(ranks, rank)
+    own.alpha_pattern = _pattern(alphas, lora.lora_alpha)
+    # Axolotl and others refuse to merge an adapter that still says "eva".
+    own.init_lora_weights, own.eva_config = True, None
+    return own
+
+
+def _new_alpha(layer: LoraLayer, lora: LoraConfig, new: int, rank: int, adapter_name: str) -> float:
+    """The α of a layer of the rank `new`, in an adapter whose config will say `rank`."""
+    now: float = layer.lora_alpha[adapter_name]
+    if lora.eva_config is not None and not lora.eva_config.adjust_scaling_factors:
+        return now
+    # First back to what it would be at the config's rank: an earlier call may have moved both.
+    alpha = _alpha(now, lora.r, layer.r[adapter_name], lora.use_rslora)
+    return _alpha(alpha, new, rank, lora.use_rslora)
 
 
 def _alpha(alpha: float, rank: int, before: int, rslora: bool) -> float:
@@ -400,7 +408,10 @@ def _fill(layer: LoraLayer, matrices: list[Tensor], rank: int, alpha: float, con
 
 
 def _resize(layer: LoraLayer, rank: int, alpha: float, config: LoraConfig, adapter_name: str) -> None:
-    """Give the layer its rank and α; A and B are to be filled. Parameters keep dtype and, where they fit, identity."""
+    """Give the layer its rank and α; A and B are to be filled.
+
+    Parameters keep their dtype, and their identity where they fit.
+    """
     old = pairs(layer, adapter_name)
     dtype = old[0][0].dtype
     # PEFT's update_layer makes every adapter of the layer trainable, and a magnitude vector of the base's dtype.
@@ -424,7 +435,7 @@ def _resize(layer: LoraLayer, rank: int, alpha: float, config: LoraConfig, adapt
 
 
 def _tie(layer: LoraLayer, embedding: LoraLayer, rank: int, alpha: float, config: LoraConfig, adapter_name: str) -> None:
-    """Give a layer tied to the embedding its rank and α, and the transposes of the embedding's B and A for A and B."""
+    """Give a tied layer its rank and α, and as A and B the transposes of the embedding's B and A."""
     trainable = layer.lora_A[adapter_name].weight.requires_grad
     _resize(layer, rank, alpha, config, adapter_name)
     a, b, _ = pairs(embedding, adapter_name)[0]
@@ -443,7 +454,7 @@ def _put(parameter: Tensor, value: Tensor) -> None:
 
 
 def _remove(model: nn.Module, slot: Slot, adapter_name: str, bias: str) -> None:
-    """Take the adapter off a layer: the plain layer comes back, unless another adapter still needs the wrapper.
+    """Take the adapter off a layer, and the wrapper with it unless another adapter needs it.
 
     Args:
         bias: which biases the adapter trains, as `LoraConfig` says it.
@@ -459,8 +470,8 @@ def _remove(model: nn.Module, slot: Slot, adapter_name: str, bias: str) -> None:
         elif slot.is_parameter:
             plain = layer.base_layer  # another parameter of the module may have a wrapper too
         setattr(model.get_submodule(parent), child, plain)
-        if bias == "lora_only" and isinstance(trained := getattr(plain, "bias", None), nn.Parameter):
-            trained.requires_grad_(False)  # PEFT would not save it
+        if bias == "lora_only" and getattr(plain, "bias", None) is not None:
+            plain.bias.requires_grad_(False)  # PEFT would not save it
         return
     with _kept(layer):
         layer.delete_adapter(adapter_name)
@@ -496,15 +507,15 @@ def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
 
 
 def _escaped(name: str) -> str:
-    """The name as a pattern. Dots stay, as readers of patterns know them, for they match themselves."""
+    """The name as a pattern; dots, which match themselves, stay as readers of patterns know them."""
     return re.escape(name).replace(r"\.", ".").replace(r"\-", "-")
 
 
 def _aim(lora: LoraConfig, names: Set[str], kept: Set[str]) -> None:
     """Set `target_modules` so that of the modules `names` those `kept` match and no other.
 
-    What can stay stays as the user wrote it, with all other filters: PEFT and servers decide by endings such as
-    "embed_tokens" whether to save embeddings, and whether adapters can be added up by list or regular expression.
+    What can stay stays as the user wrote it, with all other filters. PEFT saves embeddings that are
+    named by endings such as "embed_tokens", and adds up adapters only if all have lists, or none.
     """
     matched = _matched(lora, names)
     if matched == kept:
@@ -517,8 +528,9 @@ def _aim(lora: LoraConfig, names: Set[str], kept: Set[str]) -> None:
     else:
         lora.target_modules = set(_named(lora.target_modules or (), sorted(kept), spared))
     if _matched(lora, names) != kept:
-        # The name of a layer without the adapter ends in that of one with it: only whole names tell them apart.
-        lora.target_modules, lora.layers_to_transform, lora.layers_pattern = _any_of(kept), None, None
+        # A name that must not match ends in one that must: only whole names tell them apart.
+        lora.target_modules = _any_of(kept)
+        lora.layers_to_transform = lora.layers_pattern = None
 
 
 def _matched(lora: LoraConfig, names: Set[str]) -> set[str]:
@@ -532,9 +544,9 @@ def _any_of(names: Set[str]) -> str:
 
 
 def _named(targets: Iterable[str], kept: list[str], dropped: Set[str]) -> list[str]:
-    """The targets that end no name `dropped`, with the whole names of those `kept` that this leaves out.
+    """The targets that end no name `dropped`, and whole names for those `kept` that this leaves out.
 
-    In the order of `kept`, which is that of PEFT's wrappers where several parameters of one module are adapted.
+    In the order of `kept`: that of PEFT's wrappers, where several parameters of a module are adapted.
     """
     still = [target for target in targets if not any(_ends(name, target) for name in dropped)]
     named = [next((target for target in still if _ends(name, target)), name) for name in kept]

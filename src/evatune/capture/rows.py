@@ -144,7 +144,10 @@ class DecoderRows:
 
 
 def selector_for(
-    model: nn.Module, labels_only: bool | str, ignore_index: int, active: Callable[[Any], Tensor] | None = None
+    model: nn.Module,
+    labels_only: bool | str,
+    ignore_index: int,
+    active: Callable[[Any], Tensor] | None = None,
 ) -> Callable[[Any], RowSelector]:
     """A function from a batch to its `RowSelector`, with what depends on the model settled.
 
@@ -154,8 +157,17 @@ def selector_for(
     if decodes_labels(model):
         labels_only = False  # of them `DecoderRows` knows
     shift = bool(labels_only) and shifts_labels(model)
-    options: dict[str, Any] = {"labels_only": labels_only, "ignore_index": ignore_index, "shift": shift}
-    return lambda batch: RowSelector(batch, **options, active=None if active is None else active(batch))
+
+    def select(batch: Any) -> RowSelector:
+        return RowSelector(
+            batch,
+            labels_only=labels_only,
+            ignore_index=ignore_index,
+            shift=shift,
+            active=None if active is None else active(batch),
+        )
+
+    return select
 
 
 def token_mask(mask: Tensor) -> Tensor | None:

@@ -19,7 +19,7 @@ Targets = str | Iterable[str] | None
 _STAND_INS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
-# Where PEFT keeps what it wraps: below an adapter, or beside a copy that is trained (`modules_to_save`).
+# Where PEFT keeps what it wraps: below an adapter, or beside a copy that is trained.
 _WRAPPED = ("base_layer", "original_module")
 
 
@@ -85,7 +85,8 @@ def without_wrappers(path: str) -> str:
 
 def peft_names(model: nn.Module) -> set[str]:
     """Names of the base model's modules as PEFT's patterns have them, without what adapters have added."""
-    names, hidden = set(), ("\n",)
+    names: set[str] = set()
+    hidden: tuple[str, ...] = ("\n",)
     for path, module in model.named_modules():
         if path.startswith(hidden):
             continue
@@ -98,7 +99,8 @@ def peft_names(model: nn.Module) -> set[str]:
 
 def base_name(name: str) -> str:
     """A module's name in the base model, as records have it: stand-ins within the model are left out as well."""
-    return peft_name(".".join(part for part in name.split(".") if part not in _STAND_INS))
+    path = without_wrappers(name)
+    return peft_name(".".join(part for part in path.split(".") if part not in _STAND_INS))
 
 
 def stood_for(module: nn.Module) -> nn.Module | None:
@@ -117,15 +119,21 @@ def _plain(module: nn.Module) -> nn.Module:
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """(base name, module as found, plain layer) of everything that can be targeted; adapters are looked through."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if name.startswith(inside) and inside:
+    hidden: tuple[str, ...] = ("\n",)
+    for path, module in model.named_modules():
+        if path.startswith(hidden):
             continue
-        if _inside(module):
-            inside = (*inside, f"{name}.")
-            yield base_name(name), module, _plain(module)
-        elif name and stood_for(module) is None:
-            yield base_name(name), module, module
+        kept = _inside(module)
+        if kept:
+            # A base layer may have layers of its own; a copy that is trained stands for all below it.
+            below = [child for child, _ in module.named_children() if child != "base_layer"]
+            hidden += tuple(f"{path}.{child}" for child in below)
+        if path.endswith(".base_layer"):
+            continue  # yielded already, with what is around it
+        if kept:
+            yield base_name(path), module, _plain(module)
+        elif path and stood_for(module) is None:
+            yield base_name(path), module, module
 
 
 def find_sites(model: nn.Module, targets: Targets = None) -> list[Site]:
