@@ -296,6 +296,15 @@ def test_what_transformers_saves_it_loads(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_the_one_rank_of_an_embedding_is_part_of_the_record(tmp_path: Path) -> None:
+    model = adapted(llama(), target_modules=["q_proj", "embed_tokens"])
+    calibration = evatune.initialize(model, tokens(4))
+    assert calibration.allocate().ranks["model.embed_tokens"] == 1
+    calibration.save(tmp_path / "calibration.safetensors")
+    again = evatune.Calibration.load(tmp_path / "calibration.safetensors")
+    assert again.allocate() == calibration.allocate()
+
+
 # -- the caller's config ------------------------------------------------------------------------------
 
 
