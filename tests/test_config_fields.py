@@ -1,4 +1,4 @@
-"""What PEFT decides from each field of a LoraConfig comes out as with plain LoRA, with ranks that change and one of 0."""
+"""What PEFT decides from each field of a LoraConfig comes out as with plain LoRA."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 GONE = "model.layers.0.self_attn.q_proj"
 SIZES: dict[str, Any] = {
-    "vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-    "intermediate_size": 32,
+    "vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "intermediate_size": 32,
 }  # fmt: skip
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -75,7 +75,8 @@ class Gated(nn.Module):
         self.experts = nn.Parameter(torch.randn(2, 16, 16) / 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([x @ self.experts[0].T, x @ self.experts[1].T]).sum(0) * self.gate(x).tanh()
+        products = [x @ self.experts[0].T, x @ self.experts[1].T]
+        return torch.stack(products).sum(0) * self.gate(x).tanh()
 
 
 class Odd(nn.Module):
@@ -103,20 +104,18 @@ def with_new_tokens(model: Any) -> Any:
 
 
 def adapted(model: Any, **options: Any) -> PeftModel:
-    return get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | options))
+    usual = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
+    return get_peft_model(model, LoraConfig(**usual | options))
 
 
-def redistributed(model: Any, *gone: str, batches: Any = None, **options: Any) -> evatune.Calibration:
-    """Initialise from a calibration by which the layers `gone` are worth nothing, and others more or less."""
-    found = evatune.calibrate(model, batches or tokens(4), evatune.CalibrationConfig(components=8))
-    spectra = {
-        name: replace(
-            spectrum,
-            total_energy=spectrum.total_energy * (1e6 if name.startswith(gone) else 1 + place % 3),
-        )
-        for place, (name, spectrum) in enumerate(found.spectra.items())
-    }
-    return evatune.initialize(model, replace(found, spectra=spectra), **options)
+def redistributed(model: Any, *gone: str) -> evatune.Calibration:
+    """Initialise from a calibration by which layers `gone` are worth nothing, others more or less."""
+    found = evatune.calibrate(model, tokens(4), evatune.CalibrationConfig(components=8))
+    spectra = {}
+    for place, (name, spectrum) in enumerate(found.spectra.items()):
+        factor = 1e6 if name.startswith(gone) else 1 + place % 3
+        spectra[name] = replace(spectrum, total_energy=spectrum.total_energy * factor)
+    return evatune.initialize(model, replace(found, spectra=spectra))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -149,7 +148,8 @@ def beside_lora(folder: Path, gone: list[str]) -> set[str]:
     """Names of what was saved besides A and B, but in the layers `gone`."""
     without = tuple(f"base_model.model.{name}." for name in gone)
     keys = load_file(folder / "adapter_model.safetensors").keys()
-    return {key for key in keys if ".lora_" not in key and not (without and key.startswith(without))}
+    beside = {key for key in keys if ".lora_" not in key}
+    return {key for key in beside if not (without and key.startswith(without))}
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,8 @@ class Case:
     build: Callable[[], Any] = llama
     change: Callable[[Any], Any] = lambda model: model
     gone: str = GONE
-    keeps: dict[str, Any] = field(default_factory=dict)  # fields, or parts of them, that must be there afterwards
+    # Fields, or parts of them, that must be there afterwards.
+    keeps: dict[str, Any] = field(default_factory=dict)
 
 
 LIST = ["q_proj", "v_proj"]

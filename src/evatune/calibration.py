@@ -39,7 +39,7 @@ class Layer:
     first_bad_batch: int | None = None  # counted from 1, over all processes
     bad_process: int | None = None  # the one that had it, where several worked together
     cap: int | None = None  # the most ranks it may get, by the `rank_pattern` of the adapter it was calibrated for
-    floor: int = 0  # the fewest ranks it gets: 1 for embeddings whose weights PEFT saves with their adapter
+    floor: int = 0  # the fewest ranks it gets: 1 for embeddings that PEFT saves with their adapter
     groups: int = 1  # ranks come in multiples of this: groups of a convolution
     unit: str = ""  # layers with the same name here have one rank: the experts of one weight, parts of one attention
 

@@ -11,7 +11,7 @@ What differs from PEFT 0.21, on purpose:
 - `EvaConfig.whiten` divides each direction by the standard deviation along it, once.
 - The label mask is shifted for causal language models: position t predicts label t + 1.
 - A state dict may come from the base model or from the `PeftModel`; a dict that fits no layer is an error.
-- Variants of LoRA that do not fit EVA are refused. Of activated LoRA the rows count that it acts on.
+- Variants of LoRA that do not fit EVA are refused. Of activated LoRA, rows count that it acts on.
 - The caller's mappings, model and batches stay as they are, and an adapter that is trained already is refused.
 - Afterwards the adapter's config says `init_lora_weights=True`, since nothing is left to initialise.
 """
@@ -133,11 +133,12 @@ def get_eva_state_dict(
     show = show_progress_bar and not (distributed and torch.distributed.get_rank())
     with Team.formed(config.distributed, device) as team, _bar(show) as progress:
         options: dict[str, Any] = {"forward": forward, "rows": rows, "progress": progress}
+        options["active"] = active_positions(peft_config)
         try:
-            calibration = run(model, sites, batches, config, team, **options, active=active_positions(peft_config))
+            calibration = run(model, sites, batches, config, team, **options)
         except NoBatchError:
             raise NoBatchError(
-                "the dataloader is empty: not one batch came; give a DataLoader, list or generator with data"
+                "the dataloader is empty: not one batch came; give a DataLoader, a list or a generator with data"
             ) from None
     calibration.require_usable()
     scale = "whiten" if eva.whiten else "paper"
@@ -248,20 +249,23 @@ def _sites(model: nn.Module, config: LoraConfig, adapter_name: str) -> list[Site
     """The layers to calibrate, under their names in `model`; unsupported kinds are left out, as PEFT does."""
     if hasattr(model, "peft_config"):
         slots, _ = _linear_slots(model, adapter_name)
-        return [Site(slot.path, slot.sites[0].module, slot.sites[0].part, slot.path) for slot in slots]
+        first = {slot.path: slot.sites[0] for slot in slots}
+        return [Site(path, site.module, site.part, path) for path, site in first.items()]
     layers = dict(model.named_modules())
     if config.target_modules is None or config.target_modules == "all-linear":
         every = {site.module for site in find_sites(model, "all-linear")}
         config = copy.copy(config)
         config.target_modules = {name for name, module in layers.items() if module in every}
-    matched = {name: module for name, module in layers.items() if check_target_module_exists(config, name)}
+    names = [name for name in layers if check_target_module_exists(config, name)]
+    matched = {name: layers[name] for name in names}
     if not matched:
         raise TargetError(
-            f"target_modules {config.target_modules!r} match no layer of this model; try 'all-linear', or "
-            "a list of endings of layer names"
+            f"target_modules {config.target_modules!r} match no layer of this model; try "
+            "'all-linear', or a list of endings of layer names"
         )
     linear = {name: module for name, module in matched.items() if is_linear(module)}
-    return [site for name, module in linear.items() for site in sites_of(name, module, parts_of(module))]
+    found = [sites_of(name, module, parts_of(module)) for name, module in linear.items()]
+    return [site for sites in found for site in sites]
 
 
 def _rows(

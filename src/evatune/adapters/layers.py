@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from evatune.capture import Site
 from evatune.capture.kinds import Part, Patches, Rows, Tokens, conv_part, parts_of
-from evatune.capture.targets import base_name, parameter_sites, peft_name, sites_of, without_wrappers
+from evatune.capture.targets import (
+    base_name,
+    parameter_sites,
+    peft_name,
+    sites_of,
+    without_wrappers,
+)
 from evatune.errors import AdapterError
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -76,10 +82,11 @@ def tied_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     targets = tuple(f".{target}" for target in getattr(config, "target_modules_to_tie", None) or ())
     if not targets:
         return {}
+    ends = {path: module for path, module in model.named_modules() if f".{path}".endswith(targets)}
     return {
         peft_name(path): module
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.r and f".{path}".endswith(targets)
+        for path, module in ends.items()
+        if isinstance(module, LoraLayer) and adapter_name in module.r
     }
 
 

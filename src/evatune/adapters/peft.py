@@ -88,9 +88,9 @@ def initialize_model(
         )
         _require_invoked(calibration, lora)
     floors = _floors(model, lora, slots, adapter_name)
-    layers = {
-        name: replace(layer, cap=caps.get(name), floor=floors.get(name, 0)) for name, layer in calibration.layers.items()
-    }
+    layers = dict(calibration.layers)
+    for name, layer in layers.items():
+        layers[name] = replace(layer, cap=caps.get(name), floor=floors.get(name, 0))
     calibration = replace(calibration, layers=layers)
     calibration.require_usable()
     plan = calibration.allocate()
@@ -145,29 +145,35 @@ def _caps(lora: LoraConfig, slots: list[Slot], adapter_name: str) -> dict[str, i
     return {site.name: slot.layer.r[adapter_name] for slot in named for site in slot.sites}
 
 
-def _floors(model: nn.Module, lora: LoraConfig, slots: list[Slot], adapter_name: str) -> dict[str, int]:
+def _floors(
+    model: nn.Module,
+    lora: LoraConfig,
+    slots: list[Slot],
+    adapter_name: str,
+) -> dict[str, int]:
     """At least one rank for embeddings whose adapter others depend on.
 
-    PEFT saves the base weights of an embedding that `target_modules` names, rows of new tokens among
-    them, only while it carries the adapter. And layers may be tied to its adapter.
+    PEFT saves the base weights of an embedding that `target_modules` names, rows of new tokens
+    among them, only while it carries the adapter. And layers may be tied to its adapter.
     """
     targets = lora.target_modules
     named = isinstance(targets, str) or any(name in EMBEDDING_LAYER_NAMES for name in targets or ())
-    held = [slot for slot in slots if slot.name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES and named]
+    endings = {slot.name: slot.name.rpartition(".")[2] for slot in slots}
+    held = [slot for slot in slots if named and endings[slot.name] in EMBEDDING_LAYER_NAMES]
     if tied_layers(model, adapter_name):
         held.append(_embedding(model, slots))
     return {site.name: 1 for slot in held for site in slot.sites}
 
 
 def _embedding(model: nn.Module, slots: list[Slot]) -> Slot:
-    """The slot of the input embedding, which PEFT ties others to; an AdapterError if it has none."""
+    """The slot of the input embedding, which others are tied to; an AdapterError if there is none."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     for slot in slots:
         if slot.layer is embedding:
             return slot
     raise AdapterError(
-        "ensure_weight_tying is set, and the input embedding carries no adapter to tie others to; add "
-        "it to target_modules, or set ensure_weight_tying=False"
+        "ensure_weight_tying is set, and the input embedding carries no adapter to tie others to; "
+        "add it to target_modules, or set ensure_weight_tying=False"
     )
 
 
@@ -176,8 +182,8 @@ def _require_invoked(calibration: Calibration, lora: LoraConfig) -> None:
     invocation = lora.alora_invocation_tokens
     if invocation and not any(spectrum.rows for spectrum in calibration.spectra.values()):
         raise DataError(
-            f"the adapter acts from alora_invocation_tokens={invocation} on, which occur in no batch; "
-            "give the batches that it will be trained on, with these tokens in every text"
+            f"the adapter acts from alora_invocation_tokens={invocation} on, which occur in no "
+            "batch; give the batches that it will be trained on, with these tokens in every text"
         )
 
 
@@ -325,7 +331,7 @@ def write_rows(
     adapter_name: str,
     others: Mapping[str, LoraLayer] | None = None,
 ) -> None:
-    """Give each layer its A and rank, B = 0 and α, and the adapter a config with ranks, α and targets.
+    """Give each layer A, rank, B = 0 and α, and the adapter a config with ranks, α and targets.
 
     That config is the adapter's alone: the one it was built from may be that of other models and
     adapters too, and stays as it is.
@@ -342,7 +348,9 @@ def write_rows(
         source = model.get_input_embeddings()  # type: ignore[operator]
         name = next(name for name, layer in (layers | others).items() if layer is source)
         ranks |= dict.fromkeys(tied, ranks.get(name, source.r[adapter_name]))
-    alphas = {name: _new_alpha(layer, lora, ranks[name], rank, adapter_name) for name, layer in (layers | tied).items()}
+    alphas = {}
+    for name, layer in (layers | tied).items():
+        alphas[name] = _new_alpha(layer, lora, ranks[name], rank, adapter_name)
     fresh = copy.copy(lora)
     fresh.init_lora_weights = True  # with BA = 0; not every kind of layer knows "eva"
 
@@ -354,7 +362,8 @@ def write_rows(
     weights = [name for name, layer in (layers | others).items() if isinstance(layer, ParamWrapper)]
     _aim(own, peft_names(model) - tied.keys(), adapted.keys() - tied.keys() - set(weights))
     if own.target_parameters:
-        own.target_parameters = _named(own.target_parameters, weights, ranks.keys() - adapted.keys())
+        dropped = ranks.keys() - adapted.keys()
+        own.target_parameters = _named(own.target_parameters, weights, dropped)
 
     with torch.random.fork_rng(devices=[]):  # PEFT draws an A that is overwritten at once
         for slot in slots:
@@ -369,7 +378,12 @@ def write_rows(
     model.peft_config[adapter_name] = own  # type: ignore[index, operator]
 
 
-def _own_config(lora: LoraConfig, rank: int, ranks: dict[str, int], alphas: dict[str, float]) -> LoraConfig:
+def _own_config(
+    lora: LoraConfig,
+    rank: int,
+    ranks: dict[str, int],
+    alphas: dict[str, float],
+) -> LoraConfig:
     """A copy of the config that says these ranks and α, and that no layer is left to initialise."""
     own = copy.deepcopy(lora)
     own.r = rank
@@ -407,7 +421,13 @@ def _fill(layer: LoraLayer, matrices: list[Tensor], rank: int, alpha: float, con
             bias.zero_()
 
 
-def _resize(layer: LoraLayer, rank: int, alpha: float, config: LoraConfig, adapter_name: str) -> None:
+def _resize(
+    layer: LoraLayer,
+    rank: int,
+    alpha: float,
+    config: LoraConfig,
+    adapter_name: str,
+) -> None:
     """Give the layer its rank and α; A and B are to be filled.
 
     Parameters keep their dtype, and their identity where they fit.
@@ -434,8 +454,15 @@ def _resize(layer: LoraLayer, rank: int, alpha: float, config: LoraConfig, adapt
                 part.scaling[adapter_name] = alpha / (rank**0.5 if config.use_rslora else rank)
 
 
-def _tie(layer: LoraLayer, embedding: LoraLayer, rank: int, alpha: float, config: LoraConfig, adapter_name: str) -> None:
-    """Give a tied layer its rank and α, and as A and B the transposes of the embedding's B and A."""
+def _tie(
+    layer: LoraLayer,
+    embedding: LoraLayer,
+    rank: int,
+    alpha: float,
+    config: LoraConfig,
+    adapter_name: str,
+) -> None:
+    """Give a tied layer rank and α, and as A and B the transposes of the embedding's B and A."""
     trainable = layer.lora_A[adapter_name].weight.requires_grad
     _resize(layer, rank, alpha, config, adapter_name)
     a, b, _ = pairs(embedding, adapter_name)[0]
@@ -507,7 +534,7 @@ def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
 
 
 def _escaped(name: str) -> str:
-    """The name as a pattern; dots, which match themselves, stay as readers of patterns know them."""
+    """The name as a pattern; dots match themselves, and stay as readers of patterns know them."""
     return re.escape(name).replace(r"\.", ".").replace(r"\-", "-")
 
 
@@ -544,9 +571,9 @@ def _any_of(names: Set[str]) -> str:
 
 
 def _named(targets: Iterable[str], kept: list[str], dropped: Set[str]) -> list[str]:
-    """The targets that end no name `dropped`, and whole names for those `kept` that this leaves out.
+    """The targets that end no name `dropped`, and whole names of those `kept` that are left out.
 
-    In the order of `kept`: that of PEFT's wrappers, where several parameters of a module are adapted.
+    In the order of `kept`: that of PEFT's wrappers, where a module has several adapted parameters.
     """
     still = [target for target in targets if not any(_ends(name, target) for name in dropped)]
     named = [next((target for target in still if _ends(name, target)), name) for name in kept]

@@ -28,12 +28,12 @@ _KNOWN = {
     "ALoraLinearVariant",  # acts on some positions only, see `active_positions`
 }  # fmt: skip
 
-# Option of LoraConfig → why A cannot start from directions of the layer's input, at a rank of its own.
+# Option of LoraConfig → why A cannot start from directions of the layer's input, at its own rank.
 _REFUSED = {
-    "kasa_config": "KaSA takes singular values off the base weights whenever a rank is set, and has a "
-    "diagonal between A and B",
+    "kasa_config": "KaSA takes singular values off the base weights whenever a rank is set, and "
+    "has a diagonal between A and B",
     "use_qalora": "the A of QA-LoRA sees group means of the layer's input, and not the input",
-    "use_bdlora": "the A or B of BD-LoRA is block-diagonal, and its ranks are multiples of the blocks",
+    "use_bdlora": "the A or B of BD-LoRA is block-diagonal, with ranks in multiples of the blocks",
     "arrow_config": "Arrow routes between other adapters, and has no A of its own to train",
 }
 
@@ -47,21 +47,21 @@ def require_known_variant(model: nn.Module, lora: LoraConfig, adapter_name: str)
     start = lora.init_lora_weights
     if start == "mica":
         raise AdapterError(
-            f"adapter {adapter_name!r} is MiCA (init_lora_weights='mica'), which freezes B at directions "
-            "of the weights and trains A from 0, where EVA sets A and trains B from 0; use "
-            "init_lora_weights=True or 'eva'"
+            f"adapter {adapter_name!r} is MiCA (init_lora_weights='mica'), which freezes B at "
+            "directions of the weights and trains A from 0, where EVA sets A and trains B from 0; "
+            "use init_lora_weights=True or 'eva'"
         )
     if start not in _PLAIN_STARTS:
         raise AdapterError(
-            f"adapter {adapter_name!r} was started by init_lora_weights={start!r}, which changes the base "
-            "weights; load the base model again, with a LoraConfig that says init_lora_weights=True or "
-            "'eva'"
+            f"adapter {adapter_name!r} was started by init_lora_weights={start!r}, which changes "
+            "the base weights; load the base model again, with a LoraConfig that says "
+            "init_lora_weights=True or 'eva'"
         )
     for option, reason in _REFUSED.items():
         if getattr(lora, option, None):
             raise AdapterError(
-                f"adapter {adapter_name!r} has {option} set, which EVA cannot start: {reason}; leave it "
-                "out of the LoraConfig, or train the adapter without evatune"
+                f"adapter {adapter_name!r} has {option} set, which EVA cannot start: {reason}; "
+                "leave it out of the LoraConfig, or train the adapter without evatune"
             )
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_variant:
@@ -69,9 +69,9 @@ def require_known_variant(model: nn.Module, lora: LoraConfig, adapter_name: str)
         variant = type(layer.lora_variant[adapter_name]).__name__
         if variant not in _KNOWN:
             raise AdapterError(
-                f"adapter {adapter_name!r} is of a variant of LoRA that evatune does not know ({variant}, "
-                f"for example at {peft_name(path)}); use plain LoRA or a variant known to fit, such as "
-                "DoRA, or train the adapter without evatune"
+                f"adapter {adapter_name!r} is of a variant of LoRA that evatune does not know "
+                f"({variant}, for example at {peft_name(path)}); use plain LoRA or a variant known "
+                "to fit, such as DoRA, or train the adapter without evatune"
             )
 
 
@@ -88,11 +88,12 @@ def active_positions(lora: LoraConfig) -> Callable[[Any], Tensor] | None:
         ids = batch_field(batch, "input_ids")
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             raise DataError(
-                "the adapter acts from its alora_invocation_tokens on, and the batch has no input_ids of "
-                "shape (batch, tokens) to find them in; give batches with input_ids, or choose rows "
-                "yourself with rows="
+                "the adapter acts from its alora_invocation_tokens on, and the batch has no "
+                "input_ids of shape (batch, tokens) to find them in; give batches with input_ids, or "
+                "choose rows yourself with rows="
             )
-        offsets = calculate_alora_offsets({"": lora}, "", ids)  # counted from the end; None: nowhere
+        # Counted from the end; None where the tokens do not occur.
+        offsets = calculate_alora_offsets({"": lora}, "", ids)
         counts = torch.tensor([offset or 0 for offset in offsets], device=ids.device)
         positions = torch.arange(ids.shape[1], device=ids.device)
         return positions >= ids.shape[1] - counts[:, None]

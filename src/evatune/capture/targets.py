@@ -68,7 +68,8 @@ def _inside(module: nn.Module) -> str | None:
     """The one of `_WRAPPED` that the module is a wrapper around; None for any other module."""
     if not hasattr(module, "_disable_adapters"):
         return None
-    return next((part for part in _WRAPPED if isinstance(getattr(module, part, None), nn.Module)), None)
+    parts = {part: getattr(module, part, None) for part in _WRAPPED}
+    return next((part for part, inside in parts.items() if isinstance(inside, nn.Module)), None)
 
 
 def peft_name(name: str) -> str:
@@ -84,7 +85,7 @@ def without_wrappers(path: str) -> str:
 
 
 def peft_names(model: nn.Module) -> set[str]:
-    """Names of the base model's modules as PEFT's patterns have them, without what adapters have added."""
+    """Names of the base model's modules as PEFT's patterns have them, without what adapters add."""
     names: set[str] = set()
     hidden: tuple[str, ...] = ("\n",)
     for path, module in model.named_modules():
@@ -92,7 +93,8 @@ def peft_names(model: nn.Module) -> set[str]:
             continue
         kept = _inside(module)
         if kept is not None:
-            hidden += tuple(f"{path}.{child}" for child, _ in module.named_children() if child != kept)
+            added = [child for child, _ in module.named_children() if child != kept]
+            hidden += tuple(f"{path}.{child}" for child in added)
         names.add(peft_name(without_wrappers(path)))
     return names
 
@@ -125,7 +127,7 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]
             continue
         kept = _inside(module)
         if kept:
-            # A base layer may have layers of its own; a copy that is trained stands for all below it.
+            # A base layer may have layers of its own; a copy that is trained stands for all of it.
             below = [child for child, _ in module.named_children() if child != "base_layer"]
             hidden += tuple(f"{path}.{child}" for child in below)
         if path.endswith(".base_layer"):
