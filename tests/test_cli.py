@@ -24,15 +24,14 @@ from torch import nn
 
 import evatune
 from evatune.cli import main
-from evatune.errors import ConfigError
-from evatune.files import whole_folder
 from evatune.report.tables import show_calibration
 from tests.conftest import Answer, Command, refused, save_model, sentences
 
 torch.set_num_threads(1)
 
 FILES = {
-    "README.md", "adapter_config.json", "adapter_model.safetensors", "calibration.safetensors", "report.html", "run.json",
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "calibration.safetensors", "evatune.json",
+    "report.html", "run.json",
 }  # fmt: skip
 
 
@@ -523,25 +522,6 @@ def test_a_failure_while_writing_leaves_the_earlier_results(
     assert answer.status == status
     assert answer.err.count("\n") == 1
     assert [path.name for path in work.iterdir()] == ["out"]
-
-
-def test_a_failure_while_exchanging_folders_brings_the_earlier_results_back(
-    work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (work / "out").mkdir()
-    (work / "out" / "run.json").write_text("earlier")
-    rename = Path.rename
-
-    def fail(self: Path, target: Path) -> Path:
-        if target == work / "out" and self.name != "old":
-            raise OSError(5, "Input/output error")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(ConfigError, match="Input/output error"), whole_folder(Path("out")) as folder:
-        (folder / "run.json").write_text("later")
-    assert [path.name for path in work.iterdir()] == ["out"]
-    assert (work / "out" / "run.json").read_text() == "earlier"
 
 
 def test_an_interrupt_while_calibrating_leaves_nothing(init: Command, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import evatune
 from evatune.adapters.export import RECORD, Uniform, export_uniform
 from evatune.errors import AdapterError, ConfigError, RecordError
+from evatune.files import MARK
 from tests.conftest import Command, refused
 from tests.test_peft import lora_layers, output, skewed, train_a_little
 from tests.toys import tiny_bert, tiny_llama, tokens
@@ -279,7 +280,7 @@ def test_export_uniform_is_the_default(command: Command, adapter: Path, bert_fol
     rank = json.loads(Path("out/adapter_config.json").read_text())["r"]
     assert f"rank {rank}, alpha {3 * rank / 4:g}, 13 layers" in answer.out
     assert {path.name for path in Path("out").iterdir()} == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", RECORD,
+        "README.md", "adapter_config.json", "adapter_model.safetensors", RECORD, MARK,
     }  # fmt: skip
     assert torch.allclose(bert_with(Path("out"), bert_folder), bert_with(adapter, bert_folder), atol=1e-6)
     assert f"base_model: {bert_folder}" in Path("out/README.md").read_text()
@@ -294,8 +295,8 @@ def test_export_merged_needs_no_peft_afterwards(command: Command, adapter: Path,
     assert torch.allclose(output(merged, tokens()[0]), bert_with(adapter, bert_folder), atol=1e-5)
     assert len(transformers.AutoTokenizer.from_pretrained("out")) == 60
     assert "merged into its weights" in Path("out/README.md").read_text()
-    files = json.loads(Path("out", RECORD).read_text())["files"]
-    assert {*files, RECORD} == {path.name for path in Path("out").iterdir()}
+    files = json.loads(Path("out", MARK).read_text())["files"]
+    assert {*files, MARK} == {path.name for path in Path("out").iterdir()}
 
 
 def test_export_merged_of_a_classifier_brings_its_head(

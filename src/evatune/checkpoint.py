@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,9 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evatune.errors import ConfigError, RecordError
-from evatune.files import whole_file
+from evatune.files import claimed_file
 
-_FORMAT = "evatune-checkpoint-1"
+_FAMILY = "evatune-checkpoint-"
+_FORMAT = f"{_FAMILY}1"
+_ADVICE = "move it away, or name another checkpoint (evatune init: another --out)"
 
 
 @dataclass(frozen=True)
@@ -51,22 +52,29 @@ class Checkpoint:
         text = json.dumps({**record, "about": dict(self.about)})
         # Two spectra may be one and the same, which safetensors does not write.
         own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-        with whole_file(self.path) as temporary:
+        with claimed_file(self.path, True, _is_own, _ADVICE) as output, output.whole() as temporary:
             save_file(own, temporary, metadata={"format": _FORMAT, "record": text})
 
     def remove(self) -> None:
-        """Remove the file, and what writing it may have left when it was killed."""
-        for path in (self.path, *self.path.parent.glob(f".{glob.escape(self.path.name)}.*")):
-            path.unlink(missing_ok=True)
+        """Remove the file if it is a checkpoint, and what writing it may have left when it was killed."""
+        with claimed_file(self.path, True, _is_own, _ADVICE) as output:
+            output.remove()
+
+    def require_own(self) -> None:
+        """Raise a ConfigError, before the work, if the path cannot be written or holds what is no checkpoint."""
+        with claimed_file(self.path, True, _is_own, _ADVICE):
+            pass
 
     def read(self, same: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and record, or None where there is nothing to resume.
 
         Raises:
-            ConfigError: the record's `same` or `about` differ from today's; the message names the difference.
+            ConfigError: the record's `same` or `about` differ from today's; the message names the difference. Or there is
+                nothing to resume, and the path is not free for a checkpoint.
             RecordError: it is no checkpoint, or a damaged one.
         """
         if not self.resume or not self.path.exists():
+            self.require_own()
             return None
         try:
             with safe_open(self.path, framework="pt") as file:
@@ -88,6 +96,14 @@ class Checkpoint:
                     "options and data, or leave --resume out to begin again"
                 )
         return tensors, record
+
+
+def _is_own(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str((file.metadata() or {}).get("format")).startswith(_FAMILY)
+    except (SafetensorError, OSError):
+        return False
 
 
 def _difference(key: str, was: Any, now: Any) -> str:

@@ -28,10 +28,10 @@ from evatune.adapters.peft import lora_config
 from evatune.adapters.saved import layer_scale, read_config
 from evatune.adapters.starts import lora_layers
 from evatune.errors import AdapterError, RecordError
-from evatune.files import require_free, whole_folder
+from evatune.files import claimed_folder, require_apart
 from evatune.version import __version__
 
-RECORD = "export.json"  # lists what an export wrote, and so marks a folder that another may replace
+RECORD = "export.json"
 
 _PREFIX = "base_model.model."
 # "….lora_A.weight" or "….lora_embedding_A": the first dimension of A and the second of B is the rank.
@@ -69,14 +69,23 @@ def export_uniform(
         adapter: a folder that `save_pretrained` wrote, or a `PeftModel`.
         out: folder to write; it is whole or absent.
         adapter_name: which adapter of a `PeftModel`.
-        overwrite: replace an `out` that an export wrote.
+        overwrite: replace an `out` that evatune wrote.
 
     Raises:
         AdapterError: DoRA or another variant that servers do not have; an initialisation that changed the base weights.
         RecordError: a damaged folder, or an adapter that is not LoRA. ConfigError: `out` cannot be written.
     """
-    out = Path(out)
-    require_out(out, overwrite, adapter)
+    require_apart(out, adapter=None if isinstance(adapter, PeftModel) else adapter)
+    with claimed_folder(out, overwrite) as output:
+        state, config = _read(adapter, adapter_name)
+        state, uniform = _pad(state, config)
+        with output.whole() as folder:
+            _write(folder, state, config, uniform)
+    return uniform
+
+
+def _read(adapter: str | Path | PeftModel, adapter_name: str) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Return matrices and config of a plain LoRA adapter."""
     if isinstance(adapter, (str, Path)):
         config = read_config(Path(adapter))
         _require_plain(config)
@@ -87,19 +96,20 @@ def export_uniform(
         with warnings.catch_warnings():  # that it adds embeddings which the adapter targets
             warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`", category=UserWarning)
             state = get_peft_model_state_dict(adapter, adapter_name=adapter_name)
-    state, uniform = _pad(state, config)
-    with whole_folder(out) as folder:
-        save_file(state, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        _write_config(folder, config, uniform, _layers(state))
-        base = config.base_model_name_or_path
-        about = (
-            f"LoRA adapter for `{base or 'its base model'}`: rank {uniform.rank} and scale {uniform.alpha:g}/{uniform.rank} "
-            "in every layer. Exported by evatune from an adapter whose ranks may differ; the update of the weights is the "
-            f"same.\n\nvLLM needs a `--max-lora-rank` of at least {uniform.rank}."
-        )
-        write_card(folder, about, base, library="peft")
-        write_record(folder, {"format": "uniform", "rank": uniform.rank, "alpha": uniform.alpha})
-    return uniform
+    return state, config
+
+
+def _write(folder: Path, state: dict[str, Tensor], config: LoraConfig, uniform: Uniform) -> None:
+    save_file(state, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    _write_config(folder, config, uniform, _layers(state))
+    base = config.base_model_name_or_path
+    about = (
+        f"LoRA adapter for `{base or 'its base model'}`: rank {uniform.rank} and scale {uniform.alpha:g}/{uniform.rank} "
+        "in every layer. Exported by evatune from an adapter whose ranks may differ; the update of the weights is the "
+        f"same.\n\nvLLM needs a `--max-lora-rank` of at least {uniform.rank}."
+    )
+    write_card(folder, about, base, library="peft")
+    write_record(folder, {"format": "uniform", "rank": uniform.rank, "alpha": uniform.alpha})
 
 
 def merge(base: nn.Module, adapter: str | Path) -> nn.Module:
@@ -148,18 +158,6 @@ def head_size(adapter: str | Path) -> int | None:
     return heads[0].shape[0] if heads else None
 
 
-def require_out(out: Path, overwrite: bool, source: Any = None) -> None:
-    """Raise a ConfigError unless an export may write `out`; an AdapterError where that is its own source."""
-    if isinstance(source, (str, Path)) and out.resolve() == Path(source).resolve():
-        raise AdapterError(f"output {str(out)!r} is the adapter itself; name another folder with --out")
-    try:
-        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
-        ours = [str(name) for name in record["files"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = []
-    require_free(out, overwrite, mark=RECORD, ours=ours)
-
-
 def write_card(folder: Path, about: str, base: str | None, library: str) -> None:
     """A model card, as hubs read it."""
     lines = ["---", *([f"base_model: {base}"] if base else []), f"library_name: {library}", "tags:", "- lora", "---", ""]
@@ -167,10 +165,8 @@ def write_card(folder: Path, about: str, base: str | None, library: str) -> None
 
 
 def write_record(folder: Path, facts: dict[str, Any]) -> None:
-    """The last file of an export: what it is, and the names of all others."""
-    files = sorted(path.name for path in folder.iterdir())
-    record = facts | {"evatune": __version__, "files": files}
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    """Write what an export is."""
+    (folder / RECORD).write_text(json.dumps(facts | {"evatune": __version__}, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

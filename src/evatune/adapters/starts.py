@@ -6,7 +6,6 @@ A start works on a `PeftModel` with a fresh LoRA adapter. PEFT's own ones are ru
 from __future__ import annotations
 
 import copy
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from evatune.capture.targets import peft_name
 from evatune.errors import ConfigError
+from evatune.files import claimed_folder
 from evatune.model import as_found, call_model
 
 Batches = Callable[[int], Iterable[Any]]  # examples per batch → one pass over the training data, on the model's device
@@ -53,9 +53,8 @@ def begin(model: Any, start: Start, batches: Batches, seed: int, folder: Path) -
     with as_found(model):
         torch.manual_seed(seed)
         start(model, batches)
-    temporary = folder.with_name(f".{folder.name}")  # a killed run must not leave half of it
-    model.save_pretrained(temporary)
-    os.replace(temporary, folder)
+    with claimed_folder(folder, overwrite=False) as output, output.whole() as temporary:
+        model.save_pretrained(temporary)
 
 
 def save_for_base(model: Any, folder: Path, start: Path) -> None:

@@ -36,7 +36,8 @@ def export(
         raise ConfigError(f"format is {kind!r}; choose one of {', '.join(_FORMATS)}")
     if not adapter.is_dir():
         raise RecordError(f"adapter {str(adapter)!r} is not a folder; give one that evatune or PEFT's save_pretrained wrote")
-    from evatune.adapters.export import export_uniform, require_out
+    from evatune.adapters.export import export_uniform
+    from evatune.files import as_shown
 
     if kind == "uniform":
         facts: dict[str, Any] = asdict(export_uniform(adapter, out, overwrite=overwrite))
@@ -44,21 +45,21 @@ def export(
         for key, what in (("zeros", "filled with zeros beside their neighbours"), ("rescaled", "with their scale in B")):
             text += f", {len(facts[key])} {what}" if facts[key] else ""
     else:
-        require_out(out, overwrite, adapter)
         with libraries_on_stderr():
-            facts = _merge(adapter, out, model)
+            facts = _merge(adapter, out, overwrite, model)
         text = f"{facts['model']} with the adapter added in"
+    out = as_shown(out)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "format": kind} | facts))
     else:
         typer.echo(f"{out}  {text}")
 
 
-def _merge(adapter: Path, out: Path, model: str | None) -> dict[str, Any]:
+def _merge(adapter: Path, out: Path, overwrite: bool, model: str | None) -> dict[str, Any]:
     from evatune.adapters.export import head_size, merge, write_card, write_record
     from evatune.adapters.saved import read_config
     from evatune.errors import DataError
-    from evatune.files import whole_folder
+    from evatune.files import claimed_folder, require_apart
     from evatune.tasks import text
 
     quiet_libraries()
@@ -66,18 +67,21 @@ def _merge(adapter: Path, out: Path, model: str | None) -> dict[str, Any]:
     source = model or config.base_model_name_or_path
     if not source:
         raise DataError(f"adapter {str(adapter)!r} does not say what its base model is; name it with --model")
-    labels = head_size(adapter)
-    options: dict[str, Any] = {} if labels is None else {"num_labels": labels}
-    task = next((name for name, (_, kind) in text.TASKS.items() if kind and kind == config.task_type), "auto")
-    try:
-        text.require_loadable(source, task)
-        base = text.read_model(source, task, **options)
-    except DataError as error:
-        raise DataError(f"base model of {str(adapter)!r}: {error}; --model names another place") from error
-    merged: Any = merge(base.model, adapter)
-    with whole_folder(out) as folder:
-        merged.save_pretrained(folder)
-        base.tokenizer.save_pretrained(folder)
-        write_card(folder, f"`{source}` with a LoRA adapter merged into its weights.", str(source), library="transformers")
-        write_record(folder, {"format": "merged", "base_model": str(source), "adapter": str(adapter)})
+    require_apart(out, adapter=adapter, model=source)
+    with claimed_folder(out, overwrite) as output:
+        labels = head_size(adapter)
+        options: dict[str, Any] = {} if labels is None else {"num_labels": labels}
+        task = next((name for name, (_, kind) in text.TASKS.items() if kind and kind == config.task_type), "auto")
+        try:
+            text.require_loadable(source, task)
+            base = text.read_model(source, task, **options)
+        except DataError as error:
+            raise DataError(f"base model of {str(adapter)!r}: {error}; --model names another place") from error
+        merged: Any = merge(base.model, adapter)
+        with output.whole() as folder:
+            merged.save_pretrained(folder)
+            base.tokenizer.save_pretrained(folder)
+            about = f"`{source}` with a LoRA adapter merged into its weights."
+            write_card(folder, about, str(source), library="transformers")
+            write_record(folder, {"format": "merged", "base_model": str(source), "adapter": str(adapter)})
     return {"model": str(source), "task": base.task}

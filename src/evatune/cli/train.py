@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from evatune.cli.libraries import libraries_on_stderr, quiet_libraries
+from evatune.files import as_shown
 
 _RUNS = Path("runs")
 
@@ -26,7 +27,7 @@ def train(
     from evatune.recipes import load
 
     settings = load(recipe, overrides or [])
-    folder = out or _RUNS / f"{Path(recipe).stem}-{settings.method}-seed{settings.seed}"
+    folder = as_shown(out or _RUNS / f"{Path(recipe).stem}-{settings.method}-seed{settings.seed}")
 
     from rich.console import Console
 
@@ -87,7 +88,7 @@ def compare(
     overrides = [text for text in recipes if "=" in text]
     settings = [load(source, overrides) for source in sources]
     shared = Path(sources[0]).stem if len(sources) == 1 else "-".join(dict.fromkeys(one.domain for one in settings))
-    folder = out or _RUNS / f"compare-{shared}"
+    folder = as_shown(out or _RUNS / f"compare-{shared}")
     chosen_seeds, rates = _numbers(seeds, int, "--seeds"), _numbers(lrs, float, "--lrs")
 
     from rich.console import Console
@@ -157,15 +158,16 @@ def cp(
 ) -> None:
     """Copy a recipe, to change it."""
     from evatune.errors import ConfigError
-    from evatune.files import write_text
+    from evatune.files import claimed_file
     from evatune.recipes import text_of
 
     text = text_of(recipe)
-    if file.exists():
+    if os.path.lexists(file):
         raise ConfigError(f"file {str(file)!r} exists; name another")
     if not file.absolute().parent.is_dir():
         raise ConfigError(f"folder {str(file.absolute().parent)!r} does not exist; make it first, or name another file")
-    write_text(file, text)
+    with claimed_file(file, False, lambda _: False, "name another") as output, output.whole() as temporary:
+        temporary.write_text(text, encoding="utf-8")
     typer.echo(str(file))
 
 

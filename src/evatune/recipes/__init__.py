@@ -9,14 +9,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from evatune.errors import ConfigError
+from evatune.files import name_problem
 
+
+def _require_name(name: str) -> str:
+    problem = name_problem(name)
+    if problem is not None:
+        raise PydanticCustomError("file_name", problem)  # type: ignore[type-var]
+    return name
+
+
+Name = Annotated[str, AfterValidator(_require_name)]  # what becomes part of a path
 _STRICT = ConfigDict(extra="forbid")
 
 
@@ -78,10 +89,10 @@ class TrainingOptions:
 class Recipe:
     """One fine-tuning run."""
 
-    domain: str = Field(default="understanding", description="what kind of task it is")
-    task: str = Field(description="which task of the domain")
+    domain: Name = Field(default="understanding", description="what kind of task it is")
+    task: Name = Field(description="which task of the domain")
     model: str = Field(default="demo", description="hub id or local folder; demo: the small model of the domain")
-    method: str = Field(default="eva", description="what is trained and how it starts")
+    method: Name = Field(default="eva", description="what is trained and how it starts")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of new weights, of the order of examples and of dropout")
     data: DataOptions = DataOptions()
     adapter: AdapterOptions = AdapterOptions()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from evatune.calibration import Calibration
+from evatune.files import whole_file
 from evatune.ranks import RankPlan
 from evatune.report.summary import layer_rows
 
@@ -158,6 +158,5 @@ def _spread(value: Spread, form: str) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

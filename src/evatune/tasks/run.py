@@ -19,7 +19,7 @@ from torch import nn
 
 from evatune.adapters import methods
 from evatune.errors import ConfigError
-from evatune.files import write_text
+from evatune.files import resolved, write_text, writing
 from evatune.initialize import initialize
 from evatune.processes import require_alone
 from evatune.recipes import Recipe, as_tree
@@ -30,6 +30,7 @@ DOMAINS: dict[str, ModuleType] = {"generation": generation, "understanding": und
 _OF_TRAINER = ("runtime", "per_second", "model_preparation_time")  # what its evaluation says about speed
 _SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")  # need no more settings
 RESULT, METRICS, RECIPE = "result.json", "metrics.jsonl", "recipe.json"
+_ROOM = "make room, then run the same command again to go on"
 
 
 def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
@@ -50,6 +51,7 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         raise ConfigError(f"domain is {recipe.domain!r}; choose one of {', '.join(DOMAINS)}")
     methods.require_method(recipe.method)
     require_alone("evatune train")
+    folder = resolved(folder)  # what is judged here and what is written later are the same place
     tree = as_tree(recipe)
     begun = _require_ours(folder, tree)
     if (folder / RESULT).is_file():
@@ -114,7 +116,8 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         measures |= task.judge(model.eval(), folder)
     if recipe.method != "untouched":
         kind = "adapter" if methods.METHODS[recipe.method].adapter else "model"
-        methods.save(model, recipe.method, folder / kind, folder / "start")
+        with writing(folder / kind, _ROOM):
+            methods.save(model, recipe.method, folder / kind, folder / "start")
     result = {
         "score": measures.pop("score"),
         "eval_loss": measures.pop("loss"),
@@ -183,6 +186,14 @@ class _Metrics(transformers.TrainerCallback):  # type: ignore[misc]
             file.write(json.dumps(line) + "\n")
 
 
+class _Trainer(transformers.Trainer):  # type: ignore[misc]
+    """transformers' Trainer, whose checkpoints fail in one sentence."""
+
+    def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+        with writing(self.args.output_dir, _ROOM):
+            super()._save_checkpoint(*arguments, **options)
+
+
 class _AfterStep(transformers.TrainerCallback):  # type: ignore[misc]
     def __init__(self, method: str) -> None:
         self.method = method
@@ -211,11 +222,10 @@ def _require_ours(folder: Path, tree: dict[str, Any]) -> bool:
 
 
 def _claim(folder: Path, tree: dict[str, Any]) -> None:
-    try:
+    _require_ours(folder, tree)  # once more: something may have come there since
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / RECIPE, json.dumps(tree, indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(f"{str(folder)!r} cannot be written ({error.strerror}); name another --out") from error
 
 
 def _arguments(recipe: Recipe, folder: Path, quiet: bool) -> Any:
@@ -253,7 +263,7 @@ def _arguments(recipe: Recipe, folder: Path, quiet: bool) -> Any:
 
 def _trainer(**options: Any) -> Any:
     try:
-        return transformers.Trainer(**options)
+        return _Trainer(**options)
     except (ValueError, RuntimeError, ImportError) as error:  # such as a tracker that is not installed
         raise ConfigError(f"Trainer refuses these settings: {' '.join(str(error).split())}") from error
 

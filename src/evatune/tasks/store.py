@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evatune.errors import DataError
+from evatune.files import whole_file
 
 _DOWNLOAD_SECONDS = 300
 
@@ -51,16 +52,9 @@ def built(name: str, settings: Mapping[str, Any], build: Callable[[], dict[str, 
     if found is None:
         found = {key: value.contiguous() for key, value in build().items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file(
-                found, temporary, metadata={"sha256": _hash_of(found), "settings": json.dumps(settings, sort_keys=True)}
-            )
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        metadata = {"sha256": _hash_of(found), "settings": json.dumps(settings, sort_keys=True)}
+        with whole_file(path) as temporary:
+            save_file(found, temporary, metadata=metadata)
     return found
 
 

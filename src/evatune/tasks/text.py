@@ -173,7 +173,8 @@ def load_texts(source: str | Path, column: str | None = None, *, split: str = "t
     column = _text_column(data, column, source)
     data = data.select_columns([column])
     data = data if column == "text" else data.rename_column(column, "text")
-    data = data.filter(lambda row: bool(row["text"] and row["text"].strip()))
+    # In memory, eight bytes a text: else a folder that `datasets` saved would get cache files of ours.
+    data = data.filter(lambda row: bool(row["text"] and row["text"].strip()), keep_in_memory=True)
     if len(data) == 0:
         raise DataError(
             f"{str(source)!r} holds no text: every entry of column {column!r} is empty; give data with text in it"
@@ -263,7 +264,7 @@ class TextBatches:
         return -(-len(self.texts) // self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        shuffled = self.texts.shuffle(seed=self.seed)
+        shuffled = self.texts.shuffle(seed=self.seed, keep_in_memory=True)
         limit = min(self.max_length, self.tokenizer.model_max_length)
         for start in range(0, len(shuffled), self.batch_size):
             texts = shuffled[start : start + self.batch_size]["text"]
