@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -42,7 +43,7 @@ _ADVICE = "name another with --out"
 _NAME_BYTES = 255  # of a name, on nearly every file system
 _PART_BYTES = 100  # of a name's part that comes from a recipe
 _PATIENCE = 60.0  # seconds that the writing of one file waits for another process that writes it
-_TRIES, _PAUSE = 100, 0.02  # to come upon a stage that nobody makes or removes at that moment
+_TRIES, _PAUSE = 25, 0.02  # to come upon a stage that nobody makes or removes at that moment
 _ASIDE = 100  # results that lie aside, at most
 _NOREPLACE, _EXCHANGE = 1, 2  # of renameat2
 _HERE = -100  # AT_FDCWD
@@ -182,7 +183,7 @@ class Output:
     def remove(self) -> None:
         """Remove what was there at the start, unless it has changed since."""
         if self._before is not None and _entries(self.path) == self._before:
-            self._stage.note(self._before)
+            self._stage.note(self._before, _entries(self._stage.making))
             self.path.rename(self._stage.making)
             self._stage.clear()
 
@@ -558,6 +559,7 @@ def _renameat2(path: Path, target: Path, flags: int) -> bool:
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if function is None:
         return False
+    sys.audit("os.rename", path, target, -1, -1)  # as os.rename does
     if function(_HERE, os.fsencode(path), _HERE, os.fsencode(target), flags) == 0:
         return True
     code = ctypes.get_errno()

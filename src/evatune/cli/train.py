@@ -81,7 +81,7 @@ def compare(
     import sys
     from dataclasses import asdict
 
-    from evatune.errors import ConfigError, EvatuneError
+    from evatune.errors import EvatuneError
     from evatune.recipes import expand, load
 
     sources = expand(text for text in recipes if "=" not in text)
@@ -95,17 +95,16 @@ def compare(
 
     log = Console(stderr=True, quiet=as_json)
     with log.status("loading libraries"), libraries_on_stderr():
-        from evatune.files import write_text
+        from evatune.files import write_text, writing
         from evatune.report.runs import comparison_markdown, comparison_plot, comparison_table
         from evatune.report.tables import console
         from evatune.tasks.compare import grid, run_cells, summarise
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
     cells = grid(settings, names, chosen_seeds, rates, folder / "cells")
-    try:
+    _require_comparison(folder)
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{str(folder)!r} cannot be written ({error.strerror}); name another --out") from error
     with libraries_on_stderr():
         failed = _with_bar(log, cells, lambda tell: run_cells(cells, workers or os.cpu_count() or 1, tell, executor))
     found = summarise(cells, target_loss)
@@ -185,6 +184,18 @@ def _rank_page(folder: Path, settings: Any) -> None:
         plan = calibration.allocate()
         write_text(folder / "report.html", render(calibration, plan, _flat(as_tree(settings))))
         rank_plot(calibration, plan, folder / "ranks.png")
+
+
+def _require_comparison(folder: Path) -> None:
+    """Raise a ConfigError for a folder that is there and not empty, but holds no comparison."""
+    from evatune.errors import ConfigError
+
+    if (
+        folder.is_dir()
+        and not (folder / "cells").is_dir()
+        and any(not path.name.startswith(".") for path in folder.iterdir())
+    ):
+        raise ConfigError(f"{str(folder)!r} exists and holds no comparison of evatune; name another --out")
 
 
 def _with_bar(log: Any, cells: Any, work: Any) -> dict[Path, str]:

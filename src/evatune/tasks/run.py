@@ -53,7 +53,7 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     require_alone("evatune train")
     folder = resolved(folder)  # what is judged here and what is written later are the same place
     tree = as_tree(recipe)
-    begun = _require_ours(folder, tree)
+    _require_ours(folder, tree)
     if (folder / RESULT).is_file():
         found: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         return found
@@ -66,6 +66,7 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         task.model, recipe.method, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, targets=recipe.adapter.targets,
         task_type=task.task_type, head=task.head, new_head=task.new_head, steps=training.steps,
     )  # fmt: skip
+    begun = _require_ours(folder, tree)  # once more: something may have come there since
     arguments = _arguments(recipe, folder, quiet)
     trainer = _trainer(
         model=model,
@@ -222,7 +223,6 @@ def _require_ours(folder: Path, tree: dict[str, Any]) -> bool:
 
 
 def _claim(folder: Path, tree: dict[str, Any]) -> None:
-    _require_ours(folder, tree)  # once more: something may have come there since
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / RECIPE, json.dumps(tree, indent=2) + "\n")
