@@ -203,6 +203,9 @@ class Output:
     def _exchange_in_two_steps(self, making: Path) -> None:
         if making.is_dir():
             self.path.rename(self._stage.old)  # whoever is killed here, the next command puts it back
+            if _entries(self._stage.old) != self._before:
+                _rename_new(self._stage.old, self.path)
+                raise _exists(self.path)
             _rename_new(making, self.path)
         else:
             making.replace(self.path)

@@ -27,6 +27,7 @@ from torch.nn.functional import mse_loss, pad
 from transformers.models.decision_transformer.modeling_decision_transformer import DecisionTransformerOutput
 
 from evatune.errors import ConfigError, DataError
+from evatune.files import whole_file
 from evatune.recipes import Recipe
 from evatune.tasks.store import asset, built
 from evatune.tasks.task import Task
@@ -297,11 +298,10 @@ class _Film:
     def save(self, path: Path) -> None:
         if self.frames:
             first, *others = self.frames
-            temporary = path.with_name(f".{path.name}")
-            first.save(
-                temporary, format="GIF", save_all=True, append_images=others, duration=1000 * _FRAME_EVERY // 80, loop=0
-            )
-            os.replace(temporary, path)
+            with whole_file(path) as temporary:
+                first.save(
+                    temporary, format="GIF", save_all=True, append_images=others, duration=1000 * _FRAME_EVERY // 80, loop=0
+                )
 
     def close(self) -> None:
         if self.renderer is not None:

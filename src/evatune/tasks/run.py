@@ -53,7 +53,7 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     require_alone("evatune train")
     folder = resolved(folder)  # what is judged here and what is written later are the same place
     tree = as_tree(recipe)
-    _require_ours(folder, tree)
+    begun = _require_ours(folder, tree)
     if (folder / RESULT).is_file():
         found: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         return found
@@ -66,7 +66,6 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         task.model, recipe.method, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, targets=recipe.adapter.targets,
         task_type=task.task_type, head=task.head, new_head=task.new_head, steps=training.steps,
     )  # fmt: skip
-    begun = _require_ours(folder, tree)  # once more: something may have come there since
     arguments = _arguments(recipe, folder, quiet)
     trainer = _trainer(
         model=model,
