@@ -65,11 +65,10 @@ def texts(folder: Path | str) -> set[str | None]:
 
 
 @pytest.fixture
-def precious(work: Path) -> dict[str, str | None]:
-    """A folder of the user's, and all that there is."""
+def precious(work: Path) -> None:
+    """A folder of the user's."""
     (work / "precious").mkdir()
     (work / "precious" / "thesis.tex").write_text("years")
-    return tree()
 
 
 # -- killed ---------------------------------------------------------------------------------------------
@@ -115,7 +114,7 @@ def test_half_a_journal_means_that_nothing_was_exchanged() -> None:
     "train understanding-bbc --out {}", "compare understanding-bbc --out {}",
 ])  # fmt: skip
 def test_a_folder_of_the_users_is_refused_however_it_is_named(
-    command: Command, precious: Any, way: str, command_line: str
+    command: Command, precious: None, way: str, command_line: str
 ) -> None:
     Path("inner").mkdir()
     Path("up").symlink_to("inner")  # whose parent is this folder
@@ -250,7 +249,7 @@ def test_init_leaves_what_came_to_out_while_it_ran(
     assert Path("out.new/calibration.safetensors").is_file()
 
 
-def test_a_second_command_on_one_output_is_refused_at_once(command: Command, tmp_path: Path) -> None:
+def test_a_second_command_on_one_output_is_refused_at_once(command: Command) -> None:
     with claimed_folder("out", overwrite=False):
         for options in ("init --model x --data y --out other/../out", "export . -o out", "merge a b -o out"):
             refused(command(*options.split()), "another evatune command is writing", "out'; wait")
@@ -391,7 +390,7 @@ def test_init_refuses_before_its_work_a_checkpoint_that_is_none(command: Command
     assert Path("out.checkpoint").read_text() == "years"
 
 
-def test_a_checkpoint_that_became_another_file_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_became_another_file_is_not_removed(tmp_path: Path) -> None:
     point = Checkpoint(tmp_path / "point")
     point.write({"a": torch.zeros(2)}, {})
     before = files._entries(point.path)

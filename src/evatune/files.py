@@ -40,6 +40,7 @@ _FORMAT = "evatune-output-1"
 _STAGE_MARK = b'{"format": "evatune-stage-1"}\n'
 _STAGE_FILES = frozenset({"lock", "mark", "journal", "making", "old"})
 _ADVICE = "name another with --out"
+_ROOM = "make room or rights there, or name another place"
 _NAME_BYTES = 255  # of a name, on nearly every file system
 _PART_BYTES = 100  # of a name's part that comes from a recipe
 _PATIENCE = 60.0  # seconds that the writing of one file waits for another process that writes it
@@ -100,7 +101,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     A link at `path` is replaced itself, not what it points to.
     """
     path = resolved(path.parent) / path.name
-    with writing(path), _staged(path, _PATIENCE) as stage:
+    with writing(path, _ROOM), _staged(path, _PATIENCE) as stage:
         stage.making.touch()
         yield stage.making
         _finish(stage.making)

@@ -23,7 +23,7 @@ from evatune.files import name_problem
 def _require_name(name: str) -> str:
     problem = name_problem(name)
     if problem is not None:
-        raise PydanticCustomError("file_name", problem)  # type: ignore[type-var]
+        raise PydanticCustomError("file_name", problem)
     return name
 
 
