@@ -13,15 +13,18 @@ import json
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, storage_ptr
 from torch import Tensor, nn
 
 from evatune.adapters.peft import lora_config
@@ -105,31 +108,157 @@ def export_uniform(
 def merge(base: nn.Module, adapter: str | Path) -> nn.Module:
     """The base model with a saved adapter added into its weights, in place; checked for NaN and Inf by PEFT.
 
+    Weights that several layers share come apart where the adapter belongs to one of these layers only.
+
     Raises RecordError for an adapter that is damaged, not LoRA, or not of this base model; AdapterError where PEFT's sum is
     not what the adapter computes.
     """
-    adapter = Path(adapter)
-    read_config(adapter)
-    _read_weights(adapter)
+    return _merged(_adapted(base, Path(adapter)), Path(adapter))
+
+
+def write_merged(base: Any, adapter: Path, folder: Path, batch: dict[str, Tensor]) -> str | None:
+    """Write a transformers model with a saved adapter added in, and check that what was written computes the same.
+
+    Args:
+        base: of no use afterwards.
+        batch: keywords of the forward pass by which the two are compared.
+
+    Returns:
+        Why they could not be compared; None if they were.
+
+    Raises:
+        AdapterError: the model, loaded again, computes something else. All else as for `merge`.
+    """
+    model = _adapted(base, adapter)
+    expected, unchecked = None, None
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
-            model = PeftModel.from_pretrained(base, str(adapter))
-        _require_mergeable(model)
+        expected = _output(model, batch)
+    except Exception as error:  # whatever a model raises that wants more than tokens
+        unchecked = f"{type(base).__name__} does not run on tokens alone: {_brief(error)}"
+    merged: Any = _merged(model, adapter)
+    try:
+        merged.save_pretrained(folder)
+        merged.to("meta")  # one model at a time needs memory
+        again, found = type(merged).from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise _not_the_same(f"cannot be saved and loaded ({_brief(error)})") from error
+    lost = sorted({*found["missing_keys"], *found["mismatched_keys"]})
+    if lost:
+        raise _not_the_same(f"has no weights for {lost[0]} when it is loaded again")
+    if expected is not None:
+        off = float((_output(again.eval(), batch) - expected).norm() / expected.norm())
+        allowed = torch.finfo(base.dtype).eps ** 0.5  # half of the digits: sums of 16 bits are rounded to 16 bits
+        if not off <= allowed:
+            raise _not_the_same(f"is off by {off:.1%} in its outputs, and rounding explains {allowed:.1%}")
+    return unchecked
+
+
+def _not_the_same(how: str) -> AdapterError:
+    return AdapterError(f"the merged model {how}, so nothing was written; serve the adapter beside its base model")
+
+
+@torch.no_grad()
+def _output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The logits or hidden states of a transformers model, (…) float64."""
+    found: Tensor = model(**batch)[0]
+    return found.double()
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _adapted(base: nn.Module, adapter: Path) -> PeftModel:
+    """The base model with the saved adapter beside its weights."""
+    read_config(adapter)
+    state = _read_weights(adapter)
+    with _refusing(base, adapter), warnings.catch_warnings():
+        _extend(base, state)
+        warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
+        warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings", category=UserWarning)
+        return PeftModel.from_pretrained(base, str(adapter)).eval()
+
+
+def _extend(base: Any, state: dict[str, Tensor]) -> None:
+    """Give a transformers model as many tokens as the embedding has that was saved beside the adapter."""
+    embedding = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    name = next((name for name, module in base.named_modules() if module is embedding), None)
+    saved = state.get(f"{_PREFIX}{name}.weight")
+    if saved is not None and saved.shape[1:] == embedding.weight.shape[1:] and len(saved) != len(embedding.weight):
+        base.resize_token_embeddings(len(saved), mean_resizing=False)
+
+
+def _merged(model: PeftModel, adapter: Path) -> nn.Module:
+    """The base model inside with the adapter's updates in its weights."""
+    _require_mergeable(model)
+    base = model.get_base_model()
+    tied = dict(getattr(base, "all_tied_weights_keys", None) or {})
+    with _refusing(base, adapter), warnings.catch_warnings():
+        _part_from_others(model)
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied", category=UserWarning)
         merged: nn.Module = model.merge_and_unload(safe_merge=True)
-    except AdapterError:
-        raise
-    except (RuntimeError, ValueError, KeyError, UserWarning) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RecordError(
-            f"adapter {str(adapter)!r} cannot be merged into {type(base).__name__} ({reason}); give the model it was "
-            "trained on"
-        ) from error
+        _part_all(merged, tied)
     return merged
 
 
-def _require_mergeable(model: nn.Module) -> None:
-    """A convolution's A fills with zeros and has no dilation, so no weight of a layer that does otherwise holds BA."""
+@contextmanager
+def _refusing(base: nn.Module, adapter: Path) -> Iterator[None]:
+    """Turn what PEFT raises into a RecordError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, UserWarning) as error:
+        raise RecordError(
+            f"adapter {str(adapter)!r} cannot be merged into {type(base).__name__} ({_brief(error)}); give the model it was "
+            "trained on"
+        ) from error
+
+
+def _part_from_others(model: nn.Module) -> None:
+    """Give each adapted layer a copy of a weight that another layer has too, which the sum would change as well."""
+    users = Counter(storage_ptr(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for layer in lora_layers(model).values():
+        own = layer.base_layer
+        if not isinstance(own, LoraLayer) and any(users[storage_ptr(parameter)] > 1 for parameter in own.parameters()):
+            layer.base_layer = copy.deepcopy(own)
+
+
+def _part_all(model: nn.Module, tied: Mapping[str, str]) -> None:
+    """Leave no weight that layers share but those that the model's config ties, if these are all tied still.
+
+    Args:
+        tied: name of a parameter → name of the one that it was before the merge, as the config said.
+    """
+    if any(storage_ptr(model.get_parameter(a)) != storage_ptr(model.get_parameter(b)) for a, b in tied.items()):
+        tied = {}
+        for config in _tying_configs(model):
+            config.tie_word_embeddings = False
+    kept = {storage_ptr(model.get_parameter(name)) for name in tied}
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            place = storage_ptr(parameter)
+            if place in seen - kept:
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
+            seen.add(place)
+
+
+def _tying_configs(model: nn.Module) -> Iterator[Any]:
+    """The configs of a transformers model and of its parts that say that embeddings are tied."""
+    outer = [module.config for module in model.modules() if hasattr(module, "config")]
+    inner = [getattr(config, name, None) for config in outer for name in getattr(config, "sub_configs", ())]
+    return (config for config in (*outer, *inner) if getattr(config, "tie_word_embeddings", False))
+
+
+def _require_mergeable(model: PeftModel) -> None:
+    """Raise an AdapterError for weights that cannot hold what the adapter adds.
+
+    A convolution's A fills with zeros and has no dilation, so no weight of a layer that does otherwise holds BA.
+    """
+    if getattr(model.get_base_model(), "is_quantized", False):
+        raise AdapterError(
+            "the base model's weights are quantised, and a sum rounded to so few bits would lose what was learnt; name the "
+            "model that it was quantised from with --model, or serve the adapter beside its base model"
+        )
     for path, layer in lora_layers(model).items():
         base = layer.get_base_layer()
         if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and (base.padding_mode != "zeros" or max(base.dilation) > 1):
