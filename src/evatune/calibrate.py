@@ -15,7 +15,7 @@ from evatune.calibration import Calibration
 from evatune.capture import DecoderRows, Sharing, Site, Tap, Tokens, decoder_of, find_sites, selector_for
 from evatune.capture.rows import full_precision
 from evatune.capture.tap import EnoughSeen, RowsFunction
-from evatune.capture.targets import Targets, unwrapped
+from evatune.capture.targets import Targets, adapted, unwrapped
 from evatune.checkpoint import Checkpoint
 from evatune.config import CalibrationConfig
 from evatune.errors import ConfigError, DataError, NoBatchError
@@ -62,7 +62,9 @@ def calibrate(
 
     Args:
         model: any `nn.Module`, or a `PeftModel` (its adapters stand aside, so the result is the base model's); looked
-            for inside DistributedDataParallel, DataParallel and DeepSpeed's engine.
+            for inside DistributedDataParallel, DataParallel and DeepSpeed's engine. Where a module of your own, or of
+            sentence-transformers, holds the one model that carries adapters, the whole is run, and names are those in
+            that model.
         batches: DataLoader, list, iterator or generator. Each batch is read once, one pass at most.
         config: settings; `CalibrationConfig()` by default.
         targets: which layers, as PEFT names them: "all-linear", a list of names or suffixes, or a regular
@@ -71,7 +73,8 @@ def calibrate(
             zeros and has no dilation), embeddings, `nn.MultiheadAttention` (named like it, and "….out_proj") and parameters
             in which the weights of experts are stacked (one entry per expert, "….0", "….1", …).
         forward: `forward(model, batch)` replaces the default call: `model(**batch)` for a mapping or a
-            dataclass, `model(*batch)` for a tuple or list, `model(batch)` for a tensor.
+            dataclass, `model(*batch)` for a tuple or list, `model(batch)` for a tensor, and for a mapping where the
+            model's first argument is none of its keys, as sentence-transformers wants it.
         rows: `rows(activation, batch, layer_name)` → (n, d) replaces the default choice of rows: all tokens
             that `attention_mask` does not exclude (inside the decoder of an encoder-decoder model: its own mask, else
             those with a label). Layers then no longer share sketches. The activation is the layer's input, of a
@@ -106,7 +109,7 @@ def calibrate(
     with Team.formed(config.distributed, model_device(model)) as team:
         return run(
             model,
-            find_sites(model, targets),
+            find_sites(adapted(model), targets),
             batches,
             config,
             team,

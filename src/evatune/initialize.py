@@ -38,8 +38,9 @@ def initialize(
     Call it before the optimiser exists: layers whose rank changes get new parameters.
 
     Args:
-        model: a `PeftModel` with a LoRA adapter (or a transformers model after `add_adapter`); or a
-            transformers or TRL `Trainer` around one, whose own data, collator and device are then used. The adapter
+        model: a `PeftModel` with a LoRA adapter (or a transformers model after `add_adapter`), or a module that holds
+            one such (your own, a `SentenceTransformer`), which batches are then run through; or a transformers, TRL or
+            sentence-transformers `Trainer` around one, whose own data, collator and device are then used. The adapter
             may sit on any kind of layer that `evatune.calibrate` lists, and on parameters (`target_parameters`).
         batches: as for `evatune.calibrate`; not with a Trainer. Or a finished `Calibration` of this model, merged or loaded
             from a file, also with a Trainer: it must cover the adapter's layers, and no batch is run then.

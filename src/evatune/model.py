@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 import sys
 from collections import UserDict
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evatune.capture.targets import adapters_off, stood_for
+from evatune.capture.targets import adapted, adapters_off, stood_for
 from evatune.errors import AdapterError, DataError
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
@@ -39,7 +40,7 @@ def iterate(batches: Iterable[Any]) -> Iterator[Any]:
 def call_model(model: nn.Module, batch: Any) -> Any:
     """The default forward pass: keywords from a mapping or dataclass, positions from a tuple, else one argument."""
     try:
-        if isinstance(batch, Mapping):
+        if isinstance(batch, Mapping) and not _takes_mapping(model, batch):
             return model(**batch)
         if is_dataclass(batch) and not isinstance(batch, type):
             return model(**{f.name: getattr(batch, f.name) for f in fields(batch)})
@@ -52,6 +53,13 @@ def call_model(model: nn.Module, batch: Any) -> Any:
             "keywords, tuple → positions). If that is not how this model is called, pass forward=lambda model, batch: …"
         )
         raise
+
+
+def _takes_mapping(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether a mapping is the one argument of a model: the first that it must have is none of the keys."""
+    first = next(iter(inspect.signature(model.forward).parameters.values()), None)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return first is not None and first.kind in kinds and first.default is first.empty and first.name not in batch
 
 
 def to_device(batch: Any, device: torch.device | None) -> Any:
@@ -155,8 +163,8 @@ def require_gathering(model: nn.Module) -> None:
 
 
 def describe(model: nn.Module) -> str:
-    """Class and, where the model knows it, name or path of the weights."""
-    inner = _base(model)
+    """Class and, where the model knows it, name or path of the weights; of the one model inside that is adapted."""
+    inner = _base(adapted(model))
     source = getattr(getattr(inner, "config", None), "_name_or_path", "") or ""
     # fully_shard puts a class of its own before the model's.
     kind = next(kind.__name__ for kind in type(inner).__mro__ if not kind.__name__.startswith("FSDP"))

@@ -54,6 +54,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model if inside is None or unwrapped(inside) is inside else unwrapped(inside)
 
 
+def adapted_inside(model: nn.Module) -> dict[str, nn.Module]:
+    """Path → model that carries adapters, "" for the model itself; none inside another."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        inside = any(not outer or path.startswith(f"{outer}.") for outer in found)
+        if not inside and isinstance(getattr(module, "peft_config", None), dict):
+            found[path] = module
+    return found
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    """The one model inside that carries adapters; the model itself where there is none or are several."""
+    found = adapted_inside(model)
+    return next(iter(found.values())) if len(found) == 1 else model
+
+
 def is_engine(model: nn.Module) -> bool:
     """Whether `deepspeed.initialize` returned this; told by name, since most environments are without DeepSpeed."""
     return any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from evatune.adapters.peft import initialize_model
 from evatune.calibration import Calibration
-from evatune.errors import AdapterError
+from evatune.errors import AdapterError, DataError
 from evatune.model import ForwardFunction, call_model, model_device, to_device
 from evatune.processes import Team
 from evatune.trainers.summary import summary
@@ -89,7 +89,19 @@ def training_batches(trainer: Any, size: int, seed: int, process: int = 0, proce
 def _prepared(trainer: Any, loader: Iterable[Any]) -> Iterator[Any]:
     """The trainer's own device. A loader draws its seed when this is first asked, which is where random states are kept."""
     for batch in loader:
-        yield trainer._prepare_inputs(batch)
+        inputs = trainer._prepare_inputs(batch)
+        yield from _features(trainer, inputs) if hasattr(trainer, "collect_features") else [inputs]
+
+
+def _features(trainer: Any, inputs: Any) -> list[Any]:
+    """What a trainer of sentence-transformers runs its model on, of which one batch holds several: anchors, positives, …"""
+    found: list[Any] = trainer.collect_features(inputs)[0]
+    if not all(isinstance(one, Mapping) for one in found):
+        raise DataError(
+            f"the batches of {type(trainer).__name__} are texts, which its loss makes tokens of; give tokens: "
+            "evatune.initialize(model, [model.preprocess(pairs), …]), before trainer.train()"
+        )
+    return found
 
 
 def _loader(trainer: Any) -> Any:
