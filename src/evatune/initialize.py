@@ -86,7 +86,9 @@ def initialize(
         AdapterError: no LoRA adapter of that name, or one that is merged, or trained already
             (unless `overwrite`), whose start has changed the base weights (PiSSA, OLoRA, CorDA, LoftQ,
             LoRA-GA), or of a variant of LoRA that does not fit (`evatune.adapters.variants`); a
-            `Calibration` of another model; a Trainer that has an optimiser already.
+            `Calibration` of another model; several adapted models in one module; a Trainer that has an
+            optimizer already, or a `model_init`, by which it builds its model anew. When it begins to
+            train: a Trainer whose model was replaced since.
         LayerError: layers without a usable result. BudgetError: the budget cannot be met.
         ConfigError: options that contradict each other, the adapter's config or the `Calibration`.
         DataError, TargetError: as for `calibrate`. The model is unchanged in every case.
