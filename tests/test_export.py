@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import IA3Config, LoraConfig, LoraModel, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -254,6 +255,42 @@ def test_what_one_rank_cannot_say_is_refused(tmp_path: Path, options: dict[str, 
     with pytest.raises(AdapterError, match=text):
         export_uniform(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_adapters_in_plain_peft_do_what_the_documentation_says(tmp_path: Path) -> None:
+    def build() -> Any:
+        return skewed(tiny_bert())
+
+    batch = tokens()[0]
+    with_zeros, other = trained(build(), raw=True, rho=4.0), perturbed(build(), target_modules="all-linear")
+    assert len(lora_layers(with_zeros)) < len(lora_layers(other))
+    expected, sums = {}, build()
+    for name, model in (("first", with_zeros), ("other", other)):
+        expected[name] = output(model, batch)
+        model.save_pretrained(tmp_path / name)
+        export_uniform(tmp_path / name, tmp_path / f"{name}-uniform")
+        sums = with_updates(sums, vllm(*saved(tmp_path / f"{name}-uniform")))
+    for names in (("first", "other"), ("other", "first")):
+        model = PeftModel.from_pretrained(build(), str(tmp_path / names[0]), adapter_name=names[0])
+        model.load_adapter(str(tmp_path / names[1]), adapter_name=names[1])
+        for name in names:
+            model.set_adapter(name)
+            assert torch.allclose(output(model, batch), expected[name], atol=1e-6)
+    with pytest.raises(ValueError, match="must have the same r value"):
+        model.add_weighted_adapter(list(names), [1.0, 1.0], "sum", combination_type="linear")
+    model.add_weighted_adapter(list(names), [1.0, 1.0], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    assert torch.allclose(output(model, batch), output(sums, batch), atol=1e-4)
+
+    model = PeftModel.from_pretrained(build(), str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="Configs are incompatible: for alpha_pattern"):
+        hotswap_adapter(model, str(tmp_path / "first"), "default")
+    model = PeftModel.from_pretrained(build(), str(tmp_path / "other-uniform"))
+    hotswap_adapter(model, str(tmp_path / "first-uniform"), "default")
+    assert torch.allclose(output(model, batch), expected["first"], atol=1e-5)
+    model = PeftModel.from_pretrained(build(), str(tmp_path / "first-uniform"))
+    with pytest.raises(RuntimeError, match="unexpected keys found"):
+        hotswap_adapter(model, str(tmp_path / "other-uniform"), "default")
 
 
 # -- the command ------------------------------------------------------------------------------------------
