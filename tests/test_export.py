@@ -450,11 +450,11 @@ def test_a_model_that_does_not_run_on_tokens_is_written_and_said_to_be_unchecked
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
-def test_a_quantised_base_is_not_merged_into(tmp_path: Path) -> None:
+def test_a_quantized_base_is_not_merged_into(tmp_path: Path) -> None:
     perturbed(tiny_llama(), target_modules=["q_proj"]).save_pretrained(tmp_path)
     base = tiny_llama()
     base.is_quantized = True
-    with pytest.raises(AdapterError, match=r"quantised.*--model"):
+    with pytest.raises(AdapterError, match=r"quantized.*--model"):
         merge(base, tmp_path)
 
 

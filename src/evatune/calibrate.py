@@ -62,9 +62,9 @@ def calibrate(
 
     Args:
         model: any `nn.Module`, or a `PeftModel` (its adapters stand aside, so the result is the base model's); looked
-            for inside DistributedDataParallel, DataParallel and DeepSpeed's engine. Where a module of your own, or of
-            sentence-transformers, holds the one model that carries adapters, the whole is run, and names are those in
-            that model.
+            for inside DistributedDataParallel, DataParallel and DeepSpeed's engine. Where a module of your
+            own, or of sentence-transformers, holds the one model that carries adapters, the whole is run,
+            and names are those in that model.
         batches: DataLoader, list, iterator or generator. Each batch is read once, one pass at most.
         config: settings; `CalibrationConfig()` by default.
         targets: which layers, as PEFT names them: "all-linear", a list of names or suffixes, or a regular
@@ -73,8 +73,8 @@ def calibrate(
             zeros and has no dilation), embeddings, `nn.MultiheadAttention` (named like it, and "….out_proj") and parameters
             in which the weights of experts are stacked (one entry per expert, "….0", "….1", …).
         forward: `forward(model, batch)` replaces the default call: `model(**batch)` for a mapping or a
-            dataclass, `model(*batch)` for a tuple or list, `model(batch)` for a tensor, and for a mapping where the
-            model's first argument is none of its keys, as sentence-transformers wants it.
+            dataclass, `model(*batch)` for a tuple or list, `model(batch)` for a tensor, and for a mapping
+            where the model's first argument is none of its keys, as sentence-transformers wants it.
         rows: `rows(activation, batch, layer_name)` → (n, d) replaces the default choice of rows: all tokens
             that `attention_mask` does not exclude (inside the decoder of an encoder-decoder model: its own mask, else
             those with a label). Layers then no longer share sketches. The activation is the layer's input, of a

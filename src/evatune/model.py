@@ -56,10 +56,12 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 def _takes_mapping(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Whether a mapping is the one argument of a model: the first that it must have is none of the keys."""
+    """Return whether a mapping is the one argument of a model, whose first is none of the keys."""
     first = next(iter(inspect.signature(model.forward).parameters.values()), None)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return first is not None and first.kind in kinds and first.default is first.empty and first.name not in batch
+    if first is None or first.kind not in kinds or first.default is not first.empty:
+        return False
+    return first.name not in batch
 
 
 def to_device(batch: Any, device: torch.device | None) -> Any:
@@ -163,7 +165,7 @@ def require_gathering(model: nn.Module) -> None:
 
 
 def describe(model: nn.Module) -> str:
-    """Class and, where the model knows it, name or path of the weights; of the one model inside that is adapted."""
+    """Class and, where it is known, name or path of the weights; of the adapted model inside if there is one."""
     inner = _base(adapted(model))
     source = getattr(getattr(inner, "config", None), "_name_or_path", "") or ""
     # fully_shard puts a class of its own before the model's.

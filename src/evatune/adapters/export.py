@@ -117,7 +117,7 @@ def merge(base: nn.Module, adapter: str | Path) -> nn.Module:
 
 
 def write_merged(base: Any, adapter: Path, folder: Path, batch: dict[str, Tensor]) -> str | None:
-    """Write a transformers model with a saved adapter added in, and check that what was written computes the same.
+    """Write a transformers model with a saved adapter added in, and compare what was written with it.
 
     Args:
         base: of no use afterwards.
@@ -138,22 +138,22 @@ def write_merged(base: Any, adapter: Path, folder: Path, batch: dict[str, Tensor
     merged: Any = _merged(model, adapter)
     try:
         merged.save_pretrained(folder)
-        merged.to("meta")  # one model at a time needs memory
-        again, found = type(merged).from_pretrained(folder, dtype="auto", output_loading_info=True)
+        merged.to("meta")  # there need not be memory for two
+        again, found = type(merged).from_pretrained(folder, dtype="auto", output_loading_info=True, trust_remote_code=False)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise _not_the_same(f"cannot be saved and loaded ({_brief(error)})") from error
+        raise _another_model(f"cannot be saved and loaded ({_brief(error)})") from error
     lost = sorted({*found["missing_keys"], *found["mismatched_keys"]})
     if lost:
-        raise _not_the_same(f"has no weights for {lost[0]} when it is loaded again")
+        raise _another_model(f"has no weights for {lost[0]} when it is loaded again")
     if expected is not None:
         off = float((_output(again.eval(), batch) - expected).norm() / expected.norm())
-        allowed = torch.finfo(base.dtype).eps ** 0.5  # half of the digits: sums of 16 bits are rounded to 16 bits
+        allowed = torch.finfo(base.dtype).eps ** 0.5  # half of the digits, as sums in 16 bits need
         if not off <= allowed:
-            raise _not_the_same(f"is off by {off:.1%} in its outputs, and rounding explains {allowed:.1%}")
+            raise _another_model(f"is off by {off:.1%} in its outputs, more than {allowed:.1%}")
     return unchecked
 
 
-def _not_the_same(how: str) -> AdapterError:
+def _another_model(how: str) -> AdapterError:
     return AdapterError(f"the merged model {how}, so nothing was written; serve the adapter beside its base model")
 
 
@@ -174,17 +174,22 @@ def _adapted(base: nn.Module, adapter: Path) -> PeftModel:
     state = _read_weights(adapter)
     with _refusing(base, adapter), warnings.catch_warnings():
         _extend(base, state)
-        warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
-        warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings", category=UserWarning)
+        warnings.filterwarnings("error", ".*missing adapter keys", UserWarning)
+        # Its advice is followed: weights that are tied come apart.
+        warnings.filterwarnings("ignore", "Model (has|with) `tie_word_embeddings", UserWarning)
         return PeftModel.from_pretrained(base, str(adapter)).eval()
 
 
-def _extend(base: Any, state: dict[str, Tensor]) -> None:
+def _extend(base: Any, state: Mapping[str, Tensor]) -> None:
     """Give a transformers model as many tokens as the embedding has that was saved beside the adapter."""
-    embedding = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    if not hasattr(base, "get_input_embeddings"):
+        return
+    embedding = base.get_input_embeddings()
     name = next((name for name, module in base.named_modules() if module is embedding), None)
     saved = state.get(f"{_PREFIX}{name}.weight")
-    if saved is not None and saved.shape[1:] == embedding.weight.shape[1:] and len(saved) != len(embedding.weight):
+    if saved is None or saved.shape == embedding.weight.shape:
+        return
+    if saved.shape[1:] == embedding.weight.shape[1:]:  # else it is another model's, as PEFT will say
         base.resize_token_embeddings(len(saved), mean_resizing=False)
 
 
@@ -194,8 +199,8 @@ def _merged(model: PeftModel, adapter: Path) -> nn.Module:
     base = model.get_base_model()
     tied = dict(getattr(base, "all_tied_weights_keys", None) or {})
     with _refusing(base, adapter), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Input and output embeddings are no longer", UserWarning)
         _part_from_others(model)
-        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied", category=UserWarning)
         merged: nn.Module = model.merge_and_unload(safe_merge=True)
         _part_all(merged, tied)
     return merged
@@ -208,56 +213,60 @@ def _refusing(base: nn.Module, adapter: Path) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, KeyError, UserWarning) as error:
         raise RecordError(
-            f"adapter {str(adapter)!r} cannot be merged into {type(base).__name__} ({_brief(error)}); give the model it was "
-            "trained on"
+            f"adapter {str(adapter)!r} cannot be merged into {type(base).__name__} "
+            f"({_brief(error)}); give the model it was trained on"
         ) from error
 
 
 def _part_from_others(model: nn.Module) -> None:
-    """Give each adapted layer a copy of a weight that another layer has too, which the sum would change as well."""
-    users = Counter(storage_ptr(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    """Give each adapted layer a copy of a weight that another layer has too and the sum would change."""
+    users = Counter(storage_ptr(p) for _, p in model.named_parameters(remove_duplicate=False))
     for layer in lora_layers(model).values():
         own = layer.base_layer
-        if not isinstance(own, LoraLayer) and any(users[storage_ptr(parameter)] > 1 for parameter in own.parameters()):
+        shared = any(users[storage_ptr(parameter)] > 1 for parameter in own.parameters())
+        if shared and not isinstance(own, LoraLayer):  # which wraps another parameter of the layer
             layer.base_layer = copy.deepcopy(own)
 
 
 def _part_all(model: nn.Module, tied: Mapping[str, str]) -> None:
-    """Leave no weight that layers share but those that the model's config ties, if these are all tied still.
+    """Leave no weight shared but those that the model's config ties, if all of these are tied still.
 
     Args:
-        tied: name of a parameter → name of the one that it was before the merge, as the config said.
+        tied: name of a parameter → the one that it was before the merge, as the config said.
     """
-    if any(storage_ptr(model.get_parameter(a)) != storage_ptr(model.get_parameter(b)) for a, b in tied.items()):
+    parameter = model.get_parameter
+    if any(storage_ptr(parameter(a)) != storage_ptr(parameter(b)) for a, b in tied.items()):
         tied = {}
         for config in _tying_configs(model):
             config.tie_word_embeddings = False
-    kept = {storage_ptr(model.get_parameter(name)) for name in tied}
+    kept = {storage_ptr(parameter(name)) for name in tied}
     seen: set[int] = set()
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            place = storage_ptr(parameter)
+        for name, shared in module.named_parameters(recurse=False):
+            place = storage_ptr(shared)
             if place in seen - kept:
-                setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
+                own = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+                setattr(module, name, own)
             seen.add(place)
 
 
 def _tying_configs(model: nn.Module) -> Iterator[Any]:
     """The configs of a transformers model and of its parts that say that embeddings are tied."""
     outer = [module.config for module in model.modules() if hasattr(module, "config")]
-    inner = [getattr(config, name, None) for config in outer for name in getattr(config, "sub_configs", ())]
-    return (config for config in (*outer, *inner) if getattr(config, "tie_word_embeddings", False))
+    inner = [getattr(each, name, None) for each in outer for name in getattr(each, "sub_configs", ())]
+    return (each for each in (*outer, *inner) if getattr(each, "tie_word_embeddings", False))
 
 
 def _require_mergeable(model: PeftModel) -> None:
     """Raise an AdapterError for weights that cannot hold what the adapter adds.
 
-    A convolution's A fills with zeros and has no dilation, so no weight of a layer that does otherwise holds BA.
+    A convolution's A fills with zeros and has no dilation, so no weight of one that does otherwise holds BA.
     """
     if getattr(model.get_base_model(), "is_quantized", False):
         raise AdapterError(
-            "the base model's weights are quantised, and a sum rounded to so few bits would lose what was learnt; name the "
-            "model that it was quantised from with --model, or serve the adapter beside its base model"
+            "the base model's weights are quantized, and a sum rounded to so few bits would lose what was "
+            "learned; name the model that it was quantized from with --model, or serve the adapter beside "
+            "its base model"
         )
     for path, layer in lora_layers(model).items():
         base = layer.get_base_layer()

@@ -136,8 +136,9 @@ def lora_config(model: nn.Module, adapter_name: str) -> LoraConfig:
     inside = adapted_inside(model)
     if len(inside) > 1:
         raise AdapterError(
-            f"{type(model).__name__} holds several models with an adapter ({', '.join(inside)}), and one is started at a "
-            "time; call evatune.initialize(model, batches) for each, before optimisers are built"
+            f"{type(model).__name__} holds several models with an adapter ({', '.join(inside)}), and "
+            "one is started at a time; call evatune.initialize(model, batches) for each, before optimizers "
+            "are built"
         )
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict) or not configs:

@@ -116,7 +116,7 @@ def read_model(source: str | Path, task: str = "auto", dtype: str = "auto", **op
 
 
 def own_tokenizer(adapter: Path) -> Any:
-    """The tokenizer that was saved beside an adapter, with the tokens that were added for it; None where there is none."""
+    """The tokenizer beside an adapter, with the tokens that were added for it; None where there is none."""
     if not (adapter / "tokenizer_config.json").exists():
         return None
     with reading(adapter, "a tokenizer", "a folder whose tokenizer is whole, or none"):
@@ -125,7 +125,8 @@ def own_tokenizer(adapter: Path) -> Any:
 
 def few_tokens(loaded: TextModel, count: int = 32, seed: int = 0) -> dict[str, Tensor]:
     """One row of random ordinary tokens, for a forward pass of any text model."""
-    config, tokenizer = loaded.model.config, loaded.tokenizer
+    config: Any = loaded.model.config
+    tokenizer = loaded.tokenizer
     inner = config.get_text_config()
     known = min(len(tokenizer), getattr(inner, "vocab_size", None) or len(tokenizer))
     ordinary = sorted(set(range(known)) - set(tokenizer.all_special_ids))
@@ -135,7 +136,9 @@ def few_tokens(loaded: TextModel, count: int = 32, seed: int = 0) -> dict[str, T
     if tokenizer.eos_token_id is not None:
         ids[:, -1] = tokenizer.eos_token_id  # where some classifiers look
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return batch | ({"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {})
+    if getattr(config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = ids
+    return batch
 
 
 def make_ready(model: Any, tokenizer: Any) -> None:

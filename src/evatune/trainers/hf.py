@@ -30,9 +30,9 @@ def initialize_trainer(
     """
     if getattr(trainer, "model_init", None) is not None:
         raise AdapterError(
-            "this trainer has a model_init, by which train() builds its model anew and throws the start away; call "
-            "evatune.initialize(model, batches) inside model_init, or evatune.initialize(model, calibration) with one "
-            "calibration for all trials"
+            "this trainer has a model_init, by which train() builds its model anew and throws the start "
+            "away; call evatune.initialize(model, batches) inside model_init, or "
+            "evatune.initialize(model, calibration) with one calibration for all trials"
         )
     if getattr(trainer, "optimizer", None) is not None:
         raise AdapterError(
@@ -59,7 +59,7 @@ def initialize_trainer(
 
 
 def _at_start(trainer: Any, calibration: Calibration) -> None:
-    """Have the trainer, when it begins to train, log the calibration's summary, if its model is the one that was started."""
+    """Have the trainer log the calibration's summary when it begins to train, if its model is still the one."""
     trainer.remove_callback(_AtStart)  # of an earlier call, which this one has replaced
     trainer.add_callback(_AtStart(trainer, summary(calibration)))
 
@@ -74,8 +74,8 @@ class _AtStart(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         if not any(module is self.started for module in self.trainer.model.modules()):
             raise AdapterError(
-                "the trainer's model is not the one that evatune.initialize(trainer) started; build the trainer anew, and "
-                "call evatune.initialize after whatever replaces trainer.model"
+                "the trainer's model is not the one that evatune.initialize(trainer) started; build the "
+                "trainer anew, and call evatune.initialize after whatever replaces trainer.model"
             )
         self.trainer.log(dict(self.figures))
 
@@ -107,12 +107,12 @@ def _prepared(trainer: Any, loader: Iterable[Any]) -> Iterator[Any]:
 
 
 def _features(trainer: Any, inputs: Any) -> list[Any]:
-    """What a trainer of sentence-transformers runs its model on, of which one batch holds several: anchors, positives, …"""
+    """The inputs in one batch of a sentence-transformers trainer: anchors, positives, …"""
     found: list[Any] = trainer.collect_features(inputs)[0]
     if not all(isinstance(one, Mapping) for one in found):
         raise DataError(
-            f"the batches of {type(trainer).__name__} are texts, which its loss makes tokens of; give tokens: "
-            "evatune.initialize(model, [model.preprocess(pairs), …]), before trainer.train()"
+            f"the batches of {type(trainer).__name__} are texts, which its loss makes tokens of; give tokens "
+            "before trainer.train(): evatune.initialize(model, [model.preprocess(pairs), …])"
         )
     return found
 
