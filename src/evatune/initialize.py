@@ -91,7 +91,6 @@ def initialize(
             `Calibration` of another model; several adapted models in one module; a Trainer that has an
             optimizer already, or a `model_init`, by which it builds its model anew. When it begins to
             train: a Trainer whose model was replaced since.
-            train: a Trainer whose model was replaced since.
         LayerError: layers without a usable result. BudgetError: the budget cannot be met.
         ConfigError: options that contradict each other, the adapter's config or the `Calibration`.
         DataError, TargetError: as for `calibrate`. The model is unchanged in every case.
