@@ -150,7 +150,7 @@ def test_labels_only_without_token_labels_says_so() -> None:
 
 def test_pooled_rows_and_flattened_rows_follow_their_shape() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    selector = RowSelector({"attention_mask": mask})
+    selector = RowSelector(mask.bool())
     assert selector.rows(torch.zeros(2, 3, 5))[1].tolist() == [0, 1, 3]  # type: ignore[union-attr]
     assert selector.rows(torch.zeros(6, 5))[1].tolist() == [0, 1, 3]  # type: ignore[union-attr]
     assert selector.rows(torch.zeros(2, 5))[1] is None

@@ -209,15 +209,20 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             module._disable_adapters = value
 
 
-def _all_linear(model: nn.Module, layers: list[tuple[str, nn.Module, nn.Module]]) -> set[str]:
-    """PEFT's "all-linear": the output embedding is left out."""
-    output = None
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """The model's output embedding as it stands in the model; None where it has none or does not say."""
     for module in model.modules():
         getter = getattr(module, "get_output_embeddings", None)
         if callable(getter):
-            output = getter()
-            output = output if output is None else _plain(output)
-            break
+            found = getter()
+            return found if isinstance(found, nn.Module) else None
+    return None
+
+
+def _all_linear(model: nn.Module, layers: list[tuple[str, nn.Module, nn.Module]]) -> set[str]:
+    """PEFT's "all-linear": the output embedding is left out."""
+    head = output_embedding(model)
+    output = None if head is None else _plain(head)
     return {name for name, _, plain in layers if is_linear(plain) and plain is not output}
 
 
