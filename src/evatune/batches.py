@@ -80,10 +80,8 @@ def require_arguments(name: str, function: Callable[..., Any] | None, arguments:
         return
     try:
         signature.bind(*arguments.split(", "))
-    except TypeError as error:
-        raise ConfigError(
-            f"{wanted}, which {signature} does not allow: {error}; write {name}=lambda {arguments}: …"
-        ) from None
+    except TypeError:
+        raise ConfigError(f"{wanted}, and what was given takes {signature}; write {name}=lambda {arguments}: …") from None
 
 
 def _is_text(batch: Any) -> bool:
