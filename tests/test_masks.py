@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import evatune
 from tests.test_architectures import TEXT, bart, bert, seeded, t5
+from tests.test_labels import llava
 
 torch.set_num_threads(1)
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -236,29 +238,39 @@ def test_the_mask_of_a_text_does_not_cut_images() -> None:
     assert rows == {"vision.0": 18, "vision.1": 18, "projector.0": 18, "text.0": 12, "text.1": 12}
 
 
-@pytest.mark.parametrize("length", [5, 12])  # an image has five rows
-def test_the_tower_of_a_vision_language_model_has_all_its_rows(length: int) -> None:
-    from tests.test_labels import llava
+def clip() -> nn.Module:
+    text, vision = transformers.CLIPTextConfig(**TEXT), transformers.CLIPVisionConfig(**SIZES, image_size=16, patch_size=8)
+    return seeded(transformers.CLIPModel, transformers.CLIPConfig(text_config=text, vision_config=vision))
 
-    batch = padded_tokens(3, length, real=3) | {"pixel_values": torch.randn(3, 3, 16, 16)}
-    batch["input_ids"] = batch["input_ids"] % 59
-    batch["input_ids"][:, :4] = 59 if length > 5 else batch["input_ids"][:, :4]
-    if length == 5:
-        config = transformers.CLIPConfig(
-            text_config=transformers.CLIPTextConfig(**TEXT),
-            vision_config=transformers.CLIPVisionConfig(**SIZES, image_size=16, patch_size=8),
-        )
-        model = seeded(transformers.CLIPModel, config)
-        vision, text = "vision_model.encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.mlp.fc1"
-    else:
-        model, vision, text = (
-            llava(),
-            "model.vision_tower.encoder.layers.0.mlp.fc1",
-            "model.language_model.layers.0.mlp.up_proj",
-        )
+
+def blip() -> nn.Module:
+    config = transformers.BlipConfig(
+        text_config={**TEXT, "encoder_hidden_size": 16, "projection_dim": 16, "pad_token_id": 0},
+        vision_config={**SIZES, "image_size": 16, "patch_size": 8},
+    )
+    return seeded(transformers.BlipForConditionalGeneration, config)
+
+
+# model → a layer of its vision tower, and one of its text's
+VISION: dict[str, tuple[Any, str, str]] = {
+    "clip": (clip, "vision_model.encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.mlp.fc1"),
+    "blip": (blip, "vision_model.encoder.layers.0.mlp.fc1", "text_decoder.bert.encoder.layer.0.intermediate.dense"),
+    "llava": (llava, "model.vision_tower.encoder.layers.0.mlp.fc1", "model.language_model.layers.0.mlp.up_proj"),
+}
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("case", VISION)
+def test_the_tower_of_a_vision_language_model_has_all_its_rows(case: str, adapted: bool) -> None:
+    build, vision, text = VISION[case]
+    batch = padded_tokens(3, 5, real=4) | {"pixel_values": torch.randn(3, 3, 16, 16)}  # an image has five rows, too
+    batch["input_ids"] = batch["input_ids"].fill_(59) if case == "llava" else batch["input_ids"] % 59
+    if case == "llava":
+        batch["input_ids"][:, 4] = 3
+    model = get_peft_model(build(), LoraConfig(target_modules="all-linear")) if adapted else build()
     spectra = evatune.calibrate(model, [batch], EXACT, targets="all-linear").spectra
     assert spectra[vision].rows == 3 * 5
-    assert spectra[text].rows == 3 * 3
+    assert spectra[text].rows == 3 * 4
 
 
 class Inner(nn.Module):

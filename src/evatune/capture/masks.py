@@ -128,23 +128,24 @@ class Masks:
         given = _arguments(parameters, args, kwargs)
         outer = self._calls[-1] if self._calls else None
         scope = self._scope if outer is None else outer.scope
-        if outer is None:
-            mask = _tensor(given, _MASK)
-            self._note_foreign(given, scope if mask is None else self._selector(mask, scope) or scope)
+        mask, encoder_mask = _tensor(given, _MASK), _tensor(given, _ENCODER_MASK)
         first, *others = [value for name, value in given.items() if _is_input(name, value)] or [None]
-        foreign = self._is_foreign(first)
-        if outer is not None:
+        if outer is None:
+            self._note_foreign(given, scope if mask is None else self._selector(mask, scope) or scope)
+            foreign = False
+        elif mask is not None and (scope, memory(mask)) in self._known:  # the model inside its wrapper, or around its parts
+            foreign = outer.foreign
+        else:
             nested = _is_model(module) and given.get(_MASK) is None
-            foreign = outer.foreign or foreign or (nested and self._is_of_other_length(first, scope))
-            if foreign and not outer.foreign:
-                scope = RowSelector()
+            foreign = outer.foreign or self._is_foreign(first) or (nested and self._is_of_other_length(first, scope))
+        if foreign and outer is not None and not outer.foreign:
+            scope = RowSelector()
         if module is self._decoder:
-            scope, foreign = self._of_decoder(given.get(_MASK)), False
+            scope, foreign = self._of_decoder(mask), False
         encoded = _tensor(given, _ENCODED)
         if encoded is None:  # cross-attention may know it by another name
             known = (call.encoded for call in self._calls if call.encoded is not None)
             encoded = next((x for x in known if any(x is value for value in (first, *others))), None)
-        mask, encoder_mask = _tensor(given, _MASK), _tensor(given, _ENCODER_MASK)
         if encoded is not None and _ENCODER_MASK not in (*parameters, *given):  # cross-attention, which has one mask
             mask, encoder_mask = None, mask
         mixed = any(self._is_foreign(value) for value in others)
@@ -181,10 +182,9 @@ class Masks:
         """Remember what the model is given beside the tokens that its mask speaks about: images, sounds."""
         if selector.mask is None:
             return
-        b, t = selector.mask.shape
         for name, value in given.items():
             if "mask" not in name:
-                self._foreign += [x for x in _tensors(value) if x.ndim > 3 or not {b, t} <= set(x.shape)]
+                self._foreign += [x for x in _tensors(value) if not _may_hold_tokens(x, selector)]
 
     def _is_foreign(self, x: Any) -> bool:
         if not self._foreign or not isinstance(x, Tensor):
@@ -196,7 +196,7 @@ class Masks:
         """Whether `x` holds nothing for each of the tokens that the masks around speak about."""
         masks = [self._selector(call.mask, scope) for call in self._calls if call.mask is not None and call.mask.ndim < 4]
         known = [mask for mask in (*masks, scope) if mask is not None and mask.mask is not None]
-        return isinstance(x, Tensor) and bool(known) and not any(_holds_tokens(x, mask) for mask in known)
+        return isinstance(x, Tensor) and bool(known) and not any(_may_hold_tokens(x, mask) for mask in known)
 
 
 def decoder_of(model: nn.Module) -> nn.Module | None:
@@ -251,10 +251,10 @@ def _is_model(module: nn.Module) -> bool:
     return hasattr(type(module), "main_input_name")
 
 
-def _holds_tokens(x: Tensor, mask: RowSelector) -> bool:
-    """Whether `x` may be the token ids, or embedded tokens, that a mask speaks about."""
+def _may_hold_tokens(x: Tensor, mask: RowSelector) -> bool:
+    """Whether `x` may be the token ids, embedded tokens or features in time that a mask speaks about."""
     assert mask.mask is not None
-    return x.ndim in (2, 3) and mask.fits(x.shape[:2])
+    return x.ndim <= 3 and set(mask.mask.shape) <= set(x.shape)
 
 
 def _may_be_tokens(places: torch.Size, mask: RowSelector) -> bool:
