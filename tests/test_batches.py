@@ -45,6 +45,10 @@ NO_BATCHES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "encodings": (lambda: [object()], r"each batch is a object without a tensor in it"),
     "tensors of one dimension": (lambda: [torch.tensor(ids) for ids in some_ids()], SINGLE),
+    "what a policy has made": (
+        lambda: [{"prompt_ids": torch.tensor(some_ids()), "completion_ids": torch.tensor(some_ids())}],
+        r"GRPOTrainer and its like; give tokenized prompts: evatune.initialize\(trainer.model, batches\)",
+    ),
     "splits": (lambda: DatasetDict(train=Dataset.from_dict({"a": [1]})), r"batches\['train'\]"),
     "a file's name": (lambda: "data.jsonl", r"batches is a str, 'data.jsonl', which is not opened"),
     "a path": (lambda: Path("data.jsonl"), r"batches is a PosixPath, 'data.jsonl'"),

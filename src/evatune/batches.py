@@ -55,6 +55,11 @@ def fault_of(batch: Any, model: nn.Module) -> str | None:
         return f"each batch is text ({type(batch).__name__}); {_TOKENIZE}"
     if isinstance(batch, (list, tuple)) and batch and all(isinstance(x, (Mapping, str)) for x in batch):
         return f"each batch is a list of {len(batch)} single examples ({type(batch[0]).__name__}); {_COLLATE}"
+    if isinstance(batch, Mapping) and {"prompt_ids", "completion_ids"} <= batch.keys():
+        return (
+            "each batch holds prompts and what the model has made of them (prompt_ids, completion_ids), as of TRL's "
+            "GRPOTrainer and its like; give tokenized prompts: evatune.initialize(trainer.model, batches)"
+        )
     single = _single_example(batch, model)
     if single is not None:
         return single

@@ -62,7 +62,8 @@ def calibrate(
     Args:
         model: any `nn.Module`, or a `PeftModel` (its adapters stand aside, so the result is the base model's); looked
             for inside DistributedDataParallel, DataParallel and DeepSpeed's engine.
-        batches: DataLoader, list, iterator or generator. Each batch is read once, one pass at most.
+        batches: DataLoader, list, iterator or generator. Each batch is read once, one pass at most. Making them may run
+            the model, which is as it was found meanwhile: its modes, its adapters, no hook; nothing of that is counted.
         config: settings; `CalibrationConfig()` by default.
         targets: which layers, as PEFT names them: "all-linear", a list of names or suffixes, or a regular
             expression for whole names. Default: the layers that carry an adapter, else "all-linear". Besides linear
@@ -71,9 +72,10 @@ def calibrate(
             in which the weights of experts are stacked (one entry per expert, "….0", "….1", …).
         forward: `forward(model, batch)` replaces the default call: `model(**batch)` for a mapping or a
             dataclass, `model(*batch)` for a tuple or list, `model(batch)` for a tensor.
-        rows: `rows(activation, batch, layer_name)` → (n, d) replaces the default choice of rows: all tokens
-            that `attention_mask` does not exclude (inside the decoder of an encoder-decoder model: its own mask, else
-            those with a label). Layers then no longer share sketches. The activation is the layer's input, of a
+        rows: `rows(activation, batch, layer_name)` → (n, d) replaces the default choice of rows: all tokens that the
+            `attention_mask` of the nearest module around the layer does not exclude, else that of the batch; a warning
+            names layers that no mask fits, of which all rows count (inside the decoder of an encoder-decoder model:
+            its own mask, else those with a label). Layers then no longer share sketches. The activation is the layer's input, of a
             convolution its patches (batch, positions, d), of an embedding the ids, of which it returns (n,).
         progress: called with a `Progress` after each batch.
         checkpoint: a file to go on from after an interruption, see `evatune.checkpoint.Checkpoint`. One process only.
@@ -89,7 +91,8 @@ def calibrate(
         status that says how; nothing is raised for them here.
 
     Raises:
-        TargetError: no layer matches. DataError: no batch, or something that is not batches.
+        TargetError: no layer matches. DataError: no batch, or something that is not batches. ConfigError: a `forward` or
+        `rows` of other arguments.
         AdapterError: weights in the shards of DeepSpeed's zero.Init that no engine gathers.
         ProcessError: another process failed, is lost, or has another model, other weights, targets or settings.
         Whatever the model itself raises. In every case the model, its modes, hooks, gradients and the

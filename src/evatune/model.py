@@ -130,7 +130,7 @@ def as_base(model: nn.Module) -> Iterator[None]:
         with eager, adapters_off(model):
             for module, _ in modes:
                 # In evaluation mode bitsandbytes packs 4-bit weights on a CPU anew, for good, and they train no more.
-                _set_mode(module, hasattr(module, "support_avx512bf16_for_cpu"))
+                _set_mode(module, "support_avx512bf16_for_cpu" in module.__dict__)
             yield
     finally:
         for module, training in modes:

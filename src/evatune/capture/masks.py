@@ -26,9 +26,22 @@ from evatune.capture.targets import Site, is_wrapper
 _MASK, _ENCODED, _ENCODER_MASK = "attention_mask", "encoder_hidden_states", "encoder_attention_mask"
 
 
+@dataclass(frozen=True)
+class _Signature:
+    """What a module's `forward` takes by position, and whether the module is a whole model of transformers."""
+
+    names: tuple[str, ...]
+    is_model: bool
+
+    @property
+    def takes_masks(self) -> bool:
+        """Whether a mask may come with a call: by name, or among keywords of any name."""
+        return self.is_model or not {_MASK, _ENCODER_MASK, _ENCODED}.isdisjoint(self.names) or not self.names
+
+
 @dataclass(eq=False)
 class _Call:
-    """A module that is running, and what it was called with.
+    """What a module that is running was called with; also those inside it that were called with nothing new.
 
     Attributes:
         mask: of its own tokens. encoded: rows of an encoder, handed to it. encoder_mask: of those.
@@ -37,7 +50,6 @@ class _Call:
         after: the decoder that has run inside it, to whose tokens what comes later belongs.
     """
 
-    module: nn.Module
     mask: Tensor | None
     encoded: Tensor | None
     encoder_mask: Tensor | None
@@ -62,8 +74,8 @@ class Masks:
         self, model: nn.Module, sites: Sequence[Site], *, labels_only: bool = False, ignore_index: int = -100
     ) -> None:
         self._decoder = decoder_of(model)
-        followed = _around(model, sites) + ([] if self._decoder is None else [self._decoder])
-        self._parameters = {module: _parameters(module) for module in followed}
+        followed = [model, *_around(model, sites), *([] if self._decoder is None else [self._decoder])]
+        self._signatures = {module: _signature(module) for module in followed}
         self._labels_only = labels_only
         self._ignore_index = ignore_index
         self._unplaced: dict[str, None] = {}  # layers whose rows no mask could tell apart, though some are masked out
@@ -73,29 +85,47 @@ class Masks:
     def begin(self, batch: Any, scope: RowSelector) -> None:
         """A forward pass on `batch` comes next; `scope` is what the batch itself says."""
         self._batch, self._scope = batch, scope
-        self._calls: list[_Call] = []
+        self._running: list[tuple[nn.Module, _Call]] = []
         self._foreign: list[Tensor] = []  # kept, so that nothing else comes to lie in their memory
         self._known: dict[Any, tuple[Tensor, RowSelector | None]] = {}
+        self._answers: dict[Any, tuple[RowSelector, bool]] = {}
         given = batch_field(batch, _MASK)
         if isinstance(given, Tensor):
             self._known[scope, memory(given)] = given, scope
 
     def watch(self, undo: ExitStack) -> None:
-        """Put hooks on the modules around the watched layers, until `undo` is closed."""
-        for module, parameters in self._parameters.items():
-            enter = partial(self._enter, parameters)
-            undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            undo.callback(module.register_forward_hook(self._leave, always_call=True).remove)
+        """Put hooks on the modules around the watched layers, until `undo` is closed.
+
+        Those that take no mask matter only where rows may come from something else than tokens.
+        """
+        scope = self._scope
+        others = any(scope.mask is None or not _may_hold_tokens(x, scope) for x in _tensors(self._batch))
+        for module, signature in self._signatures.items():
+            if others or signature.takes_masks:
+                enter = partial(self._enter, signature)
+                undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                undo.callback(module.register_forward_hook(self._leave, always_call=True).remove)
 
     def selector(self, name: str, x: Tensor, places: torch.Size | None) -> RowSelector:
         """Return who chooses among the rows of `x`, an activation of the layer `name` with these leading dimensions."""
         if places is None or self._is_foreign(x):
             return ALL_ROWS
-        calls = [call.after or call for call in reversed(self._calls)]
+        calls = list(dict.fromkeys(call.after or call for _, call in reversed(self._running)))
+        encoders = [call.encoder_mask for call in calls if call.encoded is x]
+        key = calls[0] if calls else None, places, bool(encoders)
+        if key not in self._answers:
+            self._answers[key] = self._find(calls, encoders, places)
+        answer, unplaced = self._answers[key]
+        if unplaced:
+            self._unplaced[name] = None
+        return answer
+
+    def _find(self, calls: list[_Call], encoders: list[Tensor | None], places: torch.Size) -> tuple[RowSelector, bool]:
+        """Return the selector of the nearest mask that fits, and whether one that masks rows out should and does not."""
         around = calls[0].scope if calls else self._scope
         scope, given = around, [call.mask for call in calls if call.scope is around]
-        if any(call.encoded is x for call in self._calls):
-            scope, given = ALL_ROWS, [call.encoder_mask for call in calls if call.encoded is x]
+        if encoders:
+            scope, given = ALL_ROWS, encoders
         masks = [mask for mask in given if mask is not None]
         # Those of four dimensions are made from the others, and to read one is to wait for the device once more.
         flat = [*(self._selector(mask, scope) for mask in masks if mask.ndim < 4), scope]
@@ -105,11 +135,10 @@ class Masks:
             if selector is None or selector.mask is None:
                 continue
             if selector.fits(places):
-                return ALL_ROWS if selector.index is None else selector
+                return ALL_ROWS if selector.index is None else selector, False
             missed = missed if selector.index is None else selector
-        if missed is not None and not (calls and calls[0].mixed) and _may_be_tokens(places, missed):
-            self._unplaced[name] = None
-        return ALL_ROWS
+        mixed = bool(calls) and calls[0].mixed
+        return ALL_ROWS, missed is not None and not mixed and _may_be_tokens(places, missed)
 
     def warn_once(self) -> None:
         """Name the layers of which padding may have been counted, after the first forward pass with such."""
@@ -124,9 +153,22 @@ class Masks:
             stacklevel=4,
         )
 
-    def _enter(self, parameters: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = _arguments(parameters, args, kwargs)
-        outer = self._calls[-1] if self._calls else None
+    def _enter(self, signature: _Signature, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        outer = self._running[-1][1] if self._running else None
+        given = _arguments(signature.names, args, kwargs)
+        new = outer is None or self._says_something_new(signature, module, given, outer)
+        call = self._call(signature, module, given, outer) if new else outer
+        assert call is not None
+        self._running.append((module, call))
+
+    def _says_something_new(self, signature: _Signature, module: nn.Module, given: Mapping[str, Any], outer: _Call) -> bool:
+        """Whether a call tells more than the one around it; most do not, and cost next to nothing."""
+        if self._foreign or outer.encoded is not None or given.get(_ENCODED) is not None:
+            return True
+        mask = given.get(_MASK)
+        return module is self._decoder or (signature.is_model if mask is None else mask is not outer.mask)
+
+    def _call(self, signature: _Signature, module: nn.Module, given: Mapping[str, Any], outer: _Call | None) -> _Call:
         scope = self._scope if outer is None else outer.scope
         mask, encoder_mask = _tensor(given, _MASK), _tensor(given, _ENCODER_MASK)
         first, *others = [value for name, value in given.items() if _is_input(name, value)] or [None]
@@ -136,7 +178,7 @@ class Masks:
         elif mask is not None and (scope, memory(mask)) in self._known:  # the model inside its wrapper, or around its parts
             foreign = outer.foreign
         else:
-            nested = _is_model(module) and given.get(_MASK) is None
+            nested = signature.is_model and given.get(_MASK) is None
             foreign = outer.foreign or self._is_foreign(first) or (nested and self._is_of_other_length(first, scope))
         if foreign and outer is not None and not outer.foreign:
             scope = RowSelector()
@@ -144,31 +186,30 @@ class Masks:
             scope, foreign = self._of_decoder(mask), False
         encoded = _tensor(given, _ENCODED)
         if encoded is None:  # cross-attention may know it by another name
-            known = (call.encoded for call in self._calls if call.encoded is not None)
+            known = (call.encoded for _, call in self._running if call.encoded is not None)
             encoded = next((x for x in known if any(x is value for value in (first, *others))), None)
-        if encoded is not None and _ENCODER_MASK not in (*parameters, *given):  # cross-attention, which has one mask
+        if encoded is not None and _ENCODER_MASK not in (*signature.names, *given):  # cross-attention, which has one mask
             mask, encoder_mask = None, mask
-        mixed = any(self._is_foreign(value) for value in others)
-        call = _Call(module, mask, encoded, encoder_mask, scope, foreign, mixed)
-        self._calls.append(call)
+        return _Call(mask, encoded, encoder_mask, scope, foreign, mixed=any(self._is_foreign(value) for value in others))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if all(call.module is not module for call in self._calls):
+        if all(running is not module for running, _ in self._running):
             return  # another hook ended the call before ours saw it
-        while (call := self._calls.pop()).module is not module:
-            pass
-        outer = self._calls[-1] if self._calls else None
+        while self._running and self._running[-1][0] is not module:
+            self._running.pop()
+        call = self._running.pop()[1]
+        outer = self._running[-1][1] if self._running else None
         if call.foreign and outer is not None and not outer.foreign:
             self._foreign += _tensors(output)
         if module is self._decoder:
-            for around in self._calls:
+            for _, around in self._running:
                 around.after = call
 
     def _selector(self, mask: Tensor, scope: RowSelector) -> RowSelector | None:
         """Return the selector of a mask that a module was called with, and of the labels of the tokens around it."""
         key = scope, memory(mask)
         if key not in self._known:
-            tokens = token_mask(mask, given_by_user=not self._calls)
+            tokens = token_mask(mask, given_by_user=not self._running)
             self._known[key] = mask, None if tokens is None else scope.narrowed(tokens)
         return self._known[key][1]
 
@@ -194,7 +235,8 @@ class Masks:
 
     def _is_of_other_length(self, x: Any, scope: RowSelector) -> bool:
         """Whether `x` holds nothing for each of the tokens that the masks around speak about."""
-        masks = [self._selector(call.mask, scope) for call in self._calls if call.mask is not None and call.mask.ndim < 4]
+        around = (call.mask for _, call in self._running)
+        masks = [self._selector(mask, scope) for mask in around if mask is not None and mask.ndim < 4]
         known = [mask for mask in (*masks, scope) if mask is not None and mask.mask is not None]
         return isinstance(x, Tensor) and bool(known) and not any(_may_hold_tokens(x, mask) for mask in known)
 
@@ -220,13 +262,14 @@ def _around(model: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
     return list(dict.fromkeys(around))
 
 
-def _parameters(module: nn.Module) -> tuple[str, ...]:
-    """Names of the arguments that a module's `forward` takes by position."""
+def _signature(module: nn.Module) -> _Signature:
     try:
         parameters = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):  # some builtins have none
-        return ()
-    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+        parameters = ()  # type: ignore[assignment]
+    names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    # Those models are handed the mask of their own input, if it has one.
+    return _Signature(names, hasattr(type(module), "main_input_name"))
 
 
 def _arguments(parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,7 +277,7 @@ def _arguments(parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: Mappi
     given = dict(zip(parameters, args, strict=False))
     given |= {str(place): value for place, value in enumerate(args[len(parameters) :])}
     given |= {name: kwargs[name] for name in parameters if name in kwargs}
-    return given | kwargs
+    return given | dict(kwargs)
 
 
 def _tensor(given: Mapping[str, Any], name: str) -> Tensor | None:
@@ -244,11 +287,6 @@ def _tensor(given: Mapping[str, Any], name: str) -> Tensor | None:
 
 def _is_input(name: str, value: Any) -> bool:
     return isinstance(value, Tensor) and "mask" not in name
-
-
-def _is_model(module: nn.Module) -> bool:
-    """Whether this is a whole model of transformers; those are handed the mask of their own input, if it has one."""
-    return hasattr(type(module), "main_input_name")
 
 
 def _may_hold_tokens(x: Tensor, mask: RowSelector) -> bool:

@@ -196,7 +196,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     PEFT's own `disable_adapter` also rewrites `requires_grad`; this touches the one flag that the forward
     pass reads. It lets adapters on the meta device (low_cpu_mem_usage) stand aside as well.
     """
-    switches = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
+    # Not hasattr(m, …): what a module does not have it looks for at length, and this runs for each batch.
+    key = "_disable_adapters"
+    switches = [m for m in model.modules() if key in m.__dict__ or hasattr(type(m), key)]
     if any(getattr(m, "merged_adapters", None) for m in switches):
         raise AdapterError("an adapter is merged into the base weights; call unmerge_adapter() first")
     before = [m._disable_adapters for m in switches]
