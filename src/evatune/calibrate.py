@@ -75,8 +75,8 @@ def calibrate(
         rows: `rows(activation, batch, layer_name)` → (n, d) replaces the default choice of rows: all tokens that the
             `attention_mask` of the nearest module around the layer does not exclude, else that of the batch; a warning
             names layers that no mask fits, of which all rows count (inside the decoder of an encoder-decoder model:
-            its own mask, else those with a label). Layers then no longer share sketches. The activation is the layer's input, of a
-            convolution its patches (batch, positions, d), of an embedding the ids, of which it returns (n,).
+            its own mask, else those with a label). Layers then no longer share sketches. The activation is the layer's
+            input, of a convolution its patches (batch, positions, d), of an embedding the ids, of which it returns (n,).
         progress: called with a `Progress` after each batch.
         checkpoint: a file to go on from after an interruption, see `evatune.checkpoint.Checkpoint`. One process only.
 
