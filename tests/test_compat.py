@@ -146,6 +146,25 @@ def test_layers_missing_from_the_state_dict_start_as_pefts_default_with_a_warnin
     assert torch.allclose(output(loaded, tokens()[0]), output(model, tokens()[0]), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("build", "targets", "batches"),
+    [
+        (tiny_bert, ["word_embeddings"], tokens(2)),
+        (tiny_llama, ["embed_tokens"], iter(tokens(2))),
+    ],
+)
+def test_targets_that_pefts_eva_does_not_know_start_as_pefts_default_with_a_warning(
+    build: Any, targets: list[str], batches: Any
+) -> None:
+    assert get_eva_state_dict(build(), batches, config(target_modules=targets), **QUIET) == {}
+    model = adapted(build(), target_modules=targets)
+    before = {name: value.clone() for name, value in model.state_dict().items() if "base_layer" in name}
+    with pytest.warns(UserWarning, match="initialized with init_lora_weights=True because they were not found in the eva"):
+        initialize_lora_eva_weights(model, batches, **QUIET)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert model.peft_config["default"].target_modules == set(targets)
+
+
 def test_an_empty_state_dict_leaves_every_layer_to_peft() -> None:
     model = adapted(tiny_bert(), target_modules=["query"])
     with pytest.warns(UserWarning, match="init_lora_weights=True"):
@@ -382,10 +401,11 @@ def test_save_and_load(tmp_path: Path, meta: bool) -> None:
     ("call", "text"),
     [
         (lambda: get_eva_state_dict(tiny_bert(), tokens()), "peft_config is required"),
-        (lambda: get_eva_state_dict(tiny_bert(), [], config(), **QUIET), "batches is empty"),
-        (lambda: initialize_lora_eva_weights(adapted(tiny_bert()), [], **QUIET), "batches is empty"),
+        (lambda: get_eva_state_dict(tiny_bert(), [], config(), **QUIET), "dataloader is empty"),
+        (lambda: initialize_lora_eva_weights(adapted(tiny_bert()), [], **QUIET), "dataloader is empty"),
+        (lambda: get_eva_state_dict(adapted(tiny_bert()), iter(()), **QUIET), "dataloader is empty"),
         (lambda: get_eva_state_dict(tiny_bert(), 3, config(), **QUIET), "cannot be iterated over"),  # type: ignore[arg-type]
-        (lambda: get_eva_state_dict(tiny_bert(), tokens(), config(target_modules=["nope"])), "match no linear layer"),
+        (lambda: get_eva_state_dict(tiny_bert(), tokens(), config(target_modules=["nope"])), "match no layer"),
         (lambda: get_eva_state_dict(tiny_bert(), tokens(), config(rank_pattern={"query": 2})), "rank_pattern"),
         (lambda: initialize_lora_eva_weights(tiny_bert(), tokens()), "must be a PeftModel"),
         (lambda: initialize_lora_eva_weights(adapted(tiny_bert())), "dataloader is required"),

@@ -159,6 +159,14 @@ def test_minimum_rank_is_given_first() -> None:
     assert allocate(layers, rank=2, rho=2, min_rank=1).ranks == {"rich": 3, "poor": 1}
 
 
+def test_a_floor_is_a_minimum_of_one_layer_alone() -> None:
+    poor = {name: candidate([1e-3, 1e-4], 9, 9, rest=100) for name in ("poor", "floored")}
+    layers = {"rich": candidate([9, 8, 7, 6], 9, 9)} | poor
+    plan = allocate(layers, rank=2, rho=2.5, floors={"floored": 2})
+    assert plan.ranks == {"rich": 4, "poor": 0, "floored": 2}
+    assert allocate(layers, rank=2, rho=2.5, floors={"floored": 1}, min_rank=1).ranks["poor"] == 1
+
+
 def test_a_parameter_budget_is_spent_to_the_last_parameter_on_shapes_of_real_models() -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = {"q": (8192, 8192), "k": (8192, 1024), "v": (8192, 1024), "o": (8192, 8192), "gate": (8192, 28672),

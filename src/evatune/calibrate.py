@@ -17,7 +17,7 @@ from evatune.capture.tap import RowsFunction
 from evatune.capture.targets import Targets, unwrapped
 from evatune.checkpoint import Checkpoint
 from evatune.config import CalibrationConfig
-from evatune.errors import ConfigError, DataError
+from evatune.errors import ConfigError, DataError, NoBatchError
 from evatune.model import (
     ForwardFunction,
     as_base,
@@ -131,10 +131,12 @@ def run(
     progress: Callable[[Progress], None] | None = None,
     checkpoint: Checkpoint | None = None,
     caps: Mapping[str, int] | None = None,
+    active: Callable[[Any], Tensor] | None = None,
 ) -> Calibration:
     """`calibrate` for layers that are already chosen, on a model without a wrapper for several devices.
 
     Args:
+        active: from a batch to the (B, T) positions at which the adapter acts; None: at all.
         caps: what the stop rule's trial redistribution keeps to, as `allocate` does.
     """
     require_gathering(model)
@@ -145,7 +147,7 @@ def run(
     config = replace(config, rank=config.rank_or_default, rho=config.rho_or_default, labels_only=labels_only)
     device, in_step = model_device(model), team.size > 1 and is_sharded(model)
     call = forward or call_model
-    select = selector_for(model, labels_only, config.ignore_index, None if is_sharded(model) else call)
+    select = selector_for(model, labels_only, config.ignore_index, None if is_sharded(model) else call, active)
 
     def newborn(site: Site, device: torch.device) -> Sketch:
         return make_sketch(
@@ -209,7 +211,7 @@ def run(
                 checkpoint.write(*_snapshot(monitor, feed, model, tap.cut_short))
     total = monitor.batches if team.size > 1 else feed.count
     if total == 0:
-        raise DataError(_NO_DATA)
+        raise NoBatchError(_NO_DATA)
     # Of several processes some may have ended early, while the turns of the others ran out.
     bounded = total >= config.max_batches or (team.size > 1 and monitor.more)
     ended = Status.MAX_BATCHES if bounded else Status.DATA_EXHAUSTED
@@ -261,7 +263,7 @@ def _anyone(team: Team, came: bool, turn: int) -> bool:
     everyone = team.gather(came)
     lacking = [str(rank) for rank, has in enumerate(everyone) if not has]
     if turn == 1 and len(lacking) == team.size:
-        raise DataError(_NO_DATA)
+        raise NoBatchError(_NO_DATA)
     if turn == 1 and lacking:
         raise DataError(
             f"process {', '.join(lacking)} of {team.size} got not one batch; give every process data of its own, or start "

@@ -39,6 +39,7 @@ class Layer:
     first_bad_batch: int | None = None  # counted from 1, over all processes
     bad_process: int | None = None  # the one that had it, where several worked together
     cap: int | None = None  # the most ranks it may get, by the `rank_pattern` of the adapter it was calibrated for
+    floor: int = 0  # the fewest ranks it gets: 1 for embeddings that PEFT saves with their adapter
     groups: int = 1  # ranks come in multiples of this: groups of a convolution
     unit: str = ""  # layers with the same name here have one rank: the experts of one weight, parts of one attention
 
@@ -79,7 +80,10 @@ class Calibration:
         metric: str | None = None,
         min_rank: int = 0,
     ) -> RankPlan:
-        """Redistribute a rank budget; see `evatune.ranks.allocate`. Defaults come from `config`, caps from `layers`."""
+        """Redistribute a rank budget; see `evatune.ranks.allocate`.
+
+        Defaults come from `config`, caps and floors from `layers`.
+        """
         config = self.config
         return _allocate(
             {name: layer.candidate(self.spectra[name]) for name, layer in self.layers.items()},
@@ -89,6 +93,7 @@ class Calibration:
             metric=config.metric if metric is None else metric,
             min_rank=min_rank,
             caps={name: layer.cap for name, layer in self.layers.items() if layer.cap is not None},
+            floors={name: layer.floor for name, layer in self.layers.items() if layer.floor},
         )
 
     @classmethod

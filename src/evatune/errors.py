@@ -5,6 +5,7 @@
     │   └── BudgetError    a rank budget that the layers cannot take up
     ├── TargetError        targets that match no layer, or a layer kind that is not supported   (also ValueError)
     ├── DataError          batches, texts or files that cannot be used                         (also ValueError)
+    │   └── NoBatchError   data without a single batch
     ├── LayerError         layers whose activations give nothing to start an adapter from      (also ValueError)
     ├── RecordError        a calibration or adapter file that is damaged or not ours           (also ValueError)
     ├── AdapterError       a model or adapter in a state that cannot be initialised            (also ValueError)
@@ -34,6 +35,10 @@ class TargetError(EvatuneError, ValueError):
 
 class DataError(EvatuneError, ValueError):
     """Batches, texts or files cannot be used."""
+
+
+class NoBatchError(DataError):
+    """Not one batch came."""
 
 
 class LayerError(EvatuneError, ValueError):

@@ -69,20 +69,22 @@ def initialize(
             same adapter. A Trainer's processes share its batches out.
         adapter_name: which adapter to initialise; no other is touched.
         overwrite: let an adapter that is trained already start over: B = 0 and, with DoRA, magnitudes as at the start.
-            Modules trained in full (`modules_to_save`) stay as they are. Refused where the adapter's own start has changed
-            the base weights (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) or the way it trains (MiCA).
+            Modules trained in full (`modules_to_save`) stay as they are.
         on_unsupported: adapted layers of a kind that EVA does not initialise are an "error" that names them, or with
             "skip" stay as PEFT initialised them, at their rank and outside the budget, and are named in a warning.
 
     Returns:
-        The `Calibration`. Afterwards B = 0, so the model's output is what it was; ranks and α are set in the
-        adapter's config (`rank_pattern`, `alpha_pattern`) such that each layer's scale is what it was, α over r
+        The `Calibration`. Afterwards B = 0, so the model's output is what it was; ranks and α are
+        set in a copy of the adapter's config, which `model.peft_config[adapter_name]` then is, such
+        that each layer's scale is what it was, α over r
         (rsLoRA: over its root) with both patterns, whatever its new rank, unless `rank` replaces r; layers of rank 0 carry
         this adapter no more; `save_pretrained` writes a folder that plain PEFT loads. A Trainer logs, at the start of each
         `train()`, what the calibration found, for its trackers (`report_to`) too: see `evatune.trainers.summary`.
 
     Raises:
-        AdapterError: no LoRA adapter of that name, or one that is merged, or trained already (unless `overwrite`); a
+        AdapterError: no LoRA adapter of that name, or one that is merged, or trained already
+            (unless `overwrite`), whose start has changed the base weights (PiSSA, OLoRA, CorDA, LoftQ,
+            LoRA-GA), or of a variant of LoRA that does not fit (`evatune.adapters.variants`); a
             `Calibration` of another model; a Trainer that has an optimiser already.
         LayerError: layers without a usable result. BudgetError: the budget cannot be met.
         ConfigError: options that contradict each other, the adapter's config or the `Calibration`.

@@ -63,6 +63,7 @@ def allocate(
     metric: str = "ratio",
     min_rank: int = 0,
     caps: Mapping[str, int] | None = None,
+    floors: Mapping[str, int] | None = None,
 ) -> RankPlan:
     """Redistribute a rank budget over layers.
 
@@ -79,6 +80,7 @@ def allocate(
         caps: layer name → the most ranks it may get, instead of ⌊ρ·r⌋. In the budget and in `uniform_parameters` such a
             layer counts with its cap, not with r. So ρ = 1 gives every layer its cap or r, and PEFT's `rank_pattern` in
             the role of `caps` costs what it costs without redistribution.
+        floors: layer name → the fewest ranks it gets, as `min_rank` of that layer alone.
 
     Returns:
         The plan with the greatest sum of metrics among those that spend the budget exactly, or, where no
@@ -129,7 +131,10 @@ def allocate(
             "data, or leave these layers out of the targets"
         )
 
-    forced = {unit: min(-(-min_rank // steps[unit]) * steps[unit], caps[unit]) for unit in units}
+    forced = {}
+    for unit, tied in units.items():
+        least = max(min_rank, *(floors.get(name, 0) for name in tied)) if floors else min_rank
+        forced[unit] = min(-(-least // steps[unit]) * steps[unit], caps[unit])
     left = limit - sum(forced[unit] * costs[unit] for unit in units)
     if left < 0:
         raise BudgetError(f"min_rank={min_rank} alone costs {limit - left} {budget}, the budget is {limit}; lower it")

@@ -11,6 +11,7 @@ What differs from PEFT 0.21, on purpose:
 - `EvaConfig.whiten` divides each direction by the standard deviation along it, once.
 - The label mask is shifted for causal language models: position t predicts label t + 1.
 - A state dict may come from the base model or from the `PeftModel`; a dict that fits no layer is an error.
+- Variants of LoRA that do not fit EVA are refused. Of activated LoRA, rows count that it acts on.
 - The caller's mappings, model and batches stay as they are, and an adapter that is trained already is refused.
 - Afterwards the adapter's config says `init_lora_weights=True`, since nothing is left to initialise.
 """
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 from evatune.adapters.layers import Slot, find_slots
 from evatune.adapters.peft import label_settings, lora_config, require_fresh, usual_start, write_rows
 from evatune.adapters.scale import scaled_rows
+from evatune.adapters.variants import active_positions, require_known_variant
 from evatune.batches import iterate
 from evatune.calibrate import Progress, run
 from evatune.capture import RowSelector, Site, find_sites, selector_for
@@ -45,7 +47,7 @@ from evatune.capture.rows import batch_field
 from evatune.capture.tap import RowsFunction
 from evatune.capture.targets import peft_name, sites_of
 from evatune.config import CalibrationConfig
-from evatune.errors import AdapterError, ConfigError, DataError, TargetError
+from evatune.errors import AdapterError, ConfigError, DataError, NoBatchError, TargetError
 from evatune.model import model_device, to_device
 from evatune.processes import Team
 
@@ -86,6 +88,7 @@ def get_eva_state_dict(
     Returns:
         Name of the layer in `model` (in a `PeftModel` with its prefix) → (rank, in) float32 on the model's device, also
         (0, in). No two tensors share storage, so safetensors saves it. PEFT's own `initialize_lora_eva_weights` takes it.
+        Empty where no layer is linear, which is all that PEFT's EVA knows.
 
     Raises:
         AdapterError: no config, or one with a `rank_pattern`. ConfigError: a mapping with names that are not there.
@@ -104,7 +107,10 @@ def get_eva_state_dict(
             "redistributed within EvaConfig.rho"
         )
     eva = peft_config.eva_config or EvaConfig()
+    require_known_variant(model, peft_config, adapter_name)
     sites = _sites(model, peft_config, adapter_name)
+    if not sites:
+        return {}
     if isinstance(prepare_layer_inputs_fn, Mapping):
         unknown = prepare_layer_inputs_fn.keys() - {site.name for site in sites}
         if unknown:
@@ -127,7 +133,14 @@ def get_eva_state_dict(
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     show = show_progress_bar and not (distributed and torch.distributed.get_rank())
     with Team.formed(config.distributed, device) as team, _bar(show) as progress:
-        calibration = run(model, sites, batches, config, team, forward=forward, rows=rows, progress=progress)
+        options: dict[str, Any] = {"forward": forward, "rows": rows, "progress": progress}
+        options["active"] = active_positions(peft_config)
+        try:
+            calibration = run(model, sites, batches, config, team, **options)
+        except NoBatchError:
+            raise NoBatchError(
+                "the dataloader is empty: not one batch came; give a DataLoader, a list or a generator with data"
+            ) from None
     calibration.require_usable()
     scale = "whiten" if eva.whiten else "paper"
     return {
@@ -175,6 +188,7 @@ def initialize_lora_eva_weights(
             "for nothing of the kind"
         )
     slots, others = _linear_slots(model, adapter_name)
+    require_known_variant(model, lora, adapter_name)
     require_fresh(slots, adapter_name)
     if eva_state_dict is None:
         if dataloader is None:
@@ -236,21 +250,23 @@ def _sites(model: nn.Module, config: LoraConfig, adapter_name: str) -> list[Site
     """The layers to calibrate, under their names in `model`; unsupported kinds are left out, as PEFT does."""
     if hasattr(model, "peft_config"):
         slots, _ = _linear_slots(model, adapter_name)
-        sites = [Site(slot.path, slot.sites[0].module, slot.sites[0].part, slot.path) for slot in slots]
-    else:
-        layers = {name: module for name, module in model.named_modules() if is_linear(module)}
-        if config.target_modules is None or config.target_modules == "all-linear":
-            every = {site.module for site in find_sites(model, "all-linear")}
-            config = copy.copy(config)
-            config.target_modules = {name for name, module in layers.items() if module in every}
-        matched = [(name, module) for name, module in layers.items() if check_target_module_exists(config, name)]
-        sites = [site for name, module in matched for site in sites_of(name, module, parts_of(module))]
-    if not sites:
+        first = {slot.path: slot.sites[0] for slot in slots}
+        return [Site(path, site.module, site.part, path) for path, site in first.items()]
+    layers = dict(model.named_modules())
+    if config.target_modules is None or config.target_modules == "all-linear":
+        every = {site.module for site in find_sites(model, "all-linear")}
+        config = copy.copy(config)
+        config.target_modules = {name for name, module in layers.items() if module in every}
+    names = [name for name in layers if check_target_module_exists(config, name)]
+    matched = {name: layers[name] for name in names}
+    if not matched:
         raise TargetError(
-            f"target_modules {config.target_modules!r} match no linear layer of this model; try 'all-linear', or a list of "
-            "endings of layer names"
+            f"target_modules {config.target_modules!r} match no layer of this model; try "
+            "'all-linear', or a list of endings of layer names"
         )
-    return sites
+    linear = {name: module for name, module in matched.items() if is_linear(module)}
+    found = [sites_of(name, module, parts_of(module)) for name, module in linear.items()]
+    return [site for sites in found for site in sites]
 
 
 def _rows(

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from evatune.capture import Site
 from evatune.capture.kinds import Part, Patches, Rows, Tokens, conv_part, parts_of
-from evatune.capture.targets import base_name, parameter_sites, peft_name, sites_of
+from evatune.capture.targets import (
+    base_name,
+    parameter_sites,
+    peft_name,
+    sites_of,
+    without_wrappers,
+)
 from evatune.errors import AdapterError
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -39,18 +45,23 @@ class Slot:
 
 
 def find_slots(model: nn.Module, adapter_name: str) -> tuple[list[Slot], dict[str, LoraLayer]]:
-    """The adapter's LoRA layers in model order, and by path those that EVA does not initialise."""
+    """The adapter's LoRA layers in model order, and by path those that EVA does not initialise.
+
+    Tied layers (`tied_layers`) are in neither: their weights are those of the embedding's adapter.
+    """
+    tied = tied_layers(model, adapter_name).values()
     slots: list[Slot] = []
     odd: dict[str, LoraLayer] = {}
     inside: tuple[str, ...] = ()  # attention, whose output projection has a LoRA layer of its own
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or adapter_name not in layer.r or path.startswith(inside or ("\n",)):
             continue
+        if layer in tied:
+            continue
         if isinstance(layer, MultiheadAttention):
             inside = (*inside, f"{path}.")
-        name = path
-        while name.endswith(".base_layer"):  # one wrapper around another: several parameters of a module
-            name = name.removesuffix(".base_layer")
+        # One wrapper inside another: several parameters of a module are adapted, or layers in it.
+        name = without_wrappers(path)
         sites = _sites(base_name(name), layer, adapter_name)
         if sites:
             known = f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
@@ -60,6 +71,23 @@ def find_slots(model: nn.Module, adapter_name: str) -> tuple[list[Slot], dict[st
     if not slots and not odd:
         raise AdapterError(f"adapter {adapter_name!r} has no LoRA layer in this model")
     return slots, odd
+
+
+def tied_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """By PEFT's names, the layers whose A and B are transposes of the embedding's B and A.
+
+    That is what `ensure_weight_tying` is for where the model's embeddings are tied.
+    """
+    config = model.peft_config[adapter_name]  # type: ignore[index]
+    targets = tuple(f".{target}" for target in getattr(config, "target_modules_to_tie", None) or ())
+    if not targets:
+        return {}
+    ends = {path: module for path, module in model.named_modules() if f".{path}".endswith(targets)}
+    return {
+        peft_name(path): module
+        for path, module in ends.items()
+        if isinstance(module, LoraLayer) and adapter_name in module.r
+    }
 
 
 def describe(path: str, layer: LoraLayer) -> str:

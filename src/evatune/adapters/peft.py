@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,26 +15,24 @@ from peft import EvaConfig, LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
+from peft.utils.other import EMBEDDING_LAYER_NAMES, get_pattern_key
 from torch import Tensor, nn
 
-from evatune.adapters.layers import Slot, describe, find_slots, matrices_of, pairs
+from evatune.adapters.layers import Slot, describe, find_slots, matrices_of, pairs, tied_layers
 from evatune.adapters.scale import choose_scale, completed, scaled_rows
+from evatune.adapters.variants import active_positions, require_known_variant
 from evatune.calibrate import Progress, run
 from evatune.calibration import Calibration
 from evatune.capture.tap import RowsFunction
-from evatune.capture.targets import adapters_off, is_engine, peft_name, unwrapped
+from evatune.capture.targets import adapters_off, is_engine, peft_name, peft_names, unwrapped
 from evatune.checkpoint import Checkpoint
 from evatune.config import CalibrationConfig
-from evatune.errors import AdapterError, ConfigError, TargetError
+from evatune.errors import AdapterError, ConfigError, DataError, TargetError
 from evatune.merge import same_model
 from evatune.model import ForwardFunction, is_part, is_sharded
 from evatune.model import describe as describe_model
 from evatune.monitor import layer_of
 from evatune.processes import Team
-
-# Starts of PEFT's that leave the base weights, and the forward pass, as they are.
-_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def initialize_model(
@@ -59,11 +58,10 @@ def initialize_model(
     whole, model = model, unwrapped(model)
     lora = lora_config(model, adapter_name)
     scale = choose_scale(scale, lora.eva_config is not None and lora.eva_config.whiten)
+    require_known_variant(model, lora, adapter_name)
     slots, odd = find_slots(model, adapter_name)
     _judge_unsupported(odd, on_unsupported, every=not slots)
-    if overwrite:
-        _require_whole_base(lora, adapter_name)
-    else:
+    if not overwrite:
         require_fresh(slots, adapter_name)
     caps = _caps(lora, slots, adapter_name) if rank is None and (config is None or config.rank is None) else {}
     given = {"rank": rank, "rho": rho, "budget": budget, "metric": metric}
@@ -86,8 +84,13 @@ def initialize_model(
             progress=progress,
             checkpoint=checkpoint,
             caps=caps,
+            active=active_positions(lora),
         )
-    layers = {name: replace(layer, cap=caps.get(name)) for name, layer in calibration.layers.items()}
+        _require_invoked(calibration, lora)
+    floors = _floors(model, lora, slots, adapter_name)
+    layers = dict(calibration.layers)
+    for name, layer in layers.items():
+        layers[name] = replace(layer, cap=caps.get(name), floor=floors.get(name, 0))
     calibration = replace(calibration, layers=layers)
     calibration.require_usable()
     plan = calibration.allocate()
@@ -140,6 +143,48 @@ def _caps(lora: LoraConfig, slots: list[Slot], adapter_name: str) -> dict[str, i
     keys = lora.rank_pattern.keys()
     named = [slot for slot in slots if get_pattern_key(keys, slot.name) in keys]
     return {site.name: slot.layer.r[adapter_name] for slot in named for site in slot.sites}
+
+
+def _floors(
+    model: nn.Module,
+    lora: LoraConfig,
+    slots: list[Slot],
+    adapter_name: str,
+) -> dict[str, int]:
+    """At least one rank for embeddings whose adapter others depend on.
+
+    PEFT saves the base weights of an embedding that `target_modules` names, rows of new tokens
+    among them, only while it carries the adapter. And layers may be tied to its adapter.
+    """
+    targets = lora.target_modules
+    named = isinstance(targets, str) or any(name in EMBEDDING_LAYER_NAMES for name in targets or ())
+    endings = {slot.name: slot.name.rpartition(".")[2] for slot in slots}
+    held = [slot for slot in slots if named and endings[slot.name] in EMBEDDING_LAYER_NAMES]
+    if tied_layers(model, adapter_name):
+        held.append(_embedding(model, slots))
+    return {site.name: 1 for slot in held for site in slot.sites}
+
+
+def _embedding(model: nn.Module, slots: list[Slot]) -> Slot:
+    """The slot of the input embedding, which others are tied to; an AdapterError if there is none."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    for slot in slots:
+        if slot.layer is embedding:
+            return slot
+    raise AdapterError(
+        "ensure_weight_tying is set, and the input embedding carries no adapter to tie others to; "
+        "add it to target_modules, or set ensure_weight_tying=False"
+    )
+
+
+def _require_invoked(calibration: Calibration, lora: LoraConfig) -> None:
+    """Raise a DataError if an adapter that acts from certain tokens on never would on this data."""
+    invocation = lora.alora_invocation_tokens
+    if invocation and not any(spectrum.rows for spectrum in calibration.spectra.values()):
+        raise DataError(
+            f"the adapter acts from alora_invocation_tokens={invocation} on, which occur in no "
+            "batch; give the batches that it will be trained on, with these tokens in every text"
+        )
 
 
 def _settings(
@@ -275,16 +320,6 @@ def usual_start(layer: LoraLayer, lora: LoraConfig, adapter_name: str) -> None:
     layer.update_layer(adapter_name, layer.r[adapter_name], lora_alpha=layer.lora_alpha[adapter_name], config=usual)
 
 
-def _require_whole_base(lora: LoraConfig, adapter_name: str) -> None:
-    """Raise an AdapterError where starting over, B = 0, would not give the base model back."""
-    start = lora.init_lora_weights
-    if start not in _PLAIN_STARTS:
-        raise AdapterError(
-            f"adapter {adapter_name!r} was started by init_lora_weights={start!r}, which changes the base weights or trains "
-            "in a way of its own; load the base model again, with a LoraConfig that says init_lora_weights=True or 'eva'"
-        )
-
-
 @torch.no_grad()
 def write_rows(
     model: nn.Module,
@@ -296,51 +331,77 @@ def write_rows(
     adapter_name: str,
     others: Mapping[str, LoraLayer] | None = None,
 ) -> None:
-    """Give each layer its A and rank, B = 0 and α, and write ranks, α and targets into the adapter's config.
+    """Give each layer A, rank, B = 0 and α, and the adapter a config with ranks, α and targets.
+
+    That config is the adapter's alone: the one it was built from may be that of other models and
+    adapters too, and stays as it is.
 
     Args:
         rank: the r that the config gets, and that the scale of every layer refers to.
         others: name, as PEFT's patterns match it → adapted layer that stays as it is.
     """
-    adjust = lora.eva_config is None or lora.eva_config.adjust_scaling_factors
+    others = dict(others or {})
+    ranks = {slot.name: len(rows[slot.sites[0].name]) for slot in slots}
+    layers = {slot.name: slot.layer for slot in slots if ranks[slot.name]}
+    tied = tied_layers(model, adapter_name)
+    if tied:
+        source = model.get_input_embeddings()  # type: ignore[operator]
+        name = next(name for name, layer in (layers | others).items() if layer is source)
+        ranks |= dict.fromkeys(tied, ranks.get(name, source.r[adapter_name]))
+    alphas = {}
+    for name, layer in (layers | tied).items():
+        alphas[name] = _new_alpha(layer, lora, ranks[name], rank, adapter_name)
     fresh = copy.copy(lora)
     fresh.init_lora_weights = True  # with BA = 0; not every kind of layer knows "eva"
-    rslora = lora.use_rslora
-    ranks = {slot.name: len(rows[slot.sites[0].name]) for slot in slots if len(rows[slot.sites[0].name])}
-    alphas = {}
-    for slot in slots:
-        name, layer = slot.name, slot.layer
-        if name in ranks:
-            now = layer.lora_alpha[adapter_name]
-            # First back to what the layer's α would be at the config's rank: an earlier call may have moved both.
-            alpha = _alpha(now, lora.r, layer.r[adapter_name], rslora)
-            alphas[name] = _alpha(alpha, ranks[name], rank, rslora) if adjust else now
-    others = others or {}
-    weights = {slot.name for slot in slots if slot.is_parameter}
-    weights |= {name for name, layer in others.items() if isinstance(layer, ParamWrapper)}
-    kept = [name for name in (*ranks, *others) if name not in weights]
-    dropped = [slot.name for slot in slots if slot.name not in ranks and not slot.is_parameter]
-    rank_pattern = _pattern(ranks | {name: layer.r[adapter_name] for name, layer in others.items()}, rank)
-    alpha_pattern = _pattern(
-        alphas | {name: layer.lora_alpha[adapter_name] for name, layer in others.items()}, lora.lora_alpha
-    )
+
+    adapted = layers | others | tied
+    all_ranks = {name: layer.r[adapter_name] for name, layer in others.items()}
+    all_ranks |= {name: ranks[name] for name in alphas}
+    all_alphas = {name: layer.lora_alpha[adapter_name] for name, layer in others.items()} | alphas
+    own = _own_config(lora, rank, all_ranks, all_alphas)
+    weights = [name for name, layer in (layers | others).items() if isinstance(layer, ParamWrapper)]
+    _aim(own, peft_names(model) - tied.keys(), adapted.keys() - tied.keys() - set(weights))
+    if own.target_parameters:
+        dropped = ranks.keys() - adapted.keys()
+        own.target_parameters = _named(own.target_parameters, weights, dropped)
+
     with torch.random.fork_rng(devices=[]):  # PEFT draws an A that is overwritten at once
         for slot in slots:
             name = slot.name
-            if name in ranks:
-                _fill(slot.layer, matrices_of(slot, rows), ranks[name], alphas[name], fresh, adapter_name)
+            if ranks[name]:
+                matrices = matrices_of(slot, rows)
+                _fill(slot.layer, matrices, ranks[name], alphas[name], fresh, adapter_name)
             else:
-                _remove(model, slot, adapter_name)
+                _remove(model, slot, adapter_name, lora.bias)
+        for name, layer in tied.items():
+            _tie(layer, source, ranks[name], alphas[name], fresh, adapter_name)
+    model.peft_config[adapter_name] = own  # type: ignore[index, operator]
 
-    lora.r = rank
-    lora.rank_pattern, lora.alpha_pattern = rank_pattern, alpha_pattern
-    lora.target_modules = _targets(lora, model, kept, dropped)
-    if weights:
-        lora.target_parameters = [name for name in (*ranks, *others) if name in weights]
-    # What a loader needs to know: ranks and weights are all there, nothing is left to initialise. Axolotl
-    # and others refuse to merge an adapter that still says "eva".
-    lora.init_lora_weights = True
-    lora.eva_config = None
+
+def _own_config(
+    lora: LoraConfig,
+    rank: int,
+    ranks: dict[str, int],
+    alphas: dict[str, float],
+) -> LoraConfig:
+    """A copy of the config that says these ranks and α, and that no layer is left to initialise."""
+    own = copy.deepcopy(lora)
+    own.r = rank
+    own.rank_pattern = _pattern(ranks, rank)
+    own.alpha_pattern = _pattern(alphas, lora.lora_alpha)
+    # Axolotl and others refuse to merge an adapter that still says "eva".
+    own.init_lora_weights, own.eva_config = True, None
+    return own
+
+
+def _new_alpha(layer: LoraLayer, lora: LoraConfig, new: int, rank: int, adapter_name: str) -> float:
+    """The α of a layer of the rank `new`, in an adapter whose config will say `rank`."""
+    now: float = layer.lora_alpha[adapter_name]
+    if lora.eva_config is not None and not lora.eva_config.adjust_scaling_factors:
+        return now
+    # First back to what it would be at the config's rank: an earlier call may have moved both.
+    alpha = _alpha(now, lora.r, layer.r[adapter_name], lora.use_rslora)
+    return _alpha(alpha, new, rank, lora.use_rslora)
 
 
 def _alpha(alpha: float, rank: int, before: int, rslora: bool) -> float:
@@ -352,6 +413,25 @@ def _alpha(alpha: float, rank: int, before: int, rslora: bool) -> float:
 
 def _fill(layer: LoraLayer, matrices: list[Tensor], rank: int, alpha: float, config: LoraConfig, adapter_name: str) -> None:
     """Give the layer its rank, α and A; B = 0. Parameters keep their dtype, and their identity where they fit."""
+    _resize(layer, rank, alpha, config, adapter_name)
+    for (a, b, bias), matrix in zip(pairs(layer, adapter_name), matrices, strict=True):
+        _put(a, matrix)
+        b.zero_()
+        if bias is not None:
+            bias.zero_()
+
+
+def _resize(
+    layer: LoraLayer,
+    rank: int,
+    alpha: float,
+    config: LoraConfig,
+    adapter_name: str,
+) -> None:
+    """Give the layer its rank and α; A and B are to be filled.
+
+    Parameters keep their dtype, and their identity where they fit.
+    """
     old = pairs(layer, adapter_name)
     dtype = old[0][0].dtype
     # PEFT's update_layer makes every adapter of the layer trainable, and a magnitude vector of the base's dtype.
@@ -372,11 +452,23 @@ def _fill(layer: LoraLayer, matrices: list[Tensor], rank: int, alpha: float, con
             if isinstance(part, LoraLayer):
                 part.lora_alpha[adapter_name] = alpha
                 part.scaling[adapter_name] = alpha / (rank**0.5 if config.use_rslora else rank)
-    for (a, b, bias), matrix in zip(pairs(layer, adapter_name), matrices, strict=True):
-        _put(a, matrix)
-        b.zero_()
-        if bias is not None:
-            bias.zero_()
+
+
+def _tie(
+    layer: LoraLayer,
+    embedding: LoraLayer,
+    rank: int,
+    alpha: float,
+    config: LoraConfig,
+    adapter_name: str,
+) -> None:
+    """Give a tied layer rank and α, and as A and B the transposes of the embedding's B and A."""
+    trainable = layer.lora_A[adapter_name].weight.requires_grad
+    _resize(layer, rank, alpha, config, adapter_name)
+    a, b, _ = pairs(embedding, adapter_name)[0]
+    for part, source in ((layer.lora_A[adapter_name], b), (layer.lora_B[adapter_name], a)):
+        if part.weight.data_ptr() != source.data_ptr():
+            part.weight = nn.Parameter(source.t(), trainable)
 
 
 def _put(parameter: Tensor, value: Tensor) -> None:
@@ -388,8 +480,12 @@ def _put(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
 
 
-def _remove(model: nn.Module, slot: Slot, adapter_name: str) -> None:
-    """Take the adapter off a layer: the plain layer comes back, unless another adapter still needs the wrapper."""
+def _remove(model: nn.Module, slot: Slot, adapter_name: str, bias: str) -> None:
+    """Take the adapter off a layer, and the wrapper with it unless another adapter needs it.
+
+    Args:
+        bias: which biases the adapter trains, as `LoraConfig` says it.
+    """
     layer = slot.layer
     if set(layer.r) == {adapter_name}:
         # Looked up, for a wrapper around this one may be gone.
@@ -401,6 +497,8 @@ def _remove(model: nn.Module, slot: Slot, adapter_name: str) -> None:
         elif slot.is_parameter:
             plain = layer.base_layer  # another parameter of the module may have a wrapper too
         setattr(model.get_submodule(parent), child, plain)
+        if bias == "lora_only" and getattr(plain, "bias", None) is not None:
+            plain.bias.requires_grad_(False)  # PEFT would not save it
         return
     with _kept(layer):
         layer.delete_adapter(adapter_name)
@@ -425,21 +523,63 @@ def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
     PEFT takes the first key that a layer's name ends in. So longer names come first, and a layer with the default
     value needs an entry where another's name would match it.
     """
-    pattern = {name: value for name, value in values.items() if value != default}
-    pattern |= {name: default for name in values if get_pattern_key(pattern.keys(), name) in pattern.keys() - {name}}
-    pattern |= {name: value for name, value in values.items() if value != default}
+    pattern = {_escaped(name): value for name, value in values.items() if value != default}
+    pattern |= {
+        _escaped(name): default
+        for name in values
+        if get_pattern_key(pattern.keys(), name) in pattern.keys() - {_escaped(name)}
+    }
+    pattern |= {_escaped(name): value for name, value in values.items() if value != default}
     return dict(sorted(pattern.items(), key=lambda item: -len(item[0])))
 
 
-def _targets(lora: LoraConfig, model: nn.Module, kept: list[str], dropped: list[str]) -> Any:
-    """`target_modules` that match the layers kept and no other, with the adapter's other filters as they are."""
-    trial = copy.copy(lora)
-    trial.target_modules = set(kept)
-    trial.layers_to_transform = None
-    names = {peft_name(path) for path, _ in model.named_modules()} | set(dropped)
-    matched = {name for name in names if check_target_module_exists(trial, name) is True}
-    lora.layers_to_transform = lora.layers_pattern = None  # the names say it all now
-    if matched == set(kept):
-        return set(kept)
-    # A dropped layer's name ends in a kept one's: only whole names tell them apart.
-    return "|".join(name.replace(".", r"\.") for name in kept)
+def _escaped(name: str) -> str:
+    """The name as a pattern; dots match themselves, and stay as readers of patterns know them."""
+    return re.escape(name).replace(r"\.", ".").replace(r"\-", "-")
+
+
+def _aim(lora: LoraConfig, names: Set[str], kept: Set[str]) -> None:
+    """Set `target_modules` so that of the modules `names` those `kept` match and no other.
+
+    What can stay stays as the user wrote it, with all other filters. PEFT saves embeddings that are
+    named by endings such as "embed_tokens", and adds up adapters only if all have lists, or none.
+    """
+    matched = _matched(lora, names)
+    if matched == kept:
+        return
+    spared = matched - kept
+    if not kept:
+        lora.target_modules = set()
+    elif isinstance(lora.target_modules, str):
+        lora.target_modules = f"(?!(?:{_any_of(spared)})$)(?:{lora.target_modules})"
+    else:
+        lora.target_modules = set(_named(lora.target_modules or (), sorted(kept), spared))
+    if _matched(lora, names) != kept:
+        # A name that must not match ends in one that must: only whole names tell them apart.
+        lora.target_modules = _any_of(kept)
+        lora.layers_to_transform = lora.layers_pattern = None
+
+
+def _matched(lora: LoraConfig, names: Set[str]) -> set[str]:
+    """The names that PEFT would put the adapter on."""
+    return {name for name in names if check_target_module_exists(lora, name)}
+
+
+def _any_of(names: Set[str]) -> str:
+    """A regular expression for these whole names."""
+    return "|".join(re.escape(name) for name in sorted(names))
+
+
+def _named(targets: Iterable[str], kept: list[str], dropped: Set[str]) -> list[str]:
+    """The targets that end no name `dropped`, and whole names of those `kept` that are left out.
+
+    In the order of `kept`: that of PEFT's wrappers, where a module has several adapted parameters.
+    """
+    still = [target for target in targets if not any(_ends(name, target) for name in dropped)]
+    named = [next((target for target in still if _ends(name, target)), name) for name in kept]
+    return list(dict.fromkeys([*named, *still]))
+
+
+def _ends(name: str, target: str) -> bool:
+    """Whether a name is a target, or ends in it after a dot."""
+    return f".{name}".endswith(f".{target}")

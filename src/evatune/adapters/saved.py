@@ -114,7 +114,8 @@ def _stacked(config: LoraConfig, unit: str, depth: int, height: int, together: i
     from peft.utils.other import get_pattern_key
 
     ends = [target.rpartition(".") for target in config.target_parameters or ()]
-    names = [f"{unit}.{key}" for module, _, key in ends if f".{unit}".endswith(f".{module}")]
+    here = [key for module, _, key in ends if not module or f".{unit}".endswith(f".{module}")]
+    names = [f"{unit}.{key}" for key in here]
     pattern = config.rank_pattern
     ranks = {name: int(pattern.get(get_pattern_key(pattern.keys(), name), config.r)) for name in names}
     experts = max(1, together // sum(ranks.values())) if ranks else 1

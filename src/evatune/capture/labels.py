@@ -19,12 +19,17 @@ _SHIFTED = ("CausalLM", "LMHeadModel", "DoubleHeads", "ForConditionalGeneration"
 
 
 def selector_for(
-    model: nn.Module, labels_only: bool | str, ignore_index: int, run: Run | None = None
+    model: nn.Module,
+    labels_only: bool | str,
+    ignore_index: int,
+    run: Run | None = None,
+    active: Callable[[Any], Tensor] | None = None,
 ) -> Callable[[Any], RowSelector]:
     """Return the function from a batch to its `RowSelector`, with what depends on the model settled.
 
     Args:
         run: calls the model with a batch, to ask it which positions its loss depends on. None: it cannot be asked.
+        active: from a batch to the (B, T) positions at which the adapter acts; None: at all.
     """
     if decodes_labels(model):
         labels_only = False  # those are the decoder's, of which `Masks` knows
@@ -32,7 +37,13 @@ def selector_for(
 
     def select(batch: Any) -> RowSelector:
         shifted = wants_labels(batch, labels_only) and shift.of(batch)
-        return RowSelector.of_batch(batch, labels_only=labels_only, ignore_index=ignore_index, shift=shifted)
+        return RowSelector.of_batch(
+            batch,
+            labels_only=labels_only,
+            ignore_index=ignore_index,
+            shift=shifted,
+            active=None if active is None else active(batch),
+        )
 
     return select
 

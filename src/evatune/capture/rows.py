@@ -51,16 +51,17 @@ class RowSelector:
 
     Attributes:
         tokens: (B, T) bool, true for a token that is no padding; None: all.
-        labelled: (B, T) bool, true for a position whose output enters the loss; None: all.
+        counted: (B, T) bool, true for a position that counts if it is no padding, since its output enters the loss, or
+            since the adapter acts there; None: all.
         mask: both together.
         index: which of the B·T places count; None: all.
     """
 
-    def __init__(self, tokens: Tensor | None = None, labelled: Tensor | None = None) -> None:
-        self.tokens, self.labelled = tokens, labelled
-        self.mask = tokens if labelled is None else labelled
-        if tokens is not None and labelled is not None and tokens.shape == labelled.shape:
-            self.mask = labelled & tokens.to(labelled.device)
+    def __init__(self, tokens: Tensor | None = None, counted: Tensor | None = None) -> None:
+        self.tokens, self.counted = tokens, counted
+        self.mask = tokens if counted is None else counted
+        if tokens is not None and counted is not None and tokens.shape == counted.shape:
+            self.mask = counted & tokens.to(counted.device)
         # The one wait for the device per mask: how many rows there are decides the shapes of all that follows.
         everything = self.mask is None or bool(self.mask.all())
         self.index = None if everything else self.mask.flatten().nonzero().flatten()  # type: ignore[union-attr]
@@ -73,6 +74,7 @@ class RowSelector:
         labels_only: bool | str = False,
         ignore_index: int = -100,
         shift: bool = False,
+        active: Tensor | None = None,
     ) -> RowSelector:
         """Return the selector that a batch's own `attention_mask` and `labels` make.
 
@@ -81,16 +83,18 @@ class RowSelector:
             labels_only: keep only tokens that have a loss, besides dropping padding; "auto": if tokens have labels at all.
             ignore_index: label of tokens without a loss.
             shift: labels belong to the position before them.
+            active: (B, T) bool, the positions at which the adapter acts; None: at all.
         """
-        mask, labelled = batch_field(batch, "attention_mask"), None
+        mask, counted = batch_field(batch, "attention_mask"), active
         if wants_labels(batch, labels_only):
             labelled = label_mask(batch_field(batch, "labels"), ignore_index, shift)
-        return cls(token_mask(mask) if isinstance(mask, Tensor) else None, labelled)
+            counted = labelled if active is None else labelled & active.to(labelled.device)
+        return cls(token_mask(mask) if isinstance(mask, Tensor) else None, counted)
 
     def narrowed(self, tokens: Tensor) -> RowSelector:
         """Return the selector of another mask (B, T) for the same tokens; this very one if it chooses the same."""
-        labelled = self.labelled if self.labelled is not None and self.labelled.shape == tokens.shape else None
-        other = RowSelector(tokens, labelled)
+        counted = self.counted if self.counted is not None and self.counted.shape == tokens.shape else None
+        other = RowSelector(tokens, counted)
         same = self.mask is not None and self.mask.shape == tokens.shape and self.mask.device == tokens.device
         return self if same and torch.equal(self.mask, other.mask) else other  # type: ignore[arg-type]
 
@@ -129,9 +133,6 @@ class RowSelector:
         if tuple(shape) == (b * t,) or tuple(shape[:2]) == (b, t):
             return "batch first"
         return "time first" if tuple(shape[:2]) == (t, b) else None
-
-
-ALL_ROWS = RowSelector()
 
 
 ALL_ROWS = RowSelector()

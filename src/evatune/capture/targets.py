@@ -19,6 +19,10 @@ Targets = str | Iterable[str] | None
 _STAND_INS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
+# Where PEFT keeps what it wraps: below an adapter, or beside a copy that is trained.
+_WRAPPED = ("base_layer", "original_module")
+
+
 @dataclass(frozen=True)
 class Site:
     """A module whose input is watched, or a parameter whose products are."""
@@ -61,12 +65,11 @@ def is_wrapper(module: nn.Module) -> bool:
 
 
 def _inside(module: nn.Module) -> str | None:
-    """Where PEFT keeps what it wraps: below an adapter, or beside a copy that is trained (`modules_to_save`)."""
+    """The one of `_WRAPPED` that the module is a wrapper around; None for any other module."""
     if not hasattr(module, "_disable_adapters"):
         return None
-    return next(
-        (part for part in ("base_layer", "original_module") if isinstance(getattr(module, part, None), nn.Module)), None
-    )
+    parts = {part: getattr(module, part, None) for part in _WRAPPED}
+    return next((part for part, inside in parts.items() if isinstance(inside, nn.Module)), None)
 
 
 def peft_name(name: str) -> str:
@@ -76,9 +79,30 @@ def peft_name(name: str) -> str:
     return name
 
 
+def without_wrappers(path: str) -> str:
+    """The path of a module that is wrapped or in a wrapper, in the model without adapters."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPED)
+
+
+def peft_names(model: nn.Module) -> set[str]:
+    """Names of the base model's modules as PEFT's patterns have them, without what adapters add."""
+    names: set[str] = set()
+    hidden: tuple[str, ...] = ("\n",)
+    for path, module in model.named_modules():
+        if path.startswith(hidden):
+            continue
+        kept = _inside(module)
+        if kept is not None:
+            added = [child for child, _ in module.named_children() if child != kept]
+            hidden += tuple(f"{path}.{child}" for child in added)
+        names.add(peft_name(without_wrappers(path)))
+    return names
+
+
 def base_name(name: str) -> str:
     """A module's name in the base model, as records have it: stand-ins within the model are left out as well."""
-    return peft_name(".".join(part for part in name.split(".") if part not in _STAND_INS))
+    path = without_wrappers(name)
+    return peft_name(".".join(part for part in path.split(".") if part not in _STAND_INS))
 
 
 def stood_for(module: nn.Module) -> nn.Module | None:
@@ -97,15 +121,21 @@ def _plain(module: nn.Module) -> nn.Module:
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """(base name, module as found, plain layer) of everything that can be targeted; adapters are looked through."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if name.startswith(inside) and inside:
+    hidden: tuple[str, ...] = ("\n",)
+    for path, module in model.named_modules():
+        if path.startswith(hidden):
             continue
-        if _inside(module):
-            inside = (*inside, f"{name}.")
-            yield base_name(name), module, _plain(module)
-        elif name and stood_for(module) is None:
-            yield base_name(name), module, module
+        kept = _inside(module)
+        if kept:
+            # A base layer may have layers of its own; a copy that is trained stands for all of it.
+            below = [child for child, _ in module.named_children() if child != "base_layer"]
+            hidden += tuple(f"{path}.{child}" for child in below)
+        if path.endswith(".base_layer"):
+            continue  # yielded already, with what is around it
+        if kept:
+            yield base_name(path), module, _plain(module)
+        elif path and stood_for(module) is None:
+            yield base_name(path), module, module
 
 
 def find_sites(model: nn.Module, targets: Targets = None) -> list[Site]:
