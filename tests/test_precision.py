@@ -205,7 +205,7 @@ def test_sketches_live_where_their_layer_runs() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here: waiting for one cannot be seen")
 def test_no_layer_waits_for_the_gpu() -> None:
     """Per batch one mask and one look for NaN may wait; between them, a forward pass with every hook must not."""
-    from evatune.capture import Sharing, Tap, find_sites, selector_for
+    from evatune.capture import Masks, Sharing, Tap, find_sites, selector_for
     from evatune.sketch import Sketch, make_sketch
 
     model, data = tiny_bert().cuda(), [{k: v.cuda() for k, v in batch.items()} for batch in words()]
@@ -215,9 +215,9 @@ def test_no_layer_waits_for_the_gpu() -> None:
         return make_sketch("nystrom", site.in_features, 8, oversampling=16, center=False, seed=0, device=device)
 
     sharing, select = Sharing(newborn), selector_for(model, False, -100)
-    with Tap(sites, sharing) as tap, torch.no_grad():
-        for batch in data:
-            tap.begin(batch, select(batch))
+    tap = Tap(sites, sharing, masks=Masks(model, sites))
+    for batch in data:
+        with torch.no_grad(), tap.watching(batch, select(batch)):
             torch.cuda.set_sync_debug_mode("error")
             try:
                 model(**batch)

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from evatune.batches import iterate
 from evatune.calibration import Calibration
 from evatune.capture.targets import adapted, adapted_inside
 from evatune.errors import AdapterError, DataError
 from evatune.initialize import initialize
-from evatune.model import ForwardFunction, call_model, iterate
+from evatune.model import ForwardFunction, call_model
 from evatune.trainers.summary import summary
 
 try:
