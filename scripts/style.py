@@ -52,10 +52,7 @@ class Source:
 def read(package: Path) -> list[Source]:
     files = sorted(package.rglob("*.py"))
     texts = [file.read_text(encoding="utf-8") for file in files]
-    return [
-        Source(file.relative_to(package), text, ast.parse(text))
-        for file, text in zip(files, texts, strict=True)
-    ]
+    return [Source(file.relative_to(package), text, ast.parse(text)) for file, text in zip(files, texts, strict=True)]
 
 
 def long_lines(sources: list[Source]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import evatune
-from evatune.errors import TargetError
+from evatune.errors import LayerError, TargetError
 from tests.judge import round_trip
 from tests.toys import tokens
 
@@ -176,3 +176,22 @@ def test_an_embedding_that_is_not_called_with_ids_is_refused_by_name() -> None:
     model = get_peft_model(bart(), LoraConfig(target_modules=["q_proj", "embed_positions"]))
     with pytest.raises(TargetError, match=r"embed_positions is an embedding \(Bart.*\) that is called with torch.float32"):
         evatune.initialize(model, pairs_of_texts())
+
+
+def test_a_tower_that_no_batch_reaches_is_named_with_advice_that_works() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": 60, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.CLIPConfig(
+        text_config=sizes | text, vision_config=sizes | {"image_size": 28, "patch_size": 14}, projection_dim=8
+    )
+    images = [{"pixel_values": torch.randn(4, 3, 28, 28)} for _ in range(4)]
+    for left_out in (None, r"text_model\..*"):
+        lora = LoraConfig(r=4, target_modules=["q_proj", "fc1"], exclude_modules=left_out)
+        model = get_peft_model(transformers.CLIPModel(config), lora)
+        forward = lambda model, batch: model.get_image_features(**batch)  # noqa: E731
+        if left_out is None:
+            with pytest.raises(LayerError, match=r"2 of 4 .*never_called: text_model.*exclude_modules"):
+                evatune.initialize(model, images, forward=forward)
+        else:
+            found = evatune.initialize(model, images, forward=forward)
+            assert all(name.startswith("vision_model.") for name in found.spectra)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel
 
 import evatune
+from evatune.calibrate import Progress
 from evatune.capture import RowSelector, find_sites
 from evatune.capture.rows import label_mask, token_mask
 from evatune.errors import DataError, TargetError
@@ -150,7 +151,7 @@ def test_labels_only_without_token_labels_says_so() -> None:
 
 def test_pooled_rows_and_flattened_rows_follow_their_shape() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    selector = RowSelector({"attention_mask": mask})
+    selector = RowSelector(mask.bool())
     assert selector.rows(torch.zeros(2, 3, 5))[1].tolist() == [0, 1, 3]  # type: ignore[union-attr]
     assert selector.rows(torch.zeros(6, 5))[1].tolist() == [0, 1, 3]  # type: ignore[union-attr]
     assert selector.rows(torch.zeros(2, 5))[1] is None
@@ -523,3 +524,62 @@ def test_a_module_that_is_trained_in_full_keeps_its_name_and_its_original_is_wat
     assert names(model, None) == [name for name in names(model, "all-linear") if name.endswith("query")]
     calibration = evatune.calibrate(model, tokens(8), EXACT, targets=["classifier"])
     assert calibration.status["classifier"].usable
+
+
+# -- forward passes that are not ours -----------------------------------------------------------------
+
+
+def test_forward_passes_of_others_are_not_counted() -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules="all-linear")).train()
+    prompts = [batch["input_ids"] for batch in tokens(4)]
+    seen: list[tuple[bool, bool, bool, int]] = []
+
+    def note(*_: Any) -> None:
+        layer = model.base_model.model.model.layers[0].mlp.up_proj
+        hooks = len(layer.base_layer._forward_pre_hooks)
+        seen.append((model.training, torch.is_grad_enabled(), layer._disable_adapters, hooks))
+
+    def on_policy() -> Iterator[dict[str, Tensor]]:
+        for ids in prompts:
+            note()
+            made = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+            model(input_ids=made).logits.sum().backward()  # nothing forbids it
+            yield {"input_ids": ids}
+
+    def progress(now: Progress) -> None:
+        note()
+        model(prompts[0])
+
+    calibration = evatune.calibrate(model, on_policy(), EXACT, progress=progress)
+    assert {spectrum.rows for spectrum in calibration.spectra.values()} == {4 * 4 * 12}
+    # As the caller's: with adapters, in training, recording gradients, without a hook.
+    assert set(seen) == {(True, True, False, 0)}
+
+
+def test_a_pass_of_others_between_two_of_ours_does_not_end_early() -> None:
+    model, ends = tiny_llama(), []
+    model.lm_head.register_forward_pre_hook(lambda module, args: ends.append(len(args[0])))
+
+    def stream() -> Iterator[dict[str, Tensor]]:
+        for batch in tokens(5):
+            model(batch["input_ids"][:2])
+            yield batch
+
+    evatune.calibrate(model, stream(), EXACT)
+    assert ends == [2, 4, 2, 2, 2, 2]  # our passes end at the last watched layer, but for the first
+
+
+def test_a_generator_that_fails_or_changes_modes_leaves_the_model_as_it_was() -> None:
+    net = Toy().train()
+    before = state_of(net)
+
+    def broken() -> Iterator[Tensor]:
+        for x in inputs(2):
+            net.eval()
+            net(x)
+            yield x
+        raise OSError("disk on fire")
+
+    with pytest.raises(OSError, match="disk on fire"):
+        evatune.calibrate(net, broken(), EXACT)
+    assert state_of(net) == before

@@ -365,9 +365,9 @@ def test_a_config_of_the_callers_own_overrides_the_adapters_label_mask() -> None
 
 def test_labels_of_whole_texts_and_of_decoders_are_no_token_labels() -> None:
     batch = tokens()[0]
-    assert RowSelector(batch | {"labels": torch.zeros(4)}, labels_only="auto").index is None
-    assert RowSelector(batch | {"labels": torch.zeros(4, 3)}, labels_only="auto").index is None
-    assert len(RowSelector(labelled()[0], labels_only="auto").index) == 16  # type: ignore[arg-type]
+    assert RowSelector.of_batch(batch | {"labels": torch.zeros(4)}, labels_only="auto").index is None
+    assert RowSelector.of_batch(batch | {"labels": torch.zeros(4, 3)}, labels_only="auto").index is None
+    assert len(RowSelector.of_batch(labelled()[0], labels_only="auto").index) == 16  # type: ignore[arg-type]
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, LoraModel, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import evatune
-from evatune.adapters.export import RECORD, Uniform, export_uniform
+from evatune.adapters.export import RECORD, Uniform, export_uniform, merge, write_merged
 from evatune.errors import AdapterError, ConfigError, RecordError
 from evatune.files import MARK
 from tests.conftest import Command, refused
@@ -257,6 +258,42 @@ def test_what_one_rank_cannot_say_is_refused(tmp_path: Path, options: dict[str, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_several_adapters_in_plain_peft_do_what_the_documentation_says(tmp_path: Path) -> None:
+    def build() -> Any:
+        return skewed(tiny_bert())
+
+    batch = tokens()[0]
+    with_zeros, other = trained(build(), raw=True, rho=4.0), perturbed(build(), target_modules="all-linear")
+    assert len(lora_layers(with_zeros)) < len(lora_layers(other))
+    expected, sums = {}, build()
+    for name, model in (("first", with_zeros), ("other", other)):
+        expected[name] = output(model, batch)
+        model.save_pretrained(tmp_path / name)
+        export_uniform(tmp_path / name, tmp_path / f"{name}-uniform")
+        sums = with_updates(sums, vllm(*saved(tmp_path / f"{name}-uniform")))
+    for names in (("first", "other"), ("other", "first")):
+        model = PeftModel.from_pretrained(build(), str(tmp_path / names[0]), adapter_name=names[0])
+        model.load_adapter(str(tmp_path / names[1]), adapter_name=names[1])
+        for name in names:
+            model.set_adapter(name)
+            assert torch.allclose(output(model, batch), expected[name], atol=1e-6)
+    with pytest.raises(ValueError, match="must have the same r value"):
+        model.add_weighted_adapter(list(names), [1.0, 1.0], "sum", combination_type="linear")
+    model.add_weighted_adapter(list(names), [1.0, 1.0], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    assert torch.allclose(output(model, batch), output(sums, batch), atol=1e-4)
+
+    model = PeftModel.from_pretrained(build(), str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="Configs are incompatible: for alpha_pattern"):
+        hotswap_adapter(model, str(tmp_path / "first"), "default")
+    model = PeftModel.from_pretrained(build(), str(tmp_path / "other-uniform"))
+    hotswap_adapter(model, str(tmp_path / "first-uniform"), "default")
+    assert torch.allclose(output(model, batch), expected["first"], atol=1e-5)
+    model = PeftModel.from_pretrained(build(), str(tmp_path / "first-uniform"))
+    with pytest.raises(RuntimeError, match="unexpected keys found"):
+        hotswap_adapter(model, str(tmp_path / "other-uniform"), "default")
+
+
 # -- the command ------------------------------------------------------------------------------------------
 
 
@@ -297,6 +334,148 @@ def test_export_merged_needs_no_peft_afterwards(command: Command, adapter: Path,
     assert "merged into its weights" in Path("out/README.md").read_text()
     files = json.loads(Path("out", MARK).read_text())["files"]
     assert {*files, MARK} == {path.name for path in Path("out").iterdir()}
+
+
+def tied_llama() -> Any:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=60, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+            tie_word_embeddings=True,
+        )
+    ).eval()  # fmt: skip
+
+
+def tied_bart() -> Any:
+    torch.manual_seed(0)
+    sizes = {f"{part}_{key}": n for part in ("encoder", "decoder") for key, n in
+             (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))}  # fmt: skip
+    config = transformers.BartConfig(vocab_size=60, d_model=16, max_position_embeddings=40, **sizes)
+    return transformers.BartForConditionalGeneration(config).eval()
+
+
+def tied_t5() -> Any:
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+def tied_bert() -> Any:
+    torch.manual_seed(0)
+    return transformers.BertForMaskedLM(tiny_bert().config).eval()
+
+
+def perturbed(base: nn.Module, **options: Any) -> PeftModel:
+    """The model with an adapter of which every trained weight is random."""
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, **options)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_((torch.randn(parameter.shape, generator=generator) / 4).to(parameter.dtype))
+    return model
+
+
+def probe(model: Any) -> dict[str, Tensor]:
+    ids = tokens(1)[0]["input_ids"]
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word", "ignore:Model with `tie_word", "ignore:Setting `save_embedding_layers`"
+)
+@pytest.mark.parametrize(
+    ("build", "options", "tied"),
+    [
+        (tied_llama, {"target_modules": ["q_proj"]}, True),
+        (tied_llama, {"target_modules": ["q_proj", "embed_tokens"]}, False),
+        (tied_llama, {"target_modules": ["lm_head"]}, False),
+        (tied_llama, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, False),
+        (tied_llama, {"target_modules": ["q_proj"], "layer_replication": [(0, 2), (1, 3)]}, True),
+        (tied_bart, {"target_modules": ["decoder.embed_tokens"]}, False),
+        (tied_bart, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
+        (tied_t5, {"target_modules": ["lm_head"]}, None),  # a T5 says that it is tied, and goes by its weights
+        (tied_bert, {"target_modules": ["word_embeddings"]}, False),
+        (lambda: tied_llama().to(torch.bfloat16), {"target_modules": ["embed_tokens"]}, False),
+    ],
+)
+def test_weights_that_layers_share_come_apart_where_the_adapter_belongs_to_one(
+    tmp_path: Path, build: Any, options: dict[str, Any], tied: bool | None
+) -> None:
+    model = perturbed(build(), **options)
+    batch = probe(model)
+    expected = output(model, batch)
+    model.save_pretrained(tmp_path / "adapter")
+    assert write_merged(build(), tmp_path / "adapter", tmp_path / "merged", batch) is None
+    again = type(build()).from_pretrained(tmp_path / "merged", dtype="auto")
+    tolerance = 1e-6 if again.dtype == torch.float32 else 1e-2
+    assert float((output(again, batch) - expected).norm() / expected.norm()) < tolerance
+    assert float((output(build(), batch) - expected).norm() / expected.norm()) > 5e-3
+    assert tied in (None, again.config.tie_word_embeddings)
+
+
+def test_one_layer_under_two_names_is_merged_under_the_adapters_name_only(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        model.append(model[0])
+        return model
+
+    model = perturbed(build(), target_modules=["0"])
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 8)
+    assert torch.allclose(merge(build(), tmp_path)(x), model(x), atol=1e-6)
+
+
+def test_a_merged_model_that_computes_something_else_is_not_written(
+    command: Command, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = LoraModel.merge_and_unload
+
+    def wrong(model: LoraModel, **options: Any) -> nn.Module:
+        merged: nn.Module = plain(model, **options)
+        with torch.no_grad():
+            merged.get_submodule("encoder.layer.1.output.dense").weight.mul_(0.9)
+        return merged
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
+    answer = command("export", adapter, "-o", "out", "--format", "merged")
+    refused(answer, "is off by", "nothing was written", folder=Path(), left=frozenset({"adapter"}))
+
+
+def test_a_model_that_does_not_run_on_tokens_is_written_and_said_to_be_unchecked(tmp_path: Path) -> None:
+    model = perturbed(tied_bart(), target_modules=["q_proj"])
+    model.save_pretrained(tmp_path / "adapter")
+    why = write_merged(tied_bart(), tmp_path / "adapter", tmp_path / "merged", {"pixel_values": torch.ones(1, 3)})
+    assert "does not run on tokens alone" in str(why)
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_a_quantized_base_is_not_merged_into(tmp_path: Path) -> None:
+    perturbed(tiny_llama(), target_modules=["q_proj"]).save_pretrained(tmp_path)
+    base = tiny_llama()
+    base.is_quantized = True
+    with pytest.raises(AdapterError, match=r"quantized.*--model"):
+        merge(base, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_tokens_that_were_added_for_the_adapter_are_in_the_merged_model(
+    command: Command, llama_folder: Path, tmp_path: Path
+) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
+    base.resize_token_embeddings(64, mean_resizing=False)
+    model = perturbed(base, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama_folder)
+    tokenizer.add_tokens(["n1", "n2", "n3", "n4"])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    answer = command("export", tmp_path / "adapter", "-o", tmp_path / "out", "--format", "merged")
+    assert answer.status == 0, answer.err
+    batch = {"input_ids": torch.arange(64)[None, 40:]}
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.allclose(output(merged, batch), output(model, batch), atol=1e-6)
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "out")) == 64
 
 
 def test_export_merged_of_a_classifier_brings_its_head(

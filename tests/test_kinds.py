@@ -121,7 +121,8 @@ def test_a_mask_of_tokens_chooses_the_patches_at_their_positions() -> None:
 
     model, x, mask = Speech(), torch.randn(2, 3, 8), torch.ones(2, 8)
     mask[1, 5:] = 0
-    spectra = evatune.calibrate(model, [{"x": x, "attention_mask": mask}], EXACT, targets=["conv", "halves"]).spectra
+    with pytest.warns(UserWarning, match=r"no mask fits the rows of these layers.*: halves; .*rows="):
+        spectra = evatune.calibrate(model, [{"x": x, "attention_mask": mask}], EXACT, targets=["conv", "halves"]).spectra
     rows = patches(model.conv, x)[mask.flatten().bool()]
     assert spectra["conv"].rows == 13
     assert spectra["conv"].total_energy == pytest.approx(float(rows.square().sum(1).mean()), rel=1e-5)
@@ -577,7 +578,8 @@ def test_experts_that_are_layers_of_their_own_have_their_own_rows_and_statuses()
                 if (chosen == number).any()
             )  # fmt: skip
 
-    calibration = evatune.calibrate(Listed(), routed(seldom=9), evatune.CalibrationConfig(components=4, tolerance=0))
+    with pytest.warns(UserWarning, match=r"no mask fits the rows of these layers.*: experts.0, experts.1, experts.2; "):
+        calibration = evatune.calibrate(Listed(), routed(seldom=9), evatune.CalibrationConfig(components=4, tolerance=0))
     assert calibration.status["experts.3"] == "never_called"
     assert calibration.status["experts.0"].usable
     assert calibration.spectra["experts.0"].rows == sum(int((b["chosen"] == 0).any(-1).sum()) for b in routed(seldom=9))

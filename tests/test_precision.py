@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import evatune
 from evatune import Calibration, CalibrationConfig, Status
 from evatune.spectrum import captured_energy
+from tests.test_quantised import QUANTISED, batches, plain
 from tests.toys import Toy, inputs, tiny_bert
 
 torch.set_num_threads(1)
@@ -64,6 +65,21 @@ def test_sixteen_bit_models(dtype: torch.dtype) -> None:
     before = model(**words()[0]).last_hidden_state
     evatune.initialize(adapted, words())
     assert torch.equal(adapted.eval()(**words()[0]).last_hidden_state, before)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("base", ["bfloat16", "nf4"])
+def test_an_adapter_keeps_the_dtype_that_peft_gave_it_whatever_its_rank(base: str, autocast: bool) -> None:
+    model = QUANTISED["bitsandbytes, 4 bits"]() if base == "nf4" else plain().bfloat16()
+    data = batches() if base == "nf4" else [x.bfloat16() for x in batches()]
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["0", "2"]), autocast_adapter_dtype=autocast)
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if "lora_" in name}
+    calibration = evatune.initialize(model, data, metric="raw")
+    assert set(calibration.allocate().ranks.values()) != {4}
+    assert {name: p.dtype for name, p in model.named_parameters() if "lora_" in name} == dtypes
+    assert base == "nf4" or set(dtypes.values()) == {torch.float32 if autocast else torch.bfloat16}
+    model(data[0]).sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_B" in name)
 
 
 def test_float16_that_overflows_is_named_and_not_used() -> None:
@@ -189,7 +205,7 @@ def test_sketches_live_where_their_layer_runs() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here: waiting for one cannot be seen")
 def test_no_layer_waits_for_the_gpu() -> None:
     """Per batch one mask and one look for NaN may wait; between them, a forward pass with every hook must not."""
-    from evatune.capture import Sharing, Tap, find_sites, selector_for
+    from evatune.capture import Masks, Sharing, Tap, find_sites, selector_for
     from evatune.sketch import Sketch, make_sketch
 
     model, data = tiny_bert().cuda(), [{k: v.cuda() for k, v in batch.items()} for batch in words()]
@@ -199,9 +215,9 @@ def test_no_layer_waits_for_the_gpu() -> None:
         return make_sketch("nystrom", site.in_features, 8, oversampling=16, center=False, seed=0, device=device)
 
     sharing, select = Sharing(newborn), selector_for(model, False, -100)
-    with Tap(sites, sharing) as tap, torch.no_grad():
-        for batch in data:
-            tap.begin(batch, select(batch))
+    tap = Tap(sites, sharing, masks=Masks(model, sites))
+    for batch in data:
+        with torch.no_grad(), tap.watching(batch, select(batch)):
             torch.cuda.set_sync_debug_mode("error")
             try:
                 model(**batch)

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import evatune
@@ -22,19 +24,37 @@ from tests.toys import tiny_bert, tokens
 torch.set_num_threads(1)
 
 
-def trainer(folder: Path, *, report_to: Sequence[str] = (), logs: bool = False, **options: Any) -> Trainer:
-    model = get_peft_model(tiny_bert("classification"), LoraConfig(r=4, task_type="SEQ_CLS", target_modules="all-linear"))
+def adapted() -> PeftModel:
+    return get_peft_model(tiny_bert("classification"), LoraConfig(r=4, task_type="SEQ_CLS", target_modules="all-linear"))
+
+
+def trainer(
+    folder: Path,
+    *,
+    report_to: Sequence[str] = (),
+    logs: bool = False,
+    callbacks: Any = None,
+    model_init: Any = None,
+    **settings: Any,
+) -> Trainer:
     rows = [
         {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(number % 2)}
         for batch in tokens(8, padded=True)
         for number, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True))
     ]
     arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=4, max_steps=4, report_to=list(report_to), use_cpu=True,
-        disable_tqdm=True, logging_strategy="steps" if logs else "no", logging_steps=1, save_strategy="no",
-        dataloader_pin_memory=False, learning_rate=1e-2,
+        output_dir=str(folder), per_device_train_batch_size=4, report_to=list(report_to), use_cpu=True,
+        disable_tqdm=True, logging_strategy="steps" if logs else "no", logging_steps=1,
+        dataloader_pin_memory=False, learning_rate=1e-2, **({"max_steps": 4, "save_strategy": "no"} | settings),
     )  # fmt: skip
-    return Trainer(model=model, args=arguments, train_dataset=rows, **options)
+    return Trainer(
+        model=adapted() if model_init is None else None,
+        model_init=model_init,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=rows[:4] if "eval_strategy" in settings else None,
+        callbacks=callbacks,
+    )
 
 
 def test_one_line_between_the_trainer_and_its_training(tmp_path: Path) -> None:
@@ -102,6 +122,79 @@ def test_a_finished_calibration_starts_a_trainers_model_without_a_batch(tmp_path
     run.create_optimizer()
     with pytest.raises(AdapterError, match="already has an optimiser"):
         evatune.initialize(run, calibration)
+
+
+# -- a start that would be thrown away ----------------------------------------------------------------
+
+
+def starts_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_A" in name}
+
+
+def test_a_trainer_that_builds_its_model_at_train_is_refused_with_the_way_to_do_it(tmp_path: Path) -> None:
+    run = trainer(tmp_path, model_init=adapted)
+    for given in ((), (evatune.calibrate(adapted(), tokens(8)),)):
+        with pytest.raises(AdapterError, match=r"model_init.*evatune\.initialize\(model, batches\) inside model_init"):
+            evatune.initialize(run, *given)
+
+
+def test_a_start_inside_model_init_is_the_one_that_is_trained(tmp_path: Path) -> None:
+    calibration = evatune.calibrate(adapted(), tokens(8), evatune.CalibrationConfig(rank=4))
+
+    def build() -> PeftModel:
+        model = adapted()
+        evatune.initialize(model, calibration)
+        return model
+
+    run = trainer(tmp_path, model_init=build)
+    expected = starts_of(build())
+    run.args.learning_rate = 0.0
+    run.train()
+    found = starts_of(run.model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(a, expected[name]) for name, a in found.items())
+
+
+def test_a_model_that_was_replaced_after_its_start_is_not_trained(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    evatune.initialize(run)
+    run.model = run.model_wrapped = adapted()
+    with pytest.raises(AdapterError, match=r"not the one that evatune\.initialize"):
+        run.train()
+
+
+def test_a_restart_with_smaller_batches_goes_on_with_the_start(tmp_path: Path) -> None:
+    run = trainer(tmp_path, auto_find_batch_size=True)
+    evatune.initialize(run)
+    run.args.learning_rate = 0.0
+    expected, plain, sizes = starts_of(run.model), run.compute_loss, []
+
+    def scarce(model: nn.Module, inputs: Any, **options: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        if len(sizes) == 2:
+            raise RuntimeError("CUDA out of memory.")
+        return plain(model, inputs, **options)
+
+    run.compute_loss = scarce  # type: ignore[method-assign]
+    run.train()
+    assert sizes[-1] < sizes[0]
+    assert all(torch.equal(a, expected[name]) for name, a in starts_of(run.model).items())
+
+
+def test_the_best_model_and_a_run_that_goes_on_have_the_ranks_of_the_start(tmp_path: Path) -> None:
+    steps = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    run = trainer(tmp_path, load_best_model_at_end=True, **steps)
+    calibration = evatune.initialize(run)
+    run.train()
+    best = load_file(Path(str(run.state.best_model_checkpoint)) / "adapter_model.safetensors")
+    found = get_peft_model_state_dict(run.model)
+    assert found.keys() == best.keys()
+    assert all(torch.equal(value, best[name]) for name, value in found.items())
+    for again in (evatune.initialize, lambda run: evatune.initialize(run, calibration)):
+        run = trainer(tmp_path, max_steps=5, **steps)
+        again(run)
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        assert run.state.global_step == 5
 
 
 # -- trackers -----------------------------------------------------------------------------------------

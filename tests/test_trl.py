@@ -124,3 +124,34 @@ def test_a_peft_model_that_comes_with_an_adapter_needs_no_config_of_the_trainers
     run.create_optimizer()
     with pytest.raises(AdapterError, match=r"already has an optimiser.*before trainer\.train"):
         evatune.initialize(run)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_")
+def test_an_adapter_that_the_trainer_clones_as_its_reference_stays_what_it_was(tmp_path: Path) -> None:
+    from peft import get_peft_model
+    from trl import DPOConfig, DPOTrainer
+
+    batch = tokens()[0]
+    before = output(tiny_llama(), batch)
+    words = [text.split() for text in sentences(16, words=12)]
+    sides = {"prompt": slice(0, 4), "chosen": slice(4, 7), "rejected": slice(7, 12)}
+    rows = [{side: "".join(f"{word} " for word in text[part]) for side, part in sides.items()} for text in words]
+    run = DPOTrainer(
+        model=get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")),
+        args=DPOConfig(
+            str(tmp_path), use_cpu=True, report_to=[], max_steps=1, per_device_train_batch_size=4, bf16=False,
+            disable_tqdm=True, save_strategy="no", learning_rate=1e-2, dataloader_pin_memory=False,
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )  # fmt: skip
+    run.remove_callback(PrinterCallback)
+    assert list(run.model.peft_config) == ["default", "ref"]
+    calibration = evatune.initialize(run)
+    for name, layer in lora_layers(run.model).items():
+        a = layer.lora_A["default"].weight
+        assert torch.equal(a, calibration.spectra[name].directions[: len(a)])
+    run.train()
+    assert not torch.allclose(output(run.model, batch), before, atol=1e-5)
+    run.model.set_adapter("ref")
+    assert torch.allclose(output(run.model, batch), before, atol=1e-6)

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from evatune.batches import iterate, require_arguments
 from evatune.calibration import Calibration
-from evatune.capture import DecoderRows, Sharing, Site, Tap, Tokens, decoder_of, find_sites, selector_for
+from evatune.capture import Masks, RowSelector, Sharing, Site, Tap, Tokens, find_sites, selector_for
 from evatune.capture.rows import full_precision
-from evatune.capture.tap import EnoughSeen, RowsFunction
-from evatune.capture.targets import Targets, unwrapped
+from evatune.capture.tap import RowsFunction
+from evatune.capture.targets import Targets, adapted, unwrapped
 from evatune.checkpoint import Checkpoint
 from evatune.config import CalibrationConfig
 from evatune.errors import ConfigError, DataError, NoBatchError
 from evatune.model import (
     ForwardFunction,
-    as_found,
+    as_base,
     call_model,
     is_sharded,
-    iterate,
     may_cut_short,
     model_device,
     require_gathering,
+    states_kept,
     to_device,
 )
 from evatune.monitor import Monitor, is_check, is_refresh, passes
@@ -62,8 +61,11 @@ def calibrate(
 
     Args:
         model: any `nn.Module`, or a `PeftModel` (its adapters stand aside, so the result is the base model's); looked
-            for inside DistributedDataParallel, DataParallel and DeepSpeed's engine.
-        batches: DataLoader, list, iterator or generator. Each batch is read once, one pass at most.
+            for inside DistributedDataParallel, DataParallel and DeepSpeed's engine. Where a module of your
+            own, or of sentence-transformers, holds the one model that carries adapters, the whole is run,
+            and names are those in that model.
+        batches: DataLoader, list, iterator or generator. Each batch is read once, one pass at most. Making them may run
+            the model, which is as it was found meanwhile: its modes, its adapters, no hook; nothing of that is counted.
         config: settings; `CalibrationConfig()` by default.
         targets: which layers, as PEFT names them: "all-linear", a list of names or suffixes, or a regular
             expression for whole names. Default: the layers that carry an adapter, else "all-linear". Besides linear
@@ -71,11 +73,13 @@ def calibrate(
             zeros and has no dilation), embeddings, `nn.MultiheadAttention` (named like it, and "….out_proj") and parameters
             in which the weights of experts are stacked (one entry per expert, "….0", "….1", …).
         forward: `forward(model, batch)` replaces the default call: `model(**batch)` for a mapping or a
-            dataclass, `model(*batch)` for a tuple or list, `model(batch)` for a tensor.
-        rows: `rows(activation, batch, layer_name)` → (n, d) replaces the default choice of rows: all tokens
-            that `attention_mask` does not exclude (inside the decoder of an encoder-decoder model: its own mask, else
-            those with a label). Layers then no longer share sketches. The activation is the layer's input, of a
-            convolution its patches (batch, positions, d), of an embedding the ids, of which it returns (n,).
+            dataclass, `model(*batch)` for a tuple or list, `model(batch)` for a tensor, and for a mapping
+            where the model's first argument is none of its keys, as sentence-transformers wants it.
+        rows: `rows(activation, batch, layer_name)` → (n, d) replaces the default choice of rows: all tokens that the
+            `attention_mask` of the nearest module around the layer does not exclude, else that of the batch; a warning
+            names layers that no mask fits, of which all rows count (inside the decoder of an encoder-decoder model:
+            its own mask, else those with a label). Layers then no longer share sketches. The activation is the layer's
+            input, of a convolution its patches (batch, positions, d), of an embedding the ids, of which it returns (n,).
         progress: called with a `Progress` after each batch.
         checkpoint: a file to go on from after an interruption, see `evatune.checkpoint.Checkpoint`. One process only.
 
@@ -90,7 +94,8 @@ def calibrate(
         status that says how; nothing is raised for them here.
 
     Raises:
-        TargetError: no layer matches. DataError: no batch, or something that is not batches.
+        TargetError: no layer matches. DataError: no batch, or something that is not batches. ConfigError: a `forward` or
+        `rows` of other arguments.
         AdapterError: weights in the shards of DeepSpeed's zero.Init that no engine gathers.
         ProcessError: another process failed, is lost, or has another model, other weights, targets or settings.
         Whatever the model itself raises. In every case the model, its modes, hooks, gradients and the
@@ -106,7 +111,7 @@ def calibrate(
     with Team.formed(config.distributed, model_device(model)) as team:
         return run(
             model,
-            find_sites(model, targets),
+            find_sites(adapted(model), targets),
             batches,
             config,
             team,
@@ -138,11 +143,14 @@ def run(
         caps: what the stop rule's trial redistribution keeps to, as `allocate` does.
     """
     require_gathering(model)
+    require_arguments("forward", forward, "model, batch")
+    require_arguments("rows", rows, "activation, batch, layer_name")
     labels_only = config.labels_only or False
     # the record says all of it
     config = replace(config, rank=config.rank_or_default, rho=config.rho_or_default, labels_only=labels_only)
     device, in_step = model_device(model), team.size > 1 and is_sharded(model)
-    select = selector_for(model, labels_only, config.ignore_index, active)
+    call = forward or call_model
+    select = selector_for(model, labels_only, config.ignore_index, None if is_sharded(model) else call, active)
 
     def newborn(site: Site, device: torch.device) -> Sketch:
         return make_sketch(
@@ -166,8 +174,9 @@ def run(
     can_cut = forward is None and may_cut_short(model)
     limit = max(config.max_batches, team.size)  # everyone has a turn
     converged = False
-    decoder_rows = partial(DecoderRows, labels_only=labels_only is True, ignore_index=config.ignore_index)
-    with as_found(model), Tap(sites, sharing, rows, decoder_of(model), decoder_rows) as tap, torch.no_grad():
+    masks = Masks(model, sites, labels_only=labels_only is True, ignore_index=config.ignore_index)
+    tap = Tap(sites, sharing, rows, masks)
+    with states_kept(model):
         feed = _Feed(batches, team, limit)  # loaders draw their seed as soon as they are asked
         if checkpoint is not None:
             tap.cut_short = _resume(checkpoint, monitor, feed, model)
@@ -180,9 +189,12 @@ def run(
             over = turn == feed.turns or (in_step and not someone_came)
             if came or (in_step and someone_came):
                 batch = feed.batch if forward is not None else to_device(feed.batch, device)
-                tap.begin(batch, select(batch) if rows is None else None, watch=came)
-                with suppress(EnoughSeen):
-                    (forward or call_model)(model, batch)
+                # While others have their turn, the data among them, the model is as it was found, without a hook.
+                with as_base(model), torch.no_grad():
+                    selector = RowSelector() if rows is not None else select(batch)
+                    with tap.watching(batch, selector, watch=came):
+                        call(model, batch)
+                masks.warn_once()
                 tap.cut_short = tap.cut_short or (turn == 1 and can_cut and tap.each_called_once)
                 sharing.end_of_forward()
                 monitor.note_bad_rows(feed.number(turn))

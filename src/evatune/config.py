@@ -29,9 +29,9 @@ class CalibrationConfig:
         tolerance: stop when, with the data seen since the last check (at 1, 2, 4, 8, … batches), the directions
             in use gained less than this share of energy, and less than twice this share of the ranks moved.
             0: never stop before `max_batches` or the end of the data.
-        labels_only: count only tokens that have a loss (shifted by one for causal language models). "auto": where a
-            batch has a label per token, and not for encoder-decoder models, whose labels are the decoder's. Default:
-            what the adapter's `EvaConfig.use_label_mask` asks for, else False.
+        labels_only: count only tokens that have a loss; the model is asked whether it compares token t with label t + 1.
+            "auto": where a batch has a label per token, and not for encoder-decoder models, whose labels are the
+            decoder's. Default: what the adapter's `EvaConfig.use_label_mask` asks for, else False.
         ignore_index: label of tokens without a loss.
         seed: of the sketch's random start.
         distributed: whether the processes of torch.distributed, where there are several, calibrate together, each on

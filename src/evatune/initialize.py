@@ -38,9 +38,12 @@ def initialize(
     Call it before the optimiser exists: layers whose rank changes get new parameters.
 
     Args:
-        model: a `PeftModel` with a LoRA adapter (or a transformers model after `add_adapter`); or a
-            transformers or TRL `Trainer` around one, whose own data, collator and device are then used. The adapter
-            may sit on any kind of layer that `evatune.calibrate` lists, and on parameters (`target_parameters`).
+        model: a `PeftModel` with a LoRA adapter (or a transformers model after `add_adapter`), or a
+            module that holds one such (your own, a `SentenceTransformer`), through which batches then
+            run; or a transformers, TRL or sentence-transformers `Trainer` around one, whose own data,
+            collator and device are then used. To resume a run, give the same data and seed, or the
+            `Calibration` of the first: the checkpoint's ranks must come out again. The adapter may sit
+            on any kind of layer that `evatune.calibrate` lists, and on parameters (`target_parameters`).
         batches: as for `evatune.calibrate`; not with a Trainer. Or a finished `Calibration` of this model, merged or loaded
             from a file, also with a Trainer: it must cover the adapter's layers, and no batch is run then.
         rank: r. Default: the adapter's `LoraConfig.r`, and its `rank_pattern` as it stands: a layer that it names gets at
@@ -85,7 +88,9 @@ def initialize(
         AdapterError: no LoRA adapter of that name, or one that is merged, or trained already
             (unless `overwrite`), whose start has changed the base weights (PiSSA, OLoRA, CorDA, LoftQ,
             LoRA-GA), or of a variant of LoRA that does not fit (`evatune.adapters.variants`); a
-            `Calibration` of another model; a Trainer that has an optimiser already.
+            `Calibration` of another model; several adapted models in one module; a Trainer that has an
+            optimizer already, or a `model_init`, by which it builds its model anew. When it begins to
+            train: a Trainer whose model was replaced since.
         LayerError: layers without a usable result. BudgetError: the budget cannot be met.
         ConfigError: options that contradict each other, the adapter's config or the `Calibration`.
         DataError, TargetError: as for `calibrate`. The model is unchanged in every case.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 import sys
 from collections import UserDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -14,44 +15,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evatune.capture.targets import adapters_off, stood_for
-from evatune.errors import AdapterError, DataError
+from evatune.batches import fault_of
+from evatune.capture.targets import adapted, adapters_off, stood_for
+from evatune.errors import AdapterError, DataError, EvatuneError
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
 
 
-def iterate(batches: Iterable[Any]) -> Iterator[Any]:
-    """An iterator over batches; a DataError for what is none, or is a single batch."""
-    if isinstance(batches, (Tensor, Mapping, str, bytes)):
-        raise DataError(
-            f"batches is a single {type(batches).__name__}; give an iterable of batches, such as a DataLoader or a list "
-            "with this one batch in it"
-        )
-    try:
-        return iter(batches)
-    except TypeError:
-        raise DataError(
-            f"batches is of type {type(batches).__name__}, which cannot be iterated over; give a DataLoader, a list or "
-            "a generator of batches"
-        ) from None
-
-
 def call_model(model: nn.Module, batch: Any) -> Any:
-    """The default forward pass: keywords from a mapping or dataclass, positions from a tuple, else one argument."""
+    """The default forward pass: keywords from a mapping or dataclass, positions from a tuple, else one argument.
+
+    Raises:
+        DataError: the model fails, and what was given looks like no batch.
+        Whatever else the model raises, with a note about the rule where it may be why.
+    """
     try:
-        if isinstance(batch, Mapping):
+        if isinstance(batch, Mapping) and not _takes_mapping(model, batch):
             return model(**batch)
         if is_dataclass(batch) and not isinstance(batch, type):
             return model(**{f.name: getattr(batch, f.name) for f in fields(batch)})
         if isinstance(batch, (tuple, list)):
             return model(*batch)
         return model(batch)
-    except TypeError as error:
-        error.add_note(
-            f"evatune called the model with a batch of type {type(batch).__name__} by its default rule (mapping → "
-            "keywords, tuple → positions). If that is not how this model is called, pass forward=lambda model, batch: …"
-        )
+    except EvatuneError:
         raise
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        fault = fault_of(batch, _base(model))
+        if fault is not None:
+            raise DataError(fault) from error
+        if not isinstance(error, RuntimeError):
+            error.add_note(
+                f"evatune called the model with a batch of type {type(batch).__name__} by its default rule (mapping → "
+                "keywords, tuple → positions). If that is not how this model is called, pass forward=lambda model, batch: …"
+            )
+        raise
+
+
+def _takes_mapping(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Return whether a mapping is the one argument of a model, whose first is none of the keys."""
+    first = next(iter(inspect.signature(model.forward).parameters.values()), None)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if first is None or first.kind not in kinds or first.default is not first.empty:
+        return False
+    return first.name not in batch
 
 
 def to_device(batch: Any, device: torch.device | None) -> Any:
@@ -94,34 +100,57 @@ def _base(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, base weights and no compiled graphs inside; modes, adapters and random states as before afterwards.
+    """The base model in evaluation mode inside; modes, adapters and random states as before afterwards."""
+    with states_kept(model), as_base(model):
+        yield
+
+
+@contextmanager
+def states_kept(model: nn.Module) -> Iterator[None]:
+    """Modes and random states are as before afterwards, whatever happens inside."""
+    modes = [(module, module.training) for module in model.modules()]
+    python_state = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(devices=_cuda_devices(model)):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def as_base(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, base weights and no compiled graphs inside; modes and adapters as before afterwards.
 
     Compiled models run uncompiled: with hooks on every layer, which are traced as well, compiling takes far longer
     than a calibration, and its graphs are of no use afterwards.
     """
     modes = [(module, module.training) for module in model.modules()]
-    python_state = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy else None
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         # In evaluation mode torch's own transformer layers would pass their inner linear layers by.
         torch.backends.mha.set_fastpath_enabled(False)
         # Nothing is compiled where the compiler has not been imported.
         eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-        with eager, torch.random.fork_rng(devices=_cuda_devices(model)), adapters_off(model):
-            model.eval()
-            for module in model.modules():
+        with eager, adapters_off(model):
+            for module, _ in modes:
                 # In evaluation mode bitsandbytes packs 4-bit weights on a CPU anew, for good, and they train no more.
-                module.training = hasattr(module, "support_avx512bf16_for_cpu")
+                _set_mode(module, "support_avx512bf16_for_cpu" in module.__dict__)
             yield
     finally:
         for module, training in modes:
-            module.training = training
+            _set_mode(module, training)
         torch.backends.mha.set_fastpath_enabled(fast)
-        random.setstate(python_state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    if module.training != training:  # writing costs much more than reading
+        module.training = training
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:
@@ -155,8 +184,8 @@ def require_gathering(model: nn.Module) -> None:
 
 
 def describe(model: nn.Module) -> str:
-    """Class and, where the model knows it, name or path of the weights."""
-    inner = _base(model)
+    """Class and, where it is known, name or path of the weights; of the adapted model inside if there is one."""
+    inner = _base(adapted(model))
     source = getattr(getattr(inner, "config", None), "_name_or_path", "") or ""
     # fully_shard puts a class of its own before the model's.
     kind = next(kind.__name__ for kind in type(inner).__mro__ if not kind.__name__.startswith("FSDP"))

@@ -39,6 +39,7 @@ from evatune.adapters.layers import Slot, find_slots
 from evatune.adapters.peft import label_settings, lora_config, require_fresh, usual_start, write_rows
 from evatune.adapters.scale import scaled_rows
 from evatune.adapters.variants import active_positions, require_known_variant
+from evatune.batches import iterate
 from evatune.calibrate import Progress, run
 from evatune.capture import RowSelector, Site, find_sites, selector_for
 from evatune.capture.kinds import is_linear, parts_of
@@ -47,7 +48,7 @@ from evatune.capture.tap import RowsFunction
 from evatune.capture.targets import peft_name, sites_of
 from evatune.config import CalibrationConfig
 from evatune.errors import AdapterError, ConfigError, DataError, NoBatchError, TargetError
-from evatune.model import iterate, model_device, to_device
+from evatune.model import model_device, to_device
 from evatune.processes import Team
 
 ModelInputs = Callable[[Any, LoraConfig], Any]

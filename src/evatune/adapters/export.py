@@ -13,15 +13,18 @@ import json
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, storage_ptr
 from torch import Tensor, nn
 
 from evatune.adapters.peft import lora_config
@@ -115,31 +118,166 @@ def _write(folder: Path, state: dict[str, Tensor], config: LoraConfig, uniform: 
 def merge(base: nn.Module, adapter: str | Path) -> nn.Module:
     """The base model with a saved adapter added into its weights, in place; checked for NaN and Inf by PEFT.
 
+    Weights that several layers share come apart where the adapter belongs to one of these layers only.
+
     Raises RecordError for an adapter that is damaged, not LoRA, or not of this base model; AdapterError where PEFT's sum is
     not what the adapter computes.
     """
-    adapter = Path(adapter)
-    read_config(adapter)
-    _read_weights(adapter)
+    return _merged(_adapted(base, Path(adapter)), Path(adapter))
+
+
+def write_merged(base: Any, adapter: Path, folder: Path, batch: dict[str, Tensor]) -> str | None:
+    """Write a transformers model with a saved adapter added in, and compare what was written with it.
+
+    Args:
+        base: of no use afterwards.
+        batch: keywords of the forward pass by which the two are compared.
+
+    Returns:
+        Why they could not be compared; None if they were.
+
+    Raises:
+        AdapterError: the model, loaded again, computes something else. All else as for `merge`.
+    """
+    model = _adapted(base, adapter)
+    expected, unchecked = None, None
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
-            model = PeftModel.from_pretrained(base, str(adapter))
-        _require_mergeable(model)
+        expected = _output(model, batch)
+    except Exception as error:  # whatever a model raises that wants more than tokens
+        unchecked = f"{type(base).__name__} does not run on tokens alone: {_brief(error)}"
+    merged: Any = _merged(model, adapter)
+    try:
+        merged.save_pretrained(folder)
+        merged.to("meta")  # there need not be memory for two
+        again, found = type(merged).from_pretrained(folder, dtype="auto", output_loading_info=True, trust_remote_code=False)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise _another_model(f"cannot be saved and loaded ({_brief(error)})") from error
+    lost = sorted({*found["missing_keys"], *found["mismatched_keys"]})
+    if lost:
+        raise _another_model(f"has no weights for {lost[0]} when it is loaded again")
+    if expected is not None:
+        off = float((_output(again.eval(), batch) - expected).norm() / expected.norm())
+        allowed = torch.finfo(base.dtype).eps ** 0.5  # half of the digits, as sums in 16 bits need
+        if not off <= allowed:
+            raise _another_model(f"is off by {off:.1%} in its outputs, more than {allowed:.1%}")
+    return unchecked
+
+
+def _another_model(how: str) -> AdapterError:
+    return AdapterError(f"the merged model {how}, so nothing was written; serve the adapter beside its base model")
+
+
+@torch.no_grad()
+def _output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The logits or hidden states of a transformers model, (…) float64."""
+    found: Tensor = model(**batch)[0]
+    return found.double()
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _adapted(base: nn.Module, adapter: Path) -> PeftModel:
+    """The base model with the saved adapter beside its weights."""
+    read_config(adapter)
+    state = _read_weights(adapter)
+    with _refusing(base, adapter), warnings.catch_warnings():
+        _extend(base, state)
+        warnings.filterwarnings("error", ".*missing adapter keys", UserWarning)
+        # Its advice is followed: weights that are tied come apart.
+        warnings.filterwarnings("ignore", "Model (has|with) `tie_word_embeddings", UserWarning)
+        return PeftModel.from_pretrained(base, str(adapter)).eval()
+
+
+def _extend(base: Any, state: Mapping[str, Tensor]) -> None:
+    """Give a transformers model as many tokens as the embedding has that was saved beside the adapter."""
+    if not hasattr(base, "get_input_embeddings"):
+        return
+    embedding = base.get_input_embeddings()
+    name = next((name for name, module in base.named_modules() if module is embedding), None)
+    saved = state.get(f"{_PREFIX}{name}.weight")
+    if saved is None or saved.shape == embedding.weight.shape:
+        return
+    if saved.shape[1:] == embedding.weight.shape[1:]:  # else it is another model's, as PEFT will say
+        base.resize_token_embeddings(len(saved), mean_resizing=False)
+
+
+def _merged(model: PeftModel, adapter: Path) -> nn.Module:
+    """The base model inside with the adapter's updates in its weights."""
+    _require_mergeable(model)
+    base = model.get_base_model()
+    tied = dict(getattr(base, "all_tied_weights_keys", None) or {})
+    with _refusing(base, adapter), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Input and output embeddings are no longer", UserWarning)
+        _part_from_others(model)
         merged: nn.Module = model.merge_and_unload(safe_merge=True)
-    except AdapterError:
-        raise
-    except (RuntimeError, ValueError, KeyError, UserWarning) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RecordError(
-            f"adapter {str(adapter)!r} cannot be merged into {type(base).__name__} ({reason}); give the model it was "
-            "trained on"
-        ) from error
+        _part_all(merged, tied)
     return merged
 
 
-def _require_mergeable(model: nn.Module) -> None:
-    """A convolution's A fills with zeros and has no dilation, so no weight of a layer that does otherwise holds BA."""
+@contextmanager
+def _refusing(base: nn.Module, adapter: Path) -> Iterator[None]:
+    """Turn what PEFT raises into a RecordError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, UserWarning) as error:
+        raise RecordError(
+            f"adapter {str(adapter)!r} cannot be merged into {type(base).__name__} "
+            f"({_brief(error)}); give the model it was trained on"
+        ) from error
+
+
+def _part_from_others(model: nn.Module) -> None:
+    """Give each adapted layer a copy of a weight that another layer has too and the sum would change."""
+    users = Counter(storage_ptr(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for layer in lora_layers(model).values():
+        own = layer.base_layer
+        shared = any(users[storage_ptr(parameter)] > 1 for parameter in own.parameters())
+        if shared and not isinstance(own, LoraLayer):  # which wraps another parameter of the layer
+            layer.base_layer = copy.deepcopy(own)
+
+
+def _part_all(model: nn.Module, tied: Mapping[str, str]) -> None:
+    """Leave no weight shared but those that the model's config ties, if all of these are tied still.
+
+    Args:
+        tied: name of a parameter → the one that it was before the merge, as the config said.
+    """
+    parameter = model.get_parameter
+    if any(storage_ptr(parameter(a)) != storage_ptr(parameter(b)) for a, b in tied.items()):
+        tied = {}
+        for config in _tying_configs(model):
+            config.tie_word_embeddings = False
+    kept = {storage_ptr(parameter(name)) for name in tied}
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, shared in module.named_parameters(recurse=False):
+            place = storage_ptr(shared)
+            if place in seen - kept:
+                own = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+                setattr(module, name, own)
+            seen.add(place)
+
+
+def _tying_configs(model: nn.Module) -> Iterator[Any]:
+    """The configs of a transformers model and of its parts that say that embeddings are tied."""
+    outer = [module.config for module in model.modules() if hasattr(module, "config")]
+    inner = [getattr(each, name, None) for each in outer for name in getattr(each, "sub_configs", ())]
+    return (each for each in (*outer, *inner) if getattr(each, "tie_word_embeddings", False))
+
+
+def _require_mergeable(model: PeftModel) -> None:
+    """Raise an AdapterError for weights that cannot hold what the adapter adds.
+
+    A convolution's A fills with zeros and has no dilation, so no weight of one that does otherwise holds BA.
+    """
+    if getattr(model.get_base_model(), "is_quantized", False):
+        raise AdapterError(
+            "the base model's weights are quantized, and a sum rounded to so few bits would lose what was "
+            "learned; name the model that it was quantized from with --model, or serve the adapter beside "
+            "its base model"
+        )
     for path, layer in lora_layers(model).items():
         base = layer.get_base_layer()
         if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and (base.padding_mode != "zeros" or max(base.dilation) > 1):

@@ -24,7 +24,15 @@ from evatune.adapters.variants import active_positions, require_known_variant
 from evatune.calibrate import Progress, run
 from evatune.calibration import Calibration
 from evatune.capture.tap import RowsFunction
-from evatune.capture.targets import adapters_off, is_engine, peft_name, peft_names, unwrapped
+from evatune.capture.targets import (
+    adapted,
+    adapted_inside,
+    adapters_off,
+    is_engine,
+    peft_name,
+    peft_names,
+    unwrapped,
+)
 from evatune.checkpoint import Checkpoint
 from evatune.config import CalibrationConfig
 from evatune.errors import AdapterError, ConfigError, DataError, TargetError
@@ -55,7 +63,8 @@ def initialize_model(
     checkpoint: Checkpoint | None = None,
 ) -> Calibration:
     """`evatune.initialize` for a model; see there. Nothing is written before everything is known to fit."""
-    whole, model = model, unwrapped(model)
+    whole, outer = model, unwrapped(model)
+    model = adapted(outer)
     lora = lora_config(model, adapter_name)
     scale = choose_scale(scale, lora.eva_config is not None and lora.eva_config.whiten)
     require_known_variant(model, lora, adapter_name)
@@ -65,7 +74,7 @@ def initialize_model(
         require_fresh(slots, adapter_name)
     caps = _caps(lora, slots, adapter_name) if rank is None and (config is None or config.rank is None) else {}
     given = {"rank": rank, "rho": rho, "budget": budget, "metric": metric}
-    if whole is not model or is_sharded(model):
+    if whole is not outer or is_sharded(model):
         _require_writable(whole, slots, _settings(config, lora, caps, given), caps, adapter_name)
     if isinstance(batches, Calibration):
         idle = {"config": config, "forward": forward, "rows": rows, "progress": progress}
@@ -74,7 +83,7 @@ def initialize_model(
         config = _settings(config, lora, caps, given)
         sites = [site for slot in slots for site in slot.sites]
         calibration = run(
-            model,
+            outer,
             sites,
             batches,
             config,
@@ -124,6 +133,13 @@ def _judge_unsupported(odd: Mapping[str, LoraLayer], on_unsupported: str, *, eve
 
 def lora_config(model: nn.Module, adapter_name: str) -> LoraConfig:
     """The adapter's config; an AdapterError if there is no such adapter or if it is not plain LoRA."""
+    inside = adapted_inside(model)
+    if len(inside) > 1:
+        raise AdapterError(
+            f"{type(model).__name__} holds several models with an adapter ({', '.join(inside)}), and "
+            "one is started at a time; call evatune.initialize(model, batches) for each, before optimizers "
+            "are built"
+        )
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict) or not configs:
         raise AdapterError(

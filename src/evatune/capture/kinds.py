@@ -37,6 +37,10 @@ class Rows:
         """What a `rows` function is handed."""
         return x
 
+    def places(self, x: Tensor) -> torch.Size | None:
+        """The leading dimensions of an activation, by which a mask knows its rows; None where no mask of tokens can."""
+        return x.shape[:-1]
+
     def pieces(self, x: Tensor, selector: RowSelector) -> Iterator[Piece]:
         """The rows of one activation that count, in pieces of bounded size where they are not there already."""
         yield selector.rows(x)
@@ -47,6 +51,9 @@ class Tokens(Rows):
     """The input holds token ids, and a row is the one-hot vector of a token."""
 
     padding: int | None = None  # a token whose embedding is never trained, and which is left out
+
+    def places(self, x: Tensor) -> torch.Size:
+        return x.shape
 
     def pieces(self, x: Tensor, selector: RowSelector) -> Iterator[Piece]:
         flat, index = x.flatten(), selector.chosen(x.shape)
@@ -89,8 +96,8 @@ class Patches(Rows):
     def pieces(self, x: Tensor, selector: RowSelector) -> Iterator[Piece]:
         windows = self._windows(x)
         samples, lines = windows.shape[:2]
-        # A mask of tokens speaks about a sequence, and about the patch at a token's own position.
-        index = selector.chosen(windows.shape[:2]) if len(self.kernel) == 1 else None
+        places = self.places(x)
+        index = None if places is None else selector.chosen(places)
         index = None if index is None else index.to(x.device)
         line = windows[:1, :1].numel()
         fit = max(1, _PIECE_BYTES // max(1, line * x.element_size()))  # lines of positions per piece
@@ -104,6 +111,14 @@ class Patches(Rows):
                 else:
                     start = sample * lines + first
                     yield flat, index[(index >= start) & (index < start + len(flat))] - start
+
+    def places(self, x: Tensor) -> torch.Size | None:
+        """A mask of tokens speaks about a sequence, and about the patch at a token's own position."""
+        if len(self.kernel) != 1:
+            return None
+        span = self.dilation[0] * (self.kernel[0] - 1) + 1
+        lines = (x.shape[-1] + sum(self.padding[0]) - span) // self.stride[0] + 1
+        return torch.Size([1 if x.ndim == 2 else len(x), lines])
 
     def _windows(self, x: Tensor) -> Tensor:
         """(batch, positions…, channels, kernel…), a view of the padded input."""

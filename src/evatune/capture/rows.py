@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from evatune.errors import DataError
 
@@ -22,32 +22,17 @@ def batch_field(batch: Any, key: str) -> Any:
     return None
 
 
-def shifts_labels(model: nn.Module) -> bool:
-    """Whether position t predicts label t + 1: causal language models, by their class name."""
-    names = [type(m).__name__ for m in model.modules() if hasattr(m, "config")]
-    return any("CausalLM" in name or "LMHeadModel" in name or "DoubleHeads" in name for name in names)
-
-
-def decodes_labels(model: nn.Module) -> bool:
-    """Whether labels belong to a decoder that has tokens of its own: encoder-decoder models."""
-    return any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True for m in model.modules())
-
-
-def decoder_of(model: nn.Module) -> nn.Module | None:
-    """The decoder of an encoder-decoder model, which is called with masks of its own; None for any other model."""
-    for module in model.modules():
-        if getattr(getattr(module, "config", None), "is_encoder_decoder", False) is True and hasattr(module, "get_decoder"):
-            found = module.get_decoder()  # type: ignore[operator]
-            return found if isinstance(found, nn.Module) else None
-    return None
-
-
 def has_token_labels(batch: Any) -> bool:
     """Whether `labels` has one entry per token, by the shape of `attention_mask` or `input_ids`."""
     labels = batch_field(batch, "labels")
     tokens = (batch_field(batch, key) for key in ("attention_mask", "input_ids"))
     shapes = [t.shape for t in tokens if isinstance(t, Tensor) and t.ndim == 2]
     return isinstance(labels, Tensor) and bool(shapes) and labels.shape == shapes[0]
+
+
+def wants_labels(batch: Any, labels_only: bool | str) -> bool:
+    """Whether the labels of this batch choose among its rows."""
+    return labels_only is True or (labels_only == "auto" and has_token_labels(batch))
 
 
 @contextmanager
@@ -62,36 +47,56 @@ def full_precision(device: torch.device | None) -> Iterator[None]:
 
 
 class RowSelector:
-    """Chooses the rows of one batch. Built once per batch, asked once per activation.
+    """Chooses the rows that count among those of sequences, by their places.
 
-    Args:
-        batch: what the model is called with.
-        labels_only: keep only tokens that have a loss, besides dropping padding; "auto": if tokens have labels at all.
-        ignore_index: label of tokens without a loss.
-        shift: labels belong to the position before them (causal language models).
-        active: (B, T) bool, the positions at which the adapter acts; None: at all.
+    Attributes:
+        tokens: (B, T) bool, true for a token that is no padding; None: all.
+        counted: (B, T) bool, true for a position that counts if it is no padding, since its output enters the loss, or
+            since the adapter acts there; None: all.
+        mask: both together.
+        index: which of the B·T places count; None: all.
     """
 
-    def __init__(
-        self,
+    def __init__(self, tokens: Tensor | None = None, counted: Tensor | None = None) -> None:
+        self.tokens, self.counted = tokens, counted
+        self.mask = tokens if counted is None else counted
+        if tokens is not None and counted is not None and tokens.shape == counted.shape:
+            self.mask = counted & tokens.to(counted.device)
+        # The one wait for the device per mask: how many rows there are decides the shapes of all that follows.
+        everything = self.mask is None or bool(self.mask.all())
+        self.index = None if everything else self.mask.flatten().nonzero().flatten()  # type: ignore[union-attr]
+
+    @classmethod
+    def of_batch(
+        cls,
         batch: Any,
         *,
         labels_only: bool | str = False,
         ignore_index: int = -100,
         shift: bool = False,
         active: Tensor | None = None,
-    ) -> None:
-        mask = batch_field(batch, "attention_mask")
-        self.mask = token_mask(mask) if isinstance(mask, Tensor) else None  # (B, T) bool
-        if labels_only is True or (labels_only == "auto" and has_token_labels(batch)):
+    ) -> RowSelector:
+        """Return the selector that a batch's own `attention_mask` and `labels` make.
+
+        Args:
+            batch: what the model is called with.
+            labels_only: keep only tokens that have a loss, besides dropping padding; "auto": if tokens have labels at all.
+            ignore_index: label of tokens without a loss.
+            shift: labels belong to the position before them.
+            active: (B, T) bool, the positions at which the adapter acts; None: at all.
+        """
+        mask, counted = batch_field(batch, "attention_mask"), active
+        if wants_labels(batch, labels_only):
             labelled = label_mask(batch_field(batch, "labels"), ignore_index, shift)
-            if self.mask is not None and self.mask.shape == labelled.shape:
-                labelled = labelled & self.mask.to(labelled.device)
-            self.mask = labelled
-        if active is not None:
-            self.mask = active if self.mask is None else active & self.mask.to(active.device)
-        # The one wait for the device per batch: how many rows there are decides the shapes of all that follows.
-        self.index = None if self.mask is None or bool(self.mask.all()) else self.mask.flatten().nonzero().flatten()
+            counted = labelled if active is None else labelled & active.to(labelled.device)
+        return cls(token_mask(mask) if isinstance(mask, Tensor) else None, counted)
+
+    def narrowed(self, tokens: Tensor) -> RowSelector:
+        """Return the selector of another mask (B, T) for the same tokens; this very one if it chooses the same."""
+        counted = self.counted if self.counted is not None and self.counted.shape == tokens.shape else None
+        other = RowSelector(tokens, counted)
+        same = self.mask is not None and self.mask.shape == tokens.shape and self.mask.device == tokens.device
+        return self if same and torch.equal(self.mask, other.mask) else other  # type: ignore[arg-type]
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(n, d) view of an activation (…, d) where strides allow it, and which rows to take (None: all)."""
@@ -104,99 +109,66 @@ class RowSelector:
             return None
         return self.mask.flatten().to(places.device)[places].nonzero().flatten()
 
+    def fits(self, shape: torch.Size) -> bool:
+        """Whether an activation with these leading dimensions has a row for each place."""
+        return self.mask is not None and self._layout(shape) is not None
+
     def chosen(self, shape: torch.Size) -> Tensor | None:
         """Which of the rows of an activation with these leading dimensions to take, counted flat (None: all)."""
         if self.mask is None or self.index is None:
             return None
-        b, t = self.mask.shape
-        if tuple(shape) == (b * t,):
-            return self.index
-        if tuple(shape[:2]) != (b, t):
-            return None  # pooled, or of a length of its own: the mask does not speak about these rows
+        layout = self._layout(shape)
+        if layout is None:
+            return None
+        index = self.index if layout == "batch first" else self.mask.T.flatten().nonzero().flatten()
+        if len(shape) == 1:
+            return index
         inner = shape[2:].numel()
-        return (self.index[:, None] * inner + torch.arange(inner, device=self.index.device)).flatten()
+        return (index[:, None] * inner + torch.arange(inner, device=index.device)).flatten()
+
+    def _layout(self, shape: torch.Size) -> str | None:
+        """How sequences lie in an activation; None where it is pooled, or of a length of its own."""
+        assert self.mask is not None
+        b, t = self.mask.shape
+        if tuple(shape) == (b * t,) or tuple(shape[:2]) == (b, t):
+            return "batch first"
+        return "time first" if tuple(shape[:2]) == (t, b) else None
 
 
-class DecoderRows:
-    """Chooses rows while the decoder of an encoder-decoder model runs, where two sequences meet.
-
-    The decoder's own tokens count as the `attention_mask` that it is called with says, else where `labels` have a loss
-    (in training a position without one is padding), else all. The encoder's output, handed to it as
-    `encoder_hidden_states` and from there to the keys and values of cross-attention, is recognised by identity and goes
-    by the `encoder_attention_mask`.
-
-    Args:
-        batch: what the model is called with. call: the keywords that the decoder is called with.
-        labels_only: go by the labels even where there is a mask. ignore_index: label of tokens without a loss.
-    """
-
-    def __init__(self, batch: Any, call: Mapping[str, Any], *, labels_only: bool, ignore_index: int) -> None:
-        self._encoded = call.get("encoder_hidden_states")
-        mask, labels = call.get("attention_mask"), batch_field(batch, "labels")
-        use_labels = (labels_only or mask is None) and isinstance(labels, Tensor) and labels.ndim == 2
-        own = {"attention_mask": mask, "labels": labels}
-        self._own = RowSelector(own, labels_only=use_labels, ignore_index=ignore_index)
-        self._others = RowSelector({"attention_mask": call.get("encoder_attention_mask")})
-
-    def selector(self, x: Tensor) -> RowSelector:
-        """Whose rows `x` holds."""
-        return self._others if x is self._encoded else self._own
+ALL_ROWS = RowSelector()
 
 
-def selector_for(
-    model: nn.Module,
-    labels_only: bool | str,
-    ignore_index: int,
-    active: Callable[[Any], Tensor] | None = None,
-) -> Callable[[Any], RowSelector]:
-    """A function from a batch to its `RowSelector`, with what depends on the model settled.
-
-    Args:
-        active: from a batch to the positions at which the adapter acts; None: at all.
-    """
-    if decodes_labels(model):
-        labels_only = False  # of them `DecoderRows` knows
-    shift = bool(labels_only) and shifts_labels(model)
-
-    def select(batch: Any) -> RowSelector:
-        return RowSelector(
-            batch,
-            labels_only=labels_only,
-            ignore_index=ignore_index,
-            shift=shift,
-            active=None if active is None else active(batch),
-        )
-
-    return select
-
-
-def token_mask(mask: Tensor) -> Tensor | None:
+def token_mask(mask: Tensor, *, given_by_user: bool = True) -> Tensor | None:
     """(B, T) bool, true where a token is real, from any of the forms that transformers' models accept.
 
     2-D: 1 for real. 3-D (B, Q, T) and 4-D (B, H, Q, T): bool or 1 for "may look at", or additive with 0
-    for "may look at"; a token is real when its own position may look at it.
+    for "may look at"; a token is real when its own position may look at it. 3-D (B, C, T), for C choices of
+    T tokens each: (B·C, T). Additive in two dimensions as well, where a model hands it to a module of its own.
     """
-    if mask.ndim == 2:
-        return mask > 0 if mask.is_floating_point() else mask.bool()
-    if mask.ndim not in (3, 4):
+    if mask.ndim not in (2, 3, 4):
         return None
-    if mask.ndim == 4:
-        mask = mask[:, 0]
-    own = mask[:, 0] if mask.shape[1] == 1 else None
-    if own is None:
-        if mask.shape[1] != mask.shape[2]:
+    choices = mask.ndim == 3
+    own = mask[:, 0] if mask.ndim == 4 else mask
+    if own.ndim == 3 and own.shape[1] == 1:
+        own = own[:, 0]
+    elif own.ndim == 3 and own.shape[1] == own.shape[2]:
+        own = own.diagonal(dim1=1, dim2=2)
+    elif own.ndim == 3:
+        if not choices:
             return None  # queries and keys of different lengths: no position looks at itself
-        own = mask.diagonal(dim1=1, dim2=2)
-    if own.is_floating_point():
-        additive = bool((mask < 0).any()) or not bool(mask.any())
-        return own > -1 if additive else own > 0
-    return own.bool()
+        own = own.flatten(0, 1)
+    if not own.is_floating_point():
+        return own.bool()
+    zero_is_real = mask.ndim > 2 or not given_by_user
+    additive = bool((mask < 0).any()) or (zero_is_real and not bool(mask.any()))
+    return own > -1 if additive else own > 0
 
 
 def label_mask(labels: Any, ignore_index: int, shift: bool) -> Tensor:
     """(B, T) bool, true where the position's output enters the loss."""
     if not isinstance(labels, Tensor) or labels.ndim != 2:
-        shape = f"of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else "absent"
+        shape = f"of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"of type {type(labels).__name__}"
+        shape = "absent" if labels is None else shape
         raise DataError(
             f"labels_only needs token labels of shape (batch, tokens) in each batch; labels are {shape}. Set "
             "labels_only=False, or pass rows= to choose rows yourself"

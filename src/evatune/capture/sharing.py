@@ -20,19 +20,22 @@ from evatune.sketch import Digest, Sketch
 
 
 class _Identity:
-    """Recognises a tensor seen before: the same memory, still alive, not written to since."""
+    """Recognises a tensor seen before: the same memory, still alive, not written to since, the same rows of it chosen."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, chooser: object) -> None:
         self.ref = weakref.ref(x)
-        self.key = _memory(x)
+        self.key = memory(x)
+        self.chooser = chooser
 
-    def matches(self, x: Tensor) -> bool:
+    def matches(self, x: Tensor, chooser: object) -> bool:
         # While the first tensor lives its memory cannot be handed to another one. Inference tensors keep no count
         # of writes, so two calls with one of them may have seen different values.
-        return self.ref() is not None and not x.is_inference() and _memory(x) == self.key
+        alive = self.ref() is not None and not x.is_inference()
+        return alive and chooser is self.chooser and memory(x) == self.key
 
 
-def _memory(x: Tensor) -> tuple[object, ...]:
+def memory(x: Tensor) -> tuple[object, ...]:
+    """What tells a tensor from any other that is alive, and from itself after a write."""
     version = 0 if x.is_inference() else x._version
     return (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, version)
 
@@ -101,18 +104,18 @@ class Sharing:
     def group_of(self, name: str) -> InputGroup | None:
         return self._group.get(name)
 
-    def offer(self, site: Site, x: Tensor, digest: Callable[[Sketch], Digest]) -> None:
-        """A layer is called with `x`; `digest(sketch)` summarises it and is only called when it is new."""
+    def offer(self, site: Site, x: Tensor, chooser: object, digest: Callable[[Sketch], Digest]) -> None:
+        """A layer is called with `x`; `digest(sketch)` summarises the rows that `chooser` chooses, and is called if new."""
         name = site.name
         if name in self._unwatched:
             return
-        group = self._group.get(name) or self._join(site, x)
+        group = self._group.get(name) or self._join(site, x, chooser)
         seen = group.cursor[name]
-        if seen < len(group.pending) and not group.pending[seen].identity.matches(x):
+        if seen < len(group.pending) and not group.pending[seen].identity.matches(x, chooser):
             group = self._group[name] = group.split([name])
             seen = group.cursor[name]
         if seen == len(group.pending):
-            group.pending.append(_Pending(_Identity(x), digest(group.sketch)))
+            group.pending.append(_Pending(_Identity(x, chooser), digest(group.sketch)))
         group.cursor[name] = seen + 1
         if group not in self._newborn_groups:  # others may still join those, and must find all of it pending
             group.settle()
@@ -151,14 +154,14 @@ class Sharing:
                 for name in late:
                     self._group[name] = other
 
-    def _join(self, site: Site, x: Tensor) -> InputGroup:
-        key = (site.part.view, site.in_features, *_memory(x))  # a convolution's patches are not a linear layer's rows
+    def _join(self, site: Site, x: Tensor, chooser: object) -> InputGroup:
+        key = (site.part.view, site.in_features, *memory(x))  # a convolution's patches are not a linear layer's rows
         first, group = self._newborn.get(key, (None, None))
-        if self._share and first is not None and group is not None and group.open and first.matches(x):
+        if self._share and first is not None and group is not None and group.open and first.matches(x, chooser):
             group.cursor[site.name] = 0
         else:
             group = InputGroup(self._make(site, x.device), {site.name: 0})
-            self._newborn[key] = (_Identity(x), group)
+            self._newborn[key] = (_Identity(x, chooser), group)
             self._newborn_groups.add(group)
         self._group[site.name] = group
         return group

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from operator import attrgetter
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evatune.capture.kinds import Piece, Tokens, sequences_of
+from evatune.capture.masks import Masks
 from evatune.capture.products import Places, Products, loops_over_experts
-from evatune.capture.rows import DecoderRows, RowSelector, full_precision
+from evatune.capture.rows import ALL_ROWS, RowSelector, full_precision
 from evatune.capture.sharing import Sharing
 from evatune.capture.targets import Site
 from evatune.errors import DataError, TargetError
@@ -31,15 +31,13 @@ class EnoughSeen(BaseException):
 
 
 class Tap:
-    """Context manager: inside it, every call of a site offers its rows to `sharing`.
+    """Offers to `sharing` the rows of every call of a site, during the forward passes inside `watching` alone.
 
-    Call `begin` before each forward pass. With a `rows` function the user's own choice replaces the
-    selector. While `cut_short` is true, a forward pass that has called every site once ends there with
-    `EnoughSeen`.
+    While `cut_short` is true, a forward pass that has called every site once ends there.
 
     Args:
-        decoder: of an encoder-decoder model, inside which rows are chosen by what `decoder_rows` makes of the batch and
-            of the keywords that the decoder is called with.
+        rows: the user's own choice of rows; replaces that of `masks`.
+        masks: says which rows count. Default: all.
     """
 
     def __init__(
@@ -47,33 +45,41 @@ class Tap:
         sites: Sequence[Site],
         sharing: Sharing,
         rows: RowsFunction | None = None,
-        decoder: nn.Module | None = None,
-        decoder_rows: Callable[[Any, dict[str, Any]], DecoderRows] | None = None,
+        masks: Masks | None = None,
     ) -> None:
         self._sites = sites
         self._sharing = sharing
         self._rows = rows
-        self._decoder = decoder
-        self._decoder_rows = decoder_rows
-        self._undo = ExitStack()
+        self._masks = masks
         self._batch: Any = None
-        self._selector: RowSelector | None = None
-        self._decoding: DecoderRows | None = None
         self._calls: Counter[str] = Counter()
-        self._watching = True
+        self._watching = False
         self.cut_short = False
-
-    def begin(self, batch: Any, selector: RowSelector | None, *, watch: bool = True) -> None:
-        """A forward pass on `batch` comes next, which counts if `watch` says so."""
-        self._batch, self._selector, self._decoding, self._watching = batch, selector, None, watch
-        self._calls.clear()
 
     @property
     def each_called_once(self) -> bool:
-        """Whether the forward pass since `begin` called every site exactly once, and all of it is known by now."""
+        """Whether the latest forward pass called every site exactly once, and all of it is known by now."""
         return self._calls.total() == len(self._calls) == len(self._sites)
 
-    def __enter__(self) -> Self:
+    @contextmanager
+    def watching(self, batch: Any, selector: RowSelector = ALL_ROWS, *, watch: bool = True) -> Iterator[None]:
+        """Hooks are on the model inside, for one forward pass on `batch`, which counts if `watch` says so.
+
+        Args:
+            selector: which rows count as far as the batch itself says.
+        """
+        self._batch, self._watching = batch, watch
+        self._calls.clear()
+        with ExitStack() as undo, suppress(EnoughSeen):
+            if self._masks is not None and self._rows is None:
+                self._masks.begin(batch, selector)
+                undo.callback(self._masks.begin, None, ALL_ROWS)
+                self._masks.watch(undo)
+            self._watch_sites(undo)
+            yield
+        self._batch = None
+
+    def _watch_sites(self, undo: ExitStack) -> None:
         held: dict[nn.Module, list[Site]] = {}
         for site in self._sites:
             if site.part.parameter:
@@ -82,23 +88,13 @@ class Tap:
                 # ZeRO-3's own hook hands every layer an alias, by which nobody would know what layers share.
                 first = any(hasattr(parameter, "ds_id") for parameter in site.module.parameters(recurse=False))
                 hook = site.module.register_forward_pre_hook(self._hook_for(site), with_kwargs=True, prepend=first)
-                self._undo.callback(hook.remove)
+                undo.callback(hook.remove)
         if held:  # autocast would keep 16-bit copies of weights from one call to the next, which nobody would recognise
-            self._undo.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+            undo.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
             torch.set_autocast_cache_enabled(False)
         for module, sites in held.items():
-            self._watch_products(module, sites)
-        self._undo.callback(loops_over_experts(list(held)))
-        if self._decoder is not None and self._rows is None:
-            start = self._decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)
-            end = self._decoder.register_forward_hook(self._leave_decoder, always_call=True)
-            self._undo.callback(start.remove)
-            self._undo.callback(end.remove)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._undo.close()
-        self._batch = self._selector = self._decoding = None
+            self._watch_products(module, sites, undo)
+        undo.callback(loops_over_experts(list(held)))
 
     def _hook_for(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -111,7 +107,7 @@ class Tap:
 
         return hook
 
-    def _watch_products(self, module: nn.Module, sites: list[Site]) -> None:
+    def _watch_products(self, module: nn.Module, sites: list[Site], undo: ExitStack) -> None:
         """Watch what a module multiplies parameters with, from each of its calls' start to its end."""
         by_product = {(site.part.parameter, site.part.expert): site for site in sites}
         active: list[Products] = []
@@ -136,16 +132,9 @@ class Tap:
             while active:
                 end()
 
-        self._undo.callback(abandon)
-        self._undo.callback(module.register_forward_pre_hook(start, with_kwargs=True).remove)
-        self._undo.callback(module.register_forward_hook(end, always_call=True).remove)
-
-    def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert self._decoder_rows is not None
-        self._decoding = self._decoder_rows(self._batch, kwargs)
-
-    def _leave_decoder(self, *_: Any) -> None:
-        self._decoding = None
+        undo.callback(abandon)
+        undo.callback(module.register_forward_pre_hook(start, with_kwargs=True).remove)
+        undo.callback(module.register_forward_hook(end, always_call=True).remove)
 
     @torch.no_grad()
     @torch.inference_mode(mode=False)  # a sketch made or added to in inference mode could not be changed outside it
@@ -157,19 +146,21 @@ class Tap:
                 "with token ids; leave it out of the targets, or with exclude_modules in the LoraConfig"
             )
         pieces: Callable[[], Iterator[Piece]]
+        chooser = ALL_ROWS
         if self._rows is not None:
             chosen = self._chosen(site, x)
             pieces = lambda: iter([(chosen, None)])  # noqa: E731
         else:
-            selector = self._selector if self._decoding is None else self._decoding.selector(original)
-            assert selector is not None
+            leading = site.part.view.places(x) if places is None else torch.Size([places[1]])
+            if self._masks is not None:
+                chooser = self._masks.selector(site.name, original, leading)
             if places is not None:
-                index = selector.of_places(*places)
+                index = chooser.of_places(*places)
                 pieces = lambda: iter([(x, index)])  # noqa: E731
             else:
-                pieces = partial(site.part.view.pieces, x, selector)
+                pieces = partial(site.part.view.pieces, x, chooser)
         with full_precision(x.device):
-            self._sharing.offer(site, original, lambda sketch: sketch.digest_pieces(pieces()))
+            self._sharing.offer(site, original, chooser, lambda sketch: sketch.digest_pieces(pieces()))
 
     def _chosen(self, site: Site, x: Tensor) -> Tensor:
         assert self._rows is not None

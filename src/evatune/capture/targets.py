@@ -54,6 +54,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model if inside is None or unwrapped(inside) is inside else unwrapped(inside)
 
 
+def adapted_inside(model: nn.Module) -> dict[str, nn.Module]:
+    """Path → model that carries adapters, "" for the model itself; none inside another."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        inside = any(not outer or path.startswith(f"{outer}.") for outer in found)
+        if not inside and isinstance(getattr(module, "peft_config", None), dict):
+            found[path] = module
+    return found
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    """The one model inside that carries adapters; the model itself where there is none or are several."""
+    found = adapted_inside(model)
+    return next(iter(found.values())) if len(found) == 1 else model
+
+
 def is_engine(model: nn.Module) -> bool:
     """Whether `deepspeed.initialize` returned this; told by name, since most environments are without DeepSpeed."""
     return any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)
@@ -226,7 +242,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     PEFT's own `disable_adapter` also rewrites `requires_grad`; this touches the one flag that the forward
     pass reads. It lets adapters on the meta device (low_cpu_mem_usage) stand aside as well.
     """
-    switches = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
+    # Not hasattr(m, …): what a module does not have it looks for at length, and this runs for each batch.
+    key = "_disable_adapters"
+    switches = [m for m in model.modules() if key in m.__dict__ or hasattr(type(m), key)]
     if any(getattr(m, "merged_adapters", None) for m in switches):
         raise AdapterError("an adapter is merged into the base weights; call unmerge_adapter() first")
     before = [m._disable_adapters for m in switches]
@@ -239,15 +257,20 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             module._disable_adapters = value
 
 
-def _all_linear(model: nn.Module, layers: list[tuple[str, nn.Module, nn.Module]]) -> set[str]:
-    """PEFT's "all-linear": the output embedding is left out."""
-    output = None
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """The model's output embedding as it stands in the model; None where it has none or does not say."""
     for module in model.modules():
         getter = getattr(module, "get_output_embeddings", None)
         if callable(getter):
-            output = getter()
-            output = output if output is None else _plain(output)
-            break
+            found = getter()
+            return found if isinstance(found, nn.Module) else None
+    return None
+
+
+def _all_linear(model: nn.Module, layers: list[tuple[str, nn.Module, nn.Module]]) -> set[str]:
+    """PEFT's "all-linear": the output embedding is left out."""
+    head = output_embedding(model)
+    output = None if head is None else _plain(head)
     return {name for name, _, plain in layers if is_linear(plain) and plain is not output}
 
 

@@ -48,6 +48,7 @@ def export(
         with libraries_on_stderr():
             facts = _merge(adapter, out, overwrite, model)
         text = f"{facts['model']} with the adapter added in"
+        text += f", not checked ({facts['unchecked']})" if facts["unchecked"] else ""
     out = as_shown(out)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "format": kind} | facts))
@@ -56,7 +57,7 @@ def export(
 
 
 def _merge(adapter: Path, out: Path, overwrite: bool, model: str | None) -> dict[str, Any]:
-    from evatune.adapters.export import head_size, merge, write_card, write_record
+    from evatune.adapters.export import head_size, write_card, write_merged, write_record
     from evatune.adapters.saved import read_config
     from evatune.errors import DataError
     from evatune.files import claimed_folder, require_apart
@@ -77,11 +78,12 @@ def _merge(adapter: Path, out: Path, overwrite: bool, model: str | None) -> dict
             base = text.read_model(source, task, **options)
         except DataError as error:
             raise DataError(f"base model of {str(adapter)!r}: {error}; --model names another place") from error
-        merged: Any = merge(base.model, adapter)
+        tokenizer = text.own_tokenizer(adapter) or base.tokenizer
+        batch = text.few_tokens(base)
         with output.whole() as folder:
-            merged.save_pretrained(folder)
-            base.tokenizer.save_pretrained(folder)
+            unchecked = write_merged(base.model, adapter, folder, batch)
+            tokenizer.save_pretrained(folder)
             about = f"`{source}` with a LoRA adapter merged into its weights."
             write_card(folder, about, str(source), library="transformers")
             write_record(folder, {"format": "merged", "base_model": str(source), "adapter": str(adapter)})
-    return {"model": str(source), "task": base.task}
+    return {"model": str(source), "task": base.task, "unchecked": unchecked}

@@ -14,7 +14,7 @@ import datasets
 import huggingface_hub
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from evatune.errors import ConfigError, DataError
 
@@ -113,6 +113,32 @@ def read_model(source: str | Path, task: str = "auto", dtype: str = "auto", **op
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there is none
         raise DataError(f"{str(source)!r} holds a model but no tokenizer; put tokenizer.json beside its config.json")
     return TextModel(model.eval(), tokenizer, task, tuple(sorted(info["missing_keys"])))
+
+
+def own_tokenizer(adapter: Path) -> Any:
+    """The tokenizer beside an adapter, with the tokens that were added for it; None where there is none."""
+    if not (adapter / "tokenizer_config.json").exists():
+        return None
+    with reading(adapter, "a tokenizer", "a folder whose tokenizer is whole, or none"):
+        return transformers.AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
+
+
+def few_tokens(loaded: TextModel, count: int = 32, seed: int = 0) -> dict[str, Tensor]:
+    """One row of random ordinary tokens, for a forward pass of any text model."""
+    config: Any = loaded.model.config
+    tokenizer = loaded.tokenizer
+    inner = config.get_text_config()
+    known = min(len(tokenizer), getattr(inner, "vocab_size", None) or len(tokenizer))
+    ordinary = sorted(set(range(known)) - set(tokenizer.all_special_ids))
+    count = min(count, getattr(inner, "max_position_embeddings", None) or count)
+    drawn = torch.randint(len(ordinary), (1, count), generator=torch.Generator().manual_seed(seed))
+    ids = torch.tensor(ordinary)[drawn]
+    if tokenizer.eos_token_id is not None:
+        ids[:, -1] = tokenizer.eos_token_id  # where some classifiers look
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = ids
+    return batch
 
 
 def make_ready(model: Any, tokenizer: Any) -> None:

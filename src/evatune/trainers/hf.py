@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 
 from evatune.adapters.peft import initialize_model
 from evatune.calibration import Calibration
-from evatune.errors import AdapterError
+from evatune.capture.targets import adapted, unwrapped
+from evatune.errors import AdapterError, DataError
 from evatune.model import ForwardFunction, call_model, model_device, to_device
 from evatune.processes import Team
 from evatune.trainers.summary import summary
@@ -27,6 +28,12 @@ def initialize_trainer(
     Several processes share the batches out. With a finished `calibration` no batch is run. The trainer logs a summary
     when it begins to train.
     """
+    if getattr(trainer, "model_init", None) is not None:
+        raise AdapterError(
+            "this trainer has a model_init, by which train() builds its model anew and throws the start "
+            "away; call evatune.initialize(model, batches) inside model_init, or "
+            "evatune.initialize(model, calibration) with one calibration for all trials"
+        )
     if getattr(trainer, "optimizer", None) is not None:
         raise AdapterError(
             "the trainer already has an optimiser, which holds the adapter's old parameters; call "
@@ -47,23 +54,29 @@ def initialize_trainer(
     else:
         batches = _prepared(trainer, _loader(trainer))
         found = initialize_model(trainer.model, batches, team=team, forward=prepared, **options)
-    _log_at_start(trainer, found)
+    _at_start(trainer, found)
     return found
 
 
-def _log_at_start(trainer: Any, calibration: Calibration) -> None:
-    """Have the trainer log the calibration's summary when it begins to train, as it logs its losses."""
-    trainer.remove_callback(_LogAtStart)  # of an earlier call, which this one has replaced
-    trainer.add_callback(_LogAtStart(trainer, summary(calibration)))
+def _at_start(trainer: Any, calibration: Calibration) -> None:
+    """Have the trainer log the calibration's summary when it begins to train, if its model is still the one."""
+    trainer.remove_callback(_AtStart)  # of an earlier call, which this one has replaced
+    trainer.add_callback(_AtStart(trainer, summary(calibration)))
 
 
-class _LogAtStart(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
+class _AtStart(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
     """Not at once: before training, trackers have no run to log to, and training begins with an empty log."""
 
     def __init__(self, trainer: Any, figures: dict[str, float]) -> None:
         self.trainer, self.figures = trainer, figures
+        self.started = adapted(unwrapped(trainer.model))
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
+        if not any(module is self.started for module in self.trainer.model.modules()):
+            raise AdapterError(
+                "the trainer's model is not the one that evatune.initialize(trainer) started; build the "
+                "trainer anew, and call evatune.initialize after whatever replaces trainer.model"
+            )
         self.trainer.log(dict(self.figures))
 
 
@@ -89,7 +102,19 @@ def training_batches(trainer: Any, size: int, seed: int, process: int = 0, proce
 def _prepared(trainer: Any, loader: Iterable[Any]) -> Iterator[Any]:
     """The trainer's own device. A loader draws its seed when this is first asked, which is where random states are kept."""
     for batch in loader:
-        yield trainer._prepare_inputs(batch)
+        inputs = trainer._prepare_inputs(batch)
+        yield from _features(trainer, inputs) if hasattr(trainer, "collect_features") else [inputs]
+
+
+def _features(trainer: Any, inputs: Any) -> list[Any]:
+    """The inputs in one batch of a sentence-transformers trainer: anchors, positives, …"""
+    found: list[Any] = trainer.collect_features(inputs)[0]
+    if not all(isinstance(one, Mapping) for one in found):
+        raise DataError(
+            f"the batches of {type(trainer).__name__} are texts, which its loss makes tokens of; give tokens "
+            "before trainer.train(): evatune.initialize(model, [model.preprocess(pairs), …])"
+        )
+    return found
 
 
 def _loader(trainer: Any) -> Any:

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from evatune.batches import iterate
 from evatune.calibration import Calibration
+from evatune.capture.targets import adapted, adapted_inside
 from evatune.errors import AdapterError, DataError
 from evatune.initialize import initialize
-from evatune.model import ForwardFunction, call_model, iterate
+from evatune.model import ForwardFunction, call_model
 from evatune.trainers.summary import summary
 
 try:
@@ -63,7 +65,12 @@ class EvaCallback(pl.Callback):  # type: ignore[misc]  # not a type: its library
         """Called by Lightning at the beginning of `fit`, `validate`, `test` and `predict`."""
         if stage != "fit" or pl_module is self._module:
             return
-        model = _adapted(pl_module)
+        if not adapted_inside(pl_module):
+            raise AdapterError(
+                f"{type(pl_module).__name__} holds no model with an adapter when setup begins; build one in its __init__: "
+                "self.model = get_peft_model(model, LoraConfig(r=16, target_modules='all-linear'))"
+            )
+        model = adapted(pl_module)
         if isinstance(self.batches, Calibration):
             self.calibration = initialize(model, self.batches, forward=self.forward, **self.options)
         else:
@@ -91,26 +98,6 @@ class EvaCallback(pl.Callback):  # type: ignore[misc]  # not a type: its library
 
         trainer.strategy.model_to_device()  # as Lightning does soon after
         return initialize(model, moved(), forward=prepared, **self.options)
-
-
-def _adapted(module: nn.Module) -> nn.Module:
-    """The outermost model inside that carries an adapter."""
-    found: dict[str, nn.Module] = {}
-    for name, inner in module.named_modules():
-        inside_another = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(getattr(inner, "peft_config", None), dict) and not inside_another:
-            found[name] = inner
-    if not found:
-        raise AdapterError(
-            f"{type(module).__name__} holds no model with an adapter when setup begins; build one in its __init__: "
-            "self.model = get_peft_model(model, LoraConfig(r=16, target_modules='all-linear'))"
-        )
-    if len(found) > 1:
-        raise AdapterError(
-            f"{type(module).__name__} holds several models with an adapter ({', '.join(found)}), and EvaCallback starts "
-            "one; call evatune.initialize(model, batches) for each, before optimisers are built"
-        )
-    return next(iter(found.values()))
 
 
 def _of_the_fit(trainer: Any) -> Iterator[Any]:
