@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evatune.errors import ConfigError
-from evatune.spectrum import Certificate, Spectrum, empty, fix_signs
+from evatune.spectrum import Certificate, Spectrum, as_energies, empty, fix_signs
 from evatune.status import Status, shortage
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _losses(merged: Spectrum, parts: Sequence[Spectrum], components: int) -> tup
     lowered = [replace(part, energies=part.energies - floor) for part, floor in zip(parts, floors, strict=True)]
     about = merged.mean.double()
     factor = torch.cat([weight**0.5 * _factor(part, about) for weight, part in zip(weights, lowered, strict=True)])
-    upper = torch.zeros(len(merged.energies), dtype=torch.float64)
+    upper = about.new_zeros(len(merged.energies))
     largest = torch.linalg.svdvals(factor).square()[: len(upper)]
     upper[: len(largest)] = largest
     upper += sum(weight * floor for weight, floor in zip(weights, floors, strict=True))
@@ -137,14 +137,14 @@ def _losses(merged: Spectrum, parts: Sequence[Spectrum], components: int) -> tup
 
 def _join(parts: Sequence[Spectrum], components: int) -> Spectrum:
     rows = sum(part.rows for part in parts)
-    weights = torch.tensor([part.rows / rows for part in parts], dtype=torch.float64)
+    weights = torch.tensor([part.rows / rows for part in parts], dtype=torch.float64, device="cpu")
     mean = weights @ torch.stack([part.mean.double() for part in parts])
     factor = torch.cat([weight.sqrt() * _factor(part, mean) for weight, part in zip(weights, parts, strict=True)])
     _, singular, right = torch.linalg.svd(factor, full_matrices=False)
     kept = (singular > singular[:1] * _RTOL).nonzero().flatten()[:components]
     return Spectrum(
         directions=fix_signs(right[kept].float()).contiguous(),
-        energies=singular[kept].square().float(),
+        energies=as_energies(singular[kept].square()),
         total_energy=sum(float(w) * _total_about(part, mean) for w, part in zip(weights, parts, strict=True)),
         rows=rows,
         mean=mean.float(),
@@ -172,13 +172,13 @@ def _cross_check(parts: Sequence[Spectrum], components: int) -> Certificate:
     known, fresh = sorted((parts[::2], parts[1::2]), key=lambda half: sum(part.rows for part in half), reverse=True)
     found = _join(known, components)
     rows = sum(part.rows for part in fresh)
-    energies, total = torch.zeros(len(found.energies), dtype=torch.float64), 0.0
+    about = found.mean.double()
+    energies, total = about.new_zeros(len(found.energies)), 0.0
     for part in fresh:
-        about = found.mean.double()
         weight = part.rows / rows
         energies += weight * (_factor(part, about) @ found.directions.double().T).square().sum(0)
         total += weight * _total_about(part, about)
-    return Certificate(energies.float(), total, rows)
+    return Certificate(as_energies(energies), total, rows)
 
 
 def _parts(shards: Sequence[Calibration], name: str) -> list[Spectrum]:

@@ -146,7 +146,7 @@ class _Joint(Team):
                 ).encode()
                 payload = torch.cat([payload, *(tensor.reshape(-1).view(torch.uint8) for tensor in flat.values())])
                 self.bytes_sent += len(spec) + len(payload)
-            sizes = torch.tensor([len(spec), len(payload)])
+            sizes = _integers(len(spec), len(payload))
             dist.broadcast(sizes, source, self.group)
             text = _bytes(spec, int(sizes[0]))
             dist.broadcast(text, source, self.group)
@@ -182,10 +182,10 @@ class _Joint(Team):
         self._messages += 1
         with self._guarded():
             self._store.set(f"{self._name}/{self.rank}", str(self._messages))
-            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-            dist.all_gather(sizes, torch.tensor([len(spoken)]), self.group)
+            sizes = [_integers(0) for _ in range(self.size)]
+            dist.all_gather(sizes, _integers(len(spoken)), self.group)
             longest = max(int(size) for size in sizes)
-            heard = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+            heard = [_bytes(b"", longest) for _ in range(self.size)]
             dist.all_gather(heard, _bytes(spoken, longest), self.group)
             self.bytes_sent += len(spoken)
         return [json.loads(bytes(t[: int(size)].tolist())) for t, size in zip(heard, sizes, strict=True)]
@@ -230,7 +230,12 @@ def require_alone(command: str) -> None:
 
 def _bytes(text: bytes, size: int) -> Tensor:
     """(size,) uint8, filled up with zeros."""
-    return torch.tensor(list(text.ljust(size, b"\0")), dtype=torch.uint8)
+    return torch.tensor(list(text.ljust(size, b"\0")), dtype=torch.uint8, device="cpu")
+
+
+def _integers(*values: int) -> Tensor:
+    """(n,) int64 on the CPU."""
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def _difference(first: Any, other: Any, rank: int, where: str = "") -> str:

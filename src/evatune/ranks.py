@@ -224,10 +224,10 @@ def _choose(values: Mapping[int, Sequence[float]], limit: int) -> dict[int, int]
     base = sum(low[cost] * cost for cost in values)
     budget = limit - base
 
-    best, step = torch.zeros(1, dtype=torch.float64), 0
+    best, step = _row([0.0]), 0
     back: list[tuple[int, int, Tensor]] = []
     for position, cost in enumerate(order):
-        prefix = torch.tensor([0.0, *values[cost]], dtype=torch.float64).cumsum(0)[low[cost] : high[cost] + 1]
+        prefix = _row([0.0, *values[cost]]).cumsum(0)[low[cost] : high[cost] + 1]
         grain = math.gcd(step, cost)
         span = min(budget, (len(best) - 1) * step + cost * (len(prefix) - 1))
         last = position == len(order) - 1
@@ -236,8 +236,8 @@ def _choose(values: Mapping[int, Sequence[float]], limit: int) -> dict[int, int]
             return greedy
         if last:
             return _finish(best, step, back, prefix, cost, budget, order, low, greedy)
-        table = torch.full((size,), -math.inf, dtype=torch.float64)
-        choice = torch.zeros(size, dtype=torch.int32)
+        table = best.new_full((size,), -math.inf)
+        choice = best.new_zeros(size, dtype=torch.int32)
         ratio = step // grain if step else 1
         source = best[: (span // step + 1)] if step else best
         for m, gain in enumerate(prefix.tolist()):
@@ -268,7 +268,7 @@ def _finish(
     greedy: dict[int, int],
 ) -> dict[int, int]:
     """Try every count of the last class with the fullest table cell that still fits, and walk back."""
-    reachable = torch.where(torch.isfinite(best), torch.arange(len(best)), -1).cummax(0).values
+    reachable = torch.where(torch.isfinite(best), torch.arange(len(best), dtype=torch.int64, device=best.device), -1).cummax(0).values
     found: tuple[int, float, int, int] | None = None  # spend, value, count of the last class, cell
     for m, gain in enumerate(prefix.tolist()):
         rest = budget - m * cost
@@ -305,6 +305,11 @@ def _greedy(values: Mapping[int, Sequence[float]], limit: int, *, stop: bool = F
         elif stop:
             break
     return counts
+
+
+def _row(values: Sequence[float]) -> Tensor:
+    """(n,) float64 on the CPU."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def rank_shift(old: RankPlan, new: RankPlan) -> float:

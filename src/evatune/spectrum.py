@@ -18,7 +18,7 @@ class Certificate:
     estimate for *them* and, on average, a low one for the final directions, which saw more data.
     """
 
-    energies: Tensor  # (k,) float32, mean squared projection per fresh row, cumulative use only
+    energies: Tensor  # (k,), mean squared projection per fresh row, cumulative use only
     total_energy: float  # mean squared norm per fresh row
     rows: int  # fresh rows the estimate rests on
 
@@ -31,7 +31,7 @@ class Certificate:
 
     def state(self) -> dict[str, Tensor]:
         """All of it as named tensors."""
-        facts = torch.tensor([self.total_energy, self.rows], dtype=torch.float64)
+        facts = _facts(self.total_energy, self.rows)
         return {"fresh_energies": self.energies, "fresh_facts": facts}
 
     @classmethod
@@ -52,7 +52,7 @@ class Spectrum:
     """
 
     directions: Tensor  # (k, d) float32, orthonormal rows, largest energy first
-    energies: Tensor  # (k,) float32, mean squared projection per row, descending
+    energies: Tensor  # (k,), mean squared projection per row, descending; dtype as for `as_energies`
     total_energy: float  # mean squared norm per row; all d directions together
     rows: int  # how many rows were seen
     mean: Tensor  # (d,) float32, mean row
@@ -64,7 +64,7 @@ class Spectrum:
         """Share of the total energy per direction, shape (k,), float32."""
         if self.total_energy <= 0:
             return torch.zeros_like(self.energies)
-        return self.energies / self.total_energy
+        return (self.energies.double() / self.total_energy).float()
 
     @property
     def tail_energy(self) -> float:
@@ -73,13 +73,13 @@ class Spectrum:
 
     @property
     def second_moments(self) -> Tensor:
-        """`E[(v_j·x)²]` per direction, shape (k,), float32: uncentred, whatever `centered` says."""
-        return self.energies + self._mean_squares if self.centered else self.energies
+        """`E[(v_j·x)²]` per direction, shape (k,): uncentred, whatever `centered` says."""
+        return as_energies(self.energies + self._mean_squares) if self.centered else self.energies
 
     @property
     def variances(self) -> Tensor:
-        """`Var[v_j·x]` per direction, shape (k,), float32: centred, whatever `centered` says."""
-        return self.energies if self.centered else (self.energies - self._mean_squares).clamp_min(0)
+        """`Var[v_j·x]` per direction, shape (k,): centred, whatever `centered` says."""
+        return self.energies if self.centered else as_energies((self.energies - self._mean_squares).clamp_min(0))
 
     @property
     def total_second_moment(self) -> float:
@@ -94,7 +94,7 @@ class Spectrum:
 
     def state(self) -> dict[str, Tensor]:
         """All of it as named tensors."""
-        facts = torch.tensor([self.total_energy, self.rows, self.centered], dtype=torch.float64)
+        facts = _facts(self.total_energy, self.rows, self.centered)
         state = {"directions": self.directions, "energies": self.energies, "mean": self.mean, "facts": facts}
         if self.certificate is not None:
             state |= self.certificate.state()
@@ -116,12 +116,25 @@ class Spectrum:
 
     @property
     def _mean_squares(self) -> Tensor:
-        return (self.directions @ self.mean).square()
+        """(k,) float64."""
+        return (self.directions.double() @ self.mean.double()).square()
+
+
+def as_energies(values: Tensor) -> Tensor:
+    """The energies (k,) of a record: float32, or as they are where the largest is far from 1e±38, float32's range."""
+    largest = float(values.amax()) if len(values) else 0.0
+    return values.float() if largest == 0 or 1e-30 < largest < 1e38 else values
+
+
+def _facts(*values: float) -> Tensor:
+    """(n,) float64 on the CPU."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def empty(width: int, centered: bool = False) -> Spectrum:
     """The spectrum of a layer that saw nothing: no directions, no energy."""
-    return Spectrum(torch.zeros(0, width), torch.zeros(0), 0.0, 0, torch.zeros(width), centered)
+    nothing = torch.zeros(0, width, dtype=torch.float32, device="cpu")
+    return Spectrum(nothing, nothing.new_zeros(0), 0.0, 0, nothing.new_zeros(width), centered)
 
 
 def fix_signs(directions: Tensor) -> Tensor:
@@ -129,7 +142,7 @@ def fix_signs(directions: Tensor) -> Tensor:
     if directions.numel() == 0:
         return directions
     pivot = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
-    return directions * torch.where(pivot < 0, -1.0, 1.0).to(directions.dtype)
+    return torch.where(pivot < 0, -directions, directions)
 
 
 def principal_angles(a: Tensor, b: Tensor) -> Tensor:

@@ -206,7 +206,8 @@ def initialize_lora_eva_weights(
     rows = _fitting(eva_state_dict, slots)
     missing = [slot for slot in slots if slot.name not in rows]
     for slot in missing:  # PEFT's default: uniform on ±1/√in
-        a = torch.empty(slot.layer.r[adapter_name], slot.sites[0].in_features)
+        shape = slot.layer.r[adapter_name], slot.sites[0].in_features
+        a = torch.empty(shape, dtype=torch.float32, device="cpu")
         rows[slot.name] = nn.init.kaiming_uniform_(a, a=5**0.5)
     for layer in others.values():  # they may be on the meta device
         usual_start(layer, lora, adapter_name)

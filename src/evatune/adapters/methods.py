@@ -260,10 +260,12 @@ def _keep_penalty_out_of_evaluation(model: Any) -> None:
 @torch.no_grad()
 def _redraw(model: nn.Module, seed: int) -> None:
     """PEFT's default A in every layer, at the ranks that are there."""
-    generator = torch.Generator().manual_seed(seed)
+    cpu = torch.device("cpu")
+    generator = torch.Generator(cpu).manual_seed(seed)
     for layer in lora_layers(model).values():
         a = layer.lora_A["default"].weight
-        a.copy_((2 * torch.rand(a.shape, generator=generator) - 1) / a.shape[1] ** 0.5)
+        drawn = torch.rand(a.shape, generator=generator, dtype=torch.float32, device=cpu)
+        a.copy_((2 * drawn - 1) / a.shape[1] ** 0.5)
 
 
 @torch.no_grad()

@@ -20,8 +20,9 @@ def completed(rows: Tensor, rank: int, *, seed: int) -> Tensor:
     """
     if len(rows) >= rank:
         return rows
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(rows.shape[1], rank - len(rows), generator=generator)
+    cpu = torch.device("cpu")
+    generator = torch.Generator(cpu).manual_seed(seed)
+    drawn = torch.randn(rows.shape[1], rank - len(rows), generator=generator, dtype=torch.float32, device=cpu)
     orthonormal = torch.linalg.qr(torch.cat([rows.T, drawn], dim=1))[0]
     length = rows.norm(dim=1).mean() if len(rows) else 1.0
     return torch.cat([rows, fix_signs(orthonormal[:, len(rows) :].T) * length])

@@ -124,7 +124,8 @@ class RowSelector:
         if len(shape) == 1:
             return index
         inner = shape[2:].numel()
-        return (index[:, None] * inner + torch.arange(inner, device=index.device)).flatten()
+        within = torch.arange(inner, dtype=index.dtype, device=index.device)
+        return (index[:, None] * inner + within).flatten()
 
     def _layout(self, shape: torch.Size) -> str | None:
         """How sequences lie in an activation; None where it is pooled, or of a length of its own."""

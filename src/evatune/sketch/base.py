@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +12,16 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from evatune.spectrum import Certificate, Spectrum, fix_signs
+from evatune.spectrum import Certificate, Spectrum, as_energies, fix_signs
 
 # Casting, gathering and centring go through buffers of this size instead of a second copy of the activation.
 _CHUNK_BYTES = 8 << 20
 # Rows that choose a newborn sketch's shift and basis. Half as many cost the Nyström sketch a third of a per cent of
 # the energy in the worst layer of MiniLM, sixteen batches later.
 _FIRST_ROWS = 1024
+# Root mean squares of rows between which float32 products neither overflow nor lose small directions. Far from
+# where they fail (1e±19), since an accelerator is asked for the first rows only.
+_SAFE_RMS = (2.0**-40, 2.0**40)
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:
@@ -41,7 +45,12 @@ class Sketch(ABC):
 
     `digest` reads an activation and changes nothing but a newborn sketch's starting basis; `absorb` adds
     a digest; `refresh` may move the basis towards the data; `spectrum` gives the answer at any time.
-    No method of the hot path (`digest`, `absorb`) waits for the device.
+    No method of the hot path (`digest`, `absorb`) waits for an accelerator, but for a sketch's first rows.
+
+    Sums are in true units, in float64. Rows whose squares leave float32's range are multiplied with a power of two
+    before they are squared, which changes no bit otherwise, and what they add is divided by it again. So any finite
+    row within 1e±30 counts. On an accelerator the first rows decide on that factor, and later ones may be 1e±6
+    of them; on Apple's MPS, without float64, sums end where float32 does.
 
     Sketches of several processes add up: `start` is what the sums refer to, `rebase` changes that, and the
     `sums` of sketches with equal starts are those of all their rows together.
@@ -58,11 +67,13 @@ class Sketch(ABC):
         self.center = center
         self.device = device
         self.dtype = accumulator_dtype(device)
+        self._row_dtype = torch.float32  # what rows are multiplied in
         self.shift: Tensor | None = None  # (d,) float32, subtracted from every row when centring
         self.count = 0
         self.row_sum = torch.zeros(width, dtype=self.dtype, device=device)
         self.energy = torch.zeros((), dtype=self.dtype, device=device)
         self.certificate: Certificate | None = None
+        self._scale: float | None = None  # a power of two for rows before they are squared; None: not known yet
         self._start_fresh(0)
 
     # -- the protocol ---------------------------------------------------------------------------------
@@ -75,8 +86,10 @@ class Sketch(ABC):
         """Summarise the rows of `x` (n, d), any float dtype, any strides; at most one pass over the rows."""
         if self.shift is None and (len(x) if index is None else len(index)):
             self._begin(x, index)
-        parts = [self._digest_chunk(chunk) for chunk in self._chunks(x, index)]
-        return parts[0] if len(parts) == 1 else self._join(parts)
+        digest = self._digest(x, index)
+        if (self._scale is None or x.device.type == "cpu") and self._move_scale(x, index, digest):
+            digest = self._digest(x, index)
+        return digest
 
     def digest_pieces(self, pieces: Iterator[tuple[Tensor, Tensor | None]]) -> Digest:
         """Summarise an activation that comes in pieces, at least one, each as for `digest`."""
@@ -140,7 +153,7 @@ class Sketch(ABC):
 
     def start(self) -> dict[str, Tensor]:
         """What the sums refer to: shift and basis, as far as there are any, and how many directions are known."""
-        return self._named(self._START) | {"known_directions": torch.tensor(len(self._fresh))}
+        return self._named(self._START) | {"known_directions": _count(len(self._fresh))}
 
     def adopt(self, start: Mapping[str, Tensor]) -> None:
         """Drop every row, and go on from the `start` of another sketch of this size."""
@@ -150,7 +163,7 @@ class Sketch(ABC):
 
     def leading(self, count: int) -> Tensor:
         """The first `count` directions of the last refresh, (count, d) float32 on the CPU, as far as `start` tells them."""
-        return torch.zeros(0, self.width)
+        return torch.zeros(0, self.width, dtype=torch.float32, device="cpu")
 
     def rebase(self, start: Mapping[str, Tensor]) -> None:
         """Keep every row, as far as this sketch can tell, with sums that refer to another sketch's `start`.
@@ -196,7 +209,7 @@ class Sketch(ABC):
 
     def _named(self, names: Sequence[str]) -> dict[str, Tensor]:
         known = zip(names, self._values(names), strict=True)
-        return {name: torch.as_tensor(value) for name, value in known if value is not None}
+        return {name: _count(value) if isinstance(value, int) else value for name, value in known if value is not None}
 
     def _set(self, names: Sequence[str], values: Mapping[str, Tensor]) -> None:
         for name in names:
@@ -227,8 +240,40 @@ class Sketch(ABC):
     def _merge(self, other: Self, offset: Tensor) -> None:
         """Add the other's second moment, whose rows are relative to `shift + offset` (d,)."""
 
+    def _digest(self, x: Tensor, index: Tensor | None) -> Digest:
+        parts = [self._digest_chunk(chunk) for chunk in self._chunks(x, index, self._scale or 1.0)]
+        digest = parts[0] if len(parts) == 1 else self._join(parts)
+        return digest if self._scale in (None, 1.0) else self._unscaled(digest, self._scale)
+
+    def _unscaled(self, digest: Digest, scale: float) -> Digest:
+        """The digest of rows that were multiplied with `scale`, in true units."""
+        return Digest(
+            digest.rows,
+            digest.row_sum.to(self.dtype) / scale,
+            digest.energy / scale**2,
+            self._unscaled_moment(digest.moment, scale),
+            digest.fresh / scale**2,
+        )
+
+    def _unscaled_moment(self, moment: Tensor, scale: float) -> Tensor:
+        return moment.to(self.dtype) / scale**2
+
+    def _move_scale(self, x: Tensor, index: Tensor | None, digest: Digest) -> bool:
+        """Choose the scale that these rows need; true if the digest was made with another. Waits for the device."""
+        before = self._scale or 1.0
+        rms = math.sqrt(float(digest.energy) / max(1, digest.rows))
+        if _SAFE_RMS[0] < rms * before < _SAFE_RMS[1]:
+            self._scale = before
+            return False
+        largest = max((float(chunk.abs().amax()) for chunk in self._chunks(x, index) if len(chunk)), default=0.0)
+        if largest == 0 or not math.isfinite(largest):
+            return False  # no scale helps, and later rows may need one
+        self._scale = 2.0 ** -min(max(math.frexp(largest)[1], -126), 126)
+        return self._scale != before
+
     def _digest_chunk(self, chunk: Tensor) -> Digest:
-        # Row norms first: a float32 sum over one row is short, the long sum over rows is float64.
+        # Row norms first: a float32 sum over one row is short, the long sum over rows is float64. Norms in float64
+        # would need no scale, at four times the cost of these.
         energy = torch.linalg.vector_norm(chunk, dim=1).to(self.dtype).square_().sum()
         row_sum, moment, fresh = self._reduce(chunk)
         return Digest(len(chunk), row_sum, energy, moment, fresh)
@@ -245,14 +290,14 @@ class Sketch(ABC):
 
     def _join_moments(self, moments: list[Tensor]) -> Tensor:
         total = moments[0]
-        for moment in moments[1:]:
-            total += moment
+        for moment in moments[1:]:  # in place, but where pieces of an activation have scales of their own
+            total = total.add_(moment) if total.dtype == moment.dtype else total + moment
         return total
 
     def _begin(self, x: Tensor, index: Tensor | None) -> Tensor:
         """First sight of data. Chooses the shift, the mean of a few rows; returns those rows, shifted, finite."""
         head = torch.nan_to_num(self._head(x, index, _FIRST_ROWS), posinf=0.0, neginf=0.0)
-        self.shift = head.mean(0) if self.center else torch.zeros(self.width, device=self.device)
+        self.shift = head.mean(0) if self.center else head.new_zeros(self.width)
         return head - self.shift if self.center else head
 
     # -- helpers --------------------------------------------------------------------------------------
@@ -269,17 +314,18 @@ class Sketch(ABC):
         self.row_sum += other.row_sum + other.count * offset
         self.count += other.count
 
-    def _chunks(self, x: Tensor, index: Tensor | None) -> Iterator[Tensor]:
-        """Float32 shifted rows: `x` itself where that is what it already is, else bounded copies."""
+    def _chunks(self, x: Tensor, index: Tensor | None, scale: float = 1.0) -> Iterator[Tensor]:
+        """Shifted and scaled rows: `x` itself where that is what it already is, else bounded copies."""
         n = len(x) if index is None else len(index)
-        if index is None and x.dtype == torch.float32 and not self.center:
+        if index is None and x.dtype == self._row_dtype and not self.center and scale == 1:
             yield x
             return
-        step = max(256, _CHUNK_BYTES // (4 * self.width))
+        step = max(256, _CHUNK_BYTES // (self._row_dtype.itemsize * self.width))
         for start in range(0, max(n, 1), step):  # once even for no rows, so that a digest always has its shapes
             chunk = x[start : start + step] if index is None else x.index_select(0, index[start : start + step])
-            chunk = chunk.float()
-            yield chunk if self.shift is None or not self.center else chunk - self.shift
+            chunk = chunk.to(self._row_dtype)
+            chunk = chunk if self.shift is None or not self.center else chunk - self.shift
+            yield chunk if scale == 1 else chunk * scale
 
     @staticmethod
     def _row_sum(chunk: Tensor) -> Tensor:
@@ -303,7 +349,7 @@ class Sketch(ABC):
         rows = self._fresh_count
         if rows == 0 or len(self._fresh) == 0:
             return self.certificate
-        energies = (self._fresh[: self.components] / rows).float().cpu()
+        energies = as_energies((self._fresh[: self.components] / rows).cpu())
         return Certificate(energies, float(self._fresh_energy) / rows, rows)
 
     def _mean_offset(self) -> Tensor:
@@ -320,13 +366,18 @@ class Sketch(ABC):
         offset = self._mean_offset()
         count = max(self.count, 1)
         total = self._moved_energy(offset) if self.center else self.energy
-        shift = torch.zeros(self.width) if self.shift is None else self.shift.cpu()
+        shift = offset.new_zeros(()) if self.shift is None else self.shift
         return Spectrum(
             directions=fix_signs(directions[:k].float().cpu()).contiguous(),
-            energies=(energies[:k].clamp_min(0) / count).float().cpu(),
+            energies=as_energies((energies[:k].clamp_min(0) / count).cpu()),
             total_energy=float(total) / count,
             rows=self.count,
-            mean=(shift.to(self.dtype) + offset.cpu()).float(),
+            mean=(shift + offset).float().cpu(),
             centered=self.center,
             certificate=self._certify(),
         )
+
+
+def _count(value: int) -> Tensor:
+    """() int64 on the CPU."""
+    return torch.tensor(value, dtype=torch.int64, device="cpu")

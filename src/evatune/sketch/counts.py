@@ -36,7 +36,7 @@ class CountSketch(Sketch):
     def digest(self, x: Tensor, index: Tensor | None = None) -> Digest:
         """Summarise the tokens of `x` (n,), or those that `index` (m,) int64 selects."""
         if self.shift is None:
-            self.shift = torch.zeros(self.width, device=self.device)  # counts are about nothing but 0
+            self.shift = self.row_sum.float()  # zeros: counts are about nothing but 0
         tokens = x if index is None else x.index_select(0, index)
         # Not bincount, which waits for the device to find the largest.
         ones = torch.ones(len(tokens), dtype=self.dtype, device=tokens.device)
@@ -85,6 +85,5 @@ class CountSketch(Sketch):
 
 def _one_hot(tokens: Tensor, width: int) -> Tensor:
     """(n, width) float32."""
-    rows = torch.zeros(len(tokens), width)
-    rows[torch.arange(len(tokens)), tokens] = 1
-    return rows
+    rows = torch.zeros(len(tokens), width, dtype=torch.float32, device=tokens.device)
+    return rows.scatter_(1, tokens[:, None], 1.0)

@@ -29,7 +29,7 @@ class IncrementalSketch(Sketch):
 
     def __init__(self, width: int, components: int, *, center: bool = False, device: torch.device | str = "cpu") -> None:
         super().__init__(width, components, center=center, device=torch.device(device))
-        self.factor = torch.zeros(0, width, device=self.device)  # diag(S)·V, (≤ k, d) float32
+        self.factor = torch.zeros(0, width, dtype=torch.float32, device=self.device)  # diag(S)·V, (≤ k, d) float32
         self.mean = torch.zeros(width, dtype=self.dtype, device=self.device)  # of the rows in `factor`
         self.inside = 0  # rows in `factor`
         self.buffer: list[Tensor] = []
@@ -75,6 +75,9 @@ class IncrementalSketch(Sketch):
             directions = torch.nn.functional.normalize(self.factor[: len(squares)], dim=1)
             squares = (chunk @ directions.T).square().sum(0).to(self.dtype)
         return self._row_sum(chunk), chunk.clone(), squares
+
+    def _unscaled_moment(self, moment: Tensor, scale: float) -> Tensor:
+        return moment / scale  # rows, and not their products
 
     def _join_moments(self, moments: list[Tensor]) -> Tensor:
         return torch.cat(moments)

@@ -67,10 +67,12 @@ class NystromSketch(Sketch):
         super().__init__(width, components, center=center, device=torch.device(device))
         # One column of the products is for the sum of the rows, see `_reduce`.
         columns = min(max(self.components + oversampling, _MIN_COLUMNS) - 1, width)
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + width) % 2**63)
-        start = torch.randn(width, columns, generator=generator)
+        cpu = torch.device("cpu")  # where a seed gives the same numbers for all devices
+        generator = torch.Generator(cpu).manual_seed((seed * 1_000_003 + width) % 2**63)
+        start = torch.randn(width, columns, generator=generator, dtype=torch.float32, device=cpu)
         # Both with the columns of the text as rows: the second product runs a sixth faster that way.
-        self._padded = torch.zeros(columns + 1, width, device=self.device)  # (l + 1, d) float32: Ωᵀ and a row of zeros
+        # (l + 1, d): Ωᵀ and a row of zeros
+        self._padded = torch.zeros(columns + 1, width, dtype=torch.float32, device=self.device)
         self.basis.copy_(torch.linalg.qr(start)[0].T)
         self.product = torch.zeros(columns, width, dtype=self.dtype, device=self.device)  # (l, d), (C·Ω)ᵀ
 
@@ -148,13 +150,15 @@ class NystromSketch(Sketch):
         self._start_fresh(0)
 
     def _begin(self, x: Tensor, index: Tensor | None) -> Tensor:
-        head = super()._begin(x, index)
+        rows = super()._begin(x, index)
+        _, exponent = torch.frexp(rows.abs().amax())
+        head = torch.ldexp(rows, -exponent)  # their squares must neither overflow nor vanish
         for _ in range(_POWER_STEPS):
             # Power steps on C + δI: the same eigenvectors, but of full rank, so QR never has to invent a column.
             image = (head @ self.basis.T).T @ head
             image = torch.nan_to_num(image / torch.linalg.matrix_norm(image).clamp_min(1e-30), posinf=0.0, neginf=0.0)
             self.basis.copy_(torch.linalg.qr((image + 1e-5 * self.basis).T)[0].T)
-        return head
+        return rows
 
     def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         projected = chunk @ self._padded.T  # (n, l + 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,7 +54,8 @@ def prepare(recipe: Recipe) -> Task:
 
     def batch(examples: list[tuple[Image.Image, int]]) -> dict[str, Tensor]:
         images, labels = zip(*examples, strict=True)
-        return {**processor([image.convert("RGB") for image in images], return_tensors="pt"), "labels": torch.tensor(labels)}
+        inputs = processor([image.convert("RGB") for image in images], return_tensors="pt")
+        return {**inputs, "labels": _numbers(labels)}
 
     return Task(
         model=model,
@@ -118,7 +119,7 @@ def _ours(task: str) -> _Labelled:
 
     def build() -> dict[str, Tensor]:
         images = torch.from_numpy(np.stack([image(i) for i in range(len(labels))]))
-        return {"images": images, "labels": torch.tensor(labels)}
+        return {"images": images, "labels": _numbers(labels)}
 
     found = built(f"images-{task}", {"version": _DRAWN_VERSION}, build)
     pixels = found["images"].numpy()
@@ -153,3 +154,8 @@ def _of_the_user(recipe: Recipe) -> tuple[_Labelled, list[int], list[int]]:
         return image
 
     return _Labelled(picture, first + second, classes), list(range(count)), list(range(count, count + len(second)))
+
+
+def _numbers(labels: Sequence[int]) -> Tensor:
+    """(n,) int64 on the CPU."""
+    return torch.tensor(labels, dtype=torch.int64, device="cpu")

@@ -104,10 +104,10 @@ def window_of(steps: dict[str, Tensor], length: int) -> dict[str, Tensor]:
     """What the model is called with, from tensors (…, t, d), t ≤ length: (…, length, d)."""
     example = steps["states"]
     missing = length - example.shape[-2]
-    mask = pad(torch.ones(example.shape[:-1], dtype=torch.long), (missing, 0))
+    mask = pad(torch.ones(example.shape[:-1], dtype=torch.long, device="cpu"), (missing, 0))
     return {key: pad(value, (0, 0, missing, 0)) for key, value in steps.items()} | {
-        "returns_to_go": torch.full((*mask.shape, 1), _RETURN),
-        "timesteps": torch.arange(length).expand(mask.shape).clone(),
+        "returns_to_go": torch.full((*mask.shape, 1), _RETURN, dtype=torch.float32, device="cpu"),
+        "timesteps": torch.arange(length, dtype=torch.long, device="cpu").expand(mask.shape).clone(),
         "attention_mask": mask,
     }
 
@@ -184,7 +184,8 @@ def demonstrations(task: str, purpose: int, count: int) -> dict[str, Tensor]:
             if episode is not None:
                 found.append(episode)
         whole = {key: torch.from_numpy(np.concatenate([e[key] for e in found])) for key in found[0]}
-        return whole | {"lengths": torch.tensor([len(e["states"]) for e in found])}
+        lengths = torch.tensor([len(e["states"]) for e in found], dtype=torch.long, device="cpu")
+        return whole | {"lengths": lengths}
 
     return built(f"metaworld-{task}", settings, build)
 
@@ -248,8 +249,8 @@ def judge(model: Any, folder: Path | None, *, task: str, episodes: int, length: 
     with ExitStack() as stack:
         envs = [stack.enter_context(closing(environment(task, _seed(JUDGE, i)))) for i in range(episodes)]
         film = stack.enter_context(closing(_Film(envs[0]))) if folder else None
-        states = torch.tensor(np.stack([env.reset()[0] for env in envs]), dtype=torch.float32)[:, None]  # (E, t, 39)
-        actions = torch.zeros(episodes, 1, ACTIONS)  # the last one, still to come, is hidden from its own prediction
+        states = torch.from_numpy(np.stack([env.reset()[0] for env in envs])).float()[:, None]  # (E, t, 39)
+        actions = states.new_zeros(episodes, 1, ACTIONS)  # the last one, still to come, is hidden from its own prediction
         lengths, returns, success = np.zeros(episodes), np.zeros(episodes), np.zeros(episodes, dtype=bool)
         for step in range(_STEPS):
             batch = window_of({"states": states, "actions": actions}, length)
@@ -267,7 +268,7 @@ def judge(model: Any, folder: Path | None, *, task: str, episodes: int, length: 
             if success.all():
                 break
             states = torch.cat([states, now[:, None]], 1)[:, -length:]
-            actions = torch.cat([actions, torch.zeros(episodes, 1, ACTIONS)], 1)[:, -length:]
+            actions = torch.cat([actions, torch.zeros_like(actions[:, :1])], 1)[:, -length:]
         if film and folder:
             film.save(folder / "episode.gif")
     return {"score": float(success.mean()), "return": float(returns.mean()), "steps": float(lengths.mean())}

@@ -174,7 +174,7 @@ def _device(device: str) -> torch.device:
     if chosen.type == "meta":
         raise ConfigError("device 'meta' holds no weights, so nothing can run there; choose auto, cpu, cuda, …")
     try:
-        torch.empty(0, device=chosen)
+        torch.empty(0, dtype=torch.float32, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device {device!r} cannot be used here ({_first_line(error)}); choose auto or cpu") from error
     return chosen

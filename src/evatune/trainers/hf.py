@@ -93,7 +93,7 @@ def training_batches(trainer: Any, size: int, seed: int, process: int = 0, proce
         if trainer.accelerator.dispatch_batches is not False:  # else accelerate has cut it into shards already
             loader = islice(loader, process, None, processes)
     else:
-        order = RandomSampler(data, generator=torch.Generator().manual_seed(seed))
+        order = RandomSampler(data, generator=torch.Generator("cpu").manual_seed(seed))
         share = islice(BatchSampler(order, size, drop_last=False), process, None, processes)
         loader = (inner.collate_fn([data[place] for place in places]) for places in share)
     yield from _prepared(trainer, loader)
