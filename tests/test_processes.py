@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import evatune
-from evatune import Calibration, CalibrationConfig, Status, joint, processes
+from evatune import Calibration, CalibrationConfig, Status, joint
 from evatune.errors import AdapterError, ConfigError, LayerError, ProcessError
 from evatune.spectrum import captured_energy
 from tests.toys import Block, Toy, inputs
@@ -431,7 +431,7 @@ def test_a_nan_is_named_with_its_layer_batch_and_process_on_every_process(both: 
     [
         ("other_seed", "config seed is 0 on process 0 and 1 on process 1"),
         ("other_targets", "only process 0 has layers blocks.0.down"),
-        ("other_weights", "weights blocks.1.down is ["),
+        ("other_weights", "weights blocks.1.down.weight is "),
         ("other_model", "model is Sequential on process 0 and Toy on process 1"),
     ],
 )
@@ -561,20 +561,29 @@ def test_a_failure_between_two_messages_ends_all(tmp_path: Path) -> None:
 
 
 def absent(rank: int, folder: str) -> None:
-    """Process 1 never calls evatune; the patience of ten minutes is three seconds here."""
+    """Process 1 works alone at first and then comes; process 2 never does."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    processes._PATIENCE = timedelta(seconds=3)
-    if rank == 0:
-        said = error_of(lambda: evatune.calibrate(toy(), wide(), ALL))
-        Path(folder, "0.txt").write_text(": ".join(said))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
+    if rank == 1:
+        evatune.calibrate(toy(), wide(4), CalibrationConfig(rank=4, tolerance=0, distributed=False))
+    if rank < 2:
+        said = error_of(lambda: evatune.calibrate(toy(), wide(), replace(ALL, rendezvous_timeout=3)))
+        Path(folder, f"{rank}.txt").write_text(": ".join(said))
     end = time.monotonic() + 60
-    while not Path(folder, "0.txt").exists() and time.monotonic() < end:
+    while len(list(Path(folder).glob("?.txt"))) < 2 and time.monotonic() < end:
         time.sleep(0.1)
     os._exit(0)
 
 
-def test_a_process_that_never_calls_is_not_waited_for_without_end(tmp_path: Path) -> None:
-    assert spawn(absent, tmp_path) == [0, 0]
-    said = (tmp_path / "0.txt").read_text()
-    assert said.startswith("ProcessError: not all of the 2 processes came to calibrate")
+def test_processes_that_never_come_are_named_after_the_seconds_that_the_option_gives(tmp_path: Path) -> None:
+    assert spawn(absent, tmp_path, 3) == [0, 0, 0]
+    for rank in (0, 1):
+        said = (tmp_path / f"{rank}.txt").read_text()
+        assert said.startswith("ProcessError: process 2 of 3 did not come to calibrate within 3 seconds; call evatune on")
+        assert "rendezvous_timeout" in said
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("inf"), float("nan"), "10", True])
+def test_a_time_to_come_is_a_finite_number_of_seconds(seconds: Any) -> None:
+    with pytest.raises(ConfigError, match="rendezvous_timeout"):
+        CalibrationConfig(rendezvous_timeout=seconds)

@@ -25,7 +25,7 @@ from evatune.model import (
     is_sharded,
     may_cut_short,
     model_device,
-    require_gathering,
+    require_weights,
     states_kept,
     to_device,
 )
@@ -46,6 +46,7 @@ class Progress:
     layers: int
 
 
+@torch.inference_mode(mode=False)
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -96,7 +97,7 @@ def calibrate(
     Raises:
         TargetError: no layer matches. DataError: no batch, or something that is not batches. ConfigError: a `forward` or
         `rows` of other arguments.
-        AdapterError: weights in the shards of DeepSpeed's zero.Init that no engine gathers.
+        AdapterError: weights on the meta device, or in the shards of DeepSpeed's zero.Init that no engine gathers.
         ProcessError: another process failed, is lost, or has another model, other weights, targets or settings.
         Whatever the model itself raises. In every case the model, its modes, hooks, gradients and the
         random number generators are left as they were.
@@ -108,7 +109,7 @@ def calibrate(
     l = components + oversampling; 12·d·l bytes per distinct input.
     """
     model, config = unwrapped(model), config or CalibrationConfig()
-    with Team.formed(config.distributed, model_device(model)) as team:
+    with Team.formed(config.distributed, model_device(model), config.rendezvous_timeout) as team:
         return run(
             model,
             find_sites(adapted(model), targets),
@@ -142,7 +143,7 @@ def run(
         active: from a batch to the (B, T) positions at which the adapter acts; None: at all.
         caps: what the stop rule's trial redistribution keeps to, as `allocate` does.
     """
-    require_gathering(model)
+    require_weights(model)
     require_arguments("forward", forward, "model, batch")
     require_arguments("rows", rows, "activation, batch, layer_name")
     labels_only = config.labels_only or False

@@ -36,6 +36,7 @@ class CalibrationConfig:
         seed: of the sketch's random start.
         distributed: whether the processes of torch.distributed, where there are several, calibrate together, each on
             batches of its own. False: every process works alone, as if there were no other.
+        rendezvous_timeout: seconds in which all of these processes must have come, after the first one.
 
     Raises:
         ConfigError: a value out of its range.
@@ -55,6 +56,7 @@ class CalibrationConfig:
     ignore_index: int = -100
     seed: int = 0
     distributed: bool = True
+    rendezvous_timeout: float = 120.0
 
     def __post_init__(self) -> None:
         for name, least in (("rank", 1), ("max_batches", 1), ("components", 1), ("oversampling", 0), ("seed", 0)):
@@ -68,6 +70,9 @@ class CalibrationConfig:
         require_rho(self.rho_or_default)
         if not 0 <= self.tolerance < 1:
             raise ConfigError(f"tolerance is {self.tolerance}; it must lie in [0, 1), and 0 means never stop early")
+        patience = self.rendezvous_timeout
+        if isinstance(patience, bool) or not isinstance(patience, (int, float)) or not 0 < patience < math.inf:
+            raise ConfigError(f"rendezvous_timeout is {patience!r}; it must be a number of seconds above 0")
         if self.labels_only not in (None, False, True, "auto"):
             raise ConfigError(f"labels_only is {self.labels_only!r}; it must be True, False or 'auto'")
         for name, allowed in (("sketch", SKETCHES), ("budget", BUDGETS), ("metric", METRICS)):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+
 from evatune.calibrate import Progress
 from evatune.calibration import Calibration
 from evatune.capture.tap import RowsFunction
@@ -15,6 +17,7 @@ from evatune.model import ForwardFunction, model_device
 from evatune.processes import Team
 
 
+@torch.inference_mode(mode=False)  # which would leave parameters that cannot be trained
 def initialize(
     model: Any,
     batches: Iterable[Any] | Calibration | None = None,
@@ -93,14 +96,16 @@ def initialize(
             train: a Trainer whose model was replaced since.
         LayerError: layers without a usable result. BudgetError: the budget cannot be met.
         ConfigError: options that contradict each other, the adapter's config or the `Calibration`.
-        DataError, TargetError: as for `calibrate`. The model is unchanged in every case.
+        DataError, TargetError: as for `calibrate`. AdapterError: a model without weights (on the meta device), or one that
+        was made under `torch.inference_mode()` and cannot be trained. The model is unchanged in every case.
     """
     options: dict[str, Any] = {
         "rank": rank, "rho": rho, "budget": budget, "metric": metric, "scale": scale, "config": config, "rows": rows,
         "adapter_name": adapter_name, "overwrite": overwrite, "progress": progress, "checkpoint": checkpoint,
         "on_unsupported": on_unsupported, "forward": forward,
     }  # fmt: skip
-    together = (config or CalibrationConfig()).distributed and not isinstance(batches, Calibration)
+    settings = config or CalibrationConfig()
+    together, patience = settings.distributed and not isinstance(batches, Calibration), settings.rendezvous_timeout
     if hasattr(model, "get_train_dataloader"):
         if batches is not None and not isinstance(batches, Calibration):
             raise DataError(
@@ -109,7 +114,7 @@ def initialize(
             )
         from evatune.trainers.hf import initialize_trainer
 
-        with Team.formed(together, model_device(model.model)) as team:
+        with Team.formed(together, model_device(model.model), patience) as team:
             return initialize_trainer(model, batches, team=team, **options)
     if batches is None:
         raise DataError(
@@ -117,5 +122,5 @@ def initialize(
         )
     from evatune.adapters.peft import initialize_model
 
-    with Team.formed(together, model_device(model)) as team:
+    with Team.formed(together, model_device(model), patience) as team:
         return initialize_model(model, batches, team=team, **options)

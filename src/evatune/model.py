@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from evatune.batches import fault_of
-from evatune.capture.targets import adapted, adapters_off, stood_for
+from evatune.capture.targets import adapted, adapters_off, base_modules, base_name, stood_for
 from evatune.errors import AdapterError, DataError, EvatuneError
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
@@ -61,9 +61,13 @@ def _takes_mapping(model: nn.Module, batch: Mapping[str, Any]) -> bool:
 
 
 def to_device(batch: Any, device: torch.device | None) -> Any:
-    """The batch with its tensors on `device`; the caller's containers are not touched."""
+    """The batch with its tensors on `device`; the caller's containers are not touched.
+
+    Tensors made under `torch.inference_mode()` are copied: outside of it a model could not write to them.
+    """
     if isinstance(batch, Tensor):
-        return batch if device is None else batch.to(device)
+        moved = batch if device is None else batch.to(device)
+        return moved.clone() if moved.is_inference() else moved
     if isinstance(batch, UserDict):  # transformers' BatchEncoding, whose own `to` would change the caller's
         moved = copy.copy(batch)
         moved.data = {key: to_device(value, device) for key, value in batch.items()}
@@ -167,13 +171,35 @@ def is_sharded(model: nn.Module) -> bool:
     return any(is_part(parameter) for parameter in model.parameters())
 
 
-def is_part(parameter: nn.Parameter) -> bool:
+def is_part(parameter: Tensor) -> bool:
     """Of a weight in shards: a DTensor (FSDP2), flat or a view of what is (FSDP1), or one of DeepSpeed's ZeRO-3."""
     return any(hasattr(parameter, mark) for mark in ("device_mesh", "_fsdp_flattened", "ds_id"))
 
 
-def require_gathering(model: nn.Module) -> None:
-    """Raise an AdapterError for weights in DeepSpeed's shards that no engine gathers, so that no forward pass can run."""
+def require_trainable(model: nn.Module) -> None:
+    """Raise an AdapterError for parameters through which torch lets no gradient flow."""
+    stuck = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
+    if stuck is not None:
+        raise AdapterError(
+            f"{base_name(stuck)} was made under torch.inference_mode() and can never be trained through; load the model and "
+            "build its adapter outside of it"
+        )
+
+
+def require_weights(model: nn.Module) -> None:
+    """Raise an AdapterError for a model that no forward pass can run through, since weights are not there.
+
+    They may be on the meta device, or in DeepSpeed's shards that no engine gathers. Those that accelerate has offloaded,
+    and brings in time, are there; those of adapters, which may be made yet, do not count.
+    """
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+    for name, module in base_modules(model) if not offloaded else ():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.device.type == "meta":
+                raise AdapterError(
+                    f"{base_name(f'{name}.{key}'.lstrip('.'))} is on the meta device, where there are shapes and no values; load the "
+                    "weights first (from_pretrained, or to_empty and load_state_dict)"
+                )
     scattered = any(getattr(getattr(p, "ds_status", None), "name", "") == "NOT_AVAILABLE" for p in model.parameters())
     if scattered and not any(hasattr(module, "ds_inflight_param_registry") for module in model.modules()):
         raise AdapterError(

@@ -13,8 +13,9 @@ from evatune.calibration import Calibration, Layer
 from evatune.capture import InputGroup, Sharing, Site
 from evatune.config import CalibrationConfig
 from evatune.errors import BudgetError
+from evatune.fingerprint import fingerprint
 from evatune.joint import JointSketches
-from evatune.model import describe, is_part
+from evatune.model import describe
 from evatune.processes import Team
 from evatune.ranks import RankPlan, allocate, rank_shift
 from evatune.sketch import Sketch, refresh_all
@@ -47,6 +48,7 @@ class Monitor:
         self._latest: dict[InputGroup, Spectrum] = {}  # of the last refresh
         self._spectra: dict[InputGroup, Spectrum] = {}  # of the last check
         self._plan: RankPlan | None = None
+        self._weights: dict[str, str] = {}  # by name, their hashes, once somebody asked
         self._bad: dict[str, tuple[int, int]] = {}  # layer → first batch with NaN or Inf, and its process
         self.batches = 0  # of all processes, as of the last meeting
         self.more = True  # whether any process may have more of them
@@ -150,7 +152,8 @@ class Monitor:
         """What must be the same for a checkpoint to fit, and on every process."""
         layers = {site.name: list(layer_of(site).shape) for site in self._sites}
         known = {"model": describe(model), "layers": layers, "config": asdict(self._config), "caps": dict(self._caps)}
-        return known | {"weights": fingerprint(self._sites)}
+        self._weights = self._weights or fingerprint(model)  # they stay as they are meanwhile
+        return known | {"weights": self._weights}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the loop has found so far, as named tensors and JSON."""
@@ -227,18 +230,6 @@ class Monitor:
             return None
 
 
-def fingerprint(sites: list[Site]) -> dict[str, list[float]]:
-    """Layer → the first values of its weight, as far as this process holds them."""
-    return {
-        site.name: weight.detach().flatten()[:4].float().cpu().tolist()
-        for site in sites
-        if (weight := next(site.module.parameters(), None)) is not None
-        and weight.is_floating_point()
-        and weight.device.type != "meta"
-        and not is_part(weight)
-    }
-
-
 def layer_of(site: Site) -> Layer:
     """The record of a layer that has not been called yet."""
     unit = "" if site.unit == site.name else site.unit
@@ -252,11 +243,12 @@ def _missed(before: Spectrum, now: Spectrum, used: int) -> float:
     vector it does not care how directions of equal energy rotate among themselves.
     """
     used = min(used, len(before.energies), len(now.energies))
-    best = float(now.energies[:used].sum())
+    energies = now.energies.double()
+    best = float(energies[:used].sum())
     if used == 0 or best <= 0:
         return 0.0
     overlap = (before.directions[:used] @ now.directions.T).square().sum(0)  # (k,) share of each new direction
-    return 1 - float((overlap * now.energies).sum()) / best
+    return 1 - float((overlap * energies).sum()) / best
 
 
 def passes(before: int, now: int, is_point: Callable[[int], bool]) -> bool:

@@ -23,6 +23,9 @@ from evatune.errors import ConfigError, ProcessError
 _PATIENCE = timedelta(minutes=10)
 # After a message failed: how long the others may take to show that it was not they who were lost.
 _GRACE_SECONDS = 10.0
+_ALL_COME = (
+    "call evatune on every process, or let each work alone with CalibrationConfig(distributed=False) on every one"
+)
 _numbers = itertools.count()  # of teams, equal on all processes since they form them in the same order
 
 
@@ -40,17 +43,18 @@ class Team:
 
     @staticmethod
     @contextmanager
-    def formed(together: bool, device: torch.device | None) -> Iterator[Team]:
+    def formed(together: bool, device: torch.device | None, patience: float) -> Iterator[Team]:
         """The team of all of torch.distributed's processes, or of this one alone.
 
         Args:
             together: whether processes share the work, if there are several.
             device: where sums live; they travel by the backend of that device, everything else by gloo.
+            patience: seconds in which all must have come.
         """
         if not together or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             yield Team()
             return
-        team = _Joint(device or torch.device("cpu"))
+        team = _Joint(device or torch.device("cpu"), patience)
         try:
             yield team
             team.gather(None)  # nobody leaves before all are done
@@ -94,23 +98,44 @@ class Team:
 
 
 class _Joint(Team):
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, patience: float) -> None:
         super().__init__()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        try:
-            self.group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        except RuntimeError as error:
-            raise ProcessError(
-                f"not all of the {self.size} processes came to calibrate; call evatune on every one of them, or let each "
-                "work alone with CalibrationConfig(distributed=False)"
-            ) from error
-        self._store = self.group.get_group_store()
         self._name = f"evatune/{next(_numbers)}"
+        try:
+            missing = self._missing(patience)
+            if not missing:
+                self.group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        except RuntimeError as error:
+            raise ProcessError(f"the {self.size} processes cannot reach each other; {_ALL_COME}") from error
+        if missing:
+            names = ", ".join(map(str, missing))
+            raise ProcessError(
+                f"process {names} of {self.size} did not come to calibrate within {patience:g} seconds; {_ALL_COME}, or give "
+                "slow ones time with CalibrationConfig(rendezvous_timeout=...)"
+            )
+        self._store = self.group.get_group_store()
         self._messages = 0
         self._busy = False  # between the parts of a message, when nothing else can be said
         # Backends by device, such as cpu:gloo,cuda:nccl.
         native = dict(pair.split(":") for pair in dist.get_backend_config().split(",")).get(device.type, "gloo")
         self._wire = (self.group, torch.device("cpu")) if native == "gloo" else (dist.group.WORLD, device)
+
+    def _missing(self, patience: float) -> list[int]:
+        """Wait for all processes to come here; the ranks of those who have not when the time is up.
+
+        `new_group` would wait as long as for a message later on, and not tell who is missing.
+        """
+        store = dist.group.WORLD.get_group_store()  # type: ignore[union-attr]
+        store.set(f"{self._name}/came/{self.rank}", "")
+        end = time.monotonic() + patience
+        missing = list(range(self.size))
+        while missing:
+            missing = [rank for rank in missing if not store.check([f"{self._name}/came/{rank}"])]
+            if time.monotonic() > end:
+                break
+            time.sleep(0.02 if missing else 0)
+        return missing
 
     def gather(self, value: Any) -> list[Any]:
         said = self._gather_text(json.dumps({"value": value}))

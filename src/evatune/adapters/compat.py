@@ -48,7 +48,7 @@ from evatune.capture.tap import RowsFunction
 from evatune.capture.targets import peft_name, sites_of
 from evatune.config import CalibrationConfig
 from evatune.errors import AdapterError, ConfigError, DataError, NoBatchError, TargetError
-from evatune.model import model_device, to_device
+from evatune.model import model_device, require_trainable, to_device
 from evatune.processes import Team
 
 ModelInputs = Callable[[Any, LoraConfig], Any]
@@ -57,6 +57,7 @@ LayerInputs = Callable[[Any, Any, str], Tensor]
 _WEIGHT = 0.1  # of the energy, in the vectors that settle last: what `tau` is about
 
 
+@torch.inference_mode(mode=False)
 def get_eva_state_dict(
     model: nn.Module,
     dataloader: Iterable[Any],
@@ -132,7 +133,7 @@ def get_eva_state_dict(
     batches = dataloader if forward is None else _moved(dataloader, device)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     show = show_progress_bar and not (distributed and torch.distributed.get_rank())
-    with Team.formed(config.distributed, device) as team, _bar(show) as progress:
+    with Team.formed(config.distributed, device, config.rendezvous_timeout) as team, _bar(show) as progress:
         options: dict[str, Any] = {"forward": forward, "rows": rows, "progress": progress}
         options["active"] = active_positions(peft_config)
         try:
@@ -149,6 +150,7 @@ def get_eva_state_dict(
     }
 
 
+@torch.inference_mode(mode=False)
 def initialize_lora_eva_weights(
     model: nn.Module,
     dataloader: Iterable[Any] | None = None,
@@ -187,6 +189,7 @@ def initialize_lora_eva_weights(
             f"{adapter_name!r} is {lora.init_lora_weights!r} (True also after it was initialised). evatune.initialize asks "
             "for nothing of the kind"
         )
+    require_trainable(model)
     slots, others = _linear_slots(model, adapter_name)
     require_known_variant(model, lora, adapter_name)
     require_fresh(slots, adapter_name)

@@ -37,7 +37,7 @@ from evatune.checkpoint import Checkpoint
 from evatune.config import CalibrationConfig
 from evatune.errors import AdapterError, ConfigError, DataError, TargetError
 from evatune.merge import same_model
-from evatune.model import ForwardFunction, is_part, is_sharded
+from evatune.model import ForwardFunction, is_part, is_sharded, model_device, require_trainable, require_weights
 from evatune.model import describe as describe_model
 from evatune.monitor import layer_of
 from evatune.processes import Team
@@ -66,6 +66,7 @@ def initialize_model(
     whole, outer = model, unwrapped(model)
     model = adapted(outer)
     lora = lora_config(model, adapter_name)
+    require_trainable(model)
     scale = choose_scale(scale, lora.eva_config is not None and lora.eva_config.whiten)
     require_known_variant(model, lora, adapter_name)
     slots, odd = find_slots(model, adapter_name)
@@ -247,6 +248,7 @@ def _applied(
     for option, value in idle.items():
         if value is not None:
             raise ConfigError(f"{option} is about a pass over batches, and a finished calibration needs none; leave it out")
+    require_weights(model)
     with adapters_off(model):  # or raise: with an adapter merged in, these are not the weights that were calibrated
         pass
     if calibration.model and not same_model(calibration.model, describe_model(model)):
@@ -333,7 +335,13 @@ def usual_start(layer: LoraLayer, lora: LoraConfig, adapter_name: str) -> None:
     """Have PEFT initialise a layer as it does by default."""
     usual = copy.copy(lora)
     usual.init_lora_weights = True
-    layer.update_layer(adapter_name, layer.r[adapter_name], lora_alpha=layer.lora_alpha[adapter_name], config=usual)
+    _update(layer, layer.r[adapter_name], layer.lora_alpha[adapter_name], usual, adapter_name)
+
+
+def _update(layer: LoraLayer, rank: int, alpha: float, config: LoraConfig, adapter_name: str) -> None:
+    """PEFT's new parameters for a layer, where its weights are, whatever torch's default device is."""
+    with model_device(layer.get_base_layer()) or torch.device("cpu"):
+        layer.update_layer(adapter_name, r=rank, lora_alpha=alpha, config=config)
 
 
 @torch.no_grad()
@@ -455,7 +463,7 @@ def _resize(
     # A trained magnitude vector of DoRA starts anew as well.
     anew = adapter_name in layer.lora_magnitude_vector
     if anew or layer.r[adapter_name] != rank or any(a.device.type == "meta" for a, _, _ in old):
-        layer.update_layer(adapter_name, r=rank, lora_alpha=alpha, config=config)
+        _update(layer, rank, alpha, config, adapter_name)
         for parameter in (p for pair in pairs(layer, adapter_name) for p in pair if p is not None):
             parameter.data = parameter.data.to(dtype)  # get_peft_model may have chosen float32 above a 16-bit base
         if adapter_name in layer.lora_magnitude_vector:

@@ -37,13 +37,39 @@ def wants_labels(batch: Any, labels_only: bool | str) -> bool:
 
 @contextmanager
 def full_precision(device: torch.device | None) -> Iterator[None]:
-    """Without autocast, under which products on `device` would be in 16 bits: what is ours is in float32 or better."""
+    """Without autocast, TF32 and their like, under which products on `device` would be in 16 bits or few more.
+
+    What is ours is in float32 or better.
+    """
     kinds = {"cpu", "cpu" if device is None else device.type}
     with ExitStack() as stack:
+        stack.enter_context(_ieee_products())
         for kind in kinds:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+@contextmanager
+def _ieee_products() -> Iterator[None]:
+    """Float32 products as they are by default, whatever `torch.set_float32_matmul_precision` was told."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
+        legacy = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(legacy)
+        return
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 class RowSelector:

@@ -154,6 +154,15 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]
             yield base_name(path), module, module
 
 
+def base_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module of the base model by its name in `model`; what adapters add is passed by."""
+    yield name, model
+    inside = _inside(model)
+    for key, child in model.named_children():
+        if inside is None or key == inside:
+            yield from base_modules(child, f"{name}.{key}" if name else key)
+
+
 def find_sites(model: nn.Module, targets: Targets = None) -> list[Site]:
     """The layers to calibrate, in model order.
 

@@ -72,8 +72,9 @@ class IncrementalSketch(Sketch):
     def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         squares = self._fresh
         if len(squares):
-            directions = torch.nn.functional.normalize(self.factor[: len(squares)], dim=1)
-            squares = (chunk @ directions.T).square().sum(0).to(self.dtype)
+            factor = self.factor[: len(squares)].to(self.dtype)
+            directions = torch.nn.functional.normalize(factor, dim=1, eps=torch.finfo(self.dtype).tiny)
+            squares = (chunk @ directions.T.to(chunk.dtype)).square().sum(0).to(self.dtype)
         return self._row_sum(chunk), chunk.clone(), squares
 
     def _unscaled_moment(self, moment: Tensor, scale: float) -> Tensor:
