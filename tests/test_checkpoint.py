@@ -177,7 +177,7 @@ class TestWhatDoesNotFit:
         model = Toy()
         with torch.no_grad():
             model.blocks[1].up.weight += 1
-        with pytest.raises(ConfigError, match=r"weights blocks\.1\.up was"):
+        with pytest.raises(ConfigError, match=r"weights blocks\.1\.up\.weight was"):
             self.resume(point, model)
 
     def test_data_that_is_shorter_now(self, point: Path) -> None:

@@ -174,6 +174,77 @@ def test_a_mean_far_beyond_the_spread_does_not_drown_the_spread(kind: str) -> No
     assert torch.allclose(spectrum.energies.double(), energies, rtol=1e-2)
 
 
+@pytest.mark.parametrize("factor", [1e19, 1e30, 1e-25, 1e-30])
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("kind", SKETCHES)
+class TestRowsWhoseSquaresLeaveFloat32:
+    def test_they_give_the_same_directions_with_energies_in_true_units(self, kind: str, center: bool, factor: float) -> None:
+        rows = planted(1024, 48, mean=0.5)
+        plain = feed(build(kind, 48, 6, center=center), rows, 128)
+        scaled = feed(build(kind, 48, 6, center=center), rows * factor, 128)
+        _, energies, total = truth(rows * factor, 6, center)
+        assert principal_angles(scaled.directions[:4], plain.directions[:4]).max() < 1e-5
+        assert torch.allclose(scaled.energies / factor**2, plain.energies.double(), rtol=1e-5)
+        assert torch.allclose(scaled.energies, energies, rtol=1e-2, atol=0)
+        assert scaled.total_energy == pytest.approx(total, rel=1e-6)
+        assert scaled.usable == 6
+        assert scaled.certificate is not None
+        assert plain.certificate is not None
+        assert scaled.certificate.captured() == pytest.approx(plain.certificate.captured(), rel=1e-5)
+        assert torch.allclose(scaled.variances / factor**2, plain.variances.double(), rtol=1e-2)
+
+    def test_sketches_of_them_merge_and_go_through_files(self, kind: str, center: bool, factor: float) -> None:
+        rows = planted(1024, 48) * factor
+        left, right = build(kind, 48, 6, center=center), build(kind, 48, 6, center=center)
+        left.update(rows[:300])
+        right.update(rows[300:600])
+        again = build(kind, 48, 6, center=center)
+        again.set_state(left.state())
+        for sketch in (left, again):
+            sketch.merge(right)
+            sketch.update(rows[600:])
+        _, energies, _ = truth(rows, 6, center)
+        assert torch.equal(left.spectrum().energies, again.spectrum().energies)
+        assert torch.allclose(left.spectrum().energies, energies, rtol=0.02, atol=0)
+        assert torch.equal(Spectrum.of_state(left.spectrum().state()).energies, left.spectrum().energies)
+
+
+@pytest.mark.parametrize("kind", SKETCHES)
+def test_one_late_row_whose_square_leaves_float32_counts_as_any_other(kind: str) -> None:
+    rows = planted(1024, 32)
+    rows[700] = 1e19
+    spectrum = feed(build(kind, 32, 4), rows, 128)
+    directions, energies, total = truth(rows, 4)
+    assert spectrum.total_energy == pytest.approx(total, rel=1e-6)
+    assert spectrum.energies[0].item() == pytest.approx(energies[0].item(), rel=1e-5)
+    assert principal_angles(spectrum.directions[:1], directions[:1]).max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", SKETCHES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_still_known_as_such(kind: str, bad: float) -> None:
+    rows = planted(256, 32) * 1e19
+    rows[100, 3] = bad
+    sketch = build(kind, 32, 4)
+    sketch.update(rows)
+    assert not sketch.finite
+
+
+@pytest.mark.parametrize("norm", [1e3, 1e4])
+@pytest.mark.parametrize("center", [False, True])
+def test_the_exact_sketch_is_exact_beside_an_attention_sink(norm: float, center: bool) -> None:
+    """A token in 256 is as long as `norm` others: a float32 product is off by as much as all of them hold."""
+    rows = planted(2048, 64, decay=0.95)
+    rows[::256] = norm * rows.norm(dim=1).median() * torch.nn.functional.normalize(torch.ones(64), dim=0)
+    spectrum = feed(build("exact", 64, 8, center=center), rows, 256)
+    directions, energies, _ = truth(rows, 8, center)
+    assert principal_angles(spectrum.directions, directions).max() < 1e-5
+    assert torch.allclose(spectrum.energies.double(), energies, rtol=1e-6)
+    default = feed(build("nystrom", 64, 8, center=center), rows, 256)
+    tokens = rows[torch.arange(2048) % 256 > 0]
+    assert captured_energy(default.directions, tokens) > 0.999 * captured_energy(spectrum.directions, tokens)
+
+
 @pytest.mark.parametrize("kind", ["nystrom", "exact"])
 def test_with_equal_bases_order_and_split_do_not_matter(kind: str) -> None:
     rows = planted(4096, 96, seed=2)

@@ -67,6 +67,7 @@ def calibrate(
             and names are those in that model.
         batches: DataLoader, list, iterator or generator. Each batch is read once, one pass at most. Making them may run
             the model, which is as it was found meanwhile: its modes, its adapters, no hook; nothing of that is counted.
+            They must be mixed: of data that comes sorted, the stop rule sees the first kind only and finds it settled.
         config: settings; `CalibrationConfig()` by default.
         targets: which layers, as PEFT names them: "all-linear", a list of names or suffixes, or a regular
             expression for whole names. Default: the layers that carry an adapter, else "all-linear". Besides linear

@@ -47,8 +47,8 @@ def initialize(
             collator and device are then used. To resume a run, give the same data and seed, or the
             `Calibration` of the first: the checkpoint's ranks must come out again. The adapter may sit
             on any kind of layer that `evatune.calibrate` lists, and on parameters (`target_parameters`).
-        batches: as for `evatune.calibrate`; not with a Trainer. Or a finished `Calibration` of this model, merged or loaded
-            from a file, also with a Trainer: it must cover the adapter's layers, and no batch is run then.
+        batches: as for `evatune.calibrate`, mixed; not with a Trainer. Or a finished `Calibration` of this model, merged or
+            loaded from a file, also with a Trainer: it must cover the adapter's layers, and no batch is run then.
         rank: r. Default: the adapter's `LoraConfig.r`, and its `rank_pattern` as it stands: a layer that it names gets at
             most the rank there, whatever ρ, and counts with it in the budget, so that all ranks together are as many as
             the config gives. A `rank` given here (or in `config`) replaces r and the pattern, which an adapter that evatune

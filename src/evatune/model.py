@@ -181,8 +181,8 @@ def require_trainable(model: nn.Module) -> None:
     stuck = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
     if stuck is not None:
         raise AdapterError(
-            f"{base_name(stuck)} was made under torch.inference_mode() and can never be trained through; load the model and "
-            "build its adapter outside of it"
+            f"{base_name(stuck)} was made under torch.inference_mode(), where nothing can be trained "
+            "through it; load the model and build its adapter outside of it"
         )
 
 
@@ -197,8 +197,9 @@ def require_weights(model: nn.Module) -> None:
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.device.type == "meta":
                 raise AdapterError(
-                    f"{base_name(f'{name}.{key}'.lstrip('.'))} is on the meta device, where there are shapes and no values; load the "
-                    "weights first (from_pretrained, or to_empty and load_state_dict)"
+                    f"{base_name(f'{name}.{key}'.lstrip('.'))} is on the meta device, where there are "
+                    "shapes and no values; load the weights first (from_pretrained, or to_empty and "
+                    "load_state_dict)"
                 )
     scattered = any(getattr(getattr(p, "ds_status", None), "name", "") == "NOT_AVAILABLE" for p in model.parameters())
     if scattered and not any(hasattr(module, "ds_inflight_param_registry") for module in model.modules()):

@@ -23,9 +23,7 @@ from evatune.errors import ConfigError, ProcessError
 _PATIENCE = timedelta(minutes=10)
 # After a message failed: how long the others may take to show that it was not they who were lost.
 _GRACE_SECONDS = 10.0
-_ALL_COME = (
-    "call evatune on every process, or let each work alone with CalibrationConfig(distributed=False) on every one"
-)
+_ALL_COME = "call evatune on every process, or let each work alone with CalibrationConfig(distributed=False) on every one"
 _numbers = itertools.count()  # of teams, equal on all processes since they form them in the same order
 
 
@@ -111,8 +109,8 @@ class _Joint(Team):
         if missing:
             names = ", ".join(map(str, missing))
             raise ProcessError(
-                f"process {names} of {self.size} did not come to calibrate within {patience:g} seconds; {_ALL_COME}, or give "
-                "slow ones time with CalibrationConfig(rendezvous_timeout=...)"
+                f"process {names} of {self.size} did not come to calibrate within {patience:g} seconds; "
+                f"{_ALL_COME}, or give slow ones time with CalibrationConfig(rendezvous_timeout=...)"
             )
         self._store = self.group.get_group_store()
         self._messages = 0

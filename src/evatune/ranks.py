@@ -268,7 +268,8 @@ def _finish(
     greedy: dict[int, int],
 ) -> dict[int, int]:
     """Try every count of the last class with the fullest table cell that still fits, and walk back."""
-    reachable = torch.where(torch.isfinite(best), torch.arange(len(best), dtype=torch.int64, device=best.device), -1).cummax(0).values
+    cells = torch.arange(len(best), dtype=torch.int64, device=best.device)
+    reachable = torch.where(torch.isfinite(best), cells, -1).cummax(0).values
     found: tuple[int, float, int, int] | None = None  # spend, value, count of the last class, cell
     for m, gain in enumerate(prefix.tolist()):
         rest = budget - m * cost

@@ -79,7 +79,9 @@ class Spectrum:
     @property
     def variances(self) -> Tensor:
         """`Var[v_j·x]` per direction, shape (k,): centred, whatever `centered` says."""
-        return self.energies if self.centered else as_energies((self.energies - self._mean_squares).clamp_min(0))
+        if self.centered:
+            return self.energies
+        return (self.energies - self._mean_squares).clamp_min(0).to(self.energies.dtype)
 
     @property
     def total_second_moment(self) -> float:

@@ -12,6 +12,7 @@ class Status(StrEnum):
     UNSETTLED = "unsettled"
     MAX_BATCHES = "max_batches_reached"
     DATA_EXHAUSTED = "data_exhausted"
+    DRIFTING = "drifting"
     SELDOM_ROUTED = "seldom_routed"
     TOO_FEW_ROWS = "too_few_rows"
     NO_SIGNAL = "no_signal"
@@ -22,7 +23,8 @@ class Status(StrEnum):
     def usable(self) -> bool:
         """Whether an adapter can be initialised from this layer's spectrum."""
         return self in (
-            Status.CONVERGED, Status.UNSETTLED, Status.MAX_BATCHES, Status.DATA_EXHAUSTED, Status.SELDOM_ROUTED
+            Status.CONVERGED, Status.UNSETTLED, Status.MAX_BATCHES, Status.DATA_EXHAUSTED, Status.DRIFTING,
+            Status.SELDOM_ROUTED,
         )  # fmt: skip
 
     @property
@@ -35,6 +37,8 @@ _ADVICE = {
     Status.UNSETTLED: "usable; all layers together have settled, this one would gain from a smaller tolerance",
     Status.MAX_BATCHES: "usable, but still moving at max_batches; raise max_batches if the captured energy matters",
     Status.DATA_EXHAUSTED: "usable, but the data ended first; give more batches if there are any",
+    Status.DRIFTING: "usable, but later batches were captured worse than the earlier ones had promised, so the data comes "
+    "sorted, and what has not been read may differ again; shuffle the examples before they become batches",
     Status.SELDOM_ROUTED: "usable; fewer tokens than components were routed to this expert, so the rest of its rows of A is "
     "random (orthonormal); give more data if the expert matters",
     Status.TOO_FEW_ROWS: "fewer rows than components came; give more data, or lower rank, rho or components",

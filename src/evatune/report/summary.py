@@ -12,6 +12,8 @@ from evatune.errors import BudgetError
 from evatune.ranks import RankPlan
 from evatune.status import Status
 
+_ASK_FOR_A_LOOK = (Status.UNSETTLED, Status.DRIFTING)  # of those that are usable
+
 
 @dataclass(frozen=True)
 class LayerRow:
@@ -75,7 +77,7 @@ def layer_rows(calibration: Calibration, plan: RankPlan) -> list[LayerRow]:
                 captured=_known(certificate.captured(rank)) if certificate else None,
                 status=str(calibration.status[name]),
                 advice=calibration.status[name].advice,
-                attention=calibration.status[name] is Status.UNSETTLED or not calibration.status[name].usable,
+                attention=calibration.status[name] in _ASK_FOR_A_LOOK or not calibration.status[name].usable,
             )
         )
     return rows
