@@ -88,6 +88,7 @@ def fast_products() -> Iterator[None]:
 STATES: dict[str, Callable[[], Any]] = {
     "float64": lambda: default_dtype(torch.float64),
     "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float16": lambda: default_dtype(torch.float16),
     "default device": default_device,  # meta: a stand-in for an accelerator, since what is made there has no values
     "device context": lambda: torch.device("meta"),
     "inference mode": torch.inference_mode,

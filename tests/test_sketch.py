@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evatune.sketch import SKETCHES, Sketch, make_sketch
+from evatune.sketch.base import power_of_two
 from evatune.spectrum import Spectrum, captured_energy, principal_angles
 
 torch.set_num_threads(1)
@@ -178,6 +179,15 @@ def test_a_mean_far_beyond_the_spread_does_not_drown_the_spread(kind: str) -> No
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("kind", SKETCHES)
 class TestRowsWhoseSquaresLeaveFloat32:
+    def test_on_an_accelerator_where_nothing_may_be_looked_at(self, kind: str, center: bool, factor: float) -> None:
+        rows = planted(1024, 48, mean=0.5) * factor
+        sketch = build(kind, 48, 6, center=center)
+        sketch._may_look = False
+        found = feed(sketch, rows, 128)
+        seen = feed(build(kind, 48, 6, center=center), rows, 128)
+        assert torch.allclose(found.energies, seen.energies, rtol=1e-5, atol=0)
+        assert principal_angles(found.directions[:4], seen.directions[:4]).max() < 1e-5
+
     def test_they_give_the_same_directions_with_energies_in_true_units(self, kind: str, center: bool, factor: float) -> None:
         rows = planted(1024, 48, mean=0.5)
         plain = feed(build(kind, 48, 6, center=center), rows, 128)
@@ -207,6 +217,24 @@ class TestRowsWhoseSquaresLeaveFloat32:
         assert torch.equal(left.spectrum().energies, again.spectrum().energies)
         assert torch.allclose(left.spectrum().energies, energies, rtol=0.02, atol=0)
         assert torch.equal(Spectrum.of_state(left.spectrum().state()).energies, left.spectrum().energies)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_factor_is_a_power_of_two_to_the_last_bit(dtype: torch.dtype) -> None:
+    for exponent in range(-120, 121):
+        factor = float(power_of_two(torch.tensor([0.0, -0.7 * 2.0**exponent], dtype=dtype)))
+        assert factor == 2.0**-exponent
+
+
+@pytest.mark.parametrize("look", [True, False])
+@pytest.mark.parametrize("kind", SKETCHES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_rows_of_other_dtypes_are_scaled_too(kind: str, look: bool, dtype: torch.dtype) -> None:
+    rows = (planted(600, 32) * 1e19).to(dtype)
+    sketch = build(kind, 32, 4)
+    sketch._may_look = look
+    _, energies, _ = truth(rows, 4)
+    assert torch.allclose(feed(sketch, rows, 200).energies.double(), energies, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("kind", SKETCHES)

@@ -66,8 +66,8 @@ def to_device(batch: Any, device: torch.device | None) -> Any:
     Tensors made under `torch.inference_mode()` are copied: outside of it a model could not write to them.
     """
     if isinstance(batch, Tensor):
-        moved = batch if device is None else batch.to(device)
-        return moved.clone() if moved.is_inference() else moved
+        batch = batch if device is None else batch.to(device)
+        return batch.clone() if batch.is_inference() else batch
     if isinstance(batch, UserDict):  # transformers' BatchEncoding, whose own `to` would change the caller's
         moved = copy.copy(batch)
         moved.data = {key: to_device(value, device) for key, value in batch.items()}

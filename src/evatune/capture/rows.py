@@ -61,7 +61,7 @@ def _ieee_products() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(legacy)
         return
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends: list[Any] = [getattr(one, "matmul") for one in (torch.backends.cuda, torch.backends.mkldnn)]  # noqa: B009
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"

@@ -19,8 +19,7 @@ _CHUNK_BYTES = 8 << 20
 # Rows that choose a newborn sketch's shift and basis. Half as many cost the Nyström sketch a third of a per cent of
 # the energy in the worst layer of MiniLM, sixteen batches later.
 _FIRST_ROWS = 1024
-# Root mean squares of rows between which float32 products neither overflow nor lose small directions. Far from
-# where they fail (1e±19), since an accelerator is asked for the first rows only.
+# Root mean squares of rows between which float32 products neither overflow nor lose small directions.
 _SAFE_RMS = (2.0**-40, 2.0**40)
 
 
@@ -45,12 +44,13 @@ class Sketch(ABC):
 
     `digest` reads an activation and changes nothing but a newborn sketch's starting basis; `absorb` adds
     a digest; `refresh` may move the basis towards the data; `spectrum` gives the answer at any time.
-    No method of the hot path (`digest`, `absorb`) waits for an accelerator, but for a sketch's first rows.
+    No method of the hot path (`digest`, `absorb`) waits for the device.
 
-    Sums are in true units, in float64. Rows whose squares leave float32's range are multiplied with a power of two
-    before they are squared, which changes no bit otherwise, and what they add is divided by it again. So any finite
-    row within 1e±30 counts. On an accelerator the first rows decide on that factor, and later ones may be 1e±6
-    of them; on Apple's MPS, without float64, sums end where float32 does.
+    Sums are in true units, in float64. Rows whose squares leave float32's range are multiplied by a power
+    of two before they are squared, which changes no bit otherwise, and what they add is divided by it
+    again. So any finite row within 1e±30 counts. On a CPU each digest is looked at, and most need no factor;
+    on an accelerator, where looking is waiting, the first rows choose it, and later ones may be 1e±15 of
+    them. On Apple's MPS, without float64, there is none.
 
     Sketches of several processes add up: `start` is what the sums refer to, `rebase` changes that, and the
     `sums` of sketches with equal starts are those of all their rows together.
@@ -73,7 +73,8 @@ class Sketch(ABC):
         self.row_sum = torch.zeros(width, dtype=self.dtype, device=device)
         self.energy = torch.zeros((), dtype=self.dtype, device=device)
         self.certificate: Certificate | None = None
-        self._scale: float | None = None  # a power of two for rows before they are squared; None: not known yet
+        self._scale: Tensor | None = None  # () float64, a power of two for rows before they are squared
+        self._may_look = device.type == "cpu"  # at values, for nothing
         self._start_fresh(0)
 
     # -- the protocol ---------------------------------------------------------------------------------
@@ -86,8 +87,10 @@ class Sketch(ABC):
         """Summarise the rows of `x` (n, d), any float dtype, any strides; at most one pass over the rows."""
         if self.shift is None and (len(x) if index is None else len(index)):
             self._begin(x, index)
+        if self._scale is None and not self._may_look and self.dtype == torch.float64:
+            self._scale = power_of_two(_finite(self._head(x, index, _FIRST_ROWS)).to(self.dtype))
         digest = self._digest(x, index)
-        if (self._scale is None or x.device.type == "cpu") and self._move_scale(x, index, digest):
+        if self._may_look and self._move_scale(x, index, digest):
             digest = self._digest(x, index)
         return digest
 
@@ -241,35 +244,35 @@ class Sketch(ABC):
         """Add the other's second moment, whose rows are relative to `shift + offset` (d,)."""
 
     def _digest(self, x: Tensor, index: Tensor | None) -> Digest:
-        parts = [self._digest_chunk(chunk) for chunk in self._chunks(x, index, self._scale or 1.0)]
+        parts = [self._digest_chunk(chunk) for chunk in self._chunks(x, index, self._scale)]
         digest = parts[0] if len(parts) == 1 else self._join(parts)
-        return digest if self._scale in (None, 1.0) else self._unscaled(digest, self._scale)
-
-    def _unscaled(self, digest: Digest, scale: float) -> Digest:
-        """The digest of rows that were multiplied with `scale`, in true units."""
+        if self._scale is None:
+            return digest
+        back = 1 / self._scale
         return Digest(
             digest.rows,
-            digest.row_sum.to(self.dtype) / scale,
-            digest.energy / scale**2,
-            self._unscaled_moment(digest.moment, scale),
-            digest.fresh / scale**2,
+            digest.row_sum * back[None],
+            digest.energy * back.square(),
+            self._unscaled_moment(digest.moment, back),
+            digest.fresh * back.square(),
         )
 
-    def _unscaled_moment(self, moment: Tensor, scale: float) -> Tensor:
-        return moment.to(self.dtype) / scale**2
+    def _unscaled_moment(self, moment: Tensor, back: Tensor) -> Tensor:
+        """What the rows add, in true units; `back` () float64 takes a scaled row back to its own length."""
+        return moment * back.square()[None]  # one dimension, so that the product is of its dtype
 
     def _move_scale(self, x: Tensor, index: Tensor | None, digest: Digest) -> bool:
-        """Choose the scale that these rows need; true if the digest was made with another. Waits for the device."""
-        before = self._scale or 1.0
+        """Choose the scale that these rows need; true if the digest was made with another."""
+        before = 1.0 if self._scale is None else float(self._scale)
         rms = math.sqrt(float(digest.energy) / max(1, digest.rows))
         if _SAFE_RMS[0] < rms * before < _SAFE_RMS[1]:
-            self._scale = before
             return False
-        largest = max((float(chunk.abs().amax()) for chunk in self._chunks(x, index) if len(chunk)), default=0.0)
-        if largest == 0 or not math.isfinite(largest):
-            return False  # no scale helps, and later rows may need one
-        self._scale = 2.0 ** -min(max(math.frexp(largest)[1], -126), 126)
-        return self._scale != before
+        chunks = [chunk.abs().amax() for chunk in self._chunks(x, index) if len(chunk)]
+        scale = power_of_two(torch.stack(chunks).to(self.dtype)) if chunks else None
+        if scale is None or not math.isfinite(float(scale)) or float(scale) == before:
+            return False  # no scale helps
+        self._scale = scale
+        return True
 
     def _digest_chunk(self, chunk: Tensor) -> Digest:
         # Row norms first: a float32 sum over one row is short, the long sum over rows is float64. Norms in float64
@@ -296,7 +299,7 @@ class Sketch(ABC):
 
     def _begin(self, x: Tensor, index: Tensor | None) -> Tensor:
         """First sight of data. Chooses the shift, the mean of a few rows; returns those rows, shifted, finite."""
-        head = torch.nan_to_num(self._head(x, index, _FIRST_ROWS), posinf=0.0, neginf=0.0)
+        head = _finite(self._head(x, index, _FIRST_ROWS))
         self.shift = head.mean(0) if self.center else head.new_zeros(self.width)
         return head - self.shift if self.center else head
 
@@ -314,18 +317,20 @@ class Sketch(ABC):
         self.row_sum += other.row_sum + other.count * offset
         self.count += other.count
 
-    def _chunks(self, x: Tensor, index: Tensor | None, scale: float = 1.0) -> Iterator[Tensor]:
+    def _chunks(self, x: Tensor, index: Tensor | None, scale: Tensor | None = None) -> Iterator[Tensor]:
         """Shifted and scaled rows: `x` itself where that is what it already is, else bounded copies."""
         n = len(x) if index is None else len(index)
-        if index is None and x.dtype == self._row_dtype and not self.center and scale == 1:
+        if index is None and x.dtype == self._row_dtype and not self.center and scale is None:
             yield x
             return
         step = max(256, _CHUNK_BYTES // (self._row_dtype.itemsize * self.width))
+        # One dimension, so that 16-bit rows are widened and scaled in one go.
+        factor = None if scale is None else scale.to(self._row_dtype)[None]
         for start in range(0, max(n, 1), step):  # once even for no rows, so that a digest always has its shapes
             chunk = x[start : start + step] if index is None else x.index_select(0, index[start : start + step])
-            chunk = chunk.to(self._row_dtype)
-            chunk = chunk if self.shift is None or not self.center else chunk - self.shift
-            yield chunk if scale == 1 else chunk * scale
+            if self.shift is not None and self.center:
+                chunk = chunk.to(self._row_dtype) - self.shift
+            yield (chunk if factor is None else chunk * factor).to(self._row_dtype)
 
     @staticmethod
     def _row_sum(chunk: Tensor) -> Tensor:
@@ -376,6 +381,17 @@ class Sketch(ABC):
             centered=self.center,
             certificate=self._certify(),
         )
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """The rows with zeros for NaN and Inf."""
+    return torch.nan_to_num(rows, posinf=0.0, neginf=0.0)
+
+
+def power_of_two(values: Tensor) -> Tensor:
+    """() the factor that brings the largest of `values` to between 1/2 and 1; 1 if all are zero."""
+    _, exponent = torch.frexp(values.abs().amax())
+    return torch.exp2(-exponent.clamp(-126, 126).to(values.dtype))
 
 
 def _count(value: int) -> Tensor:

@@ -77,8 +77,8 @@ class IncrementalSketch(Sketch):
             squares = (chunk @ directions.T.to(chunk.dtype)).square().sum(0).to(self.dtype)
         return self._row_sum(chunk), chunk.clone(), squares
 
-    def _unscaled_moment(self, moment: Tensor, scale: float) -> Tensor:
-        return moment / scale  # rows, and not their products
+    def _unscaled_moment(self, moment: Tensor, back: Tensor) -> Tensor:
+        return moment * back.to(moment.dtype)  # rows, and not their products
 
     def _join_moments(self, moments: list[Tensor]) -> Tensor:
         return torch.cat(moments)

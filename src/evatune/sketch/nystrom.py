@@ -21,7 +21,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from evatune.sketch.base import Digest, Sketch
+from evatune.sketch.base import Digest, Sketch, power_of_two
 from evatune.spectrum import Certificate, Spectrum, fix_signs
 
 # Columns of the products. Fewer run no faster (matrix products work in blocks of 16) and lose accuracy.
@@ -151,8 +151,7 @@ class NystromSketch(Sketch):
 
     def _begin(self, x: Tensor, index: Tensor | None) -> Tensor:
         rows = super()._begin(x, index)
-        _, exponent = torch.frexp(rows.abs().amax())
-        head = torch.ldexp(rows, -exponent)  # their squares must neither overflow nor vanish
+        head = rows * power_of_two(rows)  # their squares must neither overflow nor vanish
         for _ in range(_POWER_STEPS):
             # Power steps on C + δI: the same eigenvectors, but of full rank, so QR never has to invent a column.
             image = (head @ self.basis.T).T @ head
