@@ -94,8 +94,8 @@ def active_positions(lora: LoraConfig) -> Callable[[Any], Tensor] | None:
             )
         # Counted from the end; None where the tokens do not occur.
         offsets = calculate_alora_offsets({"": lora}, "", ids)
-        counts = torch.tensor([offset or 0 for offset in offsets], device=ids.device)
-        positions = torch.arange(ids.shape[1], device=ids.device)
+        counts = ids.new_tensor([offset or 0 for offset in offsets])
+        positions = torch.arange(ids.shape[1], dtype=ids.dtype, device=ids.device)
         return positions >= ids.shape[1] - counts[:, None]
 
     return positions
