@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,8 +132,8 @@ def few_tokens(loaded: TextModel, count: int = 32, seed: int = 0) -> dict[str, T
     known = min(len(tokenizer), getattr(inner, "vocab_size", None) or len(tokenizer))
     ordinary = sorted(set(range(known)) - set(tokenizer.all_special_ids))
     count = min(count, getattr(inner, "max_position_embeddings", None) or count)
-    drawn = torch.randint(len(ordinary), (1, count), generator=torch.Generator().manual_seed(seed))
-    ids = torch.tensor(ordinary)[drawn]
+    source = random.Random(seed)
+    ids = torch.tensor([source.choices(ordinary, k=count)], dtype=torch.int64, device="cpu")
     if tokenizer.eos_token_id is not None:
         ids[:, -1] = tokenizer.eos_token_id  # where some classifiers look
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
