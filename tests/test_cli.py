@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -727,6 +728,60 @@ def test_every_option_is_explained(command: Command, name: str) -> None:
 )
 def test_a_misspelt_call_gets_one_line(command: Command, arguments: list[str], part: str) -> None:
     refused(command(*arguments), part, "--help")
+
+
+_INTERRUPTED_WHEN_LOADING = """
+import os, signal, sys
+library = sys.argv.pop()
+class Finder:
+    def find_spec(self, name, *_):
+        if name == library:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from evatune.cli import main
+main()
+"""
+
+
+def test_an_interrupt_while_libraries_load_is_one_line(work: Path) -> None:
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", _INTERRUPTED_WHEN_LOADING, "init", library], stderr=subprocess.PIPE, text=True
+        )
+        for library in ("typer", "torch.nn")
+    ]
+    for process in running:
+        said = process.communicate()[1]
+        assert process.returncode == 130, said
+        assert re.fullmatch(r"evatune: interrupted; [^\n]+\n", said), said
+    assert list(work.iterdir()) == []
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored(command: Command) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert command("recipes", "ls").status == 0
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_stream_that_cannot_show_a_sign_shows_another(
+    command: Command, written: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    for arguments in (["inspect", written], ["recipes", "show", "images-digits"], ["init", "--help"], ["--help"]):
+        assert command(*arguments).status == 0, arguments
+    assert command("inspect", "σ\udce9→").status == 2
+    out.seek(0)
+    text = out.read()
+    assert "encoder.layer.0.attention.self.query" in text
+    assert "in?out" in text
+    err.seek(0)
+    assert r"'?\udce9?' does not exist" in err.read()
 
 
 # -- interrupted and resumed ----------------------------------------------------------------------------

@@ -102,9 +102,9 @@ def test_what_cannot_be_had_is_said_in_a_sentence(page: Path, monkeypatch: pytes
     with served(page.parent) as address:
         for url, reason in (("http://127.0.0.1:9", "refused"), (f"http://{address}/none", "404"),
                             (f"http://{address}", "more than"), ("ftp://127.0.0.1", "'ftp' is not read")):  # fmt: skip
-            monkeypatch.setenv("PIP_INDEX_URL", url)
+            monkeypatch.setattr(index, "_pip_settings", lambda url=url: {"index-url": url})
             with pytest.raises(DataError, match=f"could not be downloaded.*{reason}"):
                 store.downloaded("some-thing", NAME, digest, "the thing")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setattr(index, "_pip_settings", lambda: {"no-index": "1"})
     with pytest.raises(DataError, match="no package index that pip is configured for"):
         store.downloaded("some-thing", NAME, digest, "the thing")

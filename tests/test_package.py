@@ -33,7 +33,20 @@ def test_the_public_names_are_these_and_no_more() -> None:
 
 
 def test_importing_evatune_loads_no_heavy_library() -> None:
-    heavy = {"peft", "transformers", "datasets", "matplotlib", "jinja2", "typer", "rich", "accelerate", "trl", "lightning"}
+    heavy = {
+        "torch",
+        "numpy",
+        "peft",
+        "transformers",
+        "datasets",
+        "matplotlib",
+        "jinja2",
+        "typer",
+        "rich",
+        "accelerate",
+        "trl",
+        "lightning",
+    }
     code = f"import sys, evatune; print(sorted({heavy} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

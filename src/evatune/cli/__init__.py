@@ -1,79 +1,31 @@
-"""The command line: a thin skin. Heavy imports happen inside the commands."""
+"""The command line. An interrupt must be heard while its libraries load, so they load inside `main`."""
 
 from __future__ import annotations
 
+import io
+import signal
 import sys
-from typing import Annotated, cast
 
-import typer
-
-from evatune.cli.export import export
-from evatune.cli.init import init
-from evatune.cli.inspect import inspect
-from evatune.cli.merge import merge
-from evatune.cli.train import compare, recipes, train
-from evatune.version import __version__
-
-# Typer carries its own copy of click, or needs the package, depending on its version; this is either's root.
-_UsageMistake = cast("type[Exception]", typer.BadParameter.__mro__[2])
-_INTERRUPTED = 130
-
-app = typer.Typer(
-    help="Start a LoRA adapter from what your data says.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
-app.command()(init)
-app.command()(inspect)
-app.command()(merge)
-app.command()(train)
-app.command()(compare)
-app.command()(export)
-app.add_typer(recipes, name="recipes")
-
-
-@app.callback(invoke_without_command=True)
-def _root(
-    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
-) -> None:
-    if version:
-        typer.echo(__version__)
-    elif context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+from evatune.cli.interrupt import SENTENCE, STATUS, Interrupts, ends_at_once
 
 
 def main() -> None:
-    """Entry point: status 0, or 2 with one sentence on stderr for the user's mistake."""
-    from evatune.errors import EvatuneError
-
+    """Run the command line: status 0, or 2 with one sentence on stderr for the user's mistake, or 130 for an interrupt."""
+    interrupts = Interrupts()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # signs that it cannot show become question marks
+            stream.reconfigure(errors="replace")
+    with ends_at_once():
+        from evatune.cli.app import run
     try:
-        # Typer on its own would draw a box of several lines, and end on an interrupt without a word.
-        status = app(standalone_mode=False)
-    except EvatuneError as error:
-        _stop(2, str(error))
-    except _UsageMistake as error:
-        _stop(2, f"{_sentence(error)}; {_help_of(error)} lists the options")
-    except OSError as error:
-        what = f" {str(error.filename)!r}" if error.filename else ""
-        _stop(2, f"cannot read or write{what} ({error.strerror or error}); make room or rights, then run the command again")
-    except (KeyboardInterrupt, typer.Abort):
-        status = _INTERRUPTED
-    if status == _INTERRUPTED:
-        _stop(status, "interrupted; train and compare go on when run again, another command has written nothing")
-    sys.exit(status or 0)
-
-
-def _stop(status: int, message: str) -> None:
-    print(f"evatune: {message}", file=sys.stderr)
+        with interrupts.raised():
+            status, message = run()
+        interrupts.heard = False  # else a library swallowed it, and the command came to its end
+    except BaseException as error:
+        if not interrupts.heard and not isinstance(error, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only tear the sentence
+        status, message = STATUS, SENTENCE
+    if message:
+        print(f"evatune: {message}", file=sys.stderr)
     sys.exit(status)
-
-
-def _sentence(error: BaseException) -> str:
-    text: str = error.format_message() if hasattr(error, "format_message") else str(error)
-    return " ".join(text.split()).rstrip(".")
-
-
-def _help_of(error: BaseException) -> str:
-    context = getattr(error, "ctx", None)
-    return f"{context.command_path if context else 'evatune'} --help"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evatune.cli.libraries import libraries_on_stderr, quiet_libraries
+from evatune.cli.libraries import libraries_on_stderr, loading_libraries, quiet_libraries
 from evatune.config import CalibrationConfig
 from evatune.files import Output, claimed_folder, require_apart
 
@@ -153,14 +153,15 @@ def init(
 
     require_alone("evatune init")
     require_scale(scale)
+
+    from rich.console import Console
+
+    log = Console(stderr=True, quiet=as_json)
+    with loading_libraries(log):
+        from evatune.tasks import text
+
+        quiet_libraries()
     with claimed_folder(out, overwrite) as output:
-        from rich.console import Console
-
-        log = Console(stderr=True, quiet=as_json)
-        with log.status("loading libraries"), libraries_on_stderr():
-            from evatune.tasks import text
-
-            quiet_libraries()
         checkpoint = None
         if resume or checkpoint_every is not None:
             checkpoint = _checkpoint(log, output, checkpoint_every or _EVERY, resume)

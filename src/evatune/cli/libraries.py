@@ -6,6 +6,19 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING
+
+from evatune.cli.interrupt import ends_at_once
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@contextmanager
+def loading_libraries(log: Console) -> Iterator[None]:
+    """A block that imports what a command needs, before it has begun anything."""
+    with log.status("loading libraries"), libraries_on_stderr(), ends_at_once():
+        yield
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from evatune.cli.libraries import libraries_on_stderr, quiet_libraries
+from evatune.cli.libraries import libraries_on_stderr, loading_libraries, quiet_libraries
 from evatune.files import as_shown
 
 _RUNS = Path("runs")
@@ -32,7 +32,7 @@ def train(
     from rich.console import Console
 
     log = Console(stderr=True, quiet=as_json)
-    with log.status("loading libraries"), libraries_on_stderr():
+    with loading_libraries(log):
         from evatune.report.runs import run_plot
         from evatune.tasks.run import read_metrics, run
 
@@ -94,7 +94,7 @@ def compare(
     from rich.console import Console
 
     log = Console(stderr=True, quiet=as_json)
-    with log.status("loading libraries"), libraries_on_stderr():
+    with loading_libraries(log):
         from evatune.files import write_text, writing
         from evatune.report.runs import comparison_markdown, comparison_plot, comparison_table
         from evatune.report.tables import console

@@ -1,0 +1,73 @@
+"""The commands: a thin skin. Heavy imports happen inside them."""
+
+from __future__ import annotations
+
+from typing import Annotated, cast
+
+import typer
+
+from evatune.cli.export import export
+from evatune.cli.init import init
+from evatune.cli.inspect import inspect
+from evatune.cli.interrupt import STATUS
+from evatune.cli.merge import merge
+from evatune.cli.train import compare, recipes, train
+from evatune.version import __version__
+
+# Typer carries its own copy of click, or needs the package, depending on its version; this is either's root.
+_UsageMistake = cast("type[Exception]", typer.BadParameter.__mro__[2])
+
+app = typer.Typer(
+    help="Start a LoRA adapter from what your data says.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command()(init)
+app.command()(inspect)
+app.command()(merge)
+app.command()(train)
+app.command()(compare)
+app.command()(export)
+app.add_typer(recipes, name="recipes")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        typer.echo(__version__)
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def run() -> tuple[int, str]:
+    """Run the command that the arguments name: its exit status, and the sentence for the user's mistake or "" for none."""
+    from evatune.errors import EvatuneError
+
+    try:
+        # Typer on its own would draw a box of several lines, and end on an interrupt without a word.
+        status = app(standalone_mode=False) or 0
+    except EvatuneError as error:
+        return 2, str(error)
+    except _UsageMistake as error:
+        return 2, f"{_sentence(error)}; {_help_of(error)} lists the options"
+    except OSError as error:
+        what = f" {str(error.filename)!r}" if error.filename else ""
+        return 2, f"cannot read or write{what} ({error.strerror or error}); make room or rights, then run the command again"
+    except typer.Abort as error:  # an interrupt, as some versions of Typer pass it on
+        raise KeyboardInterrupt from error
+    if status == STATUS:  # and others
+        raise KeyboardInterrupt
+    return status, ""
+
+
+def _sentence(error: BaseException) -> str:
+    text: str = error.format_message() if hasattr(error, "format_message") else str(error)
+    return " ".join(text.split()).rstrip(".")
+
+
+def _help_of(error: BaseException) -> str:
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path if context else 'evatune'} --help"
