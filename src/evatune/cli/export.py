@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from evatune.cli.libraries import libraries_on_stderr, quiet_libraries
+from evatune.cli.libraries import TRUST_HELP, libraries_on_stderr, quiet_libraries
 
 _FORMATS = ("uniform", "merged")
 
@@ -26,6 +26,7 @@ def export(
     model: Annotated[
         str | None, typer.Option(help="Base model to merge into, hub id or folder. Default: the one the adapter names.")
     ] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that evatune export wrote.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -46,7 +47,7 @@ def export(
             text += f", {len(facts[key])} {what}" if facts[key] else ""
     else:
         with libraries_on_stderr():
-            facts = _merge(adapter, out, overwrite, model)
+            facts = _merge(adapter, out, overwrite, model, trust_remote_code)
         text = f"{facts['model']} with the adapter added in"
         text += f", not checked ({facts['unchecked']})" if facts["unchecked"] else ""
     out = as_shown(out)
@@ -56,7 +57,7 @@ def export(
         typer.echo(f"{out}  {text}")
 
 
-def _merge(adapter: Path, out: Path, overwrite: bool, model: str | None) -> dict[str, Any]:
+def _merge(adapter: Path, out: Path, overwrite: bool, model: str | None, trust_remote_code: bool) -> dict[str, Any]:
     from evatune.adapters.export import head_size, write_card, write_merged, write_record
     from evatune.adapters.saved import read_config
     from evatune.errors import DataError
@@ -75,10 +76,10 @@ def _merge(adapter: Path, out: Path, overwrite: bool, model: str | None) -> dict
         task = next((name for name, (_, kind) in text.TASKS.items() if kind and kind == config.task_type), "auto")
         try:
             text.require_loadable(source, task)
-            base = text.read_model(source, task, **options)
+            base = text.read_model(source, task, trust_remote_code=trust_remote_code, **options)
         except DataError as error:
             raise DataError(f"base model of {str(adapter)!r}: {error}; --model names another place") from error
-        tokenizer = text.own_tokenizer(adapter) or base.tokenizer
+        tokenizer = text.own_tokenizer(adapter, trust_remote_code) or base.tokenizer
         batch = text.few_tokens(base)
         with output.whole() as folder:
             unchecked = write_merged(base.model, adapter, folder, batch)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evatune.cli.libraries import libraries_on_stderr, loading_libraries, quiet_libraries
+from evatune.cli.libraries import TRUST_HELP, libraries_on_stderr, loading_libraries, quiet_libraries
 from evatune.config import CalibrationConfig
 from evatune.files import Output, claimed_folder, require_apart
 
@@ -57,6 +57,7 @@ def init(
             rich_help_panel=_INPUT,
         ),
     ] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP, rich_help_panel=_INPUT)] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel=_INPUT)] = "auto",
     dtype: Annotated[
         str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.", rich_help_panel=_INPUT)
@@ -171,7 +172,7 @@ def init(
         with log.status(f"loading data {data or 'BBC news'}"):
             texts = text.load_texts(corpus, text_column, split=split)
         with log.status(f"loading model {model or 'MiniLM-L6-v2'}"), libraries_on_stderr():
-            loaded = _load_model(source, task, device, dtype, seed)
+            loaded = _load_model(source, task, device, dtype, seed, trust_remote_code)
         if loaded.fresh:
             log.print(
                 f"Not in the checkpoint, hence random: {_some(loaded.fresh)}. --task says what the model is loaded as.",
@@ -218,13 +219,13 @@ def _require_sizes(alpha: float, batch_size: int, max_length: int | None, checkp
             raise ConfigError(f"{name} is {value}; it must be at least 1")
 
 
-def _load_model(source: str | Path, task: str, device: str, dtype: str, seed: int) -> TextModel:
+def _load_model(source: str | Path, task: str, device: str, dtype: str, seed: int, trust_remote_code: bool) -> TextModel:
     import torch
 
     from evatune.tasks import text
 
     torch.manual_seed(seed)  # heads that the checkpoint does not have
-    return text.load_model(source, task, device, dtype)
+    return text.load_model(source, task, device, dtype, trust_remote_code=trust_remote_code)
 
 
 def _with_adapter(loaded: TextModel, rank: int, alpha: float, targets: Names, exclude: Names | None) -> Any:

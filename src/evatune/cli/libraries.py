@@ -13,6 +13,8 @@ from evatune.cli.interrupt import ends_at_once
 if TYPE_CHECKING:
     from rich.console import Console
 
+TRUST_HELP = "Run Python code that comes with the model. Look at it first."
+
 
 @contextmanager
 def loading_libraries(log: Console) -> Iterator[None]:

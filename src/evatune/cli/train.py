@@ -9,10 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from evatune.cli.libraries import libraries_on_stderr, loading_libraries, quiet_libraries
+from evatune.cli.libraries import TRUST_HELP, libraries_on_stderr, loading_libraries, quiet_libraries
 from evatune.files import as_shown
 
 _RUNS = Path("runs")
+_Trust = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)]
+_TRUSTED = "trust_remote_code=true"
 
 
 def train(
@@ -20,13 +22,14 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings that replace the recipe's, such as method=lora training.steps=100.")
     ] = None,
+    trust_remote_code: _Trust = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/RECIPE-METHOD-seedN.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Fine-tune by a recipe. The same command again resumes a killed run, and reads a finished one."""
     from evatune.recipes import load
 
-    settings = load(recipe, overrides or [])
+    settings = load(recipe, [*(overrides or []), *([_TRUSTED] if trust_remote_code else [])])
     folder = as_shown(out or _RUNS / f"{Path(recipe).stem}-{settings.method}-seed{settings.seed}")
 
     from rich.console import Console
@@ -73,6 +76,7 @@ def compare(
     target_loss: Annotated[
         float | None, typer.Option(help="Evaluation loss to reach. Default: what every seed of the first method reached.")
     ] = None,
+    trust_remote_code: _Trust = False,
     out: Annotated[Path | None, typer.Option(help="Folder. Default: runs/compare-RECIPE, or -DOMAIN.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -85,7 +89,7 @@ def compare(
     from evatune.recipes import expand, load
 
     sources = expand(text for text in recipes if "=" not in text)
-    overrides = [text for text in recipes if "=" in text]
+    overrides = [text for text in recipes if "=" in text] + ([_TRUSTED] if trust_remote_code else [])
     settings = [load(source, overrides) for source in sources]
     shared = Path(sources[0]).stem if len(sources) == 1 else "-".join(dict.fromkeys(one.domain for one in settings))
     folder = as_shown(out or _RUNS / f"compare-{shared}")
@@ -147,7 +151,7 @@ def show(recipe: Annotated[str, typer.Argument(help="Name or file.")]) -> None:
     typer.echo(text_of(recipe).rstrip() + "\n")
     flat = _flat(as_tree(load(recipe)))
     for key, meaning in keys().items():
-        typer.echo(f"# {key} = {flat[key]}    {meaning}")
+        typer.echo(f"# {key} = {flat.get(key, False)}    {meaning}")
 
 
 @recipes.command()

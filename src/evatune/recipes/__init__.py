@@ -93,6 +93,9 @@ class Recipe:
     task: Name = Field(description="which task of the domain")
     model: str = Field(default="demo", description="hub id or local folder; demo: the small model of the domain")
     method: Name = Field(default="eva", description="what is trained and how it starts")
+    trust_remote_code: bool = Field(
+        default=False, description="run Python code that comes with the model; the command line alone can allow it"
+    )
     seed: int = Field(default=0, ge=0, lt=2**32, description="of new weights, of the order of examples and of dropout")
     data: DataOptions = DataOptions()
     adapter: AdapterOptions = AdapterOptions()
@@ -145,6 +148,11 @@ def load(source: str, overrides: Iterable[str] = ()) -> Recipe:
         raise ConfigError(
             f"recipe {source!r} holds {type(raw).__name__}, not keys with values; `evatune recipes show` shows one"
         )
+    if raw.get("trust_remote_code"):
+        raise ConfigError(
+            f"recipe {source!r} allows code of others to run (trust_remote_code), which only the command line can: leave "
+            "the key out, and give --trust-remote-code if you trust the model's code"
+        )
     tree: dict[str, Any] = raw
     for override in overrides:
         key, sign, value = override.partition("=")
@@ -165,8 +173,9 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
 
 
 def as_tree(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain values, as YAML and JSON hold them."""
-    return dataclasses.asdict(recipe)
+    """The recipe as plain values, as YAML and JSON hold them. A permission that is not given is no part of them."""
+    tree = dataclasses.asdict(recipe)
+    return tree if recipe.trust_remote_code else {key: tree[key] for key in tree if key != "trust_remote_code"}
 
 
 def keys(kind: Any = Recipe, prefix: str = "") -> dict[str, str]:

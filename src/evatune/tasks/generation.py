@@ -42,11 +42,13 @@ def prepare(recipe: Recipe) -> Task:
     require_path(source, "model")
     instead = "a local folder with config.json, weights and tokenizer, or model=demo as in the recipe generation-code"
     with reading(source, "a causal language model and its tokenizer", instead):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=recipe.trust_remote_code)
         # Adapters are float32 above a 16-bit base; weights that are trained themselves must not be of 16 bits.
         half = recipe.training.precision == "bf16" and recipe.method != "full"
         dtype = torch.bfloat16 if half else torch.float32
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=recipe.trust_remote_code
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # By length, so that little of a batch is padding; no measure sees the order.

@@ -50,7 +50,7 @@ def prepare(recipe: Recipe) -> Task:
         train, test = own.sizes(len(found.labels), data.train, data.test, recipe.task)
     else:
         found, train, test = _of_the_user(recipe)
-    model, processor = _model(recipe.model, found.classes)
+    model, processor = _model(recipe, found.classes)
 
     def batch(examples: list[tuple[Image.Image, int]]) -> dict[str, Tensor]:
         images, labels = zip(*examples, strict=True)
@@ -84,20 +84,26 @@ class _Examples(torch.utils.data.Dataset[tuple[Image.Image, int]]):
         return self.of.picture(index), self.of.labels[index]
 
 
-def _model(name: str, classes: int) -> tuple[Any, Any]:
+def _model(recipe: Recipe, classes: int) -> tuple[Any, Any]:
     """The classifier with a head for so many classes, and what makes its input of images."""
-    source = asset("vit-glyphs") if name == "demo" else name
+    source = asset("vit-glyphs") if recipe.model == "demo" else recipe.model
     require_path(source, "model")
     instead = (
         "a local folder with config.json, weights and preprocessor_config.json, or model=demo as in the recipe images-digits"
     )
     with reading(source, "an image classifier", instead):
-        processor = transformers.AutoImageProcessor.from_pretrained(source)
+        processor = transformers.AutoImageProcessor.from_pretrained(source, trust_remote_code=recipe.trust_remote_code)
         model = transformers.AutoModelForImageClassification.from_pretrained(
-            source, num_labels=classes, ignore_mismatched_sizes=True, dtype=torch.float32
+            source,
+            num_labels=classes,
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
+            trust_remote_code=recipe.trust_remote_code,
         )
     if not isinstance(getattr(model, "classifier", None), torch.nn.Module):
-        raise DataError(f"the head of {name!r} is not named classifier; give a model such as ViT, DINOv2, Swin or ConvNeXt")
+        raise DataError(
+            f"the head of {recipe.model!r} is not named classifier; give a model such as ViT, DINOv2, Swin or ConvNeXt"
+        )
     # transformers writes a checkpoint with the names of the architecture's first release, and its Trainer resumes only from
     # those that the modules have now: a resumed run would lose what attention layers have learnt.
     model.save_pretrained = partial(model.save_pretrained, save_original_format=False)

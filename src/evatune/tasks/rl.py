@@ -124,7 +124,7 @@ def prepare(recipe: Recipe) -> Task:
     source = asset("dt-metaworld") if recipe.model == "demo" else recipe.model
     require_path(source, "model")
     with reading(source, "a Decision Transformer", "a local folder with config.json and weights"):
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=recipe.trust_remote_code)
         sizes = [getattr(config, name, None) for name in ("state_dim", "act_dim")]
         if sizes == [STATES, ACTIONS]:
             model = Imitator.from_pretrained(source, dtype=torch.float32)

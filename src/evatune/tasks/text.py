@@ -78,19 +78,27 @@ def require_loadable(source: str | Path, task: str = "auto", device: str = "auto
         )
 
 
-def load_model(source: str | Path, task: str = "auto", device: str = "auto", dtype: str = "auto") -> TextModel:
+def load_model(
+    source: str | Path,
+    task: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    trust_remote_code: bool = False,
+) -> TextModel:
     """Load a hub id or a local folder.
 
     Args:
         source: hub id or folder. task: a key of `TASKS`, or "auto": what the checkpoint says it is.
         device: "auto" (an accelerator where there is one), or a torch device. dtype: "auto" (the
             checkpoint's), "float32", "bfloat16" or "float16".
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         DataError: nothing loadable there. ConfigError: unknown task, device or dtype.
     """
     require_loadable(source, task, device, dtype)
-    loaded = read_model(source, task, dtype)
+    loaded = read_model(source, task, dtype, trust_remote_code=trust_remote_code)
     make_ready(loaded.model, loaded.tokenizer)
     try:
         loaded.model.to(_device(device))
@@ -99,29 +107,33 @@ def load_model(source: str | Path, task: str = "auto", device: str = "auto", dty
     return loaded
 
 
-def read_model(source: str | Path, task: str = "auto", dtype: str = "auto", **options: Any) -> TextModel:
+def read_model(
+    source: str | Path, task: str = "auto", dtype: str = "auto", *, trust_remote_code: bool = False, **options: Any
+) -> TextModel:
     """`load_model` without its checks and changes: model, config and tokenizer as they are saved, on the CPU.
 
     `options` go to transformers' `from_pretrained`.
     """
     instead = "a local folder with config.json, weights and tokenizer" + ("" if task == "auto" else ", or another task")
     with reading(source, "a model and tokenizer", instead):
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         task = _task_of(config) if task == "auto" else task
         loader = getattr(transformers, TASKS[task][0])
-        model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model, info = loader.from_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **options
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there is none
         raise DataError(f"{str(source)!r} holds a model but no tokenizer; put tokenizer.json beside its config.json")
     return TextModel(model.eval(), tokenizer, task, tuple(sorted(info["missing_keys"])))
 
 
-def own_tokenizer(adapter: Path) -> Any:
+def own_tokenizer(adapter: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer beside an adapter, with the tokens that were added for it; None where there is none."""
     if not (adapter / "tokenizer_config.json").exists():
         return None
     with reading(adapter, "a tokenizer", "a folder whose tokenizer is whole, or none"):
-        return transformers.AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)
 
 
 def few_tokens(loaded: TextModel, count: int = 32, seed: int = 0) -> dict[str, Tensor]:
@@ -337,6 +349,11 @@ def reading(source: str | Path, what: str, instead: str) -> Iterator[None]:
             raise DataError(
                 f"cannot load {what} from {str(source)!r}: there is no such file or folder, the model hub cannot be "
                 f"reached, and its cache here has nothing of that name. Give {instead}, or try again with a connection"
+            ) from error
+        if "trust_remote_code" in str(error):  # the option that transformers' own sentence names
+            raise DataError(
+                f"{str(source)!r} comes with Python code of its own, which is not run unless --trust-remote-code allows it; "
+                f"look at the code first, or give {instead} for an architecture of transformers"
             ) from error
         options = instead if local else f"a hub id that can be reached, or {instead}"
         raise DataError(f"cannot load {what} from {str(source)!r}: {_reason(error)} Give {options}") from error

@@ -29,8 +29,10 @@ def prepare(recipe: Recipe) -> Task:
     require_path(source, "model")
     instead = "a local folder with config.json, weights and tokenizer, or model=demo as in the recipe understanding-movie"
     with reading(source, "a model and tokenizer", instead):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(source, num_labels=classes)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=recipe.trust_remote_code)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            source, num_labels=classes, trust_remote_code=recipe.trust_remote_code
+        )
 
     make_ready(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
