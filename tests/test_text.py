@@ -13,7 +13,8 @@ import torch
 import transformers
 
 from evatune.errors import ConfigError, DataError
-from evatune.tasks import text
+from evatune.recipes import parse
+from evatune.tasks import own, text
 from tests.conftest import save_model, sentences, tiny_tokenizer
 
 torch.set_num_threads(1)
@@ -136,6 +137,131 @@ def test_what_is_in_the_cache_needs_no_hub(no_network: None, monkeypatch: pytest
     assert len(text.load_texts("some/data")) == 1
 
 
+# -- files with something wrong in them -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["x[1].jsonl", "a*.jsonl", "q?.jsonl", "b[!x].jsonl", "d[1]/a.jsonl", "{a}.jsonl"])
+def test_a_name_is_no_pattern(tmp_path: Path, name: str) -> None:
+    for other in ("x1.jsonl", "ab.jsonl", "qq.jsonl", "by.jsonl", "d1/a.jsonl", "a.jsonl"):
+        write(tmp_path / other, '{"text": "another file"}\n')
+    assert texts_of(write(tmp_path / name, '{"text": "this file"}\n')) == ["this file"]
+
+
+def test_a_file_that_changed_is_read_anew(tmp_path: Path) -> None:
+    for word in ("one", "two2"):
+        assert texts_of(write(tmp_path / "a.jsonl", f'{{"text": "{word}"}}\n')) == [word]
+
+
+def test_hidden_files_and_what_systems_leave_are_no_data(tmp_path: Path) -> None:
+    folder = tmp_path / ".hidden above" / "d"
+    write(folder / "a.jsonl", '{"text": "one"}\n')
+    for name in ("._a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", ".a.csv", "__MACOSX/a.jsonl", "b.csv/c"):
+        write(folder / name, b"\0\5\x16\7")
+    assert texts_of(folder) == ["one"]
+    assert texts_of(write(folder / ".b.jsonl", '{"text": "asked for"}\n')) == ["asked for"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("latin.csv", "text\none\ncaf\xe9\n".encode("latin-1"), "UTF-8: line 3 .* 0xe9 .*Latin-1.*iconv"),
+        ("latin.jsonl", '{"text": "a"}\n{"text": "\xe9"}\n'.encode("latin-1"), "UTF-8: line 2 .* 0xe9 .*iconv"),
+        ("wide.tsv", "text\none\n".encode("utf-16"), "UTF-8: line 1 .* 0xff .*UTF-16"),
+        ("cut.csv", "text\none\ncaf\xe9".encode()[:-1], "UTF-8: line 3 .* 0xc3 "),
+        ("null.jsonl", b"null\n", "line 1 .* is null"),
+        ("later.jsonl", b'{"text": "a"}\n  null\n', "line 2 .* is null"),
+        ("list.json", b'[{"text": "a"}, null]', "entry 2 .* is null"),
+        ("number.jsonl", b"1\n2\n", "line 1 .* is a number"),
+        ("mixed.jsonl", b'{"text": "a"}\n["b"]\n', "line 2 .* is a list"),
+        ("none.json", b"[]", "is empty"),
+        ("torn.jsonl", b'{"text": "a"}\n{"text"', "line 2 .* is not JSON"),
+        ("deep.jsonl", b'{"text": "a", "b": ' + b"[" * 10_000 + b"]" * 10_000 + b"}\n", "line 1 .* nested too deeply"),
+        ("a::b.jsonl", b'{"text": "a"}\n', "'::' in its name"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_with_its_line(tmp_path: Path, name: str, content: bytes, parts: str) -> None:
+    with pytest.raises(DataError, match=parts) as raised:
+        text.load_texts(write(tmp_path / name, content))
+    assert str(tmp_path / name) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'[\n{"text": "one"},\n{"text": "two"}\n]', b'["one", "two"]', b'\xef\xbb\xbf{"text": "one"}\n\n{"text": "two"}'],
+)
+def test_the_forms_of_json_that_hold_records_are_read(tmp_path: Path, content: bytes) -> None:
+    assert texts_of(write(tmp_path / "a.json", content)) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("names", "contents", "fault", "parts"),
+    [
+        ("abc.csv", ["text\nx\n", "text\ny\n", "no header\nmore\n"], "c", r"other columns \(no header .*a.csv.*first line"),
+        (
+            "abcd.jsonl",
+            ['{"text": "x"}', '{"text": "y"}', '{"body": "z"}', '{"text": "w"}'],
+            "c",
+            r"other columns \(body of",
+        ),
+        ("ab.csv", ["text\nx\n", 'text,n\n"a,2\n3,4\n'], "b", "cannot be read: .*EOF inside string"),
+        ("ab.parquet", [{"text": ["x"]}, {"body": ["y"]}], "b", r"other columns \(body of string\)"),
+        ("abc.parquet", [{"text": ["x"]}, "PAR1", {"text": ["x"]}], "b", "cannot be read: .*Parquet"),
+    ],
+)
+def test_the_file_at_fault_is_named(tmp_path: Path, names: str, contents: list[Any], fault: str, parts: str) -> None:
+    stem, _, ending = names.partition(".")
+    for name, content in zip(stem, contents, strict=True):
+        path = tmp_path / "d" / f"{name}.{ending}"
+        if isinstance(content, str):
+            write(path, content)
+        else:
+            path.parent.mkdir(exist_ok=True)
+            datasets.Dataset.from_dict(content).to_parquet(path)
+    with pytest.raises(DataError, match=parts) as raised:
+        text.load_texts(tmp_path / "d")
+    assert str(raised.value).startswith(repr(str(tmp_path / "d" / f"{fault}.{ending}")))
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [("messages", {"role": "user", "content": "hi"}), ("conversations", {"from": "human", "value": "hi"})],
+)
+def test_chats_are_said_to_need_flattening(tmp_path: Path, column: str, message: dict[str, str]) -> None:
+    path = write(tmp_path / "chat.jsonl", json.dumps({column: [message, message]}) + "\n")
+    for named in (None, column):
+        with pytest.raises(DataError, match=f"column '{column}' .* holds chats.*apply_chat_template") as raised:
+            text.load_texts(path, named)
+        assert "--text-column" not in str(raised.value)
+    recipe = parse({"task": "mine", "data": {"source": str(path), "columns": [column], "label_column": column}})
+    with pytest.raises(DataError, match="holds chats"):
+        own.split(recipe, [column], [], "understanding-movie")
+
+
+def test_a_text_column_without_strings_is_said_to_be_that(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": ["a"], "b": "x"}\n')
+    with pytest.raises(DataError, match=r"column 'text' .* does not hold strings; columns that do: b"):
+        text.load_texts(path)
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied", "cache/lock"), OSError(28, "No space left on device")]
+)
+def test_a_cache_that_cannot_be_written_is_not_the_datas_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        if error.filename:
+            error.filename = str(tmp_path / error.filename)
+        raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
+
+    path = write(tmp_path / "a.txt", "one\n")
+    monkeypatch.setattr(datasets.DatasetBuilder, "download_and_prepare", fail)
+    with pytest.raises(
+        DataError, match=f"cache of the Hugging Face libraries cannot be written .*{error.strerror}.*HF_HOME"
+    ):
+        text.load_texts(path)
+
+
 @pytest.mark.parametrize("source", ["a/b/c", "./a", "/a", "~/a", "a.csv", "a.JSONL", "", Path("a")])
 def test_what_can_only_be_a_path_must_exist(source: str | Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
@@ -181,6 +307,24 @@ def test_long_texts_are_cut_at_the_shorter_limit() -> None:
     assert next(iter(some_batches(max_length=5)))["input_ids"].shape == (4, 5)
     short = some_batches(tokenizer=tiny_tokenizer(model_max_length=7))
     assert next(iter(short))["input_ids"].shape == (4, 7)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_very_long_text_gives_the_tokens_that_it_would_give_whole(side: str) -> None:
+    read: list[int] = []
+
+    class Counted(transformers.PreTrainedTokenizerFast):  # type: ignore[misc]
+        def __call__(self, texts: list[str], **options: Any) -> Any:
+            read.append(max(map(len, texts)))
+            return super().__call__(texts, **options)
+
+    plain = tiny_tokenizer(truncation_side=side)
+    tokenizer = Counted(tokenizer_object=plain.backend_tokenizer, pad_token="[PAD]", unk_token="[UNK]", truncation_side=side)
+    long = " ".join(sentences(5000))
+    batches = some_batches(tokenizer=tokenizer, texts=datasets.Dataset.from_dict({"text": [long]}))
+    found = next(iter(batches))["input_ids"].tolist()
+    assert found == plain([long], truncation=True, max_length=32)["input_ids"]
+    assert read[0] < len(long) / 100
 
 
 @pytest.mark.parametrize("option", [{"batch_size": 0}, {"max_length": 0}, {"seed": -1}, {"seed": 2**63}])

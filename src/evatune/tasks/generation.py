@@ -19,7 +19,7 @@ from evatune.tasks import language, own
 from evatune.tasks.language import Pair
 from evatune.tasks.store import asset
 from evatune.tasks.task import Task
-from evatune.tasks.text import reading, require_path
+from evatune.tasks.text import CHARACTERS_PER_TOKEN, reading, require_path
 
 TASKS = tuple(language.TASKS)
 _ANSWER_TOKENS = 40  # of a solution that is written; the longest worked solution has fewer
@@ -52,7 +52,7 @@ def prepare(recipe: Recipe) -> Task:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # By length, so that little of a batch is padding; no measure sees the order.
-    tests = sorted(pairs.test, key=lambda pair: len(tokenizer(pair.prompt + pair.answer)["input_ids"]))
+    tests = sorted(pairs.test, key=lambda pair: len(_encode(tokenizer, pair, data.max_length)["input_ids"]))
 
     def judge(model: Any, _: Path) -> dict[str, float]:
         if recipe.task == "arithmetic":
@@ -106,8 +106,9 @@ def _encode(tokenizer: Any, pair: Pair, longest: int) -> dict[str, list[int]]:
     """Tokens of prompt and answer with an end; labels on the answer only. What is too long is cut: the answer's
     end, then the prompt's start."""
     begin, end = ([] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
-    prompt = begin + tokenizer(pair.prompt, add_special_tokens=False)["input_ids"]
-    answer = [*tokenizer(pair.answer, add_special_tokens=False)["input_ids"], *end][: longest - 1]
+    reach = longest * CHARACTERS_PER_TOKEN  # tokenizers take minutes for what is cut afterwards
+    prompt = begin + tokenizer(pair.prompt[-reach:], add_special_tokens=False)["input_ids"]
+    answer = [*tokenizer(pair.answer[:reach], add_special_tokens=False)["input_ids"], *end][: longest - 1]
     prompt = prompt[max(0, len(prompt) + len(answer) - longest) :]
     return {
         "input_ids": prompt + answer,

@@ -11,7 +11,8 @@ import numpy as np
 
 from evatune.errors import ConfigError, DataError
 from evatune.recipes import DataOptions, Recipe
-from evatune.tasks.text import read_local, reading, require_path
+from evatune.tasks.local import read_local
+from evatune.tasks.text import reading, require_no_chat, require_path
 
 
 def require_task(task: str, tasks: Sequence[str], domain: str) -> None:
@@ -41,6 +42,7 @@ def split(recipe: Recipe, columns: Sequence[str], tasks: Sequence[str], example:
         for table in (train, test):
             if column not in table.column_names:
                 raise DataError(f"{source!r} has no column {column!r}; it has {', '.join(table.column_names)}")
+            require_no_chat(table, column, source)
     if test is train:
         return _draw(train, data.train, data.test, recipe.task)
     return _draw(train, data.train, 0, recipe.task)[0], _draw(test, data.test, 0, recipe.task)[0]
@@ -84,6 +86,10 @@ def _read(data: DataOptions, name: str) -> Any:
     path = Path(str(data.source))
     if path.is_file() or (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return read_local(path, name)
+    if path.is_dir() and any(sign in str(path) for sign in "*?["):
+        raise DataError(
+            f"folder {str(path)!r} has one of the signs *?[ in its name, which `datasets` reads as a pattern; rename it"
+        )
     found = datasets.load_dataset(str(data.source), data.subset)
     if name not in found:
         raise DataError(f"{str(data.source)!r} has no split {name!r}; it has {', '.join(found)}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from evatune.errors import ConfigError, DataError
+from evatune.tasks.local import first_line, kind_of, read_local, reason, root_cause
 
 TASKS: dict[str, tuple[str, str]] = {  # name → transformers' auto class, PEFT's task type
     "causal-lm": ("AutoModelForCausalLM", "CAUSAL_LM"),
@@ -27,9 +29,9 @@ TASKS: dict[str, tuple[str, str]] = {  # name → transformers' auto class, PEFT
     "token-classification": ("AutoModelForTokenClassification", "TOKEN_CLS"),
     "feature-extraction": ("AutoModel", "FEATURE_EXTRACTION"),
 }
-_KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _HUB_PATIENCE = 5.0  # seconds
+CHARACTERS_PER_TOKEN = 64  # many more than texts have
 _DEMO_HINT = "install them with: pip install 'evatune[demo]', or name a model and data: --model M --data D"
 
 
@@ -103,7 +105,7 @@ def load_model(
     try:
         loaded.model.to(_device(device))
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"the model does not fit on device {device!r} ({_first_line(error)}); try cpu") from error
+        raise ConfigError(f"the model does not fit on device {device!r} ({first_line(error)}); try cpu") from error
     return loaded
 
 
@@ -189,7 +191,7 @@ def _device(device: str) -> torch.device:
     try:
         torch.empty(0, dtype=torch.float32, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device {device!r} cannot be used here ({_first_line(error)}); choose auto or cpu") from error
+        raise ConfigError(f"device {device!r} cannot be used here ({first_line(error)}); choose auto or cpu") from error
     return chosen
 
 
@@ -209,11 +211,11 @@ def load_texts(source: str | Path, column: str | None = None, *, split: str = "t
     path = Path(source)
     with reading(source, "data", "a folder or file of text, JSON Lines, CSV or Parquet"):
         data = read_local(path, split) if path.exists() else datasets.load_dataset(str(source), split=split)
-    column = _text_column(data, column, source)
-    data = data.select_columns([column])
-    data = data if column == "text" else data.rename_column(column, "text")
-    # In memory, eight bytes a text: else a folder that `datasets` saved would get cache files of ours.
-    data = data.filter(lambda row: bool(row["text"] and row["text"].strip()), keep_in_memory=True)
+        column = _text_column(data, column, source)
+        data = data.select_columns([column])
+        data = data if column == "text" else data.rename_column(column, "text")
+        # In memory, eight bytes a text: else a folder that `datasets` saved would get cache files of ours.
+        data = data.filter(lambda row: bool(row["text"] and row["text"].strip()), keep_in_memory=True)
     if len(data) == 0:
         raise DataError(
             f"{str(source)!r} holds no text: every entry of column {column!r} is empty; give data with text in it"
@@ -221,65 +223,55 @@ def load_texts(source: str | Path, column: str | None = None, *, split: str = "t
     return data
 
 
-def read_local(path: Path, split: str) -> Any:
-    """One split of files or of a folder that `datasets` saved. DataError for what is not read."""
-    if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
-        return _one_split(datasets.load_from_disk(str(path)), path, split)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _kind(p) and p.is_file())
-    endings = ", ".join(_KINDS)
-    if not files:
-        raise DataError(f"folder {str(path)!r} holds no file that ends in {endings}; give one that does, or a file")
-    kinds = {_kind(p) for p in files}
-    found = ", ".join(sorted({p.suffix or p.name for p in files}))
-    if None in kinds:
-        raise DataError(f"{str(path)!r} is of a kind that is not read ({found}); give a file that ends in {endings}")
-    if len(kinds) > 1:
-        raise DataError(
-            f"folder {str(path)!r} mixes kinds of files ({found}); give one of the files, or a folder of one kind"
-        )
-    if all(p.stat().st_size == 0 for p in files):
-        raise DataError(f"{str(path)!r} is empty; give data with at least one text")
-    kind = kinds.pop()
-    options: dict[str, Any] = {}
-    if kind == "text":
-        options = {"sample_by": "document" if path.is_dir() else "line", "encoding_errors": "replace"}
-    elif kind == "tsv":
-        kind, options = "csv", {"sep": "\t"}
-    return datasets.load_dataset(kind, data_files={"train": [str(p) for p in files]}, split=split, **options)
-
-
-def _kind(path: Path) -> str | None:
-    """What a file's ending says about it; None for a kind that is not read."""
-    return _KINDS.get(path.suffix.lower())
-
-
-def _one_split(saved: Any, path: Path, split: str) -> Any:
-    names = list(saved) if isinstance(saved, datasets.DatasetDict) else ["train"]
-    if split not in names:
-        raise DataError(f"{str(path)!r} has no split {split!r}; choose one of {', '.join(names)}")
-    return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-
-
 def _text_column(data: Any, column: str | None, source: str | Path) -> str:
     strings: list[str] = [
         name for name, feature in data.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
     ]
+    if column is None and "text" in data.column_names:
+        column = "text"
     if column is not None:
         if column not in data.column_names:
-            raise DataError(f"{str(source)!r} has no column {column!r}; it has {', '.join(data.column_names)}")
+            raise DataError(f"{str(source)!r} has no column {column!r}; it has {_some(data.column_names)}")
+        require_no_chat(data, column, source)
         if column not in strings:
-            raise DataError(
-                f"column {column!r} of {str(source)!r} does not hold strings; columns that do: {', '.join(strings)}"
-            )
+            raise DataError(f"column {column!r} of {str(source)!r} does not hold strings; columns that do: {_some(strings)}")
         return column
-    if "text" in strings:
-        return "text"
     if len(strings) == 1:
         return strings[0]
+    if not strings:
+        for name in data.column_names:
+            require_no_chat(data, name, source)
+        raise DataError(
+            f"{str(source)!r} has no column 'text' and 0 columns of strings (it has {_some(data.column_names)}); give data "
+            "whose texts are strings"
+        )
+    header = "; the first line of such a file must name its columns" if kind_of(Path(source)) in ("csv", "tsv") else ""
     raise DataError(
-        f"{str(source)!r} has no column 'text' and {len(strings)} columns of strings ({', '.join(strings) or 'none'}); "
-        "say which with --text-column"
+        f"{str(source)!r} has no column 'text' and {len(strings)} columns of strings ({_some(strings)}); say which with "
+        f"--text-column{header}"
     )
+
+
+def require_no_chat(data: Any, column: str, source: str | Path) -> None:
+    """Raise a DataError for a column of chats: lists of messages, in one of the two forms that trainers take."""
+    feature = data.features[column]
+    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+    if isinstance(inner, dict) and ({"role", "content"} <= set(inner) or {"from", "value"} <= set(inner)):
+        raise DataError(
+            f"column {column!r} of {str(source)!r} holds chats, which are not read as they are; make a text of each by the "
+            f"model's template, tokenizer.apply_chat_template(row[{column!r}], tokenize=False), and save those as 'text'"
+        )
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    shown = [name if len(name) <= 40 else f"{name[:40]}…" for name in names[:most]]
+    return ", ".join(shown) + (", …" if len(names) > most else "") or "none"
+
+
+def within_reach(texts: Iterable[str], tokenizer: Any, tokens: int) -> list[str]:
+    """Return the texts without what lies far beyond so many tokens: tokenizers read to the end before they cut."""
+    most = tokens * CHARACTERS_PER_TOKEN
+    return [text[-most:] if tokenizer.truncation_side == "left" else text[:most] for text in texts]
 
 
 @dataclass(frozen=True)
@@ -307,7 +299,8 @@ class TextBatches:
         limit = min(self.max_length, self.tokenizer.model_max_length)
         for start in range(0, len(shuffled), self.batch_size):
             texts = shuffled[start : start + self.batch_size]["text"]
-            yield self.tokenizer(list(texts), truncation=True, max_length=limit, padding=True, return_tensors="pt")
+            texts = within_reach(texts, self.tokenizer, limit)
+            yield self.tokenizer(texts, truncation=True, max_length=limit, padding=True, return_tensors="pt")
 
 
 def forward_for(task: str) -> Callable[[nn.Module, Any], Any] | None:
@@ -330,7 +323,7 @@ def require_path(source: str | Path, what: str) -> None:
     """
     text = str(source)
     looks_local = isinstance(source, Path) or text.startswith((".", "~", os.sep)) or text.count("/") > 1
-    if not text or ((looks_local or _kind(Path(text))) and not Path(text).exists()):
+    if not text or ((looks_local or kind_of(Path(text))) and not Path(text).exists()):
         raise DataError(f"{what} {text!r} does not exist; give a hub id, or a folder or file that is there")
 
 
@@ -350,13 +343,32 @@ def reading(source: str | Path, what: str, instead: str) -> Iterator[None]:
                 f"cannot load {what} from {str(source)!r}: there is no such file or folder, the model hub cannot be "
                 f"reached, and its cache here has nothing of that name. Give {instead}, or try again with a connection"
             ) from error
+        if (place := _unwritable(root_cause(error))) is not None:
+            raise DataError(
+                f"cannot load {what} from {str(source)!r}: the cache of the Hugging Face libraries cannot be written "
+                f"({place}); make room or rights there, or set HF_HOME to a folder that you may write to"
+            ) from error
         if "trust_remote_code" in str(error):  # the option that transformers' own sentence names
             raise DataError(
                 f"{str(source)!r} comes with Python code of its own, which is not run unless --trust-remote-code allows it; "
                 f"look at the code first, or give {instead} for an architecture of transformers"
             ) from error
         options = instead if local else f"a hub id that can be reached, or {instead}"
-        raise DataError(f"cannot load {what} from {str(source)!r}: {_reason(error)} Give {options}") from error
+        raise DataError(f"cannot load {what} from {str(source)!r}: {reason(error)} Give {options}") from error
+
+
+def _unwritable(error: BaseException) -> str | None:
+    """Return what an error says of a file in the libraries' cache; None for an error of another kind."""
+    if not isinstance(error, OSError):
+        return None
+    hub, home = huggingface_hub.constants.HF_HUB_CACHE, huggingface_hub.constants.HF_HOME
+    caches = [
+        Path(place).absolute() for place in (hub, home, datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME)
+    ]
+    name = error.filename
+    inside = isinstance(name, str) and any(Path(name).absolute().is_relative_to(cache) for cache in caches)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what is loaded is only read
+    return f"{name or datasets.config.HF_DATASETS_CACHE}: {error.strerror or error}" if inside or full else None
 
 
 def _hub_answers() -> bool:
@@ -380,15 +392,3 @@ def _cache_only(switch: bool) -> Iterator[None]:
         yield
     finally:
         huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of the root cause: `datasets` says no more than that an error occurred."""
-    while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
-        error = error.__cause__
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return line if line.endswith((".", "!", "?")) else f"{line}."

@@ -13,7 +13,7 @@ from evatune.recipes import Recipe
 from evatune.tasks import own
 from evatune.tasks.corpora import SENTIMENT, bbc, sentiment
 from evatune.tasks.task import Task
-from evatune.tasks.text import demo_model, make_ready, reading, require_path
+from evatune.tasks.text import demo_model, make_ready, reading, require_path, within_reach
 
 TASKS = (*SENTIMENT, "bbc")
 
@@ -38,8 +38,9 @@ def prepare(recipe: Recipe) -> Task:
     model.config.pad_token_id = tokenizer.pad_token_id
 
     def encode(part: _Labelled) -> Any:
-        texts = [list(column) for column in zip(*part.texts, strict=True)]
-        encoded = tokenizer(*texts, truncation=True, max_length=min(data.max_length, tokenizer.model_max_length))
+        longest = min(data.max_length, tokenizer.model_max_length)
+        texts = [within_reach(column, tokenizer, longest) for column in zip(*part.texts, strict=True)]
+        encoded = tokenizer(*texts, truncation=True, max_length=longest)
         return datasets.Dataset.from_dict({**encoded, "labels": part.labels})
 
     tests = encode(test)
