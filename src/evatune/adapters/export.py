@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
@@ -32,6 +33,7 @@ from evatune.adapters.saved import layer_scale, read_config
 from evatune.adapters.starts import lora_layers
 from evatune.errors import AdapterError, RecordError
 from evatune.files import claimed_folder, require_apart
+from evatune.markup import markdown_code
 from evatune.version import __version__
 
 RECORD = "export.json"
@@ -107,8 +109,8 @@ def _write(folder: Path, state: dict[str, Tensor], config: LoraConfig, uniform: 
     _write_config(folder, config, uniform, _layers(state))
     base = config.base_model_name_or_path
     about = (
-        f"LoRA adapter for `{base or 'its base model'}`: rank {uniform.rank} and scale {uniform.alpha:g}/{uniform.rank} "
-        "in every layer. Exported by evatune from an adapter whose ranks may differ; the update of the weights is the "
+        f"LoRA adapter for {markdown_code(base or 'its base model')}: rank {uniform.rank} and scale "
+        f"{uniform.alpha:g}/{uniform.rank} in every layer. Exported by evatune from an adapter whose ranks may differ; the update of the weights is the "
         f"same.\n\nvLLM needs a `--max-lora-rank` of at least {uniform.rank}."
     )
     write_card(folder, about, base, library="peft")
@@ -298,8 +300,9 @@ def head_size(adapter: str | Path) -> int | None:
 
 def write_card(folder: Path, about: str, base: str | None, library: str) -> None:
     """A model card, as hubs read it."""
-    lines = ["---", *([f"base_model: {base}"] if base else []), f"library_name: {library}", "tags:", "- lora", "---", ""]
-    (folder / "README.md").write_text("\n".join([*lines, about, ""]), encoding="utf-8")
+    facts = ({"base_model": base} if base else {}) | {"library_name": library, "tags": ["lora"]}
+    head = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
+    (folder / "README.md").write_text(f"---\n{head}---\n\n{about}\n", encoding="utf-8")
 
 
 def write_record(folder: Path, facts: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import signal
 import sys
 
 from evatune.cli.interrupt import SENTENCE, STATUS, Interrupts, ends_at_once
+from evatune.markup import printable
 
 
 def main() -> None:
@@ -27,5 +28,5 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only tear the sentence
         status, message = STATUS, SENTENCE
     if message:
-        print(f"evatune: {message}", file=sys.stderr)
+        print(f"evatune: {printable(message)}", file=sys.stderr)
     sys.exit(status)

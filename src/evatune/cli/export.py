@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from evatune.cli.libraries import TRUST_HELP, libraries_on_stderr, quiet_libraries
+from evatune.markup import printable
 
 _FORMATS = ("uniform", "merged")
 
@@ -54,7 +55,7 @@ def export(
     if as_json:
         typer.echo(json.dumps({"out": str(out), "format": kind} | facts))
     else:
-        typer.echo(f"{out}  {text}")
+        typer.echo(printable(f"{out}  {text}"))
 
 
 def _merge(adapter: Path, out: Path, overwrite: bool, model: str | None, trust_remote_code: bool) -> dict[str, Any]:
@@ -62,6 +63,7 @@ def _merge(adapter: Path, out: Path, overwrite: bool, model: str | None, trust_r
     from evatune.adapters.saved import read_config
     from evatune.errors import DataError
     from evatune.files import claimed_folder, require_apart
+    from evatune.markup import markdown_code
     from evatune.tasks import text
 
     quiet_libraries()
@@ -84,7 +86,7 @@ def _merge(adapter: Path, out: Path, overwrite: bool, model: str | None, trust_r
         with output.whole() as folder:
             unchecked = write_merged(base.model, adapter, folder, batch)
             tokenizer.save_pretrained(folder)
-            about = f"`{source}` with a LoRA adapter merged into its weights."
+            about = f"{markdown_code(str(source))} with a LoRA adapter merged into its weights."
             write_card(folder, about, str(source), library="transformers")
             write_record(folder, {"format": "merged", "base_model": str(source), "adapter": str(adapter)})
     return {"model": str(source), "task": base.task, "unchecked": unchecked}

@@ -159,6 +159,7 @@ def init(
 
     log = Console(stderr=True, quiet=as_json)
     with loading_libraries(log):
+        from evatune.report.tables import plain
         from evatune.tasks import text
 
         quiet_libraries()
@@ -169,15 +170,17 @@ def init(
         source, corpus = model or text.demo_model(), data or text.demo_data()
         text.require_loadable(source, task, device, dtype)
         text.require_path(corpus, "data")
-        with log.status(f"loading data {data or 'BBC news'}"):
+        with log.status(plain(f"loading data {data or 'BBC news'}")):
             texts = text.load_texts(corpus, text_column, split=split)
-        with log.status(f"loading model {model or 'MiniLM-L6-v2'}"), libraries_on_stderr():
+        with log.status(plain(f"loading model {model or 'MiniLM-L6-v2'}")), libraries_on_stderr():
             loaded = _load_model(source, task, device, dtype, seed, trust_remote_code)
         if loaded.fresh:
             log.print(
-                f"Not in the checkpoint, hence random: {_some(loaded.fresh)}. --task says what the model is loaded as.",
-                highlight=False, markup=False, soft_wrap=True,
-            )  # fmt: skip
+                plain(
+                    f"Not in the checkpoint, hence random: {_some(loaded.fresh)}. --task says what the model is loaded as."
+                ),
+                soft_wrap=True,
+            )
         length = min(max_length or (_LENGTH if model else _DEMO_LENGTH), loaded.tokenizer.model_max_length)
         batches = text.TextBatches(loaded.tokenizer, texts, batch_size, length, seed)
         adapted = _with_adapter(loaded, rank, alpha, _names(targets), exclude_modules and _names(exclude_modules))
@@ -256,15 +259,16 @@ def _with_adapter(loaded: TextModel, rank: int, alpha: float, targets: Names, ex
 def _checkpoint(log: Console, output: Output, every: int, resume: bool) -> Checkpoint:
     """Return the run's checkpoint, beside its output."""
     from evatune.checkpoint import Checkpoint
+    from evatune.report.tables import plain
 
     path = output.path.with_name(f"{output.path.name}.checkpoint")
     checkpoint = Checkpoint(path, every, resume)
     if not resume:
         checkpoint.require_own()
     if resume and not path.exists():
-        log.print(f"Nothing to resume: there is no {path}. Starting from the beginning.", highlight=False, markup=False)
+        log.print(plain(f"Nothing to resume: there is no {path}. Starting from the beginning."))
     if not resume and path.exists():
-        log.print(f"{path} of an interrupted run is replaced; --resume would go on from it.", highlight=False, markup=False)
+        log.print(plain(f"{path} of an interrupted run is replaced; --resume would go on from it."))
     return checkpoint
 
 

@@ -11,6 +11,7 @@ import typer
 
 from evatune.cli.libraries import TRUST_HELP, libraries_on_stderr, loading_libraries, quiet_libraries
 from evatune.files import as_shown
+from evatune.markup import printable
 
 _RUNS = Path("runs")
 _Trust = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)]
@@ -48,14 +49,15 @@ def train(
         typer.echo(json.dumps({"out": str(folder)} | result))
         return
     typer.echo(
-        f"{settings.method} on {settings.task}: score {result['score']:.3f}, evaluation loss {result['eval_loss']:.3f}; "
+        f"{settings.method} on {printable(settings.task)}: score {result['score']:.3f}, "
+        f"evaluation loss {result['eval_loss']:.3f}; "
         f"{result['trainable_parameters']:,} trainable parameters; {result['init_seconds']:.1f} s to initialise, "
         f"{result['train_seconds']:.1f} s to train"
         + ("" if result["first_gradient_b"] is None else f"; gradient of B at step 1: {result['first_gradient_b']:.3g}")
     )
     for path in sorted(folder.iterdir()):
         if not path.name.startswith(".") and path.name != "checkpoints":
-            typer.echo(str(path))
+            typer.echo(printable(str(path)))
 
 
 def compare(
@@ -124,7 +126,7 @@ def compare(
     elif found.lines:
         console().print(comparison_table(found))
         for name in ("comparison.json", "comparison.md", "curves.png"):
-            typer.echo(str(folder / name))
+            typer.echo(printable(str(folder / name)))
     if failed:
         path, why = next(iter(failed.items()))
         raise EvatuneError(f"{len(failed)} of {len(cells)} runs failed, for example {path.name}: {why}")
@@ -148,10 +150,10 @@ def show(recipe: Annotated[str, typer.Argument(help="Name or file.")]) -> None:
     """Print a recipe, and every key it may have with what it means."""
     from evatune.recipes import as_tree, keys, load, text_of
 
-    typer.echo(text_of(recipe).rstrip() + "\n")
+    typer.echo("\n".join(map(printable, text_of(recipe).rstrip().split("\n"))) + "\n")
     flat = _flat(as_tree(load(recipe)))
     for key, meaning in keys().items():
-        typer.echo(f"# {key} = {flat.get(key, False)}    {meaning}")
+        typer.echo(printable(f"# {key} = {flat.get(key, False)}    {meaning}"))
 
 
 @recipes.command()
@@ -171,7 +173,7 @@ def cp(
         raise ConfigError(f"folder {str(file.absolute().parent)!r} does not exist; make it first, or name another file")
     with claimed_file(file, False, lambda _: False, "name another") as output, output.whole() as temporary:
         temporary.write_text(text, encoding="utf-8")
-    typer.echo(str(file))
+    typer.echo(printable(str(file)))
 
 
 def _rank_page(folder: Path, settings: Any) -> None:
@@ -206,12 +208,12 @@ def _with_bar(log: Any, cells: Any, work: Any) -> dict[Path, str]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn(), TextColumn("left"),
-               TimeRemainingColumn(), TextColumn("{task.description}"))  # fmt: skip
+               TimeRemainingColumn(), TextColumn("{task.description}", markup=False))  # fmt: skip
     with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as bar:
         task = bar.add_task("", total=len(cells))
 
         def tell(cell: Any, problem: str | None) -> None:
-            bar.update(task, advance=1, description=f"{'failed' if problem else 'done'}: {cell.folder.name}")
+            bar.update(task, advance=1, description=printable(f"{'failed' if problem else 'done'}: {cell.folder.name}"))
 
         failed: dict[Path, str] = work(tell)
         return failed

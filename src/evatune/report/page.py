@@ -8,8 +8,10 @@ from importlib.resources import files
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from evatune.calibration import Calibration
+from evatune.markup import printable
 from evatune.ranks import RankPlan
 from evatune.report import plots
 from evatune.report.summary import LayerRow, layer_rows, totals
@@ -22,7 +24,9 @@ def render(calibration: Calibration, plan: RankPlan, settings: Mapping[str, Any]
     Args:
         settings: what the run was called with, shown as is at the end.
     """
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, finalize=_shown, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     environment.filters["percent"] = percent
     template = environment.from_string(files("evatune.report").joinpath("page.html.j2").read_text(encoding="utf-8"))
     rows = layer_rows(calibration, plan)
@@ -37,6 +41,11 @@ def render(calibration: Calibration, plan: RankPlan, settings: Mapping[str, Any]
         energies=plots.energies(rows),
         settings={**settings, **asdict(calibration.config)},
     )
+
+
+def _shown(value: Any) -> Any:
+    """Return text without signs that no page can show; what is markup already is ours."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _heat(rows: list[LayerRow], plan: RankPlan) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from evatune.calibration import Calibration
+from evatune.markup import plot_text
 from evatune.ranks import RankPlan
 from evatune.report.summary import LayerRow, split_name
 
@@ -32,7 +35,14 @@ def spectra(calibration: Calibration, plan: RankPlan) -> str:
             ratio = calibration.spectra[name].explained_variance_ratio.tolist()
             kind = split_name(name)[1]
             color = colors(kinds.index(kind) % 10)
-            axes.plot(range(1, len(ratio) + 1), ratio, color=color, alpha=0.6, lw=1, label=None if kind in named else kind)
+            axes.plot(
+                range(1, len(ratio) + 1),
+                ratio,
+                color=color,
+                alpha=0.6,
+                lw=1,
+                label=None if kind in named else plot_text(kind),
+            )
             named.add(kind)
             rank = plan.ranks[name]
             if rank and rank <= len(ratio):
@@ -64,8 +74,17 @@ def energies(rows: Sequence[LayerRow]) -> str:
         return _svg(figure)
 
 
+@contextmanager
+def without_missing_glyphs() -> Iterator[None]:
+    """Draw a box for a sign that the font does not have, and say nothing of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        yield
+
+
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    with without_missing_glyphs():
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -12,11 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from evatune.calibration import Calibration
 from evatune.files import whole_file
+from evatune.markup import markdown_code, markdown_text, plot_text
 from evatune.ranks import RankPlan
+from evatune.report.plots import without_missing_glyphs
 from evatune.report.summary import layer_rows
+from evatune.report.tables import plain
 
 if TYPE_CHECKING:
     from evatune.tasks.compare import Comparison, Line, Spread
@@ -57,8 +61,8 @@ def rank_plot(calibration: Calibration, plan: RankPlan, path: Path) -> None:
             place = blocks.index(row.block), types.index(row.type)
             shade = "black" if row.rank > 0.6 * max(1, *plan.ranks.values()) else "white"
             axes.text(*place, str(row.rank), ha="center", va="center", color=shade, fontsize=8)
-        axes.set_xticks(range(len(blocks)), blocks)
-        axes.set_yticks(range(len(types)), types)
+        axes.set_xticks(range(len(blocks)), map(plot_text, blocks))
+        axes.set_yticks(range(len(types)), map(plot_text, types))
         axes.set_xlabel("block")
         figure.colorbar(image, ax=axes, label="rank")
         _save(figure, path)
@@ -80,8 +84,8 @@ def comparison_plot(comparison: Comparison, path: Path) -> None:
                 points = [(point[0], point[part]) for point in line.curve if point[part] is not None]
                 axis.plot(*zip(*points, strict=True), marker="o", ms=3, color=colors(methods.index(line.method)))
         for task, (left, right) in zip(tasks, axes, strict=True):
-            left.set(ylabel=f"{task}: evaluation loss")
-            right.set(ylabel=f"{task}: score")
+            left.set(ylabel=plot_text(f"{task}: evaluation loss"))
+            right.set(ylabel=plot_text(f"{task}: score"))
         for axis in axes[-1]:
             axis.set(xlabel="step (mean over seeds)")
         handles = [Line2D([], [], marker="o", ms=3, color=colors(i)) for i in range(len(methods))]
@@ -104,33 +108,38 @@ def comparison_table(comparison: Comparison) -> Table:
     for task in tasks:
         some = sorted((line for line in comparison.lines if line.task == task), key=_worst_last)
         for line in some:
-            table.add_row(*_cells(line), style="" if line.best else "dim", end_section=line is some[-1])
+            table.add_row(*map(plain, _cells(line)), style="" if line.best else "dim", end_section=line is some[-1])
     if len(tasks) > 1:
         for method, score in sorted(comparison.averages().items(), key=lambda item: -item[1]):
             table.add_row(f"all {len(tasks)}", method, "best", "", f"{score:.3f}")
-    table.caption = _caption(comparison)
+    table.caption = Text("\n").join(map(plain, _caption(comparison)))
     return table
 
 
 def comparison_markdown(comparison: Comparison, command: str) -> str:
     """The same table as Markdown, under the command that made it."""
-    lines = [f"`{command}`", "", "| " + " | ".join(_HEADINGS) + " |", "|---|---" + "|---:" * (len(_HEADINGS) - 2) + "|"]
+    lines = [
+        markdown_code(command),
+        "",
+        "| " + " | ".join(_HEADINGS) + " |",
+        "|---|---" + "|---:" * (len(_HEADINGS) - 2) + "|",
+    ]
     for task in comparison.targets:
         some = sorted((line for line in comparison.lines if line.task == task), key=_worst_last)
-        lines += ["| " + " | ".join(_cells(line)) + " |" for line in some]
+        lines += ["| " + " | ".join(map(markdown_text, _cells(line))) + " |" for line in some]
     if len(comparison.targets) > 1:
         empty = " |" * (len(_HEADINGS) - 5)
         for method, score in sorted(comparison.averages().items(), key=lambda item: -item[1]):
             lines.append(f"| all {len(comparison.targets)} | {method} | best |  | {score:.3f} |{empty}")
-    return "\n".join([*lines, "", _caption(comparison)]) + "\n"
+    return "\n".join([*lines, "", *map(markdown_text, _caption(comparison))]) + "\n"
 
 
-def _caption(comparison: Comparison) -> str:
+def _caption(comparison: Comparison) -> list[str]:
     goals = ", ".join(f"{task} {loss:.3f}" for task, loss in comparison.targets.items())
-    return (
-        "* the method's best rate, chosen on these very scores. ± is the standard deviation over seeds.\n"
-        f"Target, an evaluation loss: {goals}. grad B: norm of the gradient of all B at step 1."
-    )
+    return [
+        "* the method's best rate, chosen on these very scores. ± is the standard deviation over seeds.",
+        f"Target, an evaluation loss: {goals}. grad B: norm of the gradient of all B at step 1.",
+    ]
 
 
 def _worst_last(line: Line) -> float:
@@ -158,5 +167,5 @@ def _spread(value: Spread, form: str) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with whole_file(path) as temporary:
+    with whole_file(path) as temporary, without_missing_glyphs():
         figure.savefig(temporary, dpi=120, format="png")

@@ -9,8 +9,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from evatune.calibration import Calibration
+from evatune.markup import printable
 from evatune.ranks import RankPlan
 from evatune.report.summary import LayerRow, layer_rows, plan_of, totals
 
@@ -37,7 +39,12 @@ def show_calibration(terminal: Console, calibration: Calibration) -> None:
 def say(terminal: Console, *lines: str) -> None:
     """Text as it is; folded at words on a terminal, left whole in a pipe."""
     for line in lines:
-        terminal.print(line, highlight=False, markup=False, soft_wrap=not terminal.is_terminal)
+        terminal.print(plain(line), soft_wrap=not terminal.is_terminal)
+
+
+def plain(text: str) -> Text:
+    """Return a text that rich prints as it is: brackets are no styles, colons no emoji, and nothing moves the cursor."""
+    return Text(printable(text))
 
 
 def calibration_table(terminal: Console, calibration: Calibration, plan: RankPlan) -> Table:
@@ -98,7 +105,7 @@ def _fitted(
             number = index > 0 and not headings[index].startswith("status")
             table.add_column(headings[index], justify="right" if number else "left", no_wrap=number, overflow="fold")
         for line, style in zip(lines, styles, strict=True):
-            table.add_row(*(line[index] for index in kept), style=style)
+            table.add_row(*(plain(line[index]) for index in kept), style=style)
         if gone:
             table.caption = f"Left out for want of room: {', '.join(gone)}. --json has them."
         if Measurement.get(terminal, terminal.options.update(max_width=_NO_LIMIT), table).maximum <= terminal.width:
