@@ -25,7 +25,8 @@ def main() -> None:
     except BaseException as error:
         if not interrupts.heard and not isinstance(error, KeyboardInterrupt):
             raise
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only tear the sentence
+        if interrupts.heard:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only tear the sentence
         status, message = STATUS, SENTENCE
     if message:
         print(f"evatune: {printable(message)}", file=sys.stderr)
