@@ -110,8 +110,8 @@ def _write(folder: Path, state: dict[str, Tensor], config: LoraConfig, uniform: 
     base = config.base_model_name_or_path
     about = (
         f"LoRA adapter for {markdown_code(base or 'its base model')}: rank {uniform.rank} and scale "
-        f"{uniform.alpha:g}/{uniform.rank} in every layer. Exported by evatune from an adapter whose ranks may differ; the update of the weights is the "
-        f"same.\n\nvLLM needs a `--max-lora-rank` of at least {uniform.rank}."
+        f"{uniform.alpha:g}/{uniform.rank} in every layer. Exported by evatune from an adapter whose ranks "
+        f"may differ; the update of the weights is the same.\n\nvLLM needs a `--max-lora-rank` of at least {uniform.rank}."
     )
     write_card(folder, about, base, library="peft")
     write_record(folder, {"format": "uniform", "rank": uniform.rank, "alpha": uniform.alpha})
