@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import statistics
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from evatune.adapters.methods import require_method
 from evatune.errors import ConfigError, EvatuneError
 from evatune.recipes import Recipe, as_tree, parse
 from evatune.tasks.run import RESULT, read_metrics
+from evatune.tasks.workers import run_calls
 
 
 @dataclass(frozen=True)
@@ -129,49 +127,22 @@ def run_cells(
             waiting.append(cell)
     failed: dict[Path, str] = {}
     if waiting:
-        for cell, problem in _EXECUTORS[executor](waiting, workers):
-            if problem is not None:
-                failed[cell.folder] = problem
-            progress(cell, problem)
+        with closing(_EXECUTORS[executor](waiting, workers)) as ended:  # at once, whoever is interrupted
+            for cell, problem in ended:
+                if problem is not None:
+                    failed[cell.folder] = problem
+                progress(cell, problem)
     return failed
 
 
-def _in_processes(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, str | None]]:
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers when they import torch
-    try:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(max_workers=max(1, workers), mp_context=context, initializer=_die_with_parent) as pool:
-            futures = {pool.submit(_run_one, as_tree(cell.recipe), str(cell.folder)): cell for cell in cells}
-            try:
-                for future in as_completed(futures):
-                    try:
-                        yield futures[future], future.result()
-                    except BrokenProcessPool:
-                        yield futures[future], _DIED
-            except BaseException:  # an interrupt must not wait for the whole queue
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+def _in_processes(cells: Sequence[Cell], workers: int) -> Generator[tuple[Cell, str | None]]:
+    calls = [(as_tree(cell.recipe), str(cell.folder)) for cell in cells]
+    with closing(run_calls(_run_one, calls, workers)) as answers:
+        for answer in answers:
+            yield cells[answer.number], _DIED if answer.died else answer.result
 
 
-def _die_with_parent() -> None:
-    """Let no worker outlive a comparison that was killed: its cell would be run twice at a time by the next one."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _on_ray(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, str | None]]:
+def _on_ray(cells: Sequence[Cell], workers: int) -> Generator[tuple[Cell, str | None]]:
     try:
         import ray
     except ImportError as error:
