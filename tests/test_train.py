@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,15 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from evatune.adapters.methods import METHODS
-from evatune.errors import ConfigError, DataError
+from evatune.errors import BudgetError, ConfigError, DataError
 from evatune.recipes import Recipe, load
 from evatune.tasks import corpora, store, understanding
 from evatune.tasks.compare import grid, run_cells, summarise
-from evatune.tasks.run import RESULT, read_metrics, run
+from evatune.tasks.lock import held
+from evatune.tasks.run import METRICS, RECIPE, RESULT, read_metrics, run
 from tests.conftest import Command, refused
 
 torch.set_num_threads(1)
@@ -142,6 +145,92 @@ def test_a_killed_run_resumes_and_ends_like_one_that_was_not(method: str, bert_f
     assert resumed["eval_loss"] == pytest.approx(whole["eval_loss"], abs=1e-6)
     losses = [[line["loss"] for line in read_metrics(folder) if "loss" in line] for folder in (tmp_path / "whole", out)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert evaluations(out) == pytest.approx(evaluations(tmp_path / "whole"), abs=1e-6)
+
+
+def evaluations(folder: Path) -> dict[int, float]:
+    """Step → evaluation loss; each step is evaluated once."""
+    lines = [line for line in read_metrics(folder) if "eval_loss" in line]
+    found = {line["step"]: line["eval_loss"] for line in lines}
+    assert len(found) == len(lines)
+    return found
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(
+    bert_folder: Path,
+    tmp_path: Path,
+) -> None:
+    recipe = small(bert_folder)
+    run(recipe, tmp_path / "whole", quiet=True)
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    shutil.copy(tmp_path / "whole" / RECIPE, killed)
+    lines = (tmp_path / "whole" / METRICS).read_text().splitlines(keepends=True)
+    (killed / METRICS).write_text("".join(lines[:2]))
+    run(recipe, killed, quiet=True)
+    assert len(read_metrics(killed)) == len(lines)
+    assert evaluations(killed) == evaluations(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        (["method=eva-rho1"], BudgetError),  # the pooler has one direction, see MORE
+        (["training.report_to=[nothing]"], ConfigError),
+        (["method=pissa"], KeyboardInterrupt),
+    ],
+)
+def test_a_run_that_ends_before_it_trains_leaves_the_folder_free(
+    settings: list[str],
+    error: type[BaseException],
+    bert_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if error is KeyboardInterrupt:  # when the method has changed the weights, and written how
+        monkeypatch.setattr(transformers.Trainer, "train", interrupted)
+    with pytest.raises(error):
+        run(small(bert_folder, *settings), tmp_path / "run", quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_folder_is_for_one_process_at_a_time(
+    bert_folder: Path,
+    tmp_path: Path,
+    command: Command,
+) -> None:
+    settings = [*SMALL, f"model={bert_folder}", "method=head"]
+    folder = tmp_path / "run"
+    with held(folder):
+        for name in ("train", "compare"):
+            answer = command(name, "understanding-bbc", *settings, "--out", folder)
+            refused(answer, "in use by another evatune train or compare")
+        assert [path.name for path in folder.iterdir()] == [".evatune.lock"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_free_when_its_holder_was_killed(tmp_path: Path) -> None:
+    code = f"""if True:
+        import time
+        from pathlib import Path
+        from evatune.tasks.lock import held
+        with held(Path({str(tmp_path / "run")!r})):
+            print("held", flush=True)
+            time.sleep(600)
+    """
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="in use"), held(tmp_path / "run"):
+            pass
+        holder.kill()
+    with held(tmp_path / "run"):
+        (tmp_path / "run" / "result").write_text("")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["result"]
 
 
 def test_mistakes_have_one_sentence_and_status_2(command: Command, tmp_path: Path) -> None:
@@ -188,23 +277,43 @@ def test_a_failing_cell_does_not_end_the_others(bert_folder: Path, tmp_path: Pat
     assert cells[1].done
 
 
-def test_a_killed_comparison_leaves_no_worker_behind(bert_folder: Path, tmp_path: Path) -> None:
+def test_an_interrupted_comparison_stops_at_once_and_goes_on(bert_folder: Path, tmp_path: Path) -> None:
     import psutil
 
-    settings = [*SMALL, f"model={bert_folder}", "training.steps=10000", "--methods", "lora", "--seeds", "0"]
-    command = [sys.executable, "-m", "evatune", "compare", "understanding-bbc", *settings, "--out", str(tmp_path / "c")]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    workers: list[psutil.Process] = []
+    out = tmp_path / "c"
+    settings = [*SMALL, f"model={bert_folder}", "training.steps=10000", "--methods", "lora", "--seeds", "0,1,2"]
+    command = [
+        sys.executable,
+        "-m",
+        "evatune",
+        "compare",
+        "understanding-bbc",
+        *settings,
+        "--workers",
+        "1",
+        "--out",
+        str(out),
+    ]
+    process = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("c/cells/*/metrics.jsonl")) and time.monotonic() < deadline:
+    while not list(out.glob("cells/*/metrics.jsonl")) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.1)
     workers = psutil.Process(process.pid).children(recursive=True)
     assert workers
-    process.kill()
-    process.wait()
-    _, alive = psutil.wait_procs(workers, timeout=60)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=20)
+    _, alive = psutil.wait_procs(workers, timeout=5)
     assert alive == []
+    assert process.returncode == 130
+    assert printed == ""
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("evatune: interrupted; train and compare go on")
+    (cell,) = (out / "cells").iterdir()  # the other two have not begun
+    assert (cell / METRICS).exists()
+    assert not (out / ".evatune.lock").exists()
 
 
 def test_ray_runs_the_same_cells(bert_folder: Path, tmp_path: Path) -> None:

@@ -101,26 +101,32 @@ def compare(
 
     log = Console(stderr=True, quiet=as_json)
     with loading_libraries(log):
-        from evatune.files import write_text, writing
+        from evatune.files import write_text
         from evatune.report.runs import comparison_markdown, comparison_plot, comparison_table
         from evatune.report.tables import console
         from evatune.tasks.compare import grid, run_cells, summarise
+        from evatune.tasks.lock import held
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
     cells = grid(settings, names, chosen_seeds, rates, folder / "cells")
     _require_comparison(folder)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with libraries_on_stderr():
-        failed = _with_bar(log, cells, lambda tell: run_cells(cells, workers or os.cpu_count() or 1, tell, executor))
-    found = summarise(cells, target_loss)
-    command = shlex.join(["evatune", *sys.argv[1:]])
-    facts = {"command": command, "target_losses": found.targets, "lines": [asdict(line) for line in found.lines],
-             "averages": found.averages(), "failed": {str(path): why for path, why in failed.items()}}  # fmt: skip
-    write_text(folder / "comparison.json", json.dumps(facts, indent=2) + "\n")
-    if found.lines:
-        comparison_plot(found, folder / "curves.png")
-        write_text(folder / "comparison.md", comparison_markdown(found, command))
+    count = workers or os.cpu_count() or 1
+    with held(folder):
+        with libraries_on_stderr():
+            failed = _with_bar(log, cells, lambda tell: run_cells(cells, count, tell, executor))
+        found = summarise(cells, target_loss)
+        command = shlex.join(["evatune", *sys.argv[1:]])
+        facts = {
+            "command": command,
+            "target_losses": found.targets,
+            "lines": [asdict(line) for line in found.lines],
+            "averages": found.averages(),
+            "failed": {str(path): why for path, why in failed.items()},
+        }
+        write_text(folder / "comparison.json", json.dumps(facts, indent=2) + "\n")
+        if found.lines:
+            comparison_plot(found, folder / "curves.png")
+            write_text(folder / "comparison.md", comparison_markdown(found, command))
     if as_json:
         typer.echo(json.dumps(facts))
     elif found.lines:

@@ -8,7 +8,8 @@ import resource
 import shutil
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,7 @@ from evatune.initialize import initialize
 from evatune.processes import require_alone
 from evatune.recipes import Recipe, as_tree
 from evatune.tasks import generation, images, rl, understanding
+from evatune.tasks.lock import held
 from evatune.trainers.hf import training_batches
 
 DOMAINS: dict[str, ModuleType] = {"generation": generation, "understanding": understanding, "images": images, "rl": rl}
@@ -31,6 +33,7 @@ _OF_TRAINER = ("runtime", "per_second", "model_preparation_time")  # what its ev
 _SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")  # need no more settings
 RESULT, METRICS, RECIPE = "result.json", "metrics.jsonl", "recipe.json"
 _ROOM = "make room, then run the same command again to go on"
+_CALIBRATION, _START, _CHECKPOINTS = "calibration.safetensors", "start", "checkpoints"
 
 
 def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
@@ -45,18 +48,36 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         init_seconds, train_seconds, steps.
 
     Raises:
-        ConfigError: an unknown domain, task or method; a folder that holds another run. DataError: data cannot be had.
+        ConfigError: an unknown domain, task or method; a folder that holds another run, or in which
+            another process works. DataError: data cannot be had.
     """
     if recipe.domain not in DOMAINS:
         raise ConfigError(f"domain is {recipe.domain!r}; choose one of {', '.join(DOMAINS)}")
     methods.require_method(recipe.method)
     require_alone("evatune train")
     folder = resolved(folder)  # what is judged here and what is written later are the same place
-    tree = as_tree(recipe)
-    begun = _require_ours(folder, tree)
-    if (folder / RESULT).is_file():
-        found: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        return found
+    result = _finished(recipe, folder)
+    if result is not None:
+        return result
+    with held(folder):
+        result = _finished(recipe, folder)  # by whoever held the folder until now
+        if result is not None:
+            return result
+        with _claimed(recipe, folder):
+            return _train(recipe, folder, quiet)
+
+
+def _finished(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
+    """Return what the recipe's run has written; None where it is not finished."""
+    _require_ours(folder, as_tree(recipe))
+    if not (folder / RESULT).is_file():
+        return None
+    found: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    return found
+
+
+def _train(recipe: Recipe, folder: Path, quiet: bool) -> dict[str, Any]:
+    """Begin the run, or go on with it, and return its result."""
     transformers.set_seed(recipe.seed)
     training = recipe.training
     task = DOMAINS[recipe.domain].prepare(recipe)
@@ -66,7 +87,7 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         task.model, recipe.method, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, targets=recipe.adapter.targets,
         task_type=task.task_type, head=task.head, new_head=task.new_head, steps=training.steps,
     )  # fmt: skip
-    arguments = _arguments(recipe, folder, quiet)
+    arguments = _arguments(recipe, folder, resumed=checkpoint is not None, quiet=quiet)
     trainer = _trainer(
         model=model,
         args=arguments,
@@ -83,8 +104,6 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         ),
         callbacks=[_AfterStep(recipe.method), _Metrics(folder / METRICS, training.batch_size * training.accumulate)],
     )
-    if not begun:  # not before everything that the recipe can get wrong has been looked at
-        _claim(folder, tree)
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)  # metrics go to the file
     calibration = methods.prepare(
         model,
@@ -93,13 +112,13 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         lambda size: training_batches(trainer, size, recipe.seed),
         rho=recipe.adapter.rho,
         seed=recipe.seed,
-        start=folder / "start",
+        start=folder / _START,
         rows=task.rows,
         budget=recipe.adapter.budget,
     )
     init_seconds = time.perf_counter() - start
     if calibration is not None:
-        calibration.save(folder / "calibration.safetensors")
+        calibration.save(folder / _CALIBRATION)
     transformers.set_seed(recipe.seed)  # whatever a method drew, all see the same batches
     start = time.perf_counter()
     if checkpoint is not None and checkpoint.endswith(f"-{training.steps}"):  # killed after the last step
@@ -117,7 +136,7 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     if recipe.method != "untouched":
         kind = "adapter" if methods.METHODS[recipe.method].adapter else "model"
         with writing(folder / kind, _ROOM):
-            methods.save(model, recipe.method, folder / kind, folder / "start")
+            methods.save(model, recipe.method, folder / kind, folder / _START)
     result = {
         "score": measures.pop("score"),
         "eval_loss": measures.pop("loss"),
@@ -136,7 +155,7 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         },
     }
     write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a thousand runs they would fill the disk
+    shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)  # of a thousand runs they would fill the disk
     return result
 
 
@@ -161,8 +180,9 @@ class _Metrics(transformers.TrainerCallback):  # type: ignore[misc]
         self.begun = self.begun_at = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # A resumed run repeats the steps after its checkpoint.
-        kept = [line for line in read_metrics(self.path.parent) if line["step"] <= state.global_step]
+        # A resumed run repeats the steps after its checkpoint; without one it begins anew.
+        before = read_metrics(self.path.parent) if state.global_step else []
+        kept = [line for line in before if line["step"] <= state.global_step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.begun, self.begun_at = time.perf_counter(), state.global_step
 
@@ -202,8 +222,8 @@ class _AfterStep(transformers.TrainerCallback):  # type: ignore[misc]
         methods.after_step(model, self.method, state.global_step)
 
 
-def _require_ours(folder: Path, tree: dict[str, Any]) -> bool:
-    """Whether this recipe's run has begun in the folder. ConfigError if the folder is anything else than that or free."""
+def _require_ours(folder: Path, tree: dict[str, Any]) -> None:
+    """Raise a ConfigError unless the folder holds this recipe's run, or is free."""
     path = folder / RECIPE
     if path.is_file():
         try:
@@ -215,24 +235,35 @@ def _require_ours(folder: Path, tree: dict[str, Any]) -> bool:
             raise ConfigError(
                 f"{str(folder)!r} holds a run with other settings (they differ in {', '.join(changed)}); name another --out"
             )
-        return True
-    if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
         raise ConfigError(f"{str(folder)!r} exists and holds no run of evatune; name another --out")
-    return False
 
 
-def _claim(folder: Path, tree: dict[str, Any]) -> None:
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / RECIPE, json.dumps(tree, indent=2) + "\n")
+@contextmanager
+def _claimed(recipe: Recipe, folder: Path) -> Iterator[None]:
+    """Mark the folder as this run's; a run that ends before it trains leaves nothing in it.
+
+    Not until then has everything been looked at that a recipe can get wrong, down to a rank budget
+    that the layers cannot take up.
+    """
+    try:
+        if not (folder / RECIPE).exists():
+            write_text(folder / RECIPE, json.dumps(as_tree(recipe), indent=2) + "\n")
+        yield
+    except BaseException:
+        if not (folder / METRICS).exists():
+            for name in (_CALIBRATION, _START, _CHECKPOINTS, RECIPE):
+                path = folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
 
 
-def _arguments(recipe: Recipe, folder: Path, quiet: bool) -> Any:
+def _arguments(recipe: Recipe, folder: Path, *, resumed: bool, quiet: bool) -> Any:
     training = recipe.training
     if training.schedule not in _SCHEDULES:
         raise ConfigError(f"training.schedule is {training.schedule!r}; choose one of {', '.join(_SCHEDULES)}")
     return transformers.TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
+        output_dir=str(folder / _CHECKPOINTS),
         seed=recipe.seed,
         learning_rate=training.learning_rate,
         max_steps=training.steps,
@@ -248,7 +279,7 @@ def _arguments(recipe: Recipe, folder: Path, quiet: bool) -> Any:
         logging_steps=training.log_every,
         logging_first_step=True,
         eval_strategy="steps",
-        eval_on_start=True,
+        eval_on_start=not resumed,
         eval_steps=training.eval_every,
         # PEFT cannot load what AdaLoRA has pruned into a fresh adapter, so that a killed run of it begins again.
         save_strategy="no" if recipe.method == "adalora" else "steps",
@@ -270,7 +301,7 @@ def _trainer(**options: Any) -> Any:
 def _last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end: Trainer writes its state last."""
     whole = []
-    for path in (folder / "checkpoints").glob("checkpoint-*"):
+    for path in (folder / _CHECKPOINTS).glob("checkpoint-*"):
         with suppress(OSError, ValueError):
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             whole.append(path)
