@@ -7,15 +7,21 @@ The map step is a plain function from a shard of the data to a file, so Slurm, K
 as Ray; the reduce step needs the files only, and is also `evatune merge shards/shard-*.safetensors -o all.safetensors`.
 What it leaves starts an adapter: `evatune.initialize(peft_model, Calibration.load("shards/calibration.safetensors"))`.
 
-On a cluster, three things change. `ray.init` finds it by the address in RAY_ADDRESS, and `num_cpus=WORKERS` goes away.
-`--out` names a folder that every machine can write to. With GPUs, `@ray.remote(num_gpus=1)` and
-`load_model(..., device="cuda")`. Shards need not be equal: the records know how many rows they rest on.
+On a cluster, three things change. `ray.init` finds it by the address in RAY_ADDRESS, and two lines go
+away: `num_cpus=WORKERS`, and the one above `import ray`, which keeps a Ray on this machine from
+listening to others. `--out` names a folder that every machine can write to. With GPUs,
+`@ray.remote(num_gpus=1)` and `load_model(..., device="cuda")`. Shards need not be equal: the records
+know how many rows they rest on.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
+
+# As on a Mac: Ray listens on the loopback address only.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray
 
@@ -50,8 +56,11 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     ray.init(num_cpus=WORKERS, include_dashboard=False, log_to_driver=False)
-    paths = ray.get([calibrate_shard.remote(shard, arguments.batches, out) for shard in range(WORKERS)])
-    ray.shutdown()
+    try:
+        shards = [calibrate_shard.remote(shard, arguments.batches, out) for shard in range(WORKERS)]
+        paths = ray.get(shards)
+    finally:
+        ray.shutdown()
 
     from evatune import Calibration
 

@@ -127,7 +127,8 @@ def run_cells(
             waiting.append(cell)
     failed: dict[Path, str] = {}
     if waiting:
-        with closing(_EXECUTORS[executor](waiting, workers)) as ended:  # at once, whoever is interrupted
+        # Closed at once, also when the interrupt comes in `progress`.
+        with closing(_EXECUTORS[executor](waiting, workers)) as ended:
             for cell, problem in ended:
                 if problem is not None:
                     failed[cell.folder] = problem
@@ -143,25 +144,33 @@ def _in_processes(cells: Sequence[Cell], workers: int) -> Generator[tuple[Cell, 
 
 
 def _on_ray(cells: Sequence[Cell], workers: int) -> Generator[tuple[Cell, str | None]]:
+    where: dict[str, Any] = {}
+    if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
+        where = {"address": "local", "num_cpus": max(1, workers)}
+        # Read when Ray is imported: as on a Mac, it then listens on the loopback address alone.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
     except ImportError as error:
         raise ConfigError("Ray is not installed; install it with: pip install 'evatune[ray]'") from error
     started_here = not ray.is_initialized()
-    if started_here:
-        where = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "num_cpus": max(1, workers)}
-        ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False, **where)
+    futures: dict[Any, Cell] = {}
     try:
+        if started_here:
+            ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False, **where)
         task = ray.remote(num_cpus=1, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})(_run_one)
         futures = {task.remote(as_tree(cell.recipe), str(cell.folder.absolute())): cell for cell in cells}
         while futures:
             (done,), _ = ray.wait(list(futures), num_returns=1)
             cell = futures.pop(done)
             try:
-                yield cell, ray.get(done)
+                problem = ray.get(done)
             except ray.exceptions.RayError:
-                yield cell, _DIED
+                problem = _DIED
+            yield cell, problem
     finally:
+        for future in futures:
+            ray.cancel(future, force=True)
         if started_here:
             ray.shutdown()
 

@@ -1,4 +1,4 @@
-"""Calls in processes of their own: each is answered for, whatever becomes of its process, and none stays behind."""
+"""Calls in processes of their own: each is answered for, and no process stays behind."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ class Answer:
     died: bool = False
 
 
-def run_calls(function: Callable[..., Any], calls: Sequence[Call], workers: int) -> Generator[Answer]:
+def run_calls(
+    function: Callable[..., Any],
+    calls: Sequence[Call],
+    workers: int,
+) -> Generator[Answer]:
     """Yield an answer to each call, in the order in which they end.
 
     A worker makes call after call, since it takes seconds to import torch. One that dies is
@@ -44,7 +48,8 @@ def run_calls(function: Callable[..., Any], calls: Sequence[Call], workers: int)
     """
     context = multiprocessing.get_context("spawn")
     waiting = deque(enumerate(calls))
-    processes: dict[Connection, BaseProcess] = {}  # known before they start: an interrupt may come at any line
+    # A process is in here before it starts: an interrupt may come at any line.
+    processes: dict[Connection, BaseProcess] = {}
     current: dict[Connection, int] = {}
     try:
         while waiting or current:
@@ -72,10 +77,10 @@ def run_calls(function: Callable[..., Any], calls: Sequence[Call], workers: int)
 
 @contextmanager
 def _inherited() -> Iterator[None]:
-    """Set what a process is born with: one thread of OpenMP, for torch's import, and no ear for Ctrl-C.
+    """Set what a process is born with: one thread of OpenMP, and no ear for Ctrl-C.
 
-    A terminal sends Ctrl-C to all processes. This one ends the others, who would each answer with a
-    traceback.
+    torch reads the number of threads when it is imported. A terminal sends Ctrl-C to all processes:
+    this one ends the others, each of which would answer with a traceback.
     """
     resource_tracker.ensure_running()  # else it starts within, and lets interrupts through again
     threads = os.environ.get("OMP_NUM_THREADS")
@@ -92,7 +97,7 @@ def _inherited() -> Iterator[None]:
 
 
 def _give(connection: Connection, waiting: deque[tuple[int, Call]]) -> int:
-    """Send the next call and return its number. If the process is dead, the missing answer tells."""
+    """Send the next call and return its number; if the process is dead, no answer will come."""
     number, call = waiting.popleft()
     with suppress(OSError):
         connection.send(call)
@@ -128,7 +133,7 @@ def _leave(*_: Any) -> NoReturn:
 
 
 def _die_with_parent() -> None:
-    """Let no worker outlive a killed parent, whose successor would make the same call at the same time."""
+    """Let no worker outlive a killed parent, whose successor would make the same call beside it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
