@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SOURCES = pyproject.toml constraints.txt
 
-.PHONY: run test bench clean
+.PHONY: run test bench clean-install clean
 
 run: .venv/.run
 	$(BIN)/evatune init --out runs/demo --overwrite
@@ -16,6 +16,10 @@ test: .venv/.test
 
 bench: .venv/.run
 	$(BIN)/python benchmarks/init.py --output benchmarks/results/init.json
+
+# The wheel in empty environments, with the lowest versions and the newest: gigabytes, and half an hour.
+clean-install:
+	$(PYTHON) scripts/clean_install.py
 
 .venv/.run: $(SOURCES)
 	$(PYTHON) -m venv .venv

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterable
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import evatune
 from evatune import errors
@@ -106,6 +112,76 @@ def test_every_error_has_the_same_root_and_is_drawn_in_the_tree() -> None:
     ours = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
     assert all(issubclass(e, evatune.EvatuneError) for e in ours)
     assert all(e.__name__ in (errors.__doc__ or "") for e in ours)
+
+
+def installed_by(requirements: Iterable[str]) -> list[Distribution]:
+    """The libraries that `pip install` brings with these requirements."""
+    found: dict[str, Distribution] = {}
+    waiting = [Requirement(text) for text in requirements]
+    seen: set[tuple[str, str]] = set()
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in {"", *requirement.extras} - {extra for one, extra in seen if one == name}:
+            seen.add((name, extra))
+            try:
+                found[name] = distribution(name)
+            except PackageNotFoundError:  # of another system
+                continue
+            needed = map(Requirement, found[name].requires or ())
+            for one in needed:
+                if one.marker is None or one.marker.evaluate({"extra": extra}):
+                    waiting.append(one)
+    return list(found.values())
+
+
+CLEAN = """
+import importlib, pkgutil, sys
+import evatune
+from evatune.cli import main
+
+missing = {}
+for module in pkgutil.walk_packages(evatune.__path__, "evatune."):
+    if module.name != "evatune.__main__":
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            missing[module.name] = error.name
+assert missing == {"evatune.trainers.lightning": "pytorch_lightning"}, missing
+main()
+"""
+
+
+def test_the_libraries_that_pip_brings_are_all_that_is_imported(tmp_path: Path) -> None:
+    site = tmp_path / "site-packages"  # by whose name dill tells libraries from the caller's code
+    site.mkdir()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for library in installed_by(project["dependencies"]):
+        for top in {path.parts[0] for path in library.files or ()} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(Path(str(library.locate_file(top))))
+    # CorDA, since PEFT imports for it what it does not ask for.
+    tiny = ["data.train=8", "data.test=4", "training.steps=1", "training.batch_size=4"]
+    out = str(tmp_path / "run")
+    arguments = ["train", "generation-arithmetic", "method=corda", *tiny, "--out", out]
+    path = os.pathsep.join([str(ROOT / "src"), str(site)])
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", CLEAN, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_clean_installation_runs_every_command_of_the_readme() -> None:
+    script = (ROOT / "scripts" / "clean_install.py").read_text()
+    named = set(
+        re.findall(r"`?evatune (init|inspect|merge|export|train|compare|recipes)\b", (ROOT / "README.md").read_text())
+    )
+    assert len(named) == 7
+    assert all(f"evatune {name} " in script for name in named)
+    assert all(f"EXAMPLES/{path.name}" in script for path in (ROOT / "examples").glob("*.py"))
 
 
 def test_changelog_and_version_agree() -> None:
