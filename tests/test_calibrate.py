@@ -238,7 +238,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         raise OSError("no space left on device")
 
     monkeypatch.setattr("evatune.schemas.tensors.save_file", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(ConfigError, match="no space"):
         calibration.save(path)
     assert path.read_text() == "precious"
     assert list(tmp_path.iterdir()) == [path]

@@ -199,12 +199,13 @@ def _adapted(base: nn.Module, adapter: Path) -> PeftModel:
         warnings.filterwarnings("error", ".*missing adapter keys", UserWarning)
         # Its advice is followed: weights that are tied come apart.
         warnings.filterwarnings("ignore", "Model (has|with) `tie_word_embeddings", UserWarning)
-        # Whatever ranks the config names, memory goes to what the file holds.
+        # Whatever ranks the config names, memory goes to what the file holds; but PEFT would leave
+        # copies of whole layers without values.
         model = PeftModel.from_pretrained(
             base,
             str(adapter),
             config=config,
-            low_cpu_mem_usage=True,
+            low_cpu_mem_usage=not config.layer_replication,
         )
         return model.eval()
 

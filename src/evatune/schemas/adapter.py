@@ -20,6 +20,7 @@ _Name = Annotated[str, Field(max_length=1024)]
 _Pattern = Annotated[str, Field(max_length=16384)]  # names of many layers, with bars between
 _Names = list[_Name] | _Pattern | None
 _Places = list[Annotated[int, Field(ge=0, le=2**31)]]
+_Pair = Annotated[list[Annotated[int, Field(ge=0, le=4096)]], Field(min_length=2, max_length=2)]
 
 _TRIAL_SECONDS = 5.0
 
@@ -49,6 +50,7 @@ class LoraRecord(BaseModel):
     modules_to_save: list[_Name] | None = None
     layers_to_transform: _Places | Annotated[int, Field(ge=0, le=2**31)] | None = None
     layers_pattern: _Names = None
+    layer_replication: Annotated[list[_Pair], Field(max_length=1024)] | None = None
     init_lora_weights: bool | _Name = True
     task_type: _Name | None = None
     base_model_name_or_path: _Name | None = None
