@@ -239,7 +239,7 @@ def _require_ours(folder: Path, tree: dict[str, Any]) -> bool:
             if not isinstance(fields, dict):
                 raise Damage("is damaged: it does not hold keys with values")
         before = as_tree(parse(fields, f"{str(path)!r}, whose run cannot go on,"))
-        changed = sorted(key for key in tree if before[key] != tree[key])
+        changed = sorted(key for key in {*before, *tree} if before.get(key) != tree.get(key))
         if changed:
             raise ConfigError(
                 f"{str(folder)!r} holds a run with other settings (they differ in {', '.join(changed)}); name another --out"
