@@ -120,7 +120,7 @@ def test_a_record_that_contradicts_itself_is_refused(key: str, value: Any, calib
         ("energies", lambda x: -x, "energies are negative or rise"),
         ("energies", lambda x: x.flip(0), "energies are negative or rise"),
         ("energies", lambda x: x * 1.5, "energies are more than the total"),
-        ("energies", lambda x: x.double(), "no float32"),
+        ("energies", lambda x: x.half(), "of another type"),
         ("energies", lambda x: x[:-1], "do not fit each other"),
         ("directions", lambda x: x * 1.01, "not orthonormal"),
         ("directions", lambda x: x[[0, *range(len(x) - 1)]], "not orthonormal"),

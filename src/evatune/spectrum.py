@@ -126,14 +126,14 @@ class Spectrum:
         if len(shapes[0]) != 2 or shapes[1:] != [shapes[0][:1], shapes[0][1:]]:
             yield "directions {}, energies {} and mean {} do not fit each other".format(*shapes)
             return
-        if not all(map(_all_finite, (self.directions, self.energies, self.mean))):
-            yield "a number is NaN, Inf or no float32"
+        if not (_is_whole(self.directions) and _is_whole(self.mean) and _are_energies(self.energies)):
+            yield "a number is NaN, Inf or of another type than it is written in"
             return
         count, width = shapes[0]
         directions, energies = self.directions.double(), self.energies.double()
         if count > min(components, width):
             yield f"{count} directions are more than {components} components of {width} inputs"
-        unit = torch.eye(count, dtype=torch.float64)
+        unit = torch.eye(count, dtype=torch.float64, device="cpu")
         if bool(((directions @ directions.T - unit).abs() > _RTOL).any()):
             yield "directions are not orthonormal"
         if bool((energies < 0).any() or (energies.diff() > _RTOL * energies[:1]).any()):
@@ -150,7 +150,7 @@ class Spectrum:
 
     def _contradictions_of(self, certificate: Certificate, components: int) -> Iterator[str]:
         energies = certificate.energies
-        if energies.ndim != 1 or len(energies) > components or not _all_finite(energies):
+        if energies.ndim != 1 or len(energies) > components or not _are_energies(energies):
             yield "the certificate does not hold an energy per component"
             return
         captured = float(energies.sum(dtype=torch.float64))
@@ -186,8 +186,14 @@ def empty(width: int, centered: bool = False) -> Spectrum:
     return Spectrum(nothing, nothing.new_zeros(0), 0.0, 0, nothing.new_zeros(width), centered)
 
 
-def _all_finite(tensor: Tensor) -> bool:
+def _is_whole(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and bool(tensor.isfinite().all())
+
+
+def _are_energies(tensor: Tensor) -> bool:
+    """Return whether these are finite and of a dtype that `as_energies` gives."""
+    known = tensor.dtype in (torch.float32, torch.float64)
+    return known and bool(tensor.isfinite().all())
 
 
 def fix_signs(directions: Tensor) -> Tensor:
