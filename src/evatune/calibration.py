@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from evatune.config import CalibrationConfig
-from evatune.errors import LayerError, RecordError
+from evatune.errors import LayerError
 from evatune.files import whole_file
 from evatune.merge import merge as _merge
 from evatune.ranks import Candidate, RankPlan
 from evatune.ranks import allocate as _allocate
+from evatune.schemas import Damage, shown, telling
 from evatune.spectrum import Certificate, Spectrum, empty
 from evatune.status import Status
 from evatune.version import __version__
 
-_FORMAT = "evatune-calibration-1"
+if TYPE_CHECKING:
+    from evatune.schemas.record import CalibrationRecord, InputRecord
+
+# Written is the first; the second has no checksum.
+_FORMATS = ("evatune-calibration-2", "evatune-calibration-1")
+_ADVICE = "give the calibration.safetensors that evatune wrote, or run the calibration again"
 
 
 @dataclass(frozen=True)
@@ -169,8 +172,10 @@ class Calibration:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file: under a temporary name first, then renamed, so it is whole or absent.
 
-        Missing folders are made.
+        It carries a checksum over all of its contents. Missing folders are made.
         """
+        from evatune.schemas.tensors import save_sealed
+
         tensors: dict[str, Tensor] = {}
         inputs: dict[str, dict[str, Any]] = {}
         for name, layer in self.layers.items():
@@ -201,88 +206,97 @@ class Calibration:
         }
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with whole_file(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata={"format": _FORMAT, "record": json.dumps(record)})
+            save_sealed(temporary, tensors, _FORMATS[0], json.dumps(record))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Read a file that `save` wrote. Raises RecordError for anything else; nothing is unpickled."""
-        if not Path(path).is_file():
-            raise RecordError(f"{path} is not a file; give the calibration.safetensors that evatune wrote")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise RecordError(
-                        f"{path} is a safetensors file but not an evatune calibration (format "
-                        f"{metadata.get('format')!r}, expected {_FORMAT!r}); give the calibration.safetensors that "
-                        "evatune wrote"
-                    )
-                return cls._from_record(json.loads(metadata["record"]), file)
-        except SafetensorError as error:
-            raise RecordError(f"{path} is damaged or not a safetensors file ({error}); run the calibration again") from error
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-            if isinstance(error, RecordError):
-                raise
-            raise RecordError(
-                f"{path} says it is an evatune calibration but its record is damaged ({type(error).__name__}: {error}); "
-                "run the calibration again"
-            ) from error
+        """Read a file that `save` wrote; nothing is unpickled.
+
+        Raises RecordError for anything else, and for what contradicts itself: directions that are
+        not orthonormal, energies that rise or exceed their total, certificates that rest on more
+        rows than there were, statuses that do not fit.
+        """
+        from evatune.schemas.record import CalibrationRecord
+        from evatune.schemas.tensors import read_sealed
+        from evatune.schemas.text import validate_json
+
+        with telling(path, _ADVICE):
+            tensors, text = read_sealed(Path(path), _FORMATS, "an evatune calibration")
+            try:
+                return cls._from_record(validate_json(CalibrationRecord, text), tensors)
+            except Damage as damage:
+                raise Damage(f"says it is an evatune calibration, but its record is damaged: it {damage}") from damage
 
     @classmethod
-    def _from_record(cls, record: dict[str, Any], file: Any) -> Calibration:
-        config = CalibrationConfig(**record["config"])
-        by_input: dict[int, Spectrum] = {}
-        for key, facts in record["inputs"].items():
-            certificate = None
-            if "fresh_rows" in facts:
-                certificate = Certificate(
-                    file.get_tensor(f"{key}.fresh_energies"), facts["fresh_total_energy"], facts["fresh_rows"]
-                )
-            by_input[int(key)] = Spectrum(
-                directions=file.get_tensor(f"{key}.directions"),
-                energies=file.get_tensor(f"{key}.energies"),
-                total_energy=facts["total_energy"],
-                rows=facts["rows"],
-                mean=file.get_tensor(f"{key}.mean"),
-                centered=config.center,
-                certificate=certificate,
-            )
-        for spectrum in by_input.values():
-            _require_whole(spectrum)
-        spectra, status, layers = {}, {}, {}
-        for name, facts in record["layers"].items():
-            status[name] = Status(facts.pop("status"))
-            layer = layers[name] = Layer(**facts)
-            if not (isinstance(layer.in_features, int) and isinstance(layer.out_features, int) and layer.out_features > 0):
-                raise ValueError(f"sizes of {name} are {layer.in_features!r} and {layer.out_features!r}")
-            if not (isinstance(layer.groups, int) and layer.groups > 0 and isinstance(layer.unit, str)):
-                raise ValueError(f"groups and unit of {name} are {layer.groups!r} and {layer.unit!r}")
-            if layer.input is not None and by_input[layer.input].directions.shape[1] != layer.in_features:
-                raise ValueError(f"{name} has {layer.in_features} inputs but directions of another width")
-            spectra[name] = empty(layer.in_features, config.center) if layer.input is None else by_input[layer.input]
+    def _from_record(cls, record: CalibrationRecord, tensors: dict[str, Tensor]) -> Calibration:
+        config = record.config
+        spectra = {number: _spectrum(number, facts, config, tensors) for number, facts in record.inputs.items()}
+        if tensors:
+            raise Damage(f"does not say what the tensor {shown(min(tensors))} is")
+        of_layers, status, layers = {}, {}, {}
+        for name, facts in record.layers.items():
+            status[name] = facts.status
+            layers[name] = Layer(**facts.model_dump(exclude={"status"}))
+            if facts.input is None:
+                of_layers[name] = empty(facts.in_features, config.center)
+            else:
+                of_layers[name] = spectra[str(facts.input)]
+            _require_fit(name, layers[name], status[name], of_layers[name])
         return cls(
-            spectra,
+            of_layers,
             status,
             layers,
             config,
-            record["batches"],
-            record["model"],
-            processes=record.get("processes", 1),
-            bytes_sent=record.get("bytes_sent", 0),
-            versions=record["versions"],
+            record.batches,
+            record.model,
+            processes=record.processes,
+            bytes_sent=record.bytes_sent,
+            versions=record.versions,
         )
 
 
-def _require_whole(spectrum: Spectrum) -> None:
-    """Raise a ValueError unless shapes fit each other and every number is one."""
-    directions, energies = spectrum.directions, spectrum.energies
-    if directions.ndim != 2 or energies.shape != directions.shape[:1] or spectrum.mean.shape != directions.shape[1:]:
-        raise ValueError(f"directions {tuple(directions.shape)}, energies {tuple(energies.shape)} and mean do not fit")
-    if not isinstance(spectrum.rows, int) or not isinstance(spectrum.total_energy, (int, float)):
-        raise ValueError("rows and total_energy are not numbers")
-    finite = all(bool(torch.isfinite(tensor).all()) for tensor in (directions, energies, spectrum.mean))
-    if spectrum.rows < 0 or not (finite and math.isfinite(spectrum.total_energy)):
-        raise ValueError("a number is NaN, Inf or a negative count")
+def _spectrum(
+    number: str,
+    facts: InputRecord,
+    config: CalibrationConfig,
+    tensors: dict[str, Tensor],
+) -> Spectrum:
+    """Return what the tensors of an input say, and take them out of `tensors`.
+
+    Raises Damage for what contradicts itself.
+    """
+    parts = ["directions", "energies", "mean"]
+    if facts.fresh_rows is not None:
+        parts.append("fresh_energies")
+    missing = [part for part in parts if f"{number}.{part}" not in tensors]
+    if missing:
+        raise Damage(f"lacks the tensor {number}.{missing[0]}")
+    directions, energies, mean, *fresh = (tensors.pop(f"{number}.{part}") for part in parts)
+    certificate = None
+    if facts.fresh_rows is not None and facts.fresh_total_energy is not None:
+        certificate = Certificate(fresh[0], facts.fresh_total_energy, facts.fresh_rows)
+    spectrum = Spectrum(
+        directions,
+        energies,
+        facts.total_energy,
+        facts.rows,
+        mean,
+        centered=config.center,
+        certificate=certificate,
+    )
+    for contradiction in spectrum.contradictions(config.kept):
+        raise Damage(f"contradicts itself in input {number}: {contradiction}")
+    return spectrum
+
+
+def _require_fit(name: str, layer: Layer, status: Status, spectrum: Spectrum) -> None:
+    """Raise Damage unless the spectrum is one of this layer that may have ended so."""
+    if layer.input is not None and spectrum.directions.shape[1] != layer.in_features:
+        raise Damage(f"gives {shown(name)} {layer.in_features} inputs, and others in its directions")
+    # An expert may get an adapter that no row says anything of.
+    seldom = status is Status.SELDOM_ROUTED
+    if status.usable and not seldom and not (spectrum.rows and spectrum.total_energy):
+        raise Damage(f"calls {shown(name)} {status}, and its rows have no energy")
 
 
 def _versions() -> dict[str, str]:

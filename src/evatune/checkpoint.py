@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from evatune.errors import ConfigError, RecordError
+from evatune.errors import ConfigError
 from evatune.files import claimed_file
+from evatune.schemas import Damage, shown, telling
 
 _FAMILY = "evatune-checkpoint-"
-_FORMAT = f"{_FAMILY}1"
+_FORMAT = f"{_FAMILY}2"
 _ADVICE = "move it away, or name another checkpoint (evatune init: another --out)"
 
 
@@ -49,11 +48,13 @@ class Checkpoint:
 
     def write(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Replace the file."""
+        from evatune.schemas.tensors import save_sealed
+
         text = json.dumps({**record, "about": dict(self.about)})
         # Two spectra may be one and the same, which safetensors does not write.
         own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         with claimed_file(self.path, True, _is_own, _ADVICE) as output, output.whole() as temporary:
-            save_file(own, temporary, metadata={"format": _FORMAT, "record": text})
+            save_sealed(temporary, own, _FORMAT, text)
 
     def remove(self) -> None:
         """Remove the file if it is a checkpoint, and what writing it may have left when it was killed."""
@@ -76,18 +77,18 @@ class Checkpoint:
         if not self.resume or not self.path.exists():
             self.require_own()
             return None
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise RecordError(f"{self.path} is not a checkpoint of evatune; remove it, or leave --resume out")
-                record: dict[str, Any] = json.loads(metadata["record"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            was = {**{key: record[key] for key in same}, **record["about"]}
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, RecordError):
-                raise
-            raise RecordError(f"{self.path} is damaged ({error}); remove it, or leave --resume out") from error
+        from evatune.schemas.record import CheckpointRecord
+        from evatune.schemas.tensors import read_sealed
+        from evatune.schemas.text import validate_json
+
+        with telling(self.path, "remove it, or leave --resume out"):
+            tensors, text = read_sealed(self.path, [_FORMAT], "a checkpoint of evatune")
+            known = validate_json(CheckpointRecord, text)
+            odd = [name for name, tensor in tensors.items() if not _is_whole(tensor)]
+            if odd:
+                raise Damage(f"is damaged: {shown(odd[0])} has NaN or Inf in it")
+        record = known.model_dump()
+        was = {**{key: record.get(key) for key in same}, **known.about}
         now = json.loads(json.dumps({**same, **self.about}))
         for key in [*now, *was]:
             if now.get(key) != was.get(key):
@@ -99,11 +100,16 @@ class Checkpoint:
 
 
 def _is_own(path: Path) -> bool:
+    from evatune.schemas.tensors import read_header
+
     try:
-        with safe_open(path, framework="pt") as file:
-            return str((file.metadata() or {}).get("format")).startswith(_FAMILY)
-    except (SafetensorError, OSError):
+        return read_header(path).metadata.get("format", "").startswith(_FAMILY)
+    except Damage:
         return False
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 def _difference(key: str, was: Any, now: Any) -> str:

@@ -65,8 +65,8 @@ class CalibrationConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}")
-            if value < least:
-                raise ConfigError(f"{name} is {value}; it must be at least {least}")
+            if not least <= value < 2**63:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}, and below 2 to the power 63")
         require_rho(self.rho_or_default)
         if not 0 <= self.tolerance < 1:
             raise ConfigError(f"tolerance is {self.tolerance}; it must lie in [0, 1), and 0 means never stop early")

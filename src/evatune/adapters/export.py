@@ -24,12 +24,18 @@ import yaml
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file, storage_ptr
+from safetensors.torch import save_file, storage_ptr
 from torch import Tensor, nn
 
 from evatune.adapters.peft import lora_config
-from evatune.adapters.saved import layer_scale, read_config
+from evatune.adapters.saved import (
+    layer_names,
+    layer_scale,
+    read_config,
+    read_weights,
+    require_quick_patterns,
+    require_ranks,
+)
 from evatune.adapters.starts import lora_layers
 from evatune.errors import AdapterError, RecordError
 from evatune.files import claimed_folder, require_apart
@@ -46,6 +52,7 @@ _VARIANTS = (
     "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config",
     "velora_config", "monteclora_config", "target_parameters", "layer_replication",
 )  # fmt: skip
+_MOST_GROWTH = 64  # evatune's own adapters grow by rho
 _STARTS = (True, False, "gaussian", "orthogonal", "mica", "eva")  # these leave the base weights alone
 
 
@@ -95,6 +102,8 @@ def _read(adapter: str | Path | PeftModel, adapter_name: str) -> tuple[dict[str,
         config = read_config(Path(adapter))
         _require_plain(config)
         state = _read_weights(Path(adapter))
+        require_quick_patterns(Path(adapter), config, layer_names(state))
+        require_ranks(Path(adapter) / SAFETENSORS_WEIGHTS_NAME, state, config)
     else:
         config = lora_config(adapter, adapter_name)
         _require_plain(config)
@@ -182,14 +191,23 @@ def _brief(error: Exception) -> str:
 
 def _adapted(base: nn.Module, adapter: Path) -> PeftModel:
     """The base model with the saved adapter beside its weights."""
-    read_config(adapter)
+    config = read_config(adapter)
     state = _read_weights(adapter)
+    require_quick_patterns(adapter, config, [name for name, _ in base.named_modules()])
     with _refusing(base, adapter), warnings.catch_warnings():
         _extend(base, state)
         warnings.filterwarnings("error", ".*missing adapter keys", UserWarning)
         # Its advice is followed: weights that are tied come apart.
         warnings.filterwarnings("ignore", "Model (has|with) `tie_word_embeddings", UserWarning)
-        return PeftModel.from_pretrained(base, str(adapter)).eval()
+        # Whatever ranks the config names, memory goes to what the file holds; but PEFT would leave
+        # copies of whole layers without values.
+        model = PeftModel.from_pretrained(
+            base,
+            str(adapter),
+            config=config,
+            low_cpu_mem_usage=not config.layer_replication,
+        )
+        return model.eval()
 
 
 def _extend(base: Any, state: Mapping[str, Tensor]) -> None:
@@ -223,7 +241,7 @@ def _refusing(base: nn.Module, adapter: Path) -> Iterator[None]:
     """Turn what PEFT raises into a RecordError."""
     try:
         yield
-    except (RuntimeError, ValueError, KeyError, UserWarning) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, UserWarning) as error:
         raise RecordError(
             f"adapter {str(adapter)!r} cannot be merged into {type(base).__name__} "
             f"({_brief(error)}); give the model it was trained on"
@@ -317,11 +335,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             f"folder {str(folder)!r} holds no {SAFETENSORS_WEIGHTS_NAME}; give one that save_pretrained wrote (pickled "
             "adapter_model.bin is not read: load and save it with PEFT)"
         )
-    try:
-        state: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RecordError(f"{str(path)!r} is damaged ({error}); save the adapter again") from error
-    return state
+    return read_weights(path)
 
 
 def _require_plain(config: LoraConfig) -> None:
@@ -370,6 +384,7 @@ def _pad(state: dict[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor
         raise RecordError(f"the adapter lacks A or B of {odd or 'every layer'}; save it again")
     scales = {layer: layer_scale(config, layer.removeprefix(_PREFIX), rank)[1] for layer, rank in ranks.items()}
     r = max(ranks.values())
+    _require_moderate(state, r)
     alpha = _number(r * Counter(scales.values()).most_common(1)[0][0])
     quotients = {layer: scale / (alpha / r) for layer, scale in scales.items()}
     rescaled = [layer for layer, quotient in quotients.items() if abs(quotient - 1) > 1e-12]
@@ -386,6 +401,23 @@ def _pad(state: dict[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor
     zeros = _neighbours(padded)
     names = [name.removeprefix(_PREFIX) for name in rescaled]
     return padded | zeros, Uniform(r, alpha, len(ranks), tuple(_layers(zeros)), tuple(names))
+
+
+def _require_moderate(state: dict[str, Tensor], r: int) -> None:
+    """Raise a RecordError where one layer's rank would make the padded adapter many times as large."""
+    size = grown = 0
+    for key, value in state.items():
+        match = _KEY.fullmatch(key)
+        if match is not None:
+            size += value.numel()
+            grown += value.numel() // value.shape[_rank_dimension(match)] * r
+    times = grown / size
+    if times > _MOST_GROWTH:
+        raise RecordError(
+            f"at rank {r}, its largest, the adapter would be {times:.0f} times as large, and "
+            f"{_MOST_GROWTH} times is the most; save it again if that rank is wrong, or merge it: "
+            "--format merged"
+        )
 
 
 def _rank_dimension(match: re.Match[str]) -> int:

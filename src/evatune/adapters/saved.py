@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from evatune.errors import RecordError
+from evatune.schemas import Damage, shown, telling
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from torch import Tensor
 
 _PREFIX = "base_model.model."
+_MAX_NAME = 1024  # characters
 # Of embeddings, A and B are parameters and not layers.
 _PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 
 
 def is_adapter(file: Path) -> bool:
-    """Whether this is a safetensors file with LoRA matrices in it."""
+    """Return whether this is a safetensors file with LoRA matrices in it."""
+    from evatune.schemas.tensors import read_header
+
     try:
-        with safe_open(file, framework="pt") as opened:
-            return any(key.endswith(tuple(_PAIRS)) for key in opened.keys())  # noqa: SIM118  not a mapping
-    except (SafetensorError, OSError):
+        return any(name.endswith(tuple(_PAIRS)) for name in read_header(file).shapes)
+    except Damage:
         return False
 
 
@@ -33,12 +36,10 @@ def adapter_rows(weights: Path) -> list[dict[str, Any]]:
     Raises RecordError for a damaged file, a damaged or absent config beside it, or an adapter that is not LoRA.
     """
     config = read_config(weights.parent)
-    try:
-        rows = _rows(weights, config)
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
-        raise RecordError(
-            f"{str(weights)!r} is damaged or not a LoRA adapter ({type(error).__name__}: {error}); save the adapter again"
-        ) from error
+    state = read_weights(weights)
+    require_quick_patterns(weights.parent, config, layer_names(state))
+    require_ranks(weights, state, config)
+    rows = _rows(state, config)
     if not rows:
         raise RecordError(f"{str(weights)!r} holds no LoRA matrices; give a file that PEFT's save_pretrained wrote")
     return rows
@@ -48,20 +49,117 @@ def read_config(folder: Path) -> LoraConfig:
     """The config of a saved LoRA adapter; a RecordError for a folder without one, or with one of another kind."""
     from peft import LoraConfig
 
+    from evatune.schemas.adapter import require_lora
+    from evatune.schemas.text import parse_json, read_text
+
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise RecordError(f"{str(path)!r} does not exist, which says what the adapter's scale is; put it beside the weights")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        kind = raw.get("peft_type")
-        config = LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
-    except (TypeError, ValueError, AttributeError, OSError) as error:
-        raise RecordError(
-            f"{str(path)!r} is damaged ({type(error).__name__}: {error}); save the adapter again, or put its config back"
-        ) from error
-    if config is None:
-        raise RecordError(f"{str(folder)!r} holds an adapter of type {kind!r}; only LoRA is read")
+    with telling(path, "save the adapter again, or put its config back"):
+        fields = parse_json(read_text(path))
+        if not isinstance(fields, dict):
+            raise Damage("is damaged: it does not hold keys with values")
+        kind = fields.get("peft_type")
+        if kind != "LORA":
+            raise RecordError(f"{str(folder)!r} holds an adapter of type {shown(kind)}; only LoRA is read")
+        fields.pop("runtime_config", None)  # which PEFT does not take from files either
+        require_lora(fields)
+        _require_known_keys(fields)
+        try:
+            config: LoraConfig = LoraConfig.from_peft_type(**fields)
+        except (TypeError, ValueError, AttributeError, KeyError, ImportError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise Damage(f"is damaged ({type(error).__name__}: {reason})") from error
+    config.rank_pattern = config.rank_pattern or {}
+    config.alpha_pattern = config.alpha_pattern or {}
     return config
+
+
+def _require_known_keys(fields: Mapping[str, Any]) -> None:
+    """Raise Damage for keys that PEFT does not have, unless a newer one wrote them.
+
+    Of those it warns itself.
+    """
+    import peft
+    from packaging.version import InvalidVersion, Version
+
+    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(peft.LoraConfig)})
+    try:
+        is_newer = Version(fields.get("peft_version") or "") > Version(peft.__version__)
+    except (InvalidVersion, TypeError):
+        is_newer = "peft_version" not in fields  # PEFT did not write it at first
+    if unknown and not is_newer:
+        raise Damage(f"holds the key {shown(unknown[0])}, which LoraConfig does not have")
+
+
+def require_ranks(weights: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
+    """Raise a RecordError where the config gives a layer another rank than its matrices have.
+
+    Stacked experts and the parts of nn.MultiheadAttention, which hang in each other's wrappers, are
+    left to PEFT.
+    """
+    from peft.utils.other import get_pattern_key
+
+    if config.target_parameters:
+        return
+    pattern = config.rank_pattern
+    for key, tensor in state.items():
+        end = next((end for end in _PAIRS if key.endswith(end)), None)
+        if end is None or ".base_layer" in key:
+            continue
+        layer = key.removeprefix(_PREFIX).removesuffix(end)
+        rank = pattern.get(get_pattern_key(pattern.keys(), layer), config.r)
+        if rank != len(tensor):
+            raise RecordError(
+                f"{str(weights)!r} holds matrices of rank {len(tensor)} for {shown(layer)}, and "
+                f"adapter_config.json beside it says {rank}; put the two files of one adapter "
+                "together, or save it again"
+            )
+
+
+def require_quick_patterns(folder: Path, config: LoraConfig, names: Iterable[str]) -> None:
+    """Raise a RecordError for patterns in a saved config that run for too long on these names."""
+    from evatune.schemas.adapter import require_quick
+
+    with telling(folder / "adapter_config.json", "write the names of the layers there"):
+        require_quick(vars(config), names)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a saved adapter, each of its LoRA matrices with the one it belongs to.
+
+    Raises RecordError for a damaged file.
+    """
+    from evatune.schemas.tensors import read_tensors
+
+    with telling(path, "save the adapter again"):
+        state = read_tensors(path)
+        for name, tensor in state.items():
+            _require_matrix(name, tensor, state)
+    return state
+
+
+def _require_matrix(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> None:
+    if len(name) > _MAX_NAME:
+        raise Damage(f"names a tensor in {len(name)} characters, and {_MAX_NAME} are the most")
+    if ".lora_" in name and not (tensor.numel() and tensor.is_floating_point()):
+        raise Damage(f"is damaged: {shown(name)} holds no numbers")
+    end = next((end for end in _PAIRS if name.endswith(end)), None)
+    if end is None:
+        return
+    layer = name.removesuffix(end)
+    other = state.get(layer + _PAIRS[end])
+    if other is None:
+        raise Damage(f"lacks A or B of {shown(layer)}")
+    # B of a convolution with groups has a part of the ranks, of one group.
+    if min(tensor.ndim, other.ndim) < 2 or len(tensor) % other.shape[1]:
+        raise Damage(f"is damaged: the matrices of {shown(layer)} do not fit each other")
+
+
+def layer_names(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the adapted layers as PEFT's patterns are matched with them."""
+    ends = [(name.removeprefix(_PREFIX), end) for name in state for end in _PAIRS if name.endswith(end)]
+    return [name.removesuffix(end).partition(".base_layer")[0] for name, end in ends]
 
 
 def layer_scale(config: LoraConfig, layer: str, rank: int) -> tuple[float, float]:
@@ -72,32 +170,29 @@ def layer_scale(config: LoraConfig, layer: str, rank: int) -> tuple[float, float
     return alpha, alpha / (rank**0.5 if config.use_rslora else rank)
 
 
-def _rows(weights: Path, config: LoraConfig) -> list[dict[str, Any]]:
+def _rows(state: Mapping[str, Tensor], config: LoraConfig) -> list[dict[str, Any]]:
     rows = []
-    with safe_open(weights, framework="pt") as file:
-        found = [(key, end) for key in file.keys() for end in _PAIRS if key.endswith(end)]  # noqa: SIM118  not a mapping
-        heights = {key.removeprefix(_PREFIX): file.get_slice(key).get_shape()[0] for key, _ in found}
-        for key, end in found:
-            path = key.removeprefix(_PREFIX).removesuffix(end)
-            a, b = file.get_tensor(key).float(), file.get_tensor(key.removesuffix(end) + _PAIRS[end]).float()
-            # Attention's output projection, or one of several stacked weights, hangs in the wrapper of its layer.
-            unit = path.partition(".base_layer")[0]
-            beside = [
-                height for other, height in heights.items() if other.startswith((unit + ".lora_", unit + ".base_layer"))
-            ]
-            name, rank = _stacked(config, unit, path.count(".base_layer"), len(a), sum(beside)) or (unit, len(a))
-            alpha, scale = layer_scale(config, name, rank)
-            rows.append(
-                {
-                    "layer": path.replace(".base_layer", "") if name == unit else name,
-                    "rank": rank,
-                    "alpha": alpha,
-                    "scale": scale,
-                    "parameters": a.numel() + b.numel(),
-                    "a_row_norm": float(a.flatten(1).norm(dim=1).mean()),
-                    "b_norm": float(b.norm()),
-                }
-            )
+    found = [(key, end) for key in state for end in _PAIRS if key.endswith(end)]
+    heights = {key.removeprefix(_PREFIX): len(state[key]) for key, _ in found}
+    for key, end in found:
+        path = key.removeprefix(_PREFIX).removesuffix(end)
+        a, b = state[key].float(), state[key.removesuffix(end) + _PAIRS[end]].float()
+        # Attention's output projection, or one of several stacked weights, hangs in the wrapper of its layer.
+        unit = path.partition(".base_layer")[0]
+        beside = [height for other, height in heights.items() if other.startswith((unit + ".lora_", unit + ".base_layer"))]
+        name, rank = _stacked(config, unit, path.count(".base_layer"), len(a), sum(beside)) or (unit, len(a))
+        alpha, scale = layer_scale(config, name, rank)
+        rows.append(
+            {
+                "layer": path.replace(".base_layer", "") if name == unit else name,
+                "rank": rank,
+                "alpha": alpha,
+                "scale": scale,
+                "parameters": a.numel() + b.numel(),
+                "a_row_norm": float(a.flatten(1).norm(dim=1).mean()),
+                "b_norm": float(b.norm()),
+            }
+        )
     return rows
 
 

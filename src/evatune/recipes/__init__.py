@@ -6,18 +6,20 @@ import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from evatune.errors import ConfigError
 from evatune.files import name_problem
+from evatune.schemas import Damage, shown, telling
+from evatune.schemas.text import parse_yaml, read_text
 
 
 def _require_name(name: str) -> str:
@@ -28,61 +30,76 @@ def _require_name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_require_name)]  # what becomes part of a path
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+_Flag = Annotated[bool, Strict()]
+_Whole = Annotated[int, Strict()]
+_Real = Annotated[float, Strict(), Field(le=1e9)]
+_Text = Annotated[str, Field(max_length=4096)]
+_Texts = Annotated[list[_Text], Field(max_length=10_000)]
+_MISTAKES_TOLD = 10
+_MOST = 10**9  # of steps and examples
+_MOST_AT_ONCE = 2**20  # tokens of a text, examples of a batch
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DataOptions:
     """Which examples."""
 
-    train: int = Field(
-        default=1000, ge=1, description="examples to train on, drawn with the seed 0 whatever the run's seed is"
+    train: _Whole = Field(
+        default=1000, ge=1, le=_MOST, description="examples to train on, drawn with the seed 0 whatever the run's seed is"
     )
-    test: int = Field(default=500, ge=1, description="examples to evaluate on, none of them trained on")
-    max_length: int = Field(default=48, ge=4, description="tokens per text, the rest is cut off; rl: steps the policy sees")
-    source: str | None = Field(default=None, description="hub id, file or folder of the user's own data")
-    subset: str | None = Field(default=None, description="configuration of a hub data set, such as sst2 of nyu-mll/glue")
-    train_split: str = Field(default="train", description="split of data.source to train on")
-    test_split: str | None = Field(default=None, description="split to evaluate on; default: unseen examples of train_split")
-    columns: list[str] = Field(
+    test: _Whole = Field(default=500, ge=1, le=_MOST, description="examples to evaluate on, none of them trained on")
+    max_length: _Whole = Field(
+        default=48, ge=4, le=_MOST_AT_ONCE, description="tokens per text, the rest is cut off; rl: steps the policy sees"
+    )
+    source: _Text | None = Field(default=None, description="hub id, file or folder of the user's own data")
+    subset: _Text | None = Field(default=None, description="configuration of a hub data set, such as sst2 of nyu-mll/glue")
+    train_split: _Text = Field(default="train", description="split of data.source to train on")
+    test_split: _Text | None = Field(
+        default=None, description="split to evaluate on; default: unseen examples of train_split"
+    )
+    columns: _Texts = Field(
         default_factory=list,
         description="columns of data.source: text, or a pair of texts; generation: prompt and answer; images: the image. "
         "Default: text, or image",
     )
-    label_column: str = Field(default="label", description="column of data.source that holds the classes")
-    episodes: int = Field(default=20, ge=1, description="rl: episodes in the simulator")
+    label_column: _Text = Field(default="label", description="column of data.source that holds the classes")
+    episodes: _Whole = Field(default=20, ge=1, le=_MOST, description="rl: episodes in the simulator")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class AdapterOptions:
     """The adapter, for the methods that have one."""
 
-    rank: int = Field(default=8, ge=1, description="ranks per layer, before any redistribution")
-    alpha: float = Field(default=8, gt=0, description="LoRA's alpha")
-    rho: float = Field(default=2, ge=1, description="EVA: no layer gets more than rho times rank; 1 is no redistribution")
+    rank: _Whole = Field(default=8, ge=1, le=2**16, description="ranks per layer, before any redistribution")
+    alpha: _Real = Field(default=8, gt=0, description="LoRA's alpha")
+    rho: _Real = Field(default=2, ge=1, description="EVA: no layer gets more than rho times rank; 1 is no redistribution")
     budget: Literal["ranks", "parameters"] = Field(
         default="ranks", description="EVA: what redistribution keeps within that of uniform ranks"
     )
-    targets: str | list[str] = Field(default="all-linear", description="layers, as PEFT names them")
+    targets: _Text | _Texts = Field(default="all-linear", description="layers, as PEFT names them")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainingOptions:
     """The optimisation; AdamW, by transformers' Trainer."""
 
-    learning_rate: float = Field(default=1e-3, gt=0, description="largest learning rate")
-    steps: int = Field(default=60, ge=1, description="optimiser steps")
-    batch_size: int = Field(default=16, ge=1, description="examples per batch and process")
-    accumulate: int = Field(default=1, ge=1, description="batches whose gradients make one step")
+    learning_rate: _Real = Field(default=1e-3, gt=0, description="largest learning rate")
+    steps: _Whole = Field(default=60, ge=1, le=_MOST, description="optimiser steps")
+    batch_size: _Whole = Field(default=16, ge=1, le=_MOST_AT_ONCE, description="examples per batch and process")
+    accumulate: _Whole = Field(default=1, ge=1, le=_MOST_AT_ONCE, description="batches whose gradients make one step")
     precision: Literal["float32", "bf16", "fp16"] = Field(default="float32", description="mixed precision, or none")
-    warmup: float = Field(default=0.06, ge=0, lt=1, description="share of the steps in which the learning rate rises")
-    schedule: str = Field(default="linear", description="learning rate after warm-up, as transformers names it")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay")
-    lora_plus_ratio: float = Field(default=16.0, gt=0, description="loraplus: learning rate of B over that of A")
-    log_every: int = Field(default=5, ge=1, description="steps between lines of metrics")
-    eval_every: int = Field(default=20, ge=1, description="steps between evaluations")
-    save_every: int = Field(default=20, ge=1, description="steps between checkpoints that a killed run resumes from")
-    report_to: list[str] = Field(default_factory=list, description="trackers, as transformers names them")
+    warmup: _Real = Field(default=0.06, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    schedule: _Text = Field(default="linear", description="learning rate after warm-up, as transformers names it")
+    weight_decay: _Real = Field(default=0.0, ge=0, description="AdamW's weight decay")
+    lora_plus_ratio: _Real = Field(default=16.0, gt=0, description="loraplus: learning rate of B over that of A")
+    log_every: _Whole = Field(default=5, ge=1, le=_MOST, description="steps between lines of metrics")
+    eval_every: _Whole = Field(default=20, ge=1, le=_MOST, description="steps between evaluations")
+    save_every: _Whole = Field(
+        default=20, ge=1, le=_MOST, description="steps between checkpoints that a killed run resumes from"
+    )
+    report_to: _Texts = Field(default_factory=list, description="trackers, as transformers names them")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -91,12 +108,12 @@ class Recipe:
 
     domain: Name = Field(default="understanding", description="what kind of task it is")
     task: Name = Field(description="which task of the domain")
-    model: str = Field(default="demo", description="hub id or local folder; demo: the small model of the domain")
+    model: _Text = Field(default="demo", description="hub id or local folder; demo: the small model of the domain")
     method: Name = Field(default="eva", description="what is trained and how it starts")
-    trust_remote_code: bool = Field(
+    trust_remote_code: _Flag = Field(
         default=False, description="run Python code that comes with the model; the command line alone can allow it"
     )
-    seed: int = Field(default=0, ge=0, lt=2**32, description="of new weights, of the order of examples and of dropout")
+    seed: _Whole = Field(default=0, ge=0, lt=2**32, description="of new weights, of the order of examples and of dropout")
     data: DataOptions = DataOptions()
     adapter: AdapterOptions = AdapterOptions()
     training: TrainingOptions = TrainingOptions()
@@ -126,10 +143,8 @@ def text_of(source: str) -> str:
         return files(__name__).joinpath(f"{source}.yaml").read_text(encoding="utf-8")
     path = Path(source)
     if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"recipe {source!r} is not a text in UTF-8; give a YAML file") from error
+        with telling(source, "give a YAML file; `evatune recipes show` shows one", ConfigError):
+            return read_text(path)
     near = difflib.get_close_matches(source, ours(), n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(f"there is no recipe or file {source!r}; {hint}ours are {', '.join(ours())}")
@@ -140,10 +155,9 @@ def load(source: str, overrides: Iterable[str] = ()) -> Recipe:
 
     Raises ConfigError that lists every mistake at once, each with the nearest valid key.
     """
-    try:
-        raw = yaml.safe_load(text_of(source))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {source!r} is not YAML: {' '.join(str(error).split())}") from error
+    text = text_of(source)
+    with telling(source, "`evatune recipes show` shows a recipe", ConfigError):
+        raw = parse_yaml(text)
     if not isinstance(raw, dict):
         raise ConfigError(
             f"recipe {source!r} holds {type(raw).__name__}, not keys with values; `evatune recipes show` shows one"
@@ -167,9 +181,10 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     try:
         return TypeAdapter(Recipe).validate_python(_with_numbers(tree))
     except ValidationError as error:
-        mistakes = [_explain(".".join(map(str, item["loc"])), item) for item in error.errors()]
-        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        raise ConfigError(f"{source} has {count}: {'; '.join(mistakes)}") from error
+        mistakes = [_explain(".".join(map(str, item["loc"])), item) for item in error.errors()[:_MISTAKES_TOLD]]
+        count = "1 mistake" if error.error_count() == 1 else f"{error.error_count()} mistakes"
+        more = "; …" if error.error_count() > len(mistakes) else ""
+        raise ConfigError(f"{source} has {count}: {'; '.join(mistakes)}{more}") from error
 
 
 def as_tree(recipe: Recipe) -> dict[str, Any]:
@@ -197,20 +212,20 @@ def _put(tree: dict[str, Any], key: str, text: str) -> None:
             raise ConfigError(f"{key!r} cannot be set: {parent!r} is a value and has no keys below it")
         tree = inner
     try:
-        tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+        tree[last] = parse_yaml(text)
+    except Damage:
         tree[last] = text
 
 
 def _with_numbers(value: Any) -> Any:
-    """YAML reads 1e-3, without a point, as text."""
+    """YAML reads 1e-3, without a point, as text; and 1e3 steps are a whole number of them."""
     if isinstance(value, Mapping):
         return {key: _with_numbers(inner) for key, inner in value.items()}
-    if isinstance(value, str):
-        try:
-            return float(value) if "e" in value.lower() else value
-        except ValueError:
-            return value
+    if isinstance(value, str) and "e" in value.lower():
+        with suppress(ValueError):
+            value = float(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
+        return int(value)
     return value
 
 
@@ -221,10 +236,10 @@ def _explain(key: str, item: Mapping[str, Any]) -> str:
         near = difflib.get_close_matches(key, valid, n=1) or [
             last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1)
         ]
-        return f"unknown key {key!r}" + (f" (nearest: {near[0]})" if near else "")
+        return f"unknown key {shown(key)}" + (f" (nearest: {near[0]})" if near else "")
     if item["type"] in ("missing", "missing_argument"):
-        return f"key {key!r} is missing"
-    return f"{key} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+        return f"key {shown(key)} is missing"
+    return f"{key} is {shown(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
 __all__ = [

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from evatune.adapters.methods import require_method
-from evatune.errors import ConfigError, EvatuneError
+from evatune.errors import ConfigError, EvatuneError, RecordError
 from evatune.recipes import Recipe, as_tree, parse
-from evatune.tasks.run import RESULT, read_metrics
+from evatune.tasks.run import read_metrics, read_result
 from evatune.tasks.workers import run_calls
 
 
@@ -28,8 +28,16 @@ class Cell:
     folder: Path
 
     @property
+    def result(self) -> dict[str, Any] | None:
+        """What the run found; None where it is not done, or damaged, which `run` says."""
+        try:
+            return read_result(self.folder)
+        except RecordError:
+            return None
+
+    @property
     def done(self) -> bool:
-        return (self.folder / RESULT).is_file()
+        return self.result is not None
 
 
 @dataclass(frozen=True)
@@ -211,13 +219,14 @@ def summarise(cells: Sequence[Cell], target_loss: float | None = None) -> Compar
             rate.
     """
     found: dict[tuple[str, str, float], list[Cell]] = {}
+    results: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
     for cell in cells:
-        if cell.done:
+        result = cell.result
+        if result is not None:
             recipe = cell.recipe
-            found.setdefault((recipe.task, recipe.method, recipe.training.learning_rate), []).append(cell)
-    results = {
-        key: [json.loads((c.folder / RESULT).read_text(encoding="utf-8")) for c in group] for key, group in found.items()
-    }
+            key = recipe.task, recipe.method, recipe.training.learning_rate
+            found.setdefault(key, []).append(cell)
+            results.setdefault(key, []).append(result)
     best: dict[tuple[str, str], float] = {}
     for task, method, _ in found:
         others = [r for t, m, r in found if (t, m) == (task, method)]
@@ -260,7 +269,11 @@ def _score(results: Sequence[Mapping[str, float]]) -> float:
 
 
 def _spread(values: Sequence[float]) -> Spread:
-    return Spread(_mean(values), statistics.stdev(values) if len(values) > 1 else None)
+    """Of runs some of which diverged, neither is a number."""
+    if len(values) == 1:
+        return Spread(_mean(values), None)
+    known = all(map(math.isfinite, values))
+    return Spread(_mean(values), statistics.stdev(values) if known else math.nan)
 
 
 def _curve(folder: Path, score: float) -> list[tuple[int, float, float | None]]:
@@ -285,4 +298,5 @@ def _mean_curve(curves: list[list[tuple[int, float, float | None]]]) -> list[tup
 
 
 def _mean(values: Any) -> float:
-    return statistics.fmean(values)
+    values = list(values)
+    return statistics.fmean(values) if all(map(math.isfinite, values)) else math.nan

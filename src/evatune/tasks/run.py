@@ -8,8 +8,9 @@ import resource
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,9 +24,13 @@ from evatune.errors import ConfigError
 from evatune.files import resolved, write_text, writing
 from evatune.initialize import initialize
 from evatune.processes import require_alone
-from evatune.recipes import Recipe, as_tree
+from evatune.recipes import Recipe, as_tree, parse
+from evatune.schemas import Damage, telling
+from evatune.schemas.run import MetricsLine, Result
+from evatune.schemas.text import parse_json, read_text, validate_json
 from evatune.tasks import generation, images, rl, understanding
 from evatune.tasks.lock import held
+from evatune.tasks.resuming import newest_whole
 from evatune.trainers.hf import training_batches
 
 DOMAINS: dict[str, ModuleType] = {"generation": generation, "understanding": understanding, "images": images, "rl": rl}
@@ -70,10 +75,7 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
 def _finished(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     """Return what the recipe's run has written; None where it is not finished."""
     _require_ours(folder, as_tree(recipe))
-    if not (folder / RESULT).is_file():
-        return None
-    found: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    return found
+    return read_result(folder)
 
 
 def _train(recipe: Recipe, folder: Path, quiet: bool) -> dict[str, Any]:
@@ -81,7 +83,8 @@ def _train(recipe: Recipe, folder: Path, quiet: bool) -> dict[str, Any]:
     transformers.set_seed(recipe.seed)
     training = recipe.training
     task = DOMAINS[recipe.domain].prepare(recipe)
-    checkpoint = _last_checkpoint(folder)
+    whole = newest_whole(folder / _CHECKPOINTS)
+    checkpoint = None if whole is None else str(whole)
     start = time.perf_counter()
     model = methods.adapt(
         task.model, recipe.method, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, targets=recipe.adapter.targets,
@@ -159,14 +162,37 @@ def _train(recipe: Recipe, folder: Path, quiet: bool) -> dict[str, Any]:
     return result
 
 
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Return what a finished run has written, or None for one that is not finished.
+
+    Raises RecordError for a damaged one.
+    """
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    with telling(path, "remove it, and the run is done again"):
+        return validate_json(Result, read_text(path)).model_dump()
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics, in the order of their steps."""
+    """Return the lines of a run's metrics, in the order of their steps.
+
+    A damaged line is left out with a warning, but for the last one: of a killed run that may be
+    half a line.
+    """
     path = folder / METRICS
-    lines: list[dict[str, Any]] = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with suppress(json.JSONDecodeError):  # the last line of a killed run may be half a line
-                lines.append(json.loads(line))
+    if not path.exists():
+        return []
+    with telling(path, "remove it; the result of the run stands without"):
+        texts = read_text(path, errors="replace").splitlines()
+    lines = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(validate_json(MetricsLine, text).model_dump())
+        except Damage as damage:
+            if number < len(texts):
+                place = f"line {number} of {str(path)!r}"
+                warnings.warn(f"{place} is left out: it {damage}", stacklevel=2)
     return lines
 
 
@@ -226,11 +252,12 @@ def _require_ours(folder: Path, tree: dict[str, Any]) -> None:
     """Raise a ConfigError unless the folder holds this recipe's run, or is free."""
     path = folder / RECIPE
     if path.is_file():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            changed = sorted(key for key in {*before, *tree} if before.get(key) != tree.get(key))
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ConfigError(f"{str(path)!r} is damaged, so its run cannot go on; name another --out") from error
+        with telling(path, "its run cannot go on; name another --out", ConfigError):
+            fields = parse_json(read_text(path))
+            if not isinstance(fields, dict):
+                raise Damage("is damaged: it does not hold keys with values")
+        before = as_tree(parse(fields, f"{str(path)!r}, whose run cannot go on,"))
+        changed = sorted(key for key in {*before, *tree} if before.get(key) != tree.get(key))
         if changed:
             raise ConfigError(
                 f"{str(folder)!r} holds a run with other settings (they differ in {', '.join(changed)}); name another --out"
@@ -296,16 +323,6 @@ def _trainer(**options: Any) -> Any:
         return _Trainer(**options)
     except (ValueError, RuntimeError, ImportError) as error:  # such as a tracker that is not installed
         raise ConfigError(f"Trainer refuses these settings: {' '.join(str(error).split())}") from error
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end: Trainer writes its state last."""
-    whole = []
-    for path in (folder / _CHECKPOINTS).glob("checkpoint-*"):
-        with suppress(OSError, ValueError):
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            whole.append(path)
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def _trainable(model: nn.Module) -> int:

@@ -1,0 +1,138 @@
+"""The record of a calibration, and that of its checkpoint, as they stand in the metadata."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from evatune.config import CalibrationConfig
+from evatune.status import Status
+
+Count = Annotated[int, Field(ge=0, le=2**53)]  # beyond that a float no longer counts
+Number = Annotated[int, Field(ge=1, le=2**53)]  # counted from 1
+# A layer that was never called has no tensor that its width could be held against.
+Width = Annotated[int, Field(ge=1, le=2**24)]
+Energy = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(max_length=1024)]
+
+
+class Strict(BaseModel):
+    """No conversions, no unknown keys, no numbers that are none."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LayerRecord(Strict):
+    """`evatune.calibration.Layer`, and how it ended."""
+
+    in_features: Width
+    out_features: Width
+    input: Count | None
+    first_bad_batch: Number | None = None
+    bad_process: Count | None = None
+    cap: Count | None = None
+    floor: Count = 0
+    groups: Width = 1
+    unit: Name = ""
+    status: Status
+
+    @model_validator(mode="after")
+    def _ends_as_it_went(self) -> Self:
+        if (self.status is Status.NON_FINITE) != (self.first_bad_batch is not None):
+            raise ValueError(f"status {self.status} and first_bad_batch contradict each other")
+        if self.bad_process is not None and self.first_bad_batch is None:
+            raise ValueError("bad_process is named, and no bad batch")
+        known = self.input is not None
+        if known and self.status in (Status.NON_FINITE, Status.NEVER_CALLED):
+            raise ValueError(f"status {self.status} and an input contradict each other")
+        if not known and self.status not in _WITHOUT_INPUT:
+            raise ValueError(f"status {self.status} and no input contradict each other")
+        return self
+
+
+# An expert may get an adapter without having been called, where others of its layer were.
+_WITHOUT_INPUT = (Status.NON_FINITE, Status.NEVER_CALLED, Status.SELDOM_ROUTED)
+
+
+class InputRecord(Strict):
+    """What a spectrum and its certificate say in numbers."""
+
+    total_energy: Energy
+    rows: Count
+    fresh_total_energy: Energy | None = None
+    fresh_rows: Number | None = None
+
+    @model_validator(mode="after")
+    def _certificate_is_whole(self) -> Self:
+        if (self.fresh_rows is None) != (self.fresh_total_energy is None):
+            raise ValueError("fresh_rows and fresh_total_energy come together or not at all")
+        return self
+
+
+class CalibrationRecord(Strict):
+    """All of a calibration but its tensors."""
+
+    config: CalibrationConfig
+    batches: Count
+    model: Annotated[str, Field(max_length=8192)]
+    processes: Number = 1
+    bytes_sent: Count = 0
+    versions: dict[Name, Name]
+    inputs: dict[str, InputRecord]
+    layers: dict[Name, LayerRecord]
+
+    @model_validator(mode="after")
+    def _inputs_and_layers_fit(self) -> Self:
+        used = {str(layer.input) for layer in self.layers.values() if layer.input is not None}
+        odd = sorted(used ^ self.inputs.keys())
+        if odd:
+            raise ValueError(f"inputs and layers do not fit: number {odd[0][:40]!r} is in one only")
+        widths: dict[int | None, int] = {None: 0}
+        for name, layer in self.layers.items():
+            width = widths.setdefault(layer.input, layer.in_features)
+            if layer.input is not None and width != layer.in_features:
+                raise ValueError(f"layers of input {layer.input} have widths {width} and others")
+            if layer.bad_process is not None and layer.bad_process >= self.processes:
+                raise ValueError(f"{name[:80]!r} names a process beyond the {self.processes}")
+        return self
+
+
+class PlanRecord(Strict):
+    """`evatune.ranks.RankPlan`."""
+
+    ranks: dict[Name, Count]
+    rank: Number
+    rho: float
+    budget: Name
+    metric: Name
+    limit: Count
+    spent: Count
+    parameters: Count
+    uniform_parameters: Count
+
+
+class CheckpointRecord(Strict):
+    """All of a calibration's checkpoint but its tensors."""
+
+    model_config = ConfigDict(extra="allow")  # what else must be the same, which is compared
+
+    layers: dict[Name, JsonValue]
+    groups: list[Annotated[list[Name], Field(min_length=1)]]
+    bad: dict[Name, Annotated[list[Count], Field(min_length=2, max_length=2)]]
+    settled: list[Name]
+    plan: PlanRecord | None
+    batches: Number
+    cut_short: bool
+    about: dict[str, JsonValue]
+
+    @model_validator(mode="after")
+    def _names_are_of_layers(self) -> Self:
+        grouped = [name for group in self.groups for name in group]
+        named = [*grouped, *self.bad, *self.settled, *(self.plan.ranks if self.plan else ())]
+        odd = [name for name in named if name not in self.layers]
+        if odd:
+            raise ValueError(f"{odd[0][:80]!r} is no layer of the record")
+        if len(set(grouped)) < len(grouped):
+            raise ValueError("a layer is in two groups")
+        return self

@@ -1,0 +1,57 @@
+"""What a fine-tuning run writes, and reads again: its result, its metrics, and Trainer's state."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from evatune.schemas.record import Count, Name, Strict
+
+_LARGEST = 1e100  # squares and sums of it are still numbers
+
+
+def _moderate(value: float) -> float:
+    if math.isfinite(value) and abs(value) > _LARGEST:
+        raise ValueError(f"it must lie between -{_LARGEST:g} and {_LARGEST:g}, or be NaN or Inf")
+    return value
+
+
+_Seconds = Annotated[float, Field(ge=0, le=1e12)]
+# NaN or Inf in a run that diverged.
+_Measure = Annotated[float, Field(allow_inf_nan=True), AfterValidator(_moderate)]
+
+
+class Result(Strict):
+    """`result.json`; see `evatune.tasks.run.run` for what the keys mean."""
+
+    score: _Measure
+    eval_loss: _Measure
+    measures: dict[Name, _Measure]
+    trainable_parameters: Count
+    first_gradient_b: _Measure | None
+    init_seconds: _Seconds
+    train_seconds: _Seconds
+    resumed: bool
+    steps: Count
+    peak_memory_bytes: Count
+    versions: dict[Name, Name]
+
+
+class MetricsLine(Strict):
+    """A line of `metrics.jsonl`: its step, and numbers by name."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, _Measure]
+
+    step: Count
+
+
+class TrainerState(BaseModel):
+    """What a run asks of the `trainer_state.json` in a checkpoint; transformers has more in it."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    global_step: Count
+    log_history: list[dict[Name, Any]]
