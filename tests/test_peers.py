@@ -176,5 +176,5 @@ def test_14_the_label_mask_is_shifted_for_causal_models() -> None:
     hook.remove()
     spectrum = calibration.spectra["model.layers.0.self_attn.q_proj"]
     assert spectrum.rows == 4
-    assert spectrum.total_energy == pytest.approx(float(seen[0][:, -2].square().sum(1).mean()), rel=1e-5)
+    assert spectrum.total_energy == pytest.approx(float(seen[-1][:, -2].square().sum(1).mean()), rel=1e-5)
     assert label_mask(labels, -100, shift=True)[:, -2].all()

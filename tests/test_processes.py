@@ -446,7 +446,7 @@ def test_a_process_without_data_is_named_on_every_process(both: list[dict[str, A
     for found in both:
         assert found["no_data"][0] == "DataError"
         assert "process 1 of 2 got not one batch" in found["no_data"][1]
-        assert found["no_data_at_all"][0] == "DataError"
+        assert found["no_data_at_all"][0] == "NoBatchError"
         assert "not one batch came" in found["no_data_at_all"][1]
 
 
