@@ -2,9 +2,9 @@
 
     python benchmarks/init.py [--output benchmarks/results/init.json]
 
-Batches of 16 texts × 128 tokens, the 36 linear layers of the encoder, r = 16, ρ = 2. Correctness is asserted
-first, by second moments in float64 that are collected here, without evatune. All times are of this one run;
-only their ratios mean anything. The last line is one JSON object.
+Batches of 16 texts × 128 tokens, the 36 linear layers of the encoder, r = 16, ρ = 2. Correctness is
+asserted first, by second moments in float64 that are collected here, without evatune. All times are
+of this one run; only their ratios mean anything. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from peft.tuners.lora import LoraLayer, get_eva_state_dict
 from torch import Tensor, nn
 
 import evatune
+from evatune.loading.text import TextBatches, demo_data, demo_model, load_model, load_texts
 from evatune.sketch import NystromSketch
-from evatune.spectrum import principal_angles
-from evatune.tasks.text import TextBatches, demo_data, demo_model, load_model, load_texts
+from evatune.sketch.spectrum import principal_angles
 
 RANK, RHO, TIMED_BATCHES, HELD_OUT = 16, 2.0, 16, 16
 LAYERS = r"encoder\..*\.(query|key|value|dense)"
 
 
 class Moments:
-    """Float64 truth per layer: Σ xxᵀ, Σ x and the number of rows, from forward passes over some batches."""
+    """Float64 truth per layer: Σ xxᵀ, Σ x and the number of rows, from forward passes over some
+    batches."""
 
     def __init__(self, model: nn.Module, batches: list[Any], names: list[str]) -> None:
         self.second: dict[str, Tensor] = {}
@@ -71,7 +72,12 @@ class Moments:
         moment, mean = self.second[key] / self.rows, self.first[key] / self.rows
         if center is None:
             return moment
-        return moment - torch.outer(mean, center) - torch.outer(center, mean) + torch.outer(center, center)
+        return (
+            moment
+            - torch.outer(mean, center)
+            - torch.outer(center, mean)
+            + torch.outer(center, center)
+        )
 
     def mean(self, name: str) -> Tensor:
         key = name.replace(".key", ".query").replace(".value", ".query")
@@ -79,7 +85,8 @@ class Moments:
 
 
 class Oracle:
-    """What the exact eigenvectors of some batches capture on held-out ones, and any other directions beside them."""
+    """What the exact eigenvectors of some batches capture on held-out ones, and any other
+    directions beside them."""
 
     def __init__(self, seen: Moments, held: Moments, center: bool) -> None:
         self.vectors: dict[str, Tensor] = {}
@@ -129,7 +136,8 @@ class Counting:
 
 
 def check(model: nn.Module, batches: list[Any]) -> None:
-    """Unchanged output, exact budget, orthonormal rows, energies close to the truth; else no timing at all."""
+    """Unchanged output, exact budget, orthonormal rows, energies close to the truth; else no timing
+    at all."""
     ours = adapted(model)
     calibration = evatune.initialize(ours, batches)
     with torch.no_grad():
@@ -148,7 +156,8 @@ def check(model: nn.Module, batches: list[Any]) -> None:
         assert abs(spectrum.total_energy / float(exact.sum()) - 1) < 1e-5, name
         captured = float(((lead @ moment) * lead).sum())
         assert 0.985 * best < captured < best * (1 + 1e-6), name
-        # What a Nyström sketch reports is never above what is there; below it by a few per cent where a spectrum is flat.
+        # What a Nyström sketch reports is never above what is there; below it by a few per cent
+        # where a spectrum is flat.
         assert 0.94 * best < float(spectrum.energies[:RANK].sum()) < captured * (1 + 1e-5), name
         layer = ours.base_model.model.get_submodule(name)
         if isinstance(layer, LoraLayer):
@@ -159,13 +168,17 @@ def quality(model: nn.Module, batches: list[Any], held: Moments) -> dict[str, An
     """Share of the oracle's held-out energy, at the default stop and for r and ρ·r directions."""
     found: dict[str, Any] = {}
     for center in (False, True):
-        calibration = evatune.calibrate(model, batches, evatune.CalibrationConfig(center=center), targets=LAYERS)
+        calibration = evatune.calibrate(
+            model, batches, evatune.CalibrationConfig(center=center), targets=LAYERS
+        )
         seen = Moments(model, batches[: calibration.batches], list(calibration.spectra))
         oracle = Oracle(seen, held, center)
         key = "centred" if center else "uncentred"
         found[f"batches_{key}"] = calibration.batches
         for k in (RANK, int(RANK * RHO)):
-            found[f"captured_{key}_{k}"] = oracle.shares({n: s.directions[:k] for n, s in calibration.spectra.items()})
+            found[f"captured_{key}_{k}"] = oracle.shares(
+                {n: s.directions[:k] for n, s in calibration.spectra.items()}
+            )
     return found
 
 
@@ -196,7 +209,8 @@ def overhead(model: nn.Module, batches: list[Any], repeats: int) -> dict[str, An
 
 
 def against_peft(model: nn.Module, batches: list[Any], held: Moments) -> dict[str, Any]:
-    """Both whole initialisations, until each one's own rule stops it; PEFT's directions beside its oracle."""
+    """Both whole initialisations, until each one's own rule stops it; PEFT's directions beside its
+    oracle."""
     times = []
     for _ in range(3):
         ours = adapted(model)
@@ -206,7 +220,9 @@ def against_peft(model: nn.Module, batches: list[Any], held: Moments) -> dict[st
     loader = Counting(batches)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peft_time, state = timed(lambda: get_eva_state_dict(theirs, loader, show_progress_bar=False))
+        peft_time, state = timed(
+            lambda: get_eva_state_dict(theirs, loader, show_progress_bar=False)
+        )
     names = {name.removeprefix("base_model.model."): v for name, v in state.items()}
     passes = loader.read  # the first batch is read twice, once to find equal inputs
     seen = Moments(model, batches[: min(passes, len(batches))], list(names))
@@ -221,10 +237,12 @@ def against_peft(model: nn.Module, batches: list[Any], held: Moments) -> dict[st
 
 
 def stability(model: nn.Module, batches: list[Any]) -> dict[str, float]:
-    """Largest angle between leading, well-separated subspaces after another order and after a split.
+    """Largest angle between leading, well-separated subspaces after another order and after a
+    split.
 
-    The subspace ends, for each layer, at the largest gap among the first r energies. Bases are equal when
-    the first batch and the refresh after it are the same; with batches in another order they are not.
+    The subspace ends, for each layer, at the largest gap among the first r energies. Bases are
+    equal when the first batch and the refresh after it are the same; with batches in another order
+    they are not.
     """
     names = list(evatune.calibrate(model, batches[:1], targets=LAYERS).spectra)
     truth = Moments(model, batches, names)
@@ -240,13 +258,18 @@ def stability(model: nn.Module, batches: list[Any]) -> dict[str, float]:
             model(**batch)
     for handle in handles:
         handle.remove()
-    selected = {n: [x[b["attention_mask"].bool()] for x, b in zip(xs, batches, strict=True)] for n, xs in rows.items()}
+    selected = {
+        n: [x[b["attention_mask"].bool()] for x, b in zip(xs, batches, strict=True)]
+        for n, xs in rows.items()
+    }
 
     config = evatune.CalibrationConfig(tolerance=0, max_batches=len(batches))
     mixed = random.Random(1).sample(batches, len(batches))
     in_order = evatune.calibrate(model, batches, config, targets=LAYERS)
     shuffled = evatune.calibrate(model, mixed, config, targets=LAYERS)
-    worst = dict.fromkeys(("order_equal_bases", "split_equal_bases", "order_other_bases", "split_other_bases"), 0.0)
+    worst = dict.fromkeys(
+        ("order_equal_bases", "split_equal_bases", "order_other_bases", "split_other_bases"), 0.0
+    )
     for name in own:
         energies = torch.linalg.eigvalsh(truth.of(name)).flip(0)[: RANK + 1]
         lead = int((energies[:-1] / energies[1:]).argmax()) + 1
@@ -274,7 +297,9 @@ def stability(model: nn.Module, batches: list[Any]) -> dict[str, float]:
         for key, value in {
             "order_equal_bases": angle(base, backwards.spectrum().directions),
             "split_equal_bases": angle(base, left.spectrum().directions),
-            "order_other_bases": angle(in_order.spectra[name].directions, shuffled.spectra[name].directions),
+            "order_other_bases": angle(
+                in_order.spectra[name].directions, shuffled.spectra[name].directions
+            ),
             "split_other_bases": angle(base, apart[0].spectrum().directions),
         }.items():
             worst[key] = max(worst[key], value)
@@ -284,9 +309,16 @@ def stability(model: nn.Module, batches: list[Any]) -> dict[str, float]:
 def machine() -> dict[str, Any]:
     from importlib.metadata import version
 
-    model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor())
+    model = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")),
+        platform.processor(),
+    )
     libraries = {name: version(name) for name in ("torch", "transformers", "peft", "evatune")}
-    return {"processor": model, "threads": torch.get_num_threads(), "python": platform.python_version()} | libraries
+    return {
+        "processor": model,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    } | libraries
 
 
 def _cpuinfo() -> list[str]:
@@ -299,25 +331,63 @@ def table(results: dict[str, Any]) -> str:
         return f"{results[key]['mean']:.4f} / {results[key]['worst']:.4f}"
 
     lines = [
-        ("energy on held-out batches over exact eigenvectors', uncentred, mean / worst", "≥ 0.998 / 0.99",
-         pair(f"captured_uncentred_{RANK}"), pair("peft_captured_uncentred")),
-        ("the same, centred", "≥ 0.998 / 0.99", pair(f"captured_centred_{RANK}"), pair("peft_captured_centred")),
-        (f"calibrate over bare forward passes, median, {results['machine']['threads']} threads / 1 thread", "≤ 1.15",
-         f"{results['calibrate_over_forward']:.3f} / {results['calibrate_over_forward_one_thread']:.3f}", ""),
-        ("batches until the default rule stops (uncentred, centred)", "≤ 20",
-         f"{results['batches_uncentred']}, {results['batches_centred']}", str(results["peft_batches"])),
-        ("whole initialisation, PEFT's time over ours", "≥ 10", f"{results['peft_over_evatune']:.1f}", "1"),
-        ("angle after shuffling / splitting, equal bases", "≤ 1e-3 rad",
-         f"{results['angle_order_equal_bases']:.1e} / {results['angle_split_equal_bases']:.1e}", ""),
-        ("the same, other bases", "stated",
-         f"{results['angle_order_other_bases']:.1e} / {results['angle_split_other_bases']:.1e}", ""),
-    ]  # fmt: skip
+        (
+            "energy on held-out batches over exact eigenvectors', uncentred, mean / worst",
+            "≥ 0.998 / 0.99",
+            pair(f"captured_uncentred_{RANK}"),
+            pair("peft_captured_uncentred"),
+        ),
+        (
+            "the same, centred",
+            "≥ 0.998 / 0.99",
+            pair(f"captured_centred_{RANK}"),
+            pair("peft_captured_centred"),
+        ),
+        (
+            (
+                f"calibrate over bare forward passes, median, {results['machine']['threads']}"
+                " threads / 1 thread"
+            ),
+            "≤ 1.15",
+            (
+                f"{results['calibrate_over_forward']:.3f} /"
+                f" {results['calibrate_over_forward_one_thread']:.3f}"
+            ),
+            "",
+        ),
+        (
+            "batches until the default rule stops (uncentred, centred)",
+            "≤ 20",
+            f"{results['batches_uncentred']}, {results['batches_centred']}",
+            str(results["peft_batches"]),
+        ),
+        (
+            "whole initialisation, PEFT's time over ours",
+            "≥ 10",
+            f"{results['peft_over_evatune']:.1f}",
+            "1",
+        ),
+        (
+            "angle after shuffling / splitting, equal bases",
+            "≤ 1e-3 rad",
+            f"{results['angle_order_equal_bases']:.1e} / {results['angle_split_equal_bases']:.1e}",
+            "",
+        ),
+        (
+            "the same, other bases",
+            "stated",
+            f"{results['angle_order_other_bases']:.1e} / {results['angle_split_other_bases']:.1e}",
+            "",
+        ),
+    ]
     rows = ["| figure | reach | evatune | PEFT |", "|---|---|---|---|"]
     return "\n".join(rows + ["| " + " | ".join(line) + " |" for line in lines])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, help="also write the JSON object to this file")
     parser.add_argument("--repeats", type=int, default=7, help="of the timed pairs")
     options = parser.parse_args()
@@ -335,7 +405,9 @@ def main() -> None:
     alone = overhead(model, batches[:TIMED_BATCHES], options.repeats)
     torch.set_num_threads(threads)
     results |= {f"{key}_one_thread": value for key, value in alone.items()}
-    held = Moments(model, held_out, list(evatune.calibrate(model, batches[:1], targets=LAYERS).spectra))
+    held = Moments(
+        model, held_out, list(evatune.calibrate(model, batches[:1], targets=LAYERS).spectra)
+    )
     results |= quality(model, batches, held)
     results |= stability(model, batches[:TIMED_BATCHES])
     results |= against_peft(model, batches, held)

@@ -3,7 +3,8 @@
     pip install 'evatune[demo]'
     python examples/plain_loop.py
 
-The model may be any `nn.Module` with linear layers; see `forward=` of `evatune.initialize` for calls of other forms.
+The model may be any `nn.Module` with linear layers; see `forward=` of `evatune.initialize` for
+calls of other forms.
 """
 
 import torch
@@ -11,21 +12,31 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import evatune
-from evatune.tasks.corpora import bbc
-from evatune.tasks.text import demo_model
+from evatune.loading.corpora import bbc
+from evatune.loading.text import demo_model
 
 torch.manual_seed(0)
 texts, topics = bbc()
 tokenizer = AutoTokenizer.from_pretrained(demo_model())
 model = AutoModelForSequenceClassification.from_pretrained(demo_model(), num_labels=max(topics) + 1)
-model = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, task_type="SEQ_CLS", target_modules=["query", "value", "dense"]))
+model = get_peft_model(
+    model,
+    LoraConfig(r=8, lora_alpha=8, task_type="SEQ_CLS", target_modules=["query", "value", "dense"]),
+)
 
 batches = []
 for chosen in torch.randperm(len(texts))[:96].split(8):
-    batch = tokenizer([texts[i] for i in chosen], max_length=48, truncation=True, padding=True, return_tensors="pt")
+    batch = tokenizer(
+        [texts[i] for i in chosen],
+        max_length=48,
+        truncation=True,
+        padding=True,
+        return_tensors="pt",
+    )
     batches.append(batch | {"labels": torch.tensor([topics[i] for i in chosen])})
 
-calibration = evatune.initialize(model, batches)  # before the optimiser: it needs the parameters as they are now
+# before the optimiser: it needs the parameters as they are now
+calibration = evatune.initialize(model, batches)
 optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
 model.train()
 for step, batch in enumerate(batches):

@@ -1,17 +1,19 @@
-"""Map and reduce: two workers calibrate MiniLM on their own shard of BBC news, and the records are joined.
+"""Map and reduce: two workers calibrate MiniLM on their own shard of BBC news, and the records are
+joined.
 
     pip install 'evatune[demo,ray]'
     python examples/shards_ray.py
 
-The map step is a plain function from a shard of the data to a file, so Slurm, Kubernetes or a shell loop do as well
-as Ray; the reduce step needs the files only, and is also `evatune merge shards/shard-*.safetensors -o all.safetensors`.
-What it leaves starts an adapter: `evatune.initialize(peft_model, Calibration.load("shards/calibration.safetensors"))`.
+The map step is a plain function from a shard of the data to a file, so Slurm, Kubernetes or a shell
+loop do as well as Ray; the reduce step needs the files only, and is also
+`evatune merge shards/shard-*.safetensors -o all.safetensors`. What it leaves starts an adapter:
+`evatune.initialize(peft_model, Calibration.load("shards/calibration.safetensors"))`.
 
-On a cluster, three things change. `ray.init` finds it by the address in RAY_ADDRESS, and two lines go
-away: `num_cpus=WORKERS`, and the one above `import ray`, which keeps a Ray on this machine from
+On a cluster, three things change. `ray.init` finds it by the address in RAY_ADDRESS, and two lines
+go away: `num_cpus=WORKERS`, and the one above `import ray`, which keeps a Ray on this machine from
 listening to others. `--out` names a folder that every machine can write to. With GPUs,
-`@ray.remote(num_gpus=1)` and `load_model(..., device="cuda")`. Shards need not be equal: the records
-know how many rows they rest on.
+`@ray.remote(num_gpus=1)` and `load_model(..., device="cuda")`. Shards need not be equal: the
+records know how many rows they rest on.
 """
 
 from __future__ import annotations
@@ -34,13 +36,15 @@ def calibrate_shard(shard: int, batches: int, out: Path) -> Path:
     """Calibrate on every WORKERS-th text from number `shard` on, and save."""
     # Imports and the model belong to the worker: what travels to it is three small arguments.
     import evatune
-    from evatune.tasks.text import TextBatches, demo_data, demo_model, load_model, load_texts
+    from evatune.loading.text import TextBatches, demo_data, demo_model, load_model, load_texts
 
     texts = load_texts(demo_data()).shard(WORKERS, shard, contiguous=False)
     loaded = load_model(demo_model(), device="cpu")
     # One seed for all: shards whose sketches start alike differ by their data only.
     config = evatune.CalibrationConfig(rank=16, rho=2.0, max_batches=batches, seed=0)
-    calibration = evatune.calibrate(loaded.model, TextBatches(loaded.tokenizer, texts, BATCH, LENGTH, 0), config)
+    calibration = evatune.calibrate(
+        loaded.model, TextBatches(loaded.tokenizer, texts, BATCH, LENGTH, 0), config
+    )
     path = out / f"shard-{shard}.safetensors"
     calibration.save(path)
     return path
@@ -48,7 +52,9 @@ def calibrate_shard(shard: int, batches: int, out: Path) -> Path:
 
 def main() -> None:
     """Map, then reduce."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batches", type=int, default=8, help="forward passes per worker at most")
     parser.add_argument("--out", type=Path, default=Path("shards"), help="folder for the records")
     arguments = parser.parse_args()
@@ -68,7 +74,10 @@ def main() -> None:
     merged.save(out / "calibration.safetensors")
     plan = merged.allocate()
     rows = max(spectrum.rows for spectrum in merged.spectra.values())
-    print(f"{len(paths)} shards, {merged.batches} batches, {rows:,} rows, {sum(plan.ranks.values())} ranks: {out}")
+    print(
+        f"{len(paths)} shards, {merged.batches} batches, {rows:,} rows, {sum(plan.ranks.values())}"
+        f" ranks: {out}"
+    )
 
 
 if __name__ == "__main__":

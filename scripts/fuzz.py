@@ -3,8 +3,9 @@
     python scripts/fuzz.py              # 40 cases of each kind
     python scripts/fuzz.py --cases 400 --seed 1
 
-Each case is read in a process of its own, with limits for time and memory. It must end in one sentence (an
-EvatuneError of one line) or be read to its end; a traceback, a crash or no end is a fault, and status 1.
+Each case is read in a process of its own, with limits for time and memory. It must end in one
+sentence (an EvatuneError of one line) or be read to its end; a traceback, a crash or no end is a
+fault, and status 1.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from torch import nn
 import evatune
 from evatune.adapters.export import export_uniform
 from evatune.adapters.saved import adapter_rows
-from evatune.checkpoint import Checkpoint
-from evatune.recipes import as_tree, load
-from evatune.tasks import text
-from evatune.tasks.compare import Cell, summarise
-from evatune.tasks.resuming import newest_whole
-from evatune.tasks.run import METRICS, RECIPE, RESULT, _require_ours, read_metrics, read_result
+from evatune.calibration.checkpoint import Checkpoint
+from evatune.finetune.compare import Run, summarise
+from evatune.finetune.recipe import as_tree, load
+from evatune.finetune.resuming import newest_whole
+from evatune.finetune.run import METRICS, RECIPE, RESULT, _require_ours, read_metrics, read_result
+from evatune.loading import text
 
 SECONDS = 20.0
 MEMORY = 3 << 30  # bytes beyond what the process has already
@@ -52,15 +53,16 @@ Mutation = Callable[[random.Random, Path], None]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of file: how to write a good one into a folder, how evatune reads it, and what is done to it."""
+class LayerType:
+    """A kind of file: how to write a good one into a folder, how evatune reads it, and what is done
+    to it."""
 
     write: Callable[[Path], Path]
     read: Callable[[Path], object]
     mutations: tuple[Mutation, ...]
 
 
-# -- mutations ----------------------------------------------------------------------------------------
+# -- mutations -------------------------------------------------------------------------------------
 
 
 def flip_bits(source: random.Random, path: Path) -> None:
@@ -84,10 +86,40 @@ def shuffle_bytes(source: random.Random, path: Path) -> None:
 
 
 POISON: tuple[Any, ...] = (
-    None, True, False, -1, 0, 1, -5, 1.5, 10**20, 2**63, 10**9, -(10**30), 1e308, -1e308, 1e-320, "4", "", "x" * 5000,
-    "\u202e\x1b[31m", "a\nb", "{}", "(a+)+$", "(((((", ".*.*.*.*.*.*.*x", [], [[]], [1, 2], ["q", 5], {}, {"a": {}},
-    {"(x+x+)+y": 4}, float("nan"), float("inf"),
-)  # fmt: skip
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    -5,
+    1.5,
+    10**20,
+    2**63,
+    10**9,
+    -(10**30),
+    1e308,
+    -1e308,
+    1e-320,
+    "4",
+    "",
+    "x" * 5000,
+    "\u202e\x1b[31m",
+    "a\nb",
+    "{}",
+    "(a+)+$",
+    "(((((",
+    ".*.*.*.*.*.*.*x",
+    [],
+    [[]],
+    [1, 2],
+    ["q", 5],
+    {},
+    {"a": {}},
+    {"(x+x+)+y": 4},
+    float("nan"),
+    float("inf"),
+)
 
 
 def poison_value(source: random.Random, tree: Any) -> Any:
@@ -101,7 +133,9 @@ def poison_value(source: random.Random, tree: Any) -> Any:
     if deed == 0:
         del parent[key]
     elif deed == 1 and isinstance(parent, dict):
-        parent[source.choice(["", "constructor", "a.b", str(key).upper(), "r" * 3000])] = parent.pop(key)
+        parent[source.choice(["", "constructor", "a.b", str(key).upper(), "r" * 3000])] = (
+            parent.pop(key)
+        )
     elif deed == 2 and isinstance(parent, list):
         parent.insert(key, parent[key])
     elif deed == 3 and isinstance(parent[key], (int, float)):
@@ -112,7 +146,13 @@ def poison_value(source: random.Random, tree: Any) -> Any:
 
 
 def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
-    children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    children = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     for key, child in list(children):
         yield tree, key
         yield from _places(child)
@@ -121,11 +161,25 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
 def poison_text(source: random.Random, content: str) -> str:
     """Return a text of JSON or YAML that no value has."""
     bombs = (
-        "[" * 10_000, "[" * 10_000 + "]" * 10_000, '{"a":' * 5000 + "1" + "}" * 5000, "9" * 4301, "-" + "1" * 5000,
-        "1e999999", "1" * 30 + "." + "2" * 3000, "null", '"\\ud800"', "[]", "{}", '{"a": 1, "a": 2}', "\ufeff" + content,
-        content * 2, content.replace(":", "", 1), content.replace('"', "'"), content.replace(": ", ": " + "9" * 5000, 1),
+        "[" * 10_000,
+        "[" * 10_000 + "]" * 10_000,
+        '{"a":' * 5000 + "1" + "}" * 5000,
+        "9" * 4301,
+        "-" + "1" * 5000,
+        "1e999999",
+        "1" * 30 + "." + "2" * 3000,
+        "null",
+        '"\\ud800"',
+        "[]",
+        "{}",
+        '{"a": 1, "a": 2}',
+        "\ufeff" + content,
+        content * 2,
+        content.replace(":", "", 1),
+        content.replace('"', "'"),
+        content.replace(": ", ": " + "9" * 5000, 1),
         "{" + content.strip().lstrip("{").split(",")[0] + "," + content.strip().lstrip("{"),
-    )  # fmt: skip
+    )
     return source.choice(bombs)
 
 
@@ -153,15 +207,37 @@ def edit_line(source: random.Random, path: Path) -> None:
 def bomb_yaml(source: random.Random, path: Path) -> None:
     letters = "bcdefghijk"
     laughs = "a: &a [x, x]\n" + "".join(
-        f"{y}: &{y} [{', '.join(['*' + x] * 9)}]\n" for x, y in zip("a" + letters, letters, strict=False)
+        f"{y}: &{y} [{', '.join(['*' + x] * 9)}]\n"
+        for x, y in zip("a" + letters, letters, strict=False)
     )
     bombs = (
-        laughs, "a: &a [*a]", "task: &t\n  x: *t", "task: !!binary aGVsbG8=", "task: !!python/object/apply:os.getcwd []",
-        "task: !!set {a, b}", "task: 2020-13-45", "task: a\ntask: b", "? [a]\n: b", "training: {learning_rate: .inf}",
-        "training: {steps: true}", "training: {steps: 1e18}", "adapter: {rank: 1e9}", "<<: {task: x}", "- " * 3000,
-        "? " * 3000, "task: " + "[" * 5000, "task: " + "1" * 5000, "task: 0x" + "f" * 5000, "task: 1:" * 900, "a\0b", "",
-        "task: bbc\n" * 3000, "\n".join(f"k{i}: {i}" for i in range(3000)), "%YAML 9.9\n---\ntask: x", "--- a\n--- b",
-    )  # fmt: skip
+        laughs,
+        "a: &a [*a]",
+        "task: &t\n  x: *t",
+        "task: !!binary aGVsbG8=",
+        "task: !!python/object/apply:os.getcwd []",
+        "task: !!set {a, b}",
+        "task: 2020-13-45",
+        "task: a\ntask: b",
+        "? [a]\n: b",
+        "training: {learning_rate: .inf}",
+        "training: {steps: true}",
+        "training: {steps: 1e18}",
+        "adapter: {rank: 1e9}",
+        "<<: {task: x}",
+        "- " * 3000,
+        "? " * 3000,
+        "task: " + "[" * 5000,
+        "task: " + "1" * 5000,
+        "task: 0x" + "f" * 5000,
+        "task: 1:" * 900,
+        "a\0b",
+        "",
+        "task: bbc\n" * 3000,
+        "\n".join(f"k{i}: {i}" for i in range(3000)),
+        "%YAML 9.9\n---\ntask: x",
+        "--- a\n--- b",
+    )
     path.write_text(source.choice(bombs))
 
 
@@ -179,7 +255,9 @@ def edit_header(source: random.Random, path: Path) -> None:
     entry = header[source.choice(names)]
     deed = source.randrange(7)
     if deed == 0:
-        entry["shape"] = source.choice([[10**12], [10**9, 0], [0, 10**9], [2**40, 2**40], [-1, -4], [1.5], []])
+        entry["shape"] = source.choice(
+            [[10**12], [10**9, 0], [0, 10**9], [2**40, 2**40], [-1, -4], [1.5], []]
+        )
     elif deed == 1:
         entry["data_offsets"] = source.choice([[0, 10**13], [5, 1], [0, 0], [-8, 8], [0]])
     elif deed == 2:
@@ -188,7 +266,11 @@ def edit_header(source: random.Random, path: Path) -> None:
         header = poison_value(source, header)
     elif deed == 4:
         name = source.choice(names)
-        header[name + ".x"] = {"dtype": "F32", "shape": [10**9, 0], "data_offsets": header[name]["data_offsets"][:1] * 2}
+        header[name + ".x"] = {
+            "dtype": "F32",
+            "shape": [10**9, 0],
+            "data_offsets": header[name]["data_offsets"][:1] * 2,
+        }
     new = json.dumps(header).encode()
     if deed == 5:
         new = poison_text(source, json.dumps(header)).encode("utf-8", "surrogatepass")
@@ -219,13 +301,28 @@ def edit_weights(source: random.Random, path: Path) -> None:
 def edit_tensor(source: random.Random, tensors: dict[str, torch.Tensor]) -> None:
     name = source.choice(sorted(tensors))
     tensor = tensors[name]
-    change: Callable[[], torch.Tensor] = source.choice([
-        lambda: tensor * 1e30, lambda: -tensor, lambda: tensor * float("nan"), lambda: tensor + 0.5,
-        lambda: tensor.double(), lambda: tensor.to(torch.int64), lambda: tensor[:1], lambda: tensor[:0],
-        lambda: tensor[None], lambda: tensor.flatten(), lambda: torch.zeros(0, 5), lambda: torch.zeros(10**9, 0),
-        lambda: tensor.flip(0), lambda: torch.zeros_like(tensor), lambda: torch.cat([tensor, tensor]),
-        lambda: tensor.to(torch.float8_e4m3fn), lambda: torch.tensor(1.0), lambda: tensor.expand(3, *tensor.shape),
-    ])  # fmt: skip
+    change: Callable[[], torch.Tensor] = source.choice(
+        [
+            lambda: tensor * 1e30,
+            lambda: -tensor,
+            lambda: tensor * float("nan"),
+            lambda: tensor + 0.5,
+            lambda: tensor.double(),
+            lambda: tensor.to(torch.int64),
+            lambda: tensor[:1],
+            lambda: tensor[:0],
+            lambda: tensor[None],
+            lambda: tensor.flatten(),
+            lambda: torch.zeros(0, 5),
+            lambda: torch.zeros(10**9, 0),
+            lambda: tensor.flip(0),
+            lambda: torch.zeros_like(tensor),
+            lambda: torch.cat([tensor, tensor]),
+            lambda: tensor.to(torch.float8_e4m3fn),
+            lambda: torch.tensor(1.0),
+            lambda: tensor.expand(3, *tensor.shape),
+        ]
+    )
     tensors[name] = change().contiguous()
     if source.random() < 0.2:
         del tensors[source.choice(sorted(tensors))]
@@ -246,7 +343,7 @@ def break_one_of(source: random.Random, folder: Path) -> None:
         source.choice([flip_bits, truncate, shuffle_bytes])(source, path)
 
 
-# -- the kinds ----------------------------------------------------------------------------------------
+# -- the kinds -------------------------------------------------------------------------------------
 
 RAW: tuple[Mutation, ...] = (flip_bits, truncate, shuffle_bytes)
 
@@ -283,7 +380,9 @@ def write_checkpoint(folder: Path) -> Path:
 
 
 def write_adapter(folder: Path, name: str) -> Path:
-    config = LoraConfig(r=4, target_modules=["0", "2"], rank_pattern={"0": 2}, alpha_pattern={"0": 4})
+    config = LoraConfig(
+        r=4, target_modules=["0", "2"], rank_pattern={"0": 2}, alpha_pattern={"0": 4}
+    )
     get_peft_model(model(), config).save_pretrained(folder)
     return folder / name
 
@@ -300,13 +399,24 @@ def write_recipe(folder: Path) -> Path:
 
 def write_run(folder: Path, name: str) -> Path:
     result = {
-        "score": 0.5, "eval_loss": 1.0, "measures": {"accuracy": 0.5}, "trainable_parameters": 10,
-        "first_gradient_b": 0.1, "init_seconds": 0.1, "train_seconds": 1.0, "resumed": False, "steps": 4,
-        "peak_memory_bytes": 1000, "versions": {"torch": "2.6"},
-    }  # fmt: skip
+        "score": 0.5,
+        "eval_loss": 1.0,
+        "measures": {"accuracy": 0.5},
+        "trainable_parameters": 10,
+        "first_gradient_b": 0.1,
+        "init_seconds": 0.1,
+        "train_seconds": 1.0,
+        "resumed": False,
+        "steps": 4,
+        "peak_memory_bytes": 1000,
+        "versions": {"torch": "2.6"},
+    }
     (folder / RESULT).write_text(json.dumps(result))
     (folder / RECIPE).write_text(json.dumps(as_tree(load("understanding-bbc"))))
-    lines = [{"step": step, "seconds": 0.5, "loss": 1.0, "eval_loss": 1.0 / (step + 1)} for step in range(5)]
+    lines = [
+        {"step": step, "seconds": 0.5, "loss": 1.0, "eval_loss": 1.0 / (step + 1)}
+        for step in range(5)
+    ]
     (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder / name
 
@@ -315,14 +425,16 @@ def read_run(path: Path) -> None:
     recipe = load("understanding-bbc")
     _require_ours(path.parent, as_tree(recipe))
     read_metrics(path.parent)
-    summarise([Cell(recipe, path.parent)])  # which goes on without those that are damaged
+    summarise([Run(recipe, path.parent)])  # which goes on without those that are damaged
     read_result(path.parent)
 
 
 def write_trainer_state(folder: Path) -> Path:
     path = folder / "checkpoint-4"
     path.mkdir()
-    (path / "trainer_state.json").write_text(json.dumps({"global_step": 4, "log_history": [{"loss": 1.0}], "epoch": 0.5}))
+    (path / "trainer_state.json").write_text(
+        json.dumps({"global_step": 4, "log_history": [{"loss": 1.0}], "epoch": 0.5})
+    )
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"state": {0: torch.zeros(40)}, "name": name}, path / name)
     save_file({"a": torch.zeros(4, 4)}, path / "adapter_model.safetensors")
@@ -335,7 +447,9 @@ def write_texts(folder: Path, ending: str) -> Path:
     if ending == "jsonl":
         path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     else:
-        path.write_text("".join(f"{row}\n" for row in (["text", *rows] if ending == "csv" else rows)))
+        path.write_text(
+            "".join(f"{row}\n" for row in (["text", *rows] if ending == "csv" else rows))
+        )
     return path
 
 
@@ -343,38 +457,51 @@ def read_texts(path: Path) -> None:
     len(text.load_texts(path))
 
 
-KINDS: dict[str, Kind] = {
-    "calibration": Kind(write_calibration, read_calibration, (*RAW, edit_header)),
-    "calibration, old format": Kind(write_calibration, read_calibration, (edit_record,)),
-    "checkpoint": Kind(
-        write_checkpoint, lambda path: calibrate(checkpoint=Checkpoint(path, resume=True)), (*RAW, edit_header)
+LAYER_TYPES: dict[str, LayerType] = {
+    "calibration": LayerType(write_calibration, read_calibration, (*RAW, edit_header)),
+    "calibration, old format": LayerType(write_calibration, read_calibration, (edit_record,)),
+    "checkpoint": LayerType(
+        write_checkpoint,
+        lambda path: calibrate(checkpoint=Checkpoint(path, resume=True)),
+        (*RAW, edit_header),
     ),
-    "adapter config": Kind(
-        partial(write_adapter, name="adapter_config.json"), read_adapter, (*RAW, edit_json, edit_json, bomb_text)
+    "adapter config": LayerType(
+        partial(write_adapter, name="adapter_config.json"),
+        read_adapter,
+        (*RAW, edit_json, edit_json, bomb_text),
     ),
-    "adapter weights": Kind(
-        partial(write_adapter, name="adapter_model.safetensors"), read_adapter, (*RAW, edit_header, edit_weights)
+    "adapter weights": LayerType(
+        partial(write_adapter, name="adapter_model.safetensors"),
+        read_adapter,
+        (*RAW, edit_header, edit_weights),
     ),
-    "recipe": Kind(write_recipe, lambda path: load(str(path)), (*RAW, edit_yaml, bomb_yaml, bomb_text)),
-    RECIPE: Kind(partial(write_run, name=RECIPE), read_run, (*RAW, edit_json, bomb_text)),
-    RESULT: Kind(partial(write_run, name=RESULT), read_run, (*RAW, edit_json, bomb_text)),
-    METRICS: Kind(partial(write_run, name=METRICS), read_run, (*RAW, edit_line, edit_line)),
-    "Trainer's checkpoint": Kind(write_trainer_state, lambda path: newest_whole(path.parent), (break_one_of,)),
-    "data, jsonl": Kind(partial(write_texts, ending="jsonl"), read_texts, (*RAW, edit_line, bomb_text)),
-    "data, csv": Kind(partial(write_texts, ending="csv"), read_texts, (*RAW, bomb_text)),
-    "data, txt": Kind(partial(write_texts, ending="txt"), read_texts, RAW),
+    "recipe": LayerType(
+        write_recipe, lambda path: load(str(path)), (*RAW, edit_yaml, bomb_yaml, bomb_text)
+    ),
+    RECIPE: LayerType(partial(write_run, name=RECIPE), read_run, (*RAW, edit_json, bomb_text)),
+    RESULT: LayerType(partial(write_run, name=RESULT), read_run, (*RAW, edit_json, bomb_text)),
+    METRICS: LayerType(partial(write_run, name=METRICS), read_run, (*RAW, edit_line, edit_line)),
+    "Trainer's checkpoint": LayerType(
+        write_trainer_state, lambda path: newest_whole(path.parent), (break_one_of,)
+    ),
+    "data, jsonl": LayerType(
+        partial(write_texts, ending="jsonl"), read_texts, (*RAW, edit_line, bomb_text)
+    ),
+    "data, csv": LayerType(partial(write_texts, ending="csv"), read_texts, (*RAW, bomb_text)),
+    "data, txt": LayerType(partial(write_texts, ending="txt"), read_texts, RAW),
 }
 
 
-# -- a case -------------------------------------------------------------------------------------------
+# -- a case ----------------------------------------------------------------------------------------
 
 
 class _NoEnd(BaseException):
     pass
 
 
-def outcome(kind: Kind, seed: int, folder: Path) -> str:
-    """Mutate a good file and read it: "accepted", "refused", or what is a fault: "traceback" or "no end".
+def outcome(kind: LayerType, seed: int, folder: Path) -> str:
+    """Mutate a good file and read it: "accepted", "refused", or what is a fault: "traceback" or "no
+    end".
 
     What is passed over with a warning that says why counts as refused.
     """
@@ -389,7 +516,10 @@ def outcome(kind: Kind, seed: int, folder: Path) -> str:
     except evatune.EvatuneError as error:
         message = str(error)
         if "\n" in message or len(message) > 4000:
-            print(f"seed {seed}, {mutation.__name__}: no single sentence: {message[:300]!r}", file=sys.stderr)
+            print(
+                f"seed {seed}, {mutation.__name__}: no single sentence: {message[:300]!r}",
+                file=sys.stderr,
+            )
             return "traceback"
         return "refused"
     except _NoEnd:
@@ -400,7 +530,8 @@ def outcome(kind: Kind, seed: int, folder: Path) -> str:
         traceback.print_exc()
         return "traceback"
     passed_over = any(
-        " is left out: " in str(one.message) or " cannot be gone on from: " in str(one.message) for one in said
+        " is left out: " in str(one.message) or " cannot be gone on from: " in str(one.message)
+        for one in said
     )
     return "refused" if passed_over else "accepted"
 
@@ -422,8 +553,9 @@ def _deadline(seconds: float) -> Iterator[None]:
 OUTCOMES = ("accepted", "refused", "traceback", "no end", "crash")
 
 
-def in_child(kind: Kind, seed: int) -> str:
-    """`outcome` in a process of its own, which neither a crash nor code that hears no signal can take along."""
+def in_child(kind: LayerType, seed: int) -> str:
+    """`outcome` in a process of its own, which neither a crash nor code that hears no signal can
+    take along."""
     folder = Path(tempfile.mkdtemp(prefix="evatune-fuzz-"))
     child = os.fork()
     if child == 0:
@@ -451,7 +583,9 @@ def in_child(kind: Kind, seed: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=40, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="a part of the names of the kinds to try")
@@ -459,7 +593,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print("| kind | " + " | ".join(OUTCOMES) + " |\n|---|" + "---:|" * len(OUTCOMES))
     totals: Counter[str] = Counter()
-    for name, kind in KINDS.items():
+    for name, kind in LAYER_TYPES.items():
         if options.only not in name:
             continue
         seeds = range(options.seed * options.cases, (options.seed + 1) * options.cases)

@@ -1,7 +1,9 @@
-"""How the code reads, in figures: `python scripts/style.py [FOLDER]` prints them beside what they should reach.
+"""How the code reads, in figures: `python scripts/style.py [FOLDER]` prints them beside what they
+should reach.
 
-Line length and density, length of functions, number of parameters, import circles, openings of docstrings, and modules
-without tests of their own name. Reads the source only; imports nothing of it.
+Line length and density, length of functions, number of parameters, import circles, openings of
+docstrings, and modules without tests of their own name. Reads the source only; imports nothing of
+it.
 """
 
 from __future__ import annotations
@@ -52,7 +54,10 @@ class Source:
 def read(package: Path) -> list[Source]:
     files = sorted(package.rglob("*.py"))
     texts = [file.read_text(encoding="utf-8") for file in files]
-    return [Source(file.relative_to(package), text, ast.parse(text)) for file, text in zip(files, texts, strict=True)]
+    return [
+        Source(file.relative_to(package), text, ast.parse(text))
+        for file, text in zip(files, texts, strict=True)
+    ]
 
 
 def long_lines(sources: list[Source]) -> tuple[int, int]:

@@ -1,4 +1,5 @@
-"""Small models with tokenizers, and texts, as folders and files; and the command line in this process."""
+"""Small models with tokenizers, and texts, as folders and files; and the command line in this
+process."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def tiny_tokenizer(**options: Any) -> Any:
     import transformers
 
     words = ["[PAD]", "[UNK]", *(f"w{i}" for i in range(58))]
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+    )
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]"} | options
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
@@ -48,9 +51,13 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
         max_position_embeddings=64,
-    )  # fmt: skip
+    )
     return save_model(transformers.BertModel(config), tmp_path_factory.mktemp("models") / "bert")
 
 
@@ -61,10 +68,17 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=64, max_position_embeddings=64,
-    )  # fmt: skip
-    return save_model(transformers.LlamaForCausalLM(config), tmp_path_factory.mktemp("models") / "llama")
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    return save_model(
+        transformers.LlamaForCausalLM(config), tmp_path_factory.mktemp("models") / "llama"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -110,8 +124,11 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return run
 
 
-def refused(answer: Answer, *parts: str, folder: Path | None = None, left: frozenset[str] = frozenset()) -> None:
-    """Status 2, one line on stderr with these parts in it, nothing on stdout, nothing left behind."""
+def refused(
+    answer: Answer, *parts: str, folder: Path | None = None, left: frozenset[str] = frozenset()
+) -> None:
+    """Status 2, one line on stderr with these parts in it, nothing on stdout, nothing left
+    behind."""
     assert answer.status == 2, answer
     assert re.fullmatch(r"evatune: [^\n]+\n", answer.err), answer.err
     assert "Traceback" not in answer.err

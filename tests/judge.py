@@ -1,4 +1,5 @@
-"""Plain PEFT as the judge of an adapter: same output at the start, a step that helps, a folder that loads."""
+"""Plain PEFT as the judge of an adapter: same output at the start, a step that helps, a folder that
+loads."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def result(model: nn.Module, batch: Any) -> Tensor:
 
 
 def matrices(model: nn.Module, part: str) -> dict[str, Tensor]:
-    """Copies of all A or all B by the name of the layer or parameter, flattened to two dimensions."""
+    """Copies of all A or all B by the name of the layer or parameter, flattened to two
+    dimensions."""
     found = {}
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
@@ -37,9 +39,16 @@ def matrices(model: nn.Module, part: str) -> dict[str, Tensor]:
 
 
 def round_trip(
-    build: Build, lora: LoraConfig, batches: list[Any], folder: Path, *, meta: bool = False, **options: Any
+    build: Build,
+    lora: LoraConfig,
+    batches: list[Any],
+    folder: Path,
+    *,
+    meta: bool = False,
+    **options: Any,
 ) -> tuple[evatune.Calibration, dict[str, Tensor]]:
-    """Initialise; the output is what it was, a step lowers the loss, and plain PEFT loads what was saved.
+    """Initialise; the output is what it was, a step lowers the loss, and plain PEFT loads what was
+    saved.
 
     Gives the calibration and every A as it was initialised.
     """
@@ -60,13 +69,17 @@ def round_trip(
     with torch.no_grad():
         for parameter in trained:
             if parameter.grad is not None:
-                parameter -= 0.002 * loss / slope * parameter.grad  # 0.2 per cent less, if the loss were a plane
+                # 0.2 per cent less, if the loss were a plane
+                parameter -= 0.002 * loss / slope * parameter.grad
         assert (result(model, batches[0]) - aim).square().mean() < loss
 
     with torch.no_grad():  # far enough from the start for a difference to show
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "lora_embedding_B" in name:
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)), alpha=0.1)
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)),
+                    alpha=0.1,
+                )
     far = result(model, batches[0]).detach()
     assert not torch.allclose(far, before, atol=1e-3)
     model.save_pretrained(folder)

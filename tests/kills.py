@@ -2,8 +2,8 @@
 
     python tests/kills.py FOLDER
 
-After each kill, what was there is whole-old or whole-new, the next command succeeds and nothing else is left. It is a
-script of its own, because what it forks a thousand times must not be large.
+After each kill, what was there is whole-old or whole-new, the next command succeeds and nothing
+else is left. It is a script of its own, because what it forks a thousand times must not be large.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def light_files() -> Any:
     package = types.ModuleType("evatune")
     package.__path__ = [str(SOURCE)]
     sys.modules["evatune"] = package
-    import evatune.files
+    import evatune.utils.files
 
     return evatune.files
 
@@ -64,7 +64,11 @@ def jobs(files: Any) -> dict[str, Job]:
         names = {path.relative_to(out).as_posix() for path in out.rglob("*")}
         texts = {(out / name).read_text() for name in ("a", "b", "sub/c")}
         files._require_own_folder(out, out)
-        return texts.pop() if len(texts) == 1 and names == {"a", "b", "sub", "sub/c", files.MARK} else "torn"
+        return (
+            texts.pop()
+            if len(texts) == 1 and names == {"a", "b", "sub", "sub/c", files.MARK}
+            else "torn"
+        )
 
     def read_file(out: Path) -> str | None:
         return out.read_text() if out.exists() else None
@@ -84,7 +88,15 @@ def changes(event: str, arguments: tuple[Any, ...]) -> bool:
     """Return whether Python is about to change something on the disk."""
     if event == "open":
         return bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-    return event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.utime", "os.truncate")
+    return event in (
+        "os.mkdir",
+        "os.rename",
+        "os.remove",
+        "os.rmdir",
+        "os.chmod",
+        "os.utime",
+        "os.truncate",
+    )
 
 
 def kill_at(moment: int, work: Callable[[], None]) -> bool:
@@ -138,7 +150,10 @@ def kill_everywhere(files: Any, job: Job, folder: Path) -> int:
         assert job.read(out) in (old, new), (moment, job.read(out))
         job.write(out, "new")
         assert job.read(out) == new, moment
-        assert {path.name for path in folder.iterdir()} <= {"out"}, (moment, list(folder.rglob("*")))
+        assert {path.name for path in folder.iterdir()} <= {"out"}, (
+            moment,
+            list(folder.rglob("*")),
+        )
         files._renameat2 = exchange
     files._renameat2 = exchange
     return moment

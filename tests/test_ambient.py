@@ -24,9 +24,28 @@ from tests.toys import Toy, inputs
 SOURCE = Path(evatune.__file__).parent
 # Functions that make a tensor of nothing but sizes and numbers.
 FACTORIES = {
-    "arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint",
-    "randn", "randperm", "range", "scalar_tensor", "sparse_coo_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
-}  # fmt: skip
+    "arange",
+    "as_tensor",
+    "asarray",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "logspace",
+    "normal",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "range",
+    "scalar_tensor",
+    "sparse_coo_tensor",
+    "tensor",
+    "tril_indices",
+    "triu_indices",
+    "zeros",
+}
 
 
 def calls_without_dtype_and_device(path: Path) -> Iterator[str]:
@@ -43,7 +62,11 @@ def calls_without_dtype_and_device(path: Path) -> Iterator[str]:
 
 
 def test_every_tensor_that_we_make_has_its_dtype_and_device_written_out() -> None:
-    found = [call for path in sorted(SOURCE.rglob("*.py")) for call in calls_without_dtype_and_device(path)]
+    found = [
+        call
+        for path in sorted(SOURCE.rglob("*.py"))
+        for call in calls_without_dtype_and_device(path)
+    ]
     assert not found, "\n".join(found)
 
 
@@ -89,7 +112,8 @@ STATES: dict[str, Callable[[], Any]] = {
     "float64": lambda: default_dtype(torch.float64),
     "bfloat16": lambda: default_dtype(torch.bfloat16),
     "float16": lambda: default_dtype(torch.float16),
-    "default device": default_device,  # meta: a stand-in for an accelerator, since what is made there has no values
+    # meta: a stand-in for an accelerator, since what is made there has no values
+    "default device": default_device,
     "device context": lambda: torch.device("meta"),
     "inference mode": torch.inference_mode,
     "no grad": torch.no_grad,
@@ -115,10 +139,14 @@ class Words(nn.Module):
 
 
 def adapted(model: nn.Module, **options: Any) -> PeftModel:
-    return get_peft_model(model, LoraConfig(r=4, target_modules=["up", "down", "embedding", "conv", "q"], **options))
+    return get_peft_model(
+        model, LoraConfig(r=4, target_modules=["up", "down", "embedding", "conv", "q"], **options)
+    )
 
 
-def outcome(sketch: str = "nystrom", **options: Any) -> Callable[[], tuple[dict[str, Tensor], PeftModel]]:
+def outcome(
+    sketch: str = "nystrom", **options: Any
+) -> Callable[[], tuple[dict[str, Tensor], PeftModel]]:
     """What initialises a model that is built beforehand, and returns every A and direction."""
     torch.manual_seed(0)
     words = sketch == "nystrom"
@@ -130,8 +158,12 @@ def outcome(sketch: str = "nystrom", **options: Any) -> Callable[[], tuple[dict[
     def run() -> tuple[dict[str, Tensor], PeftModel]:
         found = evatune.initialize(model, batches, config=config, **options)
         merged = evatune.Calibration.merge([found, found])
-        known = {f"{name} directions": spectrum.directions for name, spectrum in merged.spectra.items()}
-        known |= {f"{name} variances": spectrum.variances for name, spectrum in found.spectra.items()}
+        known = {
+            f"{name} directions": spectrum.directions for name, spectrum in merged.spectra.items()
+        }
+        known |= {
+            f"{name} variances": spectrum.variances for name, spectrum in found.spectra.items()
+        }
         return known | {f"{name} A": a for name, a in matrices(model, "A").items()}, model
 
     return run
@@ -161,8 +193,11 @@ def test_the_result_is_the_same_bit_for_bit_in_every_state_of_torch(
         assert parameter.requires_grad == ("lora_" in name), name
 
 
-def test_under_autocast_only_the_models_own_numbers_are_of_16_bits(usual: dict[str, dict[str, Tensor]]) -> None:
-    """The first layer's input is the batch, so its result is the same bit for bit; others are to bfloat16's rounding."""
+def test_under_autocast_only_the_models_own_numbers_are_of_16_bits(
+    usual: dict[str, dict[str, Tensor]],
+) -> None:
+    """The first layer's input is the batch, so its result is the same bit for bit; others are to
+    bfloat16's rounding."""
     run = outcome("exact", scale="matched")
     with torch.autocast("cpu", torch.bfloat16):
         found, _ = run()
@@ -180,13 +215,17 @@ def test_batches_made_in_inference_mode_can_be_written_to_by_the_model() -> None
 
 
 @pytest.mark.parametrize("base", [True, False])
-def test_a_model_or_adapter_made_in_inference_mode_is_refused_since_it_cannot_be_trained(base: bool) -> None:
+def test_a_model_or_adapter_made_in_inference_mode_is_refused_since_it_cannot_be_trained(
+    base: bool,
+) -> None:
     with torch.inference_mode() if base else nullcontext():
         model: nn.Module = Toy()
     with torch.inference_mode():
         model = adapted(model, init_lora_weights="eva", eva_config=EvaConfig())
     for door in (evatune.initialize, initialize_lora_eva_weights):
-        with pytest.raises(AdapterError, match=r"blocks\.0\..* was made under torch.inference_mode\(\)"):
+        with pytest.raises(
+            AdapterError, match=r"blocks\.0\..* was made under torch.inference_mode\(\)"
+        ):
             door(model, inputs())
 
 

@@ -20,7 +20,7 @@ from tests.toys import Toy, inputs, tiny_bert, tokens
 torch.set_num_threads(1)
 
 
-# -- stop rule ----------------------------------------------------------------------------------------
+# -- stop rule -------------------------------------------------------------------------------------
 
 
 def test_stops_when_directions_and_ranks_have_settled() -> None:
@@ -31,7 +31,9 @@ def test_stops_when_directions_and_ranks_have_settled() -> None:
 
 
 def test_tolerance_zero_never_stops_early() -> None:
-    calibration = evatune.calibrate(Toy(), inputs(200), CalibrationConfig(rank=4, tolerance=0, max_batches=37))
+    calibration = evatune.calibrate(
+        Toy(), inputs(200), CalibrationConfig(rank=4, tolerance=0, max_batches=37)
+    )
     assert calibration.batches == 37
     assert set(calibration.status.values()) == {Status.MAX_BATCHES}
 
@@ -51,12 +53,15 @@ def test_data_that_never_settles_ends_at_max_batches() -> None:
             x[..., number % 16] = 4.0 ** (number % 16)
             yield x + 0.01 * torch.randn(4, 16, 16)
 
-    calibration = evatune.calibrate(Toy(), drifting(), CalibrationConfig(rank=2, max_batches=12, tolerance=1e-6))
+    calibration = evatune.calibrate(
+        Toy(), drifting(), CalibrationConfig(rank=2, max_batches=12, tolerance=1e-6)
+    )
     assert calibration.batches == 12
 
 
 def test_near_equal_energies_do_not_keep_it_running() -> None:
-    """Directions of equal energy rotate for ever; the space they span does not matter here either."""
+    """Directions of equal energy rotate for ever; the space they span does not matter here
+    either."""
     generator = torch.Generator().manual_seed(0)
     xs = (torch.randn(4, 256, 16, generator=generator) for _ in range(200))
     assert evatune.calibrate(Toy(), xs, CalibrationConfig(rank=4, tolerance=0.02)).batches <= 32
@@ -64,12 +69,14 @@ def test_near_equal_energies_do_not_keep_it_running() -> None:
 
 def test_progress_is_told_after_each_batch() -> None:
     seen: list[evatune.Progress] = []
-    evatune.calibrate(Toy(), inputs(5), CalibrationConfig(rank=4, tolerance=0), progress=seen.append)
+    evatune.calibrate(
+        Toy(), inputs(5), CalibrationConfig(rank=4, tolerance=0), progress=seen.append
+    )
     assert [p.batch for p in seen] == [1, 2, 3, 4, 5]
     assert {p.layers for p in seen} == {10}
 
 
-# -- statuses -----------------------------------------------------------------------------------------
+# -- statuses --------------------------------------------------------------------------------------
 
 
 class Odd(nn.Module):
@@ -113,7 +120,13 @@ def test_layers_that_cannot_be_initialised_are_listed_with_the_batch_and_what_to
         odd_calibration().require_usable()
     message = str(caught.value)
     assert message.startswith("4 of 5 layers cannot be initialised")
-    for part in ("nan (first in batch 3)", "few (1 rows for 4 components)", "zero", "unused", "exclude_modules"):
+    for part in (
+        "nan (first in batch 3)",
+        "few (1 rows for 4 components)",
+        "zero",
+        "unused",
+        "exclude_modules",
+    ):
         assert part in message
 
 
@@ -133,7 +146,9 @@ def test_short_batches_count_and_never_hang() -> None:
 
 @pytest.mark.parametrize("sketch", ["nystrom", "exact", "incremental"])
 def test_every_sketch_runs_the_whole_way(sketch: str) -> None:
-    calibration = evatune.calibrate(tiny_bert(), tokens(8), CalibrationConfig(rank=4, sketch=sketch, center=True))
+    calibration = evatune.calibrate(
+        tiny_bert(), tokens(8), CalibrationConfig(rank=4, sketch=sketch, center=True)
+    )
     assert sum(calibration.allocate().ranks.values()) == 4 * len(calibration.layers)
 
 
@@ -162,16 +177,18 @@ def test_settings_out_of_range_say_what_is_allowed(options: dict[str, Any], text
         CalibrationConfig(**options)
 
 
-# -- determinism --------------------------------------------------------------------------------------
+# -- determinism -----------------------------------------------------------------------------------
 
 
 def test_the_same_seed_gives_the_same_bits() -> None:
-    one, two = (evatune.calibrate(Toy(), inputs(), CalibrationConfig(rank=4, seed=3)) for _ in range(2))
+    one, two = (
+        evatune.calibrate(Toy(), inputs(), CalibrationConfig(rank=4, seed=3)) for _ in range(2)
+    )
     for name in one.spectra:
         assert torch.equal(one.spectra[name].directions, two.spectra[name].directions)
 
 
-# -- record -------------------------------------------------------------------------------------------
+# -- record ----------------------------------------------------------------------------------------
 
 
 def test_a_record_comes_back_as_it_was_saved(tmp_path: Path) -> None:
@@ -179,7 +196,11 @@ def test_a_record_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     path = tmp_path / "new" / "calibration.safetensors"
     calibration.save(path)
     loaded = Calibration.load(path)
-    assert (loaded.config, loaded.status, loaded.layers) == (calibration.config, calibration.status, calibration.layers)
+    assert (loaded.config, loaded.status, loaded.layers) == (
+        calibration.config,
+        calibration.status,
+        calibration.layers,
+    )
     assert loaded.versions == calibration.versions
     assert loaded.allocate() == calibration.allocate()
     for name, spectrum in calibration.spectra.items():
@@ -188,7 +209,11 @@ def test_a_record_comes_back_as_it_was_saved(tmp_path: Path) -> None:
         assert torch.equal(other.energies, spectrum.energies)
         assert torch.equal(other.mean, spectrum.mean)
         assert other.certificate.captured() == spectrum.certificate.captured()  # type: ignore[union-attr]
-        assert (other.total_energy, other.rows, other.centered) == (spectrum.total_energy, spectrum.rows, True)
+        assert (other.total_energy, other.rows, other.centered) == (
+            spectrum.total_energy,
+            spectrum.rows,
+            True,
+        )
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -213,12 +238,19 @@ def test_odd_fates_survive_the_record(tmp_path: Path) -> None:
 def broken_files(folder: Path) -> dict[str, Path]:
     good = folder / "good.safetensors"
     evatune.calibrate(Toy(), inputs(), CalibrationConfig(rank=4)).save(good)
-    files = {name: folder / f"{name}.safetensors" for name in ("text", "empty", "cut", "foreign", "record", "missing")}
+    files = {
+        name: folder / f"{name}.safetensors"
+        for name in ("text", "empty", "cut", "foreign", "record", "missing")
+    }
     files["text"].write_text("not a tensor in sight")
     files["empty"].write_bytes(b"")
     files["cut"].write_bytes(good.read_bytes()[:-100])
     save_file({"a": torch.zeros(2)}, files["foreign"])
-    save_file({"a": torch.zeros(2)}, files["record"], metadata={"format": "evatune-calibration-1", "record": "{}"})
+    save_file(
+        {"a": torch.zeros(2)},
+        files["record"],
+        metadata={"format": "evatune-calibration-1", "record": "{}"},
+    )
     return files
 
 
@@ -246,16 +278,26 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     "options",
-    [{"rho": float("inf")}, {"rho": "2"}, {"rank": 2.5}, {"rank": "16"}, {"components": 2.5}, {"max_batches": 2.5},
-     {"oversampling": 1.5}, {"seed": 1.5}, {"seed": -1}],
-)  # fmt: skip
+    [
+        {"rho": float("inf")},
+        {"rho": "2"},
+        {"rank": 2.5},
+        {"rank": "16"},
+        {"components": 2.5},
+        {"max_batches": 2.5},
+        {"oversampling": 1.5},
+        {"seed": 1.5},
+        {"seed": -1},
+    ],
+)
 def test_settings_of_the_wrong_kind_are_named(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(options))} is "):
         CalibrationConfig(**options)
 
 
 @pytest.mark.parametrize(
-    "options", [{"rho": float("inf")}, {"rank": 2.5}, {"min_rank": 1.5}, {"metric": ""}, {"budget": ""}]
+    "options",
+    [{"rho": float("inf")}, {"rank": 2.5}, {"min_rank": 1.5}, {"metric": ""}, {"budget": ""}],
 )
 def test_allocate_names_options_of_the_wrong_kind(options: dict[str, Any]) -> None:
     calibration = evatune.calibrate(Toy(), inputs(), CalibrationConfig(rank=4))
@@ -285,7 +327,8 @@ def test_a_record_with_damaged_contents_is_refused(damage: str, tmp_path: Path) 
         next(iter(record["layers"].values()))[damage] = -5
     else:
         next(iter(record["inputs"].values()))[damage] = "x"
-    metadata = {"format": "evatune-calibration-1", "record": json.dumps(record)}  # the one without a checksum
+    # the one without a checksum
+    metadata = {"format": "evatune-calibration-1", "record": json.dumps(record)}
     save_file(load_file(path), path, metadata=metadata)
     with pytest.raises(RecordError, match="its record is damaged"):
         Calibration.load(path)
@@ -298,7 +341,7 @@ def test_a_loaders_seed_is_not_drawn_from_the_callers_random_state() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-# -- data that comes sorted, and numbers far from 1 ------------------------------------------------------
+# -- data that comes sorted, and numbers far from 1 ------------------------------------------------
 
 
 def kinds(*numbers: int) -> list[Tensor]:
@@ -331,12 +374,17 @@ def test_another_kind_that_comes_after_the_last_refresh_is_seen_too() -> None:
 def test_rows_that_grow_longer_or_have_no_directions_of_their_own_are_no_drift() -> None:
     generator = torch.Generator().manual_seed(0)
     scales = torch.linspace(1.0, 1.6, 16)
-    swelling = [scale * batch for scale, batch in zip(scales, kinds(*([0] * 16)), strict=True)]  # longer, not elsewhere
+    # longer, not elsewhere
+    swelling = [scale * batch for scale, batch in zip(scales, kinds(*([0] * 16)), strict=True)]
     assert statuses(swelling) == {Status.MAX_BATCHES}
-    assert statuses([torch.randn(64, 32, generator=generator) for _ in range(16)]) == {Status.MAX_BATCHES}
+    assert statuses([torch.randn(64, 32, generator=generator) for _ in range(16)]) == {
+        Status.MAX_BATCHES
+    }
 
 
-def test_a_drifting_layer_can_be_used_is_shown_and_survives_a_merge_and_a_file(tmp_path: Path) -> None:
+def test_a_drifting_layer_can_be_used_is_shown_and_survives_a_merge_and_a_file(
+    tmp_path: Path,
+) -> None:
     model = nn.Sequential(nn.Linear(32, 32))
     found = evatune.calibrate(model, SORTED, WHOLE)
     found.require_usable()
@@ -350,7 +398,9 @@ def test_a_drifting_layer_can_be_used_is_shown_and_survives_a_merge_and_a_file(t
 
 
 @pytest.mark.parametrize("factor", [1e19, 1e-25])
-def test_finite_numbers_far_from_one_are_calibrated_saved_and_scaled_like_any(factor: float, tmp_path: Path) -> None:
+def test_finite_numbers_far_from_one_are_calibrated_saved_and_scaled_like_any(
+    factor: float, tmp_path: Path
+) -> None:
     few = CalibrationConfig(rank=2)
     plain = evatune.calibrate(nn.Sequential(nn.Linear(16, 4)), inputs(), few)
     found = evatune.calibrate(nn.Sequential(nn.Linear(16, 4)), [factor * x for x in inputs()], few)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel
 
 import evatune
-from evatune.calibrate import Progress
-from evatune.capture import RowSelector, find_sites
-from evatune.capture.rows import label_mask, token_mask
+from evatune.calibration.loop import Progress
+from evatune.capture import RowSelector, find_target_layers
+from evatune.capture.row_selection import label_mask, token_mask
 from evatune.errors import DataError, TargetError
 from tests.toys import Toy, inputs, tiny_bert, tiny_llama, tokens
 
@@ -31,21 +31,26 @@ def second_moment(rows: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(rows.T @ rows / len(rows)).flip(0)
 
 
-# -- targets ------------------------------------------------------------------------------------------
+# -- targets ---------------------------------------------------------------------------------------
 
 
 def names(model: nn.Module, targets: Any) -> list[str]:
-    return [site.name for site in find_sites(model, targets)]
+    return [target_layer.name for target_layer in find_target_layers(model, targets)]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile imports what torch itself has deprecated
+# torch.compile imports what torch itself has deprecated
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_all_linear_leaves_out_the_output_embedding_as_peft_does() -> None:
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 
     for build in (tiny_llama, tiny_bert):
         adapted = get_peft_model(build(), LoraConfig(target_modules="all-linear"))
-        theirs = [n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if isinstance(m, LoraLayer)]
+        theirs = [
+            n.removeprefix("base_model.model.")
+            for n, m in adapted.named_modules()
+            if isinstance(m, LoraLayer)
+        ]
         assert names(build(), "all-linear") == theirs
 
 
@@ -58,35 +63,46 @@ def test_targets_are_suffixes_names_or_a_regular_expression() -> None:
 
 
 def test_a_target_that_matches_nothing_says_what_would() -> None:
-    with pytest.raises(TargetError, match=r"\['query'\] match no layer.*end in: down, k, q, up, v.*all-linear"):
-        find_sites(Toy(), ["query"])
+    with pytest.raises(
+        TargetError, match=r"\['query'\] match no layer.*end in: down, k, q, up, v.*all-linear"
+    ):
+        find_target_layers(Toy(), ["query"])
     with pytest.raises(TargetError, match="not a regular expression"):
-        find_sites(Toy(), "(")
+        find_target_layers(Toy(), "(")
     with pytest.raises(TargetError, match="no linear layer at all"):
-        find_sites(nn.Sequential(nn.ReLU()), "all-linear")
+        find_target_layers(nn.Sequential(nn.ReLU()), "all-linear")
 
 
 def test_a_target_of_an_unsupported_kind_is_named() -> None:
     with pytest.raises(TargetError, match=r"conv \(ConvTranspose1d\).*exclude_modules"):
-        find_sites(nn.ModuleDict({"conv": nn.ConvTranspose1d(2, 2, 1)}), ["conv"])
+        find_target_layers(nn.ModuleDict({"conv": nn.ConvTranspose1d(2, 2, 1)}), ["conv"])
 
 
 def test_gpt2_conv1d_is_a_linear_layer_with_its_weight_transposed() -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2, n_positions=32)).eval()
-    sites = {site.name: site for site in find_sites(model, "all-linear")}
-    assert (sites["transformer.h.0.attn.c_attn"].in_features, sites["transformer.h.0.attn.c_attn"].out_features) == (16, 48)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    ).eval()
+    target_layers = {
+        target_layer.name: target_layer for target_layer in find_target_layers(model, "all-linear")
+    }
+    assert (
+        target_layers["transformer.h.0.attn.c_attn"].in_features,
+        target_layers["transformer.h.0.attn.c_attn"].out_features,
+    ) == (16, 48)
     calibration = evatune.calibrate(model, tokens(), EXACT)
     assert calibration.spectra["transformer.h.0.mlp.c_proj"].directions.shape == (8, 64)
 
 
-# -- rows ---------------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
 
 def test_padding_is_left_out() -> None:
     seen: list[Tensor] = []
     model = tiny_bert()
     batches = tokens(padded=True)
-    hook = model.encoder.layer[1].output.dense.register_forward_pre_hook(lambda m, a: seen.append(a[0].clone()))
+    hook = model.encoder.layer[1].output.dense.register_forward_pre_hook(
+        lambda m, a: seen.append(a[0].clone())
+    )
     with torch.no_grad():
         for batch in batches:
             model(**batch)
@@ -97,7 +113,9 @@ def test_padding_is_left_out() -> None:
     assert torch.allclose(spectrum.energies.double(), second_moment(rows)[:8], rtol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["long", "bool", "float", "4d-bool", "4d-additive", "4d-causal", "3d", "query-free"])
+@pytest.mark.parametrize(
+    "form", ["long", "bool", "float", "4d-bool", "4d-additive", "4d-causal", "3d", "query-free"]
+)
 def test_every_form_of_attention_mask_means_the_same(form: str) -> None:
     real = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]).bool()
     square = real[:, None, :].expand(2, 4, 4)
@@ -107,7 +125,9 @@ def test_every_form_of_attention_mask_means_the_same(form: str) -> None:
         "float": real.float(),
         "4d-bool": square[:, None],
         "4d-additive": torch.where(square, 0.0, torch.finfo(torch.float32).min)[:, None],
-        "4d-causal": torch.where(square & torch.ones(4, 4).tril().bool(), 0.0, float("-inf"))[:, None],
+        "4d-causal": torch.where(square & torch.ones(4, 4).tril().bool(), 0.0, float("-inf"))[
+            :, None
+        ],
         "3d": square.long(),
         "query-free": real[:, None, None, :],
     }[form]
@@ -122,8 +142,14 @@ def test_an_additive_mask_that_masks_nothing_keeps_every_token() -> None:
 
 def test_labels_choose_the_positions_that_predict_them() -> None:
     labels = torch.tensor([[-100, -100, 7, 8], [-100, 5, -100, 6]])
-    assert label_mask(labels, -100, shift=False).tolist() == [[False, False, True, True], [False, True, False, True]]
-    assert label_mask(labels, -100, shift=True).tolist() == [[False, True, True, False], [True, False, True, False]]
+    assert label_mask(labels, -100, shift=False).tolist() == [
+        [False, False, True, True],
+        [False, True, False, True],
+    ]
+    assert label_mask(labels, -100, shift=True).tolist() == [
+        [False, True, True, False],
+        [True, False, True, False],
+    ]
 
 
 def test_labels_only_shifts_for_a_causal_model_and_not_for_an_encoder() -> None:
@@ -134,13 +160,21 @@ def test_labels_only_shifts_for_a_causal_model_and_not_for_an_encoder() -> None:
         labels[:, :4] = -100
         batches.append({**batch, "labels": labels})
     shifted = evatune.calibrate(tiny_llama(), batches, config)
-    wanted = sum(int((label_mask(b["labels"], -100, True) & b["attention_mask"].bool()).sum()) for b in batches)
+    wanted = sum(
+        int((label_mask(b["labels"], -100, True) & b["attention_mask"].bool()).sum())
+        for b in batches
+    )
     assert {s.rows for s in shifted.spectra.values()} == {wanted}
     plain = evatune.calibrate(
-        tiny_bert(), batches, config, forward=lambda m, b: m(b["input_ids"], b["attention_mask"]),
+        tiny_bert(),
+        batches,
+        config,
+        forward=lambda m, b: m(b["input_ids"], b["attention_mask"]),
         targets=["intermediate.dense"],
-    )  # fmt: skip
-    assert next(iter(plain.spectra.values())).rows == sum(int((b["labels"] != -100).sum()) for b in batches)
+    )
+    assert next(iter(plain.spectra.values())).rows == sum(
+        int((b["labels"] != -100).sum()) for b in batches
+    )
 
 
 def test_labels_only_without_token_labels_says_so() -> None:
@@ -159,7 +193,7 @@ def test_pooled_rows_and_flattened_rows_follow_their_shape() -> None:
     assert selector.rows(torch.zeros(2, 7, 5))[1] is None
 
 
-# -- batches ------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -175,7 +209,9 @@ def as_kind(kind: str, xs: list[Tensor]) -> Any:
         "tuples": lambda: [(x,) for x in xs],
         "lists": lambda: [[x] for x in xs],
         "dicts": lambda: [{"x": x} for x in xs],
-        "BatchEncoding": lambda: [BatchEncoding({"x": x, "attention_mask": m}) for x, m in zip(xs, full, strict=True)],
+        "BatchEncoding": lambda: [
+            BatchEncoding({"x": x, "attention_mask": m}) for x, m in zip(xs, full, strict=True)
+        ],
         "UserDict": lambda: [UserDict({"x": x}) for x in xs],
         "dataclass": lambda: [Batch(x, m) for x, m in zip(xs, full, strict=True)],
         "generator": lambda: (x for x in xs),
@@ -186,7 +222,17 @@ def as_kind(kind: str, xs: list[Tensor]) -> Any:
 
 @pytest.mark.parametrize(
     "kind",
-    ["tuples", "lists", "dicts", "BatchEncoding", "UserDict", "dataclass", "generator", "iterator", "DataLoader"],
+    [
+        "tuples",
+        "lists",
+        "dicts",
+        "BatchEncoding",
+        "UserDict",
+        "dataclass",
+        "generator",
+        "iterator",
+        "DataLoader",
+    ],
 )
 def test_batches_of_every_kind_give_the_same(kind: str) -> None:
     xs = inputs()
@@ -238,15 +284,26 @@ def test_forward_and_rows_replace_the_defaults() -> None:
 
     def rows(activation: Tensor, batch: Any, name: str) -> Tensor:
         asked.add(name)
-        return activation[:, 0] if name.endswith("q") else activation.reshape(-1, activation.shape[-1])
+        return (
+            activation[:, 0] if name.endswith("q") else activation.reshape(-1, activation.shape[-1])
+        )
 
     found = evatune.calibrate(
-        Toy(), [{"image": x} for x in xs], EXACT, forward=lambda m, b: m(b["image"]), rows=rows, targets=["q", "k"]
+        Toy(),
+        [{"image": x} for x in xs],
+        EXACT,
+        forward=lambda m, b: m(b["image"]),
+        rows=rows,
+        targets=["q", "k"],
     )
     assert asked == {"blocks.0.q", "blocks.0.k", "blocks.1.q", "blocks.1.k"}
     assert found.spectra["blocks.0.q"].rows == 4 * len(xs)
     assert found.spectra["blocks.0.k"].rows == 64 * len(xs)
-    assert torch.allclose(found.spectra["blocks.0.q"].energies.double(), second_moment(torch.cat(xs)[:, 0])[:8], rtol=1e-4)
+    assert torch.allclose(
+        found.spectra["blocks.0.q"].energies.double(),
+        second_moment(torch.cat(xs)[:, 0])[:8],
+        rtol=1e-4,
+    )
 
 
 def test_rows_of_a_wrong_shape_name_the_layer() -> None:
@@ -254,7 +311,7 @@ def test_rows_of_a_wrong_shape_name_the_layer() -> None:
         evatune.calibrate(Toy(), inputs(), rows=lambda activation, batch, name: activation)
 
 
-# -- sharing ------------------------------------------------------------------------------------------
+# -- sharing ---------------------------------------------------------------------------------------
 
 
 class Scripted(nn.Module):
@@ -269,7 +326,9 @@ class Scripted(nn.Module):
             getattr(self, layer)(tensors[index])
 
 
-def run_script(*forwards: list[tuple[str, int]], seed: int = 0) -> tuple[evatune.Calibration, dict[str, Tensor]]:
+def run_script(
+    *forwards: list[tuple[str, int]], seed: int = 0
+) -> tuple[evatune.Calibration, dict[str, Tensor]]:
     """Calibrate on scripted forwards; also the rows each layer truly saw."""
     generator = torch.Generator().manual_seed(seed)
     truth: dict[str, list[Tensor]] = {"a": [], "b": [], "c": []}
@@ -281,7 +340,9 @@ def run_script(*forwards: list[tuple[str, int]], seed: int = 0) -> tuple[evatune
         batches.append((calls, *tensors))
     config = evatune.CalibrationConfig(components=4, tolerance=0)
     calibration = evatune.calibrate(Scripted(), batches, config)
-    return calibration, {name: torch.cat(rows) if rows else torch.zeros(0, 8) for name, rows in truth.items()}
+    return calibration, {
+        name: torch.cat(rows) if rows else torch.zeros(0, 8) for name, rows in truth.items()
+    }
 
 
 SAME = [("a", 0), ("b", 0), ("c", 0)]
@@ -292,14 +353,28 @@ SAME = [("a", 0), ("b", 0), ("c", 0)]
     [
         pytest.param([SAME] * 4, id="always the same"),
         pytest.param([SAME, SAME, [("a", 0), ("b", 1), ("c", 0)], SAME], id="b strays once"),
-        pytest.param([SAME, [("a", 0), ("b", 1), ("c", 1)], SAME, SAME, SAME], id="b and c stray together"),
+        pytest.param(
+            [SAME, [("a", 0), ("b", 1), ("c", 1)], SAME, SAME, SAME], id="b and c stray together"
+        ),
         pytest.param([SAME, [("a", 0), ("c", 0)], SAME], id="b is left out once"),
         pytest.param([[("a", 0)], SAME, SAME], id="b and c come late"),
-        pytest.param([[("b", 0), ("b", 1), ("a", 0), ("a", 1), ("c", 0)], SAME], id="several calls per forward"),
-        pytest.param([SAME, [("a", 0), ("a", 1), ("b", 0), ("c", 1), ("c", 0)], SAME], id="the second call differs"),
-        pytest.param([SAME, [("a", 0), ("a", 1), ("a", 2)], [("b", 0), ("b", 1)], SAME], id="whole forwards apart"),
+        pytest.param(
+            [[("b", 0), ("b", 1), ("a", 0), ("a", 1), ("c", 0)], SAME],
+            id="several calls per forward",
+        ),
+        pytest.param(
+            [SAME, [("a", 0), ("a", 1), ("b", 0), ("c", 1), ("c", 0)], SAME],
+            id="the second call differs",
+        ),
+        pytest.param(
+            [SAME, [("a", 0), ("a", 1), ("a", 2)], [("b", 0), ("b", 1)], SAME],
+            id="whole forwards apart",
+        ),
         pytest.param([[("a", 0), ("b", 1)], SAME, SAME], id="different at first, the same later"),
-        pytest.param([SAME, [("b", 0), ("a", 0), ("c", 3)], [("c", 1), ("a", 1), ("b", 2)]], id="another order"),
+        pytest.param(
+            [SAME, [("b", 0), ("a", 0), ("c", 3)], [("c", 1), ("a", 1), ("b", 2)]],
+            id="another order",
+        ),
     ],
 )
 def test_each_layer_gets_exactly_its_own_rows(forwards: list[list[tuple[str, int]]]) -> None:
@@ -330,14 +405,19 @@ def test_layers_of_a_real_model_share_what_they_should() -> None:
 def test_all_linear_leaves_out_the_output_embedding_be_it_compiled_or_trained() -> None:
     compiled, trained = tiny_llama(), tiny_llama()
     compiled.lm_head = torch.compile(compiled.lm_head, backend="eager")
-    trained = get_peft_model(trained, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    plain = {site.name for site in find_sites(tiny_llama(), "all-linear")}
+    trained = get_peft_model(
+        trained, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    plain = {target_layer.name for target_layer in find_target_layers(tiny_llama(), "all-linear")}
     for model in (compiled, trained):
-        assert {site.name for site in find_sites(model, "all-linear")} == plain
+        assert {
+            target_layer.name for target_layer in find_target_layers(model, "all-linear")
+        } == plain
 
 
 class Overwrites(nn.Module):
-    """Hands one tensor to two layers, as it is or an alias that counts its own writes, but writes to it in between."""
+    """Hands one tensor to two layers, as it is or an alias that counts its own writes, but writes
+    to it in between."""
 
     def __init__(self, aliases: bool) -> None:
         super().__init__()
@@ -354,12 +434,14 @@ class Overwrites(nn.Module):
 @pytest.mark.parametrize("aliases", [False, True])
 def test_a_tensor_written_to_between_two_layers_is_two_inputs(aliases: bool) -> None:
     xs = [torch.randn(30, 8) for _ in range(3)]
-    calibration = evatune.calibrate(Overwrites(aliases), xs, evatune.CalibrationConfig(components=4, tolerance=0))
+    calibration = evatune.calibrate(
+        Overwrites(aliases), xs, evatune.CalibrationConfig(components=4, tolerance=0)
+    )
     a, b = calibration.spectra["a"], calibration.spectra["b"]
     assert b.total_energy == pytest.approx(9 * a.total_energy, rel=1e-4)
 
 
-# -- as found -----------------------------------------------------------------------------------------
+# -- as found --------------------------------------------------------------------------------------
 
 
 class Failing(Toy):
@@ -369,7 +451,9 @@ class Failing(Toy):
         super().__init__()
         self.calls = 0
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         self.calls += 1
         x = self.blocks[0](x)
         if self.calls == 3:
@@ -380,11 +464,17 @@ class Failing(Toy):
 def state_of(model: nn.Module) -> list[Any]:
     return [
         (
-            name, module.training, len(module._forward_pre_hooks), len(module._forward_hooks),
-            [(n, p.requires_grad, p.grad is None) for n, p in module.named_parameters(recurse=False)],
+            name,
+            module.training,
+            len(module._forward_pre_hooks),
+            len(module._forward_hooks),
+            [
+                (n, p.requires_grad, p.grad is None)
+                for n, p in module.named_parameters(recurse=False)
+            ],
         )
         for name, module in model.named_modules()
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("model", [Toy, Failing])
@@ -452,11 +542,20 @@ class Parting(nn.Module):
 
 
 def test_a_layer_that_comes_after_its_group_has_parted_gets_its_own_rows() -> None:
-    rows = torch.randn(120, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 121)[:, None]
+    rows = (
+        torch.randn(120, 8, generator=torch.Generator().manual_seed(0))
+        * torch.arange(1, 121)[:, None]
+    )
     calibration = evatune.calibrate(Parting(), [rows], EXACT)
-    for name, own in {"a": rows[:80], "b": torch.cat([rows[:40], rows[80:]]), "c": rows[:40]}.items():
+    for name, own in {
+        "a": rows[:80],
+        "b": torch.cat([rows[:40], rows[80:]]),
+        "c": rows[:40],
+    }.items():
         assert calibration.spectra[name].rows == len(own)
-        assert calibration.spectra[name].total_energy == pytest.approx(float(own.square().sum(1).mean()), rel=1e-5)
+        assert calibration.spectra[name].total_energy == pytest.approx(
+            float(own.square().sum(1).mean()), rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("sketch", ["nystrom", "exact", "incremental"])
@@ -464,7 +563,9 @@ def test_a_first_batch_without_rows_is_no_obstacle_when_centring(sketch: str) ->
     batches = [torch.zeros(0, 8), *torch.randn(4, 120, 8).unbind()]
     config = evatune.CalibrationConfig(rank=2, sketch=sketch, center=True, tolerance=0)
     assert evatune.calibrate(Parting(), batches[1:], config, targets=["c"]).status["c"].usable
-    assert evatune.calibrate(nn.Sequential(nn.Linear(8, 8)), batches, config).spectra["0"].rows == 480
+    assert (
+        evatune.calibrate(nn.Sequential(nn.Linear(8, 8)), batches, config).spectra["0"].rows == 480
+    )
 
 
 def test_a_forward_pass_in_inference_mode_is_fine_and_sees_writes_in_place() -> None:
@@ -480,7 +581,9 @@ def test_a_forward_pass_in_inference_mode_is_fine_and_sees_writes_in_place() -> 
             return self.b(h)
 
     batches = [torch.randn(50, 8, generator=torch.Generator().manual_seed(1)) for _ in range(3)]
-    calibration = evatune.calibrate(InPlace(), batches, EXACT, forward=torch.inference_mode()(lambda m, x: m(x)))
+    calibration = evatune.calibrate(
+        InPlace(), batches, EXACT, forward=torch.inference_mode()(lambda m, x: m(x))
+    )
     energies = {name: spectrum.total_energy for name, spectrum in calibration.spectra.items()}
     assert energies["b"] == pytest.approx(9 * energies["a"], rel=1e-5)
 
@@ -498,7 +601,8 @@ def test_torchs_own_transformer_layers_are_not_passed_by() -> None:
     assert torch.backends.mha.get_fastpath_enabled() == before
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile imports what torch itself has deprecated
+# torch.compile imports what torch itself has deprecated
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_names_of_a_compiled_model_are_those_of_the_model() -> None:
     assert names(torch.compile(Toy()), None) == names(Toy(), None)
 
@@ -521,12 +625,14 @@ def test_a_module_that_is_trained_in_full_keeps_its_name_and_its_original_is_wat
     options = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
     model = get_peft_model(tiny_bert("classification"), LoraConfig(r=2, **options))
     assert names(model, "all-linear") == names(tiny_bert("classification"), "all-linear")
-    assert names(model, None) == [name for name in names(model, "all-linear") if name.endswith("query")]
+    assert names(model, None) == [
+        name for name in names(model, "all-linear") if name.endswith("query")
+    ]
     calibration = evatune.calibrate(model, tokens(8), EXACT, targets=["classifier"])
     assert calibration.status["classifier"].usable
 
 
-# -- forward passes that are not ours -----------------------------------------------------------------
+# -- forward passes that are not ours --------------------------------------------------------------
 
 
 def test_forward_passes_of_others_are_not_counted() -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import evatune
 from evatune import Calibration, CalibrationConfig
-from evatune.checkpoint import Checkpoint
+from evatune.calibration.checkpoint import Checkpoint
 from evatune.errors import ConfigError, DataError, RecordError
 from evatune.sketch import SKETCHES
 from tests.toys import Toy, inputs
@@ -39,27 +39,38 @@ def require_same(a: Calibration, b: Calibration) -> None:
     for name, spectrum in a.spectra.items():
         other = b.spectra[name].state()
         assert spectrum.state().keys() == other.keys()
-        assert all(torch.equal(tensor, other[key]) for key, tensor in spectrum.state().items()), name
+        assert all(torch.equal(tensor, other[key]) for key, tensor in spectrum.state().items()), (
+            name
+        )
 
 
-def interrupted(path: Path, after: int, data: list[torch.Tensor], settings: CalibrationConfig, every: int = 1) -> None:
+def interrupted(
+    path: Path, after: int, data: list[torch.Tensor], settings: CalibrationConfig, every: int = 1
+) -> None:
     def progress(now: evatune.Progress) -> None:
         if now.batch == after:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        evatune.calibrate(Toy(), data, settings, progress=progress, checkpoint=Checkpoint(path, every))
+        evatune.calibrate(
+            Toy(), data, settings, progress=progress, checkpoint=Checkpoint(path, every)
+        )
 
 
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("sketch", SKETCHES)
-def test_resumed_anywhere_it_ends_as_if_nothing_had_happened(tmp_path: Path, sketch: str, center: bool) -> None:
+def test_resumed_anywhere_it_ends_as_if_nothing_had_happened(
+    tmp_path: Path, sketch: str, center: bool
+) -> None:
     data, settings = inputs(10), config(sketch=sketch, center=center)
     whole = evatune.calibrate(Toy(), data, settings)
     for after in range(2, 11):
         path = tmp_path / f"{after}"
         interrupted(path, after, data, settings, every=2 if after > 2 else 1)
-        require_same(whole, evatune.calibrate(Toy(), data, settings, checkpoint=Checkpoint(path, 3, resume=True)))
+        require_same(
+            whole,
+            evatune.calibrate(Toy(), data, settings, checkpoint=Checkpoint(path, 3, resume=True)),
+        )
 
 
 def test_the_stop_rule_goes_on_too(tmp_path: Path) -> None:
@@ -68,7 +79,9 @@ def test_the_stop_rule_goes_on_too(tmp_path: Path) -> None:
     assert 4 < whole.batches < 40
     for after in (3, 5, whole.batches - 1, whole.batches):
         interrupted(tmp_path / f"{after}", after, data, settings)
-        resumed = evatune.calibrate(Toy(), data, settings, checkpoint=Checkpoint(tmp_path / f"{after}", resume=True))
+        resumed = evatune.calibrate(
+            Toy(), data, settings, checkpoint=Checkpoint(tmp_path / f"{after}", resume=True)
+        )
         require_same(whole, resumed)
 
 
@@ -77,7 +90,12 @@ def test_bad_rows_stay_bad(tmp_path: Path) -> None:
     data[1][0, 0, 0] = float("inf")
     whole = evatune.calibrate(Toy(), data, settings)
     interrupted(tmp_path / "c", 5, data, settings)
-    require_same(whole, evatune.calibrate(Toy(), data, settings, checkpoint=Checkpoint(tmp_path / "c", resume=True)))
+    require_same(
+        whole,
+        evatune.calibrate(
+            Toy(), data, settings, checkpoint=Checkpoint(tmp_path / "c", resume=True)
+        ),
+    )
 
 
 class Late(torch.nn.Module):
@@ -106,7 +124,9 @@ def test_layers_that_came_after_the_last_check(tmp_path: Path) -> None:
         point = Checkpoint(tmp_path / f"{after}", 1)
         with pytest.raises(Interrupted):
             evatune.calibrate(Late(), data, settings, progress=progress, checkpoint=point)
-        resumed = evatune.calibrate(Late(), data, settings, checkpoint=Checkpoint(point.path, resume=True))
+        resumed = evatune.calibrate(
+            Late(), data, settings, checkpoint=Checkpoint(point.path, resume=True)
+        )
         require_same(whole, resumed)
 
 
@@ -129,7 +149,9 @@ evatune.calibrate(Toy(), inputs(40), config(max_batches=40), forward=forward, ch
 
 
 def test_killed_at_random_moments_it_resumes_and_ends_the_same(tmp_path: Path) -> None:
-    whole = evatune.calibrate(Toy(), inputs(40), config(max_batches=40), forward=lambda model, batch: model(batch))
+    whole = evatune.calibrate(
+        Toy(), inputs(40), config(max_batches=40), forward=lambda model, batch: model(batch)
+    )
     moments, kills = random.Random(0), 0
     for _ in range(12):
         process = subprocess.Popen([sys.executable, "-c", _RUN, str(tmp_path)], cwd=ROOT)
@@ -137,7 +159,11 @@ def test_killed_at_random_moments_it_resumes_and_ends_the_same(tmp_path: Path) -
         end = time.monotonic() + 60
         # Once it is past the imports, wherever in a batch or in the writing of a file it may be.
         while process.poll() is None and time.monotonic() < end:
-            if (tmp_path / "point").exists() and (tmp_path / "point").stat().st_mtime_ns > before and kills < 3:
+            if (
+                (tmp_path / "point").exists()
+                and (tmp_path / "point").stat().st_mtime_ns > before
+                and kills < 3
+            ):
                 time.sleep(moments.uniform(0, 0.4))
                 process.send_signal(signal.SIGKILL)
                 process.wait()
@@ -158,15 +184,21 @@ class TestWhatDoesNotFit:
         interrupted(tmp_path / "point", 5, inputs(8), config())
         return tmp_path / "point"
 
-    def resume(self, point: Path, model: torch.nn.Module | None = None, **options: Any) -> Calibration:
+    def resume(
+        self, point: Path, model: torch.nn.Module | None = None, **options: Any
+    ) -> Calibration:
         about = options.pop("about", {})
         return evatune.calibrate(
-            model or Toy(), options.pop("data", inputs(8)), config(**options),
+            model or Toy(),
+            options.pop("data", inputs(8)),
+            config(**options),
             checkpoint=Checkpoint(point, resume=True, about=about),
-        )  # fmt: skip
+        )
 
     def test_other_settings_are_named(self, point: Path) -> None:
-        with pytest.raises(ConfigError, match="config seed was 0 and is 1; resume with the same options and data"):
+        with pytest.raises(
+            ConfigError, match="config seed was 0 and is 1; resume with the same options and data"
+        ):
             self.resume(point, seed=1)
         with pytest.raises(ConfigError, match="model was Toy and is Sequential"):
             self.resume(point, torch.nn.Sequential(torch.nn.Linear(16, 16)))
@@ -181,7 +213,9 @@ class TestWhatDoesNotFit:
             self.resume(point, model)
 
     def test_data_that_is_shorter_now(self, point: Path) -> None:
-        with pytest.raises(DataError, match="ended after 3 batches, but 4 were seen before the interruption"):
+        with pytest.raises(
+            DataError, match="ended after 3 batches, but 4 were seen before the interruption"
+        ):
             self.resume(point, data=inputs(3))
 
     @pytest.mark.parametrize("damage", ["cut", "text", "foreign", "record"])
@@ -193,7 +227,11 @@ class TestWhatDoesNotFit:
         elif damage == "foreign":
             save_file({"a": torch.zeros(1)}, point)
         else:
-            save_file({"a": torch.zeros(1)}, point, metadata={"format": "evatune-checkpoint-1", "record": json.dumps({})})
+            save_file(
+                {"a": torch.zeros(1)},
+                point,
+                metadata={"format": "evatune-checkpoint-1", "record": json.dumps({})},
+            )
         with pytest.raises(RecordError, match="--resume"):
             self.resume(point)
 

@@ -1,4 +1,5 @@
-"""`evatune init` and `evatune inspect`: what they write, what they print, and what bad input gets."""
+"""`evatune init` and `evatune inspect`: what they write, what they print, and what bad input
+gets."""
 
 from __future__ import annotations
 
@@ -31,9 +32,14 @@ from tests.conftest import Answer, Command, refused, save_model, sentences
 torch.set_num_threads(1)
 
 FILES = {
-    "README.md", "adapter_config.json", "adapter_model.safetensors", "calibration.safetensors", "evatune.json",
-    "report.html", "run.json",
-}  # fmt: skip
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "calibration.safetensors",
+    "evatune.json",
+    "report.html",
+    "run.json",
+}
 
 
 @pytest.fixture
@@ -48,7 +54,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def init(command: Command, bert_folder: Path, text_file: Path, work: Path) -> Command:
-    """`evatune init` on the tiny model and texts; keywords replace options, None leaves one out, True is a flag."""
+    """`evatune init` on the tiny model and texts; keywords replace options, None leaves one out,
+    True is a flag."""
 
     def run(**options: Any) -> Answer:
         chosen = {"model": bert_folder, "data": text_file, "rank": 4, "out": "out"} | options
@@ -65,7 +72,18 @@ def init(command: Command, bert_folder: Path, text_file: Path, work: Path) -> Co
 def written(bert_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that `evatune init` wrote."""
     out = tmp_path_factory.mktemp("written") / "out"
-    arguments = ["--model", str(bert_folder), "--data", str(text_file), "--rank", "4", "--seed", "3", "--out", str(out)]
+    arguments = [
+        "--model",
+        str(bert_folder),
+        "--data",
+        str(text_file),
+        "--rank",
+        "4",
+        "--seed",
+        "3",
+        "--out",
+        str(out),
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         patch.setattr(sys, "argv", ["evatune", "init", *arguments, "--json"])
@@ -74,7 +92,7 @@ def written(bert_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPat
     return out
 
 
-# -- what init writes -----------------------------------------------------------------------------------
+# -- what init writes ------------------------------------------------------------------------------
 
 
 def test_without_arguments_init_runs_the_demo(command: Command, work: Path) -> None:
@@ -113,7 +131,11 @@ def test_plain_peft_loads_the_adapter(written: Path, bert_folder: Path) -> None:
     assert torch.allclose(before, after, atol=1e-6)
     calibration = evatune.Calibration.load(written / "calibration.safetensors")
     plan = calibration.allocate()
-    adapted = {name: layer for name, layer in loaded.base_model.model.named_modules() if hasattr(layer, "lora_A")}
+    adapted = {
+        name: layer
+        for name, layer in loaded.base_model.model.named_modules()
+        if hasattr(layer, "lora_A")
+    }
     assert set(adapted) == {name for name, rank in plan.ranks.items() if rank}
     for name, layer in adapted.items():
         expected = calibration.spectra[name].directions[: plan.ranks[name]]
@@ -121,7 +143,9 @@ def test_plain_peft_loads_the_adapter(written: Path, bert_folder: Path) -> None:
         assert layer.scaling["default"] == pytest.approx(1 / 4)
 
 
-def test_the_run_records_seed_settings_and_versions(written: Path, bert_folder: Path, text_file: Path) -> None:
+def test_the_run_records_seed_settings_and_versions(
+    written: Path, bert_folder: Path, text_file: Path
+) -> None:
     record = json.loads((written / "run.json").read_text())
     settings = record["settings"]
     assert settings["seed"] == 3
@@ -131,7 +155,9 @@ def test_the_run_records_seed_settings_and_versions(written: Path, bert_folder: 
     assert settings["device"] in ("cpu", "cuda:0")
     assert settings["dtype"] == "float32"
     assert settings["max_length"] == 64
-    assert {"evatune", "torch", "python", "peft", "transformers", "datasets", "safetensors"} <= set(record["versions"])
+    assert {"evatune", "torch", "python", "peft", "transformers", "datasets", "safetensors"} <= set(
+        record["versions"]
+    )
 
 
 class Page(html.parser.HTMLParser):
@@ -145,7 +171,11 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
-        self.references += [value or "" for name, value in attrs if name.rpartition(":")[2] in ("src", "href", "srcset")]
+        self.references += [
+            value or ""
+            for name, value in attrs
+            if name.rpartition(":")[2] in ("src", "href", "srcset")
+        ]
         if tag not in self.void:
             self.open.append(tag)
 
@@ -176,7 +206,11 @@ def test_the_report_shows_every_layer_and_setting(written: Path) -> None:
 def test_the_table_names_each_layer_with_rank_and_status(init: Command) -> None:
     answer = init(max_batches=2)
     assert answer.status == 0
-    for name in ("encoder.layer.0.attention.self.query", "encoder.layer.1.output.dense", "pooler.dense"):
+    for name in (
+        "encoder.layer.0.attention.self.query",
+        "encoder.layer.1.output.dense",
+        "pooler.dense",
+    ):
         assert re.search(rf"{re.escape(name)} .*\b32→32|{re.escape(name)} .*\b64→32", answer.out)
     assert "max_batches_reached" in answer.out
     assert "out/report.html" in answer.out
@@ -185,7 +219,9 @@ def test_the_table_names_each_layer_with_rank_and_status(init: Command) -> None:
 
 def test_a_wide_line_is_not_broken_in_a_pipe(init: Command) -> None:
     lines = init(max_batches=2).out.splitlines()
-    assert any(line.startswith("Energy of unseen rows") and line.endswith("chose them") for line in lines)
+    assert any(
+        line.startswith("Energy of unseen rows") and line.endswith("chose them") for line in lines
+    )
 
 
 _NOISE = """
@@ -199,7 +235,9 @@ print("result")
 
 
 def test_what_libraries_print_does_not_mix_with_results() -> None:
-    done = subprocess.run([sys.executable, "-c", _NOISE], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _NOISE], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "result\n"
     assert {"a library", "a worker"} <= set(done.stderr.splitlines())
 
@@ -213,7 +251,11 @@ def test_json_output_is_one_object_and_nothing_else(init: Command, work: Path) -
     assert facts["out"] == "out"
     assert facts["config"]["center"] is True
     assert facts["problem"] is None
-    assert sum(row["rank"] for row in facts["layers"]) == facts["totals"]["ranks"] == 4 * len(facts["layers"])
+    assert (
+        sum(row["rank"] for row in facts["layers"])
+        == facts["totals"]["ranks"]
+        == 4 * len(facts["layers"])
+    )
     assert {"evatune", "torch"} <= set(facts["versions"])
     assert (work / "out" / "report.html").is_file()
 
@@ -237,35 +279,62 @@ def test_weights_that_the_checkpoint_lacks_are_said_to_be_random(init: Command, 
     ]
 
 
-def test_a_causal_language_model_is_taken_as_one(init: Command, work: Path, llama_folder: Path) -> None:
+def test_a_causal_language_model_is_taken_as_one(
+    init: Command, work: Path, llama_folder: Path
+) -> None:
     answer = init(model=llama_folder, json=True)
     assert answer.status == 0
     assert json.loads(answer.out)["settings"]["task"] == "causal-lm"
-    assert json.loads((work / "out" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
-    loaded = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(llama_folder), str(work / "out"))
+    assert (
+        json.loads((work / "out" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+    )
+    loaded = PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(llama_folder), str(work / "out")
+    )
     assert not any("lm_head" in name for name, _ in loaded.named_parameters() if "lora" in name)
 
 
 def test_a_sequence_to_sequence_model_gets_its_targets(init: Command, tmp_path: Path) -> None:
     config = transformers.T5Config(
-        vocab_size=60, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+        vocab_size=60,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+        pad_token_id=0,
     )
-    folder = save_model(transformers.T5ForConditionalGeneration(config), tmp_path / "t5", model_max_length=32)
+    folder = save_model(
+        transformers.T5ForConditionalGeneration(config), tmp_path / "t5", model_max_length=32
+    )
     answer = init(model=folder, json=True)
     assert answer.status == 0, answer.err
     assert json.loads(answer.out)["settings"]["task"] == "seq2seq-lm"
-    assert any(row["name"].startswith("decoder.") and row["rank"] for row in json.loads(answer.out)["layers"])
+    assert any(
+        row["name"].startswith("decoder.") and row["rank"]
+        for row in json.loads(answer.out)["layers"]
+    )
 
 
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
-        ("query, value", {f"encoder.layer.{i}.attention.self.{part}" for i in (0, 1) for part in ("query", "value")}),
+        (
+            "query, value",
+            {
+                f"encoder.layer.{i}.attention.self.{part}"
+                for i in (0, 1)
+                for part in ("query", "value")
+            },
+        ),
         ("attention.output.dense", {f"encoder.layer.{i}.attention.output.dense" for i in (0, 1)}),
         (r".*\.1\..*\.key", {"encoder.layer.1.attention.self.key"}),
     ],
 )
-def test_targets_are_a_list_of_endings_or_a_regular_expression(init: Command, targets: str, expected: set[str]) -> None:
+def test_targets_are_a_list_of_endings_or_a_regular_expression(
+    init: Command, targets: str, expected: set[str]
+) -> None:
     answer = init(targets=targets, json=True, max_batches=2)
     assert answer.status == 0, answer.err
     assert {row["name"] for row in json.loads(answer.out)["layers"]} == expected
@@ -283,7 +352,14 @@ def test_excluded_layers_are_left_out(init: Command) -> None:
     [
         {"budget": "parameters", "metric": "raw", "scale": "matched", "max_length": 5},
         {"sketch": "exact", "center": True, "dtype": "bfloat16", "batch_size": 7},
-        {"sketch": "incremental", "rho": 1, "alpha": 8, "device": "cpu", "scale": "whiten", "tolerance": 0},
+        {
+            "sketch": "incremental",
+            "rho": 1,
+            "alpha": 8,
+            "device": "cpu",
+            "scale": "whiten",
+            "tolerance": 0,
+        },
     ],
 )
 def test_every_option_reaches_the_run(init: Command, work: Path, options: dict[str, Any]) -> None:
@@ -297,7 +373,7 @@ def test_missing_parents_of_the_output_are_made(init: Command, work: Path) -> No
     assert {path.name for path in (work / "a" / "b" / "out").iterdir()} == FILES
 
 
-# -- data -------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 def data_file(folder: Path, kind: str) -> Path:
@@ -330,7 +406,7 @@ def test_the_text_column_can_be_named(init: Command, tmp_path: Path) -> None:
     assert init(data=path, text_column="answer", max_batches=2).status == 0
 
 
-# -- bad input --------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -338,7 +414,10 @@ def test_the_text_column_can_be_named(init: Command, tmp_path: Path) -> None:
     [
         ({"rank": 0}, ["rank is 0", "at least 1"]),
         ({"rank": "many"}, ["--rank", "evatune init --help"]),
-        ({"rank": 40}, ["budget of 520 ranks", "encoder.layer.0.attention.self.query (", "Lower rank"]),
+        (
+            {"rank": 40},
+            ["budget of 520 ranks", "encoder.layer.0.attention.self.query (", "Lower rank"],
+        ),
         ({"rho": 0.5}, ["rho is 0.5", "at least 1"]),
         ({"rho": "nan"}, ["rho is nan"]),
         ({"rho": "inf"}, ["rho is inf"]),
@@ -371,7 +450,9 @@ def test_the_text_column_can_be_named(init: Command, tmp_path: Path) -> None:
         ({"out": "/dev/null/out"}, ["'/dev/null/out' cannot be written", "--out"]),
         ({"no_such_option": True}, ["--no-such-option", "evatune init --help"]),
     ],
-    ids=lambda value: " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else "",
+    ids=lambda value: (
+        " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else ""
+    ),
 )
 def test_a_bad_option_is_named_with_what_is_allowed(
     init: Command, work: Path, option: dict[str, Any], parts: list[str]
@@ -391,7 +472,11 @@ def test_a_bad_option_is_named_with_what_is_allowed(
         ("quote.csv", b'text,b\n"a,2\n3,4\n', ["quote.csv'", "EOF inside string"]),
         ("fake.parquet", b"PAR1 but not really", ["fake.parquet'", "Parquet"]),
         ("picture.png", b"\x89PNG", ["picture.png' is of a kind that is not read", ".jsonl"]),
-        ("short.txt", b"w1 w2 w3\n", ["too_few_rows", "(3 rows for 8 components)", "give more data"]),
+        (
+            "short.txt",
+            b"w1 w2 w3\n",
+            ["too_few_rows", "(3 rows for 8 components)", "give more data"],
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -402,7 +487,9 @@ def test_bad_data_are_named_with_what_to_try(
     refused(init(data=tmp_path / name), *parts, folder=work)
 
 
-def test_a_folder_without_a_file_to_read_is_refused(init: Command, work: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_file_to_read_is_refused(
+    init: Command, work: Path, tmp_path: Path
+) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "picture.png").write_bytes(b"\x89PNG")
     refused(init(data=tmp_path / "data"), "holds no file that ends in .txt", folder=work)
@@ -432,20 +519,26 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(
     refused(answer, repr(*option.values()), "the model hub cannot be reached", instead, folder=work)
 
 
-def test_a_model_folder_without_weights_is_refused(init: Command, work: Path, bert_folder: Path, tmp_path: Path) -> None:
+def test_a_model_folder_without_weights_is_refused(
+    init: Command, work: Path, bert_folder: Path, tmp_path: Path
+) -> None:
     shutil.copytree(bert_folder, tmp_path / "bert")
     (tmp_path / "bert" / "model.safetensors").unlink()
     refused(init(model=tmp_path / "bert"), str(tmp_path / "bert"), "weights", folder=work)
 
 
-def test_torn_weights_are_refused(init: Command, work: Path, bert_folder: Path, tmp_path: Path) -> None:
+def test_torn_weights_are_refused(
+    init: Command, work: Path, bert_folder: Path, tmp_path: Path
+) -> None:
     shutil.copytree(bert_folder, tmp_path / "bert")
     weights = tmp_path / "bert" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     refused(init(model=tmp_path / "bert"), str(tmp_path / "bert"), folder=work)
 
 
-def test_a_model_folder_without_tokenizer_is_refused(init: Command, work: Path, bert_folder: Path, tmp_path: Path) -> None:
+def test_a_model_folder_without_tokenizer_is_refused(
+    init: Command, work: Path, bert_folder: Path, tmp_path: Path
+) -> None:
     shutil.copytree(bert_folder, tmp_path / "bert", ignore=shutil.ignore_patterns("token*"))
     refused(init(model=tmp_path / "bert"), str(tmp_path / "bert"), "no tokenizer", folder=work)
 
@@ -454,23 +547,43 @@ def test_a_file_as_model_is_refused(init: Command, work: Path, text_file: Path) 
     refused(init(model=text_file), "is a file", "config.json", folder=work)
 
 
-def test_nan_in_the_model_names_layer_and_batch(init: Command, work: Path, bert_folder: Path, tmp_path: Path) -> None:
+def test_nan_in_the_model_names_layer_and_batch(
+    init: Command, work: Path, bert_folder: Path, tmp_path: Path
+) -> None:
     model = transformers.AutoModel.from_pretrained(bert_folder)
     with torch.no_grad():
         model.encoder.layer[1].intermediate.dense.weight[0, 0] = torch.nan
     save_model(model, tmp_path / "nan")
-    refused(init(model=tmp_path / "nan"), "encoder.layer.1.output.dense (first in batch 1)", "NaN or Inf", folder=work)
+    refused(
+        init(model=tmp_path / "nan"),
+        "encoder.layer.1.output.dense (first in batch 1)",
+        "NaN or Inf",
+        folder=work,
+    )
 
 
-def test_a_tokenizer_of_another_model_is_refused(init: Command, work: Path, bert_folder: Path, tmp_path: Path) -> None:
-    model = transformers.BertModel(transformers.BertConfig(
-        vocab_size=10, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
-    ))  # fmt: skip
+def test_a_tokenizer_of_another_model_is_refused(
+    init: Command, work: Path, bert_folder: Path, tmp_path: Path
+) -> None:
+    model = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=10,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+        )
+    )
     folder = save_model(model, tmp_path / "small")
-    refused(init(model=folder), "running the model on the data failed (IndexError", "tokenizer that fits", folder=work)
+    refused(
+        init(model=folder),
+        "running the model on the data failed (IndexError",
+        "tokenizer that fits",
+        folder=work,
+    )
 
 
-# -- output folders -----------------------------------------------------------------------------------------
+# -- output folders --------------------------------------------------------------------------------
 
 
 def test_an_output_folder_that_exists_is_refused(init: Command, work: Path) -> None:
@@ -491,7 +604,13 @@ def test_overwrite_replaces_a_folder_that_evatune_wrote(init: Command, work: Pat
 def test_overwrite_leaves_what_evatune_did_not_write(init: Command, work: Path) -> None:
     (work / "out").mkdir()
     (work / "out" / "thesis.tex").write_text("years")
-    refused(init(overwrite=True), "not written by evatune", "--out", folder=work, left=frozenset({"out"}))
+    refused(
+        init(overwrite=True),
+        "not written by evatune",
+        "--out",
+        folder=work,
+        left=frozenset({"out"}),
+    )
     (work / "out" / "calibration.safetensors").touch()
     refused(init(overwrite=True), "thesis.tex", "--out", folder=work, left=frozenset({"out"}))
     assert (work / "out" / "thesis.tex").read_text() == "years"
@@ -506,7 +625,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize(("error", "status"), [(OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize(
+    ("error", "status"), [(OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130)]
+)
 def test_a_failure_while_writing_leaves_the_earlier_results(
     init: Command, work: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int
 ) -> None:
@@ -525,7 +646,9 @@ def test_a_failure_while_writing_leaves_the_earlier_results(
     assert [path.name for path in work.iterdir()] == ["out"]
 
 
-def test_an_interrupt_while_calibrating_leaves_nothing(init: Command, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_calibrating_leaves_nothing(
+    init: Command, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
@@ -537,7 +660,7 @@ def test_an_interrupt_while_calibrating_leaves_nothing(init: Command, work: Path
     assert list(work.iterdir()) == []
 
 
-# -- inspect ------------------------------------------------------------------------------------------------
+# -- inspect ---------------------------------------------------------------------------------------
 
 
 def test_inspect_prints_a_calibration(command: Command, written: Path) -> None:
@@ -562,12 +685,17 @@ def test_inspect_prints_both_of_a_folder(command: Command, written: Path) -> Non
     assert "What each layer got" in answer.out
 
 
-def test_inspect_goes_by_content_not_by_name(command: Command, written: Path, tmp_path: Path) -> None:
+def test_inspect_goes_by_content_not_by_name(
+    command: Command, written: Path, tmp_path: Path
+) -> None:
     shutil.copy(written / "adapter_model.safetensors", tmp_path / "weights.safetensors")
     shutil.copy(written / "adapter_config.json", tmp_path)
     shutil.copy(written / "calibration.safetensors", tmp_path / "adapter_calibration.safetensors")
     assert "norm of B" in command("inspect", tmp_path / "weights.safetensors").out
-    assert "What each layer got" in command("inspect", tmp_path / "adapter_calibration.safetensors").out
+    assert (
+        "What each layer got"
+        in command("inspect", tmp_path / "adapter_calibration.safetensors").out
+    )
 
 
 @pytest.mark.parametrize("width", [80, 250])
@@ -586,20 +714,31 @@ def test_inspect_json_says_the_ranks_of_both(command: Command, written: Path) ->
     facts = json.loads(answer.out)
     assert answer.out.count("\n") == 1
     ranks = {row["name"]: row["rank"] for row in facts["layers"]}
-    assert {row["layer"]: row["rank"] for row in facts["adapter"]} == {name: rank for name, rank in ranks.items() if rank}
+    assert {row["layer"]: row["rank"] for row in facts["adapter"]} == {
+        name: rank for name, rank in ranks.items() if rank
+    }
     assert all(row["b_norm"] == 0 for row in facts["adapter"])
     assert all(row["a_row_norm"] == pytest.approx(1) for row in facts["adapter"])
     assert all(row["scale"] == pytest.approx(1 / 4) for row in facts["adapter"])
 
 
-def test_inspect_prints_an_adapter_of_plain_peft(command: Command, bert_folder: Path, tmp_path: Path) -> None:
+def test_inspect_prints_an_adapter_of_plain_peft(
+    command: Command, bert_folder: Path, tmp_path: Path
+) -> None:
     model = transformers.AutoModel.from_pretrained(bert_folder)
     config = LoraConfig(
-        r=4, lora_alpha=8, use_rslora=True, target_modules=["query"], rank_pattern={"1.attention.self.query": 9}
+        r=4,
+        lora_alpha=8,
+        use_rslora=True,
+        target_modules=["query"],
+        rank_pattern={"1.attention.self.query": 9},
     )
     get_peft_model(model, config).save_pretrained(tmp_path / "plain")
     rows = json.loads(command("inspect", tmp_path / "plain", "--json").out)["adapter"]
-    assert [(row["rank"], row["scale"]) for row in rows] == [(4, pytest.approx(4)), (9, pytest.approx(8 / 3))]
+    assert [(row["rank"], row["scale"]) for row in rows] == [
+        (4, pytest.approx(4)),
+        (9, pytest.approx(8 / 3)),
+    ]
 
 
 class Partly(nn.Module):
@@ -623,7 +762,9 @@ def partly(tmp_path: Path) -> Path:
     return tmp_path / "partly.safetensors"
 
 
-def test_inspect_shows_the_statuses_of_a_calibration_that_went_wrong(command: Command, partly: Path) -> None:
+def test_inspect_shows_the_statuses_of_a_calibration_that_went_wrong(
+    command: Command, partly: Path
+) -> None:
     answer = command("inspect", partly)
     assert answer.status == 0, answer.err
     for name, status in (("idle", "never_called"), ("zero", "no_signal"), ("nan", "non_finite")):
@@ -632,7 +773,9 @@ def test_inspect_shows_the_statuses_of_a_calibration_that_went_wrong(command: Co
     assert "exclude_modules" in answer.out
 
 
-def test_inspect_json_of_a_calibration_that_went_wrong_has_no_nan(command: Command, partly: Path) -> None:
+def test_inspect_json_of_a_calibration_that_went_wrong_has_no_nan(
+    command: Command, partly: Path
+) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
@@ -642,15 +785,22 @@ def test_inspect_json_of_a_calibration_that_went_wrong_has_no_nan(command: Comma
 
 
 def test_a_missing_file_to_inspect_is_named(command: Command, tmp_path: Path) -> None:
-    refused(command("inspect", tmp_path / "missing.safetensors"), "missing.safetensors' does not exist")
+    refused(
+        command("inspect", tmp_path / "missing.safetensors"), "missing.safetensors' does not exist"
+    )
 
 
 def test_an_empty_folder_to_inspect_is_named(command: Command, tmp_path: Path) -> None:
-    refused(command("inspect", tmp_path), "holds neither calibration.safetensors nor adapter_model.safetensors")
+    refused(
+        command("inspect", tmp_path),
+        "holds neither calibration.safetensors nor adapter_model.safetensors",
+    )
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, 2000])
-def test_a_torn_calibration_is_refused(command: Command, written: Path, tmp_path: Path, size: int) -> None:
+def test_a_torn_calibration_is_refused(
+    command: Command, written: Path, tmp_path: Path, size: int
+) -> None:
     torn = tmp_path / "calibration.safetensors"
     torn.write_bytes((written / "calibration.safetensors").read_bytes()[:size])
     refused(command("inspect", torn), str(torn), "damaged", "again")
@@ -663,7 +813,11 @@ def test_a_file_of_another_kind_is_refused(command: Command, tmp_path: Path) -> 
 
 
 def test_foreign_safetensors_are_refused(command: Command, bert_folder: Path) -> None:
-    refused(command("inspect", bert_folder / "model.safetensors"), "not an evatune calibration", "model.safetensors")
+    refused(
+        command("inspect", bert_folder / "model.safetensors"),
+        "not an evatune calibration",
+        "model.safetensors",
+    )
 
 
 @pytest.mark.parametrize(
@@ -686,24 +840,31 @@ def test_an_adapter_with_a_broken_config_is_refused(
 
 
 @pytest.mark.parametrize("change", ["torn", "without B", "without LoRA"])
-def test_an_adapter_with_broken_weights_is_refused(command: Command, written: Path, tmp_path: Path, change: str) -> None:
+def test_an_adapter_with_broken_weights_is_refused(
+    command: Command, written: Path, tmp_path: Path, change: str
+) -> None:
     weights = tmp_path / "adapter_model.safetensors"
     shutil.copy(written / "adapter_config.json", tmp_path)
     shutil.copy(written / weights.name, weights)
     if change == "torn":
         weights.write_bytes(weights.read_bytes()[:-10])
     elif change == "without B":
-        save_file({key: value for key, value in load_file(weights).items() if "lora_B" not in key}, weights)
+        save_file(
+            {key: value for key, value in load_file(weights).items() if "lora_B" not in key},
+            weights,
+        )
     else:
         save_file({"other": torch.zeros(2)}, weights)
     refused(command("inspect", tmp_path), "adapter_model.safetensors'")
 
 
-# -- the program itself -------------------------------------------------------------------------------------
+# -- the program itself ----------------------------------------------------------------------------
 
 
 def test_python_m_evatune_prints_the_version() -> None:
-    found = subprocess.run([sys.executable, "-m", "evatune", "--version"], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-m", "evatune", "--version"], capture_output=True, text=True, check=True
+    )
     assert found.stdout == f"{evatune.__version__}\n"
     assert found.stderr == ""
 
@@ -724,7 +885,12 @@ def test_every_option_is_explained(command: Command, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
-    [(["paint"], "'paint'"), (["inspect"], "file"), (["init", "extra"], "extra"), (["--frobnicate"], "--frobnicate")],
+    [
+        (["paint"], "'paint'"),
+        (["inspect"], "file"),
+        (["init", "extra"], "extra"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
 )
 def test_a_misspelt_call_gets_one_line(command: Command, arguments: list[str], part: str) -> None:
     refused(command(*arguments), part, "--help")
@@ -746,7 +912,9 @@ main()
 def test_an_interrupt_while_libraries_load_is_one_line(work: Path) -> None:
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", _INTERRUPTED_WHEN_LOADING, "init", library], stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", _INTERRUPTED_WHEN_LOADING, "init", library],
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for library in ("typer", "torch.nn")
     ]
@@ -773,7 +941,12 @@ def test_a_stream_that_cannot_show_a_sign_shows_another(
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
-    for arguments in (["inspect", written], ["recipes", "show", "images-digits"], ["init", "--help"], ["--help"]):
+    for arguments in (
+        ["inspect", written],
+        ["recipes", "show", "images-digits"],
+        ["init", "--help"],
+        ["--help"],
+    ):
         assert command(*arguments).status == 0, arguments
     assert command("inspect", "σ\udce9→").status == 2
     out.seek(0)
@@ -784,13 +957,13 @@ def test_a_stream_that_cannot_show_a_sign_shows_another(
     assert r"'?\udce9?' does not exist" in err.read()
 
 
-# -- interrupted and resumed ----------------------------------------------------------------------------
+# -- interrupted and resumed -----------------------------------------------------------------------
 
 
 @pytest.fixture
 def interrupted(init: Command, work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The checkpoint of a run that ended in its second writing."""
-    from evatune.checkpoint import Checkpoint
+    from evatune.calibration.checkpoint import Checkpoint
 
     write, times = Checkpoint.write, 0
 
@@ -808,7 +981,9 @@ def interrupted(init: Command, work: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return work / "out.checkpoint"
 
 
-def test_an_interrupted_init_resumes_and_ends_the_same(init: Command, work: Path, interrupted: Path) -> None:
+def test_an_interrupted_init_resumes_and_ends_the_same(
+    init: Command, work: Path, interrupted: Path
+) -> None:
     resumed = init(batch_size=8, tolerance=0, resume=True)
     assert resumed.status == 0, resumed.err
     assert resumed.err == ""
@@ -824,16 +999,39 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(
     init: Command, work: Path, interrupted: Path, tmp_path: Path
 ) -> None:
     left = frozenset({"out.checkpoint"})
-    refused(init(batch_size=4, tolerance=0, resume=True), "batch_size was 8 and is 4", folder=work, left=left)
-    refused(init(batch_size=8, tolerance=0, rank=2, resume=True), "config rank was 4 and is 2", folder=work, left=left)
+    refused(
+        init(batch_size=4, tolerance=0, resume=True),
+        "batch_size was 8 and is 4",
+        folder=work,
+        left=left,
+    )
+    refused(
+        init(batch_size=8, tolerance=0, rank=2, resume=True),
+        "config rank was 4 and is 2",
+        folder=work,
+        left=left,
+    )
     others = tmp_path / "others.txt"
     others.write_text("\n".join(sentences(50)) + "\n")
-    refused(init(batch_size=8, tolerance=0, data=others, resume=True), "texts was", folder=work, left=left)
+    refused(
+        init(batch_size=8, tolerance=0, data=others, resume=True),
+        "texts was",
+        folder=work,
+        left=left,
+    )
     interrupted.write_bytes(interrupted.read_bytes()[:-50])
-    refused(init(batch_size=8, tolerance=0, resume=True), "is damaged", "--resume", folder=work, left=left)
+    refused(
+        init(batch_size=8, tolerance=0, resume=True),
+        "is damaged",
+        "--resume",
+        folder=work,
+        left=left,
+    )
 
 
-def test_a_run_from_the_beginning_says_that_it_replaces_a_checkpoint(init: Command, work: Path, interrupted: Path) -> None:
+def test_a_run_from_the_beginning_says_that_it_replaces_a_checkpoint(
+    init: Command, work: Path, interrupted: Path
+) -> None:
     answer = init(batch_size=8, tolerance=0, checkpoint_every=3)
     assert answer.status == 0
     assert "--resume would go on from it" in answer.err
@@ -850,6 +1048,8 @@ def test_checkpoints_come_after_whole_batches(init: Command, work: Path) -> None
     refused(init(checkpoint_every=0), "checkpoint_every is 0; it must be at least 1", folder=work)
 
 
-def test_one_of_several_processes_is_refused(init: Command, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_several_processes_is_refused(
+    init: Command, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     refused(init(), "this is one of 4 processes, and evatune init is for one", folder=work)

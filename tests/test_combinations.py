@@ -1,4 +1,5 @@
-"""EVA beside what else a LoraConfig can say, and what it refuses; plain PEFT's own loader is the judge."""
+"""EVA beside what else a LoraConfig can say, and what it refuses; plain PEFT's own loader is the
+judge."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from tests.toys import Toy, inputs, tiny_bert, tokens
 torch.set_num_threads(1)
 
 QUERY = "encoder.layer.{}.attention.self.query"
-Start = Callable[[nn.Module], evatune.Calibration]
+WeightInit = Callable[[nn.Module], evatune.Calibration]
 
 
 def classifier() -> Any:
@@ -38,15 +39,19 @@ def loads_in_plain_peft(model: PeftModel, build: Callable[[], Any], folder: Path
     loaded = PeftModel.from_pretrained(build(), str(folder))
     assert ranks_of(loaded) == ranks_of(model)
     for name, layer in lora_layers(loaded).items():
-        assert layer.scaling["default"] == pytest.approx(lora_layers(model)[name].scaling["default"])
+        assert layer.scaling["default"] == pytest.approx(
+            lora_layers(model)[name].scaling["default"]
+        )
     assert torch.allclose(output(loaded, batch), output(model, batch), atol=1e-6)
 
 
-# -- what may stand beside EVA ------------------------------------------------------------------------
+# -- what may stand beside EVA ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "options", [{"use_rslora": True}, {"use_dora": True}, {"use_dora": True, "use_rslora": True}], ids=str
+    "options",
+    [{"use_rslora": True}, {"use_dora": True}, {"use_dora": True, "use_rslora": True}],
+    ids=str,
 )
 @pytest.mark.parametrize("optimiser", ["sgd", "loraplus"])
 def test_rslora_dora_and_loraplus_with_a_head_that_is_trained_in_full(
@@ -79,13 +84,23 @@ def test_rslora_dora_and_loraplus_with_a_head_that_is_trained_in_full(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"exclude_modules": ["query", "pooler.dense"]}, lambda name: "query" not in name and "pooler" not in name),
+        (
+            {"exclude_modules": ["query", "pooler.dense"]},
+            lambda name: "query" not in name and "pooler" not in name,
+        ),
         ({"exclude_modules": r".*\.0\..*"}, lambda name: ".0." not in name),
         (
-            {"target_modules": ["query", "dense"], "layers_to_transform": [1], "layers_pattern": "layer"},
+            {
+                "target_modules": ["query", "dense"],
+                "layers_to_transform": [1],
+                "layers_pattern": "layer",
+            },
             lambda name: ".1." in name and name.endswith(("query", "dense")),
         ),
-        ({"target_modules": ["query", "value"], "layers_to_transform": 0}, lambda name: ".0." in name and name[-1] in "ye"),
+        (
+            {"target_modules": ["query", "value"], "layers_to_transform": 0},
+            lambda name: ".0." in name and name[-1] in "ye",
+        ),
     ],
     ids=["exclude", "exclude-regex", "layers_to_transform", "one-layer"],
 )
@@ -105,32 +120,47 @@ def test_layers_that_the_config_leaves_out_stay_out(
 
 def test_each_of_several_adapters_has_directions_of_its_own_data() -> None:
     model = lora(tiny_bert())
-    model.add_adapter("b", LoraConfig(r=2, lora_alpha=4, use_rslora=True, target_modules=["query", "value"]))
+    model.add_adapter(
+        "b", LoraConfig(r=2, lora_alpha=4, use_rslora=True, target_modules=["query", "value"])
+    )
     first = evatune.initialize(model, tokens(8, seed=0))
     a = {name: layer.lora_A["default"].weight.clone() for name, layer in lora_layers(model).items()}
     second = evatune.initialize(model, tokens(8, seed=1), adapter_name="b")
     for name, layer in lora_layers(model).items():
         assert torch.equal(layer.lora_A["default"].weight, a[name])
-    assert ranks_of(model, "b") == {name: rank for name, rank in second.allocate().ranks.items() if rank}
+    assert ranks_of(model, "b") == {
+        name: rank for name, rank in second.allocate().ranks.items() if rank
+    }
     assert sum(ranks_of(model, "b").values()) == 2 * 4
     for name, layer in lora_layers(model, "b").items():
-        assert torch.equal(layer.lora_A["b"].weight, second.spectra[name].directions[: layer.r["b"]])
+        assert torch.equal(
+            layer.lora_A["b"].weight, second.spectra[name].directions[: layer.r["b"]]
+        )
         assert layer.scaling["b"] == pytest.approx(4 / 2**0.5)
         assert not torch.equal(second.spectra[name].directions, first.spectra[name].directions)
 
 
-# -- patterns -----------------------------------------------------------------------------------------
+# -- patterns --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rho", [1.0, 2.0, 4.0])
 @pytest.mark.parametrize("budget", ["ranks", "parameters"])
-def test_a_rank_pattern_caps_its_layers_and_the_whole_costs_what_it_cost(tmp_path: Path, rho: float, budget: str) -> None:
+def test_a_rank_pattern_caps_its_layers_and_the_whole_costs_what_it_cost(
+    tmp_path: Path, rho: float, budget: str
+) -> None:
     model = lora(tiny_bert(), rank_pattern={"query": 2, "layer.1.output.dense": 6, "value": 1})
-    before, sizes = ranks_of(model), {n: layer.in_features + layer.out_features for n, layer in lora_layers(model).items()}
+    before, sizes = (
+        ranks_of(model),
+        {n: layer.in_features + layer.out_features for n, layer in lora_layers(model).items()},
+    )
     calibration = evatune.initialize(model, tokens(8), rho=rho, budget=budget)
     plan, found = calibration.allocate(), dict.fromkeys(before, 0) | ranks_of(model)
     assert found == plan.ranks
-    caps = {name: rank for name, rank in before.items() if name.endswith(("query", "value", "layer.1.output.dense"))}
+    caps = {
+        name: rank
+        for name, rank in before.items()
+        if name.endswith(("query", "value", "layer.1.output.dense"))
+    }
     assert len(caps) == 5
     assert all(found[name] <= caps.get(name, 4 * rho) for name in found)
     cost = dict.fromkeys(sizes, 1) if budget == "ranks" else sizes
@@ -152,7 +182,10 @@ def test_a_rank_in_the_pattern_may_lie_above_rho_times_r() -> None:
 
 
 def test_scales_of_both_patterns_are_kept(tmp_path: Path) -> None:
-    patterns = {"rank_pattern": {"query": 2}, "alpha_pattern": {"value": 24, "layer.0.attention.self.query": 6}}
+    patterns = {
+        "rank_pattern": {"query": 2},
+        "alpha_pattern": {"value": 24, "layer.0.attention.self.query": 6},
+    }
     model = lora(tiny_bert(), **patterns)
     before = {name: layer.scaling["default"] for name, layer in lora_layers(model).items()}
     assert sorted(set(before.values())) == [2, 3, 4, 6]
@@ -180,11 +213,14 @@ def test_a_rank_of_the_callers_replaces_the_pattern() -> None:
     assert {layer.cap for layer in calibration.layers.values()} == {None}
 
 
-# -- a finished calibration ---------------------------------------------------------------------------
+# -- a finished calibration ------------------------------------------------------------------------
 
 
 def test_a_calibration_from_a_file_gives_what_its_batches_give(tmp_path: Path) -> None:
-    direct, loaded = lora(tiny_bert(), rank_pattern={"query": 2}), lora(tiny_bert(), rank_pattern={"query": 2})
+    direct, loaded = (
+        lora(tiny_bert(), rank_pattern={"query": 2}),
+        lora(tiny_bert(), rank_pattern={"query": 2}),
+    )
     evatune.initialize(direct, tokens(8)).save(tmp_path / "c.safetensors")
     used = evatune.initialize(loaded, evatune.Calibration.load(tmp_path / "c.safetensors"))
     assert used.allocate().ranks == dict.fromkeys(used.layers, 0) | ranks_of(loaded)
@@ -200,7 +236,9 @@ def test_merged_shards_start_an_adapter_on_a_part_of_the_layers() -> None:
     merged = evatune.Calibration.merge(shards)
     model = lora(tiny_bert(), target_modules=["query", "intermediate.dense"])
     used = evatune.initialize(model, merged, scale="matched", budget="parameters")
-    assert set(used.spectra) == {n for n in merged.spectra if n.endswith(("query", "intermediate.dense"))}
+    assert set(used.spectra) == {
+        n for n in merged.spectra if n.endswith(("query", "intermediate.dense"))
+    }
     plan = used.allocate()
     assert (plan.rank, plan.rho, plan.budget) == (4, 2.0, "parameters")
     assert dict.fromkeys(used.layers, 0) | ranks_of(model) == plan.ranks
@@ -210,18 +248,22 @@ def test_merged_shards_start_an_adapter_on_a_part_of_the_layers() -> None:
         assert torch.allclose(a / a.norm(dim=1, keepdim=True), v, atol=1e-6)
 
 
-# -- starting over ------------------------------------------------------------------------------------
+# -- starting over ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "orthogonal"}], ids=str
+    "options",
+    [{}, {"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "orthogonal"}],
+    ids=str,
 )
 @pytest.mark.parametrize("rho", [1.0, 2.0])
 def test_overwrite_starts_a_trained_adapter_over(options: dict[str, Any], rho: float) -> None:
     fresh = lora(tiny_bert(), **{k: v for k, v in options.items() if k != "init_lora_weights"})
     model = lora(tiny_bert(), **options)
     train_a_little(model, tokens()[0])
-    assert not torch.allclose(output(model, tokens()[0]), output(tiny_bert(), tokens()[0]), atol=1e-4)
+    assert not torch.allclose(
+        output(model, tokens()[0]), output(tiny_bert(), tokens()[0]), atol=1e-4
+    )
     for each in (fresh, model):
         evatune.initialize(each, tokens(8), rho=rho, overwrite=each is model)
     assert torch.allclose(output(model, tokens()[0]), output(tiny_bert(), tokens()[0]), atol=1e-5)
@@ -230,7 +272,7 @@ def test_overwrite_starts_a_trained_adapter_over(options: dict[str, Any], rho: f
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-# -- what is refused ----------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 def lora_of_bert() -> PeftModel:
@@ -238,7 +280,9 @@ def lora_of_bert() -> PeftModel:
 
 
 def of_bert(**options: Any) -> evatune.Calibration:
-    return evatune.calibrate(tiny_bert(), tokens(8), evatune.CalibrationConfig(**({"rank": 4} | options)))
+    return evatune.calibrate(
+        tiny_bert(), tokens(8), evatune.CalibrationConfig(**({"rank": 4} | options))
+    )
 
 
 def not_lora() -> PeftModel:
@@ -269,27 +313,58 @@ def toy() -> PeftModel:
 
 def missing_layer() -> evatune.Calibration:
     found = of_bert()
-    return replace(found, layers={name: layer for name, layer in found.layers.items() if "query" not in name})
+    return replace(
+        found, layers={name: layer for name, layer in found.layers.items() if "query" not in name}
+    )
 
 
 def other_width() -> evatune.Calibration:
     found = of_bert()
-    return replace(found, layers={name: replace(layer, in_features=7) for name, layer in found.layers.items()})
+    return replace(
+        found, layers={name: replace(layer, in_features=7) for name, layer in found.layers.items()}
+    )
 
 
 def other_unit() -> evatune.Calibration:
     found = of_bert()
-    return replace(found, layers={name: replace(layer, unit="x") for name, layer in found.layers.items()})
+    return replace(
+        found, layers={name: replace(layer, rank_group="x") for name, layer in found.layers.items()}
+    )
 
 
 @pytest.mark.parametrize(
     ("build", "call", "error", "text"),
     [
-        (not_lora, lambda m: evatune.initialize(m, tokens()), AdapterError, "IA3Config; EVA initialises LoRA adapters only"),
-        (trained, lambda m: evatune.initialize(m, tokens()), AdapterError, "already trained.*layer.*overwrite=True"),
-        (trained, lambda m: evatune.initialize(m, of_bert()), AdapterError, "already trained.*overwrite=True"),
-        (merged, lambda m: evatune.initialize(m, tokens(), overwrite=True), AdapterError, r"merged.*unmerge_adapter\(\)"),
-        (merged, lambda m: evatune.initialize(m, of_bert(), overwrite=True), AdapterError, r"merged.*unmerge_adapter\(\)"),
+        (
+            not_lora,
+            lambda m: evatune.initialize(m, tokens()),
+            AdapterError,
+            "IA3Config; EVA initialises LoRA adapters only",
+        ),
+        (
+            trained,
+            lambda m: evatune.initialize(m, tokens()),
+            AdapterError,
+            "already trained.*layer.*overwrite=True",
+        ),
+        (
+            trained,
+            lambda m: evatune.initialize(m, of_bert()),
+            AdapterError,
+            "already trained.*overwrite=True",
+        ),
+        (
+            merged,
+            lambda m: evatune.initialize(m, tokens(), overwrite=True),
+            AdapterError,
+            r"merged.*unmerge_adapter\(\)",
+        ),
+        (
+            merged,
+            lambda m: evatune.initialize(m, of_bert(), overwrite=True),
+            AdapterError,
+            r"merged.*unmerge_adapter\(\)",
+        ),
         (
             lambda: trained(init_lora_weights="pissa"),
             lambda m: evatune.initialize(m, tokens(), overwrite=True),
@@ -302,7 +377,12 @@ def other_unit() -> evatune.Calibration:
             ConfigError,
             "scale is 'matched' but the adapter's EvaConfig says whiten=True; leave out one",
         ),
-        (whitening, lambda m: evatune.initialize(m, tokens(), scale="paper"), ConfigError, "scale is 'paper' but"),
+        (
+            whitening,
+            lambda m: evatune.initialize(m, tokens(), scale="paper"),
+            ConfigError,
+            "scale is 'paper' but",
+        ),
         (
             toy,
             lambda m: evatune.initialize(m, of_bert()),
@@ -319,9 +399,17 @@ def other_unit() -> evatune.Calibration:
             lora_of_bert,
             lambda m: evatune.initialize(m, missing_layer()),
             AdapterError,
-            f"does not fit this adapter: {QUERY.format(0)}, 16→16, is not in it; calibrate this model",
+            (
+                f"does not fit this adapter: {QUERY.format(0)}, 16→16, is not in it; calibrate this"
+                " model"
+            ),
         ),
-        (lora_of_bert, lambda m: evatune.initialize(m, other_width()), AdapterError, r"query, 16→16, is 7→16 in it"),
+        (
+            lora_of_bert,
+            lambda m: evatune.initialize(m, other_width()),
+            AdapterError,
+            r"query, 16→16, is 7→16 in it",
+        ),
         (
             lora_of_bert,
             lambda m: evatune.initialize(m, other_unit()),
@@ -332,11 +420,16 @@ def other_unit() -> evatune.Calibration:
             lora_of_bert,
             lambda m: evatune.initialize(m, of_bert(rank=2)),
             ConfigError,
-            r"rank 4 at rho 2 may give a layer 8 ranks, and the calibration was made for 4.*components=8",
+            (
+                r"rank 4 at rho 2 may give a layer 8 ranks, and the calibration was made for"
+                r" 4.*components=8"
+            ),
         ),
         (
             lora_of_bert,
-            lambda m: evatune.initialize(m, of_bert(), config=evatune.CalibrationConfig(center=True)),
+            lambda m: evatune.initialize(
+                m, of_bert(), config=evatune.CalibrationConfig(center=True)
+            ),
             ConfigError,
             "config is about a pass over batches",
         ),
@@ -349,10 +442,13 @@ def other_unit() -> evatune.Calibration:
     ],
 )
 def test_bad_input_is_one_clear_error_and_the_model_is_as_it_was(
-    build: Callable[[], Any], call: Start, error: type[Exception], text: str
+    build: Callable[[], Any], call: WeightInit, error: type[Exception], text: str
 ) -> None:
     model = build()
-    before, config = {name: value.clone() for name, value in model.state_dict().items()}, str(model.peft_config)
+    before, config = (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        str(model.peft_config),
+    )
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     with pytest.raises(error, match=text) as caught:
         call(model)
@@ -366,7 +462,9 @@ def test_bad_input_is_one_clear_error_and_the_model_is_as_it_was(
 
 def test_a_calibration_of_layers_that_went_wrong_is_refused_with_their_names() -> None:
     few = evatune.calibrate(
-        tiny_bert(), [{key: value[:1, :3] for key, value in tokens()[0].items()}], evatune.CalibrationConfig(rank=4)
+        tiny_bert(),
+        [{key: value[:1, :3] for key, value in tokens()[0].items()}],
+        evatune.CalibrationConfig(rank=4),
     )
     with pytest.raises(evatune.EvatuneError, match=r"3 rows for 8 components"):
         evatune.initialize(lora(tiny_bert()), few)

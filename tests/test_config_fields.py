@@ -41,9 +41,13 @@ pytestmark = pytest.mark.filterwarnings(
 
 GONE = "model.layers.0.self_attn.q_proj"
 SIZES: dict[str, Any] = {
-    "vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "intermediate_size": 32,
-}  # fmt: skip
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
@@ -109,7 +113,8 @@ def adapted(model: Any, **options: Any) -> PeftModel:
 
 
 def redistributed(model: Any, *gone: str) -> evatune.Calibration:
-    """Initialise from a calibration by which layers `gone` are worth nothing, others more or less."""
+    """Initialise from a calibration by which layers `gone` are worth nothing, others more or
+    less."""
     found = evatune.calibrate(model, tokens(4), evatune.CalibrationConfig(components=8))
     spectra = {}
     for place, (name, spectrum) in enumerate(found.spectra.items()):
@@ -167,12 +172,17 @@ REGEX = r"model\..*\.(q_proj|v_proj)|.*embed_tokens"
 CASES = {
     "list": Case({"target_modules": LIST}),
     "an ending of which no layer is gone": Case(
-        {"target_modules": ["v_proj", "layers.0.self_attn.q_proj"]}, keeps={"target_modules": {"v_proj"}}
+        {"target_modules": ["v_proj", "layers.0.self_attn.q_proj"]},
+        keeps={"target_modules": {"v_proj"}},
     ),
     "regular expression": Case({"target_modules": r".*\.(q_proj|v_proj)"}),
     "all-linear": Case({"target_modules": "all-linear"}),
     "layers_to_transform": Case(
-        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "layers_to_transform": [1],
+            "layers_pattern": "layers",
+        },
         gone="model.layers.1.self_attn.q_proj",
         keeps={"layers_to_transform": [1], "layers_pattern": "layers"},
     ),
@@ -181,31 +191,49 @@ CASES = {
         keeps={"exclude_modules": {"layers.1.self_attn.v_proj"}},
     ),
     "exclude_modules by regular expression": Case(
-        {"target_modules": r".*_proj", "exclude_modules": r".*\.1\..*"}, keeps={"exclude_modules": r".*\.1\..*"}
+        {"target_modules": r".*_proj", "exclude_modules": r".*\.1\..*"},
+        keeps={"exclude_modules": r".*\.1\..*"},
     ),
     "rank_pattern and alpha_pattern": Case(
-        {"target_modules": LIST, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {r"layers\.1\..*": 3}}
+        {
+            "target_modules": LIST,
+            "rank_pattern": {"v_proj": 2},
+            "alpha_pattern": {r"layers\.1\..*": 3},
+        }
     ),
     "rsLoRA": Case({"target_modules": LIST, "use_rslora": True}),
     "bias of all": Case({"target_modules": LIST, "bias": "all"}, build=biased_llama),
-    "bias of adapted layers": Case({"target_modules": LIST, "bias": "lora_only"}, build=biased_llama),
+    "bias of adapted layers": Case(
+        {"target_modules": LIST, "bias": "lora_only"}, build=biased_llama
+    ),
     "modules_to_save": Case({"target_modules": LIST, "modules_to_save": ["lm_head"]}),
-    "embeddings in modules_to_save": Case({"target_modules": LIST, "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "embeddings in modules_to_save": Case(
+        {"target_modules": LIST, "modules_to_save": ["embed_tokens", "lm_head"]}
+    ),
     "trainable_token_indices": Case({"target_modules": LIST, "trainable_token_indices": [56, 57]}),
-    "trainable_token_indices, tied": Case({"target_modules": LIST, "trainable_token_indices": [56]}, build=tied_llama),
+    "trainable_token_indices, tied": Case(
+        {"target_modules": LIST, "trainable_token_indices": [56]}, build=tied_llama
+    ),
     "embedding": Case(
         {"target_modules": ["q_proj", "embed_tokens"]},
         change=with_new_tokens,
         keeps={"target_modules": {"embed_tokens", "model.layers.1.self_attn.q_proj"}},
     ),
     "embedding worth nothing": Case(
-        {"target_modules": ["q_proj", "embed_tokens"]}, change=with_new_tokens, gone="model.embed_tokens"
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        change=with_new_tokens,
+        gone="model.embed_tokens",
     ),
     "embedding by regular expression": Case({"target_modules": REGEX}, change=with_new_tokens),
     "head worth nothing": Case(
-        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, change=with_new_tokens, gone="lm_head"
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        change=with_new_tokens,
+        gone="lm_head",
     ),
-    "tied adapters": Case({"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, build=tied_llama),
+    "tied adapters": Case(
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        build=tied_llama,
+    ),
     "tied adapters, worth nothing": Case(
         {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True, "use_rslora": True},
         build=tied_llama,
@@ -215,16 +243,27 @@ CASES = {
         {"target_modules": REGEX, "ensure_weight_tying": True}, build=tied_llama
     ),
     "tied modules_to_save": Case(
-        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
         build=tied_llama,
     ),
     "layer_replication": Case({"target_modules": LIST, "layer_replication": [[0, 2], [1, 2]]}),
     "names that patterns would misread": Case(
-        {"target_modules": ["a+b", "a+b+", "c(d"], "task_type": None}, build=lambda: Odd(), gone="layers.c(d"
+        {"target_modules": ["a+b", "a+b+", "c(d"], "task_type": None},
+        build=lambda: Odd(),
+        gone="layers.c(d",
     ),
     "a layer inside a module with an adapted parameter": Case(
-        {"target_modules": ["gate", "a+b"], "target_parameters": ["gated.experts"], "task_type": None},
-        build=lambda: Odd(), gone="layers.a+b",
+        {
+            "target_modules": ["gate", "a+b"],
+            "target_parameters": ["gated.experts"],
+            "task_type": None,
+        },
+        build=lambda: Odd(),
+        gone="layers.a+b",
     ),
     "target_parameters": Case(
         {"target_modules": ["q_proj"], "target_parameters": EXPERTS},
@@ -232,18 +271,29 @@ CASES = {
         keeps={"target_parameters": EXPERTS[::-1]},  # the last one that PEFT wraps is the outermost
     ),
     "target_parameters, one worth nothing": Case(
-        {"target_modules": [], "target_parameters": EXPERTS}, build=mixtral, gone="model.layers.0.mlp.experts.down_proj"
+        {"target_modules": [], "target_parameters": EXPERTS},
+        build=mixtral,
+        gone="model.layers.0.mlp.experts.down_proj",
     ),
     "DoRA": Case({"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}),
     "bias of B": Case({"target_modules": LIST, "lora_bias": True}, build=biased_llama),
     "VeLoRA": Case({"target_modules": LIST, "velora_config": VeloraConfig(num_groups=4)}),
-    "MonteCLoRA": Case({"target_modules": LIST, "monteclora_config": MontecloraConfig(num_samples=2, buffer_size=4)}),
-}  # fmt: skip
+    "MonteCLoRA": Case(
+        {
+            "target_modules": LIST,
+            "monteclora_config": MontecloraConfig(num_samples=2, buffer_size=4),
+        }
+    ),
+}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_what_is_saved_trained_and_loaded_is_what_it_is_with_plain_lora(case: Case, tmp_path: Path) -> None:
-    plain, model = (adapted(case.change(case.build()), **copy.deepcopy(case.options)) for _ in range(2))
+def test_what_is_saved_trained_and_loaded_is_what_it_is_with_plain_lora(
+    case: Case, tmp_path: Path
+) -> None:
+    plain, model = (
+        adapted(case.change(case.build()), **copy.deepcopy(case.options)) for _ in range(2)
+    )
     before = logits(model)
     ranks = redistributed(model, case.gone).allocate().ranks
     assert len(set(ranks.values())) > 1
@@ -270,7 +320,9 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("gone", ["model.embed_tokens", "lm_head"])
-def test_new_rows_of_a_resized_vocabulary_are_saved_whatever_gets_no_rank(gone: str, tmp_path: Path) -> None:
+def test_new_rows_of_a_resized_vocabulary_are_saved_whatever_gets_no_rank(
+    gone: str, tmp_path: Path
+) -> None:
     llama().save_pretrained(tmp_path / "base")
 
     def resized(seed: int) -> Any:
@@ -306,7 +358,7 @@ def test_the_one_rank_of_an_embedding_is_part_of_the_record(tmp_path: Path) -> N
     assert again.allocate() == calibration.allocate()
 
 
-# -- the caller's config ------------------------------------------------------------------------------
+# -- the caller's config ---------------------------------------------------------------------------
 
 
 def by_initialize(model: PeftModel, adapter_name: str = "default") -> None:
@@ -314,13 +366,21 @@ def by_initialize(model: PeftModel, adapter_name: str = "default") -> None:
 
 
 def by_compat(model: PeftModel, adapter_name: str = "default") -> None:
-    initialize_lora_eva_weights(model, tokens(4), adapter_name=adapter_name, show_progress_bar=False)
+    initialize_lora_eva_weights(
+        model, tokens(4), adapter_name=adapter_name, show_progress_bar=False
+    )
 
 
-@pytest.mark.parametrize(("initialize", "start"), [(by_initialize, True), (by_initialize, "eva"), (by_compat, "eva")])
-def test_a_config_that_two_models_share_is_as_it_was(initialize: Any, start: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("initialize", "start"), [(by_initialize, True), (by_initialize, "eva"), (by_compat, "eva")]
+)
+def test_a_config_that_two_models_share_is_as_it_was(
+    initialize: Any, start: Any, tmp_path: Path
+) -> None:
     eva = EvaConfig(rho=3.0) if start == "eva" else None
-    shared = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=start, eva_config=eva)
+    shared = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=start, eva_config=eva
+    )
     models = [get_peft_model(llama(), shared) for _ in range(2)]
     before = copy.deepcopy(shared)
     initialize(models[0])
@@ -332,7 +392,9 @@ def test_a_config_that_two_models_share_is_as_it_was(initialize: Any, start: Any
     for place, model in enumerate(models):
         train(model)
         model.save_pretrained(tmp_path / str(place))
-        assert torch.equal(logits(PeftModel.from_pretrained(llama(), str(tmp_path / str(place)))), logits(model))
+        assert torch.equal(
+            logits(PeftModel.from_pretrained(llama(), str(tmp_path / str(place)))), logits(model)
+        )
 
 
 def test_a_second_adapter_of_the_same_config_is_not_touched(tmp_path: Path) -> None:
@@ -352,7 +414,9 @@ def test_a_second_adapter_of_the_same_config_is_not_touched(tmp_path: Path) -> N
 
 def test_nothing_inside_the_new_config_is_the_callers() -> None:
     pattern, excluded = {"v_proj": 2}, {"layers.1.self_attn.v_proj"}
-    shared = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], rank_pattern=pattern, exclude_modules=excluded)
+    shared = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], rank_pattern=pattern, exclude_modules=excluded
+    )
     model = llama()
     model.add_adapter(shared)  # transformers' own door keeps the config in a place of its own
     evatune.initialize(model, tokens(4))
@@ -366,7 +430,7 @@ def test_nothing_inside_the_new_config_is_the_callers() -> None:
     assert own.runtime_config is not shared.runtime_config
 
 
-# -- adapters that are added up, and others beside ----------------------------------------------------
+# -- adapters that are added up, and others beside -------------------------------------------------
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.(q_proj|v_proj)"])
@@ -394,16 +458,21 @@ def test_inspect_names_parameters_that_the_config_gives_by_their_ending(tmp_path
     ranks = redistributed(model).allocate().ranks
     model.save_pretrained(tmp_path)
     rows = adapter_rows(tmp_path / "adapter_model.safetensors")
-    assert {row["layer"]: row["rank"] for row in rows} == {name.rpartition(".")[0]: rank for name, rank in ranks.items()}
+    assert {row["layer"]: row["rank"] for row in rows} == {
+        name.rpartition(".")[0]: rank for name, rank in ranks.items()
+    }
 
 
-# -- tied adapters ------------------------------------------------------------------------------------
+# -- tied adapters ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rho", [1.0, 2.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # in 16 bits PEFT's own are apart
+# in 16 bits PEFT's own are apart
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("meta", [False, True])
-def test_adapters_of_tied_layers_are_one_set_of_weights(rho: float, dtype: torch.dtype, meta: bool) -> None:
+def test_adapters_of_tied_layers_are_one_set_of_weights(
+    rho: float, dtype: torch.dtype, meta: bool
+) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], ensure_weight_tying=True)
     model = get_peft_model(tied_llama().to(dtype), config, low_cpu_mem_usage=meta)
     layers = lora_layers(model)
@@ -435,7 +504,7 @@ def test_pefts_names_leave_tied_adapters_tied() -> None:
     assert layers["lm_head"].lora_A["default"].weight.data_ptr() == b.data_ptr()
 
 
-# -- variants -----------------------------------------------------------------------------------------
+# -- variants --------------------------------------------------------------------------------------
 
 
 class SomethingNew(DoraLinearVariant):
@@ -478,7 +547,9 @@ def of(**options: Any) -> Callable[[], PeftModel]:
         (of_something_new, f"SomethingNew, for example at {GONE}"),
     ],
 )
-def test_variants_that_do_not_fit_are_refused_by_name(build: Callable[[], PeftModel], text: str) -> None:
+def test_variants_that_do_not_fit_are_refused_by_name(
+    build: Callable[[], PeftModel], text: str
+) -> None:
     model = build()
     before = parameters(model)
     for options in ({}, {"overwrite": True}):
@@ -532,7 +603,10 @@ def test_of_activated_lora_the_rows_from_the_invocation_on_count(tmp_path: Path)
     found = evatune.initialize(model, invoking())
     chosen = evatune.initialize(other, invoking(), rows=after_invocation)
     assert found.spectra[GONE].rows == chosen.spectra[GONE].rows == 4 * (3 + 3 + 5)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.allclose(a, b, atol=1e-5)
+        for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
     train(model)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(), str(tmp_path)).eval()

@@ -20,10 +20,12 @@ from transformers import GPT2Config, GPT2Model
 
 import evatune
 from evatune import CalibrationConfig
-from evatune.capture import find_sites
+from evatune.capture import find_target_layers
 from tests.test_processes import ALL, error_of, facts, same, spawn, toy, wide
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+)
 
 # Persistent parameters are not sharded; without a threshold a toy would be nothing else.
 ZERO = {"stage": 3, "stage3_param_persistence_threshold": 0}
@@ -49,12 +51,18 @@ def engine(model: nn.Module, stage: int = 3) -> Any:
 
 def work(rank: int, folder: str) -> None:
     """What each of two processes does, and keeps."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "DS_ACCELERATOR": "cpu",
+    }
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__.clear()  # or it compiles an operator of its own for messages on a CPU
+    # or it compiles an operator of its own for messages on a CPU
+    deepspeed.ops.__compatible_ops__.clear()
     deepspeed.init_distributed("gloo", verbose=False)
     data = wide()[rank::2][: 3 if rank else 8]
     found = evatune.calibrate(engine(toy()), data, ALL)
@@ -122,18 +130,26 @@ def test_a_sharded_model_is_calibrated_in_step_on_uneven_data(both: list[dict[st
         assert torch.allclose(energies[:4], whole.spectra[name].energies[:4], rtol=0.02)
 
 
-def test_layers_whose_size_only_the_weight_tells_are_known_in_shards(both: list[dict[str, Any]]) -> None:
+def test_layers_whose_size_only_the_weight_tells_are_known_in_shards(
+    both: list[dict[str, Any]],
+) -> None:
     plain = GPT2Model(GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2, n_positions=32))
-    assert both[0]["transposed"] == {site.name: site.in_features for site in find_sites(plain)}
+    assert both[0]["transposed"] == {
+        site.name: site.in_features for site in find_target_layers(plain)
+    }
 
 
-def test_an_adapter_initialised_before_the_engine_leaves_the_output_and_trains(both: list[dict[str, Any]]) -> None:
+def test_an_adapter_initialised_before_the_engine_leaves_the_output_and_trains(
+    both: list[dict[str, Any]],
+) -> None:
     for found in both:
         assert found["moved"] <= 1e-5
         assert found["losses"][0] > found["losses"][1] > found["losses"][2]
 
 
-def test_what_an_engine_holds_already_is_refused_with_the_way_out(both: list[dict[str, Any]]) -> None:
+def test_what_an_engine_holds_already_is_refused_with_the_way_out(
+    both: list[dict[str, Any]],
+) -> None:
     for found in both:
         *inside, module, early = found["refused"]
         for kind, message in inside:
@@ -180,11 +196,23 @@ torch.distributed.destroy_process_group()
 def test_a_trainer_with_zero_3_is_initialised_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(_TRAINER)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(tmp_path / "train.py"), str(tmp_path), json.dumps(SETTINGS)],
-        capture_output=True, text=True, timeout=300, check=False,
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(tmp_path / "train.py"),
+            str(tmp_path),
+            json.dumps(SETTINGS),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["processes"] == second["processes"] == 2

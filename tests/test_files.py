@@ -20,16 +20,16 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from evatune import files
-from evatune.checkpoint import Checkpoint
+from evatune.calibration.checkpoint import Checkpoint
 from evatune.errors import ConfigError
-from evatune.files import MARK, claimed_file, claimed_folder, whole_file, write_text, writing
-from evatune.recipes import load
+from evatune.finetune.compare import grid
+from evatune.finetune.recipe import load
+from evatune.finetune.run import run
+from evatune.loading.text import TextBatches, load_texts
+from evatune.loading.user_data import split
 from evatune.report.runs import run_plot
-from evatune.tasks.compare import grid
-from evatune.tasks.own import split
-from evatune.tasks.run import run
-from evatune.tasks.text import TextBatches, load_texts
+from evatune.utils import files
+from evatune.utils.files import MARK, atomic_file, claimed_file, claimed_folder, write_text, writing
 from tests.conftest import Command, refused, tiny_tokenizer
 from tests.test_train import small
 
@@ -44,7 +44,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def write(out: str | Path, text: str, overwrite: bool = True, meanwhile: Callable[[], None] = lambda: None) -> None:
+def write(
+    out: str | Path, text: str, overwrite: bool = True, meanwhile: Callable[[], None] = lambda: None
+) -> None:
     with claimed_folder(out, overwrite) as output, output.whole() as made:
         meanwhile()
         (made / "sub").mkdir()
@@ -71,20 +73,30 @@ def precious(work: Path) -> None:
     (work / "precious" / "thesis.tex").write_text("years")
 
 
-# -- killed ---------------------------------------------------------------------------------------------
+# -- killed ----------------------------------------------------------------------------------------
 
 
-def test_killed_at_any_moment_a_command_leaves_the_old_or_the_new_and_the_next_one_succeeds(tmp_path: Path) -> None:
+def test_killed_at_any_moment_a_command_leaves_the_old_or_the_new_and_the_next_one_succeeds(
+    tmp_path: Path,
+) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "kills.py"), str(tmp_path)], capture_output=True, text=True, timeout=300
+        [sys.executable, str(ROOT / "tests" / "kills.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    kills = {name: int(count) for count, _, name in (line.partition(" ") for line in done.stdout.splitlines())}
+    kills = {
+        name: int(count)
+        for count, _, name in (line.partition(" ") for line in done.stdout.splitlines())
+    }
     assert len(kills) == 7
     assert min(kills.values()) > 15, kills
 
 
-@pytest.mark.parametrize("left", [{}, {"lock": b""}, {"mark": b""}, {"mark": b'{"form', "lock": b""}])
+@pytest.mark.parametrize(
+    "left", [{}, {"lock": b""}, {"mark": b""}, {"mark": b'{"form', "lock": b""}]
+)
 def test_what_a_command_killed_at_its_very_start_left_is_cleared(left: dict[str, bytes]) -> None:
     Path(".out.evatune").mkdir()
     for name, content in left.items():
@@ -104,15 +116,26 @@ def test_half_a_journal_means_that_nothing_was_exchanged() -> None:
     assert os.listdir() == ["out"]
 
 
-# -- one path, judged and written as one ----------------------------------------------------------------
+# -- one path, judged and written as one -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["new/../precious", "a/b/../../precious", "link", "up/../precious", "up/../new/../precious"])
-@pytest.mark.parametrize("command_line", [
-    "export precious -o {}", "export precious -o {} --overwrite", "init --model x --data y --out {}",
-    "init --model x --data y --overwrite --out {}", "merge a b -o {}/thesis.tex", "merge a b --overwrite -o {}/thesis.tex",
-    "train understanding-bbc --out {}", "compare understanding-bbc --out {}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "way",
+    ["new/../precious", "a/b/../../precious", "link", "up/../precious", "up/../new/../precious"],
+)
+@pytest.mark.parametrize(
+    "command_line",
+    [
+        "export precious -o {}",
+        "export precious -o {} --overwrite",
+        "init --model x --data y --out {}",
+        "init --model x --data y --overwrite --out {}",
+        "merge a b -o {}/thesis.tex",
+        "merge a b --overwrite -o {}/thesis.tex",
+        "train understanding-bbc --out {}",
+        "compare understanding-bbc --out {}",
+    ],
+)
 def test_a_folder_of_the_users_is_refused_however_it_is_named(
     command: Command, precious: None, way: str, command_line: str
 ) -> None:
@@ -151,12 +174,14 @@ def test_a_relative_path_is_that_of_the_start_wherever_one_goes(work: Path, tmp_
     assert os.listdir(work) == ["out"]
 
 
-# -- judged at the start, written at the end ------------------------------------------------------------
+# -- judged at the start, written at the end -------------------------------------------------------
 
 
 @pytest.mark.parametrize("before", ["nothing", "ours"])
 @pytest.mark.parametrize("comes", ["folder", "file", "link"])
-def test_what_comes_to_out_while_a_command_runs_stays_and_the_result_lies_beside_it(before: str, comes: str) -> None:
+def test_what_comes_to_out_while_a_command_runs_stays_and_the_result_lies_beside_it(
+    before: str, comes: str
+) -> None:
     if before == "ours":
         write("out", "old")
 
@@ -170,7 +195,9 @@ def test_what_comes_to_out_while_a_command_runs_stays_and_the_result_lies_beside
         else:
             Path("out").symlink_to("elsewhere")
 
-    with pytest.raises(ConfigError, match=r"has come there, or has changed, .* the new one is '.*out\.new'"):
+    with pytest.raises(
+        ConfigError, match=r"has come there, or has changed, .* the new one is '.*out\.new'"
+    ):
         write("out", "new", overwrite=before == "ours", meanwhile=come)
     assert {"out", "out.new"} == set(os.listdir()) - {"moved"}
     assert Path("out").is_symlink() or texts("out") == set() or Path("out").read_text() == "years"
@@ -183,7 +210,9 @@ def test_what_comes_to_out_while_a_command_runs_stays_and_the_result_lies_beside
 @pytest.mark.parametrize("change", ["add", "edit", "nested", "empty"])
 def test_what_is_put_into_ours_while_a_command_runs_stays(change: str) -> None:
     write("out", "old")
-    changed = {"add": "out/thesis", "edit": "out/a", "nested": "out/sub/c", "empty": "out/folder"}[change]
+    changed = {"add": "out/thesis", "edit": "out/a", "nested": "out/sub/c", "empty": "out/folder"}[
+        change
+    ]
     before: dict[str, str | None] = {}
 
     def put() -> None:
@@ -196,7 +225,9 @@ def test_what_is_put_into_ours_while_a_command_runs_stays(change: str) -> None:
     assert set(os.listdir()) == {"out", "out.new"}
 
 
-def test_what_changes_in_the_very_moment_of_the_exchange_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_changes_in_the_very_moment_of_the_exchange_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     write("out", "old")
     exchange = files._renameat2
     moments = iter([lambda: Path("out/thesis").write_text("years")])
@@ -213,7 +244,9 @@ def test_what_changes_in_the_very_moment_of_the_exchange_comes_back(monkeypatch:
     assert texts("out.new") == {"new"}
 
 
-def test_a_failing_exchange_keeps_the_old_in_place_and_the_new_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_exchange_keeps_the_old_in_place_and_the_new_beside_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     write("out", "old")
     exchange = files._renameat2
 
@@ -230,7 +263,11 @@ def test_a_failing_exchange_keeps_the_old_in_place_and_the_new_beside_it(monkeyp
 
 
 def test_init_leaves_what_came_to_out_while_it_ran(
-    command: Command, bert_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command,
+    bert_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     from evatune.report import page
@@ -243,15 +280,37 @@ def test_init_leaves_what_came_to_out_while_it_ran(
         return render(*arguments)
 
     monkeypatch.setattr(page, "render", late)
-    answer = command("init", "--model", bert_folder, "--data", text_file, "--max-batches", 2, "--rank", 4, "--out", "out")
-    refused(answer, "'out' cannot be replaced", "out.new", folder=Path(), left=frozenset({"out", "out.new"}))
+    answer = command(
+        "init",
+        "--model",
+        bert_folder,
+        "--data",
+        text_file,
+        "--max-batches",
+        2,
+        "--rank",
+        4,
+        "--out",
+        "out",
+    )
+    refused(
+        answer,
+        "'out' cannot be replaced",
+        "out.new",
+        folder=Path(),
+        left=frozenset({"out", "out.new"}),
+    )
     assert tree("out") == {"thesis.tex": "years"}
     assert Path("out.new/calibration.safetensors").is_file()
 
 
 def test_a_second_command_on_one_output_is_refused_at_once(command: Command) -> None:
     with claimed_folder("out", overwrite=False):
-        for options in ("init --model x --data y --out other/../out", "export . -o out", "merge a b -o out"):
+        for options in (
+            "init --model x --data y --out other/../out",
+            "export . -o out",
+            "merge a b -o out",
+        ):
             refused(command(*options.split()), "another evatune command is writing", "out'; wait")
     assert os.listdir() == []
 
@@ -270,7 +329,7 @@ def test_of_two_processes_one_writes_and_the_other_is_refused(work: Path) -> Non
     assert texts("out") == {"text"}
 
 
-# -- ours by a list with content ------------------------------------------------------------------------
+# -- ours by a list with content -------------------------------------------------------------------
 
 
 def forged(folder: Path, **changes: Any) -> None:
@@ -278,10 +337,23 @@ def forged(folder: Path, **changes: Any) -> None:
     (folder / MARK).write_text(json.dumps(record))
 
 
-@pytest.mark.parametrize("change", [
-    "add", "edit", "same size", "nested", "empty folder", "link for file", "link for folder", "no list", "list is a link",
-    "other format", "deep list", "list of names",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        "add",
+        "edit",
+        "same size",
+        "nested",
+        "empty folder",
+        "link for file",
+        "link for folder",
+        "no list",
+        "list is a link",
+        "other format",
+        "deep list",
+        "list of names",
+    ],
+)
 def test_a_folder_is_replaced_only_if_it_holds_what_the_list_says(change: str, work: Path) -> None:
     write("out", "old")
     out = work / "out"
@@ -312,7 +384,10 @@ def test_a_folder_is_replaced_only_if_it_holds_what_the_list_says(change: str, w
     else:
         forged(out, files=["a", "sub/b"])
     before = tree()
-    with pytest.raises(ConfigError, match="--overwrite leaves it alone"), claimed_folder("out", overwrite=True):
+    with (
+        pytest.raises(ConfigError, match="--overwrite leaves it alone"),
+        claimed_folder("out", overwrite=True),
+    ):
         pass
     assert tree() == before
 
@@ -325,7 +400,9 @@ def test_a_folder_from_which_the_user_took_a_file_is_replaced() -> None:
 
 
 @pytest.mark.parametrize("content", ["folder", "making", "lock", "mark", "link"])
-def test_a_folder_of_the_users_at_the_temporary_name_is_in_the_way_and_stays(content: str, work: Path) -> None:
+def test_a_folder_of_the_users_at_the_temporary_name_is_in_the_way_and_stays(
+    content: str, work: Path
+) -> None:
     stage = work / ".out.evatune"
     if content == "link":
         (work / "mine").mkdir()
@@ -343,13 +420,22 @@ def test_a_folder_of_the_users_at_the_temporary_name_is_in_the_way_and_stays(con
 
 def test_a_file_is_replaced_only_if_it_is_ours_and_still_the_same() -> None:
     Path("out").write_text("ours")
-    with pytest.raises(ConfigError, match="exists; name another"), claimed_file("out", False, lambda _: True):
+    with (
+        pytest.raises(ConfigError, match="exists; name another"),
+        claimed_file("out", False, lambda _: True),
+    ):
         pass
-    with pytest.raises(ConfigError, match="was not written by evatune"), claimed_file("out", True, lambda _: False):
+    with (
+        pytest.raises(ConfigError, match="was not written by evatune"),
+        claimed_file("out", True, lambda _: False),
+    ):
         pass
 
     def change() -> None:
-        with claimed_file("out", True, lambda path: path.read_text() == "ours") as output, output.whole() as made:
+        with (
+            claimed_file("out", True, lambda path: path.read_text() == "ours") as output,
+            output.whole() as made,
+        ):
             made.write_text("new")
             Path("out").write_text("years")
 
@@ -358,7 +444,7 @@ def test_a_file_is_replaced_only_if_it_is_ours_and_still_the_same() -> None:
     assert tree() == {"out": "years", "out.new": "new"}
 
 
-# -- checkpoints ----------------------------------------------------------------------------------------
+# -- checkpoints -----------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_leaves_alone_what_is_none(tmp_path: Path) -> None:
@@ -370,7 +456,11 @@ def test_a_checkpoint_leaves_alone_what_is_none(tmp_path: Path) -> None:
     point.write(tensors, record)
     for content in (b"years", b""):
         point.path.write_bytes(content)
-        for attempt in (point.require_own, lambda: point.write(tensors, record), lambda: point.read({})):
+        for attempt in (
+            point.require_own,
+            lambda: point.write(tensors, record),
+            lambda: point.read({}),
+        ):
             with pytest.raises(ConfigError, match="was not written by evatune"):
                 attempt()
         assert point.path.read_bytes() == content
@@ -383,10 +473,17 @@ def test_a_checkpoint_leaves_alone_what_is_none(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {".out.checkpoint.notes", "work"}
 
 
-def test_init_refuses_before_its_work_a_checkpoint_that_is_none(command: Command, work: Path) -> None:
+def test_init_refuses_before_its_work_a_checkpoint_that_is_none(
+    command: Command, work: Path
+) -> None:
     Path("out.checkpoint").write_text("years")
     answer = command("init", "--model", "x", "--data", "y", "--out", "out", "--checkpoint-every", 2)
-    refused(answer, "out.checkpoint' exists and was not written by evatune", folder=work, left=frozenset({"out.checkpoint"}))
+    refused(
+        answer,
+        "out.checkpoint' exists and was not written by evatune",
+        folder=work,
+        left=frozenset({"out.checkpoint"}),
+    )
     assert Path("out.checkpoint").read_text() == "years"
 
 
@@ -401,10 +498,12 @@ def test_a_checkpoint_that_became_another_file_is_not_removed(tmp_path: Path) ->
     assert point.path.read_text() == "years"
 
 
-# -- names ----------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", "..", ".hidden", "", "a\\b", "a\nb", "a\x1b[1m", "x" * 101])
+@pytest.mark.parametrize(
+    "name", ["../../x", "/tmp/x", "a/b", "..", ".hidden", "", "a\\b", "a\nb", "a\x1b[1m", "x" * 101]
+)
 @pytest.mark.parametrize("key", ["task", "domain", "method"])
 def test_a_name_of_a_recipe_that_would_lead_elsewhere_is_refused(name: str, key: str) -> None:
     tree = {"domain": "understanding", "task": "bbc"} | {key: name}
@@ -415,7 +514,11 @@ def test_a_name_of_a_recipe_that_would_lead_elsewhere_is_refused(name: str, key:
 
 def test_compare_writes_nothing_outside_its_folder(command: Command, work: Path) -> None:
     Path("recipe.yaml").write_text(json.dumps({"task": "../../outside", "data": {"source": "x"}}))
-    refused(command("compare", "recipe.yaml", "--out", "deep/out"), "task is '../../outside'", "file's name")
+    refused(
+        command("compare", "recipe.yaml", "--out", "deep/out"),
+        "task is '../../outside'",
+        "file's name",
+    )
     assert os.listdir() == ["recipe.yaml"]
     cells = grid([load("understanding-bbc")], ["lora"], [0], [], Path("out"))
     assert all(cell.folder.resolve().parent == work / "out" for cell in cells)
@@ -433,11 +536,15 @@ def test_names_as_long_as_the_system_allows_are_written(length: int) -> None:
 def test_longer_names_are_refused_before_the_work(command: Command) -> None:
     options = ["--model", "x", "--data", "y"]
     refused(command("init", *options, "--out", "x" * 256), "File name too long", folder=Path())
-    refused(command("init", *options, "--out", "x" * 250, "--checkpoint-every", 2), "File name too long", folder=Path())
+    refused(
+        command("init", *options, "--out", "x" * 250, "--checkpoint-every", 2),
+        "File name too long",
+        folder=Path(),
+    )
     refused(command("merge", "a", "b", "-o", "x" * 256), "File name too long", folder=Path())
 
 
-# -- files beside the users' ----------------------------------------------------------------------------
+# -- files beside the users' -----------------------------------------------------------------------
 
 
 def test_a_plot_follows_no_link_that_lies_ready(work: Path) -> None:
@@ -459,12 +566,15 @@ def test_reading_a_saved_data_set_leaves_nothing_in_its_folder(work: Path) -> No
     for folder in ("data", "splits"):
         found = load_texts(work / folder, "text")
         assert len(list(TextBatches(tiny_tokenizer(), found, 4, 8, seed=0))) == 2
-        recipe = load("understanding-bbc", ["task=mine", f"data.source={work / folder}", "data.train=4", "data.test=2"])
+        recipe = load(
+            "understanding-bbc",
+            ["task=mine", f"data.source={work / folder}", "data.train=4", "data.test=2"],
+        )
         split(recipe, ["text"], [], "x")
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*")} == before
 
 
-# -- no room --------------------------------------------------------------------------------------------
+# -- no room ---------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -501,15 +611,19 @@ def test_without_room_the_last_output_stays_and_one_sentence_says_so(writer: Any
     Path("file").write_text("old")
     Path("text").write_text("old")
     before = tree()
-    for attempt in (
-        claimed_folder("out", True), claimed_file("file", True, lambda _: True)
-    ):  # fmt: skip
+    for attempt in (claimed_folder("out", True), claimed_file("file", True, lambda _: True)):
         with (
-            no_room(), pytest.raises(ConfigError, match=r"cannot be written .*; name another"), attempt as output,
+            no_room(),
+            pytest.raises(ConfigError, match=r"cannot be written .*; name another"),
+            attempt as output,
             output.whole() as made,
-        ):  # fmt: skip
+        ):
             writer(made / "a" if made.is_dir() else made)
-    with no_room(), pytest.raises(ConfigError, match="cannot be written"), whole_file(Path("text")) as made:
+    with (
+        no_room(),
+        pytest.raises(ConfigError, match="cannot be written"),
+        atomic_file(Path("text")) as made,
+    ):
         writer(made)
     assert tree() == before
 
@@ -520,10 +634,26 @@ def test_what_fails_for_another_reason_is_not_called_a_full_disk() -> None:
 
 
 def test_init_export_and_merge_without_room(
-    command: Command, bert_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command,
+    bert_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    init = ["init", "--model", bert_folder, "--data", text_file, "--max-batches", 2, "--rank", 4, "--batch-size", 8]
+    init = [
+        "init",
+        "--model",
+        bert_folder,
+        "--data",
+        text_file,
+        "--max-batches",
+        2,
+        "--rank",
+        4,
+        "--batch-size",
+        8,
+    ]
     assert command(*init, "--out", "adapter", "--seed", 1).status == 0
     assert command(*init, "--out", "other").status == 0
     assert command("export", "adapter", "-o", "out").status == 0
@@ -531,12 +661,24 @@ def test_init_export_and_merge_without_room(
     assert command("merge", *calibrations, "-o", "m").status == 0
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     with no_room(20_000):
-        refused(command(*init, "--out", "other", "--overwrite"), "'other' cannot be written (File too large)")
-        refused(command(*init, "--out", "other", "--overwrite", "--checkpoint-every", 1), "other.checkpoint' cannot be wr")
-        refused(command("export", "adapter", "-o", "out", "--overwrite"), "'out' cannot be written (File too large)")
+        refused(
+            command(*init, "--out", "other", "--overwrite"),
+            "'other' cannot be written (File too large)",
+        )
+        refused(
+            command(*init, "--out", "other", "--overwrite", "--checkpoint-every", 1),
+            "other.checkpoint' cannot be wr",
+        )
+        refused(
+            command("export", "adapter", "-o", "out", "--overwrite"),
+            "'out' cannot be written (File too large)",
+        )
         merged = ["export", "adapter", "-o", "out", "--overwrite", "--format", "merged"]
         refused(command(*merged), "'out' cannot be written (File too large)")
-        refused(command("merge", *calibrations, "-o", "m", "--overwrite"), "'m' cannot be written (File too large)")
+        refused(
+            command("merge", *calibrations, "-o", "m", "--overwrite"),
+            "'m' cannot be written (File too large)",
+        )
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
 
@@ -554,5 +696,7 @@ def test_a_training_run_without_room_for_its_checkpoint_goes_on_later(
         patch.setattr(transformers.Trainer, "_save_checkpoint", full)
         with pytest.raises(ConfigError, match=r"checkpoints' cannot be written .*; make room"):
             run(recipe, work / "run", quiet=True)
-    with pytest.warns(UserWarning, match=r"checkpoint-2' cannot be gone on from: it lacks trainer_state\.json"):
+    with pytest.warns(
+        UserWarning, match=r"checkpoint-2' cannot be gone on from: it lacks trainer_state\.json"
+    ):
         assert run(recipe, work / "run", quiet=True)["steps"] == 6

@@ -1,4 +1,5 @@
-"""Another model is told from the same one, whatever the place where they differ; and a model must have its weights."""
+"""Another model is told from the same one, whatever the place where they differ; and a model must
+have its weights."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ from torch import nn
 
 import evatune
 from evatune import Calibration, CalibrationConfig
-from evatune.checkpoint import Checkpoint
+from evatune.calibration.checkpoint import Checkpoint
 from evatune.errors import AdapterError, ConfigError
-from evatune.fingerprint import fingerprint
+from evatune.modeling.fingerprint import fingerprint
 from tests.toys import Toy, inputs, tiny_bert, tokens
 
 SMALL = CalibrationConfig(rank=2, max_batches=4, tolerance=0)
@@ -36,14 +37,30 @@ DIFFERENCES = {
 
 
 @pytest.mark.parametrize("difference", DIFFERENCES)
-def test_a_run_is_not_resumed_with_a_model_that_differs_in_one_value(difference: str, tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_with_a_model_that_differs_in_one_value(
+    difference: str, tmp_path: Path
+) -> None:
     name, place = DIFFERENCES[difference]
     model, point = tiny_bert(), tmp_path / "point"
-    evatune.calibrate(model, tokens(4), SMALL, targets=["query"], checkpoint=Checkpoint(point, every=1))
-    evatune.calibrate(tiny_bert(), tokens(4), SMALL, targets=["query"], checkpoint=Checkpoint(point, every=1, resume=True))
+    evatune.calibrate(
+        model, tokens(4), SMALL, targets=["query"], checkpoint=Checkpoint(point, every=1)
+    )
+    evatune.calibrate(
+        tiny_bert(),
+        tokens(4),
+        SMALL,
+        targets=["query"],
+        checkpoint=Checkpoint(point, every=1, resume=True),
+    )
     change(model, name, place)
     with pytest.raises(ConfigError, match=f"weights {name} was") as caught:
-        evatune.calibrate(model, tokens(4), SMALL, targets=["query"], checkpoint=Checkpoint(point, every=1, resume=True))
+        evatune.calibrate(
+            model,
+            tokens(4),
+            SMALL,
+            targets=["query"],
+            checkpoint=Checkpoint(point, every=1, resume=True),
+        )
     assert "begin again" in str(caught.value)
 
 
@@ -55,8 +72,12 @@ def buffers() -> nn.Module:
 CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "a buffer": lambda model: model[1].running_mean.add_(1),
     "the dtype": lambda model: model.to(torch.bfloat16),
-    "two rows that trade places": lambda model: model[0].weight.data.copy_(model[0].weight.data.flip(0)),
-    "the shape": lambda model: setattr(model[0], "weight", nn.Parameter(model[0].weight.detach().reshape(2, 8))),
+    "two rows that trade places": (
+        lambda model: model[0].weight.data.copy_(model[0].weight.data.flip(0))
+    ),
+    "the shape": lambda model: setattr(
+        model[0], "weight", nn.Parameter(model[0].weight.detach().reshape(2, 8))
+    ),
     "a sign of zero": lambda model: model[0].bias.data.mul_(0).neg_(),
 }
 
@@ -89,7 +110,12 @@ def test_weights_of_every_layout_have_a_fingerprint() -> None:
     model.scalar = nn.Parameter(torch.tensor(2.0))
     model.transposed = nn.Parameter(torch.randn(6, 5).T)
     model.inside = nn.Parameter(torch.randn(11)[1:])  # begins in the middle of a word
-    for name, dtype in (("bool", torch.bool), ("int8", torch.int8), ("complex", torch.complex64), ("f8", torch.float8_e5m2)):
+    for name, dtype in (
+        ("bool", torch.bool),
+        ("int8", torch.int8),
+        ("complex", torch.complex64),
+        ("f8", torch.float8_e5m2),
+    ):
         model.register_buffer(name, torch.ones(7).to(dtype))
     model.register_buffer("absent", None)
     found = fingerprint(model)
@@ -110,7 +136,9 @@ def test_a_model_on_the_meta_device_is_refused_with_a_weight_named_and_what_to_d
         lambda: evatune.initialize(adapted, inputs()),
         lambda: evatune.initialize(adapted, finished),
     ):
-        with pytest.raises(AdapterError, match=r"blocks\.0\.q.*weight is on the meta device.*load the weights"):
+        with pytest.raises(
+            AdapterError, match=r"blocks\.0\.q.*weight is on the meta device.*load the weights"
+        ):
             door()
 
 
@@ -129,4 +157,6 @@ def test_weights_that_accelerate_has_offloaded_are_there() -> None:
     assert {p.device.type for p in model.parameters()} == {"meta"}
     found = evatune.calibrate(model, inputs(), SMALL)
     assert isinstance(found, Calibration)
-    assert torch.equal(found.spectra["blocks.0.q"].directions, usual.spectra["blocks.0.q"].directions)
+    assert torch.equal(
+        found.spectra["blocks.0.q"].directions, usual.spectra["blocks.0.q"].directions
+    )

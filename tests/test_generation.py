@@ -12,15 +12,21 @@ import torch
 import transformers
 
 from evatune.errors import ConfigError, DataError
-from evatune.recipes import Recipe, load
-from evatune.tasks import generation, language
-from evatune.tasks.language import Pair
-from evatune.tasks.run import read_metrics, run
-from evatune.tasks.store import asset
+from evatune.finetune.recipe import Recipe, load
+from evatune.finetune.run import read_metrics, run
+from evatune.finetune.tasks import generation, language
+from evatune.finetune.tasks.language import Pair
+from evatune.loading.assets import asset
 
 torch.set_num_threads(1)
 
-SMOKE = ["data.train=64", "data.test=20", "training.steps=4", "training.eval_every=4", "training.log_every=1"]
+SMOKE = [
+    "data.train=64",
+    "data.test=20",
+    "training.steps=4",
+    "training.eval_every=4",
+    "training.log_every=1",
+]
 
 
 def small(task: str, *more: str) -> Recipe:
@@ -74,7 +80,11 @@ def test_eva_starts_from_the_loss_of_lora(tmp_path: Path) -> None:
     losses = []
     for method in ("lora", "eva", "untouched"):
         run(small("reviews", f"method={method}"), tmp_path / method, quiet=True)
-        losses.append(next(line["eval_loss"] for line in read_metrics(tmp_path / method) if "eval_loss" in line))
+        losses.append(
+            next(
+                line["eval_loss"] for line in read_metrics(tmp_path / method) if "eval_loss" in line
+            )
+        )
     assert losses[1:] == pytest.approx(losses[:1] * 2, abs=1e-5)
 
 
@@ -82,7 +92,11 @@ def test_a_budget_in_parameters_keeps_eva_within_those_of_lora(tmp_path: Path) -
     count = {}
     for method in ("lora", "eva"):
         recipe = small(
-            "reviews", f"method={method}", "adapter.budget=parameters", "training.steps=1", "training.eval_every=1"
+            "reviews",
+            f"method={method}",
+            "adapter.budget=parameters",
+            "training.steps=1",
+            "training.eval_every=1",
         )
         count[method] = run(recipe, tmp_path / method, quiet=True)["trainable_parameters"]
     assert 0.95 * count["lora"] < count["eva"] <= count["lora"]
@@ -104,12 +118,16 @@ def test_the_measures_are_those_of_the_definition(llama: tuple[Any, Any]) -> Non
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     reduced = generation._per_token(logits, batch["labels"])
-    found = generation.measures(transformers.EvalPrediction(reduced.numpy(), batch["labels"].numpy()))
+    found = generation.measures(
+        transformers.EvalPrediction(reduced.numpy(), batch["labels"].numpy())
+    )
     losses = []
     for row in rows:  # one by one, without padding
         with torch.no_grad():
             scores = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
-        losses += [-float(scores[i - 1, label]) for i, label in enumerate(row["labels"]) if label != -100]
+        losses += [
+            -float(scores[i - 1, label]) for i, label in enumerate(row["labels"]) if label != -100
+        ]
     assert math.log(found["perplexity"]) == pytest.approx(sum(losses) / len(losses), abs=1e-4)
 
 
@@ -129,7 +147,9 @@ class _Parrot:
 
     def __init__(self, tokenizer: Any, pairs: list[Pair], good: int) -> None:
         texts = [pair.answer if i < good else "1 + 1 = 999" for i, pair in enumerate(pairs)]
-        self.answers = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
+        self.answers = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")[
+            "input_ids"
+        ]
 
     def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.cat([input_ids, self.answers], dim=1)
@@ -151,8 +171,17 @@ def test_choices_are_weighed_by_their_likelihood(llama: tuple[Any, Any]) -> None
 @pytest.mark.parametrize("columns", [["q", "a"], ["a"]])
 def test_data_of_the_user_are_read(columns: list[str], tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
-    path.write_text("".join(json.dumps({"q": f"What is {i}?", "a": f"It is {i}."}) + "\n" for i in range(30)))
-    recipe = small("code", "task=mine", f"data.source={path}", f"data.columns={columns}", "data.train=20", "data.test=10")
+    path.write_text(
+        "".join(json.dumps({"q": f"What is {i}?", "a": f"It is {i}."}) + "\n" for i in range(30))
+    )
+    recipe = small(
+        "code",
+        "task=mine",
+        f"data.source={path}",
+        f"data.columns={columns}",
+        "data.train=20",
+        "data.test=10",
+    )
     task = generation.prepare(recipe)
     assert (len(task.train), len(task.test)) == (20, 10)
     assert all(("What" in text) == (len(columns) == 2) for text in _decoded(task.train))
@@ -167,14 +196,32 @@ def _decoded(examples: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("overrides", "error", "text"),
     [
-        (["task=poems"], ConfigError, "task is 'poems'; tasks of language generation are arithmetic, commonsense"),
-        (["data.train=99999"], ConfigError, "data.train is 99999 and data.test 20, but task 'code' has"),
+        (
+            ["task=poems"],
+            ConfigError,
+            "task is 'poems'; tasks of language generation are arithmetic, commonsense",
+        ),
+        (
+            ["data.train=99999"],
+            ConfigError,
+            "data.train is 99999 and data.test 20, but task 'code' has",
+        ),
         (["task=code", "data.source=x/y"], ConfigError, "has data of its own; with data.source"),
-        (["task=mine", "data.source=./nowhere"], DataError, "data.source './nowhere' does not exist"),
-        (["task=mine", "data.source=x/y", "data.columns=[a,b,c]"], ConfigError, "give the prompt's and the answer's column"),
+        (
+            ["task=mine", "data.source=./nowhere"],
+            DataError,
+            "data.source './nowhere' does not exist",
+        ),
+        (
+            ["task=mine", "data.source=x/y", "data.columns=[a,b,c]"],
+            ConfigError,
+            "give the prompt's and the answer's column",
+        ),
     ],
 )
-def test_a_mistake_in_the_recipe_says_what_is_allowed(overrides: list[str], error: type[Exception], text: str) -> None:
+def test_a_mistake_in_the_recipe_says_what_is_allowed(
+    overrides: list[str], error: type[Exception], text: str
+) -> None:
     with pytest.raises(error, match=text):
         generation.prepare(small("code", *overrides))
 
@@ -187,7 +234,9 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
         generation.prepare(recipe)
 
 
-@pytest.mark.parametrize("overrides", [["model=meta-llama/none"], ["task=mine", "data.source=nobody/nothing"]])
+@pytest.mark.parametrize(
+    "overrides", [["model=meta-llama/none"], ["task=mine", "data.source=nobody/nothing"]]
+)
 @pytest.mark.usefixtures("no_network")
 def test_without_a_network_a_hub_id_leads_to_what_works_offline(overrides: list[str]) -> None:
     with pytest.raises(DataError, match=r"the model hub cannot be reached.*generation-code"):
@@ -200,13 +249,21 @@ def test_the_checkpoint_fits_its_card() -> None:
     for name in ("llama-small", "vit-glyphs", "dt-metaworld"):
         weights = (asset(name) / "model.safetensors").read_bytes()
         assert len(weights) <= 10_000_000
-        assert hashlib.sha256(weights).hexdigest() in (asset(name) / "README.md").read_text(encoding="utf-8")
+        assert hashlib.sha256(weights).hexdigest() in (asset(name) / "README.md").read_text(
+            encoding="utf-8"
+        )
 
 
 @pytest.mark.parametrize(("method", "dtype"), [("eva", torch.bfloat16), ("full", torch.float32)])
-def test_mixed_precision_holds_frozen_weights_alone_in_16_bits(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    recipe = small("reviews", f"method={method}", "training.precision=bf16", "training.learning_rate=1e-3")
+def test_mixed_precision_holds_frozen_weights_alone_in_16_bits(
+    method: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    recipe = small(
+        "reviews", f"method={method}", "training.precision=bf16", "training.learning_rate=1e-3"
+    )
     assert generation.prepare(recipe).model.dtype == dtype
     run(recipe, tmp_path / "run", quiet=True)
-    first, last = (line["eval_loss"] for line in read_metrics(tmp_path / "run") if "eval_loss" in line)
+    first, last = (
+        line["eval_loss"] for line in read_metrics(tmp_path / "run") if "eval_loss" in line
+    )
     assert last < first

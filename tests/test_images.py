@@ -14,14 +14,21 @@ import transformers
 from PIL import Image
 
 from evatune.errors import ConfigError, DataError
-from evatune.recipes import Recipe, load
-from evatune.tasks import drawing, images
-from evatune.tasks.run import RESULT, read_metrics, run
+from evatune.finetune.recipe import Recipe, load
+from evatune.finetune.run import RESULT, read_metrics, run
+from evatune.finetune.tasks import drawing, images
 
 torch.set_num_threads(1)
 
-SMALL = ["data.train=48", "data.test=24", "training.steps=4", "training.batch_size=8", "training.log_every=1",
-         "training.eval_every=2", "adapter.rank=4"]  # fmt: skip
+SMALL = [
+    "data.train=48",
+    "data.test=24",
+    "training.steps=4",
+    "training.batch_size=8",
+    "training.log_every=1",
+    "training.eval_every=2",
+    "adapter.rank=4",
+]
 DRAWN = {
     "location": (drawing.location, 25),
     "orientation": (drawing.orientation, 16),
@@ -41,7 +48,9 @@ def of_the_user(source: Path | str, *more: str) -> Recipe:
 
 def table(labels: Any, feature: Any = None, column: str = "label") -> datasets.Dataset:
     pictures = [Image.fromarray(np.full((10, 12), 20 * i, np.uint8)) for i in range(len(labels))]
-    found = datasets.Dataset.from_dict({"image": pictures, column: labels, "extra": ["x"] * len(labels)})
+    found = datasets.Dataset.from_dict(
+        {"image": pictures, column: labels, "extra": ["x"] * len(labels)}
+    )
     found = found.cast_column("image", datasets.Image())
     return found if feature is None else found.cast_column(column, feature)
 
@@ -66,23 +75,32 @@ def test_every_task_trains_and_is_judged(task: str, tmp_path: Path) -> None:
 def test_eva_starts_from_the_loss_of_lora(tmp_path: Path) -> None:
     for method in ("lora", "eva"):
         run(small("digits", f"method={method}"), tmp_path / method, quiet=True)
-    before = [next(line["eval_loss"] for line in read_metrics(tmp_path / method)) for method in ("lora", "eva")]
+    before = [
+        next(line["eval_loss"] for line in read_metrics(tmp_path / method))
+        for method in ("lora", "eva")
+    ]
     assert before[0] == before[1]
 
 
 def test_equal_seeds_give_equal_runs(tmp_path: Path) -> None:
-    first, second = (run(small("location", "method=eva", "seed=3"), tmp_path / name, quiet=True) for name in "ab")
+    first, second = (
+        run(small("location", "method=eva", "seed=3"), tmp_path / name, quiet=True) for name in "ab"
+    )
     assert first["eval_loss"] == second["eval_loss"]
 
 
-def test_a_resumed_run_of_all_weights_keeps_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_of_all_weights_keeps_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def weights() -> Any:
-        model, info = transformers.Dinov2ForImageClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
+        model, info = transformers.Dinov2ForImageClassification.from_pretrained(
+            tmp_path / "model", output_loading_info=True
+        )
         assert not any(info.values())
         return model.state_dict()
 
     with monkeypatch.context() as patch:  # as if it had been killed before its last line
-        patch.setattr("evatune.tasks.run.shutil.rmtree", lambda *_, **__: None)
+        patch.setattr("evatune.finetune.run.shutil.rmtree", lambda *_, **__: None)
         run(small("digits", "method=full"), tmp_path, quiet=True)
     before = weights()
     (tmp_path / RESULT).unlink()
@@ -118,9 +136,15 @@ def test_labels_are_balanced(task: str) -> None:
 
 def test_a_shape_lies_in_the_cell_that_its_label_names() -> None:
     for label in range(25):
-        drawn = [drawing.location(np.random.default_rng([label, i]), label) / 255 for i in range(40)]
-        contrast = np.mean([np.abs(image - np.median(image)) for image in drawn], axis=0)[4:28, 4:28]
-        cells = np.asarray(Image.fromarray(contrast.astype(np.float32)).resize((5, 5), Image.Resampling.BOX))
+        drawn = [
+            drawing.location(np.random.default_rng([label, i]), label) / 255 for i in range(40)
+        ]
+        contrast = np.mean([np.abs(image - np.median(image)) for image in drawn], axis=0)[
+            4:28, 4:28
+        ]
+        cells = np.asarray(
+            Image.fromarray(contrast.astype(np.float32)).resize((5, 5), Image.Resampling.BOX)
+        )
         assert cells.argmax() == label
 
 
@@ -178,11 +202,20 @@ def test_classes_may_be_names(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_size_brings_its_own_processor(tmp_path: Path) -> None:
     config = transformers.ViTConfig(
-        image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        image_size=16,
+        patch_size=8,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
     )
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
-    transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
-    result = run(small("digits", f"model={tmp_path / 'vit'}", "method=eva"), tmp_path / "run", quiet=True)
+    transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(
+        tmp_path / "vit"
+    )
+    result = run(
+        small("digits", f"model={tmp_path / 'vit'}", "method=eva"), tmp_path / "run", quiet=True
+    )
     assert result["steps"] == 4
 
 
@@ -190,14 +223,28 @@ def test_a_checkpoint_of_another_size_brings_its_own_processor(tmp_path: Path) -
     ("overrides", "error", "text"),
     [
         (["task=nothing"], ConfigError, "tasks of image classification are digits, location"),
-        (["task=digits", "data.source=x/y"], ConfigError, "has data of its own; with data.source, give the task another"),
-        (["data.train=1700", "data.test=98"], ConfigError, "is 1798, but task 'digits' has 1797 examples; lower them"),
+        (
+            ["task=digits", "data.source=x/y"],
+            ConfigError,
+            "has data of its own; with data.source, give the task another",
+        ),
+        (
+            ["data.train=1700", "data.test=98"],
+            ConfigError,
+            "is 1798, but task 'digits' has 1797 examples; lower them",
+        ),
         (["task=fonts", "data.train=99999"], ConfigError, "has 5000 examples"),
         (["model=./nowhere"], DataError, "model './nowhere' does not exist"),
-        (["task=mine", "data.source=./nowhere"], DataError, "data.source './nowhere' does not exist"),
+        (
+            ["task=mine", "data.source=./nowhere"],
+            DataError,
+            "data.source './nowhere' does not exist",
+        ),
     ],
 )
-def test_a_mistake_in_the_recipe_says_what_is_allowed(overrides: list[str], error: type[Exception], text: str) -> None:
+def test_a_mistake_in_the_recipe_says_what_is_allowed(
+    overrides: list[str], error: type[Exception], text: str
+) -> None:
     with pytest.raises(error, match=text):
         images.prepare(load("images-digits", overrides))
 
@@ -206,7 +253,11 @@ def test_a_mistake_in_the_recipe_says_what_is_allowed(overrides: list[str], erro
     ("labels", "overrides", "text"),
     [
         ([0, 1] * 4, ["data.columns=[photo]"], "has no column 'photo'; it has image, label, extra"),
-        ([0, 1] * 4, ["data.label_column=kind"], "has no column 'kind'; it has image, label, extra"),
+        (
+            [0, 1] * 4,
+            ["data.label_column=kind"],
+            "has no column 'kind'; it has image, label, extra",
+        ),
         ([0, 1] * 4, ["data.columns=[extra]"], "column 'extra' of .* holds no images"),
         ([-1] * 8, [], "column 'label' of .* holds the label -1; its 1 classes"),
         ([1, 2] * 4, [], "holds the label 2; its 2 classes must be names, or numbers from 0 to 1"),
@@ -216,7 +267,9 @@ def test_a_mistake_in_the_recipe_says_what_is_allowed(overrides: list[str], erro
         ([0, 1], [], "has 2 examples; lower them"),
     ],
 )
-def test_a_mistake_in_the_data_names_the_column(labels: Any, overrides: list[str], text: str, tmp_path: Path) -> None:
+def test_a_mistake_in_the_data_names_the_column(
+    labels: Any, overrides: list[str], text: str, tmp_path: Path
+) -> None:
     source = saved(tmp_path / "data", labels)
     with pytest.raises((ConfigError, DataError), match=text):
         images.prepare(of_the_user(source, *overrides))
@@ -230,7 +283,9 @@ def test_data_without_a_split_to_train_on_say_which_there_are(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize("overrides", [["model=facebook/dinov2-none"], ["task=mine", "data.source=nobody/nothing"]])
+@pytest.mark.parametrize(
+    "overrides", [["model=facebook/dinov2-none"], ["task=mine", "data.source=nobody/nothing"]]
+)
 def test_without_a_network_a_hub_id_leads_to_what_works_offline(overrides: list[str]) -> None:
     with pytest.raises(DataError, match=r"the model hub cannot be reached.* images-digits"):
         images.prepare(load("images-digits", overrides))

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from evatune.errors import DataError
-from evatune.tasks import index, store
+from evatune.loading import assets as store
+from evatune.loading import package_index as index
 
 NAME = "some_thing-1.0.tar.gz"
 
@@ -43,7 +44,8 @@ def served(folder: Path) -> Iterator[str]:
 
 
 def archive(marker: Path) -> bytes:
-    """A source distribution whose setup.py leaves a mark when it is run, and whose member climbs out."""
+    """A source distribution whose setup.py leaves a mark when it is run, and whose member climbs
+    out."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for name in ("some_thing-1.0/setup.py", "../climbed.py"):
@@ -65,14 +67,21 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "index" / "some-thing"
     folder.mkdir(parents=True)
     (folder / NAME).write_bytes(archive(tmp_path / "ran"))
-    (folder / "index.html").write_text(f'<a href="other-1.0.tar.gz">other</a> <a href="{NAME}#sha256=0">{NAME}</a>')
+    (folder / "index.html").write_text(
+        f'<a href="other-1.0.tar.gz">other</a> <a href="{NAME}#sha256=0">{NAME}</a>'
+    )
     return folder
 
 
-def test_nothing_of_a_forged_archive_runs_or_stays(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_a_forged_archive_runs_or_stays(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with served(page.parent) as address:
         monkeypatch.setenv("PIP_INDEX_URL", f"http://{address}")
-        with pytest.raises(DataError, match=r"the thing .*SHA-256 differs.* nothing was kept or run.* put the file at"):
+        with pytest.raises(
+            DataError,
+            match=r"the thing .*SHA-256 differs.* nothing was kept or run.* put the file at",
+        ):
             store.downloaded("Some_Thing", NAME, "0" * 64, "the thing")
     assert {path.name for path in tmp_path.iterdir()} == {"index"}
 
@@ -87,7 +96,9 @@ def test_a_file_is_fetched_once_from_the_first_index_whose_bytes_are_right(
     digest = hashlib.sha256(b"the right one").hexdigest()
     with served(page.parent) as address:
         monkeypatch.setenv("PIP_INDEX_URL", f"http://me:pass%20word@{address}/")
-        monkeypatch.setenv("PIP_EXTRA_INDEX_URL", f"file://{tmp_path}/nowhere file://{tmp_path}/right")
+        monkeypatch.setenv(
+            "PIP_EXTRA_INDEX_URL", f"file://{tmp_path}/nowhere file://{tmp_path}/right"
+        )
         found = store.downloaded("some.thing", NAME, digest, "the thing")
     assert Silent.asked[-1] == "Basic bWU6cGFzcyB3b3Jk"
     monkeypatch.setattr(store, "fetch", None)
@@ -96,12 +107,18 @@ def test_a_file_is_fetched_once_from_the_first_index_whose_bytes_are_right(
     assert [path.name for path in found.parent.iterdir()] == [NAME]
 
 
-def test_what_cannot_be_had_is_said_in_a_sentence(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_had_is_said_in_a_sentence(
+    page: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     digest = hashlib.sha256((page / NAME).read_bytes()).hexdigest()
     monkeypatch.setattr(index, "_LARGEST", 100)
     with served(page.parent) as address:
-        for url, reason in (("http://127.0.0.1:9", "refused"), (f"http://{address}/none", "404"),
-                            (f"http://{address}", "more than"), ("ftp://127.0.0.1", "'ftp' is not read")):  # fmt: skip
+        for url, reason in (
+            ("http://127.0.0.1:9", "refused"),
+            (f"http://{address}/none", "404"),
+            (f"http://{address}", "more than"),
+            ("ftp://127.0.0.1", "'ftp' is not read"),
+        ):
             monkeypatch.setattr(index, "_pip_settings", lambda url=url: {"index-url": url})
             with pytest.raises(DataError, match=f"could not be downloaded.*{reason}"):
                 store.downloaded("some-thing", NAME, digest, "the thing")

@@ -12,12 +12,17 @@ from torch import Tensor, nn
 
 import evatune
 from evatune.capture.labels import LabelShift, declares_shift
-from evatune.model import call_model
+from evatune.modeling.forward import call_model
 from tests.test_architectures import TEXT, bert, llama, seeded
 from tests.test_capture import state_of
 
 torch.set_num_threads(1)
-SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
 
 def llava() -> nn.Module:
@@ -29,7 +34,8 @@ def llava() -> nn.Module:
 
 def xlnet() -> nn.Module:
     return seeded(
-        transformers.XLNetLMHeadModel, transformers.XLNetConfig(vocab_size=60, d_model=16, n_layer=1, n_head=2, d_inner=32)
+        transformers.XLNetLMHeadModel,
+        transformers.XLNetConfig(vocab_size=60, d_model=16, n_layer=1, n_head=2, d_inner=32),
     )
 
 
@@ -45,7 +51,9 @@ def masked_bert() -> nn.Module:
 
 
 def tagger() -> nn.Module:
-    return seeded(transformers.BertForTokenClassification, transformers.BertConfig(**TEXT, num_labels=60))
+    return seeded(
+        transformers.BertForTokenClassification, transformers.BertConfig(**TEXT, num_labels=60)
+    )
 
 
 def answers(images: bool = False) -> dict[str, Tensor]:
@@ -54,11 +62,14 @@ def answers(images: bool = False) -> dict[str, Tensor]:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if images:
         ids[:, 1:5] = 59
-        batch["pixel_values"] = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        batch["pixel_values"] = torch.randn(
+            3, 3, 16, 16, generator=torch.Generator().manual_seed(1)
+        )
     return batch | {"labels": ids.clone().index_fill_(1, torch.arange(8), -100)}
 
 
-# model → a layer behind which positions mix no more, and the first of the four positions that have a loss
+# model → a layer behind which positions mix no more, and the first of the four positions that have
+# a loss
 MODELS: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
     "Llava": (llava, "model.language_model.layers.0.mlp.down_proj", 7),
     "Llama": (llama, "model.layers.1.mlp.down_proj", 7),
@@ -87,10 +98,13 @@ def test_the_rows_with_a_loss_are_those_that_the_models_loss_depends_on(case: st
 def test_labels_say_nothing_about_the_patches_of_images() -> None:
     config = evatune.CalibrationConfig(rank=2, labels_only=True)
     batch = answers(images=True)
-    batch = {key: value[:, :5] if value.shape[1:] == (12,) else value for key, value in batch.items()}
+    batch = {
+        key: value[:, :5] if value.shape[1:] == (12,) else value for key, value in batch.items()
+    }
     batch["labels"] = batch["input_ids"].clone()
     batch["labels"][:, :3] = -100
-    name = "model.vision_tower.encoder.layers.0.mlp.fc1"  # five rows for each image, as the text has tokens
+    # five rows for each image, as the text has tokens
+    name = "model.vision_tower.encoder.layers.0.mlp.fc1"
     assert evatune.calibrate(llava(), [batch], config, targets=[name]).spectra[name].rows == 15
 
 

@@ -43,7 +43,9 @@ class Classifier(pl.LightningModule):
         super().__init__()
         self.model = get_peft_model(
             tiny_bert("classification").train(),
-            LoraConfig(**({"r": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS"} | options)),
+            LoraConfig(
+                **({"r": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS"} | options)
+            ),
         )
 
     def training_step(self, batch: Any, index: int) -> Tensor:
@@ -74,9 +76,15 @@ def forward(model: nn.Module, batch: Any) -> Any:
 def trainer(folder: Path, *callbacks: Any, **options: Any) -> pl.Trainer:
     settings = {"max_epochs": 1, "logger": False, "enable_checkpointing": False} | options
     return pl.Trainer(
-        accelerator="cpu", devices=1, default_root_dir=folder, callbacks=list(callbacks), enable_progress_bar=False,
-        enable_model_summary=False, log_every_n_steps=1, **settings,
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        **settings,
+    )
 
 
 class AtTheEnd(pl.Callback):
@@ -89,12 +97,18 @@ class AtTheEnd(pl.Callback):
 
 def test_the_adapter_that_is_trained_is_the_one_that_eva_started(tmp_path: Path) -> None:
     pl.seed_everything(0, verbose=False)
-    module, eva, end = Classifier(), EvaCallback(forward=forward, rho=2.0, scale="matched"), AtTheEnd()
+    module, eva, end = (
+        Classifier(),
+        EvaCallback(forward=forward, rho=2.0, scale="matched"),
+        AtTheEnd(),
+    )
     trainer(tmp_path, eva, end).fit(module, datamodule=Data())
     assert eva.calibration is not None
     plan = eva.calibration.allocate()
     layers = lora_layers(module.model)
-    assert {name: layer.r["default"] for name, layer in layers.items()} == {n: r for n, r in plan.ranks.items() if r}
+    assert {name: layer.r["default"] for name, layer in layers.items()} == {
+        n: r for n, r in plan.ranks.items() if r
+    }
     assert len(set(plan.ranks.values())) > 1
     for name, layer in layers.items():
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -108,11 +122,14 @@ def test_the_adapter_that_is_trained_is_the_one_that_eva_started(tmp_path: Path)
     loaded = PeftModel.from_pretrained(tiny_bert("classification"), str(tmp_path / "adapter"))
     with torch.no_grad():
         batch = tokens()[0]
-        assert torch.allclose(loaded.eval()(**batch).logits, module.model.eval()(**batch).logits, atol=1e-6)
+        assert torch.allclose(
+            loaded.eval()(**batch).logits, module.model.eval()(**batch).logits, atol=1e-6
+        )
 
 
 class Dicts(Classifier):
-    """The default call, `model(**batch)`; a transformers model after `add_adapter`, deep inside; data of its own."""
+    """The default call, `model(**batch)`; a transformers model after `add_adapter`, deep inside;
+    data of its own."""
 
     def __init__(self) -> None:
         pl.LightningModule.__init__(self)
@@ -124,11 +141,15 @@ class Dicts(Classifier):
         return self.parts["encoder"][0](**batch).loss
 
     def train_dataloader(self) -> Any:
-        return DataLoader([batch | {"labels": torch.arange(4) % 2} for batch in tokens(8)], batch_size=None)
+        return DataLoader(
+            [batch | {"labels": torch.arange(4) % 2} for batch in tokens(8)], batch_size=None
+        )
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_transformers_model_with_an_adapter_of_another_name(tmp_path: Path, precision: str) -> None:
+def test_a_transformers_model_with_an_adapter_of_another_name(
+    tmp_path: Path, precision: str
+) -> None:
     module, eva = Dicts(), EvaCallback(adapter_name="mine")
     trainer(tmp_path, eva, precision=precision).fit(module)
     layers = lora_layers(module, "mine")
@@ -140,7 +161,9 @@ def test_a_transformers_model_with_an_adapter_of_another_name(tmp_path: Path, pr
 
 def test_batches_given_take_the_place_of_the_loaders(tmp_path: Path) -> None:
     eva = EvaCallback(batches=tokens(5))
-    given = DataLoader(TensorDataset(torch.ones(4, 12, dtype=torch.long), torch.zeros(4, dtype=torch.long)), 4)
+    given = DataLoader(
+        TensorDataset(torch.ones(4, 12, dtype=torch.long), torch.zeros(4, dtype=torch.long)), 4
+    )
     trainer(tmp_path, eva).fit(Classifier(), train_dataloaders=given)
     assert eva.calibration is not None
     assert eva.calibration.batches == 5
@@ -151,7 +174,9 @@ def test_training_sees_the_batches_that_it_would_have_seen(tmp_path: Path) -> No
         ids: list[Tensor] = []
 
         class Seen(pl.Callback):
-            def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+            def on_train_batch_start(
+                self, trainer: Any, module: Any, batch: Any, index: int
+            ) -> None:
                 ids.append(batch[0])
 
         pl.seed_everything(0, verbose=False)
@@ -174,7 +199,9 @@ def test_the_loggers_get_the_summary(tmp_path: Path) -> None:
     assert "train_loss" in header
 
 
-def test_a_run_goes_on_from_its_checkpoint_and_a_second_fit_keeps_what_was_learnt(tmp_path: Path) -> None:
+def test_a_run_goes_on_from_its_checkpoint_and_a_second_fit_keeps_what_was_learnt(
+    tmp_path: Path,
+) -> None:
     module, eva = Classifier(), EvaCallback(forward=forward)
     run = trainer(tmp_path, eva)
     run.fit(module, datamodule=Data())
@@ -186,7 +213,9 @@ def test_a_run_goes_on_from_its_checkpoint_and_a_second_fit_keeps_what_was_learn
     assert all(torch.equal(p, learnt[name]) for name, p in module.named_parameters())
 
     again = Classifier()
-    trainer(tmp_path, EvaCallback(first), max_epochs=1).fit(again, datamodule=Data(), ckpt_path=tmp_path / "run.ckpt")
+    trainer(tmp_path, EvaCallback(first), max_epochs=1).fit(
+        again, datamodule=Data(), ckpt_path=tmp_path / "run.ckpt"
+    )
     assert learnt.keys() == dict(again.named_parameters()).keys()
     assert all(torch.equal(p, learnt[name]) for name, p in again.named_parameters())
 
@@ -197,7 +226,7 @@ def test_only_a_fit_initialises(tmp_path: Path) -> None:
     assert eva.calibration is None
 
 
-# -- what is refused ----------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 class Bare(Classifier):
@@ -223,7 +252,11 @@ class OwnSetup(Classifier):
 @pytest.mark.parametrize(
     ("module", "error", "text"),
     [
-        (Bare, AdapterError, r"Bare holds no model with an adapter when setup begins; build one in its __init__"),
+        (
+            Bare,
+            AdapterError,
+            r"Bare holds no model with an adapter when setup begins; build one in its __init__",
+        ),
         (Two, AdapterError, r"Two holds several models with an adapter \(model, teacher\)"),
     ],
 )
@@ -234,18 +267,26 @@ def test_a_module_without_one_adapted_model_is_refused(
         trainer(tmp_path, EvaCallback(forward=forward)).fit(module(), datamodule=Data())
 
 
-def test_data_that_the_modules_own_setup_makes_come_too_late_and_the_error_says_so(tmp_path: Path) -> None:
+def test_data_that_the_modules_own_setup_makes_come_too_late_and_the_error_says_so(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(AttributeError, match="data") as caught:
         trainer(tmp_path, EvaCallback(forward=forward)).fit(OwnSetup())
-    assert any("before the LightningModule's own setup()" in note for note in caught.value.__notes__)
+    assert any(
+        "before the LightningModule's own setup()" in note for note in caught.value.__notes__
+    )
 
 
-def test_several_processes_need_one_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_need_one_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = trainer(tmp_path)
     monkeypatch.setattr(type(run), "world_size", property(lambda self: 2))
     with pytest.raises(DataError, match=r"this run has 2.*Calibration\.load"):
         EvaCallback(forward=forward).setup(run, Classifier(), "fit")
-    calibration = evatune.calibrate(tiny_bert("classification"), tokens(8), evatune.CalibrationConfig(rank=4))
+    calibration = evatune.calibrate(
+        tiny_bert("classification"), tokens(8), evatune.CalibrationConfig(rank=4)
+    )
     alike = [Classifier(), Classifier()]
     for module in alike:
         EvaCallback(calibration).setup(run, module, "fit")

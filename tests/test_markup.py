@@ -16,12 +16,12 @@ from torch import nn
 
 import evatune
 from evatune.adapters.export import write_card
-from evatune.markup import markdown_code, markdown_text, plot_text, printable
+from evatune.finetune.compare import Comparison, MeanStd, MethodSummary
 from evatune.report import plots
 from evatune.report.page import render
 from evatune.report.runs import comparison_markdown, comparison_plot, comparison_table, rank_plot
 from evatune.report.tables import adapter_table, show_calibration
-from evatune.tasks.compare import Comparison, Line, Spread
+from evatune.utils.markup import markdown_code, markdown_text, plot_text, printable
 from tests.conftest import Command, refused, sentences
 
 ESCAPE = "\x1b[31mred"
@@ -55,7 +55,9 @@ class Named(nn.Module):
 
 @pytest.fixture(scope="module")
 def calibration() -> evatune.Calibration:
-    batches = [torch.randn(32, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    batches = [
+        torch.randn(32, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)
+    ]
     return evatune.calibrate(Named(), batches, evatune.CalibrationConfig(rank=2, max_batches=4))
 
 
@@ -73,7 +75,9 @@ def test_a_table_shows_every_name_as_it_is(calibration: evatune.Calibration) -> 
     assert "\x1b" not in text
 
 
-def test_plots_and_page_show_every_name_as_it_is(calibration: evatune.Calibration, tmp_path: Path) -> None:
+def test_plots_and_page_show_every_name_as_it_is(
+    calibration: evatune.Calibration, tmp_path: Path
+) -> None:
     plan = calibration.allocate()
     page = render(calibration, plan, {"model": "<i>&\udce9"})
     page.encode("utf-8")
@@ -82,7 +86,11 @@ def test_plots_and_page_show_every_name_as_it_is(calibration: evatune.Calibratio
     assert "layers.a[/b]" in page
     assert "\x1b" not in page
     drawing = xml.etree.ElementTree.fromstring(plots.spectra(calibration, plan))
-    words = {"".join(element.itertext()).strip() for element in drawing.iter() if element.tag.endswith("text")}
+    words = {
+        "".join(element.itertext()).strip()
+        for element in drawing.iter()
+        if element.tag.endswith("text")
+    }
     assert {f"layers.{printable(name)}" for name in NAMES} <= words
     rank_plot(calibration, plan, tmp_path / "ranks.png")
     assert (tmp_path / "ranks.png").stat().st_size > 1000
@@ -98,10 +106,19 @@ def test_a_legend_leaves_no_name_out() -> None:
 
 
 def test_a_comparison_shows_every_name_as_it_is(tmp_path: Path) -> None:
-    def line(task: str) -> Line:
-        values: dict[str, Any] = {field.name: Spread(1.0, None) for field in fields(Line)}
-        return Line(**values | {"task": task, "method": "eva", "learning_rate": 1e-3, "seeds": 1, "best": True,
-                                "curve": [(1, 1.0, 1.0)]})  # fmt: skip
+    def line(task: str) -> MethodSummary:
+        values: dict[str, Any] = {field.name: MeanStd(1.0, None) for field in fields(MethodSummary)}
+        return MethodSummary(
+            **values
+            | {
+                "task": task,
+                "method": "eva",
+                "learning_rate": 1e-3,
+                "seeds": 1,
+                "best": True,
+                "curve": [(1, 1.0, 1.0)],
+            }
+        )
 
     names = [*NAMES, "a|b", "`code`"]
     comparison = Comparison([line(name) for name in names], dict.fromkeys(names, 1.0))
@@ -116,27 +133,48 @@ def test_a_comparison_shows_every_name_as_it_is(tmp_path: Path) -> None:
     assert len({row.replace(r"\|", "").count("|") for row in rows}) == 1
 
 
-@pytest.mark.parametrize("base", ["x: [y]", 'a"\n---\nevil: "1', "#no", "- item", "\udce9", "plain/name", "null", "`b`"])
+@pytest.mark.parametrize(
+    "base", ["x: [y]", 'a"\n---\nevil: "1', "#no", "- item", "\udce9", "plain/name", "null", "`b`"]
+)
 def test_a_card_names_its_base_whatever_it_is_called(tmp_path: Path, base: str) -> None:
     write_card(tmp_path, f"An adapter for {markdown_code(base)}.", base, library="peft")
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert yaml.safe_load(card.split("\n---\n")[0].removeprefix("---\n")) == {
-        "base_model": base, "library_name": "peft", "tags": ["lora"],
-    }  # fmt: skip
+        "base_model": base,
+        "library_name": "peft",
+        "tags": ["lora"],
+    }
     assert len(card.rpartition("\n---\n")[2].strip().splitlines()) == 1
 
 
-def test_what_a_user_writes_reaches_no_terminal_as_a_command(command: Command, bert_folder: Path, tmp_path: Path) -> None:
+def test_what_a_user_writes_reaches_no_terminal_as_a_command(
+    command: Command, bert_folder: Path, tmp_path: Path
+) -> None:
     place = tmp_path / f"a[{ESCAPE}"
     place.mkdir()
     data = place / "b].txt"  # "[/b]" closes a style that was never opened
     data.write_text("\n".join(sentences(32)))
     out = tmp_path / f"o[{ESCAPE}" / "o]"
-    answer = command("init", "--model", bert_folder, "--data", data, "--rank", 2, "--max-batches", 1, "--out", out)
+    answer = command(
+        "init",
+        "--model",
+        bert_folder,
+        "--data",
+        data,
+        "--rank",
+        2,
+        "--max-batches",
+        1,
+        "--out",
+        out,
+    )
     assert answer.status == 0, answer
     assert "\x1b" not in answer.out + answer.err
     assert f"o[{printable(ESCAPE)}/o]" in answer.out
-    refused(command("init", "--model", bert_folder, "--data", data, "--rank", 2, "--targets", ESCAPE), printable(ESCAPE))
+    refused(
+        command("init", "--model", bert_folder, "--data", data, "--rank", 2, "--targets", ESCAPE),
+        printable(ESCAPE),
+    )
     refused(command("recipes", "ls", f"[/b]{ESCAPE}\nmore"), "[/b]", printable(ESCAPE))
 
 

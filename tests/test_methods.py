@@ -1,4 +1,5 @@
-"""Methods of fine-tuning: how each starts, what it leaves alone, and where it says that it cannot run."""
+"""Methods of fine-tuning: how each starts, what it leaves alone, and where it says that it cannot
+run."""
 
 from __future__ import annotations
 
@@ -13,12 +14,12 @@ from peft import PeftModel
 from torch import Tensor
 
 from evatune import initialize
-from evatune.adapters.methods import METHODS, adapt, prepare, require_method, save
-from evatune.adapters.starts import lora_layers
 from evatune.errors import ConfigError
-from evatune.recipes import load
-from evatune.spectrum import principal_angles
-from evatune.tasks.run import run
+from evatune.finetune.methods import METHODS, adapt, prepare, require_method, save
+from evatune.finetune.recipe import load
+from evatune.finetune.run import run
+from evatune.finetune.weight_inits import lora_layers
+from evatune.sketch.spectrum import principal_angles
 from evatune.trainers.hf import training_batches
 
 from .toys import tiny_bert, tiny_llama, tokens
@@ -28,8 +29,13 @@ torch.set_num_threads(1)
 RANK, ALPHA = 4, 8
 ADAPTERS = [name for name, method in METHODS.items() if method.adapter]
 STARTS = [name for name, method in METHODS.items() if method.start]
-KINDS = ["bert", "llama", "gpt2", "dinov2"]
-WHERE = [(name, kind) for name in STARTS for kind in KINDS if kind != "gpt2" or METHODS[name].conv1d]
+LAYER_TYPES = ["bert", "llama", "gpt2", "dinov2"]
+WHERE = [
+    (name, kind)
+    for name in STARTS
+    for kind in LAYER_TYPES
+    if kind != "gpt2" or METHODS[name].conv1d
+]
 
 
 class Case:
@@ -37,15 +43,27 @@ class Case:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.targets: str | list[str] = ["c_attn", "c_proj", "c_fc"] if kind == "gpt2" else "all-linear"
-        self.task_type = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "dinov2": None}[kind]
+        self.targets: str | list[str] = (
+            ["c_attn", "c_proj", "c_fc"] if kind == "gpt2" else "all-linear"
+        )
+        self.task_type = {
+            "bert": "SEQ_CLS",
+            "llama": "CAUSAL_LM",
+            "gpt2": "CAUSAL_LM",
+            "dinov2": None,
+        }[kind]
         generator = torch.Generator().manual_seed(0)
         classes = torch.tensor([0, 1, 2, 0])
         if kind == "dinov2":
             images = [torch.randn(4, 3, 28, 28, generator=generator) for _ in range(4)]
-            self.batches: list[dict[str, Tensor]] = [{"pixel_values": x, "labels": classes} for x in images]
+            self.batches: list[dict[str, Tensor]] = [
+                {"pixel_values": x, "labels": classes} for x in images
+            ]
         else:
-            self.batches = [batch | {"labels": classes if kind == "bert" else batch["input_ids"]} for batch in tokens(4)]
+            self.batches = [
+                batch | {"labels": classes if kind == "bert" else batch["input_ids"]}
+                for batch in tokens(4)
+            ]
 
     def model(self) -> Any:
         torch.manual_seed(0)
@@ -54,7 +72,9 @@ class Case:
         if self.kind == "llama":
             return tiny_llama()
         if self.kind == "gpt2":
-            config = transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+            config = transformers.GPT2Config(
+                vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=64
+            )
             return transformers.GPT2LMHeadModel(config).eval()
         config = transformers.Dinov2Config(
             hidden_size=16,
@@ -75,9 +95,16 @@ class Case:
     def adapted(self, method: str, rank: int = RANK, targets: Any = None) -> Any:
         head = self.kind in ("bert", "dinov2")
         return adapt(
-            self.model(), method, rank=rank, alpha=ALPHA, targets=targets or self.targets, task_type=self.task_type,
-            head=["classifier"] if head else ["lm_head"], new_head=head, steps=20,
-        )  # fmt: skip
+            self.model(),
+            method,
+            rank=rank,
+            alpha=ALPHA,
+            targets=targets or self.targets,
+            task_type=self.task_type,
+            head=["classifier"] if head else ["lm_head"],
+            new_head=head,
+            steps=20,
+        )
 
     def started(self, method: str, start: Path, **options: Any) -> Any:
         model = self.adapted(method, **options)
@@ -85,7 +112,13 @@ class Case:
 
     def prepared(self, model: Any, method: str, start: Path) -> Any:
         prepare(
-            model, method, lambda **options: initialize(model, self.batches, **options), self.of, rho=2, seed=0, start=start
+            model,
+            method,
+            lambda **options: initialize(model, self.batches, **options),
+            self.of,
+            rho=2,
+            seed=0,
+            start=start,
         )
         return model.eval()
 
@@ -95,15 +128,21 @@ class Case:
         return model(**batch).logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LAYER_TYPES)
 @pytest.mark.parametrize("method", ADAPTERS)
-def test_before_training_the_output_is_the_base_models(method: str, kind: str, tmp_path: Path) -> None:
+def test_before_training_the_output_is_the_base_models(
+    method: str, kind: str, tmp_path: Path
+) -> None:
     case = Case(kind)
     if kind == "gpt2" and not METHODS[method].conv1d:
-        with pytest.raises(ConfigError, match=f"method '{method}' is not right on GPT-2's Conv1D layers"):
+        with pytest.raises(
+            ConfigError, match=f"method '{method}' is not right on GPT-2's Conv1D layers"
+        ):
             case.adapted(method)
         return
-    assert torch.allclose(case.logits(case.started(method, tmp_path / "start")), case.logits(case.model()), atol=1e-6)
+    assert torch.allclose(
+        case.logits(case.started(method, tmp_path / "start")), case.logits(case.model()), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("method", "kind"), WHERE)
@@ -123,17 +162,27 @@ def test_a_saved_adapter_fits_the_base_as_it_was(method: str, kind: str, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_milora_moves_the_smallest_singular_triplets_into_the_adapter(kind: str, tmp_path: Path) -> None:
+def test_milora_moves_the_smallest_singular_triplets_into_the_adapter(
+    kind: str, tmp_path: Path
+) -> None:
     case = Case(kind)
     before = {name: p.detach().clone() for name, p in case.model().named_parameters()}
     for name, layer in lora_layers(case.started("milora", tmp_path / "start")).items():
         whole, base = before[f"{name}.weight"], layer.get_base_layer().weight
-        moved = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        moved = (
+            layer.scaling["default"]
+            * layer.lora_B["default"].weight
+            @ layer.lora_A["default"].weight
+        )
         moved = moved.T if kind == "gpt2" else moved
         assert torch.allclose(base + moved, whole, atol=1e-7)
         values = torch.linalg.svdvals(whole.double())
-        assert torch.allclose(torch.linalg.svdvals(moved.double())[:RANK], values[-RANK:], atol=1e-6)
-        assert torch.allclose(torch.linalg.svdvals(base.double())[:-RANK], values[:-RANK], atol=1e-6)
+        assert torch.allclose(
+            torch.linalg.svdvals(moved.double())[:RANK], values[-RANK:], atol=1e-6
+        )
+        assert torch.allclose(
+            torch.linalg.svdvals(base.double())[:-RANK], values[:-RANK], atol=1e-6
+        )
 
 
 def test_the_directions_of_lora_ga_are_those_of_the_losss_gradient(tmp_path: Path) -> None:
@@ -156,7 +205,9 @@ def test_corda_leaves_less_than_pissa_of_what_a_layer_does_to_its_inputs(tmp_pat
     corda, pissa = (lora_layers(case.started(name, tmp_path / name)) for name in ("corda", "pissa"))
     inputs: dict[str, list[Tensor]] = {name: [] for name in corda}
     for name, rows in inputs.items():
-        model.get_submodule(name).register_forward_hook(lambda m, x, y, rows=rows: rows.append(x[0].flatten(0, -2)))
+        model.get_submodule(name).register_forward_hook(
+            lambda m, x, y, rows=rows: rows.append(x[0].flatten(0, -2))
+        )
     for batch in case.batches:
         model(**batch)
     for name, rows in inputs.items():
@@ -166,7 +217,9 @@ def test_corda_leaves_less_than_pissa_of_what_a_layer_does_to_its_inputs(tmp_pat
 
 
 @pytest.mark.parametrize(("method", "kind"), WHERE)
-def test_a_start_leaves_modes_gradients_and_random_numbers_alone(method: str, kind: str, tmp_path: Path) -> None:
+def test_a_start_leaves_modes_gradients_and_random_numbers_alone(
+    method: str, kind: str, tmp_path: Path
+) -> None:
     case = Case(kind)
     model = case.adapted(method)
     model.base_model.train()
@@ -179,7 +232,8 @@ def test_a_start_leaves_modes_gradients_and_random_numbers_alone(method: str, ki
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
     assert all(p.grad is None for p in model.parameters())
     assert not any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in model.modules()
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        for module in model.modules()
     )
     assert not {"eigens", "covariance_matrix", "sample_count", "_peft_loraga_grad"} & {
         key for module in model.modules() for key in vars(module)
@@ -202,7 +256,9 @@ def test_a_pass_over_data_is_bounded(method: str, size: int, most: int, tmp_path
 
 
 @pytest.mark.parametrize("method", STARTS)
-def test_a_start_that_is_there_gives_the_same_base_without_data(method: str, tmp_path: Path) -> None:
+def test_a_start_that_is_there_gives_the_same_base_without_data(
+    method: str, tmp_path: Path
+) -> None:
     case, other = Case("bert"), Case("bert")
     first = case.started(method, tmp_path / "start")
     other.batches = []
@@ -219,8 +275,12 @@ def test_a_16_bit_base_keeps_its_dtype_and_nearly_its_output(method: str, tmp_pa
     case.model = lambda: whole
     before = case.logits(whole)
     model = case.started(method, tmp_path / "start")
-    assert {layer.get_base_layer().weight.dtype for layer in lora_layers(model).values()} == {torch.bfloat16}
-    assert {layer.lora_A["default"].weight.dtype for layer in lora_layers(model).values()} == {torch.float32}
+    assert {layer.get_base_layer().weight.dtype for layer in lora_layers(model).values()} == {
+        torch.bfloat16
+    }
+    assert {layer.lora_A["default"].weight.dtype for layer in lora_layers(model).values()} == {
+        torch.float32
+    }
     assert torch.allclose(case.logits(model), before, atol=0.02)
 
 
@@ -241,7 +301,14 @@ def test_eva_rho1_gives_every_layer_the_same_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "rank", "text"),
     [
-        ("pissa", 17, "needs layers at least 17 wide, and bert.encoder.layer.0.attention.self.query maps 16 to 16"),
+        (
+            "pissa",
+            17,
+            (
+                "needs layers at least 17 wide, and bert.encoder.layer.0.attention.self.query maps"
+                " 16 to 16"
+            ),
+        ),
         ("milora", 17, "needs layers at least 17 wide"),
         ("lora-ga", 9, "needs layers at least 18 wide"),
         ("mica", 17, "method 'mica' cannot run on this model \\(MiCA requires"),
@@ -259,7 +326,10 @@ def test_a_layer_that_the_data_never_reaches_is_named(method: str, tmp_path: Pat
     model = case.model()
     model.model.layers[1].unused = torch.nn.Linear(16, 16)
     case.model = lambda: model
-    with pytest.raises(ConfigError, match=f"'{method}' learns nothing about model.layers.1.unused: the training data"):
+    with pytest.raises(
+        ConfigError,
+        match=f"'{method}' learns nothing about model.layers.1.unused: the training data",
+    ):
         case.started(method, tmp_path / "start")
 
 
@@ -269,7 +339,9 @@ def test_loftq_is_refused_with_its_reason() -> None:
 
 
 def test_a_refused_run_leaves_no_folder(bert_folder: Path, tmp_path: Path) -> None:
-    recipe = load("understanding-bbc", [f"model={bert_folder}", "method=lora-ga", "adapter.rank=17"])
+    recipe = load(
+        "understanding-bbc", [f"model={bert_folder}", "method=lora-ga", "adapter.rank=17"]
+    )
     with pytest.raises(ConfigError, match="needs layers at least 34 wide"):
         run(recipe, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
@@ -277,7 +349,9 @@ def test_a_refused_run_leaves_no_folder(bert_folder: Path, tmp_path: Path) -> No
 
 def test_batches_for_a_pass_are_the_trainers_examples_in_the_seeds_order(tmp_path: Path) -> None:
     examples = [{"input_ids": torch.tensor([i]), "labels": torch.tensor(i)} for i in range(10)]
-    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[], per_device_train_batch_size=4)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), report_to=[], per_device_train_batch_size=4
+    )
     trainer = transformers.Trainer(model=tiny_llama(), args=arguments, train_dataset=examples)
     orders = []
     for seed in (0, 0, 1):

@@ -17,7 +17,7 @@ from transformers import BatchEncoding
 
 import evatune
 from evatune import Calibration, CalibrationConfig, Status
-from evatune.capture.rows import label_mask
+from evatune.capture.row_selection import label_mask
 from tests.toys import Toy, inputs, tiny_bert, tiny_llama, tokens
 
 torch.set_num_threads(1)
@@ -28,7 +28,10 @@ def adapted(model: Any, **options: Any) -> PeftModel:
 
 
 def test_1_batch_encodings_and_sequence_classification_with_labels_work() -> None:
-    batches = [BatchEncoding({**batch, "labels": torch.tensor([0, 1, 0, 1])}) for batch in tokens(6, padded=True)]
+    batches = [
+        BatchEncoding({**batch, "labels": torch.tensor([0, 1, 0, 1])})
+        for batch in tokens(6, padded=True)
+    ]
     model = adapted(tiny_bert("classification"), task_type="SEQ_CLS")
     calibration = evatune.initialize(model, batches)
     assert calibration.spectra["bert.encoder.layer.0.intermediate.dense"].rows == sum(
@@ -59,14 +62,18 @@ def test_3_minibatches_shorter_than_the_components_end_and_the_first_pass_is_not
             yield batch
             del batch
 
-    calibration = evatune.calibrate(Toy(), short(), CalibrationConfig(rank=8, tolerance=0, max_batches=30))
+    calibration = evatune.calibrate(
+        Toy(), short(), CalibrationConfig(rank=8, tolerance=0, max_batches=30)
+    )
     gc.collect()
     assert calibration.batches == 30
     assert len(given) == 30
     assert not any(ref() is not None for ref in given)
 
 
-def test_4_non_contiguous_inputs_work_and_no_activation_becomes_python_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_4_non_contiguous_inputs_work_and_no_activation_becomes_python_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """BERT's pooler reads a strided slice."""
 
     def never(self: Tensor) -> Any:
@@ -95,7 +102,10 @@ def test_6_nan_names_the_layer() -> None:
     calibration = evatune.calibrate(model, tokens())
     assert calibration.status["encoder.layer.0.output.dense"].usable
     assert calibration.status["encoder.layer.1.attention.self.query"] is Status.NON_FINITE
-    with pytest.raises(evatune.EvatuneError, match=r"encoder\.layer\.1\.attention\.self\.query \(first in batch 1\)"):
+    with pytest.raises(
+        evatune.EvatuneError,
+        match=r"encoder\.layer\.1\.attention\.self\.query \(first in batch 1\)",
+    ):
         evatune.initialize(adapted(model), tokens())
 
 
@@ -107,7 +117,10 @@ def test_7_all_zero_inputs_are_an_error_and_never_get_rank() -> None:
     target = ["layer.0.attention.self.query", "layer.1.output.dense"]
     calibration = evatune.calibrate(model, tokens(), targets=target)
     assert calibration.status["encoder.layer.0.attention.self.query"] is Status.NO_SIGNAL
-    with pytest.raises(evatune.EvatuneError, match=r"no_signal: .*layer\.0\.attention\.self\.query.*every input was zero"):
+    with pytest.raises(
+        evatune.EvatuneError,
+        match=r"no_signal: .*layer\.0\.attention\.self\.query.*every input was zero",
+    ):
         evatune.initialize(adapted(model, target_modules=target), tokens())
 
 
@@ -129,7 +142,9 @@ def test_8_an_exception_leaves_no_hook_and_the_callers_mappings_are_whole() -> N
 def test_9_one_call_does_it_all_also_on_the_meta_device() -> None:
     model = get_peft_model(
         tiny_bert(),
-        LoraConfig(r=4, target_modules="all-linear", init_lora_weights="eva", eva_config=EvaConfig()),
+        LoraConfig(
+            r=4, target_modules="all-linear", init_lora_weights="eva", eva_config=EvaConfig()
+        ),
         low_cpu_mem_usage=True,
     )
     assert any(p.device.type == "meta" for p in model.parameters())
@@ -148,7 +163,10 @@ def test_10_a_calibration_of_the_base_model_has_its_names_and_can_be_saved(tmp_p
     loaded = Calibration.load(tmp_path / "c.safetensors")
     through = evatune.calibrate(adapted(tiny_bert()), tokens(8), CalibrationConfig(rank=4))
     assert list(loaded.spectra) == list(through.spectra)
-    assert all(torch.equal(loaded.spectra[n].directions, through.spectra[n].directions) for n in loaded.spectra)
+    assert all(
+        torch.equal(loaded.spectra[n].directions, through.spectra[n].directions)
+        for n in loaded.spectra
+    )
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -169,12 +187,18 @@ def test_14_the_label_mask_is_shifted_for_causal_models() -> None:
     labels[:, :-1] = -100  # only the last token has a loss: its row is the position before it
     seen: list[Tensor] = []
     model = tiny_llama()
-    hook = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda m, a: seen.append(a[0].clone()))
+    hook = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(
+        lambda m, a: seen.append(a[0].clone())
+    )
     calibration = evatune.calibrate(
-        model, [{**batch, "labels": labels}], CalibrationConfig(components=2, labels_only=True, sketch="exact")
+        model,
+        [{**batch, "labels": labels}],
+        CalibrationConfig(components=2, labels_only=True, sketch="exact"),
     )
     hook.remove()
     spectrum = calibration.spectra["model.layers.0.self_attn.q_proj"]
     assert spectrum.rows == 4
-    assert spectrum.total_energy == pytest.approx(float(seen[-1][:, -2].square().sum(1).mean()), rel=1e-5)
+    assert spectrum.total_energy == pytest.approx(
+        float(seen[-1][:, -2].square().sum(1).mean()), rel=1e-5
+    )
     assert label_mask(labels, -100, shift=True)[:, -2].all()

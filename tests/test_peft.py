@@ -22,7 +22,9 @@ torch.set_num_threads(1)
 def lora(model: nn.Module, **options: Any) -> PeftModel:
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | options
     return get_peft_model(
-        model, LoraConfig(**settings), **({"low_cpu_mem_usage": True} if options.pop("meta", False) else {})
+        model,
+        LoraConfig(**settings),
+        **({"low_cpu_mem_usage": True} if options.pop("meta", False) else {}),
     )
 
 
@@ -49,7 +51,11 @@ def train_a_little(model: nn.Module, batch: dict[str, Tensor], steps: int = 3) -
     for _ in range(steps):
         optimiser.zero_grad()
         found = model(**batch)
-        loss = ((found.logits if hasattr(found, "logits") else found.last_hidden_state) - target).square().mean()
+        loss = (
+            ((found.logits if hasattr(found, "logits") else found.last_hidden_state) - target)
+            .square()
+            .mean()
+        )
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
@@ -59,11 +65,18 @@ def train_a_little(model: nn.Module, batch: dict[str, Tensor], steps: int = 3) -
 @pytest.mark.parametrize("build", [tiny_bert, tiny_llama])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"use_rslora": True}, {"use_dora": True}, {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=2.0)}],
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=2.0)},
+    ],
     ids=["lora", "rslora", "dora", "eva"],
 )
 @pytest.mark.parametrize("meta", [False, True], ids=["", "low_cpu_mem_usage"])
-def test_round_trip_through_plain_peft(tmp_path: Path, build: Any, options: dict[str, Any], meta: bool) -> None:
+def test_round_trip_through_plain_peft(
+    tmp_path: Path, build: Any, options: dict[str, Any], meta: bool
+) -> None:
     batch = tokens()[0]
     before = output(build(), batch)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | options
@@ -73,11 +86,15 @@ def test_round_trip_through_plain_peft(tmp_path: Path, build: Any, options: dict
 
     plan = calibration.allocate()
     layers = lora_layers(model)
-    assert {name: layer.r["default"] for name, layer in layers.items()} == {n: r for n, r in plan.ranks.items() if r}
+    assert {name: layer.r["default"] for name, layer in layers.items()} == {
+        n: r for n, r in plan.ranks.items() if r
+    }
     scale = 8 / 4**0.5 if options.get("use_rslora") else 8 / 4
     for name, layer in layers.items():
         assert layer.scaling["default"] == pytest.approx(scale)
-        assert torch.equal(layer.lora_A["default"].weight, calibration.spectra[name].directions[: plan.ranks[name]])
+        assert torch.equal(
+            layer.lora_A["default"].weight, calibration.spectra[name].directions[: plan.ranks[name]]
+        )
         assert not layer.lora_B["default"].weight.any()
         assert layer.lora_A["default"].weight.requires_grad
 
@@ -123,14 +140,16 @@ def test_another_adapter_is_not_touched(tmp_path: Path) -> None:
     expected = output(model, batch)
     weights = {n: p.clone() for n, p in model.named_parameters() if ".other." in n}
     model.set_adapter("default")
-    spread = evatune.CalibrationConfig(rank=4, rho=4.0, metric="raw")  # raw: the rich inputs take it all
+    # raw: the rich inputs take it all
+    spread = evatune.CalibrationConfig(rank=4, rho=4.0, metric="raw")
     calibration = evatune.initialize(model, tokens(8), config=spread)
     assert 0 in calibration.allocate().ranks.values()
 
     assert {n for n, _ in model.named_parameters() if ".other." in n} == set(weights)
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters() if n in weights)
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".other." in n)
-    assert torch.allclose(output(model, batch), output(tiny_bert(), batch), atol=1e-5)  # only "default" is active
+    # only "default" is active
+    assert torch.allclose(output(model, batch), output(tiny_bert(), batch), atol=1e-5)
     model.set_adapter("other")
     assert torch.allclose(output(model, batch), expected, atol=1e-6)
     model.save_pretrained(tmp_path)
@@ -206,9 +225,13 @@ def test_gpt2_round_trip(tmp_path: Path) -> None:
 
     def build() -> Any:
         torch.manual_seed(0)
-        return GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32)).eval()
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+        ).eval()
 
-    model = get_peft_model(build(), LoraConfig(r=4, target_modules="all-linear", fan_in_fan_out=True))
+    model = get_peft_model(
+        build(), LoraConfig(r=4, target_modules="all-linear", fan_in_fan_out=True)
+    )
     evatune.initialize(model, tokens(8))
     train_a_little(model, tokens()[0])
     model.save_pretrained(tmp_path)
@@ -232,12 +255,14 @@ def test_adjust_scaling_factors_off_leaves_alpha_alone() -> None:
     assert {layer.lora_alpha["default"] for layer in lora_layers(model).values()} == {8}
 
 
-# -- scales -------------------------------------------------------------------------------------------
+# -- scales ----------------------------------------------------------------------------------------
 
 
 def rows_of(model: nn.Module, batches: list[dict[str, Tensor]], name: str) -> Tensor:
     seen: list[Tensor] = []
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda m, a: seen.append(a[0].flatten(0, 1)))
+    hook = model.get_submodule(name).register_forward_pre_hook(
+        lambda m, a: seen.append(a[0].flatten(0, 1))
+    )
     with torch.no_grad():
         for batch in batches:
             model(**batch)
@@ -262,7 +287,9 @@ class TestScales:
     def test_whitened_components_have_unit_variance_over_tokens(self, center: bool) -> None:
         spectrum, rows = self.setting(center)
         components = rows @ scaled_rows(spectrum, 5, "whiten").double().T
-        assert torch.allclose(components.var(0, correction=0), torch.ones(5, dtype=torch.float64), rtol=1e-3)
+        assert torch.allclose(
+            components.var(0, correction=0), torch.ones(5, dtype=torch.float64), rtol=1e-3
+        )
 
     def test_matched_rows_see_the_energy_that_pefts_default_rows_see(self, center: bool) -> None:
         spectrum, rows = self.setting(center)
@@ -270,7 +297,8 @@ class TestScales:
         torch.manual_seed(0)
         theirs = []
         for _ in range(300):
-            a = nn.Linear(rows.shape[1], 5, bias=False).weight  # what PEFT draws: kaiming uniform, a = √5
+            # what PEFT draws: kaiming uniform, a = √5
+            a = nn.Linear(rows.shape[1], 5, bias=False).weight
             theirs.append((rows @ a.detach().double().T).square().sum(1).mean())
         assert float(ours) == pytest.approx(float(torch.stack(theirs).mean()), rel=0.1)
         expected = 5 / (3 * rows.shape[1]) * float(rows.square().sum(1).mean())
@@ -282,23 +310,30 @@ class TestScales:
         calibration = evatune.initialize(model, tokens(8), scale="whiten", rho=1, config=config)
         layers = lora_layers(model)
         q, k, v = (
-            layers[f"encoder.layer.0.attention.self.{part}"].lora_A["default"].weight for part in ("query", "key", "value")
+            layers[f"encoder.layer.0.attention.self.{part}"].lora_A["default"].weight
+            for part in ("query", "key", "value")
         )
         assert torch.equal(q, k)
         assert torch.equal(k, v)
         spectrum = calibration.spectra["encoder.layer.0.attention.self.query"]
-        assert torch.allclose(spectrum.directions @ spectrum.directions.T, torch.eye(len(spectrum.directions)), atol=1e-5)
+        assert torch.allclose(
+            spectrum.directions @ spectrum.directions.T,
+            torch.eye(len(spectrum.directions)),
+            atol=1e-5,
+        )
 
 
 def test_whitening_a_constant_direction_stays_finite() -> None:
     x = torch.randn(400, 8) * torch.tensor([0.0, 1, 1, 1, 1, 1, 1, 1]) + torch.eye(8)[0] * 3
-    spectrum = evatune.calibrate(nn.Sequential(nn.Linear(8, 8)), [x], evatune.CalibrationConfig(components=4)).spectra["0"]
+    spectrum = evatune.calibrate(
+        nn.Sequential(nn.Linear(8, 8)), [x], evatune.CalibrationConfig(components=4)
+    ).spectra["0"]
     a = scaled_rows(spectrum, 4, "whiten")
     assert a.isfinite().all()
     assert float(a[0].norm()) <= 1.01 / (1e-3 * 3)
 
 
-# -- what is refused ----------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -309,20 +344,36 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     ("call", "error", "text"),
     [
         (lambda m: evatune.initialize(m), evatune.EvatuneError, "needs batches"),
-        (lambda m: evatune.initialize(m, tokens(), adapter_name="x"), AdapterError, "no adapter 'x'.*'default'"),
-        (lambda m: evatune.initialize(m, tokens(), scale="big"), ConfigError, "paper, whiten, matched"),
+        (
+            lambda m: evatune.initialize(m, tokens(), adapter_name="x"),
+            AdapterError,
+            "no adapter 'x'.*'default'",
+        ),
+        (
+            lambda m: evatune.initialize(m, tokens(), scale="big"),
+            ConfigError,
+            "paper, whiten, matched",
+        ),
         (lambda m: evatune.initialize(m, tokens(), rank=0), ConfigError, "rank is 0"),
         (lambda m: evatune.initialize(m, tokens(), rho=0.5), ConfigError, "rho is 0.5"),
-        (lambda m: evatune.initialize(m, tokens(), rank=20, rho=1), evatune.EvatuneError, "cannot be"),
+        (
+            lambda m: evatune.initialize(m, tokens(), rank=20, rho=1),
+            evatune.EvatuneError,
+            "cannot be",
+        ),
         (lambda m: evatune.initialize(m, []), evatune.EvatuneError, "empty"),
         (
-            lambda m: evatune.initialize(m, [{key: value[:1, :3] for key, value in tokens()[0].items()}]),
+            lambda m: evatune.initialize(
+                m, [{key: value[:1, :3] for key, value in tokens()[0].items()}]
+            ),
             LayerError,
             "3 rows for 8 components.*more data, or lower rank",
         ),
     ],
 )
-def test_bad_calls_say_what_to_do_and_leave_the_model_alone(call: Any, error: type[Exception], text: str) -> None:
+def test_bad_calls_say_what_to_do_and_leave_the_model_alone(
+    call: Any, error: type[Exception], text: str
+) -> None:
     model = lora(tiny_bert())
     before, config = snapshot(model), str(model.peft_config)
     with pytest.raises(error, match=text):
@@ -337,7 +388,9 @@ def test_nan_in_one_layer_names_the_layer_and_the_batch() -> None:
     model = lora(tiny_bert(), target_modules=["query"])
     with torch.no_grad():
         model.base_model.model.encoder.layer[0].output.dense.weight[0, 0] = float("nan")
-    with pytest.raises(LayerError, match=r"encoder\.layer\.1\.attention\.self\.query \(first in batch 1\).*float32"):
+    with pytest.raises(
+        LayerError, match=r"encoder\.layer\.1\.attention\.self\.query \(first in batch 1\).*float32"
+    ):
         evatune.initialize(model, tokens())
 
 
@@ -370,9 +423,12 @@ def test_an_adapter_that_is_not_lora_is_refused() -> None:
 
 def test_an_adapted_layer_of_another_kind_is_named() -> None:
     model = lora(
-        nn.ModuleDict({"lin": nn.Linear(4, 4), "conv": nn.Conv1d(2, 2, 3, dilation=2)}), target_modules=["lin", "conv"]
+        nn.ModuleDict({"lin": nn.Linear(4, 4), "conv": nn.Conv1d(2, 2, 3, dilation=2)}),
+        target_modules=["lin", "conv"],
     )
-    with pytest.raises(TargetError, match=r"conv \(Conv1d, whose dilation.*exclude_modules.*on_unsupported='skip'"):
+    with pytest.raises(
+        TargetError, match=r"conv \(Conv1d, whose dilation.*exclude_modules.*on_unsupported='skip'"
+    ):
         evatune.initialize(model, tokens())
 
 
@@ -387,7 +443,9 @@ def test_random_numbers_are_where_they_were() -> None:
 
 def test_a_config_without_rank_leaves_rank_and_rho_to_the_adapter() -> None:
     model = lora(tiny_bert(), eva_config=EvaConfig(rho=1.0), init_lora_weights="eva", r=3)
-    calibration = evatune.initialize(model, tokens(8), config=evatune.CalibrationConfig(center=True))
+    calibration = evatune.initialize(
+        model, tokens(8), config=evatune.CalibrationConfig(center=True)
+    )
     assert (calibration.config.rank, calibration.config.rho) == (3, 1.0)
     assert set(calibration.allocate().ranks.values()) == {3}
 
@@ -414,7 +472,9 @@ def test_layers_whose_names_end_in_one_another_keep_their_own_ranks(tmp_path: Pa
 
     generator = torch.Generator().manual_seed(0)
     for decay in (0.5, 0.7, 0.9):
-        batches = [torch.randn(40, 16, generator=generator) * decay ** torch.arange(16) for _ in range(4)]
+        batches = [
+            torch.randn(40, 16, generator=generator) * decay ** torch.arange(16) for _ in range(4)
+        ]
         model = lora(Nested(), target_modules=["lin", "other"])
         calibration = evatune.initialize(model, batches)
         model.save_pretrained(tmp_path)
@@ -423,7 +483,9 @@ def test_layers_whose_names_end_in_one_another_keep_their_own_ranks(tmp_path: Pa
         assert {name: layer.r["default"] for name, layer in lora_layers(loaded).items()} == {
             n: r for n, r in ranks.items() if r
         }
-        assert all(layer.scaling["default"] == pytest.approx(2) for layer in lora_layers(loaded).values())
+        assert all(
+            layer.scaling["default"] == pytest.approx(2) for layer in lora_layers(loaded).values()
+        )
         assert torch.allclose(loaded(batches[0]), model(batches[0]), atol=1e-6)
 
 
@@ -441,7 +503,9 @@ def test_frozen_parameters_of_other_adapters_stay_frozen() -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".b." in name)
     evatune.initialize(model, tokens(8), adapter_name="b")
-    assert all(parameter.requires_grad == (".b." in name) for name, parameter in model.named_parameters())
+    assert all(
+        parameter.requires_grad == (".b." in name) for name, parameter in model.named_parameters()
+    )
 
 
 def test_magnitudes_of_dora_keep_their_dtype() -> None:
@@ -457,4 +521,6 @@ def test_the_adapters_wish_for_whitening_is_granted() -> None:
     calibration = evatune.initialize(model, tokens(8))
     for name, layer in lora_layers(model).items():
         a = layer.lora_A["default"].weight
-        assert torch.allclose(a, scaled_rows(calibration.spectra[name], len(a), "whiten"), rtol=1e-4, atol=1e-6)
+        assert torch.allclose(
+            a, scaled_rows(calibration.spectra[name], len(a), "whiten"), rtol=1e-4, atol=1e-6
+        )

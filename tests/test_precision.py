@@ -1,4 +1,5 @@
-"""Models in 16 bits, compiled, checkpointed, offloaded: the same directions, and as little waiting on a GPU as can be."""
+"""Models in 16 bits, compiled, checkpointed, offloaded: the same directions, and as little waiting
+on a GPU as can be."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import evatune
 from evatune import Calibration, CalibrationConfig, Status
-from evatune.spectrum import captured_energy
+from evatune.sketch.spectrum import captured_energy
 from tests.test_quantised import QUANTISED, batches, plain
 from tests.toys import Toy, inputs, tiny_bert
 
@@ -35,12 +36,16 @@ def words(count: int = 6) -> list[dict[str, Tensor]]:
 def rows_of(model: nn.Module, name: str, forward: Any = None) -> Tensor:
     """What a layer really saw, in float32."""
     seen: list[Tensor] = []
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0].float()))
+    hook = model.get_submodule(name).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].float())
+    )
     with torch.no_grad():
         for batch in words():
             forward(model, batch) if forward else model(**batch)
     hook.remove()
-    return torch.cat([x[batch["attention_mask"].bool()] for x, batch in zip(seen, words(), strict=True)])
+    return torch.cat(
+        [x[batch["attention_mask"].bool()] for x, batch in zip(seen, words(), strict=True)]
+    )
 
 
 def require_right(calibration: Calibration, model: nn.Module, forward: Any = None) -> None:
@@ -50,7 +55,9 @@ def require_right(calibration: Calibration, model: nn.Module, forward: Any = Non
             continue  # sees one token of each text
         x = rows_of(model, name, forward)
         assert spectrum.rows == len(x)
-        assert spectrum.total_energy == pytest.approx(float(x.double().square().sum()) / len(x), rel=1e-5)
+        assert spectrum.total_energy == pytest.approx(
+            float(x.double().square().sum()) / len(x), rel=1e-5
+        )
         best = torch.linalg.svd(x.double(), full_matrices=False)[2][:4]
         assert captured_energy(spectrum.directions[:4], x) > 0.999 * captured_energy(best, x), name
         assert spectrum.directions.dtype == spectrum.energies.dtype == torch.float32
@@ -61,7 +68,9 @@ def require_right(calibration: Calibration, model: nn.Module, forward: Any = Non
 def test_sixteen_bit_models(dtype: torch.dtype) -> None:
     model = tiny_bert().to(dtype)
     require_right(evatune.calibrate(model, words(), SETTINGS), model)
-    adapted = get_peft_model(tiny_bert().to(dtype), LoraConfig(r=4, target_modules=["query", "dense"]))
+    adapted = get_peft_model(
+        tiny_bert().to(dtype), LoraConfig(r=4, target_modules=["query", "dense"])
+    )
     before = model(**words()[0]).last_hidden_state
     evatune.initialize(adapted, words())
     assert torch.equal(adapted.eval()(**words()[0]).last_hidden_state, before)
@@ -69,10 +78,14 @@ def test_sixteen_bit_models(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("base", ["bfloat16", "nf4"])
-def test_an_adapter_keeps_the_dtype_that_peft_gave_it_whatever_its_rank(base: str, autocast: bool) -> None:
+def test_an_adapter_keeps_the_dtype_that_peft_gave_it_whatever_its_rank(
+    base: str, autocast: bool
+) -> None:
     model = QUANTISED["bitsandbytes, 4 bits"]() if base == "nf4" else plain().bfloat16()
     data = batches() if base == "nf4" else [x.bfloat16() for x in batches()]
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=["0", "2"]), autocast_adapter_dtype=autocast)
+    model = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["0", "2"]), autocast_adapter_dtype=autocast
+    )
     dtypes = {name: p.dtype for name, p in model.named_parameters() if "lora_" in name}
     calibration = evatune.initialize(model, data, metric="raw")
     assert set(calibration.allocate().ranks.values()) != {4}
@@ -100,14 +113,16 @@ def test_autocast_on_the_cpu() -> None:
     model = tiny_bert()
     inside = evatune.calibrate(model, words(), SETTINGS, forward=forward)
     require_right(inside, model, forward)
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # around all of it: the products of the sketch must not be cast
+    # around all of it: the products of the sketch must not be cast
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         around = evatune.calibrate(model, words(), SETTINGS)
     for name, spectrum in inside.spectra.items():
         assert around.spectra[name].total_energy == pytest.approx(spectrum.total_energy, rel=1e-6)
         assert torch.allclose(around.spectra[name].energies, spectrum.energies, rtol=1e-4), name
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile imports what torch itself has deprecated
+# torch.compile imports what torch itself has deprecated
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_models_run_uncompiled_under_their_own_names() -> None:
     plain = evatune.calibrate(tiny_bert(), words(), SETTINGS)
     in_place, by_block = tiny_bert(), tiny_bert()
@@ -126,7 +141,9 @@ def test_compiled_models_run_uncompiled_under_their_own_names() -> None:
             assert found.spectra[name].rows == spectrum.rows
             assert torch.equal(found.spectra[name].directions, spectrum.directions)
             assert torch.equal(found.spectra[name].energies, spectrum.energies)
-        evatune.initialize(get_peft_model(tiny_bert(), LoraConfig(r=4, target_modules="all-linear")), found)
+        evatune.initialize(
+            get_peft_model(tiny_bert(), LoraConfig(r=4, target_modules="all-linear")), found
+        )
     assert not counters["frames"]
     with torch.no_grad():
         by_block(**words()[0])
@@ -134,14 +151,18 @@ def test_compiled_models_run_uncompiled_under_their_own_names() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_an_adapter_of_a_model_compiled_by_blocks_loads_where_peft_looks_for_it(tmp_path: Path) -> None:
+def test_an_adapter_of_a_model_compiled_by_blocks_loads_where_peft_looks_for_it(
+    tmp_path: Path,
+) -> None:
     def by_block() -> Any:
         model = tiny_bert()
         model.encoder.layer[1] = torch.compile(model.encoder.layer[1], backend="eager")
         return model
 
     first = "encoder.layer.1._orig_mod.attention.self.query"
-    adapted = get_peft_model(by_block(), LoraConfig(r=4, target_modules=["query", "key"], rank_pattern={first: 3}))
+    adapted = get_peft_model(
+        by_block(), LoraConfig(r=4, target_modules=["query", "key"], rank_pattern={first: 3})
+    )
     calibration = evatune.initialize(adapted, words(), config=CalibrationConfig(tolerance=0))
     assert calibration.layers["encoder.layer.1.attention.self.query"].cap == 3
     adapted.save_pretrained(tmp_path)
@@ -163,14 +184,20 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
     plain, checkpointed = adapted(), adapted()
     checkpointed.enable_input_require_grads()
     checkpointed.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    expected, found = (evatune.initialize(model.train(), words()) for model in (plain, checkpointed))
+    expected, found = (
+        evatune.initialize(model.train(), words()) for model in (plain, checkpointed)
+    )
     assert checkpointed.training
     assert checkpointed.base_model.model.is_gradient_checkpointing
     for name, spectrum in expected.spectra.items():
         assert found.spectra[name].rows == spectrum.rows  # and not once more for the recomputation
         assert torch.equal(found.spectra[name].directions, spectrum.directions)
     checkpointed(**words()[0]).last_hidden_state.square().mean().backward()
-    assert all(p.grad is not None for n, p in checkpointed.named_parameters() if "lora_B" in n and "pooler" not in n)
+    assert all(
+        p.grad is not None
+        for n, p in checkpointed.named_parameters()
+        if "lora_B" in n and "pooler" not in n
+    )
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
@@ -193,35 +220,51 @@ def test_weights_that_are_elsewhere_until_they_are_needed(tmp_path: Path, where:
 
 
 def test_sketches_live_where_their_layer_runs() -> None:
-    """Two devices in one model; the second is the meta device, on which shapes and places are all there is."""
+    """Two devices in one model; the second is the meta device, on which shapes and places are all
+    there is."""
     from evatune.sketch import make_sketch
 
     for device in ("cpu", "meta"):
-        sketch = make_sketch("exact", 8, 2, oversampling=8, center=False, seed=0, device=torch.device(device))
+        sketch = make_sketch(
+            "exact", 8, 2, oversampling=8, center=False, seed=0, device=torch.device(device)
+        )
         sketch.update(torch.randn(16, 8, device=device))
-        assert {sketch.gram.device.type, sketch.row_sum.device.type, sketch.energy.device.type} == {device}  # type: ignore[attr-defined]
+        assert {sketch.gram.device.type, sketch.row_sum.device.type, sketch.energy.device.type} == {
+            device
+        }  # type: ignore[attr-defined]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here: waiting for one cannot be seen")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="there is no GPU here: waiting for one cannot be seen"
+)
 def test_no_layer_waits_for_the_gpu() -> None:
-    """Per batch one mask and one look for NaN may wait; between them, a forward pass with every hook must not."""
-    from evatune.capture import Masks, Sharing, Tap, find_sites, selector_for
+    """Per batch one mask and one look for NaN may wait; between them, a forward pass with every
+    hook must not."""
+    from evatune.capture import InputRecorder, Masks, SharedInputs, find_target_layers, selector_for
     from evatune.sketch import Sketch, make_sketch
 
     model, data = tiny_bert().cuda(), [{k: v.cuda() for k, v in batch.items()} for batch in words()]
-    sites = find_sites(model)
+    target_layers = find_target_layers(model)
 
-    def newborn(site: Any, device: torch.device) -> Sketch:
-        return make_sketch("nystrom", site.in_features, 8, oversampling=16, center=False, seed=0, device=device)
+    def newborn(target_layer: Any, device: torch.device) -> Sketch:
+        return make_sketch(
+            "nystrom",
+            target_layer.in_features,
+            8,
+            oversampling=16,
+            center=False,
+            seed=0,
+            device=device,
+        )
 
-    sharing, select = Sharing(newborn), selector_for(model, False, -100)
-    tap = Tap(sites, sharing, masks=Masks(model, sites))
+    shared_inputs, select = SharedInputs(newborn), selector_for(model, False, -100)
+    recorder = InputRecorder(target_layers, shared_inputs, masks=Masks(model, target_layers))
     for batch in data:
-        with torch.no_grad(), tap.watching(batch, select(batch)):
+        with torch.no_grad(), recorder.watching(batch, select(batch)):
             torch.cuda.set_sync_debug_mode("error")
             try:
                 model(**batch)
-                sharing.end_of_forward()
+                shared_inputs.end_of_forward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-    assert all(group.sketch.count for group in sharing.groups)
+    assert all(group.sketch.count for group in shared_inputs.groups)

@@ -18,9 +18,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import evatune
-from evatune import Calibration, CalibrationConfig, Status, joint
+from evatune import Calibration, CalibrationConfig, Status
+from evatune.distributed import sketches as joint
 from evatune.errors import AdapterError, ConfigError, LayerError, ProcessError
-from evatune.spectrum import captured_energy
+from evatune.sketch.spectrum import captured_energy
 from tests.toys import Block, Toy, inputs
 
 torch.set_num_threads(1)
@@ -47,11 +48,15 @@ class Routed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.even, self.odd, self.common = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.even, self.unsupported, self.common = (
+            nn.Linear(16, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 16),
+        )
         self.beside = nn.Linear(16, 16)
 
     def forward(self, x: Tensor, number: int) -> Tensor:
-        expert = self.odd if number % 2 else self.even
+        expert = self.unsupported if number % 2 else self.even
         y = expert(x)
         # Only in odd batches do these two have the same input.
         return self.common(x) + self.beside(x if number % 2 else y)
@@ -61,7 +66,7 @@ def routed() -> list[tuple[Tensor, int]]:
     return [(x, number) for number, x in enumerate(inputs(8))]
 
 
-# -- what each process does; every function runs on both ------------------------------------------------
+# -- what each process does; every function runs on both -------------------------------------------
 
 
 def work(rank: int, folder: str) -> None:
@@ -69,7 +74,9 @@ def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     try:
-        torch.save({name: scenario(rank) for name, scenario in SCENARIOS.items()}, f"{folder}/{rank}.pt")
+        torch.save(
+            {name: scenario(rank) for name, scenario in SCENARIOS.items()}, f"{folder}/{rank}.pt"
+        )
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -78,16 +85,30 @@ def work(rank: int, folder: str) -> None:
 def facts(calibration: Calibration) -> dict[str, Any]:
     return {
         "layers": {
-            name: [s.directions, s.energies, s.mean, s.rows, s.total_energy, s.certificate and s.certificate.captured()]
+            name: [
+                s.directions,
+                s.energies,
+                s.mean,
+                s.rows,
+                s.total_energy,
+                s.certificate and s.certificate.captured(),
+            ]
             for name, s in calibration.spectra.items()
         },
         "status": {name: str(status) for name, status in calibration.status.items()},
         "inputs": {name: layer.input for name, layer in calibration.layers.items()},
-        "bad": {name: [layer.first_bad_batch, layer.bad_process] for name, layer in calibration.layers.items()},
+        "bad": {
+            name: [layer.first_bad_batch, layer.bad_process]
+            for name, layer in calibration.layers.items()
+        },
         "batches": calibration.batches,
         "processes": calibration.processes,
         "bytes": calibration.bytes_sent,
-        "ranks": calibration.allocate().ranks if all(status.usable for status in calibration.status.values()) else None,
+        "ranks": (
+            calibration.allocate().ranks
+            if all(status.usable for status in calibration.status.values())
+            else None
+        ),
     }
 
 
@@ -111,15 +132,21 @@ def uneven(rank: int) -> Any:
 
 
 def more_processes_than_batches(rank: int) -> Any:
-    return facts(evatune.calibrate(toy(), wide(4)[rank::2], CalibrationConfig(rank=4, max_batches=1)))
+    return facts(
+        evatune.calibrate(toy(), wide(4)[rank::2], CalibrationConfig(rank=4, max_batches=1))
+    )
 
 
 def default_stop(rank: int) -> Any:
-    return facts(evatune.calibrate(toy(), wide(64)[rank::2], CalibrationConfig(rank=4, tolerance=0.05)))
+    return facts(
+        evatune.calibrate(toy(), wide(64)[rank::2], CalibrationConfig(rank=4, tolerance=0.05))
+    )
 
 
 def experts(rank: int) -> Any:
-    return facts(evatune.calibrate(Routed(), routed()[rank::2], CalibrationConfig(rank=2, tolerance=0)))
+    return facts(
+        evatune.calibrate(Routed(), routed()[rank::2], CalibrationConfig(rank=2, tolerance=0))
+    )
 
 
 def bad_rows(rank: int) -> Any:
@@ -129,7 +156,10 @@ def bad_rows(rank: int) -> Any:
     model = toy()
     found = facts(evatune.calibrate(model, data, ALL))
     adapted = get_peft_model(toy(), LoraConfig(r=4, target_modules=["q", "down"]))
-    return {"found": found, "error": error_of(lambda: evatune.initialize(adapted, data, config=ALL))}
+    return {
+        "found": found,
+        "error": error_of(lambda: evatune.initialize(adapted, data, config=ALL)),
+    }
 
 
 def other_seed(rank: int) -> Any:
@@ -137,11 +167,15 @@ def other_seed(rank: int) -> Any:
 
 
 def other_targets(rank: int) -> Any:
-    return error_of(lambda: evatune.calibrate(toy(), wide(), targets=["q"] if rank else ["q", "down"]))
+    return error_of(
+        lambda: evatune.calibrate(toy(), wide(), targets=["q"] if rank else ["q", "down"])
+    )
 
 
 def no_such_target(rank: int) -> Any:
-    return error_of(lambda: evatune.calibrate(toy(), wide(), targets=["nothing"] if rank else ["q"]))
+    return error_of(
+        lambda: evatune.calibrate(toy(), wide(), targets=["nothing"] if rank else ["q"])
+    )
 
 
 def other_weights(rank: int) -> Any:
@@ -152,7 +186,9 @@ def other_weights(rank: int) -> Any:
 
 
 def other_model(rank: int) -> Any:
-    return error_of(lambda: evatune.calibrate(toy() if rank else nn.Sequential(nn.Linear(64, 64)), wide(), ALL))
+    return error_of(
+        lambda: evatune.calibrate(toy() if rank else nn.Sequential(nn.Linear(64, 64)), wide(), ALL)
+    )
 
 
 def no_data(rank: int) -> Any:
@@ -174,7 +210,7 @@ def failing_model(rank: int) -> Any:
 
 def failing_at_the_end(rank: int) -> Any:
     """One process fails when all have calibrated; here, at writing."""
-    import evatune.adapters.peft as writer
+    import evatune.adapters.write as writer
 
     original = writer.write_rows
     if rank == 1:
@@ -193,7 +229,9 @@ def _no_space(*_: Any, **__: Any) -> None:
 def rows_come_late(rank: int) -> Any:
     """In the first turn no process has a row that counts."""
     data = wide()
-    return facts(evatune.calibrate(toy(), data[rank::2], ALL, targets=["q", "down"], rows=_not_of(data[:2])))
+    return facts(
+        evatune.calibrate(toy(), data[rank::2], ALL, targets=["q", "down"], rows=_not_of(data[:2]))
+    )
 
 
 def _not_of(empty: list[Tensor]) -> Callable[[Tensor, Any, str], Tensor]:
@@ -209,15 +247,23 @@ def one_much_shorter(rank: int) -> Any:
 
 
 def incremental(rank: int) -> Any:
-    return error_of(lambda: evatune.calibrate(toy(), wide(), CalibrationConfig(sketch="incremental")))
+    return error_of(
+        lambda: evatune.calibrate(toy(), wide(), CalibrationConfig(sketch="incremental"))
+    )
 
 
 def in_ddp(rank: int) -> Any:
-    model = nn.parallel.DistributedDataParallel(get_peft_model(toy(), LoraConfig(r=4, target_modules="all-linear")))
+    model = nn.parallel.DistributedDataParallel(
+        get_peft_model(toy(), LoraConfig(r=4, target_modules="all-linear"))
+    )
     found = facts(evatune.calibrate(model, wide()[rank::2], ALL))
     refused = error_of(lambda: evatune.initialize(model, wide()[rank::2], config=ALL))
-    other_rank = error_of(lambda: evatune.initialize(model, wide()[rank::2], config=ALL, rho=1.0, rank=2))
-    dora = nn.parallel.DistributedDataParallel(get_peft_model(toy(), LoraConfig(r=4, target_modules=["q"], use_dora=True)))
+    other_rank = error_of(
+        lambda: evatune.initialize(model, wide()[rank::2], config=ALL, rho=1.0, rank=2)
+    )
+    dora = nn.parallel.DistributedDataParallel(
+        get_peft_model(toy(), LoraConfig(r=4, target_modules=["q"], use_dora=True))
+    )
     with_dora = error_of(lambda: evatune.initialize(dora, wide()[rank::2], config=ALL, rho=1.0))
     refused += [*other_rank, *with_dora]
     evatune.initialize(model, wide()[rank::2], config=ALL, rho=1.0)
@@ -229,7 +275,13 @@ def in_ddp(rank: int) -> Any:
     kind = type(model.module).__name__
     compiled = torch.compile(nn.parallel.DistributedDataParallel(toy()), backend="eager")
     assert same(facts(evatune.calibrate(compiled, wide()[rank::2], ALL)), found)
-    return {"found": found, "refused": refused, "weights": weights, "gradients": gradients, "name": kind}
+    return {
+        "found": found,
+        "refused": refused,
+        "weights": weights,
+        "gradients": gradients,
+        "name": kind,
+    }
 
 
 def sharded(rank: int) -> Any:
@@ -257,7 +309,9 @@ def sharded(rank: int) -> Any:
         after = adapted.eval()(wide()[0])
     adapted(wide()[0]).square().mean().backward()
     weights = {n: p.full_tensor().detach() for n, p in adapted.named_parameters() if "lora_" in n}
-    gradients = [p.grad.full_tensor().abs().sum() for n, p in adapted.named_parameters() if "lora_B" in n]
+    gradients = [
+        p.grad.full_tensor().abs().sum() for n, p in adapted.named_parameters() if "lora_B" in n
+    ]
     return {
         "found": facts(calibration),
         "refused": refused,
@@ -276,12 +330,22 @@ def in_fsdp1(rank: int) -> Any:
 
     def shard(model: nn.Module, as_they_are: bool = True) -> nn.Module:
         policy, cpu = ModuleWrapPolicy({Block}), torch.device("cpu")
-        return FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=cpu, use_orig_params=as_they_are)
+        return FullyShardedDataParallel(
+            model, auto_wrap_policy=policy, device_id=cpu, use_orig_params=as_they_are
+        )
 
     data = wide()[rank::2][: 3 if rank else 8]
     adapted = shard(get_peft_model(toy(), LoraConfig(r=4, target_modules="all-linear")))
-    refused = [error_of(partial(evatune.initialize, adapted, data, config=ALL, rho=rho))[1] for rho in (None, 1.0)]
-    return {"found": [facts(evatune.calibrate(shard(toy(), each), data, ALL)) for each in (True, False)], "refused": refused}
+    refused = [
+        error_of(partial(evatune.initialize, adapted, data, config=ALL, rho=rho))[1]
+        for rho in (None, 1.0)
+    ]
+    return {
+        "found": [
+            facts(evatune.calibrate(shard(toy(), each), data, ALL)) for each in (True, False)
+        ],
+        "refused": refused,
+    }
 
 
 SCENARIOS: dict[str, Callable[[int], Any]] = {
@@ -289,12 +353,30 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
     **{
         scenario.__name__: scenario
         for scenario in (
-            alone, uneven, more_processes_than_batches, default_stop, experts, bad_rows, other_seed, other_targets,
-            no_such_target, other_weights, other_model, no_data, no_data_at_all, failing_model, failing_at_the_end,
-            rows_come_late, one_much_shorter, incremental, in_ddp, sharded, in_fsdp1,
+            alone,
+            uneven,
+            more_processes_than_batches,
+            default_stop,
+            experts,
+            bad_rows,
+            other_seed,
+            other_targets,
+            no_such_target,
+            other_weights,
+            other_model,
+            no_data,
+            no_data_at_all,
+            failing_model,
+            failing_at_the_end,
+            rows_come_late,
+            one_much_shorter,
+            incremental,
+            in_ddp,
+            sharded,
+            in_fsdp1,
         )
     },
-}  # fmt: skip
+}
 
 
 def spawn(target: Callable[[int, str], None], folder: Path, count: int = 2) -> list[int | None]:
@@ -317,7 +399,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-# -- what must have come out --------------------------------------------------------------------------
+# -- what must have come out -----------------------------------------------------------------------
 
 
 def same(a: Any, b: Any) -> bool:
@@ -331,19 +413,27 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-@pytest.mark.parametrize("name", [*SETTINGS, "uneven", "more_processes_than_batches", "default_stop", "experts"])
-def test_both_processes_end_with_the_same_record_bit_for_bit(both: list[dict[str, Any]], name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [*SETTINGS, "uneven", "more_processes_than_batches", "default_stop", "experts"]
+)
+def test_both_processes_end_with_the_same_record_bit_for_bit(
+    both: list[dict[str, Any]], name: str
+) -> None:
     assert same(both[0][name], both[1][name])
     assert both[0][name]["processes"] == 2
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_they_find_what_one_process_finds_on_the_same_batches(both: list[dict[str, Any]], kind: str) -> None:
+def test_they_find_what_one_process_finds_on_the_same_batches(
+    both: list[dict[str, Any]], kind: str
+) -> None:
     seen: dict[str, list[Tensor]] = {}
     model = toy().eval()
     names = list(both[0][kind]["layers"])
     for name in names:
-        hook = lambda module, args, name=name: seen.setdefault(name, []).append(args[0].detach().flatten(0, 1))  # noqa: E731
+        hook = lambda module, args, name=name: seen.setdefault(name, []).append(
+            args[0].detach().flatten(0, 1)
+        )  # noqa: E731
         model.get_submodule(name).register_forward_pre_hook(hook)
     for batch in wide():
         model(batch)
@@ -353,7 +443,8 @@ def test_they_find_what_one_process_finds_on_the_same_batches(both: list[dict[st
         spectrum = one.spectra[name]
         x = torch.cat(seen[name])
         x = x - x.mean(0) if kind == "centred" else x
-        # The stated tolerance: of the energy that one process captures, two lose less than a thousandth.
+        # The stated tolerance: of the energy that one process captures, two lose less than a
+        # thousandth.
         ours, theirs = captured_energy(directions, x), captured_energy(spectrum.directions, x)
         assert ours > theirs * (1 - (1e-6 if kind == "exact" else 1e-3)), name
         assert energies.sum() > spectrum.energies.sum() * (1 - 1e-2)
@@ -367,7 +458,11 @@ def test_they_find_what_one_process_finds_on_the_same_batches(both: list[dict[st
 
 
 def test_without_distributed_each_works_for_itself(both: list[dict[str, Any]]) -> None:
-    own = evatune.calibrate(toy(), wide()[1::2], CalibrationConfig(rank=4, max_batches=16, tolerance=0, distributed=False))
+    own = evatune.calibrate(
+        toy(),
+        wide()[1::2],
+        CalibrationConfig(rank=4, max_batches=16, tolerance=0, distributed=False),
+    )
     assert same(both[1]["alone"], facts(own))
     assert both[0]["alone"]["bytes"] == 0
 
@@ -388,7 +483,9 @@ def test_data_that_only_some_have_more_of_is_not_exhausted(both: list[dict[str, 
 def test_layers_whose_first_rows_come_late_have_one_basis_too(both: list[dict[str, Any]]) -> None:
     assert same(both[0]["rows_come_late"], both[1]["rows_come_late"])
     one = evatune.calibrate(toy(), wide(), ALL, targets=["q", "down"], rows=_not_of(wide()[:2]))
-    for name, (_, energies, _, rows, total, certificate) in both[0]["rows_come_late"]["layers"].items():
+    for name, (_, energies, _, rows, total, certificate) in both[0]["rows_come_late"][
+        "layers"
+    ].items():
         spectrum = one.spectra[name]
         assert rows == spectrum.rows == 14 * 128
         assert total == pytest.approx(spectrum.total_energy, rel=1e-6)
@@ -406,7 +503,9 @@ def test_all_stop_together_when_the_directions_have_settled(both: list[dict[str,
     assert Status.CONVERGED in found["status"].values()
 
 
-def test_layers_that_only_one_process_calls_are_everywhere_in_the_end(both: list[dict[str, Any]]) -> None:
+def test_layers_that_only_one_process_calls_are_everywhere_in_the_end(
+    both: list[dict[str, Any]],
+) -> None:
     found = both[0]["experts"]
     rows = {name: layer[3] for name, layer in found["layers"].items()}
     assert rows == {"even": 4 * 64, "odd": 4 * 64, "common": 8 * 64, "beside": 8 * 64}
@@ -417,7 +516,9 @@ def test_layers_that_only_one_process_calls_are_everywhere_in_the_end(both: list
         assert torch.allclose(energies, one.spectra[name].energies, rtol=0.02)
 
 
-def test_a_nan_is_named_with_its_layer_batch_and_process_on_every_process(both: list[dict[str, Any]]) -> None:
+def test_a_nan_is_named_with_its_layer_batch_and_process_on_every_process(
+    both: list[dict[str, Any]],
+) -> None:
     for found in both:
         assert found["bad_rows"]["found"]["status"]["blocks.0.q"] == Status.NON_FINITE
         assert found["bad_rows"]["found"]["bad"]["blocks.0.q"] == [6, 1]
@@ -435,7 +536,9 @@ def test_a_nan_is_named_with_its_layer_batch_and_process_on_every_process(both: 
         ("other_model", "model is Sequential on process 0 and Toy on process 1"),
     ],
 )
-def test_different_work_is_refused_on_every_process(both: list[dict[str, Any]], name: str, says: str) -> None:
+def test_different_work_is_refused_on_every_process(
+    both: list[dict[str, Any]], name: str, says: str
+) -> None:
     for found in both:
         kind, message = found[name]
         assert kind == ProcessError.__name__
@@ -458,7 +561,10 @@ def test_the_error_of_one_process_is_told_to_the_others(both: list[dict[str, Any
     assert both[1]["failing_at_the_end"] == ["MemoryError", "no space left"]
     assert "process 1 of 2 stopped, and so do all: MemoryError" in both[0]["failing_at_the_end"][1]
     assert both[1]["no_such_target"][0] == "TargetError"
-    assert "process 1 of 2 stopped, and so do all: TargetError: targets ['nothing']" in both[0]["no_such_target"][1]
+    assert (
+        "process 1 of 2 stopped, and so do all: TargetError: targets ['nothing']"
+        in both[0]["no_such_target"][1]
+    )
 
 
 def test_what_does_not_add_up_is_refused(both: list[dict[str, Any]]) -> None:
@@ -466,7 +572,9 @@ def test_what_does_not_add_up_is_refused(both: list[dict[str, Any]]) -> None:
     assert "Calibration.merge" in both[0]["incremental"][1]
 
 
-def test_inside_ddp_the_names_are_the_models_and_fixed_ranks_are_written(both: list[dict[str, Any]]) -> None:
+def test_inside_ddp_the_names_are_the_models_and_fixed_ranks_are_written(
+    both: list[dict[str, Any]],
+) -> None:
     found = [one["in_ddp"] for one in both]
     assert same(found[0]["found"], found[1]["found"])
     assert same(found[0]["found"], both[0]["nystrom"])
@@ -538,7 +646,8 @@ def test_a_process_that_dies_is_named_by_the_others(tmp_path: Path) -> None:
 
 
 def failing_between(rank: int, folder: str) -> None:
-    """Process 1 fails between two messages of an exchange, where it has no turn to say so, and lives on."""
+    """Process 1 fails between two messages of an exchange, where it has no turn to say so, and
+    lives on."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     if rank == 1:
@@ -548,7 +657,8 @@ def failing_between(rank: int, folder: str) -> None:
     end = time.monotonic() + 60
     while not Path(folder, "0.txt").exists() and time.monotonic() < end:
         time.sleep(0.1)
-    # Without the orderly end, for which both would be needed; 1 if process 0 would have waited for the end of this one.
+    # Without the orderly end, for which both would be needed; 1 if process 0 would have waited for
+    # the end of this one.
     os._exit(0 if Path(folder, "0.txt").exists() else 1)
 
 
@@ -567,7 +677,9 @@ def absent(rank: int, folder: str) -> None:
     if rank == 1:
         evatune.calibrate(toy(), wide(4), CalibrationConfig(rank=4, tolerance=0, distributed=False))
     if rank < 2:
-        said = error_of(lambda: evatune.calibrate(toy(), wide(), replace(ALL, rendezvous_timeout=3)))
+        said = error_of(
+            lambda: evatune.calibrate(toy(), wide(), replace(ALL, rendezvous_timeout=3))
+        )
         Path(folder, f"{rank}.txt").write_text(": ".join(said))
     end = time.monotonic() + 60
     while len(list(Path(folder).glob("?.txt"))) < 2 and time.monotonic() < end:
@@ -575,11 +687,16 @@ def absent(rank: int, folder: str) -> None:
     os._exit(0)
 
 
-def test_processes_that_never_come_are_named_after_the_seconds_that_the_option_gives(tmp_path: Path) -> None:
+def test_processes_that_never_come_are_named_after_the_seconds_that_the_option_gives(
+    tmp_path: Path,
+) -> None:
     assert spawn(absent, tmp_path, 3) == [0, 0, 0]
     for rank in (0, 1):
         said = (tmp_path / f"{rank}.txt").read_text()
-        assert said.startswith("ProcessError: process 2 of 3 did not come to calibrate within 3 seconds; call evatune on")
+        assert said.startswith(
+            "ProcessError: process 2 of 3 did not come to calibrate within 3 seconds; call"
+            " evatune on"
+        )
         assert "rendezvous_timeout" in said
 
 

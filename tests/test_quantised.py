@@ -1,4 +1,5 @@
-"""Quantised linear layers that run on a CPU, where their libraries are installed; others by their attributes."""
+"""Quantised linear layers that run on a CPU, where their libraries are installed; others by their
+attributes."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 import evatune
-from evatune.capture import find_sites
+from evatune.capture import find_target_layers
 from tests.judge import round_trip
 
 torch.set_num_threads(1)
@@ -35,9 +36,12 @@ def bitsandbytes(kind: str, **options: Any) -> nn.Module:
     model = plain()
     for name in ("0", "2"):
         layer = model.get_submodule(name)
-        quantised = getattr(layers, kind)(layer.in_features, layer.out_features, bias=False, **options)
+        quantised = getattr(layers, kind)(
+            layer.in_features, layer.out_features, bias=False, **options
+        )
         quantised.load_state_dict(layer.state_dict())
-        quantised.support_avx512bf16_for_cpu = False  # else its weight is packed for inference at the first call
+        # else its weight is packed for inference at the first call
+        quantised.support_avx512bf16_for_cpu = False
         setattr(model, name, quantised.to("cpu"))
     setattr(model, "is_loaded_in_8bit" if kind == "Linear8bitLt" else "is_loaded_in_4bit", True)
     return model
@@ -56,19 +60,27 @@ def batches() -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
-@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated", "ignore:MatMul8bitLt", "ignore::FutureWarning")
-def test_a_quantised_layer_has_its_input_rows_and_an_adapter_that_plain_peft_loads(kind: str, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:TorchaoLoraLinear was instantiated", "ignore:MatMul8bitLt", "ignore::FutureWarning"
+)
+def test_a_quantised_layer_has_its_input_rows_and_an_adapter_that_plain_peft_loads(
+    kind: str, tmp_path: Path
+) -> None:
     build = QUANTISED[kind]
     model = build()
     seen: list[Tensor] = []
-    model.get_submodule("2").register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    model.get_submodule("2").register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].clone())
+    )
     config = evatune.CalibrationConfig(components=8, sketch="exact", tolerance=0)
     spectrum = evatune.calibrate(model, batches(), config).spectra["2"]
     rows = torch.cat(seen).double()
     assert spectrum.rows == 200
     wanted = torch.linalg.eigvalsh(rows.T @ rows / 200).flip(0)[:8]
     assert torch.allclose(spectrum.energies.double(), wanted, rtol=1e-4)
-    calibration, start = round_trip(build, LoraConfig(r=4, target_modules=["0", "2"]), batches(), tmp_path)
+    calibration, start = round_trip(
+        build, LoraConfig(r=4, target_modules=["0", "2"]), batches(), tmp_path
+    )
     for name, rank in calibration.allocate().ranks.items():
         assert torch.equal(start[name], calibration.spectra[name].directions[:rank])
 
@@ -93,5 +105,8 @@ def test_other_makes_of_linear_layers_are_known_by_their_sizes() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x[..., :3]
 
-    sites = find_sites(nn.ModuleDict({"q": QuantLinear()}), "all-linear")
-    assert [(site.name, site.in_features, site.out_features) for site in sites] == [("q", 6, 3)]
+    target_layers = find_target_layers(nn.ModuleDict({"q": QuantLinear()}), "all-linear")
+    assert [
+        (target_layer.name, target_layer.in_features, target_layer.out_features)
+        for target_layer in target_layers
+    ] == [("q", 6, 3)]

@@ -12,13 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evatune.errors import BudgetError, ConfigError
-from evatune.ranks import METRICS, Candidate, RankPlan, allocate
-from evatune.spectrum import Spectrum
+from evatune.ranks.allocation import METRICS, Candidate, RankPlan, allocate
+from evatune.sketch.spectrum import Spectrum
 
 
-def candidate(energies: list[float], in_features: int, out_features: int, rest: float = 1.0) -> Candidate:
+def candidate(
+    energies: list[float], in_features: int, out_features: int, rest: float = 1.0
+) -> Candidate:
     values = torch.tensor(sorted(energies, reverse=True))
-    nothing = torch.zeros(1)  # directions and mean play no part here, and must cost nothing at the widths of real models
+    # directions and mean play no part here, and must cost nothing at the widths of real models
+    nothing = torch.zeros(1)
     directions, mean = nothing.expand(len(energies), in_features), nothing.expand(in_features)
     spectrum = Spectrum(directions, values, float(values.sum()) + rest, 100, mean)
     return Candidate(spectrum, in_features, out_features)
@@ -26,7 +29,12 @@ def candidate(energies: list[float], in_features: int, out_features: int, rest: 
 
 def worth(layer: Candidate, metric: str, cap: int) -> list[float]:
     e = layer.spectrum.energies.double()
-    by = {"ratio": layer.spectrum.total_energy, "raw": 1.0, "max": float(e[0]), "sum": float(e[:cap].sum())}[metric]
+    by = {
+        "ratio": layer.spectrum.total_energy,
+        "raw": 1.0,
+        "max": float(e[0]),
+        "sum": float(e[:cap].sum()),
+    }[metric]
     return (e / by).tolist()
 
 
@@ -51,9 +59,15 @@ def brute_force(
     """(largest spend within the budget, best value at that spend) over all choices of ranks."""
     own = own or {}
     most = {name: own.get(name, math.floor(rank * rho)) for name in layers}
-    caps = [min(most[n], c.in_features, c.out_features, len(c.spectrum.energies)) for n, c in layers.items()]
+    caps = [
+        min(most[n], c.in_features, c.out_features, len(c.spectrum.energies))
+        for n, c in layers.items()
+    ]
     costs = [1 if budget == "ranks" else c.cost for c in layers.values()]
-    gains = [[0.0, *itertools.accumulate(worth(c, metric, cap)[:cap])] for c, cap in zip(layers.values(), caps, strict=True)]
+    gains = [
+        [0.0, *itertools.accumulate(worth(c, metric, cap)[:cap])]
+        for c, cap in zip(layers.values(), caps, strict=True)
+    ]
     limit = sum(own.get(name, rank) * cost for name, cost in zip(layers, costs, strict=True))
     best = (-1, -1.0)
     for choice in itertools.product(*(range(min(least, cap), cap + 1) for cap in caps)):
@@ -71,10 +85,14 @@ def brute_force(
     rho=st.sampled_from([1.0, 1.5, 2.0, 3.0]),
     least=st.sampled_from([0, 1]),
 )
-def test_no_choice_of_ranks_does_better(seed: int, budget: str, metric: str, rho: float, least: int) -> None:
+def test_no_choice_of_ranks_does_better(
+    seed: int, budget: str, metric: str, rho: float, least: int
+) -> None:
     rng = random.Random(seed)
     rank = rng.randint(1, 3)
-    sizes = [(rng.choice([4, 5, 8, 12]), rng.choice([4, 6, 8, 16])) for _ in range(rng.randint(1, 5))]
+    sizes = [
+        (rng.choice([4, 5, 8, 12]), rng.choice([4, 6, 8, 16])) for _ in range(rng.randint(1, 5))
+    ]
     layers = {
         f"l{i}": candidate([10 ** rng.uniform(-3, 2) for _ in range(math.floor(rank * rho))], *size)
         for i, size in enumerate(sizes)
@@ -92,12 +110,17 @@ def test_no_choice_of_ranks_does_better(seed: int, budget: str, metric: str, rho
     metric=st.sampled_from(METRICS),
     rho=st.sampled_from([1.0, 2.0, 3.0]),
 )
-def test_no_choice_of_ranks_below_the_layers_own_caps_does_better(seed: int, budget: str, metric: str, rho: float) -> None:
+def test_no_choice_of_ranks_below_the_layers_own_caps_does_better(
+    seed: int, budget: str, metric: str, rho: float
+) -> None:
     rng = random.Random(seed)
     rank = rng.randint(1, 3)
     sizes = [(rng.choice([6, 8, 12]), rng.choice([6, 8, 16])) for _ in range(rng.randint(1, 4))]
     own = {f"l{i}": rng.randint(1, 6) for i in range(len(sizes)) if rng.random() < 0.5}
-    layers = {f"l{i}": candidate([10 ** rng.uniform(-3, 2) for _ in range(9)], *size) for i, size in enumerate(sizes)}
+    layers = {
+        f"l{i}": candidate([10 ** rng.uniform(-3, 2) for _ in range(9)], *size)
+        for i, size in enumerate(sizes)
+    }
     plan = allocate(layers, rank=rank, rho=rho, budget=budget, metric=metric, caps=own)
     assert all(plan.ranks[name] <= cap for name, cap in own.items())
     spend, best = brute_force(layers, rank, rho, budget, metric, 0, own)
@@ -119,17 +142,26 @@ def test_with_caps_of_their_own_rho_one_gives_layers_these_or_the_rank() -> None
         ({"c": 1}, ConfigError, "caps names 'c', which is no layer; the layers are a, b"),
         ({"a": 0}, ConfigError, "the cap of a is 0; it must be a whole number of at least 1"),
         ({"a": True}, ConfigError, "the cap of a is True"),
-        ({"a": 5, "b": 2}, BudgetError, r"2 or its cap per layer.*cannot be met.*Below 2 or its cap: a \(4\)"),
+        (
+            {"a": 5, "b": 2},
+            BudgetError,
+            r"2 or its cap per layer.*cannot be met.*Below 2 or its cap: a \(4\)",
+        ),
     ],
 )
-def test_caps_that_cannot_be_are_refused(caps: dict[str, int], error: type[Exception], text: str) -> None:
+def test_caps_that_cannot_be_are_refused(
+    caps: dict[str, int], error: type[Exception], text: str
+) -> None:
     layers = {name: candidate([4, 3, 2, 1], 9, 9) for name in "ab"}
     with pytest.raises(error, match=text):
         allocate(layers, rank=2, rho=2, caps=caps)
 
 
 def test_one_list_of_all_components_is_what_decides() -> None:
-    layers = {"a": candidate([8, 4, 2, 1], 9, 9, rest=85), "b": candidate([50, 3, 0.5, 0.1], 9, 9, rest=46.4)}
+    layers = {
+        "a": candidate([8, 4, 2, 1], 9, 9, rest=85),
+        "b": candidate([50, 3, 0.5, 0.1], 9, 9, rest=46.4),
+    }
     assert allocate(layers, rank=2, rho=2).ranks == {"a": 2, "b": 2}
     assert allocate(layers, rank=2, rho=2, metric="raw").ranks == {"a": 2, "b": 2}
     assert allocate(layers, rank=2, rho=2, metric="max").ranks == {"a": 3, "b": 1}
@@ -145,8 +177,12 @@ def test_ties_go_to_the_lower_component_then_to_the_earlier_layer() -> None:
     assert allocate(layers, rank=1, rho=3).ranks == {"q": 1, "k": 1, "v": 1}
     pair = {name: candidate([5, 4, 4], 9, 9) for name in ("q", "k")}
     assert allocate(pair, rank=1, rho=3).ranks == {"q": 1, "k": 1}
-    odd = {"q": candidate([5, 4], 9, 9), "k": candidate([5, 4], 9, 9), "v": candidate([1, 1], 9, 9)}
-    assert allocate(odd, rank=1, rho=2).ranks == {"q": 2, "k": 1, "v": 0}
+    unsupported = {
+        "q": candidate([5, 4], 9, 9),
+        "k": candidate([5, 4], 9, 9),
+        "v": candidate([1, 1], 9, 9),
+    }
+    assert allocate(unsupported, rank=1, rho=2).ranks == {"q": 2, "k": 1, "v": 0}
 
 
 def test_a_layer_of_rank_zero_keeps_its_key() -> None:
@@ -155,7 +191,10 @@ def test_a_layer_of_rank_zero_keeps_its_key() -> None:
 
 
 def test_minimum_rank_is_given_first() -> None:
-    layers = {"rich": candidate([9, 8, 7, 6], 9, 9), "poor": candidate([1e-3, 1e-4], 9, 9, rest=100)}
+    layers = {
+        "rich": candidate([9, 8, 7, 6], 9, 9),
+        "poor": candidate([1e-3, 1e-4], 9, 9, rest=100),
+    }
     assert allocate(layers, rank=2, rho=2, min_rank=1).ranks == {"rich": 3, "poor": 1}
 
 
@@ -169,8 +208,15 @@ def test_a_floor_is_a_minimum_of_one_layer_alone() -> None:
 
 def test_a_parameter_budget_is_spent_to_the_last_parameter_on_shapes_of_real_models() -> None:
     generator = torch.Generator().manual_seed(0)
-    shapes = {"q": (8192, 8192), "k": (8192, 1024), "v": (8192, 1024), "o": (8192, 8192), "gate": (8192, 28672),
-              "up": (8192, 28672), "down": (28672, 8192)}  # fmt: skip
+    shapes = {
+        "q": (8192, 8192),
+        "k": (8192, 1024),
+        "v": (8192, 1024),
+        "o": (8192, 8192),
+        "gate": (8192, 28672),
+        "up": (8192, 28672),
+        "down": (28672, 8192),
+    }
     layers = {
         f"{block}.{name}": candidate((torch.rand(32, generator=generator) ** 4).tolist(), *shape)
         for block in range(80)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from evatune.errors import ConfigError
-from evatune.recipes import as_tree, expand, keys, load, ours, parse, text_of
+from evatune.finetune.recipe import as_tree, expand, keys, load, ours, parse, text_of
 
 
 @pytest.mark.parametrize("name", ours())
@@ -18,8 +18,15 @@ def test_each_of_ours_loads_and_names_its_command(name: str) -> None:
 
 
 def test_overrides_reach_into_the_tree() -> None:
-    recipe = load("understanding-movie", ["method=lora", "training.learning_rate=3e-4", "adapter.targets=[query, value]"])
-    assert (recipe.method, recipe.training.learning_rate, recipe.adapter.targets) == ("lora", 3e-4, ["query", "value"])
+    recipe = load(
+        "understanding-movie",
+        ["method=lora", "training.learning_rate=3e-4", "adapter.targets=[query, value]"],
+    )
+    assert (recipe.method, recipe.training.learning_rate, recipe.adapter.targets) == (
+        "lora",
+        3e-4,
+        ["query", "value"],
+    )
     assert recipe.data == load("understanding-movie").data
 
 
@@ -56,7 +63,8 @@ def test_an_unknown_recipe_names_ours(source: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "text"), [("a: [", "is not YAML"), ("- 1", "holds list"), ("domain: x", "key 'task' is missing")]
+    ("content", "text"),
+    [("a: [", "is not YAML"), ("- 1", "holds list"), ("domain: x", "key 'task' is missing")],
 )
 def test_a_file_that_is_no_recipe_says_so(content: str, text: str, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(content)
@@ -64,7 +72,9 @@ def test_a_file_that_is_no_recipe_says_so(content: str, text: str, tmp_path: Pat
         load(str(tmp_path / "mine.yaml"))
 
 
-@pytest.mark.parametrize(("override", "text"), [("steps", "is not key=value"), ("task.a=1", "'task' is a value")])
+@pytest.mark.parametrize(
+    ("override", "text"), [("steps", "is not key=value"), ("task.a=1", "'task' is a value")]
+)
 def test_an_override_that_is_none_says_so(override: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         load("understanding-movie", [override])
@@ -72,8 +82,12 @@ def test_an_override_that_is_none_says_so(override: str, text: str) -> None:
 
 def test_patterns_name_recipes_of_ours() -> None:
     assert expand(["generation-*", "generation-code", "mine.yaml"]) == [
-        "generation-arithmetic", "generation-code", "generation-commonsense", "generation-reviews", "mine.yaml",
-    ]  # fmt: skip
+        "generation-arithmetic",
+        "generation-code",
+        "generation-commonsense",
+        "generation-reviews",
+        "mine.yaml",
+    ]
     with pytest.raises(ConfigError, match=r"no recipe of ours fits 'cooking-\*'"):
         expand(["cooking-*"])
     with pytest.raises(ConfigError, match="name at least one recipe"):

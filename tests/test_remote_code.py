@@ -14,8 +14,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from evatune.errors import ConfigError, DataError
-from evatune.recipes import as_tree, load, parse
-from evatune.tasks import generation, images, rl, text, understanding
+from evatune.finetune.recipe import as_tree, load, parse
+from evatune.finetune.tasks import generation, images, rl, understanding
+from evatune.loading import text
 from tests.conftest import Command, refused
 
 CODE = """
@@ -39,21 +40,34 @@ def marker(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def foreign(tmp_path: Path, bert_folder: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A model whose architecture is in its own folder, and a user who says yes to whatever is asked."""
+def foreign(
+    tmp_path: Path, bert_folder: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A model whose architecture is in its own folder, and a user who says yes to whatever is
+    asked."""
     folder = tmp_path / "foreign"
     shutil.copytree(bert_folder, folder)
     (folder / "ours.py").write_text(CODE.format(marker=str(marker)))
     config = json.loads((folder / "config.json").read_text())
     classes = {
-        "AutoConfig": "OurConfig", "AutoModel": "OurModel", "AutoModelForSequenceClassification": "OurClassifier",
-        "AutoModelForCausalLM": "OurModel", "AutoModelForImageClassification": "OurModel",
-    }  # fmt: skip
-    config |= {"model_type": "ours", "auto_map": {auto: f"ours.{name}" for auto, name in classes.items()}}
+        "AutoConfig": "OurConfig",
+        "AutoModel": "OurModel",
+        "AutoModelForSequenceClassification": "OurClassifier",
+        "AutoModelForCausalLM": "OurModel",
+        "AutoModelForImageClassification": "OurModel",
+    }
+    config |= {
+        "model_type": "ours",
+        "auto_map": {auto: f"ours.{name}" for auto, name in classes.items()},
+    }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "preprocessor_config.json").write_text(json.dumps({"auto_map": {"AutoImageProcessor": "ours.OurProcessor"}}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"auto_map": {"AutoImageProcessor": "ours.OurProcessor"}})
+    )
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     before = list(sys.path)
     yield folder
     sys.path[:] = before
@@ -66,14 +80,22 @@ def adapter(tmp_path: Path, foreign: Path) -> Path:
     """An adapter that names such a base."""
     folder = tmp_path / "adapter"
     folder.mkdir()
-    config = {"peft_type": "LORA", "r": 1, "target_modules": ["query"], "base_model_name_or_path": str(foreign)}
+    config = {
+        "peft_type": "LORA",
+        "r": 1,
+        "target_modules": ["query"],
+        "base_model_name_or_path": str(foreign),
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     weights = load_file(foreign / "model.safetensors")
     state = {}
     for name, weight in weights.items():
         if name.endswith("query.weight"):
             layer = f"base_model.model.{name.removesuffix('.weight')}"
-            state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = weight[:1].clone(), weight[:, :1].clone()
+            state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = (
+                weight[:1].clone(),
+                weight[:, :1].clone(),
+            )
     save_file(state, folder / "adapter_model.safetensors")
     return folder
 
@@ -85,7 +107,18 @@ def test_no_command_runs_the_code_of_a_model_unasked(
     out = tmp_path / "out"
     refused(command("init", "--model", foreign, "--data", text_file, "--out", out), *parts)
     refused(command("export", adapter, "--format", "merged", "-o", out), "base model of", *parts)
-    refused(command("train", "understanding-bbc", f"model={foreign}", "data.train=8", "data.test=8", "--out", out), *parts)
+    refused(
+        command(
+            "train",
+            "understanding-bbc",
+            f"model={foreign}",
+            "data.train=8",
+            "data.test=8",
+            "--out",
+            out,
+        ),
+        *parts,
+    )
     assert not marker.exists()
     assert not out.exists()
 
@@ -95,7 +128,9 @@ def test_no_domain_runs_the_code_of_a_model_unasked(
     domain: object, foreign: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rl, "simulator", lambda: None)
-    task = {generation: "arithmetic", images: "orientation", understanding: "bbc", rl: "push"}[domain]
+    task = {generation: "arithmetic", images: "orientation", understanding: "bbc", rl: "push"}[
+        domain
+    ]
     recipe = parse({"task": task, "model": str(foreign), "data": {"train": 8, "test": 8}})
     with pytest.raises(DataError, match="--trust-remote-code"):
         domain.prepare(recipe)  # type: ignore[attr-defined]
@@ -105,16 +140,30 @@ def test_no_domain_runs_the_code_of_a_model_unasked(
 def test_code_that_is_trusted_runs(
     command: Command, foreign: Path, adapter: Path, marker: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    arguments = "--rank", "2", "--max-batches", "1", "--trust-remote-code", "--out", tmp_path / "out"
+    arguments = (
+        "--rank",
+        "2",
+        "--max-batches",
+        "1",
+        "--trust-remote-code",
+        "--out",
+        tmp_path / "out",
+    )
     assert command("init", "--model", foreign, "--data", text_file, *arguments).status == 0
     assert marker.exists()
     merged = tmp_path / "merged"
-    assert command("export", adapter, "--format", "merged", "-o", merged, "--trust-remote-code").status == 0
+    assert (
+        command("export", adapter, "--format", "merged", "-o", merged, "--trust-remote-code").status
+        == 0
+    )
     name = "encoder.layer.0.attention.self.query.weight"
     before, after = (load_file(folder / "model.safetensors")[name] for folder in (foreign, merged))
     assert not before.equal(after)
     assert type(text.read_model(merged, trust_remote_code=True).model).__name__ == "OurModel"
-    recipe = load("understanding-bbc", [f"model={foreign}", "data.train=8", "data.test=8", "trust_remote_code=true"])
+    recipe = load(
+        "understanding-bbc",
+        [f"model={foreign}", "data.train=8", "data.test=8", "trust_remote_code=true"],
+    )
     assert type(understanding.prepare(recipe).model).__name__ == "OurClassifier"
 
 

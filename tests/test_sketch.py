@@ -10,13 +10,15 @@ from torch import Tensor
 
 from evatune.sketch import SKETCHES, Sketch, make_sketch
 from evatune.sketch.base import power_of_two
-from evatune.spectrum import Spectrum, captured_energy, principal_angles
+from evatune.sketch.spectrum import Spectrum, captured_energy, principal_angles
 
 torch.set_num_threads(1)
 
 
 def build(kind: str, d: int, k: int, *, center: bool = False, seed: int = 0) -> Sketch:
-    return make_sketch(kind, d, k, oversampling=8, center=center, seed=seed, device=torch.device("cpu"))
+    return make_sketch(
+        kind, d, k, oversampling=8, center=center, seed=seed, device=torch.device("cpu")
+    )
 
 
 def planted(n: int, d: int, *, seed: int = 0, decay: float = 0.8, mean: float = 0.0) -> Tensor:
@@ -58,7 +60,9 @@ class TestAgainstTruth:
         assert spectrum.rows == 4096
         assert torch.allclose(spectrum.mean, rows.mean(0), atol=1e-4)
 
-    def test_directions_are_orthonormal_sorted_and_of_a_stated_sign(self, kind: str, center: bool) -> None:
+    def test_directions_are_orthonormal_sorted_and_of_a_stated_sign(
+        self, kind: str, center: bool
+    ) -> None:
         spectrum = feed(build(kind, 48, 6, center=center), planted(1000, 48), 100)
         v = spectrum.directions
         assert v.dtype == torch.float32
@@ -66,13 +70,18 @@ class TestAgainstTruth:
         assert (spectrum.energies.diff() <= 0).all()
         assert (v.gather(1, v.abs().argmax(1, keepdim=True)) > 0).all()
 
-    def test_captures_nearly_what_the_best_directions_of_the_same_rows_do(self, kind: str, center: bool) -> None:
+    def test_captures_nearly_what_the_best_directions_of_the_same_rows_do(
+        self, kind: str, center: bool
+    ) -> None:
         rows = planted(8192, 200, decay=0.985)  # a flat spectrum: the hard case
         spectrum = feed(build(kind, 200, 16, center=center), rows, 512)
         fresh = planted(8192, 200, decay=0.985, seed=0)
         best = captured_energy(truth(rows, 16, center)[0], fresh)
-        # What the incremental algorithm drops at each truncation is gone, which is why it is not the default.
-        assert captured_energy(spectrum.directions, fresh) > best * (0.97 if kind == "incremental" else 0.99)
+        # What the incremental algorithm drops at each truncation is gone, which is why it is not
+        # the default.
+        assert captured_energy(spectrum.directions, fresh) > best * (
+            0.97 if kind == "incremental" else 0.99
+        )
 
     def test_rows_chosen_by_index_are_the_rows_that_count(self, kind: str, center: bool) -> None:
         rows, index = planted(500, 32), torch.arange(0, 500, 3)
@@ -83,7 +92,9 @@ class TestAgainstTruth:
         assert some.spectrum().rows == len(index)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_half_precision_rows_are_read_in_float32(self, kind: str, center: bool, dtype: torch.dtype) -> None:
+    def test_half_precision_rows_are_read_in_float32(
+        self, kind: str, center: bool, dtype: torch.dtype
+    ) -> None:
         rows = planted(600, 32).to(dtype)
         half, full = build(kind, 32, 4, center=center), build(kind, 32, 4, center=center)
         half.update(rows)
@@ -97,22 +108,36 @@ class TestAgainstTruth:
         two.update(rows.contiguous())
         assert torch.allclose(one.spectrum().energies, two.spectrum().energies, rtol=1e-4)
 
-    def test_fewer_rows_than_components_give_as_many_directions_as_there_are(self, kind: str, center: bool) -> None:
+    def test_fewer_rows_than_components_give_as_many_directions_as_there_are(
+        self, kind: str, center: bool
+    ) -> None:
         rows = planted(5, 40, mean=1.0)
         spectrum = feed(build(kind, 40, 16, center=center), rows, 2)
         _, energies, _ = truth(rows, 5, center)
         assert spectrum.usable == 5 - center
-        assert torch.allclose(spectrum.energies[: 5 - center].double(), energies[: 5 - center], rtol=1e-3)
+        assert torch.allclose(
+            spectrum.energies[: 5 - center].double(), energies[: 5 - center], rtol=1e-3
+        )
 
-    def test_a_start_with_nothing_but_zeros_does_not_blind_it(self, kind: str, center: bool) -> None:
+    def test_a_start_with_nothing_but_zeros_does_not_blind_it(
+        self, kind: str, center: bool
+    ) -> None:
         rows = torch.cat([torch.zeros(256, 100), planted(2048, 100)])
         spectrum = feed(build(kind, 100, 8, center=center), rows, 256)
-        assert captured_energy(spectrum.directions, rows) > 0.995 * captured_energy(truth(rows, 8)[0], rows)
+        assert captured_energy(spectrum.directions, rows) > 0.995 * captured_energy(
+            truth(rows, 8)[0], rows
+        )
 
     def test_small_energies_survive_beside_enormous_ones(self, kind: str, center: bool) -> None:
-        """One direction a million times the energy of the rest, as in some layers of large language models."""
+        """One direction a million times the energy of the rest, as in some layers of large language
+        models."""
         rows = planted(4096, 64)
-        rows = rows + 1000 * torch.randn(4096, 1, generator=torch.Generator().manual_seed(1)) * torch.eye(64)[0]
+        rows = (
+            rows
+            + 1000
+            * torch.randn(4096, 1, generator=torch.Generator().manual_seed(1))
+            * torch.eye(64)[0]
+        )
         spectrum = feed(build(kind, 64, 6, center=center), rows, 512)
         _, energies, _ = truth(rows, 6, center)
         assert torch.allclose(spectrum.energies.double(), energies, rtol=0.02)
@@ -141,7 +166,9 @@ class TestAgainstTruth:
             target.merge(source)
             assert torch.equal(target.spectrum().energies, before.energies)
 
-    def test_the_certificate_estimates_what_earlier_directions_capture_of_fresh_rows(self, kind: str, center: bool) -> None:
+    def test_the_certificate_estimates_what_earlier_directions_capture_of_fresh_rows(
+        self, kind: str, center: bool
+    ) -> None:
         sketch = build(kind, 64, 8, center=center)
         sketch.update(planted(1000, 64, seed=0))
         known = sketch.refresh()
@@ -152,8 +179,11 @@ class TestAgainstTruth:
         assert certificate.rows == 2000
         rows = axes_twin - known.mean if center else axes_twin
         expected = captured_energy(known.directions, rows)
-        # The incremental sketch moves its directions with every minibatch, so its estimate is one per minibatch.
-        assert certificate.captured() == pytest.approx(expected, rel=2e-2 if kind == "incremental" else 1e-3)
+        # The incremental sketch moves its directions with every minibatch, so its estimate is one
+        # per minibatch.
+        assert certificate.captured() == pytest.approx(
+            expected, rel=2e-2 if kind == "incremental" else 1e-3
+        )
 
     def test_a_clone_goes_its_own_way(self, kind: str, center: bool) -> None:
         sketch = build(kind, 32, 4, center=center)
@@ -179,7 +209,9 @@ def test_a_mean_far_beyond_the_spread_does_not_drown_the_spread(kind: str) -> No
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("kind", SKETCHES)
 class TestRowsWhoseSquaresLeaveFloat32:
-    def test_on_an_accelerator_where_nothing_may_be_looked_at(self, kind: str, center: bool, factor: float) -> None:
+    def test_on_an_accelerator_where_nothing_may_be_looked_at(
+        self, kind: str, center: bool, factor: float
+    ) -> None:
         rows = planted(1024, 48, mean=0.5) * factor
         sketch = build(kind, 48, 6, center=center)
         sketch._may_look = False
@@ -188,7 +220,9 @@ class TestRowsWhoseSquaresLeaveFloat32:
         assert torch.allclose(found.energies, seen.energies, rtol=1e-5, atol=0)
         assert principal_angles(found.directions[:4], seen.directions[:4]).max() < 1e-5
 
-    def test_they_give_the_same_directions_with_energies_in_true_units(self, kind: str, center: bool, factor: float) -> None:
+    def test_they_give_the_same_directions_with_energies_in_true_units(
+        self, kind: str, center: bool, factor: float
+    ) -> None:
         rows = planted(1024, 48, mean=0.5)
         plain = feed(build(kind, 48, 6, center=center), rows, 128)
         scaled = feed(build(kind, 48, 6, center=center), rows * factor, 128)
@@ -200,10 +234,14 @@ class TestRowsWhoseSquaresLeaveFloat32:
         assert scaled.usable == 6
         assert scaled.certificate is not None
         assert plain.certificate is not None
-        assert scaled.certificate.captured() == pytest.approx(plain.certificate.captured(), rel=1e-5)
+        assert scaled.certificate.captured() == pytest.approx(
+            plain.certificate.captured(), rel=1e-5
+        )
         assert torch.allclose(scaled.variances / factor**2, plain.variances.double(), rtol=1e-2)
 
-    def test_sketches_of_them_merge_and_go_through_files(self, kind: str, center: bool, factor: float) -> None:
+    def test_sketches_of_them_merge_and_go_through_files(
+        self, kind: str, center: bool, factor: float
+    ) -> None:
         rows = planted(1024, 48) * factor
         left, right = build(kind, 48, 6, center=center), build(kind, 48, 6, center=center)
         left.update(rows[:300])
@@ -216,7 +254,9 @@ class TestRowsWhoseSquaresLeaveFloat32:
         _, energies, _ = truth(rows, 6, center)
         assert torch.equal(left.spectrum().energies, again.spectrum().energies)
         assert torch.allclose(left.spectrum().energies, energies, rtol=0.02, atol=0)
-        assert torch.equal(Spectrum.of_state(left.spectrum().state()).energies, left.spectrum().energies)
+        assert torch.equal(
+            Spectrum.of_state(left.spectrum().state()).energies, left.spectrum().energies
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -261,16 +301,21 @@ def test_what_is_not_finite_is_still_known_as_such(kind: str, bad: float) -> Non
 @pytest.mark.parametrize("norm", [1e3, 1e4])
 @pytest.mark.parametrize("center", [False, True])
 def test_the_exact_sketch_is_exact_beside_an_attention_sink(norm: float, center: bool) -> None:
-    """A token in 256 is as long as `norm` others: a float32 product is off by as much as all of them hold."""
+    """A token in 256 is as long as `norm` others: a float32 product is off by as much as all of
+    them hold."""
     rows = planted(2048, 64, decay=0.95)
-    rows[::256] = norm * rows.norm(dim=1).median() * torch.nn.functional.normalize(torch.ones(64), dim=0)
+    rows[::256] = (
+        norm * rows.norm(dim=1).median() * torch.nn.functional.normalize(torch.ones(64), dim=0)
+    )
     spectrum = feed(build("exact", 64, 8, center=center), rows, 256)
     directions, energies, _ = truth(rows, 8, center)
     assert principal_angles(spectrum.directions, directions).max() < 1e-5
     assert torch.allclose(spectrum.energies.double(), energies, rtol=1e-6)
     default = feed(build("nystrom", 64, 8, center=center), rows, 256)
     tokens = rows[torch.arange(2048) % 256 > 0]
-    assert captured_energy(default.directions, tokens) > 0.999 * captured_energy(spectrum.directions, tokens)
+    assert captured_energy(default.directions, tokens) > 0.999 * captured_energy(
+        spectrum.directions, tokens
+    )
 
 
 @pytest.mark.parametrize("kind", ["nystrom", "exact"])
@@ -296,10 +341,10 @@ def test_with_equal_bases_order_and_split_do_not_matter(kind: str) -> None:
     left.merge(right)
     assert left.spectrum().rows == whole.rows
     assert principal_angles(whole.directions[:6], left.spectrum().directions[:6]).max() < 1e-4
-    digests = [start.digest(part) for part in rows[512:].split(700)]
+    digests = [start.summarize(part) for part in rows[512:].split(700)]
     added = start.clone()
-    for digest in digests:
-        added.absorb(digest)
+    for summarize in digests:
+        added.add(summarize)
     assert principal_angles(whole.directions[:6], added.spectrum().directions[:6]).max() < 1e-4
 
 
@@ -341,8 +386,16 @@ def test_the_incremental_sketch_buffers_short_minibatches() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10_000), n=st.integers(1, 120), d=st.integers(1, 50), k=st.integers(1, 12), center=st.booleans())
-def test_nystrom_is_exact_while_the_rows_fit_into_its_basis(seed: int, n: int, d: int, k: int, center: bool) -> None:
+@given(
+    seed=st.integers(0, 10_000),
+    n=st.integers(1, 120),
+    d=st.integers(1, 50),
+    k=st.integers(1, 12),
+    center=st.booleans(),
+)
+def test_nystrom_is_exact_while_the_rows_fit_into_its_basis(
+    seed: int, n: int, d: int, k: int, center: bool
+) -> None:
     rows = planted(n, d, seed=seed, mean=1.0)
     sketch = build("nystrom", d, k, center=center)
     if d > 32 and n > 32:
@@ -356,9 +409,13 @@ def test_nystrom_is_exact_while_the_rows_fit_into_its_basis(seed: int, n: int, d
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 1000), factor=st.floats(1e-3, 1e3))
-def test_scaling_and_rotating_the_data_scales_and_rotates_the_answer(seed: int, factor: float) -> None:
+def test_scaling_and_rotating_the_data_scales_and_rotates_the_answer(
+    seed: int, factor: float
+) -> None:
     rows = planted(400, 24, seed=seed)
-    turn = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(seed + 1)))[0]
+    turn = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(seed + 1)))[
+        0
+    ]
     plain, moved = (feed(build("nystrom", 24, 5), x, 100) for x in (rows, factor * rows @ turn))
     assert torch.allclose(moved.energies, factor**2 * plain.energies, rtol=1e-3)
     assert principal_angles(moved.directions[:3], plain.directions[:3] @ turn).max() < 1e-2

@@ -13,8 +13,9 @@ import torch
 import transformers
 
 from evatune.errors import ConfigError, DataError
-from evatune.recipes import parse
-from evatune.tasks import own, text
+from evatune.finetune.recipe import parse
+from evatune.loading import text
+from evatune.loading import user_data as own
 from tests.conftest import save_model, sentences, tiny_tokenizer
 
 torch.set_num_threads(1)
@@ -36,7 +37,7 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-# -- texts ------------------------------------------------------------------------------------------------
+# -- texts -----------------------------------------------------------------------------------------
 
 
 def test_a_text_file_holds_a_text_per_line_and_blank_lines_do_not_count(tmp_path: Path) -> None:
@@ -86,7 +87,9 @@ def test_a_named_column_comes_before_one_called_text(tmp_path: Path) -> None:
 
 
 def test_a_column_of_numbers_is_no_text(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"column 'n' .* does not hold strings; columns that do: text"):
+    with pytest.raises(
+        DataError, match=r"column 'n' .* does not hold strings; columns that do: text"
+    ):
         text.load_texts(write(tmp_path / "a.csv", "text,n\nx,1\n"), "n")
 
 
@@ -95,13 +98,18 @@ def test_missing_entries_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_part_of_a_file_can_be_named(tmp_path: Path) -> None:
-    assert texts_of(write(tmp_path / "a.txt", "one\ntwo\nthree\n"), split="train[:2]") == ["one", "two"]
+    assert texts_of(write(tmp_path / "a.txt", "one\ntwo\nthree\n"), split="train[:2]") == [
+        "one",
+        "two",
+    ]
 
 
 def test_a_saved_data_set_is_read_with_and_without_splits(tmp_path: Path) -> None:
     one = datasets.Dataset.from_dict({"text": ["one"]})
     one.save_to_disk(tmp_path / "plain")
-    datasets.DatasetDict(train=one, test=datasets.Dataset.from_dict({"text": ["two"]})).save_to_disk(tmp_path / "splits")
+    datasets.DatasetDict(
+        train=one, test=datasets.Dataset.from_dict({"text": ["two"]})
+    ).save_to_disk(tmp_path / "splits")
     assert texts_of(tmp_path / "plain") == ["one"]
     assert texts_of(tmp_path / "splits") == ["one"]
     assert texts_of(tmp_path / "splits", split="test") == ["two"]
@@ -113,11 +121,15 @@ def test_a_saved_data_set_is_read_with_and_without_splits(tmp_path: Path) -> Non
 
 def test_the_hubs_own_words_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(*_: Any, **__: Any) -> None:
-        raise datasets.exceptions.DatasetNotFoundError("Dataset 'no/such' doesn't exist on the Hub or cannot be accessed.")
+        raise datasets.exceptions.DatasetNotFoundError(
+            "Dataset 'no/such' doesn't exist on the Hub or cannot be accessed."
+        )
 
     monkeypatch.setattr(text, "_hub_answers", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", absent)
-    with pytest.raises(DataError, match=r"'no/such': Dataset 'no/such' doesn't exist on the Hub .* Give a hub id"):
+    with pytest.raises(
+        DataError, match=r"'no/such': Dataset 'no/such' doesn't exist on the Hub .* Give a hub id"
+    ):
         text.load_texts("no/such")
 
 
@@ -128,7 +140,9 @@ def test_the_libraries_ask_the_hub_again_after_a_failure(no_network: None) -> No
     assert not datasets.config.HF_HUB_OFFLINE
 
 
-def test_what_is_in_the_cache_needs_no_hub(no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_in_the_cache_needs_no_hub(
+    no_network: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def cached(*_: Any, **__: Any) -> Any:
         assert datasets.config.HF_HUB_OFFLINE
         return datasets.Dataset.from_dict({"text": ["one"]})
@@ -137,10 +151,12 @@ def test_what_is_in_the_cache_needs_no_hub(no_network: None, monkeypatch: pytest
     assert len(text.load_texts("some/data")) == 1
 
 
-# -- files with something wrong in them -------------------------------------------------------------------
+# -- files with something wrong in them ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["x[1].jsonl", "a*.jsonl", "q?.jsonl", "b[!x].jsonl", "d[1]/a.jsonl", "{a}.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["x[1].jsonl", "a*.jsonl", "q?.jsonl", "b[!x].jsonl", "d[1]/a.jsonl", "{a}.jsonl"]
+)
 def test_a_name_is_no_pattern(tmp_path: Path, name: str) -> None:
     for other in ("x1.jsonl", "ab.jsonl", "qq.jsonl", "by.jsonl", "d1/a.jsonl", "a.jsonl"):
         write(tmp_path / other, '{"text": "another file"}\n')
@@ -155,7 +171,13 @@ def test_a_file_that_changed_is_read_anew(tmp_path: Path) -> None:
 def test_hidden_files_and_what_systems_leave_are_no_data(tmp_path: Path) -> None:
     folder = tmp_path / ".hidden above" / "d"
     write(folder / "a.jsonl", '{"text": "one"}\n')
-    for name in ("._a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", ".a.csv", "__MACOSX/a.jsonl", "b.csv/c"):
+    for name in (
+        "._a.jsonl",
+        ".ipynb_checkpoints/a-checkpoint.jsonl",
+        ".a.csv",
+        "__MACOSX/a.jsonl",
+        "b.csv/c",
+    ):
         write(folder / name, b"\0\5\x16\7")
     assert texts_of(folder) == ["one"]
     assert texts_of(write(folder / ".b.jsonl", '{"text": "asked for"}\n')) == ["asked for"]
@@ -164,8 +186,16 @@ def test_hidden_files_and_what_systems_leave_are_no_data(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
-        ("latin.csv", "text\none\ncaf\xe9\n".encode("latin-1"), "UTF-8: line 3 .* 0xe9 .*Latin-1.*iconv"),
-        ("latin.jsonl", '{"text": "a"}\n{"text": "\xe9"}\n'.encode("latin-1"), "UTF-8: line 2 .* 0xe9 .*iconv"),
+        (
+            "latin.csv",
+            "text\none\ncaf\xe9\n".encode("latin-1"),
+            "UTF-8: line 3 .* 0xe9 .*Latin-1.*iconv",
+        ),
+        (
+            "latin.jsonl",
+            '{"text": "a"}\n{"text": "\xe9"}\n'.encode("latin-1"),
+            "UTF-8: line 2 .* 0xe9 .*iconv",
+        ),
         ("wide.tsv", "text\none\n".encode("utf-16"), "UTF-8: line 1 .* 0xff .*UTF-16"),
         ("cut.csv", "text\none\ncaf\xe9".encode()[:-1], "UTF-8: line 3 .* 0xc3 "),
         ("null.jsonl", b"null\n", "line 1 .* is null"),
@@ -175,11 +205,17 @@ def test_hidden_files_and_what_systems_leave_are_no_data(tmp_path: Path) -> None
         ("mixed.jsonl", b'{"text": "a"}\n["b"]\n', "line 2 .* is a list"),
         ("none.json", b"[]", "is empty"),
         ("torn.jsonl", b'{"text": "a"}\n{"text"', "line 2 .* is not JSON"),
-        ("deep.jsonl", b'{"text": "a", "b": ' + b"[" * 10_000 + b"]" * 10_000 + b"}\n", "line 1 .* nested too deeply"),
+        (
+            "deep.jsonl",
+            b'{"text": "a", "b": ' + b"[" * 10_000 + b"]" * 10_000 + b"}\n",
+            "line 1 .* nested too deeply",
+        ),
         ("a::b.jsonl", b'{"text": "a"}\n', "'::' in its name"),
     ],
 )
-def test_what_is_wrong_in_a_file_is_said_with_its_line(tmp_path: Path, name: str, content: bytes, parts: str) -> None:
+def test_what_is_wrong_in_a_file_is_said_with_its_line(
+    tmp_path: Path, name: str, content: bytes, parts: str
+) -> None:
     with pytest.raises(DataError, match=parts) as raised:
         text.load_texts(write(tmp_path / name, content))
     assert str(tmp_path / name) in str(raised.value)
@@ -187,7 +223,11 @@ def test_what_is_wrong_in_a_file_is_said_with_its_line(tmp_path: Path, name: str
 
 @pytest.mark.parametrize(
     "content",
-    [b'[\n{"text": "one"},\n{"text": "two"}\n]', b'["one", "two"]', b'\xef\xbb\xbf{"text": "one"}\n\n{"text": "two"}'],
+    [
+        b'[\n{"text": "one"},\n{"text": "two"}\n]',
+        b'["one", "two"]',
+        b'\xef\xbb\xbf{"text": "one"}\n\n{"text": "two"}',
+    ],
 )
 def test_the_forms_of_json_that_hold_records_are_read(tmp_path: Path, content: bytes) -> None:
     assert texts_of(write(tmp_path / "a.json", content)) == ["one", "two"]
@@ -196,19 +236,41 @@ def test_the_forms_of_json_that_hold_records_are_read(tmp_path: Path, content: b
 @pytest.mark.parametrize(
     ("names", "contents", "fault", "parts"),
     [
-        ("abc.csv", ["text\nx\n", "text\ny\n", "no header\nmore\n"], "c", r"other columns \(no header .*a.csv.*first line"),
+        (
+            "abc.csv",
+            ["text\nx\n", "text\ny\n", "no header\nmore\n"],
+            "c",
+            r"other columns \(no header .*a.csv.*first line",
+        ),
         (
             "abcd.jsonl",
             ['{"text": "x"}', '{"text": "y"}', '{"body": "z"}', '{"text": "w"}'],
             "c",
             r"other columns \(body of",
         ),
-        ("ab.csv", ["text\nx\n", 'text,n\n"a,2\n3,4\n'], "b", "cannot be read: .*EOF inside string"),
-        ("ab.parquet", [{"text": ["x"]}, {"body": ["y"]}], "b", r"other columns \(body of string\)"),
-        ("abc.parquet", [{"text": ["x"]}, "PAR1", {"text": ["x"]}], "b", "cannot be read: .*Parquet"),
+        (
+            "ab.csv",
+            ["text\nx\n", 'text,n\n"a,2\n3,4\n'],
+            "b",
+            "cannot be read: .*EOF inside string",
+        ),
+        (
+            "ab.parquet",
+            [{"text": ["x"]}, {"body": ["y"]}],
+            "b",
+            r"other columns \(body of string\)",
+        ),
+        (
+            "abc.parquet",
+            [{"text": ["x"]}, "PAR1", {"text": ["x"]}],
+            "b",
+            "cannot be read: .*Parquet",
+        ),
     ],
 )
-def test_the_file_at_fault_is_named(tmp_path: Path, names: str, contents: list[Any], fault: str, parts: str) -> None:
+def test_the_file_at_fault_is_named(
+    tmp_path: Path, names: str, contents: list[Any], fault: str, parts: str
+) -> None:
     stem, _, ending = names.partition(".")
     for name, content in zip(stem, contents, strict=True):
         path = tmp_path / "d" / f"{name}.{ending}"
@@ -224,27 +286,42 @@ def test_the_file_at_fault_is_named(tmp_path: Path, names: str, contents: list[A
 
 @pytest.mark.parametrize(
     ("column", "message"),
-    [("messages", {"role": "user", "content": "hi"}), ("conversations", {"from": "human", "value": "hi"})],
+    [
+        ("messages", {"role": "user", "content": "hi"}),
+        ("conversations", {"from": "human", "value": "hi"}),
+    ],
 )
-def test_chats_are_said_to_need_flattening(tmp_path: Path, column: str, message: dict[str, str]) -> None:
+def test_chats_are_said_to_need_flattening(
+    tmp_path: Path, column: str, message: dict[str, str]
+) -> None:
     path = write(tmp_path / "chat.jsonl", json.dumps({column: [message, message]}) + "\n")
     for named in (None, column):
-        with pytest.raises(DataError, match=f"column '{column}' .* holds chats.*apply_chat_template") as raised:
+        with pytest.raises(
+            DataError, match=f"column '{column}' .* holds chats.*apply_chat_template"
+        ) as raised:
             text.load_texts(path, named)
         assert "--text-column" not in str(raised.value)
-    recipe = parse({"task": "mine", "data": {"source": str(path), "columns": [column], "label_column": column}})
+    recipe = parse(
+        {"task": "mine", "data": {"source": str(path), "columns": [column], "label_column": column}}
+    )
     with pytest.raises(DataError, match="holds chats"):
         own.split(recipe, [column], [], "understanding-movie")
 
 
 def test_a_text_column_without_strings_is_said_to_be_that(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": ["a"], "b": "x"}\n')
-    with pytest.raises(DataError, match=r"column 'text' .* does not hold strings; columns that do: b"):
+    with pytest.raises(
+        DataError, match=r"column 'text' .* does not hold strings; columns that do: b"
+    ):
         text.load_texts(path)
 
 
 @pytest.mark.parametrize(
-    "error", [PermissionError(13, "Permission denied", "cache/lock"), OSError(28, "No space left on device")]
+    "error",
+    [
+        PermissionError(13, "Permission denied", "cache/lock"),
+        OSError(28, "No space left on device"),
+    ],
 )
 def test_a_cache_that_cannot_be_written_is_not_the_datas_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
@@ -257,7 +334,8 @@ def test_a_cache_that_cannot_be_written_is_not_the_datas_fault(
     path = write(tmp_path / "a.txt", "one\n")
     monkeypatch.setattr(datasets.DatasetBuilder, "download_and_prepare", fail)
     with pytest.raises(
-        DataError, match=f"cache of the Hugging Face libraries cannot be written .*{error.strerror}.*HF_HOME"
+        DataError,
+        match=f"cache of the Hugging Face libraries cannot be written .*{error.strerror}.*HF_HOME",
     ):
         text.load_texts(path)
 
@@ -279,12 +357,18 @@ def test_the_demo_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> Non
         text.demo_model()
 
 
-# -- batches ----------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------
 
 
 def some_batches(**options: Any) -> text.TextBatches:
     rows = datasets.Dataset.from_dict({"text": sentences(10)})
-    defaults = {"tokenizer": tiny_tokenizer(), "texts": rows, "batch_size": 4, "max_length": 32, "seed": 0}
+    defaults = {
+        "tokenizer": tiny_tokenizer(),
+        "texts": rows,
+        "batch_size": 4,
+        "max_length": 32,
+        "seed": 0,
+    }
     return text.TextBatches(**(defaults | options))
 
 
@@ -292,7 +376,9 @@ def test_batches_are_the_same_each_time_and_hold_every_text_once() -> None:
     batches = some_batches()
     first, second = list(batches), list(batches)
     assert len(batches) == len(first) == 3
-    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, second, strict=True))
+    assert all(
+        torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, second, strict=True)
+    )
     seen = sorted(tuple(row) for batch in first for row in batch["input_ids"].tolist())
     expected = tiny_tokenizer()(list(batches.texts["text"]))["input_ids"]
     assert seen == sorted(map(tuple, expected))
@@ -319,7 +405,12 @@ def test_a_very_long_text_gives_the_tokens_that_it_would_give_whole(side: str) -
             return super().__call__(texts, **options)
 
     plain = tiny_tokenizer(truncation_side=side)
-    tokenizer = Counted(tokenizer_object=plain.backend_tokenizer, pad_token="[PAD]", unk_token="[UNK]", truncation_side=side)
+    tokenizer = Counted(
+        tokenizer_object=plain.backend_tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        truncation_side=side,
+    )
     long = " ".join(sentences(5000))
     batches = some_batches(tokenizer=tokenizer, texts=datasets.Dataset.from_dict({"text": [long]}))
     found = next(iter(batches))["input_ids"].tolist()
@@ -327,13 +418,15 @@ def test_a_very_long_text_gives_the_tokens_that_it_would_give_whole(side: str) -
     assert read[0] < len(long) / 100
 
 
-@pytest.mark.parametrize("option", [{"batch_size": 0}, {"max_length": 0}, {"seed": -1}, {"seed": 2**63}])
+@pytest.mark.parametrize(
+    "option", [{"batch_size": 0}, {"max_length": 0}, {"seed": -1}, {"seed": 2**63}]
+)
 def test_sizes_and_seeds_out_of_range_are_refused(option: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(option))} is "):
         some_batches(**option)
 
 
-# -- models -----------------------------------------------------------------------------------------------
+# -- models ----------------------------------------------------------------------------------------
 
 
 def test_the_checkpoint_says_what_its_task_is(bert_folder: Path, llama_folder: Path) -> None:
@@ -348,10 +441,16 @@ def test_the_checkpoint_says_what_its_task_is(bert_folder: Path, llama_folder: P
 
 @pytest.mark.parametrize(
     ("architecture", "task"),
-    [("GPT2LMHeadModel", "causal-lm"), ("T5ForConditionalGeneration", "seq2seq-lm"), ("BertForMaskedLM", "masked-lm"),
-     ("BertForSequenceClassification", "sequence-classification"), ("BertForTokenClassification", "token-classification"),
-     ("BertModel", "feature-extraction"), (None, "feature-extraction")],
-)  # fmt: skip
+    [
+        ("GPT2LMHeadModel", "causal-lm"),
+        ("T5ForConditionalGeneration", "seq2seq-lm"),
+        ("BertForMaskedLM", "masked-lm"),
+        ("BertForSequenceClassification", "sequence-classification"),
+        ("BertForTokenClassification", "token-classification"),
+        ("BertModel", "feature-extraction"),
+        (None, "feature-extraction"),
+    ],
+)
 def test_tasks_by_architecture(architecture: str | None, task: str) -> None:
     config = transformers.BertConfig(architectures=[architecture] if architecture else None)
     assert text._task_of(config) == task
@@ -364,13 +463,19 @@ def test_weights_that_the_checkpoint_lacks_are_listed(bert_folder: Path) -> None
 
 
 def test_a_dtype_can_be_chosen(bert_folder: Path) -> None:
-    assert text.load_model(bert_folder, device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+    assert (
+        text.load_model(bert_folder, device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+    )
 
 
 def test_a_tokenizer_without_padding_gets_some(bert_folder: Path, tmp_path: Path) -> None:
     model = transformers.AutoModel.from_pretrained(bert_folder)
-    end = text.load_model(save_model(model, tmp_path / "a", pad_token=None, eos_token="w5"), device="cpu").tokenizer
-    none = text.load_model(save_model(model, tmp_path / "b", pad_token=None), device="cpu").tokenizer
+    end = text.load_model(
+        save_model(model, tmp_path / "a", pad_token=None, eos_token="w5"), device="cpu"
+    ).tokenizer
+    none = text.load_model(
+        save_model(model, tmp_path / "b", pad_token=None), device="cpu"
+    ).tokenizer
     assert end.pad_token == "w5"
     assert none.pad_token_id == 0
     assert none(["w1", "w1 w2"], padding=True, return_tensors="pt")["attention_mask"].sum() == 3
@@ -390,7 +495,9 @@ def test_texts_are_never_longer_than_the_models_positions(bert_folder: Path) -> 
         ({"device": "meta"}, "device 'meta'"),
     ],
 )
-def test_options_of_a_model_are_checked_before_it_is_loaded(options: dict[str, str], part: str) -> None:
+def test_options_of_a_model_are_checked_before_it_is_loaded(
+    options: dict[str, str], part: str
+) -> None:
     with pytest.raises(ConfigError, match=part):
         text.require_loadable("some/model", **options)
 

@@ -1,4 +1,5 @@
-"""Ranks that are tied or come in multiples, against every plan there is; and counts of tokens against one-hot rows."""
+"""Ranks that are tied or come in multiples, against every plan there is; and counts of tokens
+against one-hot rows."""
 
 from __future__ import annotations
 
@@ -10,16 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evatune.ranks import Candidate, allocate
+from evatune.ranks.allocation import Candidate, allocate
 from evatune.sketch import CountSketch, ExactSketch
-from evatune.spectrum import Spectrum
+from evatune.sketch.spectrum import Spectrum
 
 torch.set_num_threads(1)
 
 
 def spectrum(energies: list[float]) -> Spectrum:
     values = torch.tensor(sorted(energies, reverse=True))
-    return Spectrum(torch.eye(len(values), 8), values, float(values.sum()) * 1.5, 100, torch.zeros(8))
+    return Spectrum(
+        torch.eye(len(values), 8), values, float(values.sum()) * 1.5, 100, torch.zeros(8)
+    )
 
 
 LAYER = st.tuples(
@@ -34,44 +37,60 @@ def test_the_plan_is_the_best_of_all_that_keep_to_ties_and_multiples(
     drawn: list[tuple[list[float], tuple[int, int, int, str]]], budget: str
 ) -> None:
     layers = {
-        str(number): Candidate(spectrum(energies), *sizes) for number, (energies, sizes) in enumerate(drawn)
-    }  # fmt: skip
-    units = list(dict.fromkeys(layer.unit or name for name, layer in layers.items()))
+        str(number): Candidate(spectrum(energies), *sizes)
+        for number, (energies, sizes) in enumerate(drawn)
+    }
+    rank_groups = list(dict.fromkeys(layer.rank_group or name for name, layer in layers.items()))
     plan = allocate(layers, rank=2, rho=2.0, budget=budget)
     for name, layer in layers.items():
         assert plan.ranks[name] % layer.groups == 0
         assert plan.ranks[name] == next(
-            plan.ranks[n] for n, other in layers.items() if (other.unit or n) == (layer.unit or name)
+            plan.ranks[n]
+            for n, other in layers.items()
+            if (other.rank_group or n) == (layer.rank_group or name)
         )
 
     def judge(ranks: dict[str, int]) -> tuple[int, float]:
         spent, worth = 0, 0.0
         for layer_name, layer in layers.items():
-            rank = ranks[layer.unit or layer_name]
+            rank = ranks[layer.rank_group or layer_name]
             spent += rank * (1 if budget == "ranks" else layer.cost)
             worth += float(layer.spectrum.energies[:rank].sum()) / layer.spectrum.total_energy
         return spent, worth
 
     limit = sum(2 * (1 if budget == "ranks" else layer.cost) for layer in layers.values())
     choices = []
-    for unit in units:
-        groups = next(layer.groups for name, layer in layers.items() if (layer.unit or name) == unit)
+    for rank_group in rank_groups:
+        groups = next(
+            layer.groups
+            for name, layer in layers.items()
+            if (layer.rank_group or name) == rank_group
+        )
         choices.append(range(0, 5, groups))
-    every = (judge(dict(zip(units, ranks, strict=True))) for ranks in itertools.product(*choices))
+    every = (
+        judge(dict(zip(rank_groups, ranks, strict=True))) for ranks in itertools.product(*choices)
+    )
     best = max(found for found in every if found[0] <= limit)
-    spent, worth = judge({layer.unit or name: plan.ranks[name] for name, layer in layers.items()})
+    spent, worth = judge(
+        {layer.rank_group or name: plan.ranks[name] for name, layer in layers.items()}
+    )
     assert (spent, plan.spent) == (best[0], best[0])
     assert worth == pytest.approx(best[1], rel=1e-6)
 
 
 def test_a_tied_rank_reaches_as_far_as_the_richest_of_its_layers() -> None:
-    layers = {"0": Candidate(spectrum([1.0] * 4), 8, 8, 1, "e"), "1": Candidate(spectrum([1.0]), 8, 8, 1, "e")}
+    layers = {
+        "0": Candidate(spectrum([1.0] * 4), 8, 8, 1, "e"),
+        "1": Candidate(spectrum([1.0]), 8, 8, 1, "e"),
+    }
     assert set(allocate(layers, rank=4, rho=1.0).ranks.values()) == {4}
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 9), max_size=30), min_size=2, max_size=5), st.booleans())
-def test_counts_say_what_the_second_moment_of_one_hot_rows_says(batches: list[list[int]], center: bool) -> None:
+def test_counts_say_what_the_second_moment_of_one_hot_rows_says(
+    batches: list[list[int]], center: bool
+) -> None:
     counts, exact = CountSketch(10, 4, center=center), ExactSketch(10, 10, center=center)
     halves = [CountSketch(10, 4, center=center) for _ in range(2)]
     for number, batch in enumerate(batches):
@@ -89,8 +108,11 @@ def test_counts_say_what_the_second_moment_of_one_hot_rows_says(batches: list[li
         # Only seen tokens are directions, so that there may be fewer than were asked for.
         assert torch.allclose(answer.energies, truth.energies[: len(answer.energies)], atol=1e-6)
     else:
-        moment = truth.directions.T @ truth.energies.diag() @ truth.directions  # along one-hot vectors, its diagonal
-        assert torch.allclose((answer.directions @ moment * answer.directions).sum(1), answer.energies, atol=1e-5)
+        # along one-hot vectors, its diagonal
+        moment = truth.directions.T @ truth.energies.diag() @ truth.directions
+        assert torch.allclose(
+            (answer.directions @ moment * answer.directions).sum(1), answer.energies, atol=1e-5
+        )
     halves[0].merge(halves[1])
     joined = halves[0].spectrum()
     assert torch.equal(joined.directions, answer.directions)

@@ -18,23 +18,33 @@ import transformers
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from evatune.adapters.methods import METHODS
 from evatune.errors import BudgetError, ConfigError, DataError
-from evatune.recipes import Recipe, load
-from evatune.tasks import corpora, store, understanding
-from evatune.tasks.compare import grid, run_cells, summarise
-from evatune.tasks.lock import held
-from evatune.tasks.run import METRICS, RECIPE, RESULT, read_metrics, run
+from evatune.finetune.compare import grid, run_all, summarise
+from evatune.finetune.methods import METHODS
+from evatune.finetune.recipe import Recipe, load
+from evatune.finetune.run import METRICS, RECIPE, RESULT, read_metrics, run
+from evatune.finetune.tasks import understanding
+from evatune.loading import assets as store
+from evatune.loading import corpora
+from evatune.utils.lock import held
 from tests.conftest import Command, refused
 
 torch.set_num_threads(1)
 
-SMALL = ["data.train=48", "data.test=24", "training.steps=6", "training.batch_size=8", "training.log_every=1",
-         "training.eval_every=3", "training.save_every=2", "adapter.rank=4"]  # fmt: skip
+SMALL = [
+    "data.train=48",
+    "data.test=24",
+    "training.steps=6",
+    "training.batch_size=8",
+    "training.log_every=1",
+    "training.eval_every=3",
+    "training.save_every=2",
+    "adapter.rank=4",
+]
 
 
-# To the tiny tokenizer every text is one unknown word over and over: the input of the pooler has one direction,
-# which is too few where every layer must keep its rank.
+# To the tiny tokenizer every text is one unknown word over and over: the input of the pooler has
+# one direction, which is too few where every layer must keep its rank.
 MORE = {"eva-rho1": ["adapter.targets=[query,key,value]"]}
 
 
@@ -45,12 +55,16 @@ def small(model: Path | str, *more: str) -> Recipe:
 def evatune(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "evatune", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=environment, check=False
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_reports(method: str, bert_folder: Path, tmp_path: Path) -> None:
-    result = run(small(bert_folder, f"method={method}", *MORE.get(method, [])), tmp_path / "run", quiet=True)
+    result = run(
+        small(bert_folder, f"method={method}", *MORE.get(method, [])), tmp_path / "run", quiet=True
+    )
     assert 0 <= result["score"] <= 1
     assert (result["trainable_parameters"] > 0) == (method != "untouched")
     lines = read_metrics(tmp_path / "run")
@@ -59,15 +73,26 @@ def test_every_method_runs_and_reports(method: str, bert_folder: Path, tmp_path:
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3, 6]
     if METHODS[method].adapter:
-        assert all({"grad_norm_A"} <= line.keys() for line in lines if "loss" in line) or method == "adalora"
+        assert (
+            all({"grad_norm_A"} <= line.keys() for line in lines if "loss" in line)
+            or method == "adalora"
+        )
     assert (tmp_path / "run" / "calibration.safetensors").exists() == (
         METHODS[method].eva is not None or METHODS[method].minor
     )
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa", "olora", "milora", "corda", "lora-ga", "mica", "eva", "eva-dora"])
-def test_a_saved_adapter_gives_its_score_on_the_untouched_base_model(method: str, bert_folder: Path, tmp_path: Path) -> None:
-    result = run(small(bert_folder, f"method={method}", "training.learning_rate=0.01"), tmp_path / "run", quiet=True)
+@pytest.mark.parametrize(
+    "method", ["lora", "pissa", "olora", "milora", "corda", "lora-ga", "mica", "eva", "eva-dora"]
+)
+def test_a_saved_adapter_gives_its_score_on_the_untouched_base_model(
+    method: str, bert_folder: Path, tmp_path: Path
+) -> None:
+    result = run(
+        small(bert_folder, f"method={method}", "training.learning_rate=0.01"),
+        tmp_path / "run",
+        quiet=True,
+    )
     base = AutoModelForSequenceClassification.from_pretrained(bert_folder, num_labels=5)
     model = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter")).eval()
     task = understanding.prepare(small(bert_folder))
@@ -77,22 +102,36 @@ def test_a_saved_adapter_gives_its_score_on_the_untouched_base_model(method: str
     assert loss == pytest.approx(result["eval_loss"], abs=1e-4)
 
 
-def test_only_the_head_learns_with_head_and_all_with_full(bert_folder: Path, tmp_path: Path) -> None:
+def test_only_the_head_learns_with_head_and_all_with_full(
+    bert_folder: Path, tmp_path: Path
+) -> None:
     head = run(small(bert_folder, "method=head"), tmp_path / "head", quiet=True)
     full = run(small(bert_folder, "method=full"), tmp_path / "full", quiet=True)
     assert head["trainable_parameters"] == 32 * 5 + 5
     total = sum(
-        p.numel() for p in AutoModelForSequenceClassification.from_pretrained(bert_folder, num_labels=5).parameters()
+        p.numel()
+        for p in AutoModelForSequenceClassification.from_pretrained(
+            bert_folder, num_labels=5
+        ).parameters()
     )
     assert full["trainable_parameters"] == total
 
 
-def test_the_ranks_of_lora_redist_are_evas_and_its_directions_are_not(bert_folder: Path, tmp_path: Path) -> None:
+def test_the_ranks_of_lora_redist_are_evas_and_its_directions_are_not(
+    bert_folder: Path, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file
 
     for method in ("eva", "lora-redist"):
-        run(small(bert_folder, f"method={method}", "training.learning_rate=1e-9"), tmp_path / method, quiet=True)
-    ours, random = (load_file(tmp_path / m / "adapter" / "adapter_model.safetensors") for m in ("eva", "lora-redist"))
+        run(
+            small(bert_folder, f"method={method}", "training.learning_rate=1e-9"),
+            tmp_path / method,
+            quiet=True,
+        )
+    ours, random = (
+        load_file(tmp_path / m / "adapter" / "adapter_model.safetensors")
+        for m in ("eva", "lora-redist")
+    )
     a = [key for key in ours if "lora_A" in key]
     assert {key: ours[key].shape for key in a} == {key: random[key].shape for key in a}
     assert not any(torch.allclose(ours[key], random[key]) for key in a)
@@ -120,30 +159,54 @@ def test_a_folder_with_another_run_is_left_alone(bert_folder: Path, tmp_path: Pa
         run(small(bert_folder), tmp_path / "mine", quiet=True)
 
 
-def test_one_of_several_processes_is_refused(bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_several_processes_is_refused(
+    bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="this is one of 2 processes, and evatune train is for one"):
+    with pytest.raises(
+        ConfigError, match="this is one of 2 processes, and evatune train is for one"
+    ):
         run(small(bert_folder), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("method", ["lora", "eva", "lora-ga"])
-def test_a_killed_run_resumes_and_ends_like_one_that_was_not(method: str, bert_folder: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_and_ends_like_one_that_was_not(
+    method: str, bert_folder: Path, tmp_path: Path
+) -> None:
     recipe = small(bert_folder, f"method={method}", "training.steps=12")
     whole = run(recipe, tmp_path / "whole", quiet=True)
     settings = [*SMALL, f"model={bert_folder}", f"method={method}", "training.steps=12"]
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "evatune", "train", "understanding-bbc", *settings, "--out", str(out), "--json"]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "evatune",
+        "train",
+        "understanding-bbc",
+        *settings,
+        "--out",
+        str(out),
+        "--json",
+    ]
+    process = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
-    while not (out / "checkpoints" / "checkpoint-4" / "trainer_state.json").exists() and time.monotonic() < deadline:
+    while (
+        not (out / "checkpoints" / "checkpoint-4" / "trainer_state.json").exists()
+        and time.monotonic() < deadline
+    ):
         assert process.poll() is None or (out / RESULT).exists()
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     resumed = run(recipe, out, quiet=True)
     assert resumed["eval_loss"] == pytest.approx(whole["eval_loss"], abs=1e-6)
-    losses = [[line["loss"] for line in read_metrics(folder) if "loss" in line] for folder in (tmp_path / "whole", out)]
+    losses = [
+        [line["loss"] for line in read_metrics(folder) if "loss" in line]
+        for folder in (tmp_path / "whole", out)
+    ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert evaluations(out) == pytest.approx(evaluations(tmp_path / "whole"), abs=1e-6)
 
@@ -222,7 +285,9 @@ def test_a_folder_is_free_when_its_holder_was_killed(tmp_path: Path) -> None:
             print("held", flush=True)
             time.sleep(600)
     """
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(ConfigError, match="in use"), held(tmp_path / "run"):
@@ -240,7 +305,10 @@ def test_mistakes_have_one_sentence_and_status_2(command: Command, tmp_path: Pat
         (["understanding-bbc", "domain=cooking"], "domain is 'cooking'"),
         (["understanding-bbc", "data.train=99999"], "has 2124 examples"),
         (["understanding-bbc", "model=./nowhere"], "model './nowhere' does not exist"),
-        (["understanding-bbc", "training.schedule=jumpy"], "training.schedule is 'jumpy'; choose one of linear"),
+        (
+            ["understanding-bbc", "training.schedule=jumpy"],
+            "training.schedule is 'jumpy'; choose one of linear",
+        ),
         (["understanding-bbc", "adapter.targets=nothing"], "match no layer of this model"),
         (["understanding-bbc", f"seed={2**40}"], "seed is 1099511627776"),
     ):
@@ -249,17 +317,21 @@ def test_mistakes_have_one_sentence_and_status_2(command: Command, tmp_path: Pat
 
 def test_a_comparison_keeps_what_is_done_and_goes_on(bert_folder: Path, tmp_path: Path) -> None:
     recipe = small(bert_folder, "training.steps=4")
-    cells = grid([recipe], ["head", "eva"], [0, 1], [1e-2], tmp_path)
-    assert len(cells) == 4
-    run(cells[0].recipe, cells[0].folder, quiet=True)
-    before = (cells[0].folder / RESULT).stat().st_mtime_ns
+    runs = grid([recipe], ["head", "eva"], [0, 1], [1e-2], tmp_path)
+    assert len(runs) == 4
+    run(runs[0].recipe, runs[0].folder, quiet=True)
+    before = (runs[0].folder / RESULT).stat().st_mtime_ns
     told: list[Any] = []
-    assert run_cells(cells, 2, lambda cell, problem: told.append((cell.folder.name, problem))) == {}
+    assert run_all(runs, 2, lambda run_, problem: told.append((run_.folder.name, problem))) == {}
     assert len(told) == 4
-    assert (cells[0].folder / RESULT).stat().st_mtime_ns == before
-    found = summarise(cells)
+    assert (runs[0].folder / RESULT).stat().st_mtime_ns == before
+    found = summarise(runs)
     assert {line.method: line.seeds for line in found.lines} == {"head": 2, "eva": 2}
-    heads = [json.loads((cell.folder / RESULT).read_text())["eval_loss"] for cell in cells if cell.recipe.method == "head"]
+    heads = [
+        json.loads((run_.folder / RESULT).read_text())["eval_loss"]
+        for run_ in runs
+        if run_.recipe.method == "head"
+    ]
     assert found.targets == {"bbc": max(heads)}
     assert next(line.steps_to_target for line in found.lines if line.method == "head") is not None
     assert all(line.score.deviation is not None and line.best for line in found.lines)
@@ -268,20 +340,30 @@ def test_a_comparison_keeps_what_is_done_and_goes_on(bert_folder: Path, tmp_path
 
 def test_a_failing_cell_does_not_end_the_others(bert_folder: Path, tmp_path: Path) -> None:
     recipe = small(bert_folder, "training.steps=4")
-    cells = grid([recipe], ["head"], [0, 1], [], tmp_path)
-    cells[0].folder.mkdir(parents=True)
-    (cells[0].folder / "foreign").write_text("")
-    failed = run_cells(cells, 2, lambda *_: None)
-    assert list(failed) == [cells[0].folder]
-    assert "holds no run of evatune" in failed[cells[0].folder]
-    assert cells[1].done
+    runs = grid([recipe], ["head"], [0, 1], [], tmp_path)
+    runs[0].folder.mkdir(parents=True)
+    (runs[0].folder / "foreign").write_text("")
+    failed = run_all(runs, 2, lambda *_: None)
+    assert list(failed) == [runs[0].folder]
+    assert "holds no run of evatune" in failed[runs[0].folder]
+    assert runs[1].done
 
 
-def test_an_interrupted_comparison_stops_at_once_and_goes_on(bert_folder: Path, tmp_path: Path) -> None:
+def test_an_interrupted_comparison_stops_at_once_and_goes_on(
+    bert_folder: Path, tmp_path: Path
+) -> None:
     import psutil
 
     out = tmp_path / "c"
-    settings = [*SMALL, f"model={bert_folder}", "training.steps=10000", "--methods", "lora", "--seeds", "0,1,2"]
+    settings = [
+        *SMALL,
+        f"model={bert_folder}",
+        "training.steps=10000",
+        "--methods",
+        "lora",
+        "--seeds",
+        "0,1,2",
+    ]
     command = [
         sys.executable,
         "-m",
@@ -295,7 +377,11 @@ def test_an_interrupted_comparison_stops_at_once_and_goes_on(bert_folder: Path, 
         str(out),
     ]
     process = subprocess.Popen(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 120
     while not list(out.glob("cells/*/metrics.jsonl")) and time.monotonic() < deadline:
@@ -311,42 +397,56 @@ def test_an_interrupted_comparison_stops_at_once_and_goes_on(bert_folder: Path, 
     assert printed == ""
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("evatune: interrupted; train and compare go on")
-    (cell,) = (out / "cells").iterdir()  # the other two have not begun
-    assert (cell / METRICS).exists()
+    (run_,) = (out / "cells").iterdir()  # the other two have not begun
+    assert (run_ / METRICS).exists()
     assert not (out / ".evatune.lock").exists()
 
 
 def test_ray_runs_the_same_cells(bert_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra ray is not installed")
     recipe = small(bert_folder, "training.steps=2", "training.eval_every=2")
-    cells = grid([recipe], ["head"], [0, 1], [], tmp_path)
-    cells[1].folder.mkdir(parents=True)
-    (cells[1].folder / "foreign").write_text("")
+    runs = grid([recipe], ["head"], [0, 1], [], tmp_path)
+    runs[1].folder.mkdir(parents=True)
+    (runs[1].folder / "foreign").write_text("")
     told: list[Path] = []
-    failed = run_cells(cells, 1, lambda cell, _: told.append(cell.folder), "ray")
-    assert sorted(told) == sorted(cell.folder for cell in cells)
-    assert cells[0].done
-    assert "holds no run of evatune" in failed[cells[1].folder]
-    again = run(cells[0].recipe, tmp_path / "here", quiet=True)
-    assert summarise(cells).lines[0].eval_loss.mean == pytest.approx(again["eval_loss"], abs=1e-6)
+    failed = run_all(runs, 1, lambda run_, _: told.append(run_.folder), "ray")
+    assert sorted(told) == sorted(run_.folder for run_ in runs)
+    assert runs[0].done
+    assert "holds no run of evatune" in failed[runs[1].folder]
+    again = run(runs[0].recipe, tmp_path / "here", quiet=True)
+    assert summarise(runs).lines[0].eval_loss.mean == pytest.approx(again["eval_loss"], abs=1e-6)
 
 
 def test_executors_are_named_and_ray_names_its_extra(
     bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cells = grid([small(bert_folder)], ["head"], [0], [], tmp_path)
+    runs = grid([small(bert_folder)], ["head"], [0], [], tmp_path)
     with pytest.raises(ConfigError, match="executor is 'slurm'; choose one of process, ray"):
-        run_cells(cells, 1, lambda *_: None, "slurm")
+        run_all(runs, 1, lambda *_: None, "slurm")
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'evatune\[ray\]'"):
-        run_cells(cells, 1, lambda *_: None, "ray")
+        run_all(runs, 1, lambda *_: None, "ray")
 
 
 def test_the_command_compares_and_shows(bert_folder: Path, tmp_path: Path) -> None:
     found = evatune(
-        "compare", "understanding-bbc", *SMALL, "training.steps=4", f"model={bert_folder}", "--methods", "lora,eva",
-        "--seeds", "0", "--lrs", "1e-3,1e-2", "--out", tmp_path / "c", "--workers", "2", "--json",
-    )  # fmt: skip
+        "compare",
+        "understanding-bbc",
+        *SMALL,
+        "training.steps=4",
+        f"model={bert_folder}",
+        "--methods",
+        "lora,eva",
+        "--seeds",
+        "0",
+        "--lrs",
+        "1e-3,1e-2",
+        "--out",
+        tmp_path / "c",
+        "--workers",
+        "2",
+        "--json",
+    )
     assert found.returncode == 0, found.stderr
     facts = json.loads(found.stdout)
     assert len(facts["lines"]) == 4
@@ -363,16 +463,31 @@ def test_the_main_run_on_minilm_writes_what_it_says(tmp_path: Path) -> None:
     found = evatune("train", "understanding-bbc", *settings, "--out", tmp_path / "run")
     assert found.returncode == 0, found.stderr
     assert "eva on bbc: score" in found.stdout
-    for name in ("adapter", "calibration.safetensors", "curves.png", "metrics.jsonl", "ranks.png", "report.html"):
+    for name in (
+        "adapter",
+        "calibration.safetensors",
+        "curves.png",
+        "metrics.jsonl",
+        "ranks.png",
+        "report.html",
+    ):
         assert (tmp_path / "run" / name).exists()
         assert name in found.stdout
 
 
 @pytest.mark.parametrize("columns", [["text"], ["text", "other"]])
 def test_texts_of_the_user_are_read(columns: list[str], bert_folder: Path, tmp_path: Path) -> None:
-    rows = [{"text": f"w{i} w2", "other": "w3", "label": "yes" if i % 2 else "no"} for i in range(40)]
+    rows = [
+        {"text": f"w{i} w2", "other": "w3", "label": "yes" if i % 2 else "no"} for i in range(40)
+    ]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = ["task=mine", f"data.source={tmp_path / 'mine.jsonl'}", f"data.columns={columns}", "data.train=24", "data.test=16"]
+    own = [
+        "task=mine",
+        f"data.source={tmp_path / 'mine.jsonl'}",
+        f"data.columns={columns}",
+        "data.train=24",
+        "data.test=16",
+    ]
     task = understanding.prepare(small(bert_folder, *own))
     assert len(task.train) == 24
     assert set(task.train["labels"]) == {0, 1}
@@ -395,7 +510,14 @@ def test_mistakes_in_data_of_the_user_name_the_column(
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=text):
         understanding.prepare(
-            small(bert_folder, "task=mine", f"data.source={tmp_path / 'mine.jsonl'}", "data.train=24", "data.test=16", *more)
+            small(
+                bert_folder,
+                "task=mine",
+                f"data.source={tmp_path / 'mine.jsonl'}",
+                "data.train=24",
+                "data.test=16",
+                *more,
+            )
         )
 
 
@@ -405,7 +527,9 @@ def test_sentiment_has_both_labels_and_no_neutral_text() -> None:
     assert 0.2 < sum(labels) / len(labels) < 0.8
 
 
-def test_built_data_is_read_again_and_rebuilt_when_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_built_data_is_read_again_and_rebuilt_when_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("EVATUNE_CACHE", str(tmp_path))
     calls: list[int] = []
 

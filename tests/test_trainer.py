@@ -25,7 +25,10 @@ torch.set_num_threads(1)
 
 
 def adapted() -> PeftModel:
-    return get_peft_model(tiny_bert("classification"), LoraConfig(r=4, task_type="SEQ_CLS", target_modules="all-linear"))
+    return get_peft_model(
+        tiny_bert("classification"),
+        LoraConfig(r=4, task_type="SEQ_CLS", target_modules="all-linear"),
+    )
 
 
 def trainer(
@@ -40,13 +43,22 @@ def trainer(
     rows = [
         {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(number % 2)}
         for batch in tokens(8, padded=True)
-        for number, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True))
+        for number, (ids, mask) in enumerate(
+            zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        )
     ]
     arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=4, report_to=list(report_to), use_cpu=True,
-        disable_tqdm=True, logging_strategy="steps" if logs else "no", logging_steps=1,
-        dataloader_pin_memory=False, learning_rate=1e-2, **({"max_steps": 4, "save_strategy": "no"} | settings),
-    )  # fmt: skip
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        report_to=list(report_to),
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_strategy="steps" if logs else "no",
+        logging_steps=1,
+        dataloader_pin_memory=False,
+        learning_rate=1e-2,
+        **({"max_steps": 4, "save_strategy": "no"} | settings),
+    )
     return Trainer(
         model=adapted() if model_init is None else None,
         model_init=model_init,
@@ -70,7 +82,9 @@ def test_one_line_between_the_trainer_and_its_training(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(tiny_bert("classification"), str(tmp_path / "b"))
     with torch.no_grad():
         batch = tokens()[0]
-        assert torch.allclose(loaded.eval()(**batch).logits, run.model.eval()(**batch).logits, atol=1e-6)
+        assert torch.allclose(
+            loaded.eval()(**batch).logits, run.model.eval()(**batch).logits, atol=1e-6
+        )
 
 
 def test_the_training_data_come_in_the_order_they_would_have_come(tmp_path: Path) -> None:
@@ -87,7 +101,10 @@ def test_the_training_data_come_in_the_order_they_would_have_come(tmp_path: Path
 def test_too_late_is_a_clear_error(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.create_optimizer()
-    before, config = {name: value.clone() for name, value in run.model.state_dict().items()}, str(run.model.peft_config)
+    before, config = (
+        {name: value.clone() for name, value in run.model.state_dict().items()},
+        str(run.model.peft_config),
+    )
     with pytest.raises(AdapterError, match=r"already has an optimiser.*before trainer\.train"):
         evatune.initialize(run)
     assert str(run.model.peft_config) == config
@@ -124,17 +141,22 @@ def test_a_finished_calibration_starts_a_trainers_model_without_a_batch(tmp_path
         evatune.initialize(run, calibration)
 
 
-# -- a start that would be thrown away ----------------------------------------------------------------
+# -- a start that would be thrown away -------------------------------------------------------------
 
 
 def starts_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_A" in name}
 
 
-def test_a_trainer_that_builds_its_model_at_train_is_refused_with_the_way_to_do_it(tmp_path: Path) -> None:
+def test_a_trainer_that_builds_its_model_at_train_is_refused_with_the_way_to_do_it(
+    tmp_path: Path,
+) -> None:
     run = trainer(tmp_path, model_init=adapted)
     for given in ((), (evatune.calibrate(adapted(), tokens(8)),)):
-        with pytest.raises(AdapterError, match=r"model_init.*evatune\.initialize\(model, batches\) inside model_init"):
+        with pytest.raises(
+            AdapterError,
+            match=r"model_init.*evatune\.initialize\(model, batches\) inside model_init",
+        ):
             evatune.initialize(run, *given)
 
 
@@ -197,11 +219,12 @@ def test_the_best_model_and_a_run_that_goes_on_have_the_ranks_of_the_start(tmp_p
         assert run.state.global_step == 5
 
 
-# -- trackers -----------------------------------------------------------------------------------------
+# -- trackers --------------------------------------------------------------------------------------
 
 
 class Tracker(TrainerCallback):
-    """What a tracker of `report_to` is to the trainer: it opens a run as training begins, and then takes what is logged."""
+    """What a tracker of `report_to` is to the trainer: it opens a run as training begins, and then
+    takes what is logged."""
 
     def __init__(self) -> None:
         self.open, self.lines = False, []
@@ -232,11 +255,15 @@ def test_trackers_get_what_the_calibration_found_before_the_first_loss(tmp_path:
     assert set(statuses) <= {f"evatune/status/{status}" for status in evatune.Status}
     assert sum(statuses.values()) == len(calibration.layers) == 13
     assert figures == {
-        "evatune/batches": calibration.batches, "evatune/ranks": 4 * 13, "evatune/parameters": plan.parameters,
+        "evatune/batches": calibration.batches,
+        "evatune/ranks": 4 * 13,
+        "evatune/parameters": plan.parameters,
         "evatune/layers": len(ranks),
-    }  # fmt: skip
+    }
     assert [logs.get("loss") is not None for _, logs in tracker.lines[1:5]] == [True] * 4
-    assert [line for line in run.state.log_history if "evatune/batches" in line] == [run.state.log_history[0]]
+    assert [line for line in run.state.log_history if "evatune/batches" in line] == [
+        run.state.log_history[0]
+    ]
 
 
 def test_only_the_last_of_several_initialisations_is_logged(tmp_path: Path) -> None:
@@ -245,7 +272,9 @@ def test_only_the_last_of_several_initialisations_is_logged(tmp_path: Path) -> N
     evatune.initialize(run)
     evatune.initialize(run, rank=2)
     run.train()
-    assert [line["evatune/ranks"] for line in run.state.log_history if "evatune/ranks" in line] == [2 * 13]
+    assert [line["evatune/ranks"] for line in run.state.log_history if "evatune/ranks" in line] == [
+        2 * 13
+    ]
 
 
 def scalars(folder: Path) -> dict[str, float]:
@@ -258,7 +287,11 @@ def scalars(folder: Path) -> dict[str, float]:
         while data:
             (length,) = struct.unpack("<Q", data[:8])
             event = Event.FromString(data[12 : 12 + length])
-            found |= {value.tag: value.simple_value for value in event.summary.value if value.HasField("simple_value")}
+            found |= {
+                value.tag: value.simple_value
+                for value in event.summary.value
+                if value.HasField("simple_value")
+            }
             data = data[12 + length + 4 :]
     return found
 
@@ -306,19 +339,37 @@ torch.distributed.destroy_process_group()  # or gloo's threads may abort the pro
 
 
 _TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-# With --cpu accelerate starts one process, whatever their number, unless there is MPI. --multi_gpu starts them all, and
-# without a GPU they talk through gloo.
-_ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-               "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+# With --cpu accelerate starts one process, whatever their number, unless there is MPI. --multi_gpu
+# starts them all, and without a GPU they talk through gloo.
+_ACCELERATE = [
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--main_process_port",
+    "0",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+]
 
 
 @pytest.mark.parametrize("launcher", [_TORCHRUN, _ACCELERATE], ids=["torchrun", "accelerate"])
-def test_two_processes_start_from_the_same_adapter_and_train_it(tmp_path: Path, launcher: list[str]) -> None:
+def test_two_processes_start_from_the_same_adapter_and_train_it(
+    tmp_path: Path, launcher: list[str]
+) -> None:
     (tmp_path / "two.py").write_text(_TWO_PROCESSES)
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, str(tmp_path / "two.py"), str(tmp_path)], capture_output=True, text=True,
-        timeout=300, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, "-m", *launcher, str(tmp_path / "two.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for ours, theirs in zip(first, second, strict=True):  # as they start, and when they are trained

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from evatune.tasks.workers import run_calls
+from evatune.finetune.workers import run_calls
 
 ROOT = Path(__file__).parent.parent
 
@@ -160,7 +160,7 @@ from evatune.tasks import compare
 from tests.test_workers import cell
 compare._run_one = cell
 cells = compare.grid([load("images-fonts")], ["lora"], range(4), [], Path(sys.argv[1]))
-compare.run_cells(cells, 2, print, "ray")
+compare.run_all(cells, 2, print, "ray")
 """
 
 

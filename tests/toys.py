@@ -30,7 +30,9 @@ class Toy(nn.Module):
         self.blocks = nn.ModuleList([Block(d), Block(d)])
         self.dropout = nn.Dropout(0.5)
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         for block in self.blocks:
             x = self.dropout(block(x))
         return x
@@ -40,7 +42,9 @@ def inputs(count: int = 6, rows: int = 64, d: int = 16, seed: int = 0) -> list[T
     """Batches (4, rows / 4, d) whose directions differ in energy."""
     generator = torch.Generator().manual_seed(seed)
     scales = 0.8 ** torch.arange(d)
-    return [(torch.randn(4, rows // 4, d, generator=generator) * scales + 0.3) for _ in range(count)]
+    return [
+        (torch.randn(4, rows // 4, d, generator=generator) * scales + 0.3) for _ in range(count)
+    ]
 
 
 def tiny_bert(kind: str = "base", **options: Any) -> Any:
@@ -49,9 +53,14 @@ def tiny_bert(kind: str = "base", **options: Any) -> Any:
 
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=64, **options,
-    )  # fmt: skip
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        **options,
+    )
     return {
         "base": transformers.BertModel,
         "classification": transformers.BertForSequenceClassification,
@@ -64,9 +73,14 @@ def tiny_llama() -> Any:
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=32, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
     return transformers.LlamaForCausalLM(config).eval()
 
 

@@ -1,4 +1,5 @@
-"""What the pre-training scripts share: a seeded, resumable Trainer, and the folder with its card."""
+"""What the pre-training scripts share: a seeded, resumable Trainer, and the folder with its
+card."""
 
 from __future__ import annotations
 
@@ -17,7 +18,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def train(
-    model: Any, train_set: Any, test_set: Any, collator: Any, *, name: str, seed: int, **options: Any
+    model: Any,
+    train_set: Any,
+    test_set: Any,
+    collator: Any,
+    *,
+    name: str,
+    seed: int,
+    **options: Any,
 ) -> transformers.Trainer:
     """Train, from the last checkpoint under runs/pretrain/NAME where there is one.
 
@@ -26,11 +34,21 @@ def train(
     """
     folder = ROOT / "runs" / "pretrain" / name
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), seed=seed, save_strategy="steps", save_steps=500, save_total_limit=1, report_to=[],
-        dataloader_pin_memory=False, **options,
-    )  # fmt: skip
+        output_dir=str(folder),
+        seed=seed,
+        save_strategy="steps",
+        save_steps=500,
+        save_total_limit=1,
+        report_to=[],
+        dataloader_pin_memory=False,
+        **options,
+    )
     trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=train_set, eval_dataset=test_set, data_collator=collator
+        model=model,
+        args=arguments,
+        train_dataset=train_set,
+        eval_dataset=test_set,
+        data_collator=collator,
     )
     last = transformers.trainer_utils.get_last_checkpoint(str(folder)) if folder.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
@@ -48,10 +66,12 @@ def write_asset(
     licence: str = "Apache-2.0",
     tokenizer: Any = None,
 ) -> Path:
-    """Write assets/NAME: weights in float16, the tokenizer, and the card. The old folder stands until the new one is whole.
+    """Write assets/NAME: weights in float16, the tokenizer, and the card. The old folder stands
+    until the new one is whole.
 
     Args:
-        data: what it was trained on, and what was left out. score: on data it has not seen, with its unit.
+        data: what it was trained on, and what was left out. score: on data it has not seen, with
+            its unit.
     """
     folder = ROOT / "assets" / name
     temporary = folder.with_name(f".{name}")
@@ -62,19 +82,20 @@ def write_asset(
     weights = (temporary / "model.safetensors").read_bytes()
     script = Path(sys.argv[0]).resolve().relative_to(ROOT)
     commit = subprocess.run(
-        ["git", "log", "-1", "--format=%h", "--", str(script)], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "log", "-1", "--format=%h", "--", str(script)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     (temporary / "README.md").write_text(
-        f"# {title}\n\n"
-        f"| | |\n|---|---|\n"
-        f"| script | `python {script}`, as of commit {commit or 'to come'} |\n"
-        f"| seed | {seed} |\n"
-        f"| parameters | {sum(p.numel() for p in model.parameters()):,}, stored as float16 ({len(weights) / 1e6:.1f} MB) |\n"
-        f"| SHA-256 of model.safetensors | `{hashlib.sha256(weights).hexdigest()}` |\n"
-        f"| data | {data} |\n"
-        f"| held-out score | {score} |\n"
-        f"| made with | torch {torch.__version__}, transformers {transformers.__version__} |\n"
-        f"| licence | {licence} |\n",
+        f"# {title}\n\n| | |\n|---|---|\n| script | `python {script}`, as of commit"
+        f" {commit or 'to come'} |\n| seed | {seed} |\n| parameters |"
+        f" {sum(p.numel() for p in model.parameters()):,}, stored as float16"
+        f" ({len(weights) / 1e6:.1f} MB) |\n| SHA-256 of model.safetensors |"
+        f" `{hashlib.sha256(weights).hexdigest()}` |\n| data | {data} |\n| held-out score | {score}"
+        f" |\n| made with | torch {torch.__version__}, transformers {transformers.__version__} |\n|"
+        f" licence | {licence} |\n",
         encoding="utf-8",
     )
     shutil.rmtree(folder, ignore_errors=True)

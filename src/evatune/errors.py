@@ -1,15 +1,16 @@
 """Every error that evatune raises on purpose.
 
     EvatuneError
-    ├── ConfigError        an option out of its range, or options that contradict each other   (also ValueError)
-    │   └── BudgetError    a rank budget that the layers cannot take up
-    ├── TargetError        targets that match no layer, or a layer kind that is not supported   (also ValueError)
-    ├── DataError          batches, texts or files that cannot be used                         (also ValueError)
-    │   └── NoBatchError   data without a single batch
-    ├── LayerError         layers whose activations give nothing to start an adapter from      (also ValueError)
-    ├── RecordError        a calibration or adapter file that is damaged or not ours           (also ValueError)
-    ├── AdapterError       a model or adapter in a state that cannot be initialised            (also ValueError)
-    └── ProcessError       one of several processes that work together failed or was lost      (also RuntimeError)
+    ├── ConfigError        an option out of its range, or options that contradict each other   (also
+    ValueError) │   └── BudgetError    a rank budget that the layers cannot take up
+    ├── TargetError        targets that match no layer, or a layer kind that is not supported
+    (also ValueError) ├── DataError          batches, texts or files that cannot be used
+    (also ValueError) │   └── NoBatchError   data without a single batch
+    ├── LayerError         layers whose activations give nothing to start an adapter from      (also
+    ValueError) ├── RecordError        a calibration or adapter file that is damaged or not ours
+    (also ValueError) ├── AdapterError       a model or adapter in a state that cannot be
+    initialised            (also ValueError) └── ProcessError       one of several processes that
+    work together failed or was lost      (also RuntimeError)
 
 Every message says what came, what is allowed and what to try, and names the layer or the option.
 """
@@ -54,4 +55,5 @@ class AdapterError(EvatuneError, ValueError):
 
 
 class ProcessError(EvatuneError, RuntimeError):
-    """One of several processes that calibrate together failed, was lost, or works on something else."""
+    """One of several processes that calibrate together failed, was lost, or works on something
+    else."""

@@ -4,16 +4,20 @@
 
 What differs from PEFT 0.21, on purpose:
 
-- The directions are those of `evatune.initialize`: of the uncentred second moment, each batch read once, 64 batches at
-  most. `EvaConfig.tau`, the cosine at which PEFT takes a vector as settled, becomes the tolerance (1 - tau) / 10 of the
-  stop rule, which speaks of all the energy, where the vectors that settle last carry little of it. 0.9 is evatune's
-  default; 0.99, PEFT's, asks for directions that hardly depend on the batches drawn; 1 means never to stop early.
+- The directions are those of `evatune.initialize`: of the uncentred second moment, each batch read
+  once, 64 batches at most. `EvaConfig.tau`, the cosine at which PEFT takes a vector as settled,
+  becomes the tolerance (1 - tau) / 10 of the stop rule, which speaks of all the energy, where the
+  vectors that settle last carry little of it. 0.9 is evatune's default; 0.99, PEFT's, asks for
+  directions that hardly depend on the batches drawn; 1 means never to stop early.
 - `EvaConfig.whiten` divides each direction by the standard deviation along it, once.
 - The label mask is shifted for causal language models: position t predicts label t + 1.
-- A state dict may come from the base model or from the `PeftModel`; a dict that fits no layer is an error.
+- A state dict may come from the base model or from the `PeftModel`; a dict that fits no layer is an
+  error.
 - Variants of LoRA that do not fit EVA are refused. Of activated LoRA, rows count that it acts on.
-- The caller's mappings, model and batches stay as they are, and an adapter that is trained already is refused.
-- Afterwards the adapter's config says `init_lora_weights=True`, since nothing is left to initialise.
+- The caller's mappings, model and batches stay as they are, and an adapter that is trained already
+  is refused.
+- Afterwards the adapter's config says `init_lora_weights=True`, since nothing is left to
+  initialise.
 """
 
 from __future__ import annotations
@@ -35,21 +39,24 @@ from peft.tuners.lora.eva import (
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from evatune.adapters.layers import Slot, find_slots
-from evatune.adapters.peft import label_settings, lora_config, require_fresh, usual_start, write_rows
+from evatune.adapters.initialize import label_settings, lora_config, require_fresh, usual_start
+from evatune.adapters.lora_layers import LoraTarget, find_lora_targets
 from evatune.adapters.scale import scaled_rows
 from evatune.adapters.variants import active_positions, require_known_variant
-from evatune.batches import iterate
-from evatune.calibrate import Progress, run
-from evatune.capture import RowSelector, Site, find_sites, selector_for
-from evatune.capture.kinds import is_linear, parts_of
-from evatune.capture.rows import batch_field
-from evatune.capture.tap import RowsFunction
-from evatune.capture.targets import peft_name, sites_of
-from evatune.config import CalibrationConfig
+from evatune.adapters.write import write_rows
+from evatune.calibration.config import CalibrationConfig
+from evatune.calibration.loop import Progress, run
+from evatune.capture import RowSelector, TargetLayer, find_target_layers, selector_for
+from evatune.capture.layer_types import is_linear, sublayers_of
+from evatune.capture.recorder import RowsFunction
+from evatune.capture.row_selection import batch_field
+from evatune.capture.targets import target_layers_of
+from evatune.distributed.group import ProcessGroup
 from evatune.errors import AdapterError, ConfigError, DataError, NoBatchError, TargetError
-from evatune.model import model_device, require_trainable, to_device
-from evatune.processes import Team
+from evatune.modeling.batches import iterate
+from evatune.modeling.forward import model_device, to_device
+from evatune.modeling.state import require_trainable
+from evatune.modeling.wrappers import peft_name
 
 ModelInputs = Callable[[Any, LoraConfig], Any]
 LayerInputs = Callable[[Any, Any, str], Tensor]
@@ -64,7 +71,9 @@ def get_eva_state_dict(
     peft_config: LoraConfig | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] | None = forward_fn_dict,
     prepare_model_inputs_fn: ModelInputs | None = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: LayerInputs | Mapping[str, LayerInputs] | None = prepare_layer_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: (
+        LayerInputs | Mapping[str, LayerInputs] | None
+    ) = prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
@@ -72,52 +81,65 @@ def get_eva_state_dict(
     """The matrix A of each layer, at the rank that the redistribution gives it.
 
     Args:
-        model: a `PeftModel`, whose adapted layers are taken, or any model together with `peft_config`.
+        model: a `PeftModel`, whose adapted layers are taken, or any model together with
+            `peft_config`.
         dataloader: any iterable of batches, also a generator.
-        peft_config: what `r`, `target_modules` and `eva_config` are read from. Default: the adapter's.
-        forward_fn: `forward_fn(model, batch)`. By default mappings are keywords, tuples are positions.
-        prepare_model_inputs_fn: `fn(batch, peft_config)`; what it returns is `model_input` below. None: the batch.
-        prepare_layer_inputs_fn: `fn(layer_inputs, model_input, layer_name)` → (n, d), the rows that count;
-            `layer_inputs` is the tuple of the layer's positional arguments. A mapping gives layers, by their names in
-            `model`, functions of their own. None, and layers that the mapping leaves out: all rows, padding too.
-            With both defaults: all tokens but padding and, as `EvaConfig.use_label_mask` says, those without a loss.
+        peft_config: what `r`, `target_modules` and `eva_config` are read from. Default: the
+            adapter's.
+        forward_fn: `forward_fn(model, batch)`. By default mappings are keywords, tuples are
+            positions.
+        prepare_model_inputs_fn: `fn(batch, peft_config)`; what it returns is `model_input` below.
+            None: the batch.
+        prepare_layer_inputs_fn: `fn(layer_inputs, model_input, layer_name)` → (n, d), the rows that
+            count; `layer_inputs` is the tuple of the layer's positional arguments. A mapping gives
+            layers, by their names in `model`, functions of their own. None, and layers that the
+            mapping leaves out: all rows, padding too. With both defaults: all tokens but padding
+            and, as `EvaConfig.use_label_mask` says, those without a loss.
         adapter_name: which adapter of a `PeftModel`.
-        gather_distributed_inputs: with torch.distributed, the processes calibrate together, each on batches of its own,
-            and get the same result; sums travel, inputs do not. False: each process for itself.
+        gather_distributed_inputs: with torch.distributed, the processes calibrate together, each on
+            batches of its own, and get the same result; sums travel, inputs do not. False: each
+            process for itself.
         show_progress_bar: draw one on stderr.
 
     Returns:
-        Name of the layer in `model` (in a `PeftModel` with its prefix) → (rank, in) float32 on the model's device, also
-        (0, in). No two tensors share storage, so safetensors saves it. PEFT's own `initialize_lora_eva_weights` takes it.
-        Empty where no layer is linear, which is all that PEFT's EVA knows.
+        Name of the layer in `model` (in a `PeftModel` with its prefix) → (rank, in) float32 on the
+        model's device, also (0, in). No two tensors share storage, so safetensors saves it. PEFT's
+        own `initialize_lora_eva_weights` takes it. Empty where no layer is linear, which is all
+        that PEFT's EVA knows.
 
     Raises:
-        AdapterError: no config, or one with a `rank_pattern`. ConfigError: a mapping with names that are not there.
-        DataError: no batch. TargetError: no layer. LayerError, BudgetError: as for `evatune.initialize`. All of these
+        AdapterError: no config, or one with a `rank_pattern`. ConfigError: a mapping with names
+            that are not there.
+        DataError: no batch. TargetError: no layer. LayerError, BudgetError: as for
+            `evatune.initialize`. All of these
         are ValueErrors.
     """
     if peft_config is None:
         if not hasattr(model, "peft_config"):
             raise AdapterError(
-                "peft_config is required if model is not a PeftModel; pass LoraConfig(init_lora_weights='eva')"
+                "peft_config is required if model is not a PeftModel; pass"
+                " LoraConfig(init_lora_weights='eva')"
             )
         peft_config = lora_config(model, adapter_name)
     if peft_config.rank_pattern:
         raise AdapterError(
-            "the LoraConfig has a rank_pattern, which redistribution would overwrite; leave it out and set r, which is "
-            "redistributed within EvaConfig.rho"
+            "the LoraConfig has a rank_pattern, which redistribution would overwrite; leave it out"
+            " and set r, which is redistributed within EvaConfig.rho"
         )
     eva = peft_config.eva_config or EvaConfig()
     require_known_variant(model, peft_config, adapter_name)
-    sites = _sites(model, peft_config, adapter_name)
-    if not sites:
+    target_layers = _target_layers(model, peft_config, adapter_name)
+    if not target_layers:
         return {}
     if isinstance(prepare_layer_inputs_fn, Mapping):
-        unknown = prepare_layer_inputs_fn.keys() - {site.name for site in sites}
+        unknown = prepare_layer_inputs_fn.keys() - {
+            target_layer.name for target_layer in target_layers
+        }
         if unknown:
             raise ConfigError(
-                "prepare_layer_inputs_fn is a mapping but the following module names were not found in the model: "
-                f"{', '.join(sorted(unknown))}; the layers are named like {sites[0].name}"
+                "prepare_layer_inputs_fn is a mapping but the following module names were not"
+                f" found in the model: {', '.join(sorted(unknown))}; the layers are named like"
+                f" {target_layers[0].name}"
             )
     tolerance = round(_WEIGHT * (1 - eva.tau), 9)
     config = CalibrationConfig(
@@ -133,14 +155,18 @@ def get_eva_state_dict(
     batches = dataloader if forward is None else _moved(dataloader, device)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     show = show_progress_bar and not (distributed and torch.distributed.get_rank())
-    with Team.formed(config.distributed, device, config.rendezvous_timeout) as team, _bar(show) as progress:
+    with (
+        ProcessGroup.create(config.distributed, device, config.rendezvous_timeout) as process_group,
+        _bar(show) as progress,
+    ):
         options: dict[str, Any] = {"forward": forward, "rows": rows, "progress": progress}
         options["active"] = active_positions(peft_config)
         try:
-            calibration = run(model, sites, batches, config, team, **options)
+            calibration = run(model, target_layers, batches, config, process_group, **options)
         except NoBatchError:
             raise NoBatchError(
-                "the dataloader is empty: not one batch came; give a DataLoader, a list or a generator with data"
+                "the dataloader is empty: not one batch came; give a DataLoader, a list or a"
+                " generator with data"
             ) from None
     calibration.require_usable()
     scale = "whiten" if eva.whiten else "paper"
@@ -157,45 +183,54 @@ def initialize_lora_eva_weights(
     eva_state_dict: Mapping[str, Tensor] | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] | None = forward_fn_dict,
     prepare_model_inputs_fn: ModelInputs | None = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: LayerInputs | Mapping[str, LayerInputs] | None = prepare_layer_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: (
+        LayerInputs | Mapping[str, LayerInputs] | None
+    ) = prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> None:
     """Write EVA's directions, ranks and α into the adapter of a `PeftModel`, in place; B = 0.
 
-    Works on adapters built with `low_cpu_mem_usage=True` too. With `EvaConfig.adjust_scaling_factors` (PEFT's default)
-    each layer keeps its scale, whatever its new rank.
+    Works on adapters built with `low_cpu_mem_usage=True` too. With
+    `EvaConfig.adjust_scaling_factors` (PEFT's default) each layer keeps its scale, whatever its new
+    rank.
 
     Args:
         model: a `PeftModel` whose adapter has `init_lora_weights="eva"`.
         dataloader: batches, unless `eva_state_dict` is given.
-        eva_state_dict: what `get_eva_state_dict`, ours or PEFT's, returned: name of a layer, with or without PEFT's
-            prefix → (rank, in). No rows: the layer carries the adapter no more. Layers that are not in it keep rank
-            and α, start as PEFT's default does, and are named in a warning. Nothing is taken out of the dict.
+        eva_state_dict: what `get_eva_state_dict`, ours or PEFT's, returned: name of a layer, with
+            or without PEFT's prefix → (rank, in). No rows: the layer carries the adapter no more.
+            Layers that are not in it keep rank and α, start as PEFT's default does, and are named
+            in a warning. Nothing is taken out of the dict.
         The rest: as for `get_eva_state_dict`.
 
     Raises:
-        AdapterError: no PeftModel, another `init_lora_weights`, B ≠ 0, or a state dict that does not fit.
+        AdapterError: no PeftModel, another `init_lora_weights`, B ≠ 0, or a state dict that does
+            not fit.
         DataError: neither batches nor a state dict. All else as for `get_eva_state_dict`.
         The model is unchanged in every case.
     """
     if not hasattr(model, "peft_config"):
-        raise AdapterError("model must be a PeftModel; build one with get_peft_model(model, LoraConfig(...))")
+        raise AdapterError(
+            "model must be a PeftModel; build one with get_peft_model(model, LoraConfig(...))"
+        )
     lora = lora_config(model, adapter_name)
     if lora.init_lora_weights != "eva":
         raise AdapterError(
-            "`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`; that of adapter "
-            f"{adapter_name!r} is {lora.init_lora_weights!r} (True also after it was initialised). evatune.initialize asks "
-            "for nothing of the kind"
+            "`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`; that"
+            f" of adapter {adapter_name!r} is {lora.init_lora_weights!r} (True also after it was"
+            " initialised). evatune.initialize asks for nothing of the kind"
         )
     require_trainable(model)
-    slots, others = _linear_slots(model, adapter_name)
+    lora_targets, others = _linear_lora_targets(model, adapter_name)
     require_known_variant(model, lora, adapter_name)
-    require_fresh(slots, adapter_name)
+    require_fresh(lora_targets, adapter_name)
     if eva_state_dict is None:
         if dataloader is None:
-            raise DataError("dataloader is required if eva_state_dict is not provided; give one of the two")
+            raise DataError(
+                "dataloader is required if eva_state_dict is not provided; give one of the two"
+            )
         eva_state_dict = get_eva_state_dict(
             model,
             dataloader,
@@ -206,59 +241,78 @@ def initialize_lora_eva_weights(
             gather_distributed_inputs=gather_distributed_inputs,
             show_progress_bar=show_progress_bar,
         )
-    rows = _fitting(eva_state_dict, slots)
-    missing = [slot for slot in slots if slot.name not in rows]
-    for slot in missing:  # PEFT's default: uniform on ±1/√in
-        shape = slot.layer.r[adapter_name], slot.sites[0].in_features
+    rows = _fitting(eva_state_dict, lora_targets)
+    missing = [lora_target for lora_target in lora_targets if lora_target.name not in rows]
+    for lora_target in missing:  # PEFT's default: uniform on ±1/√in
+        shape = lora_target.layer.r[adapter_name], lora_target.target_layers[0].in_features
         a = torch.empty(shape, dtype=torch.float32, device="cpu")
-        rows[slot.name] = nn.init.kaiming_uniform_(a, a=5**0.5)
+        rows[lora_target.name] = nn.init.kaiming_uniform_(a, a=5**0.5)
     for layer in others.values():  # they may be on the meta device
         usual_start(layer, lora, adapter_name)
-    write_rows(model, lora, slots, rows, rank=lora.r, adapter_name=adapter_name, others=others)
+    write_rows(
+        model, lora, lora_targets, rows, rank=lora.r, adapter_name=adapter_name, others=others
+    )
     if missing or others:
-        names = [*(slot.name for slot in missing), *others]
+        names = [*(lora_target.name for lora_target in missing), *others]
         warnings.warn(
-            "the following layers were initialized with init_lora_weights=True because they were not found in the eva "
-            f"state_dict: {', '.join(names)}",
+            "the following layers were initialized with init_lora_weights=True because they were"
+            f" not found in the eva state_dict: {', '.join(names)}",
             stacklevel=2,
         )
 
 
-def _linear_slots(model: nn.Module, adapter_name: str) -> tuple[list[Slot], dict[str, LoraLayer]]:
+def _linear_lora_targets(
+    model: nn.Module, adapter_name: str
+) -> tuple[list[LoraTarget], dict[str, LoraLayer]]:
     """The adapter's linear layers, all that PEFT's EVA knows, and the others by their names."""
-    slots, odd = find_slots(model, adapter_name)
-    others = {slot.name: slot.layer for slot in slots if not slot.is_linear}
-    return [slot for slot in slots if slot.is_linear], others | {peft_name(path): layer for path, layer in odd.items()}
+    lora_targets, unsupported = find_lora_targets(model, adapter_name)
+    others = {
+        lora_target.name: lora_target.layer
+        for lora_target in lora_targets
+        if not lora_target.is_linear
+    }
+    return [lora_target for lora_target in lora_targets if lora_target.is_linear], others | {
+        peft_name(path): layer for path, layer in unsupported.items()
+    }
 
 
-def _fitting(state: Mapping[str, Tensor], slots: list[Slot]) -> dict[str, Tensor]:
+def _fitting(state: Mapping[str, Tensor], lora_targets: list[LoraTarget]) -> dict[str, Tensor]:
     """The entries that belong to these layers, by the names that PEFT's patterns match."""
     by_name = {peft_name(key): value for key, value in state.items()}
-    rows = {slot.name: by_name[slot.name] for slot in slots if slot.name in by_name}
-    if state and slots and not rows:
+    rows = {
+        lora_target.name: by_name[lora_target.name]
+        for lora_target in lora_targets
+        if lora_target.name in by_name
+    }
+    if state and lora_targets and not rows:
         raise AdapterError(
-            f"no name in the eva state_dict is that of an adapted layer (names like {next(iter(state))}; layers like "
-            f"{slots[0].name}); give the state dict of this model"
+            "no name in the eva state_dict is that of an adapted layer (names like"
+            f" {next(iter(state))}; layers like {lora_targets[0].name}); give the state dict of"
+            " this model"
         )
-    for slot in slots:
-        a, width = rows.get(slot.name), slot.sites[0].in_features
+    for lora_target in lora_targets:
+        a, width = rows.get(lora_target.name), lora_target.target_layers[0].in_features
         if a is not None and (a.ndim != 2 or a.shape[1] != width):
             raise AdapterError(
-                f"the eva state_dict has {tuple(a.shape)} for {slot.name}; it must be (rank, {width}); give the state dict "
-                "of this model"
+                f"the eva state_dict has {tuple(a.shape)} for {lora_target.name}; it must be (rank,"
+                f" {width}); give the state dict of this model"
             )
     return rows
 
 
-def _sites(model: nn.Module, config: LoraConfig, adapter_name: str) -> list[Site]:
-    """The layers to calibrate, under their names in `model`; unsupported kinds are left out, as PEFT does."""
+def _target_layers(model: nn.Module, config: LoraConfig, adapter_name: str) -> list[TargetLayer]:
+    """The layers to calibrate, under their names in `model`; unsupported kinds are left out, as
+    PEFT does."""
     if hasattr(model, "peft_config"):
-        slots, _ = _linear_slots(model, adapter_name)
-        first = {slot.path: slot.sites[0] for slot in slots}
-        return [Site(path, site.module, site.part, path) for path, site in first.items()]
+        lora_targets, _ = _linear_lora_targets(model, adapter_name)
+        first = {lora_target.path: lora_target.target_layers[0] for lora_target in lora_targets}
+        return [
+            TargetLayer(path, target_layer.module, target_layer.sublayer, path)
+            for path, target_layer in first.items()
+        ]
     layers = dict(model.named_modules())
     if config.target_modules is None or config.target_modules == "all-linear":
-        every = {site.module for site in find_sites(model, "all-linear")}
+        every = {target_layer.module for target_layer in find_target_layers(model, "all-linear")}
         config = copy.copy(config)
         config.target_modules = {name for name, module in layers.items() if module in every}
     names = [name for name in layers if check_target_module_exists(config, name)]
@@ -269,8 +323,10 @@ def _sites(model: nn.Module, config: LoraConfig, adapter_name: str) -> list[Site
             "'all-linear', or a list of endings of layer names"
         )
     linear = {name: module for name, module in matched.items() if is_linear(module)}
-    found = [sites_of(name, module, parts_of(module)) for name, module in linear.items()]
-    return [site for sites in found for site in sites]
+    found = [
+        target_layers_of(name, module, sublayers_of(module)) for name, module in linear.items()
+    ]
+    return [target_layer for target_layers in found for target_layer in target_layers]
 
 
 def _rows(
@@ -280,7 +336,8 @@ def _rows(
     prepare_model: ModelInputs | None,
     prepare_layer: LayerInputs | Mapping[str, LayerInputs] | None,
 ) -> RowsFunction | None:
-    """The caller's functions as the engine's `rows`; None for PEFT's defaults, which the engine's own rule replaces."""
+    """The caller's functions as the engine's `rows`; None for PEFT's defaults, which the engine's
+    own rule replaces."""
     usual = prepare_model is prepare_model_inputs_fn_language_modeling
     if usual and prepare_layer is prepare_layer_inputs_fn_language_modeling:
         return None
@@ -295,13 +352,16 @@ def _rows(
 
     def rows(x: Tensor, batch: Any, name: str) -> Tensor:
         chosen = prepare_layer.get(name) if isinstance(prepare_layer, Mapping) else prepare_layer
-        return x.reshape(-1, x.shape[-1]) if chosen is None else chosen((x,), model_input(batch), name)
+        return (
+            x.reshape(-1, x.shape[-1]) if chosen is None else chosen((x,), model_input(batch), name)
+        )
 
     return rows
 
 
 def _positions(selector: RowSelector, batch: Any) -> Tensor | None:
-    """(n, 2) row and column of each token that counts; None where the batch has no tokens to speak of."""
+    """(n, 2) row and column of each token that counts; None where the batch has no tokens to speak
+    of."""
     mask, ids = selector.mask, batch_field(batch, "input_ids")
     if mask is None and isinstance(ids, Tensor):
         mask = torch.ones_like(ids, dtype=torch.bool)
@@ -309,7 +369,8 @@ def _positions(selector: RowSelector, batch: Any) -> Tensor | None:
 
 
 def _once_per_batch(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`make(batch)`, remembered until another batch comes: every layer of a forward pass asks for it."""
+    """`make(batch)`, remembered until another batch comes: every layer of a forward pass asks for
+    it."""
     batch_seen, made = object(), None
 
     def get(batch: Any) -> Any:

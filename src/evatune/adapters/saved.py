@@ -33,7 +33,8 @@ def is_adapter(file: Path) -> bool:
 def adapter_rows(weights: Path) -> list[dict[str, Any]]:
     """Per layer of an `adapter_model.safetensors`: rank, alpha, scale, parameters and norms.
 
-    Raises RecordError for a damaged file, a damaged or absent config beside it, or an adapter that is not LoRA.
+    Raises RecordError for a damaged file, a damaged or absent config beside it, or an adapter that
+    is not LoRA.
     """
     config = read_config(weights.parent)
     state = read_weights(weights)
@@ -41,12 +42,16 @@ def adapter_rows(weights: Path) -> list[dict[str, Any]]:
     require_ranks(weights, state, config)
     rows = _rows(state, config)
     if not rows:
-        raise RecordError(f"{str(weights)!r} holds no LoRA matrices; give a file that PEFT's save_pretrained wrote")
+        raise RecordError(
+            f"{str(weights)!r} holds no LoRA matrices; give a file that PEFT's save_pretrained"
+            " wrote"
+        )
     return rows
 
 
 def read_config(folder: Path) -> LoraConfig:
-    """The config of a saved LoRA adapter; a RecordError for a folder without one, or with one of another kind."""
+    """The config of a saved LoRA adapter; a RecordError for a folder without one, or with one of
+    another kind."""
     from peft import LoraConfig
 
     from evatune.schemas.adapter import require_lora
@@ -54,14 +59,19 @@ def read_config(folder: Path) -> LoraConfig:
 
     path = folder / "adapter_config.json"
     if not path.is_file():
-        raise RecordError(f"{str(path)!r} does not exist, which says what the adapter's scale is; put it beside the weights")
+        raise RecordError(
+            f"{str(path)!r} does not exist, which says what the adapter's scale is; put it beside"
+            " the weights"
+        )
     with telling(path, "save the adapter again, or put its config back"):
         fields = parse_json(read_text(path))
         if not isinstance(fields, dict):
             raise Damage("is damaged: it does not hold keys with values")
         kind = fields.get("peft_type")
         if kind != "LORA":
-            raise RecordError(f"{str(folder)!r} holds an adapter of type {shown(kind)}; only LoRA is read")
+            raise RecordError(
+                f"{str(folder)!r} holds an adapter of type {shown(kind)}; only LoRA is read"
+            )
         fields.pop("runtime_config", None)  # which PEFT does not take from files either
         require_lora(fields)
         _require_known_keys(fields)
@@ -158,7 +168,9 @@ def _require_matrix(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> N
 
 def layer_names(state: Mapping[str, Tensor]) -> list[str]:
     """Return the names of the adapted layers as PEFT's patterns are matched with them."""
-    ends = [(name.removeprefix(_PREFIX), end) for name in state for end in _PAIRS if name.endswith(end)]
+    ends = [
+        (name.removeprefix(_PREFIX), end) for name in state for end in _PAIRS if name.endswith(end)
+    ]
     return [name.removesuffix(end).partition(".base_layer")[0] for name, end in ends]
 
 
@@ -166,7 +178,9 @@ def layer_scale(config: LoraConfig, layer: str, rank: int) -> tuple[float, float
     """(α, scale) of a layer, by its name without PEFT's prefix and the rank of its matrices."""
     from peft.utils.other import get_pattern_key
 
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), layer), config.lora_alpha)
+    alpha = config.alpha_pattern.get(
+        get_pattern_key(config.alpha_pattern.keys(), layer), config.lora_alpha
+    )
     return alpha, alpha / (rank**0.5 if config.use_rslora else rank)
 
 
@@ -177,10 +191,18 @@ def _rows(state: Mapping[str, Tensor], config: LoraConfig) -> list[dict[str, Any
     for key, end in found:
         path = key.removeprefix(_PREFIX).removesuffix(end)
         a, b = state[key].float(), state[key.removesuffix(end) + _PAIRS[end]].float()
-        # Attention's output projection, or one of several stacked weights, hangs in the wrapper of its layer.
+        # Attention's output projection, or one of several stacked weights, hangs in the wrapper of
+        # its layer.
         unit = path.partition(".base_layer")[0]
-        beside = [height for other, height in heights.items() if other.startswith((unit + ".lora_", unit + ".base_layer"))]
-        name, rank = _stacked(config, unit, path.count(".base_layer"), len(a), sum(beside)) or (unit, len(a))
+        beside = [
+            height
+            for other, height in heights.items()
+            if other.startswith((unit + ".lora_", unit + ".base_layer"))
+        ]
+        name, rank = _stacked(config, unit, path.count(".base_layer"), len(a), sum(beside)) or (
+            unit,
+            len(a),
+        )
         alpha, scale = layer_scale(config, name, rank)
         rows.append(
             {
@@ -196,14 +218,18 @@ def _rows(state: Mapping[str, Tensor], config: LoraConfig) -> list[dict[str, Any
     return rows
 
 
-def _stacked(config: LoraConfig, unit: str, depth: int, height: int, together: int) -> tuple[str, int] | None:
-    """Name and rank of an adapted parameter of the module `unit`, of whose experts A has the rows one after another.
+def _stacked(
+    config: LoraConfig, unit: str, depth: int, height: int, together: int
+) -> tuple[str, int] | None:
+    """Name and rank of an adapted parameter of the module `unit`, of whose experts A has the rows
+    one after another.
 
-    The file does not say how many experts there are: the ranks in the config do, since all parameters of a module have
-    equally many. None for other layers.
+    The file does not say how many experts there are: the ranks in the config do, since all
+    parameters of a module have equally many. None for other layers.
 
     Args:
-        depth: how many wrappers are around this one; evatune lists the parameters of a module in this order.
+        depth: how many wrappers are around this one; evatune lists the parameters of a module in
+            this order.
         height: rows of this A. together: of all A of the module.
     """
     from peft.utils.other import get_pattern_key
@@ -212,7 +238,9 @@ def _stacked(config: LoraConfig, unit: str, depth: int, height: int, together: i
     here = [key for module, _, key in ends if not module or f".{unit}".endswith(f".{module}")]
     names = [f"{unit}.{key}" for key in here]
     pattern = config.rank_pattern
-    ranks = {name: int(pattern.get(get_pattern_key(pattern.keys(), name), config.r)) for name in names}
+    ranks = {
+        name: int(pattern.get(get_pattern_key(pattern.keys(), name), config.r)) for name in names
+    }
     experts = max(1, together // sum(ranks.values())) if ranks else 1
     likely = names[depth:] + names[:depth]
     return next(((name, ranks[name]) for name in likely if ranks[name] * experts == height), None)

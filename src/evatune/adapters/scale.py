@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from evatune.errors import ConfigError
-from evatune.spectrum import Spectrum, fix_signs
+from evatune.sketch.spectrum import Spectrum, fix_signs
 
 SCALES = ("paper", "whiten", "matched")
 # A direction along which the input hardly varies would be blown up without bound by 1/σ.
@@ -14,7 +14,8 @@ _SIGMA_FLOOR = 1e-3
 
 
 def completed(rows: Tensor, rank: int, *, seed: int) -> Tensor:
-    """(rank, d): the rows, and as many random ones as are missing, orthogonal to all others and as long on average.
+    """(rank, d): the rows, and as many random ones as are missing, orthogonal to all others and as
+    long on average.
 
     For experts to which too few tokens were routed.
     """
@@ -22,7 +23,9 @@ def completed(rows: Tensor, rank: int, *, seed: int) -> Tensor:
         return rows
     cpu = torch.device("cpu")
     generator = torch.Generator(cpu).manual_seed(seed)
-    drawn = torch.randn(rows.shape[1], rank - len(rows), generator=generator, dtype=torch.float32, device=cpu)
+    drawn = torch.randn(
+        rows.shape[1], rank - len(rows), generator=generator, dtype=torch.float32, device=cpu
+    )
     orthonormal = torch.linalg.qr(torch.cat([rows.T, drawn], dim=1))[0]
     length = rows.norm(dim=1).mean() if len(rows) else 1.0
     return torch.cat([rows, fix_signs(orthonormal[:, len(rows) :].T) * length])
@@ -45,14 +48,15 @@ def choose_scale(scale: str | None, whiten: bool) -> str:
     require_scale(scale)
     if whiten and scale != "whiten":
         raise ConfigError(
-            f"scale is {scale!r} but the adapter's EvaConfig says whiten=True; leave out one of the two, or pass "
-            "scale='whiten'"
+            f"scale is {scale!r} but the adapter's EvaConfig says whiten=True; leave out one of the"
+            " two, or pass scale='whiten'"
         )
     return scale
 
 
 def scaled_rows(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
-    """The matrix A of a layer, (rank, d) float32, of fewer rows where fewer directions have energy; no view.
+    """The matrix A of a layer, (rank, d) float32, of fewer rows where fewer directions have energy;
+    no view.
 
     See `evatune.initialize` for the formula of each `scale`.
     """
@@ -61,7 +65,9 @@ def scaled_rows(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
     rows = spectrum.directions[:rank].clone()
     moments = spectrum.second_moments[:rank].double()
     if scale == "whiten":
-        sigma = torch.maximum(spectrum.variances[:rank].double().sqrt(), _SIGMA_FLOOR * moments.sqrt())
+        sigma = torch.maximum(
+            spectrum.variances[:rank].double().sqrt(), _SIGMA_FLOOR * moments.sqrt()
+        )
         return (rows / sigma[:, None]).float()
     if scale == "matched":
         default = rank / (3 * rows.shape[1]) * spectrum.total_second_moment

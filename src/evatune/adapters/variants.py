@@ -11,9 +11,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import calculate_alora_offsets
 from torch import Tensor, nn
 
-from evatune.capture.rows import batch_field
-from evatune.capture.targets import peft_name
+from evatune.capture.row_selection import batch_field
 from evatune.errors import AdapterError, DataError
+from evatune.modeling.wrappers import peft_name
 
 # Starts of PEFT's that leave the base weights, and the forward pass, as they are.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -21,17 +21,22 @@ _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 # PEFT's classes of variants that were run with ranks that change, in tests/test_config_fields.py.
 # Of those that are not classes, rsLoRA and `lora_bias` were run there too.
 _KNOWN = {
-    "DoraLinearVariant", "DoraEmbeddingVariant",
-    "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant",
+    "DoraLinearVariant",
+    "DoraEmbeddingVariant",
+    "DoraConv1dVariant",
+    "DoraConv2dVariant",
+    "DoraConv3dVariant",
     "VeloraLinearVariant",  # another backward pass through A, whose input is the layer's
     "MontecloraLinearVariant",  # noise on A while training, of A's shape
     "ALoraLinearVariant",  # acts on some positions only, see `active_positions`
-}  # fmt: skip
+}
 
 # Option of LoraConfig → why A cannot start from directions of the layer's input, at its own rank.
 _REFUSED = {
-    "kasa_config": "KaSA takes singular values off the base weights whenever a rank is set, and "
-    "has a diagonal between A and B",
+    "kasa_config": (
+        "KaSA takes singular values off the base weights whenever a rank is set, and "
+        "has a diagonal between A and B"
+    ),
     "use_qalora": "the A of QA-LoRA sees group means of the layer's input, and not the input",
     "use_bdlora": "the A or B of BD-LoRA is block-diagonal, with ranks in multiples of the blocks",
     "arrow_config": "Arrow routes between other adapters, and has no A of its own to train",
@@ -88,9 +93,9 @@ def active_positions(lora: LoraConfig) -> Callable[[Any], Tensor] | None:
         ids = batch_field(batch, "input_ids")
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             raise DataError(
-                "the adapter acts from its alora_invocation_tokens on, and the batch has no "
-                "input_ids of shape (batch, tokens) to find them in; give batches with input_ids, or "
-                "choose rows yourself with rows="
+                "the adapter acts from its alora_invocation_tokens on, and the batch has no"
+                " input_ids of shape (batch, tokens) to find them in; give batches with input_ids,"
+                " or choose rows yourself with rows="
             )
         # Counted from the end; None where the tokens do not occur.
         offsets = calculate_alora_offsets({"": lora}, "", ids)

@@ -1,21 +1,22 @@
-"""From a running model to rows: which modules, which rows of their inputs, and who shares an input."""
+"""From a running model to rows: which modules, which rows of their inputs, and who shares an
+input."""
 
-from evatune.capture.kinds import Tokens
 from evatune.capture.labels import selector_for
+from evatune.capture.layer_types import OneHotRows
 from evatune.capture.masks import Masks
-from evatune.capture.rows import RowSelector
-from evatune.capture.sharing import InputGroup, Sharing
-from evatune.capture.tap import Tap
-from evatune.capture.targets import Site, find_sites
+from evatune.capture.recorder import InputRecorder
+from evatune.capture.row_selection import RowSelector
+from evatune.capture.shared_inputs import InputGroup, SharedInputs
+from evatune.capture.targets import TargetLayer, find_target_layers
 
 __all__ = [
     "InputGroup",
+    "InputRecorder",
     "Masks",
+    "OneHotRows",
     "RowSelector",
-    "Sharing",
-    "Site",
-    "Tap",
-    "Tokens",
-    "find_sites",
+    "SharedInputs",
+    "TargetLayer",
+    "find_target_layers",
     "selector_for",
 ]

@@ -1,4 +1,5 @@
-"""Whether position t predicts label t + 1: asked of the model itself, which alone knows how it computes its loss."""
+"""Whether position t predicts label t + 1: asked of the model itself, which alone knows how it
+computes its loss."""
 
 from __future__ import annotations
 
@@ -9,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evatune.capture.rows import RowSelector, batch_field, label_mask, wants_labels
-from evatune.capture.targets import output_embedding
+from evatune.capture.row_selection import RowSelector, batch_field, label_mask, wants_labels
+from evatune.modeling.wrappers import output_embedding
 
 Run = Callable[[nn.Module, Any], Any]
 
-# In the words of transformers' `loss_type`: classes whose losses are shifted without a `loss_function` that says so.
+# In the words of transformers' `loss_type`: classes whose losses are shifted without a
+# `loss_function` that says so.
 _SHIFTED = ("CausalLM", "LMHeadModel", "DoubleHeads", "ForConditionalGeneration")
 
 
@@ -25,10 +27,12 @@ def selector_for(
     run: Run | None = None,
     active: Callable[[Any], Tensor] | None = None,
 ) -> Callable[[Any], RowSelector]:
-    """Return the function from a batch to its `RowSelector`, with what depends on the model settled.
+    """Return the function from a batch to its `RowSelector`, with what depends on the model
+    settled.
 
     Args:
-        run: calls the model with a batch, to ask it which positions its loss depends on. None: it cannot be asked.
+        run: calls the model with a batch, to ask it which positions its loss depends on. None: it
+            cannot be asked.
         active: from a batch to the (B, T) positions at which the adapter acts; None: at all.
     """
     if decodes_labels(model):
@@ -50,15 +54,19 @@ def selector_for(
 
 def decodes_labels(model: nn.Module) -> bool:
     """Whether labels belong to a decoder that has tokens of its own: encoder-decoder models."""
-    return any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True for m in model.modules())
+    return any(
+        getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True
+        for m in model.modules()
+    )
 
 
 class LabelShift:
     """Knows whether a model's loss compares position t with label t + 1.
 
-    The model is asked at the first batch for which the answer matters: by one forward pass, of one example where the
-    batch can be cut, and a backward pass from the loss to the input of the output embedding and no further. Where that
-    cannot be run, its `loss_function` decides, and last the names of its classes.
+    The model is asked at the first batch for which the answer matters: by one forward pass, of one
+    example where the batch can be cut, and a backward pass from the loss to the input of the output
+    embedding and no further. Where that cannot be run, its `loss_function` decides, and last the
+    names of its classes.
     """
 
     def __init__(self, model: nn.Module, ignore_index: int, run: Run | None) -> None:
@@ -71,7 +79,9 @@ class LabelShift:
         """Return the answer; the first batch with labels that tells is asked about."""
         if self._answer is None:
             labels = batch_field(batch, "labels")
-            plain, shifted = (label_mask(labels, self._ignore_index, shift) for shift in (False, True))
+            plain, shifted = (
+                label_mask(labels, self._ignore_index, shift) for shift in (False, True)
+            )
             if torch.equal(plain, shifted):
                 return False  # no label at all
             found = None if self._run is None else self._asked(batch, plain, shifted)
@@ -81,7 +91,10 @@ class LabelShift:
     def _asked(self, batch: Any, plain: Tensor, shifted: Tensor) -> bool | None:
         place = int((plain != shifted).any(1).nonzero()[0])
         assert self._run is not None
-        for example, rows in ((one_example(batch, place), slice(place, place + 1)), (batch, slice(None))):
+        for example, rows in (
+            (one_example(batch, place), slice(place, place + 1)),
+            (batch, slice(None)),
+        ):
             if example is None:
                 continue
             used = positions_in_loss(self._model, example, self._run)
@@ -96,10 +109,11 @@ class LabelShift:
 
 
 def positions_in_loss(model: nn.Module, batch: Any, run: Run) -> Tensor | None:
-    """Bool, true for each row of the output embedding's input that the loss depends on; None where that stays unknown.
+    """Bool, true for each row of the output embedding's input that the loss depends on; None where
+    that stays unknown.
 
-    Weights, gradients, modes and random states are left as they are: the one tensor that requires a gradient is a copy
-    of that input.
+    Weights, gradients, modes and random states are left as they are: the one tensor that requires a
+    gradient is a copy of that input.
     """
     head = output_embedding(model)
     if head is None:
@@ -111,45 +125,56 @@ def positions_in_loss(model: nn.Module, batch: Any, run: Run) -> Tensor | None:
         if not args or not isinstance(args[0], Tensor):
             return None
         leaves.append(args[0].detach().clone().requires_grad_())
-        torch.set_grad_enabled(True)  # until the end of `no_grad` below: of the layers before, nothing is kept
+        # until the end of `no_grad` below: of the layers before, nothing is kept
+        torch.set_grad_enabled(True)
         return (leaves[-1], *args[1:])
 
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(sorted({p.device.index for p in model.parameters() if p.is_cuda})))
+        stack.enter_context(
+            torch.random.fork_rng(sorted({p.device.index for p in model.parameters() if p.is_cuda}))
+        )
         stack.callback(head.register_forward_pre_hook(begin).remove)
-        stack.callback(model.register_forward_hook(lambda module, args, output: outputs.append(output)).remove)
+        stack.callback(
+            model.register_forward_hook(lambda module, args, output: outputs.append(output)).remove
+        )
         try:
             run(model, _copied(batch))
             loss = _loss_of(outputs[-1]) if outputs else None
             if loss is None or len(leaves) != 1:
                 return None
             (gradient,) = torch.autograd.grad(loss, leaves)
-        except Exception:  # whatever a backward pass may lack; an error of the forward pass itself comes again
+        # whatever a backward pass may lack; an error of the forward pass itself comes again
+        except Exception:
             return None
     return (gradient != 0).any(-1)
 
 
 def one_example(batch: Any, place: int) -> Any:
-    """The example at `place` as a batch of its own; None where a tensor of the batch is not cut by examples."""
+    """The example at `place` as a batch of its own; None where a tensor of the batch is not cut by
+    examples."""
     if not isinstance(batch, Mapping):
         return None
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
-    if any(value.ndim == 0 for value in tensors.values()) or len({len(value) for value in tensors.values()}) != 1:
+    if (
+        any(value.ndim == 0 for value in tensors.values())
+        or len({len(value) for value in tensors.values()}) != 1
+    ):
         return None
     return dict(batch) | {key: value[place : place + 1] for key, value in tensors.items()}
 
 
 def declares_shift(model: nn.Module) -> bool:
-    """Whether the model is said to shift labels, by its `loss_function` or else by the names of its classes."""
+    """Whether the model is said to shift labels, by its `loss_function` or else by the names of its
+    classes."""
     for module in model.modules():
         if getattr(module, "loss_type", None) is not None:
             name = getattr(getattr(module, "loss_function", None), "__name__", "")
             if name.startswith("For"):  # those of transformers
                 return bool(name == "ForCausalLMLoss")
     names = [type(module).__name__ for module in model.modules() if hasattr(module, "config")]
-    return any(part in name for name in names for part in _SHIFTED)
+    return any(sublayer in name for name in names for sublayer in _SHIFTED)
 
 
 def _loss_of(output: Any) -> Tensor | None:
@@ -161,7 +186,10 @@ def _loss_of(output: Any) -> Tensor | None:
 
 
 def _copied(batch: Any) -> Any:
-    """The batch with copies of its tensors: those made in inference mode cannot be kept for a backward pass."""
+    """The batch with copies of its tensors: those made in inference mode cannot be kept for a
+    backward pass."""
     if not isinstance(batch, Mapping):
         return batch
-    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return {
+        key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()
+    }

@@ -1,8 +1,10 @@
-"""Which mask speaks about a layer's rows: the one that the nearest module around it was called with.
+"""Which mask speaks about a layer's rows: the one that the nearest module around it was called
+with.
 
-Models make masks of their own on the way: of audio frames from one of samples, of sequences padded to a window, of
-choices laid out one after another. Whoever is called with such a mask has rows of that kind inside. A mask says nothing
-about what did not come from its tokens, such as the patches of an image, of whatever number they may be.
+Models make masks of their own on the way: of audio frames from one of samples, of sequences padded
+to a window, of choices laid out one after another. Whoever is called with such a mask has rows of
+that kind inside. A mask says nothing about what did not come from its tokens, such as the patches
+of an image, of whatever number they may be.
 """
 
 from __future__ import annotations
@@ -19,16 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evatune.capture.rows import ALL_ROWS, RowSelector, batch_field, token_mask
-from evatune.capture.sharing import memory
-from evatune.capture.targets import Site, is_wrapper
+from evatune.capture.row_selection import ALL_ROWS, RowSelector, batch_field, token_mask
+from evatune.capture.shared_inputs import memory
+from evatune.capture.targets import TargetLayer
+from evatune.modeling.wrappers import is_wrapper
 
 _MASK, _ENCODED, _ENCODER_MASK = "attention_mask", "encoder_hidden_states", "encoder_attention_mask"
 
 
 @dataclass(frozen=True)
 class _Signature:
-    """What a module's `forward` takes by position, and whether the module is a whole model of transformers."""
+    """What a module's `forward` takes by position, and whether the module is a whole model of
+    transformers."""
 
     names: tuple[str, ...]
     is_model: bool
@@ -36,17 +40,23 @@ class _Signature:
     @property
     def takes_masks(self) -> bool:
         """Whether a mask may come with a call: by name, or among keywords of any name."""
-        return self.is_model or not {_MASK, _ENCODER_MASK, _ENCODED}.isdisjoint(self.names) or not self.names
+        return (
+            self.is_model
+            or not {_MASK, _ENCODER_MASK, _ENCODED}.isdisjoint(self.names)
+            or not self.names
+        )
 
 
 @dataclass(eq=False)
 class _Call:
-    """What a module that is running was called with; also those inside it that were called with nothing new.
+    """What a module that is running was called with; also those inside it that were called with
+    nothing new.
 
     Attributes:
         mask: of its own tokens. encoded: rows of an encoder, handed to it. encoder_mask: of those.
         scope: of the tokens around it, and where inner masks find their labels.
-        foreign: its rows come from no token of the masks around it. mixed: it is handed such rows as well.
+        foreign: its rows come from no token of the masks around it. mixed: it is handed such rows
+            as well.
         after: the decoder that has run inside it, to whose tokens what comes later belongs.
     """
 
@@ -60,25 +70,38 @@ class _Call:
 
 
 class Masks:
-    """Follows the calls of the modules around the watched layers, and says which rows of an activation count.
+    """Follows the calls of the modules around the watched layers, and says which rows of an
+    activation count.
 
-    Inside the decoder of an encoder-decoder model, tokens count as the decoder's own mask says, else where `labels` have
-    a loss (in training a position without one is padding), else all. An encoder's output is recognised by identity where
-    it is handed on as `encoder_hidden_states`, and goes by the `encoder_attention_mask` beside it.
+    Inside the decoder of an encoder-decoder model, tokens count as the decoder's own mask says,
+    else where `labels` have a loss (in training a position without one is padding), else all. An
+    encoder's output is recognised by identity where it is handed on as `encoder_hidden_states`, and
+    goes by the `encoder_attention_mask` beside it.
 
     Args:
-        labels_only: go by the labels in a decoder even where there is a mask. ignore_index: label of tokens without a loss.
+        labels_only: go by the labels in a decoder even where there is a mask. ignore_index: label
+            of tokens without a loss.
     """
 
     def __init__(
-        self, model: nn.Module, sites: Sequence[Site], *, labels_only: bool = False, ignore_index: int = -100
+        self,
+        model: nn.Module,
+        target_layers: Sequence[TargetLayer],
+        *,
+        labels_only: bool = False,
+        ignore_index: int = -100,
     ) -> None:
         self._decoder = decoder_of(model)
-        followed = [model, *_around(model, sites), *([] if self._decoder is None else [self._decoder])]
+        followed = [
+            model,
+            *_around(model, target_layers),
+            *([] if self._decoder is None else [self._decoder]),
+        ]
         self._signatures = {module: _signature(module) for module in followed}
         self._labels_only = labels_only
         self._ignore_index = ignore_index
-        self._unplaced: dict[str, None] = {}  # layers whose rows no mask could tell apart, though some are masked out
+        # layers whose rows no mask could tell apart, though some are masked out
+        self._unplaced: dict[str, None] = {}
         self._warned = False
         self.begin(None, ALL_ROWS)
 
@@ -99,7 +122,9 @@ class Masks:
         Those that take no mask matter only where rows may come from something else than tokens.
         """
         scope = self._scope
-        others = any(scope.mask is None or not _may_hold_tokens(x, scope) for x in _tensors(self._batch))
+        others = any(
+            scope.mask is None or not _may_hold_tokens(x, scope) for x in _tensors(self._batch)
+        )
         for module, signature in self._signatures.items():
             if others or signature.takes_masks:
                 enter = partial(self._enter, signature)
@@ -107,7 +132,8 @@ class Masks:
                 undo.callback(module.register_forward_hook(self._leave, always_call=True).remove)
 
     def selector(self, name: str, x: Tensor, places: torch.Size | None) -> RowSelector:
-        """Return who chooses among the rows of `x`, an activation of the layer `name` with these leading dimensions."""
+        """Return who chooses among the rows of `x`, an activation of the layer `name` with these
+        leading dimensions."""
         if places is None or self._is_foreign(x):
             return ALL_ROWS
         calls = list(dict.fromkeys(call.after or call for _, call in reversed(self._running)))
@@ -120,16 +146,24 @@ class Masks:
             self._unplaced[name] = None
         return answer
 
-    def _find(self, calls: list[_Call], encoders: list[Tensor | None], places: torch.Size) -> tuple[RowSelector, bool]:
-        """Return the selector of the nearest mask that fits, and whether one that masks rows out should and does not."""
+    def _find(
+        self, calls: list[_Call], encoders: list[Tensor | None], places: torch.Size
+    ) -> tuple[RowSelector, bool]:
+        """Return the selector of the nearest mask that fits, and whether one that masks rows out
+        should and does not."""
         around = calls[0].scope if calls else self._scope
         scope, given = around, [call.mask for call in calls if call.scope is around]
         if encoders:
             scope, given = ALL_ROWS, encoders
         masks = [mask for mask in given if mask is not None]
-        # Those of four dimensions are made from the others, and to read one is to wait for the device once more.
+        # Those of four dimensions are made from the others, and to read one is to wait for the
+        # device once more.
         flat = [*(self._selector(mask, scope) for mask in masks if mask.ndim < 4), scope]
-        squares = (self._selector(mask, scope) for mask in masks if mask.ndim == 4 and mask.shape[-1] in places)
+        squares = (
+            self._selector(mask, scope)
+            for mask in masks
+            if mask.ndim == 4 and mask.shape[-1] in places
+        )
         missed = None
         for selector in chain(flat, squares):
             if selector is None or selector.mask is None:
@@ -141,19 +175,28 @@ class Masks:
         return ALL_ROWS, missed is not None and not mixed and _may_be_tokens(places, missed)
 
     def warn_once(self) -> None:
-        """Name the layers of which padding may have been counted, after the first forward pass with such."""
+        """Name the layers of which padding may have been counted, after the first forward pass with
+        such."""
         if self._warned or not self._unplaced:
             return
         self._warned = True
         names = list(self._unplaced)
         warnings.warn(
-            "some tokens of the batch are masked out, and no mask fits the rows of these layers, of which all are counted: "
-            f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}; if those that are padding "
-            "must not count, choose with rows=lambda activation, batch, layer: …",
+            "some tokens of the batch are masked out, and no mask fits the rows of these layers,"
+            " of which all are counted:"
+            f" {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}; if"
+            " those that are padding must not count, choose with rows=lambda activation, batch,"
+            " layer: …",
             stacklevel=4,
         )
 
-    def _enter(self, signature: _Signature, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(
+        self,
+        signature: _Signature,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
         outer = self._running[-1][1] if self._running else None
         given = _arguments(signature.names, args, kwargs)
         new = outer is None or self._says_something_new(signature, module, given, outer)
@@ -161,25 +204,45 @@ class Masks:
         assert call is not None
         self._running.append((module, call))
 
-    def _says_something_new(self, signature: _Signature, module: nn.Module, given: Mapping[str, Any], outer: _Call) -> bool:
-        """Whether a call tells more than the one around it; most do not, and cost next to nothing."""
+    def _says_something_new(
+        self, signature: _Signature, module: nn.Module, given: Mapping[str, Any], outer: _Call
+    ) -> bool:
+        """Whether a call tells more than the one around it; most do not, and cost next to
+        nothing."""
         if self._foreign or outer.encoded is not None or given.get(_ENCODED) is not None:
             return True
         mask = given.get(_MASK)
-        return module is self._decoder or (signature.is_model if mask is None else mask is not outer.mask)
+        return module is self._decoder or (
+            signature.is_model if mask is None else mask is not outer.mask
+        )
 
-    def _call(self, signature: _Signature, module: nn.Module, given: Mapping[str, Any], outer: _Call | None) -> _Call:
+    def _call(
+        self,
+        signature: _Signature,
+        module: nn.Module,
+        given: Mapping[str, Any],
+        outer: _Call | None,
+    ) -> _Call:
         scope = self._scope if outer is None else outer.scope
         mask, encoder_mask = _tensor(given, _MASK), _tensor(given, _ENCODER_MASK)
-        first, *others = [value for name, value in given.items() if _is_input(name, value)] or [None]
+        first, *others = [value for name, value in given.items() if _is_input(name, value)] or [
+            None
+        ]
         if outer is None:
-            self._note_foreign(given, scope if mask is None else self._selector(mask, scope) or scope)
+            self._note_foreign(
+                given, scope if mask is None else self._selector(mask, scope) or scope
+            )
             foreign = False
-        elif mask is not None and (scope, memory(mask)) in self._known:  # the model inside its wrapper, or around its parts
+        # the model inside its wrapper, or around its parts
+        elif mask is not None and (scope, memory(mask)) in self._known:
             foreign = outer.foreign
         else:
             nested = signature.is_model and given.get(_MASK) is None
-            foreign = outer.foreign or self._is_foreign(first) or (nested and self._is_of_other_length(first, scope))
+            foreign = (
+                outer.foreign
+                or self._is_foreign(first)
+                or (nested and self._is_of_other_length(first, scope))
+            )
         if foreign and outer is not None and not outer.foreign:
             scope = RowSelector()
         if module is self._decoder:
@@ -187,10 +250,20 @@ class Masks:
         encoded = _tensor(given, _ENCODED)
         if encoded is None:  # cross-attention may know it by another name
             known = (call.encoded for _, call in self._running if call.encoded is not None)
-            encoded = next((x for x in known if any(x is value for value in (first, *others))), None)
-        if encoded is not None and _ENCODER_MASK not in (*signature.names, *given):  # cross-attention, which has one mask
+            encoded = next(
+                (x for x in known if any(x is value for value in (first, *others))), None
+            )
+        # cross-attention, which has one mask
+        if encoded is not None and _ENCODER_MASK not in (*signature.names, *given):
             mask, encoder_mask = None, mask
-        return _Call(mask, encoded, encoder_mask, scope, foreign, mixed=any(self._is_foreign(value) for value in others))
+        return _Call(
+            mask,
+            encoded,
+            encoder_mask,
+            scope,
+            foreign,
+            mixed=any(self._is_foreign(value) for value in others),
+        )
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if all(running is not module for running, _ in self._running):
@@ -206,7 +279,8 @@ class Masks:
                 around.after = call
 
     def _selector(self, mask: Tensor, scope: RowSelector) -> RowSelector | None:
-        """Return the selector of a mask that a module was called with, and of the labels of the tokens around it."""
+        """Return the selector of a mask that a module was called with, and of the labels of the
+        tokens around it."""
         key = scope, memory(mask)
         if key not in self._known:
             tokens = token_mask(mask, given_by_user=not self._running)
@@ -215,12 +289,15 @@ class Masks:
 
     def _of_decoder(self, mask: Any) -> RowSelector:
         labels = batch_field(self._batch, "labels")
-        use_labels = (self._labels_only or mask is None) and isinstance(labels, Tensor) and labels.ndim == 2
+        use_labels = (
+            (self._labels_only or mask is None) and isinstance(labels, Tensor) and labels.ndim == 2
+        )
         own = {_MASK: mask, "labels": labels}
         return RowSelector.of_batch(own, labels_only=use_labels, ignore_index=self._ignore_index)
 
     def _note_foreign(self, given: Mapping[str, Any], selector: RowSelector) -> None:
-        """Remember what the model is given beside the tokens that its mask speaks about: images, sounds."""
+        """Remember what the model is given beside the tokens that its mask speaks about: images,
+        sounds."""
         if selector.mask is None:
             return
         for name, value in given.items():
@@ -236,29 +313,46 @@ class Masks:
     def _is_of_other_length(self, x: Any, scope: RowSelector) -> bool:
         """Whether `x` holds nothing for each of the tokens that the masks around speak about."""
         around = (call.mask for _, call in self._running)
-        masks = [self._selector(mask, scope) for mask in around if mask is not None and mask.ndim < 4]
+        masks = [
+            self._selector(mask, scope) for mask in around if mask is not None and mask.ndim < 4
+        ]
         known = [mask for mask in (*masks, scope) if mask is not None and mask.mask is not None]
-        return isinstance(x, Tensor) and bool(known) and not any(_may_hold_tokens(x, mask) for mask in known)
+        return (
+            isinstance(x, Tensor)
+            and bool(known)
+            and not any(_may_hold_tokens(x, mask) for mask in known)
+        )
 
 
 def decoder_of(model: nn.Module) -> nn.Module | None:
-    """The decoder of an encoder-decoder model, which is called with masks of its own; None for any other model."""
+    """The decoder of an encoder-decoder model, which is called with masks of its own; None for any
+    other model."""
     for module in model.modules():
-        if getattr(getattr(module, "config", None), "is_encoder_decoder", False) is True and hasattr(module, "get_decoder"):
+        if getattr(
+            getattr(module, "config", None), "is_encoder_decoder", False
+        ) is True and hasattr(module, "get_decoder"):
             found = module.get_decoder()  # type: ignore[operator]
             return found if isinstance(found, nn.Module) else None
     return None
 
 
-def _around(model: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
+def _around(model: nn.Module, target_layers: Sequence[TargetLayer]) -> list[nn.Module]:
     """The modules whose calls the watched layers are part of, under whatever name."""
-    watched = {site.module for site in sites}
+    watched = {target_layer.module for target_layer in target_layers}
     modules = dict(model.named_modules(remove_duplicate=False))
     names = {name for name, module in modules.items() if module in watched}
-    prefixes = {name.rsplit(".", depth)[0] if depth else "" for name in names for depth in range(name.count(".") + 1)}
-    around = [modules[name] for name in modules if name in prefixes and not is_wrapper(modules[name])]
+    prefixes = {
+        name.rsplit(".", depth)[0] if depth else ""
+        for name in names
+        for depth in range(name.count(".") + 1)
+    }
+    around = [
+        modules[name] for name in modules if name in prefixes and not is_wrapper(modules[name])
+    ]
     # torch's attention is handed several sequences itself.
-    around += [site.module for site in sites if site.part.parameter]
+    around += [
+        target_layer.module for target_layer in target_layers if target_layer.sublayer.parameter
+    ]
     return list(dict.fromkeys(around))
 
 
@@ -267,12 +361,16 @@ def _signature(module: nn.Module) -> _Signature:
         parameters = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):  # some builtins have none
         parameters = ()  # type: ignore[assignment]
-    names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    names = tuple(
+        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    )
     # Those models are handed the mask of their own input, if it has one.
     return _Signature(names, hasattr(type(module), "main_input_name"))
 
 
-def _arguments(parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(
+    parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     """What a module is called with, by name, in the order of its signature."""
     given = dict(zip(parameters, args, strict=False))
     given |= {str(place): value for place, value in enumerate(args[len(parameters) :])}
@@ -290,13 +388,15 @@ def _is_input(name: str, value: Any) -> bool:
 
 
 def _may_hold_tokens(x: Tensor, mask: RowSelector) -> bool:
-    """Whether `x` may be the token ids, embedded tokens or features in time that a mask speaks about."""
+    """Whether `x` may be the token ids, embedded tokens or features in time that a mask speaks
+    about."""
     assert mask.mask is not None
     return x.ndim <= 3 and set(mask.mask.shape) <= set(x.shape)
 
 
 def _may_be_tokens(places: torch.Size, mask: RowSelector) -> bool:
-    """Whether rows that a mask does not fit may be tokens all the same, and not pooled, nor without padding already."""
+    """Whether rows that a mask does not fit may be tokens all the same, and not pooled, nor without
+    padding already."""
     assert mask.mask is not None
     assert mask.index is not None
     b, count = len(mask.mask), len(mask.index)
@@ -311,4 +411,6 @@ def _tensors(value: Any) -> list[Tensor]:
         return [value] if value.is_floating_point() else []
     if isinstance(value, Mapping):
         value = list(value.values())
-    return [x for inner in value for x in _tensors(inner)] if isinstance(value, (list, tuple)) else []
+    return (
+        [x for inner in value for x in _tensors(inner)] if isinstance(value, (list, tuple)) else []
+    )

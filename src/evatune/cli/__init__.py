@@ -1,4 +1,5 @@
-"""The command line. An interrupt must be heard while its libraries load, so they load inside `main`."""
+"""The command line. An interrupt must be heard while its libraries load, so they load inside
+`main`."""
 
 from __future__ import annotations
 
@@ -7,11 +8,12 @@ import signal
 import sys
 
 from evatune.cli.interrupt import SENTENCE, STATUS, Interrupts, ends_at_once
-from evatune.markup import printable
+from evatune.utils.markup import printable
 
 
 def main() -> None:
-    """Run the command line: status 0, or 2 with one sentence on stderr for the user's mistake, or 130 for an interrupt."""
+    """Run the command line: status 0, or 2 with one sentence on stderr for the user's mistake, or
+    130 for an interrupt."""
     interrupts = Interrupts()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # signs that it cannot show become question marks
@@ -26,7 +28,8 @@ def main() -> None:
         if not interrupts.heard and not isinstance(error, KeyboardInterrupt):
             raise
         if interrupts.heard:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only tear the sentence
+            # a second one would only tear the sentence
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         status, message = STATUS, SENTENCE
     if message:
         print(f"evatune: {printable(message)}", file=sys.stderr)

@@ -14,7 +14,8 @@ from evatune.cli.merge import merge
 from evatune.cli.train import compare, recipes, train
 from evatune.version import __version__
 
-# Typer carries its own copy of click, or needs the package, depending on its version; this is either's root.
+# Typer carries its own copy of click, or needs the package, depending on its version; this is
+# either's root.
 _UsageMistake = cast("type[Exception]", typer.BadParameter.__mro__[2])
 
 app = typer.Typer(
@@ -34,7 +35,8 @@ app.add_typer(recipes, name="recipes")
 
 @app.callback(invoke_without_command=True)
 def _root(
-    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
         typer.echo(__version__)
@@ -43,11 +45,13 @@ def _root(
 
 
 def run() -> tuple[int, str]:
-    """Run the command that the arguments name: its exit status, and the sentence for the user's mistake or "" for none."""
+    """Run the command that the arguments name: its exit status, and the sentence for the user's
+    mistake or "" for none."""
     from evatune.errors import EvatuneError
 
     try:
-        # Typer on its own would draw a box of several lines, and end on an interrupt without a word.
+        # Typer on its own would draw a box of several lines, and end on an interrupt without a
+        # word.
         status = app(standalone_mode=False) or 0
     except EvatuneError as error:
         return 2, str(error)
@@ -55,7 +59,13 @@ def run() -> tuple[int, str]:
         return 2, f"{_sentence(error)}; {_help_of(error)} lists the options"
     except OSError as error:
         what = f" {str(error.filename)!r}" if error.filename else ""
-        return 2, f"cannot read or write{what} ({error.strerror or error}); make room or rights, then run the command again"
+        return (
+            2,
+            (
+                f"cannot read or write{what} ({error.strerror or error}); make room or rights, then"
+                " run the command again"
+            ),
+        )
     except typer.Abort as error:  # an interrupt, as some versions of Typer pass it on
         raise KeyboardInterrupt from error
     if status == STATUS:  # and others

@@ -9,16 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from evatune.calibration import Calibration
+    from evatune.calibration.result import Calibration
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="calibration.safetensors, an adapter's safetensors, or their folder.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    file: Annotated[
+        Path,
+        typer.Argument(help="calibration.safetensors, an adapter's safetensors, or their folder."),
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of tables.")
+    ] = False,
 ) -> None:
     """Print ranks, energies and statuses of a calibration, or ranks and scales of an adapter."""
     from evatune.adapters.saved import adapter_rows
-    from evatune.calibration import Calibration
+    from evatune.calibration.result import Calibration
 
     adapter, record = _find(file)
     rows = adapter_rows(adapter) if adapter else None
@@ -42,16 +47,21 @@ def _find(file: Path) -> tuple[Path | None, Path | None]:
     from evatune.errors import RecordError
 
     if not file.exists():
-        raise RecordError(f"{str(file)!r} does not exist; give a calibration.safetensors, an adapter file, or a folder")
+        raise RecordError(
+            f"{str(file)!r} does not exist; give a calibration.safetensors, an adapter file, or a"
+            " folder"
+        )
     if not file.is_dir():
         return (file, None) if is_adapter(file) else (None, file)
     found = [
-        path if path.exists() else None for path in (file / "adapter_model.safetensors", file / "calibration.safetensors")
+        path if path.exists() else None
+        for path in (file / "adapter_model.safetensors", file / "calibration.safetensors")
     ]
     if not any(found):
         raise RecordError(
-            f"folder {str(file)!r} holds neither calibration.safetensors nor adapter_model.safetensors; give a folder that "
-            "evatune init or PEFT's save_pretrained wrote"
+            f"folder {str(file)!r} holds neither calibration.safetensors nor"
+            " adapter_model.safetensors; give a folder that evatune init or PEFT's save_pretrained"
+            " wrote"
         )
     return found[0], found[1]
 

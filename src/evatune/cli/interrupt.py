@@ -1,4 +1,5 @@
-"""Ctrl-C: one line and status 130, whenever it comes. Nothing but the standard library loads here."""
+"""Ctrl-C: one line and status 130, whenever it comes. Nothing but the standard library loads
+here."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 STATUS = 130
-SENTENCE = "interrupted; train and compare go on when run again, another command has written nothing"
+SENTENCE = (
+    "interrupted; train and compare go on when run again, another command has written nothing"
+)
 _SHOW_CURSOR = "\r\x1b[2K\x1b[?25h"  # a spinner hides it
 
 
@@ -19,8 +22,9 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.heard = False
-        # Registered before any library registers something, and so called after all of them. A KeyboardInterrupt that
-        # passed through code which an extension module ran makes Python kill itself with SIGINT at its end.
+        # Registered before any library registers something, and so called after all of them. A
+        # KeyboardInterrupt that passed through code which an extension module ran makes Python kill
+        # itself with SIGINT at its end.
         atexit.register(self._end)
 
     @contextmanager
@@ -43,7 +47,8 @@ class Interrupts:
 
 @contextmanager
 def ends_at_once() -> Iterator[None]:
-    """End the process where an interrupt reaches the block, which only loads libraries: nothing is there to tidy up.
+    """End the process where an interrupt reaches the block, which only loads libraries: nothing is
+    there to tidy up.
 
     torch's extension modules abort when a KeyboardInterrupt comes while they load.
     """

@@ -25,7 +25,8 @@ def loading_libraries(log: Console) -> Iterator[None]:
 
 @contextmanager
 def libraries_on_stderr() -> Iterator[None]:
-    """What libraries and worker processes print on stdout meanwhile goes to stderr; stdout is for results."""
+    """What libraries and worker processes print on stdout meanwhile goes to stderr; stdout is for
+    results."""
     with redirect_stdout(sys.stderr):
         try:
             results = os.dup(1)
@@ -41,7 +42,8 @@ def libraries_on_stderr() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """One progress bar is enough, and what the libraries warn each other about is not the user's business."""
+    """One progress bar is enough, and what the libraries warn each other about is not the user's
+    business."""
     import warnings
 
     import datasets
@@ -49,6 +51,7 @@ def quiet_libraries() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come to us as exceptions as well
+    # its errors come to us as exceptions as well
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

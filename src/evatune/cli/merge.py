@@ -10,33 +10,42 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from evatune.calibration import Calibration
-    from evatune.merge import LossBound
-    from evatune.status import Status
+    from evatune.calibration.merge import LossBound
+    from evatune.calibration.result import Calibration
+    from evatune.calibration.status import Status
 
 
 def merge(
     shards: Annotated[
-        list[Path], typer.Argument(help="Two or more calibration.safetensors, or folders that evatune init wrote.")
+        list[Path],
+        typer.Argument(
+            help="Two or more calibration.safetensors, or folders that evatune init wrote."
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, such as calibration.safetensors.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="File to write, such as calibration.safetensors.")
+    ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a calibration.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of tables.")
+    ] = False,
 ) -> None:
     """Join calibrations of the same model that were computed apart on different data."""
-    from evatune.calibration import Calibration
+    from evatune.calibration.merge import loss_bounds
+    from evatune.calibration.result import Calibration
     from evatune.cli.inspect import calibration_facts
     from evatune.errors import ConfigError
-    from evatune.files import claimed_file, resolved
-    from evatune.merge import loss_bounds
     from evatune.report.summary import plan_of
+    from evatune.utils.files import claimed_file, resolved
 
     files = [path / "calibration.safetensors" if path.is_dir() else path for path in shards]
     for index, file in enumerate(files):
         if resolved(file) in (resolved(other) for other in files[:index]):
             raise ConfigError(f"{str(file)!r} is given twice; its data would count twice")
     if resolved(out) in (resolved(file) for file in files):
-        raise ConfigError(f"output {str(out)!r} is one of the calibrations to merge; name another with --out")
+        raise ConfigError(
+            f"output {str(out)!r} is one of the calibrations to merge; name another with --out"
+        )
     with claimed_file(out, overwrite, _is_calibration) as output:
         parts = [Calibration.load(file) for file in files]
         merged = Calibration.merge(parts)
@@ -51,7 +60,11 @@ def merge(
             for file, part in zip(files, parts, strict=True)
         ]
         lost = {name: bound._asdict() for name, bound in bounds.items()}
-        typer.echo(json.dumps({"out": str(out), "shards": about, "loss_bounds": lost} | calibration_facts(merged)))
+        typer.echo(
+            json.dumps(
+                {"out": str(out), "shards": about, "loss_bounds": lost} | calibration_facts(merged)
+            )
+        )
         return
     from evatune.report.tables import console, say, show_calibration
 
@@ -59,18 +72,29 @@ def merge(
     show_calibration(terminal, merged)
     if problem is None:
         say(terminal, _loss(bounds.values(), merged.config.sketch))
-    say(terminal, *_unknown(files, parts, merged), "", f"{out}  the record; evatune inspect prints it")
+    say(
+        terminal,
+        *_unknown(files, parts, merged),
+        "",
+        f"{out}  the record; evatune inspect prints it",
+    )
 
 
 def _loss(bounds: Collection[LossBound], sketch: str) -> str:
     from evatune.report.tables import percent
 
     proven, given_best = (
-        f"{percent(sum(shares) / len(shares))} on average and {percent(max(shares))} in the worst layer"
+        f"{percent(sum(shares) / len(shares))} on average and {percent(max(shares))} in the worst"
+        " layer"
         for shares in zip(*bounds, strict=True)
     )
-    found = "" if sketch == "exact" else f" if each shard's sketch found its best ones; else {proven}"
-    return f"Energy that the chosen directions can have lost against one pass over all the data: at most {given_best}{found}"
+    found = (
+        "" if sketch == "exact" else f" if each shard's sketch found its best ones; else {proven}"
+    )
+    return (
+        "Energy that the chosen directions can have lost against one pass over all the data: at"
+        f" most {given_best}{found}"
+    )
 
 
 def _unknown(files: Sequence[Path], parts: Sequence[Calibration], merged: Calibration) -> list[str]:
@@ -83,12 +107,14 @@ def _unknown(files: Sequence[Path], parts: Sequence[Calibration], merged: Calibr
                 by_status.setdefault(status, []).append(name)
         for status, names in by_status.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"{', '.join(names[:3])}{more}: {status} in {file}, known from the other shards.")
+            lines.append(
+                f"{', '.join(names[:3])}{more}: {status} in {file}, known from the other shards."
+            )
     return lines
 
 
 def _is_calibration(file: Path) -> bool:
-    from evatune.calibration import Calibration
+    from evatune.calibration.result import Calibration
     from evatune.errors import RecordError
 
     try:

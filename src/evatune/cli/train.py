@@ -9,9 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from evatune.cli.libraries import TRUST_HELP, libraries_on_stderr, loading_libraries, quiet_libraries
-from evatune.files import as_shown
-from evatune.markup import printable
+from evatune.cli.libraries import (
+    TRUST_HELP,
+    libraries_on_stderr,
+    loading_libraries,
+    quiet_libraries,
+)
+from evatune.utils.files import as_shown
+from evatune.utils.markup import printable
 
 _RUNS = Path("runs")
 _Trust = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)]
@@ -19,16 +24,24 @@ _TRUSTED = "trust_remote_code=true"
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe of ours (evatune recipes ls) or a YAML file.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe of ours (evatune recipes ls) or a YAML file.")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings that replace the recipe's, such as method=lora training.steps=100.")
+        list[str] | None,
+        typer.Argument(
+            help="Settings that replace the recipe's, such as method=lora training.steps=100."
+        ),
     ] = None,
     trust_remote_code: _Trust = False,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/RECIPE-METHOD-seedN.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run. Default: runs/RECIPE-METHOD-seedN.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Fine-tune by a recipe. The same command again resumes a killed run, and reads a finished one."""
-    from evatune.recipes import load
+    """Fine-tune by a recipe. The same command again resumes a killed run, and reads a finished
+    one."""
+    from evatune.finetune.recipe import load
 
     settings = load(recipe, [*(overrides or []), *([_TRUSTED] if trust_remote_code else [])])
     folder = as_shown(out or _RUNS / f"{Path(recipe).stem}-{settings.method}-seed{settings.seed}")
@@ -37,8 +50,8 @@ def train(
 
     log = Console(stderr=True, quiet=as_json)
     with loading_libraries(log):
+        from evatune.finetune.run import read_metrics, run
         from evatune.report.runs import run_plot
-        from evatune.tasks.run import read_metrics, run
 
         quiet_libraries()
     with libraries_on_stderr():
@@ -49,11 +62,14 @@ def train(
         typer.echo(json.dumps({"out": str(folder)} | result))
         return
     typer.echo(
-        f"{settings.method} on {printable(settings.task)}: score {result['score']:.3f}, "
-        f"evaluation loss {result['eval_loss']:.3f}; "
-        f"{result['trainable_parameters']:,} trainable parameters; {result['init_seconds']:.1f} s to initialise, "
-        f"{result['train_seconds']:.1f} s to train"
-        + ("" if result["first_gradient_b"] is None else f"; gradient of B at step 1: {result['first_gradient_b']:.3g}")
+        f"{settings.method} on {printable(settings.task)}: score {result['score']:.3f}, evaluation"
+        f" loss {result['eval_loss']:.3f}; {result['trainable_parameters']:,} trainable parameters;"
+        f" {result['init_seconds']:.1f} s to initialise, {result['train_seconds']:.1f} s to train"
+        + (
+            ""
+            if result["first_gradient_b"] is None
+            else f"; gradient of B at step 1: {result['first_gradient_b']:.3g}"
+        )
     )
     for path in sorted(folder.iterdir()):
         if not path.name.startswith(".") and path.name != "checkpoints":
@@ -64,36 +80,56 @@ def compare(
     recipes: Annotated[
         list[str],
         typer.Argument(
-            help="Recipes of ours, patterns of their names such as 'images-*', or YAML files; with settings that replace "
-            "theirs, such as training.steps=100.",
+            help=(
+                "Recipes of ours, patterns of their names such as 'images-*', or YAML files; with"
+                " settings that replace "
+                "theirs, such as training.steps=100."
+            ),
         ),
     ],
     methods: Annotated[str, typer.Option(help="Methods, with commas between.")] = "lora,eva",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas between.")] = "0,1,2",
-    lrs: Annotated[str, typer.Option(help="Learning rates, with commas between. Default: the recipe's.")] = "",
+    lrs: Annotated[
+        str, typer.Option(help="Learning rates, with commas between. Default: the recipe's.")
+    ] = "",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time, of one thread each. Default: one per core.")
+        int | None,
+        typer.Option(min=1, help="Runs at a time, of one thread each. Default: one per core."),
     ] = None,
-    executor: Annotated[str, typer.Option(help="process, or ray: a cluster (RAY_ADDRESS), else this machine.")] = "process",
+    executor: Annotated[
+        str, typer.Option(help="process, or ray: a cluster (RAY_ADDRESS), else this machine.")
+    ] = "process",
     target_loss: Annotated[
-        float | None, typer.Option(help="Evaluation loss to reach. Default: what every seed of the first method reached.")
+        float | None,
+        typer.Option(
+            help="Evaluation loss to reach. Default: what every seed of the first method reached."
+        ),
     ] = None,
     trust_remote_code: _Trust = False,
-    out: Annotated[Path | None, typer.Option(help="Folder. Default: runs/compare-RECIPE, or -DOMAIN.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder. Default: runs/compare-RECIPE, or -DOMAIN.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compare methods under equal conditions. Finished cells are kept: the same command again goes on."""
+    """Compare methods under equal conditions. Finished cells are kept: the same command again goes
+    on."""
     import shlex
     import sys
     from dataclasses import asdict
 
     from evatune.errors import EvatuneError
-    from evatune.recipes import expand, load
+    from evatune.finetune.recipe import expand, load
 
     sources = expand(text for text in recipes if "=" not in text)
-    overrides = [text for text in recipes if "=" in text] + ([_TRUSTED] if trust_remote_code else [])
+    overrides = [text for text in recipes if "=" in text] + (
+        [_TRUSTED] if trust_remote_code else []
+    )
     settings = [load(source, overrides) for source in sources]
-    shared = Path(sources[0]).stem if len(sources) == 1 else "-".join(dict.fromkeys(one.domain for one in settings))
+    shared = (
+        Path(sources[0]).stem
+        if len(sources) == 1
+        else "-".join(dict.fromkeys(one.domain for one in settings))
+    )
     folder = as_shown(out or _RUNS / f"compare-{shared}")
     chosen_seeds, rates = _numbers(seeds, int, "--seeds"), _numbers(lrs, float, "--lrs")
 
@@ -101,20 +137,20 @@ def compare(
 
     log = Console(stderr=True, quiet=as_json)
     with loading_libraries(log):
-        from evatune.files import write_text
+        from evatune.finetune.compare import grid, run_all, summarise
         from evatune.report.runs import comparison_markdown, comparison_plot, comparison_table
         from evatune.report.tables import console
-        from evatune.tasks.compare import grid, run_cells, summarise
-        from evatune.tasks.lock import held
+        from evatune.utils.files import write_text
+        from evatune.utils.lock import held
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    cells = grid(settings, names, chosen_seeds, rates, folder / "cells")
+    runs = grid(settings, names, chosen_seeds, rates, folder / "cells")
     _require_comparison(folder)
     count = workers or os.cpu_count() or 1
     with held(folder):
         with libraries_on_stderr():
-            failed = _with_bar(log, cells, lambda tell: run_cells(cells, count, tell, executor))
-        found = summarise(cells, target_loss)
+            failed = _with_bar(log, runs, lambda tell: run_all(runs, count, tell, executor))
+        found = summarise(runs, target_loss)
         command = shlex.join(["evatune", *sys.argv[1:]])
         facts = {
             "command": command,
@@ -135,7 +171,9 @@ def compare(
             typer.echo(printable(str(folder / name)))
     if failed:
         path, why = next(iter(failed.items()))
-        raise EvatuneError(f"{len(failed)} of {len(cells)} runs failed, for example {path.name}: {why}")
+        raise EvatuneError(
+            f"{len(failed)} of {len(runs)} runs failed, for example {path.name}: {why}"
+        )
 
 
 recipes = typer.Typer(help="List, show or copy recipes.")
@@ -144,7 +182,7 @@ recipes = typer.Typer(help="List, show or copy recipes.")
 @recipes.command()
 def ls() -> None:
     """List the recipes that come with evatune."""
-    from evatune.recipes import ours, text_of
+    from evatune.finetune.recipe import ours, text_of
 
     for name in ours():
         first = text_of(name).splitlines()[0].removeprefix("#").strip()
@@ -154,7 +192,7 @@ def ls() -> None:
 @recipes.command()
 def show(recipe: Annotated[str, typer.Argument(help="Name or file.")]) -> None:
     """Print a recipe, and every key it may have with what it means."""
-    from evatune.recipes import as_tree, keys, load, text_of
+    from evatune.finetune.recipe import as_tree, keys, load, text_of
 
     typer.echo("\n".join(map(printable, text_of(recipe).rstrip().split("\n"))) + "\n")
     flat = _flat(as_tree(load(recipe)))
@@ -169,26 +207,32 @@ def cp(
 ) -> None:
     """Copy a recipe, to change it."""
     from evatune.errors import ConfigError
-    from evatune.files import claimed_file
-    from evatune.recipes import text_of
+    from evatune.finetune.recipe import text_of
+    from evatune.utils.files import claimed_file
 
     text = text_of(recipe)
     if os.path.lexists(file):
         raise ConfigError(f"file {str(file)!r} exists; name another")
     if not file.absolute().parent.is_dir():
-        raise ConfigError(f"folder {str(file.absolute().parent)!r} does not exist; make it first, or name another file")
-    with claimed_file(file, False, lambda _: False, "name another") as output, output.whole() as temporary:
+        raise ConfigError(
+            f"folder {str(file.absolute().parent)!r} does not exist; make it first, or name another"
+            " file"
+        )
+    with (
+        claimed_file(file, False, lambda _: False, "name another") as output,
+        output.whole() as temporary,
+    ):
         temporary.write_text(text, encoding="utf-8")
     typer.echo(printable(str(file)))
 
 
 def _rank_page(folder: Path, settings: Any) -> None:
     """The report page and the rank map of a run that has a calibration."""
-    from evatune.calibration import Calibration
-    from evatune.files import write_text
-    from evatune.recipes import as_tree
+    from evatune.calibration.result import Calibration
+    from evatune.finetune.recipe import as_tree
     from evatune.report.page import render
     from evatune.report.runs import rank_plot
+    from evatune.utils.files import write_text
 
     path = folder / "calibration.safetensors"
     if path.is_file():
@@ -207,19 +251,39 @@ def _require_comparison(folder: Path) -> None:
         and not (folder / "cells").is_dir()
         and any(not path.name.startswith(".") for path in folder.iterdir())
     ):
-        raise ConfigError(f"{str(folder)!r} exists and holds no comparison of evatune; name another --out")
+        raise ConfigError(
+            f"{str(folder)!r} exists and holds no comparison of evatune; name another --out"
+        )
 
 
-def _with_bar(log: Any, cells: Any, work: Any) -> dict[Path, str]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+def _with_bar(log: Any, runs: Any, work: Any) -> dict[Path, str]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn(), TextColumn("left"),
-               TimeRemainingColumn(), TextColumn("{task.description}", markup=False))  # fmt: skip
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("runs"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
     with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as bar:
-        task = bar.add_task("", total=len(cells))
+        task = bar.add_task("", total=len(runs))
 
-        def tell(cell: Any, problem: str | None) -> None:
-            bar.update(task, advance=1, description=printable(f"{'failed' if problem else 'done'}: {cell.folder.name}"))
+        def tell(run_: Any, problem: str | None) -> None:
+            bar.update(
+                task,
+                advance=1,
+                description=printable(f"{'failed' if problem else 'done'}: {run_.folder.name}"),
+            )
 
         failed: dict[Path, str] = work(tell)
         return failed
@@ -231,11 +295,15 @@ def _numbers(text: str, kind: Any, option: str) -> list[Any]:
     try:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ConfigError(f"{option} is {text!r}; give numbers with commas between, such as {option} 0,1,2") from None
+        raise ConfigError(
+            f"{option} is {text!r}; give numbers with commas between, such as {option} 0,1,2"
+        ) from None
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return flat

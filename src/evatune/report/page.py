@@ -10,12 +10,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from evatune.calibration import Calibration
-from evatune.markup import printable
-from evatune.ranks import RankPlan
+from evatune.calibration.result import Calibration
+from evatune.ranks.allocation import RankPlan
 from evatune.report import plots
 from evatune.report.summary import LayerRow, layer_rows, totals
 from evatune.report.tables import percent, summary_lines
+from evatune.utils.markup import printable
 
 
 def render(calibration: Calibration, plan: RankPlan, settings: Mapping[str, Any]) -> str:
@@ -25,10 +25,16 @@ def render(calibration: Calibration, plan: RankPlan, settings: Mapping[str, Any]
         settings: what the run was called with, shown as is at the end.
     """
     environment = jinja2.Environment(
-        autoescape=True, finalize=_shown, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.filters["percent"] = percent
-    template = environment.from_string(files("evatune.report").joinpath("page.html.j2").read_text(encoding="utf-8"))
+    template = environment.from_string(
+        files("evatune.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    )
     rows = layer_rows(calibration, plan)
     return template.render(
         calibration=calibration,
@@ -49,18 +55,22 @@ def _shown(value: Any) -> Any:
 
 
 def _heat(rows: list[LayerRow], plan: RankPlan) -> dict[str, Any]:
-    """Rank per block (down) and layer type (across); layers without a block number are listed in one more line."""
+    """Rank per block (down) and layer type (across); layers without a block number are listed in
+    one more line."""
     types = list(dict.fromkeys(row.type for row in rows))
     blocks = list(dict.fromkeys(row.block for row in rows))
-    cells: dict[tuple[str, str], dict[str, Any]] = {}
+    runs: dict[tuple[str, str], dict[str, Any]] = {}
     top = max([row.rank for row in rows], default=1) or 1
     for row in rows:
         strength = row.rank / top
-        cells[row.block, row.type] = {
+        runs[row.block, row.type] = {
             "rank": row.rank,
             # From white to a dark blue; the text turns white where the ground is dark.
             "background": f"rgba(31, 95, 168, {strength:.2f})",
             "color": "#fff" if strength > 0.6 else "#1b2733",
-            "title": f"{row.name}: rank {row.rank} (uniform: {plan.rank}), captured {percent(row.captured)}, {row.status}",
+            "title": (
+                f"{row.name}: rank {row.rank} (uniform: {plan.rank}), captured"
+                f" {percent(row.captured)}, {row.status}"
+            ),
         }
-    return {"types": types, "blocks": blocks, "cells": cells}
+    return {"types": types, "blocks": blocks, "cells": runs}

@@ -10,17 +10,24 @@ from contextlib import contextmanager
 import matplotlib
 from matplotlib.figure import Figure
 
-from evatune.calibration import Calibration
-from evatune.markup import plot_text
-from evatune.ranks import RankPlan
+from evatune.calibration.result import Calibration
+from evatune.ranks.allocation import RankPlan
 from evatune.report.summary import LayerRow, split_name
+from evatune.utils.markup import plot_text
 
-_STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
-          "axes.spines.right": False, "svg.hashsalt": "evatune"}  # fmt: skip
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "evatune",
+}
 
 
 def spectra(calibration: Calibration, plan: RankPlan) -> str:
-    """Explained variance ratio per component, one line per distinct input, a dot where its rank ends."""
+    """Explained variance ratio per component, one line per distinct input, a dot where its rank
+    ends."""
     kinds = list(dict.fromkeys(split_name(name)[1] for name in calibration.layers))
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9, 3.6))
@@ -61,11 +68,24 @@ def energies(rows: Sequence[LayerRow]) -> str:
         axes = figure.add_subplot()
         places = range(len(rows))
         axes.bar(
-            places, [100 * (row.explained or 0) for row in rows], color="#c9d7e8", label="explained (rows that chose them)"
+            places,
+            [100 * (row.explained or 0) for row in rows],
+            color="#c9d7e8",
+            label="explained (rows that chose them)",
         )
-        points = [(i, 100 * row.captured) for i, row in zip(places, rows, strict=True) if row.captured is not None]
+        points = [
+            (i, 100 * row.captured)
+            for i, row in zip(places, rows, strict=True)
+            if row.captured is not None
+        ]
         if points:
-            axes.plot(*zip(*points, strict=True), "o", color="#1f5fa8", ms=3.5, label="captured (unseen rows)")
+            axes.plot(
+                *zip(*points, strict=True),
+                "o",
+                color="#1f5fa8",
+                ms=3.5,
+                label="captured (unseen rows)",
+            )
         axes.set_ylim(0, 100)
         axes.set_xlim(-0.7, len(rows) - 0.3)
         axes.set_xlabel("layer, in model order")
@@ -78,7 +98,9 @@ def energies(rows: Sequence[LayerRow]) -> str:
 def without_missing_glyphs() -> Iterator[None]:
     """Draw a box for a sign that the font does not have, and say nothing of it."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing from font", category=UserWarning
+        )
         yield
 
 

@@ -14,18 +14,23 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from evatune.calibration import Calibration
-from evatune.files import whole_file
-from evatune.markup import markdown_code, markdown_text, plot_text
-from evatune.ranks import RankPlan
+from evatune.calibration.result import Calibration
+from evatune.ranks.allocation import RankPlan
 from evatune.report.plots import without_missing_glyphs
 from evatune.report.summary import layer_rows
 from evatune.report.tables import plain
+from evatune.utils.files import atomic_file
+from evatune.utils.markup import markdown_code, markdown_text, plot_text
 
 if TYPE_CHECKING:
-    from evatune.tasks.compare import Comparison, Line, Spread
+    from evatune.finetune.compare import Comparison, MeanStd, MethodSummary
 
-_STYLE = {"font.family": "sans-serif", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
 def run_plot(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -49,12 +54,16 @@ def run_plot(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
 def rank_plot(calibration: Calibration, plan: RankPlan, path: Path) -> None:
     """The rank of every layer, blocks across and types of layer down; a PNG."""
     rows = layer_rows(calibration, plan)
-    blocks, types = (list(dict.fromkeys(getattr(row, part) for row in rows)) for part in ("block", "type"))
+    blocks, types = (
+        list(dict.fromkeys(getattr(row, part) for row in rows)) for part in ("block", "type")
+    )
     table = [[math.nan] * len(blocks) for _ in types]
     for row in rows:
         table[types.index(row.type)][blocks.index(row.block)] = row.rank
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(2.5 + 0.45 * len(blocks), 1 + 0.32 * len(types)), layout="constrained")
+        figure = Figure(
+            figsize=(2.5 + 0.45 * len(blocks), 1 + 0.32 * len(types)), layout="constrained"
+        )
         axes = figure.subplots()
         image = axes.imshow(table, cmap="viridis", aspect="auto", vmin=0)
         for row in rows:
@@ -69,20 +78,30 @@ def rank_plot(calibration: Calibration, plan: RankPlan, path: Path) -> None:
 
 
 def comparison_plot(comparison: Comparison, path: Path) -> None:
-    """Evaluation loss and score over steps, a row per task, one curve per method at its best learning rate; a PNG.
+    """Evaluation loss and score over steps, a row per task, one curve per method at its best
+    learning rate; a PNG.
 
     A score that is measured after training only is a point at the end.
     """
     shown = [line for line in comparison.lines if line.best]
-    methods, tasks = (list(dict.fromkeys(getattr(line, part) for line in shown)) for part in ("method", "task"))
+    methods, tasks = (
+        list(dict.fromkeys(getattr(line, part) for line in shown)) for part in ("method", "task")
+    )
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10, 0.6 + 2.8 * len(tasks)), layout="constrained")
         axes = figure.subplots(len(tasks), 2, squeeze=False)
         colors = matplotlib.colormaps["tab20" if len(methods) > 10 else "tab10"]
         for line in shown:
             for part, axis in enumerate(axes[tasks.index(line.task)], start=1):
-                points = [(point[0], point[part]) for point in line.curve if point[part] is not None]
-                axis.plot(*zip(*points, strict=True), marker="o", ms=3, color=colors(methods.index(line.method)))
+                points = [
+                    (point[0], point[part]) for point in line.curve if point[part] is not None
+                ]
+                axis.plot(
+                    *zip(*points, strict=True),
+                    marker="o",
+                    ms=3,
+                    color=colors(methods.index(line.method)),
+                )
         for task, (left, right) in zip(tasks, axes, strict=True):
             left.set(ylabel=plot_text(f"{task}: evaluation loss"))
             right.set(ylabel=plot_text(f"{task}: score"))
@@ -94,21 +113,43 @@ def comparison_plot(comparison: Comparison, path: Path) -> None:
 
 
 _HEADINGS = (
-    "task", "method", "learning rate", "seeds", "score", "loss", "steps to target", "parameters", "grad B", "init s",
+    "task",
+    "method",
+    "learning rate",
+    "seeds",
+    "score",
+    "loss",
+    "steps to target",
+    "parameters",
+    "grad B",
+    "init s",
     "train s",
-)  # fmt: skip
+)
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """One line per task, method and learning rate; a method's best rate is marked. Several tasks end with averages."""
-    table = Table(title="Comparison", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    """One line per task, method and learning rate; a method's best rate is marked. Several tasks
+    end with averages."""
+    table = Table(
+        title="Comparison",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        caption_justify="left",
+    )
     for heading in _HEADINGS:
-        table.add_column(heading, justify="left" if heading in ("task", "method") else "right", no_wrap=True)
+        table.add_column(
+            heading, justify="left" if heading in ("task", "method") else "right", no_wrap=True
+        )
     tasks = list(comparison.targets)
     for task in tasks:
         some = sorted((line for line in comparison.lines if line.task == task), key=_worst_last)
         for line in some:
-            table.add_row(*map(plain, _cells(line)), style="" if line.best else "dim", end_section=line is some[-1])
+            table.add_row(
+                *map(plain, _cells(line)),
+                style="" if line.best else "dim",
+                end_section=line is some[-1],
+            )
     if len(tasks) > 1:
         for method, score in sorted(comparison.averages().items(), key=lambda item: -item[1]):
             table.add_row(f"all {len(tasks)}", method, "best", "", f"{score:.3f}")
@@ -130,23 +171,28 @@ def comparison_markdown(comparison: Comparison, command: str) -> str:
     if len(comparison.targets) > 1:
         empty = " |" * (len(_HEADINGS) - 5)
         for method, score in sorted(comparison.averages().items(), key=lambda item: -item[1]):
-            lines.append(f"| all {len(comparison.targets)} | {method} | best |  | {score:.3f} |{empty}")
+            lines.append(
+                f"| all {len(comparison.targets)} | {method} | best |  | {score:.3f} |{empty}"
+            )
     return "\n".join([*lines, "", *map(markdown_text, _caption(comparison))]) + "\n"
 
 
 def _caption(comparison: Comparison) -> list[str]:
     goals = ", ".join(f"{task} {loss:.3f}" for task, loss in comparison.targets.items())
     return [
-        "* the method's best rate, chosen on these very scores. ± is the standard deviation over seeds.",
+        (
+            "* the method's best rate, chosen on these very scores. ± is the standard deviation"
+            " over seeds."
+        ),
         f"Target, an evaluation loss: {goals}. grad B: norm of the gradient of all B at step 1.",
     ]
 
 
-def _worst_last(line: Line) -> float:
+def _worst_last(line: MethodSummary) -> float:
     return math.inf if math.isnan(line.score.mean) else -line.score.mean
 
 
-def _cells(line: Line) -> list[str]:
+def _cells(line: MethodSummary) -> list[str]:
     return [
         line.task,
         line.method,
@@ -162,10 +208,12 @@ def _cells(line: Line) -> list[str]:
     ]
 
 
-def _spread(value: Spread, form: str) -> str:
-    return f"{value.mean:{form}}" + ("" if value.deviation is None else f" ± {value.deviation:{form}}")
+def _spread(value: MeanStd, form: str) -> str:
+    return f"{value.mean:{form}}" + (
+        "" if value.deviation is None else f" ± {value.deviation:{form}}"
+    )
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with whole_file(path) as temporary, without_missing_glyphs():
+    with atomic_file(path) as temporary, without_missing_glyphs():
         figure.savefig(temporary, dpi=120, format="png")

@@ -7,17 +7,18 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from evatune.calibration import Calibration
+from evatune.calibration.result import Calibration
+from evatune.calibration.status import Status
 from evatune.errors import BudgetError
-from evatune.ranks import RankPlan
-from evatune.status import Status
+from evatune.ranks.allocation import RankPlan
 
 _ASK_FOR_A_LOOK = (Status.UNSETTLED, Status.DRIFTING)  # of those that are usable
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What one layer got and how sure that is. Shares lie in [0, 1]; None where nothing is known."""
+    """What one layer got and how sure that is. Shares lie in [0, 1]; None where nothing is
+    known."""
 
     name: str
     block: str  # what distinguishes it from layers of the same type, e.g. "3"
@@ -37,8 +38,8 @@ class LayerRow:
 def plan_of(calibration: Calibration) -> tuple[RankPlan, str | None]:
     """The plan with the calibration's own settings; or rank 0 everywhere, and the reason in words.
 
-    A calibration with unusable layers may leave too few components for the budget. Its statuses say why, so
-    it must still be possible to look at it.
+    A calibration with unusable layers may leave too few components for the budget. Its statuses say
+    why, so it must still be possible to look at it.
     """
     try:
         return calibration.allocate(), None
@@ -49,10 +50,16 @@ def plan_of(calibration: Calibration) -> tuple[RankPlan, str | None]:
         usual = [layer.cap or rank for layer in calibration.layers.values()]
         uniform = sum(one * size for one, size in zip(usual, sizes, strict=True))
         plan = RankPlan(
-            ranks=dict.fromkeys(calibration.layers, 0), rank=rank, rho=config.rho_or_default, budget=config.budget,
-            metric=config.metric, limit=sum(usual) if config.budget == "ranks" else uniform, spent=0,
-            parameters=0, uniform_parameters=uniform,
-        )  # fmt: skip
+            ranks=dict.fromkeys(calibration.layers, 0),
+            rank=rank,
+            rho=config.rho_or_default,
+            budget=config.budget,
+            metric=config.metric,
+            limit=sum(usual) if config.budget == "ranks" else uniform,
+            spent=0,
+            parameters=0,
+            uniform_parameters=uniform,
+        )
         return plan, str(error)
 
 
@@ -73,11 +80,16 @@ def layer_rows(calibration: Calibration, plan: RankPlan) -> list[LayerRow]:
                 rank=rank,
                 parameters=rank * (layer.in_features + layer.out_features),
                 rows=spectrum.rows,
-                explained=_known(float(spectrum.explained_variance_ratio[:rank].sum())) if spectrum.rows else None,
+                explained=(
+                    _known(float(spectrum.explained_variance_ratio[:rank].sum()))
+                    if spectrum.rows
+                    else None
+                ),
                 captured=_known(certificate.captured(rank)) if certificate else None,
                 status=str(calibration.status[name]),
                 advice=calibration.status[name].advice,
-                attention=calibration.status[name] in _ASK_FOR_A_LOOK or not calibration.status[name].usable,
+                attention=calibration.status[name] in _ASK_FOR_A_LOOK
+                or not calibration.status[name].usable,
             )
         )
     return rows
@@ -89,7 +101,8 @@ def _known(share: float) -> float | None:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """("3", "attention.self.query") from "encoder.layer.3.attention.self.query"; ("", name) without a number."""
+    """("3", "attention.self.query") from "encoder.layer.3.attention.self.query"; ("", name) without
+    a number."""
     match = re.match(r"^(?:.*?\.)?(\d+)\.(.+)$", name)
     if match is None:
         return "", name
@@ -103,11 +116,15 @@ def totals(calibration: Calibration, plan: RankPlan) -> dict[str, Any]:
     """The figures below the table."""
     rows = [row for row in layer_rows(calibration, plan) if row.rank]
     captured = [row.captured for row in rows if row.captured is not None]
-    ratios = [row.captured / row.explained for row in rows if row.captured is not None and row.explained]
+    ratios = [
+        row.captured / row.explained for row in rows if row.captured is not None and row.explained
+    ]
     return {
         "layers": len(calibration.layers),
         "layers_with_rank": len(rows),
-        "distinct_inputs": len({layer.input for layer in calibration.layers.values() if layer.input is not None}),
+        "distinct_inputs": len(
+            {layer.input for layer in calibration.layers.values() if layer.input is not None}
+        ),
         "batches": calibration.batches,
         "ranks": sum(plan.ranks.values()),
         "budget": plan.budget,

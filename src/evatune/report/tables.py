@@ -11,10 +11,10 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from evatune.calibration import Calibration
-from evatune.markup import printable
-from evatune.ranks import RankPlan
+from evatune.calibration.result import Calibration
+from evatune.ranks.allocation import RankPlan
 from evatune.report.summary import LayerRow, layer_rows, plan_of, totals
+from evatune.utils.markup import printable
 
 _LONG = 80
 _PIPED_WIDTH = 250
@@ -43,7 +43,8 @@ def say(terminal: Console, *lines: str) -> None:
 
 
 def plain(text: str) -> Text:
-    """Return a text that rich prints as it is: brackets are no styles, colons no emoji, and nothing moves the cursor."""
+    """Return a text that rich prints as it is: brackets are no styles, colons no emoji, and nothing
+    moves the cursor."""
     return Text(printable(text))
 
 
@@ -57,32 +58,62 @@ def _per_layer(terminal: Console, rows: list[LayerRow]) -> Table:
     headings = ("layer", "in→out", "rank", "parameters", "rows", "explained", "captured", "status")
     lines = [
         (
-            row.name, f"{row.in_features}→{row.out_features}", str(row.rank), f"{row.parameters:,}", f"{row.rows:,}",
-            percent(row.explained), percent(row.captured), row.status,
+            row.name,
+            f"{row.in_features}→{row.out_features}",
+            str(row.rank),
+            f"{row.parameters:,}",
+            f"{row.rows:,}",
+            percent(row.explained),
+            percent(row.captured),
+            row.status,
         )
         for row in rows
-    ]  # fmt: skip
+    ]
     styles = ["yellow" if row.attention else "" for row in rows]
     return _fitted(
-        terminal, "What each layer got", headings, lines, styles, spare=("in→out", "rows", "parameters", "explained")
+        terminal,
+        "What each layer got",
+        headings,
+        lines,
+        styles,
+        spare=("in→out", "rows", "parameters", "explained"),
     )
 
 
 def _per_type(terminal: Console, rows: list[LayerRow]) -> Table:
-    headings = ("layer type", "layers", "rank min", "mean", "max", "parameters", "captured mean", "worst", "statuses")
+    headings = (
+        "layer type",
+        "layers",
+        "rank min",
+        "mean",
+        "max",
+        "parameters",
+        "captured mean",
+        "worst",
+        "statuses",
+    )
     lines = []
     for kind in dict.fromkeys(row.type for row in rows):
         some = [row for row in rows if row.type == kind]
         ranks = [row.rank for row in some]
         captured = [row.captured for row in some if row.captured is not None]
-        counts = {status: sum(r.status == status for r in some) for status in dict.fromkeys(r.status for r in some)}
+        counts = {
+            status: sum(r.status == status for r in some)
+            for status in dict.fromkeys(r.status for r in some)
+        }
         lines.append(
             (
-                kind, str(len(some)), str(min(ranks)), f"{sum(ranks) / len(ranks):.1f}", str(max(ranks)),
-                f"{sum(row.parameters for row in some):,}", percent(sum(captured) / len(captured) if captured else None),
-                percent(min(captured, default=None)), ", ".join(f"{n} {status}" for status, n in counts.items()),
+                kind,
+                str(len(some)),
+                str(min(ranks)),
+                f"{sum(ranks) / len(ranks):.1f}",
+                str(max(ranks)),
+                f"{sum(row.parameters for row in some):,}",
+                percent(sum(captured) / len(captured) if captured else None),
+                percent(min(captured, default=None)),
+                ", ".join(f"{n} {status}" for status, n in counts.items()),
             )
-        )  # fmt: skip
+        )
     spare = ("parameters", "layers", "captured mean")
     return _fitted(terminal, "What each layer type got", headings, lines, [""] * len(lines), spare)
 
@@ -95,20 +126,35 @@ def _fitted(
     styles: Sequence[str],
     spare: Sequence[str],
 ) -> Table:
-    """A table of layers, less as many of the `spare` columns as a narrow terminal asks for, and that said below it."""
+    """A table of layers, less as many of the `spare` columns as a narrow terminal asks for, and
+    that said below it."""
     for dropped in range(len(spare) + 1):
         gone = spare[:dropped]
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+        table = Table(
+            title=title,
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            caption_justify="left",
+        )
         kept = [index for index, heading in enumerate(headings) if heading not in gone]
         for index in kept:
             # The first column holds names and the last statuses; what stands between are numbers.
             number = index > 0 and not headings[index].startswith("status")
-            table.add_column(headings[index], justify="right" if number else "left", no_wrap=number, overflow="fold")
+            table.add_column(
+                headings[index],
+                justify="right" if number else "left",
+                no_wrap=number,
+                overflow="fold",
+            )
         for line, style in zip(lines, styles, strict=True):
             table.add_row(*(plain(line[index]) for index in kept), style=style)
         if gone:
             table.caption = f"Left out for want of room: {', '.join(gone)}. --json has them."
-        if Measurement.get(terminal, terminal.options.update(max_width=_NO_LIMIT), table).maximum <= terminal.width:
+        if (
+            Measurement.get(terminal, terminal.options.update(max_width=_NO_LIMIT), table).maximum
+            <= terminal.width
+        ):
             break
     return table
 
@@ -118,14 +164,18 @@ def summary_lines(calibration: Calibration, plan: RankPlan) -> list[str]:
     t = totals(calibration, plan)
     change = t["parameters"] / t["uniform_parameters"] - 1 if t["uniform_parameters"] else 0.0
     lines = [
-        f"{t['layers']} layers with {t['distinct_inputs']} distinct inputs, {t['batches']} batches; "
-        f"{t['ranks']} ranks, {t['parameters']:,} parameters ({change:+.1%} against LoRA of rank {plan.rank} everywhere)",
+        (
+            f"{t['layers']} layers with {t['distinct_inputs']} distinct inputs, {t['batches']}"
+            f" batches; {t['ranks']} ranks, {t['parameters']:,} parameters ({change:+.1%} against"
+            f" LoRA of rank {plan.rank} everywhere)"
+        ),
     ]
     if t["captured_mean"] is not None:
         lines.append(
-            f"Energy of unseen rows inside the chosen directions: {percent(t['captured_mean'])} on average, "
-            f"{percent(t['captured_worst'])} in the worst layer; {percent(t['of_achievable_mean'])} and "
-            f"{percent(t['of_achievable_worst'])} of what the same ranks explain of the rows that chose them"
+            f"Energy of unseen rows inside the chosen directions: {percent(t['captured_mean'])} on"
+            f" average, {percent(t['captured_worst'])} in the worst layer;"
+            f" {percent(t['of_achievable_mean'])} and {percent(t['of_achievable_worst'])} of what"
+            " the same ranks explain of the rows that chose them"
         )
     for status in dict.fromkeys(calibration.status.values()):
         if status != "converged":
@@ -140,11 +190,16 @@ def adapter_table(terminal: Console, rows: Iterable[dict[str, Any]]) -> Table:
     headings = ("layer", "rank", "alpha", "scale", "parameters", "mean row norm of A", "norm of B")
     lines = [
         (
-            row["layer"], str(row["rank"]), f"{row['alpha']:g}", f"{row['scale']:g}", f"{row['parameters']:,}",
-            f"{row['a_row_norm']:.4g}", f"{row['b_norm']:.4g}",
+            row["layer"],
+            str(row["rank"]),
+            f"{row['alpha']:g}",
+            f"{row['scale']:g}",
+            f"{row['parameters']:,}",
+            f"{row['a_row_norm']:.4g}",
+            f"{row['b_norm']:.4g}",
         )
         for row in rows
-    ]  # fmt: skip
+    ]
     spare = ("parameters", "mean row norm of A", "alpha")
     return _fitted(terminal, "Adapter", headings, lines, [""] * len(lines), spare)
 

@@ -69,7 +69,9 @@ def require_lora(fields: Mapping[str, Any]) -> None:
             try:
                 re.compile(form.format(pattern))
             except (re.error, RecursionError, OverflowError) as error:
-                raise Damage(f"holds the pattern {shown(pattern)}, which is no regular expression ({error})") from error
+                raise Damage(
+                    f"holds the pattern {shown(pattern)}, which is no regular expression ({error})"
+                ) from error
 
 
 def require_quick(fields: Mapping[str, Any], names: Iterable[str]) -> None:

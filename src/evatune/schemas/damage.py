@@ -26,7 +26,9 @@ def shown(value: object) -> str:
 
 
 @contextmanager
-def telling(path: str | os.PathLike[str], advice: str, error: type[EvatuneError] = RecordError) -> Iterator[None]:
+def telling(
+    path: str | os.PathLike[str], advice: str, error: type[EvatuneError] = RecordError
+) -> Iterator[None]:
     """Raise `error`, with the file's name and what to do, for any `Damage` in the block."""
     try:
         yield

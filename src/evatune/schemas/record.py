@@ -6,8 +6,8 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from evatune.config import CalibrationConfig
-from evatune.status import Status
+from evatune.calibration.config import CalibrationConfig
+from evatune.calibration.status import Status
 
 Count = Annotated[int, Field(ge=0, le=2**53)]  # beyond that a float no longer counts
 Number = Annotated[int, Field(ge=1, le=2**53)]  # counted from 1
@@ -123,7 +123,7 @@ class CheckpointRecord(Strict):
     settled: list[Name]
     plan: PlanRecord | None
     batches: Number
-    cut_short: bool
+    stop_early: bool
     about: dict[str, JsonValue]
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ _Measure = Annotated[float, Field(allow_inf_nan=True), AfterValidator(_moderate)
 
 
 class Result(Strict):
-    """`result.json`; see `evatune.tasks.run.run` for what the keys mean."""
+    """`result.json`; see `evatune.finetune.run.run` for what the keys mean."""
 
     score: _Measure
     eval_loss: _Measure

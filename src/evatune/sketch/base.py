@@ -12,14 +12,16 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from evatune.spectrum import Certificate, Spectrum, as_energies, fix_signs
+from evatune.sketch.spectrum import Certificate, Spectrum, as_energies, fix_signs
 
-# Casting, gathering and centring go through buffers of this size instead of a second copy of the activation.
+# Casting, gathering and centring go through buffers of this size instead of a second copy of the
+# activation.
 _CHUNK_BYTES = 8 << 20
-# Rows that choose a newborn sketch's shift and basis. Half as many cost the Nyström sketch a third of a per cent of
-# the energy in the worst layer of MiniLM, sixteen batches later.
+# Rows that choose a newborn sketch's shift and basis. Half as many cost the Nyström sketch a third
+# of a per cent of the energy in the worst layer of MiniLM, sixteen batches later.
 _FIRST_ROWS = 1024
-# Root mean squares of rows between which float32 products neither overflow nor lose small directions.
+# Root mean squares of rows between which float32 products neither overflow nor lose small
+# directions.
 _SAFE_RMS = (2.0**-40, 2.0**40)
 
 
@@ -29,37 +31,47 @@ def accumulator_dtype(device: torch.device) -> torch.dtype:
 
 
 @dataclass
-class Digest:
-    """What one activation adds to a sketch. Sums only, so a digest can be added to several sketches."""
+class SketchUpdate:
+    """What one activation adds to a sketch. Sums only, so a digest can be added to several
+    sketches."""
 
     rows: int
     row_sum: Tensor  # (d,) sum of rows, relative to the sketch's shift
-    energy: Tensor  # () sum of squared norms, relative to the sketch's shift; not finite if any row is not
-    moment: Tensor  # what the algorithm accumulates: Y (l, d), the Gram matrix (d, d) or rows (n, d)
+    # () sum of squared norms, relative to the sketch's shift; not finite if any row is not
+    energy: Tensor
+    # what the algorithm accumulates: Y (l, d), the Gram matrix (d, d) or rows (n, d)
+    moment: Tensor
     fresh: Tensor  # (m,) squared projections on the directions known so far
 
 
 class Sketch(ABC):
     """A summary of the rows of one layer input, of constant size.
 
-    `digest` reads an activation and changes nothing but a newborn sketch's starting basis; `absorb` adds
-    a digest; `refresh` may move the basis towards the data; `spectrum` gives the answer at any time.
-    No method of the hot path (`digest`, `absorb`) waits for the device.
+    `digest` reads an activation and changes nothing but a newborn sketch's starting basis; `add`
+    adds a digest; `refresh` may move the basis towards the data; `spectrum` gives the answer at any
+    time. No method of the hot path (`digest`, `add`) waits for the device.
 
-    Sums are in true units, in float64. Rows whose squares leave float32's range are multiplied by a power
-    of two before they are squared, which changes no bit otherwise, and what they add is divided by it
-    again. So any finite row within 1e±30 counts. On a CPU each digest is looked at, and most need no factor;
-    on an accelerator, where looking is waiting, the first rows choose it, and later ones may be 1e±15 of
-    them. On Apple's MPS, without float64, there is none.
+    Sums are in true units, in float64. Rows whose squares leave float32's range are multiplied by a
+    power of two before they are squared, which changes no bit otherwise, and what they add is
+    divided by it again. So any finite row within 1e±30 counts. On a CPU each digest is looked at,
+    and most need no factor; on an accelerator, where looking is waiting, the first rows choose it,
+    and later ones may be 1e±15 of them. On Apple's MPS, without float64, there is none.
 
-    Sketches of several processes add up: `start` is what the sums refer to, `rebase` changes that, and the
-    `sums` of sketches with equal starts are those of all their rows together.
+    Sketches of several processes add up: `start` is what the sums refer to, `change_basis` changes
+    that, and the `sums` of sketches with equal starts are those of all their rows together.
     """
 
     linear: ClassVar[bool] = True  # whether the sums of sketches with equal starts add up
     # Attributes, tensors or counts. Every sum is zero in a sketch without rows.
     _START: ClassVar[tuple[str, ...]] = ("shift",)
-    _SUMS: ClassVar[tuple[str, ...]] = ("count", "row_sum", "energy", "_fresh_count", "_fresh", "_fresh_energy")
+    _SUMS: ClassVar[tuple[str, ...]] = (
+        "count",
+        "row_sum",
+        "energy",
+        "_fresh_count",
+        "_fresh",
+        "_fresh_energy",
+    )
 
     def __init__(self, width: int, components: int, *, center: bool, device: torch.device) -> None:
         self.width = width
@@ -73,47 +85,50 @@ class Sketch(ABC):
         self.row_sum = torch.zeros(width, dtype=self.dtype, device=device)
         self.energy = torch.zeros((), dtype=self.dtype, device=device)
         self.certificate: Certificate | None = None
-        self._scale: Tensor | None = None  # () float64, a power of two for rows before they are squared
+        # () float64, a power of two for rows before they are squared
+        self._scale: Tensor | None = None
         self._may_look = device.type == "cpu"  # at values, for nothing
         self._start_fresh(0)
 
-    # -- the protocol ---------------------------------------------------------------------------------
+    # -- the protocol ------------------------------------------------------------------------------
 
     def update(self, x: Tensor, index: Tensor | None = None) -> None:
         """Add the rows of `x` (n, d), or those that `index` (m,) int64 selects."""
-        self.absorb(self.digest(x, index))
+        self.add(self.summarize(x, index))
 
-    def digest(self, x: Tensor, index: Tensor | None = None) -> Digest:
-        """Summarise the rows of `x` (n, d), any float dtype, any strides; at most one pass over the rows."""
+    def summarize(self, x: Tensor, index: Tensor | None = None) -> SketchUpdate:
+        """Summarise the rows of `x` (n, d), any float dtype, any strides; at most one pass over the
+        rows."""
         if self.shift is None and (len(x) if index is None else len(index)):
             self._begin(x, index)
         if self._scale is None and not self._may_look and self.dtype == torch.float64:
             self._scale = power_of_two(_finite(self._head(x, index, _FIRST_ROWS)).to(self.dtype))
-        digest = self._digest(x, index)
-        if self._may_look and self._move_scale(x, index, digest):
-            digest = self._digest(x, index)
-        return digest
+        summarize = self._digest(x, index)
+        if self._may_look and self._move_scale(x, index, summarize):
+            summarize = self._digest(x, index)
+        return summarize
 
-    def digest_pieces(self, pieces: Iterator[tuple[Tensor, Tensor | None]]) -> Digest:
+    def summarize_pieces(self, pieces: Iterator[tuple[Tensor, Tensor | None]]) -> SketchUpdate:
         """Summarise an activation that comes in pieces, at least one, each as for `digest`."""
-        total = self.digest(*next(pieces))
+        total = self.summarize(*next(pieces))
         for piece in pieces:
-            total = self._join([total, self.digest(*piece)])
+            total = self._join([total, self.summarize(*piece)])
         return total
 
-    def absorb(self, digest: Digest) -> None:
+    def add(self, summarize: SketchUpdate) -> None:
         """Add a digest of this sketch, or of one it was cloned from since the last refresh."""
-        self.count += digest.rows
-        self.row_sum += digest.row_sum
-        self.energy += digest.energy
-        self._fresh += digest.fresh
-        self._fresh_energy += digest.energy
-        self._fresh_count += digest.rows
-        self._add(digest)
+        self.count += summarize.rows
+        self.row_sum += summarize.row_sum
+        self.energy += summarize.energy
+        self._fresh += summarize.fresh
+        self._fresh_energy += summarize.energy
+        self._fresh_count += summarize.rows
+        self._add(summarize)
 
     @property
     def finite(self) -> Tensor:
-        """() bool on the device: whether every row so far was finite. Otherwise the sketch is worthless."""
+        """() bool on the device: whether every row so far was finite. Otherwise the sketch is
+        worthless."""
         return torch.isfinite(self.energy)
 
     def merge(self, other: Self) -> None:
@@ -127,7 +142,8 @@ class Sketch(ABC):
         self._add_first_moments(other)
 
     def refresh(self) -> Spectrum:
-        """Move the basis to what the data so far suggests, start a new certificate, return the spectrum."""
+        """Move the basis to what the data so far suggests, start a new certificate, return the
+        spectrum."""
         return self.refresh_all([self])[0]
 
     @classmethod
@@ -137,7 +153,8 @@ class Sketch(ABC):
 
     @abstractmethod
     def spectrum(self) -> Spectrum:
-        """Directions and energies of everything absorbed so far. Waits for the device; changes nothing."""
+        """Directions and energies of everything absorbed so far. Waits for the device; changes
+        nothing."""
 
     def clone(self) -> Self:
         """An independent copy."""
@@ -152,29 +169,32 @@ class Sketch(ABC):
         other._forget()
         return other
 
-    # -- several processes, and files ------------------------------------------------------------------
+    # -- several processes, and files --------------------------------------------------------------
 
     def start(self) -> dict[str, Tensor]:
-        """What the sums refer to: shift and basis, as far as there are any, and how many directions are known."""
+        """What the sums refer to: shift and basis, as far as there are any, and how many directions
+        are known."""
         return self._named(self._START) | {"known_directions": _count(len(self._fresh))}
 
-    def adopt(self, start: Mapping[str, Tensor]) -> None:
+    def set_basis(self, start: Mapping[str, Tensor]) -> None:
         """Drop every row, and go on from the `start` of another sketch of this size."""
         self._set(self._START, start)
         self._forget()
         self._start_fresh(int(start["known_directions"]))
 
     def leading(self, count: int) -> Tensor:
-        """The first `count` directions of the last refresh, (count, d) float32 on the CPU, as far as `start` tells them."""
+        """The first `count` directions of the last refresh, (count, d) float32 on the CPU, as far
+        as `start` tells them."""
         return torch.zeros(0, self.width, dtype=torch.float32, device="cpu")
 
-    def rebase(self, start: Mapping[str, Tensor]) -> None:
-        """Keep every row, as far as this sketch can tell, with sums that refer to another sketch's `start`.
+    def change_basis(self, start: Mapping[str, Tensor]) -> None:
+        """Keep every row, as far as this sketch can tell, with sums that refer to another sketch's
+        `start`.
 
         For sketches that have not been refreshed yet.
         """
         rows = self.clone()
-        self.adopt(start)
+        self.set_basis(start)
         self.merge(rows)
 
     @property
@@ -184,7 +204,10 @@ class Sketch(ABC):
 
     def sums(self) -> Tensor:
         """(m,) all sums in one row of `dtype`, for adding up over sketches with equal starts."""
-        parts = [torch.as_tensor(value, dtype=self.dtype, device=self.device) for value in self._values(self._SUMS)]
+        parts = [
+            torch.as_tensor(value, dtype=self.dtype, device=self.device)
+            for value in self._values(self._SUMS)
+        ]
         return torch.cat([part.flatten() for part in parts])
 
     def set_sums(self, sums: Tensor) -> None:
@@ -194,7 +217,15 @@ class Sketch(ABC):
             size = value.numel() if isinstance(value, Tensor) else 1
             part = sums[start : start + size].to(self.device)
             start += size
-            setattr(self, name, part.reshape(value.shape).clone() if isinstance(value, Tensor) else round(float(part)))
+            setattr(
+                self,
+                name,
+                (
+                    part.reshape(value.shape).clone()
+                    if isinstance(value, Tensor)
+                    else round(float(part))
+                ),
+            )
 
     def state(self) -> dict[str, Tensor]:
         """Everything a sketch of the same settings needs to go on from here."""
@@ -212,7 +243,11 @@ class Sketch(ABC):
 
     def _named(self, names: Sequence[str]) -> dict[str, Tensor]:
         known = zip(names, self._values(names), strict=True)
-        return {name: _count(value) if isinstance(value, int) else value for name, value in known if value is not None}
+        return {
+            name: _count(value) if isinstance(value, int) else value
+            for name, value in known
+            if value is not None
+        }
 
     def _set(self, names: Sequence[str], values: Mapping[str, Tensor]) -> None:
         for name in names:
@@ -222,14 +257,15 @@ class Sketch(ABC):
             else:
                 setattr(self, name, None if value is None else value.to(self.device, copy=True))
 
-    # -- what each algorithm fills in -----------------------------------------------------------------
+    # -- what each algorithm fills in --------------------------------------------------------------
 
     @abstractmethod
     def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(row sum, moment, squared projections) of float32 rows (n, d) that are already shifted."""
+        """(row sum, moment, squared projections) of float32 rows (n, d) that are already
+        shifted."""
 
     @abstractmethod
-    def _add(self, digest: Digest) -> None: ...
+    def _add(self, summarize: SketchUpdate) -> None: ...
 
     def _forget(self) -> None:
         """Drop every sum; subclasses drop theirs too."""
@@ -243,28 +279,29 @@ class Sketch(ABC):
     def _merge(self, other: Self, offset: Tensor) -> None:
         """Add the other's second moment, whose rows are relative to `shift + offset` (d,)."""
 
-    def _digest(self, x: Tensor, index: Tensor | None) -> Digest:
-        parts = [self._digest_chunk(chunk) for chunk in self._chunks(x, index, self._scale)]
-        digest = parts[0] if len(parts) == 1 else self._join(parts)
+    def _digest(self, x: Tensor, index: Tensor | None) -> SketchUpdate:
+        parts = [self._summarize_chunk(chunk) for chunk in self._chunks(x, index, self._scale)]
+        summarize = parts[0] if len(parts) == 1 else self._join(parts)
         if self._scale is None:
-            return digest
+            return summarize
         back = 1 / self._scale
-        return Digest(
-            digest.rows,
-            digest.row_sum * back[None],
-            digest.energy * back.square(),
-            self._unscaled_moment(digest.moment, back),
-            digest.fresh * back.square(),
+        return SketchUpdate(
+            summarize.rows,
+            summarize.row_sum * back[None],
+            summarize.energy * back.square(),
+            self._unscaled_moment(summarize.moment, back),
+            summarize.fresh * back.square(),
         )
 
     def _unscaled_moment(self, moment: Tensor, back: Tensor) -> Tensor:
-        """What the rows add, in true units; `back` () float64 takes a scaled row back to its own length."""
+        """What the rows add, in true units; `back` () float64 takes a scaled row back to its own
+        length."""
         return moment * back.square()[None]  # one dimension, so that the product is of its dtype
 
-    def _move_scale(self, x: Tensor, index: Tensor | None, digest: Digest) -> bool:
+    def _move_scale(self, x: Tensor, index: Tensor | None, summarize: SketchUpdate) -> bool:
         """Choose the scale that these rows need; true if the digest was made with another."""
         before = 1.0 if self._scale is None else float(self._scale)
-        rms = math.sqrt(float(digest.energy) / max(1, digest.rows))
+        rms = math.sqrt(float(summarize.energy) / max(1, summarize.rows))
         if _SAFE_RMS[0] < rms * before < _SAFE_RMS[1]:
             return False
         chunks = [chunk.abs().amax() for chunk in self._chunks(x, index) if len(chunk)]
@@ -274,16 +311,16 @@ class Sketch(ABC):
         self._scale = scale
         return True
 
-    def _digest_chunk(self, chunk: Tensor) -> Digest:
-        # Row norms first: a float32 sum over one row is short, the long sum over rows is float64. Norms in float64
-        # would need no scale, at four times the cost of these.
+    def _summarize_chunk(self, chunk: Tensor) -> SketchUpdate:
+        # Row norms first: a float32 sum over one row is short, the long sum over rows is float64.
+        # Norms in float64 would need no scale, at four times the cost of these.
         energy = torch.linalg.vector_norm(chunk, dim=1).to(self.dtype).square_().sum()
         row_sum, moment, fresh = self._reduce(chunk)
-        return Digest(len(chunk), row_sum, energy, moment, fresh)
+        return SketchUpdate(len(chunk), row_sum, energy, moment, fresh)
 
-    def _join(self, parts: list[Digest]) -> Digest:
+    def _join(self, parts: list[SketchUpdate]) -> SketchUpdate:
         """One digest from those of an activation's chunks; their sums add up in float64."""
-        return Digest(
+        return SketchUpdate(
             sum(part.rows for part in parts),
             torch.stack([part.row_sum for part in parts]).sum(0, dtype=self.dtype),
             torch.stack([part.energy for part in parts]).sum(),
@@ -293,17 +330,19 @@ class Sketch(ABC):
 
     def _join_moments(self, moments: list[Tensor]) -> Tensor:
         total = moments[0]
-        for moment in moments[1:]:  # in place, but where pieces of an activation have scales of their own
+        # in place, but where pieces of an activation have scales of their own
+        for moment in moments[1:]:
             total = total.add_(moment) if total.dtype == moment.dtype else total + moment
         return total
 
     def _begin(self, x: Tensor, index: Tensor | None) -> Tensor:
-        """First sight of data. Chooses the shift, the mean of a few rows; returns those rows, shifted, finite."""
+        """First sight of data. Chooses the shift, the mean of a few rows; returns those rows,
+        shifted, finite."""
         head = _finite(self._head(x, index, _FIRST_ROWS))
         self.shift = head.mean(0) if self.center else head.new_zeros(self.width)
         return head - self.shift if self.center else head
 
-    # -- helpers --------------------------------------------------------------------------------------
+    # -- helpers -----------------------------------------------------------------------------------
 
     def _offset_of(self, other: Self) -> Tensor:
         """(d,) the other's shift minus this one's."""
@@ -313,12 +352,17 @@ class Sketch(ABC):
 
     def _add_first_moments(self, other: Self) -> None:
         offset = self._offset_of(other)
-        self.energy += other.energy + 2 * offset @ other.row_sum + other.count * offset.square().sum()
+        self.energy += (
+            other.energy + 2 * offset @ other.row_sum + other.count * offset.square().sum()
+        )
         self.row_sum += other.row_sum + other.count * offset
         self.count += other.count
 
-    def _chunks(self, x: Tensor, index: Tensor | None, scale: Tensor | None = None) -> Iterator[Tensor]:
-        """Shifted and scaled rows: `x` itself where that is what it already is, else bounded copies."""
+    def _chunks(
+        self, x: Tensor, index: Tensor | None, scale: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """Shifted and scaled rows: `x` itself where that is what it already is, else bounded
+        copies."""
         n = len(x) if index is None else len(index)
         if index is None and x.dtype == self._row_dtype and not self.center and scale is None:
             yield x
@@ -326,8 +370,13 @@ class Sketch(ABC):
         step = max(256, _CHUNK_BYTES // (self._row_dtype.itemsize * self.width))
         # One dimension, so that 16-bit rows are widened and scaled in one go.
         factor = None if scale is None else scale.to(self._row_dtype)[None]
-        for start in range(0, max(n, 1), step):  # once even for no rows, so that a digest always has its shapes
-            chunk = x[start : start + step] if index is None else x.index_select(0, index[start : start + step])
+        # once even for no rows, so that a digest always has its shapes
+        for start in range(0, max(n, 1), step):
+            chunk = (
+                x[start : start + step]
+                if index is None
+                else x.index_select(0, index[start : start + step])
+            )
             if self.shift is not None and self.center:
                 chunk = chunk.to(self._row_dtype) - self.shift
             yield (chunk if factor is None else chunk * factor).to(self._row_dtype)
@@ -350,7 +399,8 @@ class Sketch(ABC):
         self._fresh_count = 0
 
     def _certify(self) -> Certificate | None:
-        """The certificate of the rows since the last refresh, or the one before if there were none."""
+        """The certificate of the rows since the last refresh, or the one before if there were
+        none."""
         rows = self._fresh_count
         if rows == 0 or len(self._fresh) == 0:
             return self.certificate
@@ -366,7 +416,8 @@ class Sketch(ABC):
         return (self.energy - self.count * offset.square().sum()).clamp_min(0)
 
     def _answer(self, directions: Tensor, energies: Tensor) -> Spectrum:
-        """Spectrum from orthonormal rows (m, d) and summed energies (m,), both in descending order."""
+        """Spectrum from orthonormal rows (m, d) and summed energies (m,), both in descending
+        order."""
         k = self.components
         offset = self._mean_offset()
         count = max(self.count, 1)

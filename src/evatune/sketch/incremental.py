@@ -1,7 +1,8 @@
-"""The paper's sketch: incremental SVD, truncated after every minibatch (EVA's Algorithm 2; Ross et al. 2008).
+"""The paper's sketch: incremental SVD, truncated after every minibatch (EVA's Algorithm 2; Ross et
+al. 2008).
 
-Kept for comparison with the paper. It costs an SVD of (k + n) × d per minibatch, and what truncation drops
-is gone, so its directions depend on the order of the data.
+Kept for comparison with the paper. It costs an SVD of (k + n) × d per minibatch, and what
+truncation drops is gone, so its directions depend on the order of the data.
 """
 
 from __future__ import annotations
@@ -12,25 +13,35 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from evatune.sketch.base import Digest, Sketch
-from evatune.spectrum import Spectrum
+from evatune.sketch.base import Sketch, SketchUpdate
+from evatune.sketch.spectrum import Spectrum
 
 
 class IncrementalSketch(Sketch):
-    """Sequential Karhunen-Loève: past directions, new rows and, when centring, one row that moves the mean.
+    """Sequential Karhunen-Loève: past directions, new rows and, when centring, one row that moves
+    the mean.
 
-    Minibatches of fewer rows than components wait in a buffer until there are enough, and are never lost.
-    With `center=True` this is the paper's algorithm. Arguments as for `NystromSketch`.
+    Minibatches of fewer rows than components wait in a buffer until there are enough, and are never
+    lost. With `center=True` this is the paper's algorithm. Arguments as for `NystromSketch`.
 
     Memory: 4·k·d bytes and a copy of the minibatch. Time: O((k + n)·d·min(k + n, d)) per minibatch.
     """
 
     linear: ClassVar = False
 
-    def __init__(self, width: int, components: int, *, center: bool = False, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        width: int,
+        components: int,
+        *,
+        center: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
         super().__init__(width, components, center=center, device=torch.device(device))
-        self.factor = torch.zeros(0, width, dtype=torch.float32, device=self.device)  # diag(S)·V, (≤ k, d) float32
-        self.mean = torch.zeros(width, dtype=self.dtype, device=self.device)  # of the rows in `factor`
+        # diag(S)·V, (≤ k, d) float32
+        self.factor = torch.zeros(0, width, dtype=torch.float32, device=self.device)
+        # of the rows in `factor`
+        self.mean = torch.zeros(width, dtype=self.dtype, device=self.device)
         self.inside = 0  # rows in `factor`
         self.buffer: list[Tensor] = []
 
@@ -73,7 +84,9 @@ class IncrementalSketch(Sketch):
         squares = self._fresh
         if len(squares):
             factor = self.factor[: len(squares)].to(self.dtype)
-            directions = torch.nn.functional.normalize(factor, dim=1, eps=torch.finfo(self.dtype).tiny)
+            directions = torch.nn.functional.normalize(
+                factor, dim=1, eps=torch.finfo(self.dtype).tiny
+            )
             squares = (chunk @ directions.T.to(chunk.dtype)).square().sum(0).to(self.dtype)
         return self._row_sum(chunk), chunk.clone(), squares
 
@@ -83,14 +96,19 @@ class IncrementalSketch(Sketch):
     def _join_moments(self, moments: list[Tensor]) -> Tensor:
         return torch.cat(moments)
 
-    def _add(self, digest: Digest) -> None:
-        self.buffer.append(digest.moment)
+    def _add(self, summarize: SketchUpdate) -> None:
+        self.buffer.append(summarize.moment)
         if bool(self.finite):  # LAPACK would fail on NaN, and without naming a layer
             self._flush(at_least=self.components)
 
     def _forget(self) -> None:
         super()._forget()
-        self.factor, self.mean, self.inside, self.buffer = self.factor[:0], torch.zeros_like(self.mean), 0, []
+        self.factor, self.mean, self.inside, self.buffer = (
+            self.factor[:0],
+            torch.zeros_like(self.mean),
+            0,
+            [],
+        )
         self._start_fresh(0)
 
     def _flush(self, at_least: int) -> None:

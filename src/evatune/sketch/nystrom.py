@@ -1,16 +1,16 @@
 """The default sketch: streaming Nyström approximation of the second moment with a moving basis.
 
-Kept per layer input of width d: an orthonormal basis Ω (d, l) with l = components + oversampling - 1, and
-Y = C·Ω (d, l) where C = Σ x xᵀ. One update is two thin products, 4·n·d·l flops, and no copy of the
-activation. C itself is recovered as Y (ΩᵀY)⁺ Yᵀ (Tropp, Yurtsever, Udell, Cevher 2017, Fixed-rank
-approximation of a positive-semidefinite matrix from streaming data), which is never above C: what the
-sketch reports, the data holds.
+Kept per layer input of width d: an orthonormal basis Ω (d, l) with l = components + oversampling -
+1, and Y = C·Ω (d, l) where C = Σ x xᵀ. One update is two thin products, 4·n·d·l flops, and no copy
+of the activation. C itself is recovered as Y (ΩᵀY)⁺ Yᵀ (Tropp, Yurtsever, Udell, Cevher 2017,
+Fixed-rank approximation of a positive-semidefinite matrix from streaming data), which is never
+above C: what the sketch reports, the data holds.
 
 Two additions make a narrow sketch near-optimal. The first basis is not random: it comes from a few
 block power steps on a thousand rows of the first activation. And at each refresh Ω moves to the
 eigenvectors found so far, with Y carried over; every later row then acts as one more power step.
-Because Ω's columns *are* the current directions, the product xΩ also gives, for nothing, the energy that
-they capture on rows they have never seen: the certificate.
+Because Ω's columns *are* the current directions, the product xΩ also gives, for nothing, the energy
+that they capture on rows they have never seen: the certificate.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from evatune.sketch.base import Digest, Sketch, power_of_two
-from evatune.spectrum import Certificate, Spectrum, fix_signs
+from evatune.sketch.base import Sketch, SketchUpdate, power_of_two
+from evatune.sketch.spectrum import Certificate, Spectrum, fix_signs
 
-# Columns of the products. Fewer run no faster (matrix products work in blocks of 16) and lose accuracy.
+# Columns of the products. Fewer run no faster (matrix products work in blocks of 16) and lose
+# accuracy.
 _MIN_COLUMNS = 32
 _POWER_STEPS = 2
-# Columns below this share of the largest column's amplitude are rounding. With λ_j = ω_jᵀCω_j, float32 products
-# leave an error of about 1e-7·λ_1 in Y's column j, which enters the answer as (1e-7·λ_1)² / λ_j.
+# Columns below this share of the largest column's amplitude are rounding. With λ_j = ω_jᵀCω_j,
+# float32 products leave an error of about 1e-7·λ_1 in Y's column j, which enters the answer as
+# (1e-7·λ_1)² / λ_j.
 _COLUMN_RTOL = 1e-5
-# Sketches are refreshed together up to this many bytes of products, of which a refresh needs a few copies.
+# Sketches are refreshed together up to this many bytes of products, of which a refresh needs a few
+# copies.
 _STACK_BYTES = 16 << 20
 # Eigenvalues of the unit-diagonal core below this, or below the rounding it shows, are not data.
 _CORE_RTOL = 1e-6
@@ -42,13 +45,15 @@ class NystromSketch(Sketch):
     Args:
         width: d, size of a row.
         components: k, how many directions will be asked for.
-        oversampling: extra columns; the products have max(k + oversampling, 32), of which the basis takes all but
-            one, at most d.
-        center: work on `x - mean` (covariance) instead of `x`; an exact correction, not a second pass.
+        oversampling: extra columns; the products have max(k + oversampling, 32), of which the basis
+            takes all but one, at most d.
+        center: work on `x - mean` (covariance) instead of `x`; an exact correction, not a second
+            pass.
         seed: of the random start of the first basis, together with `width`.
         device: where the rows live.
 
-    Memory: 12·d·l bytes and a temporary (n, l). Time: 4·n·d·l flops per update, O(d·l²) per refresh.
+    Memory: 12·d·l bytes and a temporary (n, l). Time: 4·n·d·l flops per update, O(d·l²) per
+    refresh.
     """
 
     _START: ClassVar = (*Sketch._START, "_padded")
@@ -70,11 +75,12 @@ class NystromSketch(Sketch):
         cpu = torch.device("cpu")  # where a seed gives the same numbers for all devices
         generator = torch.Generator(cpu).manual_seed((seed * 1_000_003 + width) % 2**63)
         start = torch.randn(width, columns, generator=generator, dtype=torch.float32, device=cpu)
-        # Both with the columns of the text as rows: the second product runs a sixth faster that way.
-        # (l + 1, d): Ωᵀ and a row of zeros
+        # Both with the columns of the text as rows: the second product runs a sixth faster that
+        # way. (l + 1, d): Ωᵀ and a row of zeros
         self._padded = torch.zeros(columns + 1, width, dtype=torch.float32, device=self.device)
         self.basis.copy_(torch.linalg.qr(start)[0].T)
-        self.product = torch.zeros(columns, width, dtype=self.dtype, device=self.device)  # (l, d), (C·Ω)ᵀ
+        # (l, d), (C·Ω)ᵀ
+        self.product = torch.zeros(columns, width, dtype=self.dtype, device=self.device)
 
     @property
     def basis(self) -> Tensor:
@@ -101,13 +107,15 @@ class NystromSketch(Sketch):
             if sketch.center and sketch.shift is not None:
                 sketch._recentre()
             if count < len(sketch.basis):
-                # Fewer directions than columns have energy. The rest of the basis must still watch for new
-                # ones, so it keeps its old columns, the least energetic first, and not whatever QR makes up.
+                # Fewer directions than columns have energy. The rest of the basis must still watch
+                # for new ones, so it keeps its old columns, the least energetic first, and not
+                # whatever QR makes up.
                 old = sketch.basis.to(sketch.dtype).flip(0)
                 full = torch.linalg.qr(torch.cat([directions[place, :count], old]).T)[0].T
                 directions[place] = full[: len(old)]
         bases = directions.float()
-        # U Σ² Uᵀ on the rounded basis, not U Σ²: the carried product belongs to the float32 Ω exactly.
+        # U Σ² Uᵀ on the rounded basis, not U Σ²: the carried product belongs to the float32 Ω
+        # exactly.
         products = (bases.to(directions.dtype) @ directions.mT * energies[:, None]) @ directions
         for sketch, basis, product in zip(sketches, bases, products, strict=True):
             sketch.basis.copy_(basis)
@@ -122,19 +130,21 @@ class NystromSketch(Sketch):
     def leading(self, count: int) -> Tensor:
         return fix_signs(self.basis[:count].cpu())
 
-    def rebase(self, start: Mapping[str, Tensor]) -> None:
-        """Of its rows it keeps the l leading directions, as `merge` of sketches with unequal bases does."""
+    def change_basis(self, start: Mapping[str, Tensor]) -> None:
+        """Of its rows it keeps the l leading directions, as `merge` of sketches with unequal bases
+        does."""
         if self.shift is None:
-            self.adopt(start)
+            self.set_basis(start)
             return
         rows, factor = self.clone(), self._factor()
-        self.adopt(start)
+        self.set_basis(start)
         on = self.basis.to(self.dtype)
         self.product = rows._image(on @ factor.T @ factor, self.basis, self._offset_of(rows))
         self._add_first_moments(rows)
 
     def _merge(self, other: Self, offset: Tensor) -> None:
-        """Exact when both bases are equal; otherwise each side is first reduced to its l leading directions."""
+        """Exact when both bases are equal; otherwise each side is first reduced to its l leading
+        directions."""
         if torch.equal(self.basis, other.basis):
             self.product += other._image(other.product, self.basis, offset)
             self._fresh += other._fresh
@@ -153,21 +163,27 @@ class NystromSketch(Sketch):
         rows = super()._begin(x, index)
         head = rows * power_of_two(rows)  # their squares must neither overflow nor vanish
         for _ in range(_POWER_STEPS):
-            # Power steps on C + δI: the same eigenvectors, but of full rank, so QR never has to invent a column.
+            # Power steps on C + δI: the same eigenvectors, but of full rank, so QR never has to
+            # invent a column.
             image = (head @ self.basis.T).T @ head
-            image = torch.nan_to_num(image / torch.linalg.matrix_norm(image).clamp_min(1e-30), posinf=0.0, neginf=0.0)
+            image = torch.nan_to_num(
+                image / torch.linalg.matrix_norm(image).clamp_min(1e-30), posinf=0.0, neginf=0.0
+            )
             self.basis.copy_(torch.linalg.qr((image + 1e-5 * self.basis).T)[0].T)
         return rows
 
     def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         projected = chunk @ self._padded.T  # (n, l + 1)
-        squares = projected[:, :-1].square().sum(0).to(self.dtype) if len(self._fresh) else self._fresh
-        projected[:, -1] = 1  # the second product then has the sum of the rows in its last row, for nothing
+        squares = (
+            projected[:, :-1].square().sum(0).to(self.dtype) if len(self._fresh) else self._fresh
+        )
+        # the second product then has the sum of the rows in its last row, for nothing
+        projected[:, -1] = 1
         moment = projected.T @ chunk
         return moment[-1], moment[:-1], squares
 
-    def _add(self, digest: Digest) -> None:
-        self.product += digest.moment
+    def _add(self, summarize: SketchUpdate) -> None:
+        self.product += summarize.moment
 
     def _forget(self) -> None:
         super()._forget()
@@ -183,19 +199,22 @@ class NystromSketch(Sketch):
         self.shift = moved
 
     def _image(self, image: Tensor, basis: Tensor, offset: Tensor) -> Tensor:
-        """(C·basisᵀ)ᵀ (l, d) with rows about `shift - offset`, from `image`, the same about `shift`."""
+        """(C·basisᵀ)ᵀ (l, d) with rows about `shift - offset`, from `image`, the same about
+        `shift`."""
         on = basis.to(self.dtype)
         along = on @ offset
         crossed = torch.outer(along, self.row_sum) + torch.outer(on @ self.row_sum, offset)
         return image + crossed + self.count * torch.outer(along, offset)
 
     def _factor(self) -> Tensor:
-        """F (l, d) with FᵀF the Nyström approximation about the shift; rows without data are zero."""
+        """F (l, d) with FᵀF the Nyström approximation about the shift; rows without data are
+        zero."""
         return _nystrom_factors(self.basis.to(self.dtype)[None], self.product[None])[0]
 
     @staticmethod
     def _eigenpairs(sketches: Sequence[NystromSketch]) -> tuple[Tensor, Tensor, list[int]]:
-        """Of G sketches of equal shape: eigenvectors (G, l, d) as rows, eigenvalues (G, l), and how many there are.
+        """Of G sketches of equal shape: eigenvectors (G, l, d) as rows, eigenvalues (G, l), and how
+        many there are.
 
         Descending; about the mean when centring. Beyond the count both are zero.
         """
@@ -219,15 +238,17 @@ def _alike(sketches: Sequence[NystromSketch]) -> Iterator[list[int]]:
 
 
 def _nystrom_factors(bases: Tensor, products: Tensor) -> Tensor:
-    """F (G, l, d) with FᵀF = Y (ΩᵀY)⁺ Yᵀ for Ωᵀ = `bases` and Yᵀ = `products`, both (G, l, d) float64.
+    """F (G, l, d) with FᵀF = Y (ΩᵀY)⁺ Yᵀ for Ωᵀ = `bases` and Yᵀ = `products`, both (G, l, d)
+    float64.
 
     Rows that would only be rounding are zero.
     """
     core = products @ bases.mT  # ΩᵀCΩ, (G, l, l)
     skew = core - core.mT  # zero but for rounding, and so a measure of it
     core = (core + core.mT) / 2
-    # Scaled to unit diagonal first. Energies of one layer span many orders of magnitude, and so does the
-    # rounding in the columns of Y; a threshold relative to the largest would drop small true directions.
+    # Scaled to unit diagonal first. Energies of one layer span many orders of magnitude, and so
+    # does the rounding in the columns of Y; a threshold relative to the largest would drop small
+    # true directions.
     scale = core.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()  # (G, l)
     inverse = torch.where(scale > scale.amax(-1, keepdim=True) * _COLUMN_RTOL, 1 / scale, 0.0)
     both = inverse[:, :, None] * inverse[:, None, :]
@@ -239,10 +260,12 @@ def _nystrom_factors(bases: Tensor, products: Tensor) -> Tensor:
 
 
 def _eigenpairs_of(factors: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-    """Eigenvectors (G, l, d) as rows, eigenvalues (G, l) and their count, descending, of FᵀF for `factors` (G, l, d).
+    """Eigenvectors (G, l, d) as rows, eigenvalues (G, l) and their count, descending, of FᵀF for
+    `factors` (G, l, d).
 
-    From the small Gram matrix FFᵀ: a third of the time of QR and SVD. That squares the condition, which leaves
-    an error of 1e-16·λ_1/λ_j in direction j: below float32's for every energy that `_COLUMN_RTOL` lets through.
+    From the small Gram matrix FFᵀ: a third of the time of QR and SVD. That squares the condition,
+    which leaves an error of 1e-16·λ_1/λ_j in direction j: below float32's for every energy that
+    `_COLUMN_RTOL` lets through.
     """
     values, vectors = torch.linalg.eigh(factors @ factors.mT)
     values, vectors = values.flip(-1), vectors.flip(-1)
@@ -259,4 +282,6 @@ def _pool(a: Certificate | None, b: Certificate | None) -> Certificate | None:
         return a or b
     rows = a.rows + b.rows
     wa, wb = a.rows / rows, b.rows / rows
-    return Certificate(wa * a.energies + wb * b.energies, wa * a.total_energy + wb * b.total_energy, rows)
+    return Certificate(
+        wa * a.energies + wb * b.energies, wa * a.total_energy + wb * b.total_energy, rows
+    )

@@ -1,1 +1,2 @@
-"""Trainers: the same initialisation, on their own data and device. The place that knows `transformers.Trainer`."""
+"""Trainers: the same initialisation, on their own data and device. The place that knows
+`transformers.Trainer`."""

@@ -11,61 +11,83 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 from transformers import TrainerCallback
 
-from evatune.adapters.peft import initialize_model
-from evatune.calibration import Calibration
-from evatune.capture.targets import adapted, unwrapped
+from evatune.adapters.initialize import initialize_model
+from evatune.calibration.result import Calibration
+from evatune.distributed.group import ProcessGroup
 from evatune.errors import AdapterError, DataError
-from evatune.model import ForwardFunction, call_model, model_device, to_device
-from evatune.processes import Team
+from evatune.modeling.forward import ForwardFunction, call_model, model_device, to_device
+from evatune.modeling.wrappers import adapted, unwrapped
 from evatune.trainers.summary import summary
 
 
 def initialize_trainer(
-    trainer: Any, calibration: Calibration | None, *, team: Team, forward: ForwardFunction | None, **options: Any
+    trainer: Any,
+    calibration: Calibration | None,
+    *,
+    process_group: ProcessGroup,
+    forward: ForwardFunction | None,
+    **options: Any,
 ) -> Calibration:
-    """Initialise `trainer.model` on the trainer's own training batches, collator, device and precision.
+    """Initialise `trainer.model` on the trainer's own training batches, collator, device and
+    precision.
 
-    Several processes share the batches out. With a finished `calibration` no batch is run. The trainer logs a summary
-    when it begins to train.
+    Several processes share the batches out. With a finished `calibration` no batch is run. The
+    trainer logs a summary when it begins to train.
     """
     if getattr(trainer, "model_init", None) is not None:
         raise AdapterError(
-            "this trainer has a model_init, by which train() builds its model anew and throws the start "
-            "away; call evatune.initialize(model, batches) inside model_init, or "
-            "evatune.initialize(model, calibration) with one calibration for all trials"
+            "this trainer has a model_init, by which train() builds its model anew and throws the"
+            " start away; call evatune.initialize(model, batches) inside model_init, or"
+            " evatune.initialize(model, calibration) with one calibration for all trials"
         )
     if getattr(trainer, "optimizer", None) is not None:
         raise AdapterError(
-            "the trainer already has an optimiser, which holds the adapter's old parameters; call "
-            "evatune.initialize(trainer) right after Trainer(...), before trainer.train(), and pass no optimizers="
+            "the trainer already has an optimiser, which holds the adapter's old parameters; call"
+            " evatune.initialize(trainer) right after Trainer(...), before trainer.train(), and"
+            " pass no optimizers="
         )
 
     def prepared(model: nn.Module, batch: Any) -> Any:
-        batch = to_device(batch, model_device(model))  # of models to be sharded, not the trainer's yet
+        # of models to be sharded, not the trainer's yet
+        batch = to_device(batch, model_device(model))
         with trainer.accelerator.autocast():  # the precision that training will run in
             return (forward or call_model)(model, batch)
 
     if calibration is not None:
-        found = initialize_model(trainer.model, calibration, team=team, forward=forward, **options)
+        found = initialize_model(
+            trainer.model, calibration, process_group=process_group, forward=forward, **options
+        )
     elif trainer.accelerator.num_processes > 1:
         args = trainer.args
-        share = training_batches(trainer, args.per_device_train_batch_size, args.seed, team.rank, team.size)
-        found = initialize_model(trainer.model, share, team=team, forward=prepared, **options)
+        share = training_batches(
+            trainer,
+            args.per_device_train_batch_size,
+            args.seed,
+            process_group.rank,
+            process_group.size,
+        )
+        found = initialize_model(
+            trainer.model, share, process_group=process_group, forward=prepared, **options
+        )
     else:
         batches = _prepared(trainer, _loader(trainer))
-        found = initialize_model(trainer.model, batches, team=team, forward=prepared, **options)
+        found = initialize_model(
+            trainer.model, batches, process_group=process_group, forward=prepared, **options
+        )
     _at_start(trainer, found)
     return found
 
 
 def _at_start(trainer: Any, calibration: Calibration) -> None:
-    """Have the trainer log the calibration's summary when it begins to train, if its model is still the one."""
+    """Have the trainer log the calibration's summary when it begins to train, if its model is still
+    the one."""
     trainer.remove_callback(_AtStart)  # of an earlier call, which this one has replaced
     trainer.add_callback(_AtStart(trainer, summary(calibration)))
 
 
 class _AtStart(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
-    """Not at once: before training, trackers have no run to log to, and training begins with an empty log."""
+    """Not at once: before training, trackers have no run to log to, and training begins with an
+    empty log."""
 
     def __init__(self, trainer: Any, figures: dict[str, float]) -> None:
         self.trainer, self.figures = trainer, figures
@@ -74,23 +96,29 @@ class _AtStart(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         if not any(module is self.started for module in self.trainer.model.modules()):
             raise AdapterError(
-                "the trainer's model is not the one that evatune.initialize(trainer) started; build the "
-                "trainer anew, and call evatune.initialize after whatever replaces trainer.model"
+                "the trainer's model is not the one that evatune.initialize(trainer) started; build"
+                " the trainer anew, and call evatune.initialize after whatever replaces"
+                " trainer.model"
             )
         self.trainer.log(dict(self.figures))
 
 
-def training_batches(trainer: Any, size: int, seed: int, process: int = 0, processes: int = 1) -> Iterator[Any]:
-    """One pass over the trainer's training examples, `size` at a time, in an order that the seed alone decides.
+def training_batches(
+    trainer: Any, size: int, seed: int, process: int = 0, processes: int = 1
+) -> Iterator[Any]:
+    """One pass over the trainer's training examples, `size` at a time, in an order that the seed
+    alone decides.
 
-    Of several processes each gets every so many-th batch. Collator, columns and device are the trainer's.
+    Of several processes each gets every so many-th batch. Collator, columns and device are the
+    trainer's.
     """
     inner = _loader(trainer)
     data = inner.dataset
     loader: Iterable[Any]
     if isinstance(data, IterableDataset):  # comes in its own order, and all of it must be read
         loader = DataLoader(data, size, collate_fn=inner.collate_fn)
-        if trainer.accelerator.dispatch_batches is not False:  # else accelerate has cut it into shards already
+        # else accelerate has cut it into shards already
+        if trainer.accelerator.dispatch_batches is not False:
             loader = islice(loader, process, None, processes)
     else:
         order = RandomSampler(data, generator=torch.Generator("cpu").manual_seed(seed))
@@ -100,7 +128,8 @@ def training_batches(trainer: Any, size: int, seed: int, process: int = 0, proce
 
 
 def _prepared(trainer: Any, loader: Iterable[Any]) -> Iterator[Any]:
-    """The trainer's own device. A loader draws its seed when this is first asked, which is where random states are kept."""
+    """The trainer's own device. A loader draws its seed when this is first asked, which is where
+    random states are kept."""
     for batch in loader:
         inputs = trainer._prepare_inputs(batch)
         yield from _features(trainer, inputs) if hasattr(trainer, "collect_features") else [inputs]
@@ -111,8 +140,9 @@ def _features(trainer: Any, inputs: Any) -> list[Any]:
     found: list[Any] = trainer.collect_features(inputs)[0]
     if not all(isinstance(one, Mapping) for one in found):
         raise DataError(
-            f"the batches of {type(trainer).__name__} are texts, which its loss makes tokens of; give tokens "
-            "before trainer.train(): evatune.initialize(model, [model.preprocess(pairs), …])"
+            f"the batches of {type(trainer).__name__} are texts, which its loss makes tokens of;"
+            " give tokens before trainer.train(): evatune.initialize(model,"
+            " [model.preprocess(pairs), …])"
         )
     return found
 
@@ -121,6 +151,8 @@ def _loader(trainer: Any) -> Any:
     """The trainer's loader of training batches, without a trace of it in the trainer."""
     known = len(trainer.accelerator._dataloaders)
     loader = trainer.get_train_dataloader()
-    del trainer.accelerator._dataloaders[known:]  # accelerate saves the state of all it has prepared
-    # The loader inside accelerate's own: leaving that one early would leave its end-of-epoch mark behind.
+    # accelerate saves the state of all it has prepared
+    del trainer.accelerator._dataloaders[known:]
+    # The loader inside accelerate's own: leaving that one early would leave its end-of-epoch mark
+    # behind.
     return getattr(loader, "base_dataloader", loader)

@@ -1,4 +1,5 @@
-"""`EvaCallback`: the same initialisation inside Lightning's `Trainer.fit`. Needs `pip install 'evatune[lightning]'`."""
+"""`EvaCallback`: the same initialisation inside Lightning's `Trainer.fit`. Needs
+`pip install 'evatune[lightning]'`."""
 
 from __future__ import annotations
 
@@ -7,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from evatune.batches import iterate
-from evatune.calibration import Calibration
-from evatune.capture.targets import adapted, adapted_inside
+from evatune.api import initialize
+from evatune.calibration.result import Calibration
 from evatune.errors import AdapterError, DataError
-from evatune.initialize import initialize
-from evatune.model import ForwardFunction, call_model
+from evatune.modeling.batches import iterate
+from evatune.modeling.forward import ForwardFunction, call_model
+from evatune.modeling.wrappers import adapted, adapted_inside
 from evatune.trainers.summary import summary
 
 try:
@@ -24,30 +25,37 @@ except ModuleNotFoundError:  # the same code, under the name that it had before 
 
 
 class EvaCallback(pl.Callback):  # type: ignore[misc]  # not a type: its library is not followed
-    """Starts the LoRA adapter inside a LightningModule with EVA: `Trainer(callbacks=[EvaCallback()])`.
+    """Starts the LoRA adapter inside a LightningModule with EVA:
+    `Trainer(callbacks=[EvaCallback()])`.
 
-    It runs in `setup` of a fit: after the datamodule's `setup`, before the module's own `setup` and before optimisers are
-    built, which must hold the new parameters. The module must have its adapter by then, so build it in `__init__`: a
-    `PeftModel`, or a transformers model after `add_adapter`, as the module's attribute or anywhere inside it.
+    It runs in `setup` of a fit: after the datamodule's `setup`, before the module's own `setup` and
+    before optimisers are built, which must hold the new parameters. The module must have its
+    adapter by then, so build it in `__init__`: a `PeftModel`, or a transformers model after
+    `add_adapter`, as the module's attribute or anywhere inside it.
 
-    A later fit of the same module leaves it as it is. With `ckpt_path=` the ranks must come out as they did for the
-    checkpoint: seed the run alike, or give the `Calibration` of the first run, which `calibration` holds and `save` keeps.
+    A later fit of the same module leaves it as it is. With `ckpt_path=` the ranks must come out as
+    they did for the checkpoint: seed the run alike, or give the `Calibration` of the first run,
+    which `calibration` holds and `save` keeps.
 
     Args:
-        batches: what `evatune.initialize` takes, a `Calibration` too. Default: the batches of the fit, by one pass over
-            the datamodule's, the module's or the given `train_dataloader`, as the module's transfer hooks leave them.
-        forward: `forward(model, batch)` runs the model that carries the adapter. Default: the rule of `evatune.calibrate`,
-            which for a batch `(x, y)` means `model(x, y)`; if the training step calls `self.model(x)`, give
-            `forward=lambda model, batch: model(batch[0])`. Either runs in the trainer's precision (autocast).
+        batches: what `evatune.initialize` takes, a `Calibration` too. Default: the batches of the
+            fit, by one pass over the datamodule's, the module's or the given `train_dataloader`, as
+            the module's transfer hooks leave them.
+        forward: `forward(model, batch)` runs the model that carries the adapter. Default: the rule
+            of `evatune.calibrate`, which for a batch `(x, y)` means `model(x, y)`; if the training
+            step calls `self.model(x)`, give `forward=lambda model, batch: model(batch[0])`. Either
+            runs in the trainer's precision (autocast).
         options: any other of `evatune.initialize`.
 
     Attributes:
-        calibration: the `Calibration`, after `setup`. Its summary goes to the trainer's loggers at step 0; see
-            `evatune.trainers.summary`.
+        calibration: the `Calibration`, after `setup`. Its summary goes to the trainer's loggers at
+            step 0; see `evatune.trainers.summary`.
 
     Raises, in `setup`:
-        AdapterError: no adapter in the module, or several models with one. DataError: several processes and batches; with
-            a `Calibration` any number may start alike. All else as for `evatune.initialize`, which see for cost.
+        AdapterError: no adapter in the module, or several models with one. DataError: several
+        processes and batches; with
+            a `Calibration` any number may start alike. All else as for `evatune.initialize`, which
+            see for cost.
     """
 
     def __init__(
@@ -67,8 +75,9 @@ class EvaCallback(pl.Callback):  # type: ignore[misc]  # not a type: its library
             return
         if not adapted_inside(pl_module):
             raise AdapterError(
-                f"{type(pl_module).__name__} holds no model with an adapter when setup begins; build one in its __init__: "
-                "self.model = get_peft_model(model, LoraConfig(r=16, target_modules='all-linear'))"
+                f"{type(pl_module).__name__} holds no model with an adapter when setup begins;"
+                " build one in its __init__: self.model = get_peft_model(model, LoraConfig(r=16,"
+                " target_modules='all-linear'))"
             )
         model = adapted(pl_module)
         if isinstance(self.batches, Calibration):
@@ -80,11 +89,14 @@ class EvaCallback(pl.Callback):  # type: ignore[misc]  # not a type: its library
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=0)
 
-    def _calibrated(self, trainer: Any, model: nn.Module, batches: Iterable[Any] | None) -> Calibration:
+    def _calibrated(
+        self, trainer: Any, model: nn.Module, batches: Iterable[Any] | None
+    ) -> Calibration:
         if trainer.world_size > 1:
             raise DataError(
-                f"EvaCallback reads batches on one process, and this run has {trainer.world_size}, which must all start "
-                "alike; calibrate first and give them one result: EvaCallback(evatune.Calibration.load(path))"
+                f"EvaCallback reads batches on one process, and this run has {trainer.world_size},"
+                " which must all start alike; calibrate first and give them one result:"
+                " EvaCallback(evatune.Calibration.load(path))"
             )
         source = _of_the_fit(trainer) if batches is None else batches
 
@@ -106,9 +118,11 @@ def _of_the_fit(trainer: Any) -> Iterator[Any]:
         loaders = trainer.fit_loop._data_source.dataloader()
     except Exception as error:
         error.add_note(
-            "evatune's EvaCallback asked for train_dataloader() before the LightningModule's own setup(). If that is what "
-            "makes the data, give EvaCallback(batches=...) a loader of its own, or make the data in a LightningDataModule."
+            "evatune's EvaCallback asked for train_dataloader() before the LightningModule's own"
+            " setup(). If that is what makes the data, give EvaCallback(batches=...) a loader of"
+            " its own, or make the data in a LightningDataModule."
         )
         raise
-    for batch, _, _ in CombinedLoader(loaders, "max_size_cycle"):  # as a fit does, for one loader or several
+    # as a fit does, for one loader or several
+    for batch, _, _ in CombinedLoader(loaders, "max_size_cycle"):
         yield batch

@@ -1,0 +1,256 @@
+"""The public door: `calibrate` and `initialize`. Signature, documentation and dispatch; the rooms
+do the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from evatune.calibration.checkpoint import Checkpoint
+from evatune.calibration.config import CalibrationConfig
+from evatune.calibration.loop import Progress, run
+from evatune.calibration.result import Calibration
+from evatune.capture import (
+    find_target_layers,
+)
+from evatune.capture.recorder import RowsFunction
+from evatune.capture.targets import Targets
+from evatune.distributed.group import ProcessGroup
+from evatune.errors import DataError
+from evatune.modeling.forward import ForwardFunction, model_device
+from evatune.modeling.wrappers import adapted, unwrapped
+
+
+@torch.inference_mode(mode=False)
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: CalibrationConfig | None = None,
+    *,
+    targets: Targets = None,
+    forward: ForwardFunction | None = None,
+    rows: RowsFunction | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Calibration:
+    """Find the leading directions of what each layer's input carries on this data.
+
+    Args:
+        model: any `nn.Module`, or a `PeftModel` (its adapters stand aside, so the result is the
+            base model's); looked for inside DistributedDataParallel, DataParallel and DeepSpeed's
+            engine. Where a module of your own, or of sentence-transformers, holds the one model
+            that carries adapters, the whole is run, and names are those in that model.
+        batches: DataLoader, list, iterator or generator. Each batch is read once, one pass at most.
+            Making them may run the model, which is as it was found meanwhile: its modes, its
+            adapters, no hook; nothing of that is counted. They must be mixed: of data that comes
+            sorted, the stop rule sees the first kind only and finds it settled.
+        config: settings; `CalibrationConfig()` by default.
+        targets: which layers, as PEFT names them: "all-linear", a list of names or suffixes, or a
+            regular expression for whole names. Default: the layers that carry an adapter, else
+            "all-linear". Besides linear layers: convolutions (their own patches;
+            `evatune.initialize` takes those that PEFT's A sees, which pads with zeros and has no
+            dilation), embeddings, `nn.MultiheadAttention` (named like it, and "….out_proj") and
+            parameters in which the weights of experts are stacked (one entry per expert, "….0",
+            "….1", …).
+        forward: `forward(model, batch)` replaces the default call: `model(**batch)` for a mapping
+            or a dataclass, `model(*batch)` for a tuple or list, `model(batch)` for a tensor, and
+            for a mapping where the model's first argument is none of its keys, as
+            sentence-transformers wants it.
+        rows: `rows(activation, batch, layer_name)` → (n, d) replaces the default choice of rows:
+            all tokens that the `attention_mask` of the nearest module around the layer does not
+            exclude, else that of the batch; a warning names layers that no mask fits, of which all
+            rows count (inside the decoder of an encoder-decoder model: its own mask, else those
+            with a label). Layers then no longer share sketches. The activation is the layer's
+            input, of a convolution its patches (batch, positions, d), of an embedding the ids, of
+            which it returns (n,).
+        progress: called with a `Progress` after each batch.
+        checkpoint: a file to go on from after an interruption, see
+            `evatune.calibration.Checkpoint`. One process only.
+
+    Several processes of torch.distributed work together (unless `config.distributed` is False): all
+    call this, each with batches of its own. They see up to `max_batches` in all, stop together and
+    end with the same directions, bit for bit, as one process would that sees their batches in turn,
+    but for the first batch of each: of that, all but one process keep what their leading directions
+    hold. Only sums of a sketch's size travel. A model in shards (FSDP, ZeRO-3) runs in step:
+    processes whose data has ended repeat their last batch, and it is not counted.
+
+    Returns:
+        A `Calibration`: per layer a `Spectrum` and a `Status`. Layers that went wrong are there
+            with a
+        status that says how; nothing is raised for them here.
+
+    Raises:
+        TargetError: no layer matches. DataError: no batch, or something that is not batches.
+            ConfigError: a `forward` or
+        `rows` of other arguments.
+        AdapterError: weights on the meta device, or in the shards of DeepSpeed's zero.Init that no
+            engine gathers.
+        ProcessError: another process failed, is lost, or has another model, other weights, targets
+            or settings.
+        Whatever the model itself raises. In every case the model, its modes, hooks, gradients and
+        the random number generators are left as they were.
+
+    The first forward pass runs to its end. The later ones of a transformers model may end at the
+    last watched layer, where nothing is lost by it: see `evatune.modeling.state.may_stop_early`.
+
+    Cost: the forward passes plus 4·d·l flops per token and distinct layer input of width d, with
+    l = components + oversampling; 12·d·l bytes per distinct input.
+    """
+    model, config = unwrapped(model), config or CalibrationConfig()
+    with ProcessGroup.create(
+        config.distributed, model_device(model), config.rendezvous_timeout
+    ) as process_group:
+        return run(
+            model,
+            find_target_layers(adapted(model), targets),
+            batches,
+            config,
+            process_group,
+            forward=forward,
+            rows=rows,
+            progress=progress,
+            checkpoint=checkpoint,
+        )
+
+
+@torch.inference_mode(mode=False)  # which would leave parameters that cannot be trained
+def initialize(
+    model: Any,
+    batches: Iterable[Any] | Calibration | None = None,
+    *,
+    rank: int | None = None,
+    rho: float | None = None,
+    budget: str | None = None,
+    metric: str | None = None,
+    scale: str | None = None,
+    config: CalibrationConfig | None = None,
+    forward: ForwardFunction | None = None,
+    rows: RowsFunction | None = None,
+    adapter_name: str = "default",
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    checkpoint: Checkpoint | None = None,
+    on_unsupported: str = "error",
+) -> Calibration:
+    """Calibrate, redistribute ranks and write the result into a model's LoRA layers, in place.
+
+    Call it before the optimiser exists: layers whose rank changes get new parameters.
+
+    Args:
+        model: a `PeftModel` with a LoRA adapter (or a transformers model after `add_adapter`), or a
+            module that holds one such (your own, a `SentenceTransformer`), through which batches
+            then run; or a transformers, TRL or sentence-transformers `Trainer` around one, whose
+            own data, collator and device are then used. To resume a run, give the same data and
+            seed, or the `Calibration` of the first: the checkpoint's ranks must come out again. The
+            adapter may sit on any kind of layer that `evatune.calibrate` lists, and on parameters
+            (`target_parameters`).
+        batches: as for `evatune.calibrate`, mixed; not with a Trainer. Or a finished `Calibration`
+            of this model, merged or loaded from a file, also with a Trainer: it must cover the
+            adapter's layers, and no batch is run then.
+        rank: r. Default: the adapter's `LoraConfig.r`, and its `rank_pattern` as it stands: a layer
+            that it names gets at most the rank there, whatever ρ, and counts with it in the budget,
+            so that all ranks together are as many as the config gives. A `rank` given here (or in
+            `config`) replaces r and the pattern, which an adapter that evatune has written ranks
+            into needs, to be redistributed anew.
+        rho: ρ. Default: the adapter's `EvaConfig.rho` if it has one, else that of the
+            `Calibration`, else 2.
+        budget, metric: "ranks" and "ratio" unless `config` or the `Calibration` says otherwise; see
+            `evatune.ranks.allocate`.
+        scale: length of the rows of A. Default: "whiten" if the adapter's config says
+            `EvaConfig(whiten=True)`, which no other scale given here may contradict; else "paper".
+            With v_j the j-th direction, r_l the layer's rank, `in` its width:
+
+            "paper"    a_j = v_j, orthonormal rows.
+            "whiten"   a_j = v_j / σ_j, σ_j the standard deviation of v_j·x over tokens, so that
+            every
+                       component of Ax has variance 1. σ_j is taken no smaller than
+                       0.001·sqrt(E[(v_j·x)²]).
+            "matched"  a_j = c·v_j, c² = (r_l / (3·in)) · E‖x‖² / Σ_j E[(v_j·x)²], so that E‖Ax‖² is
+            what it
+                       is for PEFT's default initialisation (uniform on ±1/√in) at the layer's rank:
+                       a learning rate tuned for LoRA carries over.
+
+        config: other settings of the calibration; `rank`, `rho`, `budget` and `metric` given here
+        override it. Where
+            it leaves `labels_only` open and the adapter's config asks for EVA
+            (`init_lora_weights="eva"`), its `EvaConfig.use_label_mask` and `label_mask_value` hold:
+            tokens without a loss are left out of batches that have a label per token (but not for
+            encoder-decoder models).
+        forward, rows, progress, checkpoint: as for `evatune.calibrate`, and so are several
+        processes: each ends with the
+            same adapter. A Trainer's processes share its batches out.
+        adapter_name: which adapter to initialise; no other is touched.
+        overwrite: let an adapter that is trained already start over: B = 0 and, with DoRA,
+        magnitudes as at the start.
+            Modules trained in full (`modules_to_save`) stay as they are.
+        on_unsupported: adapted layers of a kind that EVA does not initialise are an "error" that
+        names them, or with
+            "skip" stay as PEFT initialised them, at their rank and outside the budget, and are
+            named in a warning.
+
+    Returns:
+        The `Calibration`. Afterwards B = 0, so the model's output is what it was; ranks and α are
+        set in a copy of the adapter's config, which `model.peft_config[adapter_name]` then is, such
+        that each layer's scale is what it was, α over r
+        (rsLoRA: over its root) with both patterns, whatever its new rank, unless `rank` replaces r;
+        layers of rank 0 carry this adapter no more; `save_pretrained` writes a folder that plain
+        PEFT loads. A Trainer logs, at the start of each `train()`, what the calibration found, for
+        its trackers (`report_to`) too: see `evatune.trainers.summary`.
+
+    Raises:
+        AdapterError: no LoRA adapter of that name, or one that is merged, or trained already
+            (unless `overwrite`), whose start has changed the base weights (PiSSA, OLoRA, CorDA,
+            LoftQ, LoRA-GA), or of a variant of LoRA that does not fit
+            (`evatune.adapters.variants`); a `Calibration` of another model; several adapted models
+            in one module; a Trainer that has an optimizer already, or a `model_init`, by which it
+            builds its model anew. When it begins to train: a Trainer whose model was replaced
+            since.
+        LayerError: layers without a usable result. BudgetError: the budget cannot be met.
+        ConfigError: options that contradict each other, the adapter's config or the `Calibration`.
+        DataError, TargetError: as for `calibrate`. AdapterError: a model without weights (on the
+            meta device), or one that
+        was made under `torch.inference_mode()` and cannot be trained. The model is unchanged in
+        every case.
+    """
+    options: dict[str, Any] = {
+        "rank": rank,
+        "rho": rho,
+        "budget": budget,
+        "metric": metric,
+        "scale": scale,
+        "config": config,
+        "rows": rows,
+        "adapter_name": adapter_name,
+        "overwrite": overwrite,
+        "progress": progress,
+        "checkpoint": checkpoint,
+        "on_unsupported": on_unsupported,
+        "forward": forward,
+    }
+    settings = config or CalibrationConfig()
+    together, patience = (
+        settings.distributed and not isinstance(batches, Calibration),
+        settings.rendezvous_timeout,
+    )
+    if hasattr(model, "get_train_dataloader"):
+        if batches is not None and not isinstance(batches, Calibration):
+            raise DataError(
+                "initialize(trainer) takes its batches from the trainer; leave out the second"
+                " argument, or give a Calibration"
+            )
+        from evatune.trainers.hf import initialize_trainer
+
+        with ProcessGroup.create(together, model_device(model.model), patience) as process_group:
+            return initialize_trainer(model, batches, process_group=process_group, **options)
+    if batches is None:
+        raise DataError(
+            "initialize(model, batches) needs batches: a DataLoader, list or generator of model"
+            " inputs, or a Calibration"
+        )
+    from evatune.adapters.initialize import initialize_model
+
+    with ProcessGroup.create(together, model_device(model), patience) as process_group:
+        return initialize_model(model, batches, process_group=process_group, **options)

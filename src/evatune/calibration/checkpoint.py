@@ -1,0 +1,131 @@
+"""A calibration that was interrupted goes on where it was: one file, whole or absent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evatune.errors import ConfigError
+from evatune.schemas import Damage, shown, telling
+from evatune.utils.files import claimed_file
+
+_FAMILY = "evatune-checkpoint-"
+
+
+_FORMAT = f"{_FAMILY}2"
+
+
+_ADVICE = "move it away, or name another checkpoint (evatune init: another --out)"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a calibration keeps what it needs to go on after an interruption.
+
+    The batches must come in the same order again: those already seen are read and passed over.
+
+    Attributes:
+        path: of the safetensors file; written under a temporary name and renamed, so that it is
+            never torn.
+        every: batches from one writing to the next.
+        resume: go on from the file, if there is one.
+        about: whatever else must be the same for the file to fit, such as a fingerprint of the
+            data; as JSON.
+    """
+
+    path: Path
+    every: int = 8
+    resume: bool = False
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ConfigError(f"checkpoint_every is {self.every}; it must be at least 1 batch")
+
+    def due(self, batches: int) -> bool:
+        """Whether to write after this many batches."""
+        return batches % self.every == 0
+
+    def write(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Replace the file."""
+        from evatune.schemas.tensors import save_sealed
+
+        text = json.dumps({**record, "about": dict(self.about)})
+        # Two spectra may be one and the same, which safetensors does not write.
+        own = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
+        with claimed_file(self.path, True, _is_own, _ADVICE) as output, output.whole() as temporary:
+            save_sealed(temporary, own, _FORMAT, text)
+
+    def remove(self) -> None:
+        """Remove the file if it is a checkpoint, and what writing it may have left when it was
+        killed."""
+        with claimed_file(self.path, True, _is_own, _ADVICE) as output:
+            output.remove()
+
+    def require_own(self) -> None:
+        """Raise a ConfigError, before the work, if the path cannot be written or holds what is no
+        checkpoint."""
+        with claimed_file(self.path, True, _is_own, _ADVICE):
+            pass
+
+    def read(self, same: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and record, or None where there is nothing to resume.
+
+        Raises:
+            ConfigError: the record's `same` or `about` differ from today's; the message names the
+                difference. Or there is nothing to resume, and the path is not free for a
+                checkpoint.
+            RecordError: it is no checkpoint, or a damaged one.
+        """
+        if not self.resume or not self.path.exists():
+            self.require_own()
+            return None
+        from evatune.schemas.record import CheckpointRecord
+        from evatune.schemas.tensors import read_sealed
+        from evatune.schemas.text import validate_json
+
+        with telling(self.path, "remove it, or leave --resume out"):
+            tensors, text = read_sealed(self.path, [_FORMAT], "a checkpoint of evatune")
+            known = validate_json(CheckpointRecord, text)
+            unsupported = [name for name, tensor in tensors.items() if not _is_whole(tensor)]
+            if unsupported:
+                raise Damage(f"is damaged: {shown(unsupported[0])} has NaN or Inf in it")
+        record = known.model_dump()
+        was = {**{key: record.get(key) for key in same}, **known.about}
+        now = json.loads(json.dumps({**same, **self.about}))
+        for key in [*now, *was]:
+            if now.get(key) != was.get(key):
+                raise ConfigError(
+                    f"{self.path} does not fit: {_difference(key, was.get(key), now.get(key))};"
+                    " resume with the same options and data, or leave --resume out to begin again"
+                )
+        return tensors, record
+
+
+def _is_own(path: Path) -> bool:
+    from evatune.schemas.tensors import read_header
+
+    try:
+        return read_header(path).metadata.get("format", "").startswith(_FAMILY)
+    except Damage:
+        return False
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _difference(key: str, was: Any, now: Any) -> str:
+    if isinstance(was, dict) and isinstance(now, dict):
+        sublayer = next(name for name in [*was, *now] if was.get(name) != now.get(name))
+        return _difference(f"{key} {sublayer}", was.get(sublayer), now.get(sublayer))
+    return f"{key} was {was} and is {now}"

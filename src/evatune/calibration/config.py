@@ -1,0 +1,129 @@
+"""Every setting of a calibration, with its default and its help text, in one place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from evatune.errors import ConfigError
+from evatune.ranks.allocation import BUDGETS, METRICS, require_rho
+from evatune.sketch import SKETCHES
+
+DEFAULT_RANK, DEFAULT_RHO = 16, 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """How activations are summarised and when to stop.
+
+    Attributes:
+        rank: r, ranks per layer before redistribution. Default: the adapter's, where there is one,
+            else 16.
+        rho: ρ ≥ 1; no layer gets more than ρ·r ranks. Default: the adapter's `EvaConfig.rho`, else
+            2.
+        components: directions kept per layer; default ⌊ρ·r⌋, what the redistribution can use.
+        budget, metric: what the stop rule's trial redistribution uses; see `Calibration.allocate`.
+        sketch: "nystrom" (default), "exact" (full second moment), "incremental" (the paper's
+            algorithm).
+        center: subtract the mean. False (default) is what the paper's theorem maximises: the
+            gradient of B at step 0 grows with E‖Ax‖², mean included. True is the paper's code
+            (PCA).
+        oversampling: columns of the Nyström basis beyond `components`.
+        max_batches: bound on forward passes, of all processes together; each gets at least one.
+        tolerance: stop when, with the data seen since the last check (at 1, 2, 4, 8, … batches),
+            the directions in use gained less than this share of energy, and less than twice this
+            share of the ranks moved. 0: never stop before `max_batches` or the end of the data.
+        labels_only: count only tokens that have a loss; the model is asked whether it compares
+            token t with label t + 1. "auto": where a batch has a label per token, and not for
+            encoder-decoder models, whose labels are the decoder's. Default: what the adapter's
+            `EvaConfig.use_label_mask` asks for, else False.
+        ignore_index: label of tokens without a loss.
+        seed: of the sketch's random start.
+        distributed: whether the processes of torch.distributed, where there are several, calibrate
+            together, each on batches of its own. False: every process works alone, as if there were
+            no other.
+        rendezvous_timeout: seconds in which all of these processes must have come, after the first
+            one.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    rank: int | None = None
+    rho: float | None = None
+    components: int | None = None
+    budget: str = "ranks"
+    metric: str = "ratio"
+    sketch: str = "nystrom"
+    center: bool = False
+    oversampling: int = 16
+    max_batches: int = 64
+    tolerance: float = 0.01
+    labels_only: bool | str | None = None
+    ignore_index: int = -100
+    seed: int = 0
+    distributed: bool = True
+    rendezvous_timeout: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("rank", 1),
+            ("max_batches", 1),
+            ("components", 1),
+            ("oversampling", 0),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            if value is None and name in ("rank", "components"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(
+                    f"{name} is {value!r}; it must be a whole number of at least {least}"
+                )
+            if not least <= value < 2**63:
+                raise ConfigError(
+                    f"{name} is {value}; it must be at least {least}, and below 2 to the power 63"
+                )
+        require_rho(self.rho_or_default)
+        if not 0 <= self.tolerance < 1:
+            raise ConfigError(
+                f"tolerance is {self.tolerance}; it must lie in [0, 1), and 0 means never stop"
+                " early"
+            )
+        patience = self.rendezvous_timeout
+        if (
+            isinstance(patience, bool)
+            or not isinstance(patience, (int, float))
+            or not 0 < patience < math.inf
+        ):
+            raise ConfigError(
+                f"rendezvous_timeout is {patience!r}; it must be a number of seconds above 0"
+            )
+        if self.labels_only not in (None, False, True, "auto"):
+            raise ConfigError(
+                f"labels_only is {self.labels_only!r}; it must be True, False or 'auto'"
+            )
+        for name, allowed in (("sketch", SKETCHES), ("budget", BUDGETS), ("metric", METRICS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
+                )
+
+    @property
+    def rank_or_default(self) -> int:
+        """r."""
+        return DEFAULT_RANK if self.rank is None else self.rank
+
+    @property
+    def rho_or_default(self) -> float:
+        """ρ."""
+        return DEFAULT_RHO if self.rho is None else self.rho
+
+    @property
+    def kept(self) -> int:
+        """Directions kept per layer."""
+        return (
+            self.components
+            if self.components is not None
+            else math.floor(self.rank_or_default * self.rho_or_default + 1e-9)
+        )

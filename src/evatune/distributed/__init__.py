@@ -1,0 +1,1 @@
+"""Several processes: a group that fails clearly, and sketches that they refresh together."""

@@ -1,0 +1,1 @@
+"""Fine-tuning runs: recipes, methods, tasks, comparisons."""

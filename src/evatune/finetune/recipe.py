@@ -1,0 +1,336 @@
+"""Recipes: every setting of a fine-tuning run, with default and help, in one tree; and YAML files
+that fill it in."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
+
+from evatune.errors import ConfigError
+from evatune.schemas import Damage, shown, telling
+from evatune.schemas.text import parse_yaml, read_text
+from evatune.utils.files import name_problem
+
+
+def _require_name(name: str) -> str:
+    problem = name_problem(name)
+    if problem is not None:
+        raise PydanticCustomError("file_name", problem)
+    return name
+
+
+Name = Annotated[str, AfterValidator(_require_name)]  # what becomes part of a path
+
+
+_RECIPES = files("evatune.finetune").joinpath("recipes")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+_Flag = Annotated[bool, Strict()]
+
+
+_Whole = Annotated[int, Strict()]
+
+
+_Real = Annotated[float, Strict(), Field(le=1e9)]
+
+
+_Text = Annotated[str, Field(max_length=4096)]
+
+
+_Texts = Annotated[list[_Text], Field(max_length=10_000)]
+
+
+_MISTAKES_TOLD = 10
+
+
+_MOST = 10**9  # of steps and examples
+
+
+_MOST_AT_ONCE = 2**20  # tokens of a text, examples of a batch
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DataOptions:
+    """Which examples."""
+
+    train: _Whole = Field(
+        default=1000,
+        ge=1,
+        le=_MOST,
+        description="examples to train on, drawn with the seed 0 whatever the run's seed is",
+    )
+    test: _Whole = Field(
+        default=500, ge=1, le=_MOST, description="examples to evaluate on, none of them trained on"
+    )
+    max_length: _Whole = Field(
+        default=48,
+        ge=4,
+        le=_MOST_AT_ONCE,
+        description="tokens per text, the rest is cut off; rl: steps the policy sees",
+    )
+    source: _Text | None = Field(
+        default=None, description="hub id, file or folder of the user's own data"
+    )
+    subset: _Text | None = Field(
+        default=None, description="configuration of a hub data set, such as sst2 of nyu-mll/glue"
+    )
+    train_split: _Text = Field(default="train", description="split of data.source to train on")
+    test_split: _Text | None = Field(
+        default=None, description="split to evaluate on; default: unseen examples of train_split"
+    )
+    columns: _Texts = Field(
+        default_factory=list,
+        description=(
+            "columns of data.source: text, or a pair of texts; generation: prompt and answer;"
+            " images: the image. Default: text, or image"
+        ),
+    )
+    label_column: _Text = Field(
+        default="label", description="column of data.source that holds the classes"
+    )
+    episodes: _Whole = Field(
+        default=20, ge=1, le=_MOST, description="rl: episodes in the simulator"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class AdapterOptions:
+    """The adapter, for the methods that have one."""
+
+    rank: _Whole = Field(
+        default=8, ge=1, le=2**16, description="ranks per layer, before any redistribution"
+    )
+    alpha: _Real = Field(default=8, gt=0, description="LoRA's alpha")
+    rho: _Real = Field(
+        default=2,
+        ge=1,
+        description="EVA: no layer gets more than rho times rank; 1 is no redistribution",
+    )
+    budget: Literal["ranks", "parameters"] = Field(
+        default="ranks", description="EVA: what redistribution keeps within that of uniform ranks"
+    )
+    targets: _Text | _Texts = Field(default="all-linear", description="layers, as PEFT names them")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TrainingOptions:
+    """The optimisation; AdamW, by transformers' Trainer."""
+
+    learning_rate: _Real = Field(default=1e-3, gt=0, description="largest learning rate")
+    steps: _Whole = Field(default=60, ge=1, le=_MOST, description="optimiser steps")
+    batch_size: _Whole = Field(
+        default=16, ge=1, le=_MOST_AT_ONCE, description="examples per batch and process"
+    )
+    accumulate: _Whole = Field(
+        default=1, ge=1, le=_MOST_AT_ONCE, description="batches whose gradients make one step"
+    )
+    precision: Literal["float32", "bf16", "fp16"] = Field(
+        default="float32", description="mixed precision, or none"
+    )
+    warmup: _Real = Field(
+        default=0.06, ge=0, lt=1, description="share of the steps in which the learning rate rises"
+    )
+    schedule: _Text = Field(
+        default="linear", description="learning rate after warm-up, as transformers names it"
+    )
+    weight_decay: _Real = Field(default=0.0, ge=0, description="AdamW's weight decay")
+    lora_plus_ratio: _Real = Field(
+        default=16.0, gt=0, description="loraplus: learning rate of B over that of A"
+    )
+    log_every: _Whole = Field(
+        default=5, ge=1, le=_MOST, description="steps between lines of metrics"
+    )
+    eval_every: _Whole = Field(default=20, ge=1, le=_MOST, description="steps between evaluations")
+    save_every: _Whole = Field(
+        default=20,
+        ge=1,
+        le=_MOST,
+        description="steps between checkpoints that a killed run resumes from",
+    )
+    report_to: _Texts = Field(
+        default_factory=list, description="trackers, as transformers names them"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Recipe:
+    """One fine-tuning run."""
+
+    domain: Name = Field(default="understanding", description="what kind of task it is")
+    task: Name = Field(description="which task of the domain")
+    model: _Text = Field(
+        default="demo", description="hub id or local folder; demo: the small model of the domain"
+    )
+    method: Name = Field(default="eva", description="what is trained and how it starts")
+    trust_remote_code: _Flag = Field(
+        default=False,
+        description=(
+            "run Python code that comes with the model; the command line alone can allow it"
+        ),
+    )
+    seed: _Whole = Field(
+        default=0,
+        ge=0,
+        lt=2**32,
+        description="of new weights, of the order of examples and of dropout",
+    )
+    data: DataOptions = DataOptions()
+    adapter: AdapterOptions = AdapterOptions()
+    training: TrainingOptions = TrainingOptions()
+
+
+def ours() -> list[str]:
+    """Names of the recipes that come with evatune."""
+    return sorted(
+        path.name.removesuffix(".yaml")
+        for path in _RECIPES.iterdir()
+        if path.name.endswith(".yaml")
+    )
+
+
+def expand(sources: Iterable[str]) -> list[str]:
+    """Recipes and files, patterns of our names such as "images-*" replaced by the names.
+    ConfigError if one fits none."""
+    found: list[str] = []
+    for source in sources:
+        names = (
+            [source]
+            if not any(sign in source for sign in "*?[")
+            else fnmatch.filter(ours(), source)
+        )
+        if not names:
+            raise ConfigError(f"no recipe of ours fits {source!r}; ours are {', '.join(ours())}")
+        found += names
+    if not found:
+        raise ConfigError(f"name at least one recipe; ours are {', '.join(ours())}")
+    return list(dict.fromkeys(found))
+
+
+def text_of(source: str) -> str:
+    """The YAML text behind a name of ours or a path. Raises ConfigError if there is none."""
+    if source in ours():
+        return _RECIPES.joinpath(f"{source}.yaml").read_text(encoding="utf-8")
+    path = Path(source)
+    if path.is_file():
+        with telling(source, "give a YAML file; `evatune recipes show` shows one", ConfigError):
+            return read_text(path)
+    near = difflib.get_close_matches(source, ours(), n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(f"there is no recipe or file {source!r}; {hint}ours are {', '.join(ours())}")
+
+
+def load(source: str, overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe of ours or of the user's, with `key=value` overrides such as
+    `training.learning_rate=3e-4`.
+
+    Raises ConfigError that lists every mistake at once, each with the nearest valid key.
+    """
+    text = text_of(source)
+    with telling(source, "`evatune recipes show` shows a recipe", ConfigError):
+        raw = parse_yaml(text)
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"recipe {source!r} holds {type(raw).__name__}, not keys with values; `evatune recipes"
+            " show` shows one"
+        )
+    if raw.get("trust_remote_code"):
+        raise ConfigError(
+            f"recipe {source!r} allows code of others to run (trust_remote_code), which only the"
+            " command line can: leave the key out, and give --trust-remote-code if you trust the"
+            " model's code"
+        )
+    tree: dict[str, Any] = raw
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"{override!r} is not key=value, such as training.steps=100")
+        _put(tree, key, value)
+    return parse(tree, source)
+
+
+def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """A recipe from a tree of plain values; see `load` for errors."""
+    try:
+        return TypeAdapter(Recipe).validate_python(_with_numbers(tree))
+    except ValidationError as error:
+        mistakes = [
+            _explain(".".join(map(str, item["loc"])), item)
+            for item in error.errors()[:_MISTAKES_TOLD]
+        ]
+        count = "1 mistake" if error.error_count() == 1 else f"{error.error_count()} mistakes"
+        more = "; …" if error.error_count() > len(mistakes) else ""
+        raise ConfigError(f"{source} has {count}: {'; '.join(mistakes)}{more}") from error
+
+
+def as_tree(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, as YAML and JSON hold them. A permission that is not given is no
+    part of them."""
+    tree = dataclasses.asdict(recipe)
+    return (
+        tree
+        if recipe.trust_remote_code
+        else {key: tree[key] for key in tree if key != "trust_remote_code"}
+    )
+
+
+def keys(kind: Any = Recipe, prefix: str = "") -> dict[str, str]:
+    """Every key with its help text, dotted: {"training.steps": "optimiser steps", …}."""
+    found: dict[str, str] = {}
+    for field in fields(kind):
+        if is_dataclass(field.default):
+            found |= keys(field.default, f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = getattr(field.default, "description", None) or ""
+    return found
+
+
+def _put(tree: dict[str, Any], key: str, text: str) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = tree.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(
+                f"{key!r} cannot be set: {parent!r} is a value and has no keys below it"
+            )
+        tree = inner
+    try:
+        tree[last] = parse_yaml(text)
+    except Damage:
+        tree[last] = text
+
+
+def _with_numbers(value: Any) -> Any:
+    """YAML reads 1e-3, without a point, as text; and 1e3 steps are a whole number of them."""
+    if isinstance(value, Mapping):
+        return {key: _with_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, str) and "e" in value.lower():
+        with suppress(ValueError):
+            value = float(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
+        return int(value)
+    return value
+
+
+def _explain(key: str, item: Mapping[str, Any]) -> str:
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        valid = list(keys())
+        last = {name.rsplit(".", 1)[-1]: name for name in valid}
+        near = difflib.get_close_matches(key, valid, n=1) or [
+            last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1)
+        ]
+        return f"unknown key {shown(key)}" + (f" (nearest: {near[0]})" if near else "")
+    if item["type"] in ("missing", "missing_argument"):
+        return f"key {shown(key)} is missing"
+    return f"{key} is {shown(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"

@@ -1,0 +1,95 @@
+"""Which of Trainer's checkpoints a run can go on from: the newest one that is whole."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+
+from evatune.schemas import Damage
+from evatune.schemas.run import TrainerState
+from evatune.schemas.tensors import read_header
+from evatune.schemas.text import read_text, validate_json
+
+_STATE = "trainer_state.json"  # written last
+
+
+_PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+# NotImplementedError and RuntimeError: a method or an encryption that a flipped bit makes up.
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    OSError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+)
+
+
+_WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint in `folder`, or None where the run must begin again.
+
+    Those that are damaged or half written are removed, with a warning that says why: they would
+    fail again at every further try, and Trainer would count them among those it keeps.
+    """
+    for path in sorted(_checkpoints(folder), key=_step, reverse=True):
+        try:
+            _require_whole(path)
+        except Damage as damage:
+            shutil.rmtree(path, ignore_errors=True)
+            warnings.warn(
+                f"checkpoint {str(path)!r} cannot be gone on from: it {damage}. It is removed, and "
+                "the run goes on from the one before, or from its beginning",
+                stacklevel=3,
+            )
+        else:
+            return path
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if path.is_dir() and _step(path) >= 0]
+
+
+def _step(path: Path) -> int:
+    digits = path.name.removeprefix("checkpoint-")
+    return int(digits) if digits.isdecimal() and len(digits) < 16 else -1
+
+
+def _require_whole(path: Path) -> None:
+    """Raise Damage unless every file that Trainer reads is there and is what was written."""
+    missing = [name for name in (_STATE, *_PICKLES) if not (path / name).is_file()]
+    if missing:
+        raise Damage(f"lacks {missing[0]}")
+    state = validate_json(TrainerState, read_text(path / _STATE))
+    if state.global_step != _step(path):
+        raise Damage(f"is of step {state.global_step} by its {_STATE}")
+    for name in _PICKLES:
+        _require_whole_archive(path / name)
+    weights = [path / name for name in _WEIGHTS if (path / name).is_file()]
+    if not weights:
+        raise Damage(f"lacks {' and '.join(_WEIGHTS)}")
+    for file in weights:
+        try:
+            read_header(file)
+        except Damage as damage:
+            raise Damage(f"holds a {file.name} that {damage}") from damage
+
+
+def _require_whole_archive(path: Path) -> None:
+    """Raise Damage unless a file of torch.save has its own checksums; nothing is unpickled."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            odd = archive.testzip()
+    except _ZIP_ERRORS as error:
+        raise Damage(f"holds a damaged {path.name} ({error})") from error
+    if odd is not None:
+        raise Damage(f"holds a damaged {path.name} (the checksum of {odd[:80]!r} is another)")

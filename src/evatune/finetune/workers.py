@@ -1,0 +1,143 @@
+"""Calls in processes of their own: each is answered for, and no process stays behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, NoReturn, cast
+
+_PATIENCE = 5.0  # seconds for a worker to leave by itself before it is killed
+
+
+Call = tuple[Any, ...]  # the arguments of one call
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one call: its result, or that its process died."""
+
+    number: int  # of the call
+    result: Any = None
+    died: bool = False
+
+
+def run_calls(
+    function: Callable[..., Any],
+    calls: Sequence[Call],
+    workers: int,
+) -> Generator[Answer]:
+    """Yield an answer to each call, in the order in which they end.
+
+    A worker makes call after call, since it takes seconds to import torch. One that dies is
+    replaced, and only its own call is lost. When the iterator is closed, or an interrupt comes,
+    all workers end within seconds.
+
+    Args:
+        function: importable by name; it raises nothing.
+        workers: processes at a time, each with one thread of OpenMP.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting = deque(enumerate(calls))
+    # A process is in here before it starts: an interrupt may come at any line.
+    processes: dict[Connection, BaseProcess] = {}
+    current: dict[Connection, int] = {}
+    try:
+        while waiting or current:
+            while waiting and len(current) < max(1, workers):
+                ours, theirs = context.Pipe()
+                processes[ours] = context.Process(target=_serve, args=(theirs, function))
+                with _inherited():
+                    processes[ours].start()
+                theirs.close()
+                current[ours] = _give(ours, waiting)
+            for ready in cast("list[Connection]", wait(list(current))):
+                number = current.pop(ready)
+                try:
+                    answer = Answer(number, ready.recv())
+                except (EOFError, OSError):
+                    answer = Answer(number, died=True)
+                if waiting and not answer.died:
+                    current[ready] = _give(ready, waiting)
+                else:
+                    _end([processes[ready]])
+                yield answer
+    finally:
+        _end(processes.values())
+
+
+@contextmanager
+def _inherited() -> Iterator[None]:
+    """Set what a process is born with: one thread of OpenMP, and no ear for Ctrl-C.
+
+    torch reads the number of threads when it is imported. A terminal sends Ctrl-C to all processes:
+    this one ends the others, each of which would answer with a traceback.
+    """
+    resource_tracker.ensure_running()  # else it starts within, and lets interrupts through again
+    threads = os.environ.get("OMP_NUM_THREADS")
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        os.environ["OMP_NUM_THREADS"] = "1"
+        yield
+    finally:
+        os.environ.pop("OMP_NUM_THREADS", None)
+        if threads is not None:
+            os.environ["OMP_NUM_THREADS"] = threads
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _give(connection: Connection, waiting: deque[tuple[int, Call]]) -> int:
+    """Send the next call and return its number; if the process is dead, no answer will come."""
+    number, call = waiting.popleft()
+    with suppress(OSError):
+        connection.send(call)
+    return number
+
+
+def _end(processes: Collection[BaseProcess]) -> None:
+    """End the processes: asked, so that they clear away and end their own children, then killed."""
+    started = [process for process in processes if process.pid is not None]
+    until = time.monotonic() + _PATIENCE
+    for process in started:
+        process.terminate()
+    try:
+        for process in started:
+            process.join(max(0.0, until - time.monotonic()))
+    finally:  # also at a second interrupt
+        for process in started:
+            process.kill()
+            process.join(_PATIENCE)
+
+
+def _serve(connection: Connection, function: Callable[..., Any]) -> None:
+    """Make calls as they come, in a worker, until it is ended."""
+    signal.signal(signal.SIGTERM, _leave)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    with suppress(EOFError, OSError):  # the parent has gone
+        while True:
+            connection.send(function(*connection.recv()))
+
+
+def _leave(*_: Any) -> NoReturn:
+    sys.exit()
+
+
+def _die_with_parent() -> None:
+    """Let no worker outlive a killed parent, whose successor would make the same call beside it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_PATIENCE)
+    os._exit(1)

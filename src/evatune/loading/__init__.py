@@ -1,0 +1,1 @@
+"""Models, tokenizers, texts and images by hub id or path; checkpoints of our own; corpora."""

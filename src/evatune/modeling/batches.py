@@ -1,0 +1,199 @@
+"""Looks at what was given for batches, and says in one sentence what to do where it is none."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from evatune.errors import ConfigError, DataError
+
+# Dimensions of a batch of a model's main input, by the names that transformers has for it.
+_DIMENSIONS = {
+    "input_ids": 2,
+    "input_values": 2,
+    "input_features": 3,
+    "inputs_embeds": 3,
+    "pixel_values": 4,
+}
+
+
+_COLLATE = (
+    "wrap the data set in DataLoader(dataset, batch_size=…, collate_fn=…), such as transformers'"
+    " DataCollatorWithPadding"
+)
+
+
+_TOKENIZE = (
+    "models take token ids: DataLoader(texts, batch_size=…, collate_fn=lambda some: tokenizer(some,"
+    " padding=True, return_tensors='pt'))"
+)
+
+
+def iterate(batches: Iterable[Any]) -> Iterator[Any]:
+    """An iterator over batches; a DataError for what is none, or is a single batch."""
+    kind = type(batches).__name__
+    if isinstance(batches, (str, os.PathLike)):
+        raise DataError(
+            f"batches is a {kind}, {str(batches)[:60]!r}, which is not opened as a file; give an"
+            " iterable of batches, such as a DataLoader over what it holds"
+        )
+    if (
+        isinstance(batches, Mapping)
+        and batches
+        and not any(isinstance(v, (Tensor, list, str)) for v in batches.values())
+    ):
+        names = [str(name) for name in batches]
+        raise DataError(
+            f"batches is a {kind} of {', '.join(names[:5])}; give one of these:"
+            f" batches[{names[0]!r}], as a DataLoader"
+        )
+    if isinstance(batches, (Tensor, Mapping, bytes)):
+        raise DataError(
+            f"batches is a single {kind}; give an iterable of batches, such as a DataLoader or a"
+            " list with this one batch in it"
+        )
+    try:
+        return iter(batches)
+    except TypeError:
+        raise DataError(
+            f"batches is of type {kind}, which cannot be iterated over; give a DataLoader, a list"
+            " or a generator of batches"
+        ) from None
+
+
+def fault_of(batch: Any, model: nn.Module) -> str | None:
+    """Return what is wrong with a batch on which a model has failed, and what to do; None if it
+    looks like one."""
+    if _is_text(batch):
+        return f"each batch is text ({type(batch).__name__}); {_TOKENIZE}"
+    if (
+        isinstance(batch, (list, tuple))
+        and batch
+        and all(isinstance(x, (Mapping, str)) for x in batch)
+    ):
+        return (
+            f"each batch is a list of {len(batch)} single examples ({type(batch[0]).__name__});"
+            f" {_COLLATE}"
+        )
+    if isinstance(batch, Mapping) and {"prompt_ids", "completion_ids"} <= batch.keys():
+        return (
+            "each batch holds prompts and what the model has made of them (prompt_ids,"
+            " completion_ids), as of TRL's GRPOTrainer and its like; give tokenized prompts:"
+            " evatune.initialize(trainer.model, batches)"
+        )
+    single = _single_example(batch, model)
+    if single is not None:
+        return single
+    if not _holds_tensor(batch):
+        kinds = (
+            {str(key): type(value).__name__ for key, value in batch.items()}
+            if isinstance(batch, Mapping)
+            else {}
+        )
+        inside = f" ({', '.join(f'{key}: {kind}' for key, kind in kinds.items())})" if kinds else ""
+        return (
+            f"each batch is a {type(batch).__name__}{inside} without a tensor in it; make tensors"
+            " of it, with a collate_fn"
+        )
+    return _too_many_arguments(batch, model)
+
+
+def require_arguments(name: str, function: Callable[..., Any] | None, arguments: str) -> None:
+    """Raise a ConfigError unless a function of the caller's can be called with these arguments,
+    named with commas."""
+    if function is None:
+        return
+    wanted = f"{name} is called as {name}({arguments})"
+    if isinstance(function, nn.Module):
+        raise ConfigError(
+            f"{wanted}, and a {type(function).__name__} was given; write {name}=lambda"
+            f" {arguments}: …"
+        )
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some builtins have none
+        return
+    try:
+        signature.bind(*arguments.split(", "))
+    except TypeError:
+        raise ConfigError(
+            f"{wanted}, and what was given takes {signature}; write {name}=lambda {arguments}: …"
+        ) from None
+
+
+def _is_text(batch: Any) -> bool:
+    """Whether a batch is text, or a mapping of columns with text among them and nothing for a
+    model."""
+    if isinstance(batch, Mapping):
+        values = list(batch.values())
+        known = _DIMENSIONS.keys() & batch.keys()
+        return not known and not _holds_tensor(batch) and any(_is_text(value) for value in values)
+    if isinstance(batch, (list, tuple)):
+        return bool(batch) and all(isinstance(x, (str, bytes)) for x in batch)
+    return isinstance(batch, (str, bytes))
+
+
+def _single_example(batch: Any, model: nn.Module) -> str | None:
+    """What to do with an example that no collator has put into a batch, or has not made tensors
+    of."""
+    main = getattr(model, "main_input_name", None)
+    if isinstance(batch, Tensor) and isinstance(main, str):
+        batch = {main: batch}
+    if not isinstance(batch, Mapping):
+        return None
+    for name in _DIMENSIONS.keys() & batch.keys():
+        value, dimensions = batch[name], _DIMENSIONS[name]
+        if isinstance(value, Tensor) and value.ndim == dimensions - 1:
+            shape = "one dimension" if value.ndim == 1 else f"{value.ndim} dimensions"
+            return (
+                f"each batch is a single example ({name} of {shape}, and a batch has {dimensions});"
+                f" {_COLLATE}"
+            )
+        if isinstance(value, list) and value and not isinstance(value[0], (list, Tensor)):
+            return (
+                f"each batch is a single example ({name} is a list of {len(value)} numbers);"
+                f" {_COLLATE}"
+            )
+        if isinstance(value, list):
+            return (
+                f"{name} of each batch is a list of {len(value)} and not a tensor; pad them to one"
+                " length and make tensors of them: tokenizer(…, padding=True, return_tensors='pt')"
+            )
+    return None
+
+
+def _too_many_arguments(batch: Any, model: nn.Module) -> str | None:
+    """What to do with a batch such as (x, y), of a model whose `forward` takes x alone."""
+    if not isinstance(batch, (list, tuple)):
+        return None
+    signature = inspect.signature(model.forward)
+    fitting = [count for count in range(1, len(batch) + 1) if _binds(signature, count)]
+    if not fitting or fitting[-1] == len(batch):
+        return None
+    count = fitting[-1]
+    call = "model(batch[0])" if count == 1 else f"model(*batch[:{count}])"
+    return (
+        f"each batch is a {type(batch).__name__} of {len(batch)}, and"
+        f" {type(model).__name__}.forward takes {count} of them: {signature}; pass forward=lambda"
+        f" model, batch: {call}"
+    )
+
+
+def _binds(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_holds_tensor(inner) for inner in value)
+    return isinstance(value, Tensor) or hasattr(value, "__dataclass_fields__")

@@ -1,0 +1,73 @@
+"""A checksum per weight: whether two processes, or a run and its resumption, have the same
+model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from evatune.modeling.sharding import is_sharded_parameter
+from evatune.modeling.wrappers import base_modules, base_name
+
+_SAMPLES = 1024  # values of a weight that are hashed in their order
+
+
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """Return a hash by name for every parameter and buffer of the base model: its embeddings and
+    norms too.
+
+    Adapters are left out, as a calibration sees nothing of them. A hash covers shape, dtype, the
+    sum of all bytes taken as 64-bit integers, and about a thousand values at equal distances, in
+    their order. So one changed value shows, and values that trade places do where a sample meets
+    them. Of weights on the meta device (offloaded ones) shape and dtype alone count, and of shards
+    only that they are some: what is elsewhere is not fetched.
+
+    Cost: one read of the weights where they are, at the speed of memory: on one CPU core about
+    three seconds for the 14 GB of a model with 7 billion parameters in 16 bits; no copy, but of
+    weights that are not contiguous.
+    """
+    return {
+        base_name(f"{name}.{key}".lstrip(".")): _hash(tensor)
+        for name, module in base_modules(model)
+        for key, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+
+
+def _hash(tensor: Tensor) -> str:
+    if is_sharded_parameter(tensor):
+        return "in shards"
+    digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    if tensor.device.type != "meta":
+        for plain in _plain(tensor):
+            digest.update(f"{_sum(plain)}".encode())
+            digest.update(_sample(plain))
+    return digest.hexdigest()[:16]
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that one of a quantization library is made of, or the tensor itself;
+    one-dimensional."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for key in tensor.__tensor_flatten__()[0]:
+            yield from _plain(getattr(tensor, key))
+    else:
+        yield tensor.detach().as_subclass(Tensor).contiguous().reshape(-1)
+
+
+def _sum(flat: Tensor) -> int:
+    """The sum of all bytes (n,) as 64-bit integers, modulo 2 to the power 64; the last few one by
+    one."""
+    whole = flat.view(torch.uint8)
+    # wider integers have to begin at a multiple of 8
+    whole = whole.clone() if whole.storage_offset() % 8 else whole
+    end = len(whole) // 8 * 8
+    return int(whole[:end].view(torch.int64).sum()) + int(whole[end:].sum())
+
+
+def _sample(flat: Tensor) -> bytes:
+    picked = flat[:: max(1, len(flat) // _SAMPLES)].cpu().contiguous()
+    return bytes(picked.view(torch.uint8).tolist())

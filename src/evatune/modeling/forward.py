@@ -1,0 +1,88 @@
+"""Calling a model of any make: batches in, on the right device, by the default rule or the user's
+own."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import UserDict
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evatune.errors import DataError, EvatuneError
+from evatune.modeling.batches import fault_of
+from evatune.modeling.wrappers import _base
+
+ForwardFunction = Callable[[nn.Module, Any], Any]
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """The default forward pass: keywords from a mapping or dataclass, positions from a tuple, else
+    one argument.
+
+    Raises:
+        DataError: the model fails, and what was given looks like no batch.
+        Whatever else the model raises, with a note about the rule where it may be why.
+    """
+    try:
+        if isinstance(batch, Mapping) and not _takes_mapping(model, batch):
+            return model(**batch)
+        if is_dataclass(batch) and not isinstance(batch, type):
+            return model(**{f.name: getattr(batch, f.name) for f in fields(batch)})
+        if isinstance(batch, (tuple, list)):
+            return model(*batch)
+        return model(batch)
+    except EvatuneError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        fault = fault_of(batch, _base(model))
+        if fault is not None:
+            raise DataError(fault) from error
+        if not isinstance(error, RuntimeError):
+            error.add_note(
+                f"evatune called the model with a batch of type {type(batch).__name__} by its"
+                " default rule (mapping → keywords, tuple → positions). If that is not how this"
+                " model is called, pass forward=lambda model, batch: …"
+            )
+        raise
+
+
+def _takes_mapping(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Return whether a mapping is the one argument of a model, whose first is none of the keys."""
+    first = next(iter(inspect.signature(model.forward).parameters.values()), None)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if first is None or first.kind not in kinds or first.default is not first.empty:
+        return False
+    return first.name not in batch
+
+
+def to_device(batch: Any, device: torch.device | None) -> Any:
+    """The batch with its tensors on `device`; the caller's containers are not touched.
+
+    Tensors made under `torch.inference_mode()` are copied: outside of it a model could not write to
+    them.
+    """
+    if isinstance(batch, Tensor):
+        batch = batch if device is None else batch.to(device)
+        return batch.clone() if batch.is_inference() else batch
+    # transformers' BatchEncoding, whose own `to` would change the caller's
+    if isinstance(batch, UserDict):
+        moved = copy.copy(batch)
+        moved.data = {key: to_device(value, device) for key, value in batch.items()}
+        return moved
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def model_device(model: nn.Module) -> torch.device | None:
+    """Where batches go: the device of the first parameter that has data."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), None)

@@ -1,0 +1,5 @@
+"""Which layer gets how many ranks. Pure: needs spectra and sizes, no model."""
+
+from evatune.ranks.allocation import Candidate, RankPlan, allocate
+
+__all__ = ["Candidate", "RankPlan", "allocate"]

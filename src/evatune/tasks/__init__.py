@@ -1,1 +1,0 @@
-"""Tasks: model, data and batches per domain. Together with `trainers/`, the place that imports `transformers`."""

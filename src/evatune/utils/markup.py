@@ -1,0 +1,36 @@
+"""Names of layers, models and files are other people's text: what a format would take for its own
+signs is escaped here.
+
+HTML is escaped by Jinja, and YAML by its own writer.
+"""
+
+from __future__ import annotations
+
+import re
+
+
+def printable(text: str) -> str:
+    """Return a text in which what a terminal would obey, and what ends a line, is written out:
+    "\\x1b" for an escape."""
+    return "".join(
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
+    )
+
+
+def plot_text(text: str) -> str:
+    """Return a text that matplotlib draws as it is: no formula between dollars, and no label that a
+    legend leaves out."""
+    shown = printable(text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def markdown_text(text: str) -> str:
+    """Return a text that Markdown shows as it is, in a cell of a table too."""
+    return re.sub(r"[\\`*|<\[]", r"\\\g<0>", printable(text))
+
+
+def markdown_code(text: str) -> str:
+    """Return a text as code in a line of Markdown: between more backticks than it has in a row."""
+    shown = printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    return f"{fence} {shown} {fence}" if "`" in shown else f"{fence}{shown}{fence}"
