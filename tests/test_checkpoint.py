@@ -144,7 +144,9 @@ def forward(model, batch):
 
 folder = Path(sys.argv[1])
 point = Checkpoint(folder / "point", every=1, resume=True)
-evatune.calibrate(Toy(), inputs(40), config(max_batches=40), forward=forward, checkpoint=point).save(folder / "out")
+settings = config(max_batches=40)
+calibration = evatune.calibrate(Toy(), inputs(40), settings, forward=forward, checkpoint=point)
+calibration.save(folder / "out")
 """
 
 

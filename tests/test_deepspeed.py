@@ -173,12 +173,15 @@ warnings.simplefilter("ignore")
 deepspeed.ops.__compatible_ops__.clear()
 torch.manual_seed(0)
 config = transformers.LlamaConfig(
-    vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64
+    vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, intermediate_size=64,
 )
-model = get_peft_model(transformers.LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear"))
+base = transformers.LlamaForCausalLM(config)
+model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
 ids = torch.randint(0, 60, (64, 12), generator=torch.Generator().manual_seed(1)).tolist()
 arguments = transformers.TrainingArguments(
-    output_dir=sys.argv[1], use_cpu=True, max_steps=3, per_device_train_batch_size=4, report_to=[], save_strategy="no",
+    output_dir=sys.argv[1], use_cpu=True, max_steps=3, per_device_train_batch_size=4,
+    report_to=[], save_strategy="no",
     disable_tqdm=True, logging_steps=1, deepspeed=json.loads(sys.argv[2]),
 )
 data = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})

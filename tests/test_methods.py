@@ -15,10 +15,10 @@ from torch import Tensor
 
 from evatune import initialize
 from evatune.errors import ConfigError
-from evatune.finetune.methods import METHODS, adapt, prepare, require_method, save
+from evatune.finetune.methods import METHODS, AdapterSetup, Preparation, find_method, lora_layers
+from evatune.finetune.methods.weight_init import WeightInit
 from evatune.finetune.recipe import load
 from evatune.finetune.run import run
-from evatune.finetune.weight_inits import lora_layers
 from evatune.sketch.spectrum import principal_angles
 from evatune.trainers.hf import training_batches
 
@@ -27,8 +27,8 @@ from .toys import tiny_bert, tiny_llama, tokens
 torch.set_num_threads(1)
 
 RANK, ALPHA = 4, 8
-ADAPTERS = [name for name, method in METHODS.items() if method.adapter]
-STARTS = [name for name, method in METHODS.items() if method.start]
+ADAPTERS = [name for name, method in METHODS.items() if method.saved_as == "adapter"]
+STARTS = [name for name, method in METHODS.items() if isinstance(method, WeightInit)]
 LAYER_TYPES = ["bert", "llama", "gpt2", "dinov2"]
 WHERE = [
     (name, kind)
@@ -94,9 +94,7 @@ class Case:
 
     def adapted(self, method: str, rank: int = RANK, targets: Any = None) -> Any:
         head = self.kind in ("bert", "dinov2")
-        return adapt(
-            self.model(),
-            method,
+        setup = AdapterSetup(
             rank=rank,
             alpha=ALPHA,
             targets=targets or self.targets,
@@ -105,22 +103,29 @@ class Case:
             new_head=head,
             steps=20,
         )
+        return METHODS[method].adapt(self.model(), setup)
 
     def started(self, method: str, start: Path, **options: Any) -> Any:
         model = self.adapted(method, **options)
         return self.prepared(model, method, start)
 
     def prepared(self, model: Any, method: str, start: Path) -> Any:
-        prepare(
-            model,
-            method,
-            lambda **options: initialize(model, self.batches, **options),
-            self.of,
-            rho=2,
-            seed=0,
-            start=start,
+        self.prepare(
+            model, method, start, lambda **options: initialize(model, self.batches, **options)
         )
         return model.eval()
+
+    def prepare(
+        self, model: Any, method: str, start: Path, initialize: Any = None, batches: Any = None
+    ) -> None:
+        preparation = Preparation(
+            initialize=initialize or (lambda **_: None),
+            batches=batches or self.of,
+            rho=2,
+            seed=0,
+            initial_adapter=start,
+        )
+        METHODS[method].prepare(model, preparation)
 
     @torch.no_grad()
     def logits(self, model: Any) -> Tensor:
@@ -156,7 +161,7 @@ def test_a_saved_adapter_fits_the_base_as_it_was(method: str, kind: str, tmp_pat
         optimizer.zero_grad()
     trained = case.logits(model)
     assert not torch.allclose(trained, case.logits(case.model()), atol=1e-4)
-    save(model, method, tmp_path / "adapter", tmp_path / "start")
+    METHODS[method].save(model, tmp_path / "adapter", tmp_path / "start")
     loaded = PeftModel.from_pretrained(case.model(), str(tmp_path / "adapter")).eval()
     assert torch.allclose(case.logits(loaded), trained, atol=1e-6)
 
@@ -226,7 +231,7 @@ def test_a_start_leaves_modes_gradients_and_random_numbers_alone(
     modes = {name: module.training for name, module in model.named_modules()}
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     random = torch.random.get_rng_state()
-    prepare(model, method, lambda **_: None, case.of, rho=2, seed=0, start=tmp_path / "start")
+    case.prepare(model, method, tmp_path / "start")
     assert torch.equal(torch.random.get_rng_state(), random)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
@@ -251,7 +256,7 @@ def test_a_pass_over_data_is_bounded(method: str, size: int, most: int, tmp_path
             read.append(asked)
             yield next(case.of(asked))
 
-    prepare(model, method, lambda **_: None, endless, rho=2, seed=0, start=tmp_path / "start")
+    case.prepare(model, method, tmp_path / "start", batches=endless)
     assert read == [size] * most
 
 
@@ -304,10 +309,8 @@ def test_eva_rho1_gives_every_layer_the_same_rank(tmp_path: Path) -> None:
         (
             "pissa",
             17,
-            (
-                "needs layers at least 17 wide, and bert.encoder.layer.0.attention.self.query maps"
-                " 16 to 16"
-            ),
+            "needs layers at least 17 wide, and bert.encoder.layer.0.attention.self.query maps "
+            "16 to 16",
         ),
         ("milora", 17, "needs layers at least 17 wide"),
         ("lora-ga", 9, "needs layers at least 18 wide"),
@@ -334,8 +337,8 @@ def test_a_layer_that_the_data_never_reaches_is_named(method: str, tmp_path: Pat
 
 
 def test_loftq_is_refused_with_its_reason() -> None:
-    with pytest.raises(ConfigError, match="'loftq' starts an adapter from the error of quantising"):
-        require_method("loftq")
+    with pytest.raises(ConfigError, match="'loftq' starts an adapter from the error of quantizing"):
+        find_method("loftq")
 
 
 def test_a_refused_run_leaves_no_folder(bert_folder: Path, tmp_path: Path) -> None:

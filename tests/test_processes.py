@@ -431,9 +431,10 @@ def test_they_find_what_one_process_finds_on_the_same_batches(
     model = toy().eval()
     names = list(both[0][kind]["layers"])
     for name in names:
-        hook = lambda module, args, name=name: seen.setdefault(name, []).append(
-            args[0].detach().flatten(0, 1)
-        )  # noqa: E731
+
+        def hook(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            seen.setdefault(name, []).append(args[0].detach().flatten(0, 1))
+
         model.get_submodule(name).register_forward_pre_hook(hook)
     for batch in wide():
         model(batch)

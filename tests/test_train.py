@@ -21,6 +21,7 @@ from transformers import AutoModelForSequenceClassification
 from evatune.errors import BudgetError, ConfigError, DataError
 from evatune.finetune.compare import grid, run_all, summarise
 from evatune.finetune.methods import METHODS
+from evatune.finetune.methods.eva import Eva, MinorDirections
 from evatune.finetune.recipe import Recipe, load
 from evatune.finetune.run import METRICS, RECIPE, RESULT, read_metrics, run
 from evatune.finetune.tasks import understanding
@@ -72,13 +73,13 @@ def test_every_method_runs_and_reports(method: str, bert_folder: Path, tmp_path:
         return
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3, 6]
-    if METHODS[method].adapter:
+    if METHODS[method].saved_as == "adapter":
         assert (
             all({"grad_norm_A"} <= line.keys() for line in lines if "loss" in line)
             or method == "adalora"
         )
     assert (tmp_path / "run" / "calibration.safetensors").exists() == (
-        METHODS[method].eva is not None or METHODS[method].minor
+        isinstance(METHODS[method], (Eva, MinorDirections))
     )
 
 

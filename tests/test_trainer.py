@@ -316,22 +316,30 @@ from peft import LoraConfig, get_peft_model
 warnings.simplefilter("ignore")
 torch.manual_seed(0)
 config = transformers.LlamaConfig(
-    vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64
+    vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, intermediate_size=64,
 )
-model = get_peft_model(transformers.LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear"))
+base = transformers.LlamaForCausalLM(config)
+model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
 ids = torch.randint(0, 60, (64, 12), generator=torch.Generator().manual_seed(1)).tolist()
 arguments = transformers.TrainingArguments(
-    output_dir=sys.argv[1], use_cpu=True, max_steps=3, per_device_train_batch_size=4, report_to=[], save_strategy="no",
+    output_dir=sys.argv[1], use_cpu=True, max_steps=3, per_device_train_batch_size=4,
+    report_to=[], save_strategy="no",
     disable_tqdm=True,
 )
 data = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
 trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
 assert trainer.args.world_size == 2
 evatune.initialize(trainer)
-started = torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "lora_" in name])
+def adapter():
+    named = model.named_parameters()
+    return torch.cat([p.detach().flatten() for name, p in named if "lora_" in name])
+
+
+started = adapter()
 trainer.train()
 assert "evatune/batches" in trainer.state.log_history[0]
-trained = torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "lora_" in name])
+trained = adapter()
 torch.save((started, trained), f"{sys.argv[1]}/{trainer.args.process_index}.pt")
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()  # or gloo's threads may abort the process at its end

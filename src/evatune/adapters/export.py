@@ -39,7 +39,7 @@ from evatune.adapters.saved import (
     require_ranks,
 )
 from evatune.errors import AdapterError, RecordError
-from evatune.finetune.weight_inits import lora_layers
+from evatune.finetune.methods import lora_layers
 from evatune.utils.files import claimed_folder, require_apart
 from evatune.utils.markup import markdown_code
 from evatune.version import __version__
@@ -427,11 +427,11 @@ def _pad(state: dict[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor
                 match["part"] == "B" and value.ndim > 2 and rank < ranks.get(match["layer"], rank)
             )
             if grouped or ".base_layer" in match["layer"]:
+                projection = "projection of nn.MultiheadAttention"
                 raise AdapterError(
                     f"{match['layer'].removeprefix(_PREFIX)} is a"
-                    f" {'convolution with groups' if grouped else 'projection of nn.MultiheadAttention'},"
-                    " whose adapter no server reads; serve it with PEFT, or leave such layers out"
-                    " of the targets"
+                    f" {'convolution with groups' if grouped else projection}, whose adapter no"
+                    " server reads; serve it with PEFT, or leave such layers out of the targets"
                 )
             if not rank or ranks.setdefault(match["layer"], rank) != rank:
                 raise RecordError(

@@ -95,9 +95,10 @@ def find_target_layers(model: nn.Module, targets: Targets = None) -> list[Target
         for key in weights:
             target_layers += parameter_target_layers(f"{name}.{key}", plain)
     if unsupported:
+        more = f" and {len(unsupported) - 5} more" if len(unsupported) > 5 else ""
         raise TargetError(
             "these targets are of a kind that is not supported:"
-            f" {', '.join(unsupported[:5])}{f' and {len(unsupported) - 5} more' if len(unsupported) > 5 else ''};"
+            f" {', '.join(unsupported[:5])}{more};"
             f" supported are {', '.join(kind.name for kind in LAYER_TYPES)} and stacked weights of"
             " experts. Name the linear layers or others of these instead, or leave those out with"
             " exclude_modules in the LoraConfig"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from evatune.errors import ConfigError, EvatuneError, RecordError
-from evatune.finetune.methods import require_method
+from evatune.finetune.methods import find_method
 from evatune.finetune.recipe import Recipe, as_tree, parse
 from evatune.finetune.run import read_metrics, read_result
 from evatune.finetune.workers import run_calls
@@ -101,7 +101,7 @@ def grid(
     result.
     """
     for method in methods:
-        require_method(method)
+        find_method(method)
     if len({recipe.task for recipe in recipes}) < len(recipes):
         raise ConfigError(
             "two of the recipes have the same task; give each a task name of its own to compare"

@@ -23,7 +23,13 @@ from torch import nn
 from evatune.api import initialize
 from evatune.distributed.group import require_alone
 from evatune.errors import ConfigError
-from evatune.finetune import methods
+from evatune.finetune.methods import (
+    AdapterSetup,
+    Method,
+    OptimizerOptions,
+    Preparation,
+    find_method,
+)
 from evatune.finetune.recipe import Recipe, as_tree, parse
 from evatune.finetune.resuming import newest_whole
 from evatune.finetune.tasks import generation, images, rl, understanding
@@ -78,7 +84,7 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     """
     if recipe.domain not in DOMAINS:
         raise ConfigError(f"domain is {recipe.domain!r}; choose one of {', '.join(DOMAINS)}")
-    methods.require_method(recipe.method)
+    find_method(recipe.method)
     require_alone("evatune train")
     folder = resolved(folder)  # what is judged here and what is written later are the same place
     result = _finished(recipe, folder)
@@ -106,9 +112,8 @@ def _train(recipe: Recipe, folder: Path, quiet: bool) -> dict[str, Any]:
     whole = newest_whole(folder / _CHECKPOINTS)
     checkpoint = None if whole is None else str(whole)
     start = time.perf_counter()
-    model = methods.adapt(
-        task.model,
-        recipe.method,
+    method = find_method(recipe.method)
+    setup = AdapterSetup(
         rank=recipe.adapter.rank,
         alpha=recipe.adapter.alpha,
         targets=recipe.adapter.targets,
@@ -116,6 +121,12 @@ def _train(recipe: Recipe, folder: Path, quiet: bool) -> dict[str, Any]:
         head=task.head,
         new_head=task.new_head,
         steps=training.steps,
+    )
+    model = method.adapt(task.model, setup)
+    optimizer_options = OptimizerOptions(
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        lora_plus_ratio=training.lora_plus_ratio,
     )
     arguments = _arguments(recipe, folder, resumed=checkpoint is not None, quiet=quiet)
     trainer = _trainer(
@@ -126,33 +137,23 @@ def _train(recipe: Recipe, folder: Path, quiet: bool) -> dict[str, Any]:
         data_collator=task.collator,
         compute_metrics=task.metric,
         preprocess_logits_for_metrics=task.reduce,
-        optimizers=(
-            methods.optimizer_for(
-                model,
-                recipe.method,
-                training.learning_rate,
-                training.weight_decay,
-                training.lora_plus_ratio,
-            ),
-            None,
-        ),
+        optimizers=(method.optimizer(model, optimizer_options), None),
         callbacks=[
-            _AfterStep(recipe.method),
+            _AfterStep(method),
             _Metrics(folder / METRICS, training.batch_size * training.accumulate),
         ],
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)  # metrics go to the file
-    calibration = methods.prepare(
-        model,
-        recipe.method,
-        lambda **options: initialize(trainer, rows=task.rows, **options),
-        lambda size: training_batches(trainer, size, recipe.seed),
+    preparation = Preparation(
+        initialize=lambda **options: initialize(trainer, rows=task.rows, **options),
+        batches=lambda size: training_batches(trainer, size, recipe.seed),
         rho=recipe.adapter.rho,
-        seed=recipe.seed,
-        start=folder / _START,
-        rows=task.rows,
         budget=recipe.adapter.budget,
+        seed=recipe.seed,
+        initial_adapter=folder / _START,
+        rows=task.rows,
     )
+    calibration = method.prepare(model, preparation)
     init_seconds = time.perf_counter() - start
     if calibration is not None:
         calibration.save(folder / _CALIBRATION)
@@ -164,7 +165,7 @@ def _train(recipe: Recipe, folder: Path, quiet: bool) -> dict[str, Any]:
         trainer.state = transformers.TrainerState.load_from_json(
             str(Path(checkpoint) / "trainer_state.json")
         )
-    elif recipe.method != "untouched":
+    elif method.trains:
         trainer.train(resume_from_checkpoint=checkpoint)
     train_seconds = time.perf_counter() - start
     final = next(
@@ -177,10 +178,9 @@ def _train(recipe: Recipe, folder: Path, quiet: bool) -> dict[str, Any]:
     }
     if task.evaluate is not None:
         measures |= task.evaluate(model.eval(), folder)
-    if recipe.method != "untouched":
-        kind = "adapter" if methods.METHODS[recipe.method].adapter else "model"
-        with writing(folder / kind, _ROOM):
-            methods.save(model, recipe.method, folder / kind, folder / _START)
+    if method.trains:
+        with writing(folder / method.saved_as, _ROOM):
+            method.save(model, folder / method.saved_as, folder / _START)
     result = {
         "score": measures.pop("score"),
         "eval_loss": measures.pop("loss"),
@@ -262,7 +262,7 @@ class _Metrics(transformers.TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any
     ) -> None:
         if state.global_step == 0 or (state.global_step + 1) % args.logging_steps == 0:
-            self.norms = methods.gradient_norms(model)
+            self.norms = _gradient_norms(model)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], model: nn.Module, **_: Any
@@ -300,13 +300,13 @@ class _Trainer(transformers.Trainer):  # type: ignore[misc]
 
 
 class _AfterStep(transformers.TrainerCallback):  # type: ignore[misc]
-    def __init__(self, method: str) -> None:
+    def __init__(self, method: Method) -> None:
         self.method = method
 
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any
     ) -> None:
-        methods.after_step(model, self.method, state.global_step)
+        self.method.after_step(model, state.global_step)
 
 
 def _require_ours(folder: Path, tree: dict[str, Any]) -> None:
@@ -374,9 +374,7 @@ def _arguments(recipe: Recipe, folder: Path, *, resumed: bool, quiet: bool) -> A
         eval_strategy="steps",
         eval_on_start=not resumed,
         eval_steps=training.eval_every,
-        # PEFT cannot load what AdaLoRA has pruned into a fresh adapter, so that a killed run of it
-        # begins again.
-        save_strategy="no" if recipe.method == "adalora" else "steps",
+        save_strategy="steps" if find_method(recipe.method).resumable else "no",
         save_steps=training.save_every,
         save_total_limit=1,
         report_to=training.report_to,
@@ -393,6 +391,20 @@ def _trainer(**options: Any) -> Any:
         raise ConfigError(
             f"Trainer refuses these settings: {' '.join(str(error).split())}"
         ) from error
+
+
+def _gradient_norms(model: nn.Module) -> dict[str, float]:
+    """Return the norm of the gradient of all A and of all B; nothing where there are none."""
+    norms: dict[str, list[torch.Tensor]] = {"A": [], "B": []}
+    for path, parameter in model.named_parameters():
+        for matrix, found in norms.items():
+            if f"lora_{matrix}" in path and parameter.grad is not None:
+                found.append(parameter.grad.float().norm())
+    return {
+        f"grad_norm_{matrix}": float(torch.stack(found).norm())
+        for matrix, found in norms.items()
+        if found
+    }
 
 
 def _trainable(model: nn.Module) -> int:

@@ -1,0 +1,54 @@
+"""Methods of fine-tuning under one name each. To add one: a file beside these, and a line here."""
+
+from __future__ import annotations
+
+from evatune.errors import ConfigError
+from evatune.finetune.methods import (
+    adalora,
+    corda,
+    eva,
+    lora,
+    lora_ga,
+    loraplus,
+    milora,
+    olora,
+    pissa,
+    without_adapter,
+)
+from evatune.finetune.methods.base import (
+    AdapterSetup,
+    Method,
+    OptimizerOptions,
+    Preparation,
+    lora_layers,
+)
+
+_FILES = (lora, pissa, olora, milora, corda, lora_ga, adalora, loraplus, eva, without_adapter)
+METHODS: dict[str, Method] = {method.name: method for file in _FILES for method in file.METHODS}
+
+# Known by name, and why no run has them.
+_REFUSED = {
+    "loftq": "starts an adapter from the error of quantizing the base to 4 bits, for which PEFT "
+    "needs a GPU and bitsandbytes, and every base here is loaded unquantized; pissa, olora and "
+    "milora start from the weights too"
+}
+
+
+def find_method(name: str) -> Method:
+    """Return a method by its name. ConfigError for one that does not exist or cannot run here."""
+    if name in _REFUSED:
+        raise ConfigError(f"method {name!r} {_REFUSED[name]}")
+    if name not in METHODS:
+        raise ConfigError(f"method is {name!r}; choose one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+__all__ = [
+    "METHODS",
+    "AdapterSetup",
+    "Method",
+    "OptimizerOptions",
+    "Preparation",
+    "find_method",
+    "lora_layers",
+]

@@ -1,0 +1,217 @@
+"""What a method of fine-tuning is: hooks that a run calls, in the order in which it calls them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peft import LoraConfig, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from evatune.adapters.lora_layers import find_lora_targets
+from evatune.calibration import Calibration
+from evatune.capture.recorder import RowsFunction
+from evatune.capture.targets import find_target_layers
+from evatune.errors import ConfigError
+from evatune.modeling.wrappers import peft_name
+
+# Examples per batch → one pass over the training data, on the model's device.
+Batches = Callable[[int], Iterable[Any]]
+Initialize = Callable[..., Calibration]
+
+LOWER_THE_RANK = "lower adapter.rank, name other adapter.targets, or choose lora or eva"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSetup:
+    """What a run says about its adapter, the same for every method.
+
+    Attributes:
+        rank: r of every layer, before any redistribution. alpha: LoRA's α.
+        targets: layers, as PEFT names them.
+        task_type: PEFT's name of the kind of task; None for a model that it has no name for.
+        head: endings of the names of the modules that make up the head.
+        new_head: the head is not in the checkpoint, so every method trains it in full.
+        steps: optimizer steps to come.
+    """
+
+    rank: int
+    alpha: float
+    targets: str | list[str]
+    task_type: str | None
+    head: list[str]
+    new_head: bool
+    steps: int
+
+    @property
+    def lora_options(self) -> dict[str, Any]:
+        """What PEFT's configurations of every kind of LoRA have in common."""
+        return {
+            "target_modules": self.targets,
+            "lora_alpha": self.alpha,
+            "modules_to_save": self.head if self.new_head else None,
+            "task_type": TaskType(self.task_type) if self.task_type else None,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What a method may use between the building of its adapter and the first step.
+
+    Attributes:
+        initialize: `evatune.initialize`, bound to the run's model or trainer.
+        batches: training batches of any size, for passes of other kinds.
+        rho, budget: of EVA's redistribution. seed: of the run.
+        initial_adapter: folder in which a method that changes the base weights keeps its adapter
+            as it was before training.
+        rows: the task's choice of rows.
+    """
+
+    initialize: Initialize
+    batches: Batches
+    rho: float
+    seed: int
+    initial_adapter: Path
+    budget: str = "ranks"
+    rows: RowsFunction | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """What a run says about its optimizer."""
+
+    learning_rate: float
+    weight_decay: float
+    lora_plus_ratio: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of fine-tuning: what is trained, and how it starts. All else is equal between
+    methods.
+
+    Attributes:
+        name: in recipes. source: paper and year.
+    """
+
+    name: str
+    source: str = field(default="", kw_only=True)
+
+    # The folder of a run in which the result is saved.
+    saved_as: ClassVar[str] = "adapter"
+    # False where nothing is trained.
+    trains: ClassVar[bool] = True
+    # False where a checkpoint of the middle of a run cannot be loaded.
+    resumable: ClassVar[bool] = True
+
+    def adapt(self, model: nn.Module, setup: AdapterSetup) -> Any:
+        """Return the model with what the method trains set up, before any data is seen.
+
+        Raises:
+            ConfigError: the method cannot run on these layers or at this rank.
+            TargetError: no layer matches.
+        """
+        raise NotImplementedError
+
+    def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
+        """Start the adapter from data or from the weights."""
+        return None
+
+    def optimizer(self, model: nn.Module, options: OptimizerOptions) -> Any:
+        """Return the method's own optimizer, or None for the run's usual one."""
+        return None
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Do what the method does between an optimizer step and the clearing of gradients."""
+
+    def save(self, model: Any, folder: Path, initial_adapter: Path) -> None:
+        """Write what was trained, such that it fits the original base weights."""
+        model.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Lora(Method):
+    """LoRA as PEFT builds it, with options of `LoraConfig`.
+
+    Attributes:
+        options: of `LoraConfig`.
+        linear_only: the method is defined for linear layers.
+        conv1d: the method is right on GPT-2's Conv1D, whose weight is (in, out).
+        least_width: every layer must be at least this many times the rank wide, both in and out.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    linear_only: bool = field(default=False, kw_only=True)
+    conv1d: bool = field(default=True, kw_only=True)
+    least_width: int = field(default=0, kw_only=True)
+
+    def adapt(self, model: nn.Module, setup: AdapterSetup) -> Any:
+        target_layers = find_target_layers(
+            model, setup.targets
+        )  # whose error says what would match
+        with warnings.catch_warnings():
+            # PEFT then sets it.
+            message = "fan_in_fan_out is set to"
+            warnings.filterwarnings("ignore", message=message, category=UserWarning)
+            try:
+                adapted = get_peft_model(model, self.config(setup))
+            except ValueError as error:
+                # Weights that PEFT adapts without a layer to call cannot have every LoRA variant.
+                held = [layer.rank_group for layer in target_layers if layer.sublayer.parameter]
+                where = f" at {', '.join(list(dict.fromkeys(held))[:3])}" if held else ""
+                raise ConfigError(
+                    f"method {self.name!r} cannot run on this model ({error}){where}; "
+                    f"{LOWER_THE_RANK}"
+                ) from error
+        self._require_fit(adapted)
+        return adapted
+
+    def config(self, setup: AdapterSetup) -> Any:
+        """Return PEFT's configuration of the adapter."""
+        return LoraConfig(r=setup.rank, **setup.lora_options, **self.options)
+
+    def _require_fit(self, model: nn.Module) -> None:
+        """Raise a ConfigError where the method would fail on a layer, or be another method."""
+        layers = lora_layers(model)
+        if self.linear_only:
+            self._require_linear(model, layers)
+        conv1d = [path for path, layer in layers.items() if getattr(layer, "fan_in_fan_out", False)]
+        if conv1d and not self.conv1d:
+            raise ConfigError(
+                f"method {self.name!r} is not right on GPT-2's Conv1D layers, whose weights lie "
+                f"transposed (here {conv1d[0]} and others); choose pissa, milora, corda or eva, or "
+                "name linear layers as adapter.targets"
+            )
+        for path, layer in layers.items():
+            sizes = (layer.in_features, layer.out_features)
+            least = self.least_width * layer.r["default"]
+            if min(sizes) < least:
+                raise ConfigError(
+                    f"method {self.name!r} at adapter.rank {layer.r['default']} needs layers at "
+                    f"least {least} wide, and {path} maps {sizes[0]} to {sizes[1]} values; "
+                    f"{LOWER_THE_RANK}"
+                )
+
+    def _require_linear(self, model: nn.Module, layers: dict[str, LoraLayer]) -> None:
+        targets, _ = find_lora_targets(model, "default")
+        linear = {target.name for target in targets if target.is_linear}
+        for path, layer in layers.items():
+            if path not in linear:
+                raise ConfigError(
+                    f"method {self.name!r} is defined for linear layers, and {path} "
+                    f"({type(layer.get_base_layer()).__name__}) is none; name other "
+                    "adapter.targets, or choose lora or eva"
+                )
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Return the adapted layers by the names that PEFT's patterns match."""
+    return {
+        peft_name(path): module
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }

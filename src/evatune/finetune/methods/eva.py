@@ -1,0 +1,93 @@
+"""EVA, its variants, and the controls of its two claims: the directions and the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from evatune.api import calibrate
+from evatune.calibration import Calibration, CalibrationConfig
+from evatune.finetune.methods.base import Lora, Preparation, lora_layers
+
+_MINOR_BATCHES, _MINOR_EXAMPLES = 16, 16
+
+
+@dataclass(frozen=True)
+class Eva(Lora):
+    """LoRA that `evatune.initialize` starts.
+
+    Attributes:
+        initialize_options: of `evatune.initialize`, beside the run's.
+    """
+
+    initialize_options: dict[str, Any] = field(default_factory=dict, kw_only=True)
+
+    def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
+        usual = {"rho": preparation.rho, "budget": preparation.budget}
+        return preparation.initialize(**(usual | self.initialize_options))
+
+
+@dataclass(frozen=True)
+class RanksOnly(Eva):
+    """EVA's ranks with PEFT's random A: the control of the directions."""
+
+    linear_only: bool = field(default=True, kw_only=True)
+
+    def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
+        calibration = super().prepare(model, preparation)
+        _redraw(model, preparation.seed)
+        return calibration
+
+
+@dataclass(frozen=True)
+class MinorDirections(Lora):
+    """Uniform ranks and the directions with least energy: the control of EVA's claim."""
+
+    linear_only: bool = field(default=True, kw_only=True)
+    least_width: int = field(default=1, kw_only=True)
+
+    @torch.no_grad()
+    def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
+        layers = lora_layers(model)
+        config = CalibrationConfig(
+            rank=next(iter(layers.values())).r["default"],
+            rho=1,
+            sketch="exact",
+            max_batches=_MINOR_BATCHES,
+            components=max(layer.in_features for layer in layers.values()),
+            tolerance=0,
+        )
+        batches = preparation.batches(_MINOR_EXAMPLES)
+        calibration = calibrate(model, batches, config, rows=preparation.rows)
+        for path, layer in layers.items():
+            a = layer.lora_A["default"].weight
+            a.copy_(calibration.spectra[path].directions[-len(a) :])
+        return calibration
+
+
+@torch.no_grad()
+def _redraw(model: nn.Module, seed: int) -> None:
+    """Give every layer PEFT's default A, at the rank that it has."""
+    cpu = torch.device("cpu")  # where a seed gives the same numbers for all devices
+    generator = torch.Generator(cpu).manual_seed(seed)
+    for layer in lora_layers(model).values():
+        a = layer.lora_A["default"].weight
+        drawn = torch.rand(a.shape, generator=generator, dtype=torch.float32, device=cpu)
+        a.copy_((2 * drawn - 1) / a.shape[1] ** 0.5)
+
+
+_EVA = Eva("eva", source="Paischer et al. 2024")
+
+METHODS = (
+    _EVA,
+    # The directions alone: every layer keeps its rank.
+    replace(_EVA, name="eva-rho1", initialize_options={"rho": 1}),
+    replace(_EVA, name="eva-dora", options={"use_dora": True}),
+    replace(_EVA, name="eva-whiten", initialize_options={"scale": "whiten"}),
+    replace(_EVA, name="eva-matched", initialize_options={"scale": "matched"}),
+    RanksOnly("lora-redist"),
+    MinorDirections("eva-minor"),
+)

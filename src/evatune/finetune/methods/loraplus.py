@@ -1,0 +1,29 @@
+"""LoRA+: a learning rate for B that is a multiple of A's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+
+from evatune.finetune.methods.base import Lora, OptimizerOptions
+
+
+@dataclass(frozen=True)
+class LoraPlus(Lora):
+    """LoRA with PEFT's LoRA+ optimizer."""
+
+    def optimizer(self, model: nn.Module, options: OptimizerOptions) -> Any:
+        return create_loraplus_optimizer(
+            model,
+            torch.optim.AdamW,
+            lr=options.learning_rate,
+            loraplus_lr_ratio=options.lora_plus_ratio,
+            weight_decay=options.weight_decay,
+        )
+
+
+METHODS = (LoraPlus("loraplus", source="Hayou et al. 2024"),)

@@ -1,0 +1,50 @@
+"""MiLoRA: the adapter starts as the part of W that matters least. arXiv 2406.09044."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evatune.finetune.methods.base import Batches, lora_layers
+from evatune.finetune.methods.weight_init import WeightInit, subtract_from_base
+from evatune.sketch.spectrum import fix_signs
+
+
+@dataclass(frozen=True)
+class Milora(WeightInit):
+    """The smallest singular triplets of W."""
+
+    @torch.no_grad()
+    def apply(self, model: Any, batches: Batches) -> None:
+        """Split W = UΣVᵀ: the r smallest singular triplets become the adapter, the rest stays.
+
+        B = U√(Σ/s), A = √(Σ/s)Vᵀ (section 3 of the paper), s the adapter's scale, so that s·BA is
+        the minor part itself. Signs are those that make the largest entry of each row of A
+        positive. Costs one SVD per layer, in float32.
+        """
+        for layer in lora_layers(model).values():
+            weight = layer.get_base_layer().weight
+            rank = layer.r["default"]
+            u, values, vt = _minor_triplets(weight.T if layer.fan_in_fan_out else weight, rank)
+            root = (values / layer.scaling["default"]).sqrt()
+            layer.lora_A["default"].weight.copy_(root[:, None] * vt)
+            layer.lora_B["default"].weight.copy_(u * root)
+            subtract_from_base(layer)
+
+
+def _minor_triplets(
+    weight: Tensor,  # (out, in)
+    rank: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U (out, r), Σ (r,) and Vᵀ (r, in) of the smallest singular values, falling."""
+    u, values, vt = torch.linalg.svd(weight.float(), full_matrices=False)
+    rows = vt[-rank:]
+    fixed = fix_signs(rows)
+    signs = (fixed * rows).sum(1).sign()  # U must turn with V
+    return u[:, -rank:] * signs, values[-rank:], fixed
+
+
+METHODS = (Milora("milora", least_width=1, source="Wang et al. 2024, arXiv 2406.09044"),)

@@ -1,0 +1,60 @@
+"""What to compare an adapter with: the whole model, the head alone, nothing at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from evatune.errors import ConfigError
+from evatune.finetune.methods.base import AdapterSetup, Method
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """Train every weight."""
+
+    saved_as: ClassVar[str] = "model"
+
+    def adapt(self, model: nn.Module, setup: AdapterSetup) -> Any:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self._is_trained(name, setup))
+        return model
+
+    def _is_trained(self, name: str, setup: AdapterSetup) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Head(Full):
+    """Train the head alone."""
+
+    def adapt(self, model: nn.Module, setup: AdapterSetup) -> Any:
+        adapted = super().adapt(model, setup)
+        if not any(parameter.requires_grad for parameter in adapted.parameters()):
+            raise ConfigError(
+                f"method 'head' finds no weights of its own in {', '.join(setup.head)}, which may "
+                "share those of the embeddings; choose lora or full"
+            )
+        return adapted
+
+    def _is_trained(self, name: str, setup: AdapterSetup) -> bool:
+        return any(module in name.split(".") for module in setup.head)
+
+
+@dataclass(frozen=True)
+class Untouched(Full):
+    """Train nothing: what the checkpoint can do."""
+
+    trains: ClassVar[bool] = False
+
+    def _is_trained(self, name: str, setup: AdapterSetup) -> bool:
+        return False
+
+    def save(self, model: Any, folder: Path, initial_adapter: Path) -> None:
+        """Write nothing: the checkpoint is there already."""
+
+
+METHODS = (Full("full"), Head("head"), Untouched("untouched"))
