@@ -11,23 +11,18 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SOURCE = Path(__file__).parents[1] / "src" / "evatune"
-
 
 def light_files() -> Any:
-    """Return `evatune.files` without `evatune`, which would load torch."""
-    package = types.ModuleType("evatune")
-    package.__path__ = [str(SOURCE)]
-    sys.modules["evatune"] = package
-    import evatune.utils.files
+    """Return `evatune.utils.files`, which must not load torch."""
+    from evatune.utils import files
 
-    return evatune.files
+    assert "torch" not in sys.modules
+    return files
 
 
 @dataclass(frozen=True)

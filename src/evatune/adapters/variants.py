@@ -18,8 +18,8 @@ from evatune.modeling.wrappers import peft_name
 # Starts of PEFT's that leave the base weights, and the forward pass, as they are.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
-# PEFT's classes of variants that were run with ranks that change, in tests/test_config_fields.py.
-# Of those that are not classes, rsLoRA and `lora_bias` were run there too.
+# PEFT's classes of variants that were run with ranks that change, in
+# tests/adapters/test_config_fields.py; of those that are no classes, rsLoRA and `lora_bias`.
 _KNOWN = {
     "DoraLinearVariant",
     "DoraEmbeddingVariant",

@@ -1,0 +1,229 @@
+"""Small models, data with planted answers, and PEFT's own loader as the judge of what is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+import evatune
+
+
+class Block(nn.Module):
+    """Query, key and value share an input; the output projection has its own."""
+
+    def __init__(self, d: int = 16, hidden: int = 32) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, d)
+        self.up, self.down = nn.Linear(d, hidden), nn.Linear(hidden, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.q(x) * torch.sigmoid(self.k(x)) + self.v(x)
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Toy(nn.Module):
+    """Two blocks. Takes (B, T, d) or keywords, like a model of a library."""
+
+    def __init__(self, d: int = 16) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([Block(d), Block(d)])
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        for block in self.blocks:
+            x = self.dropout(block(x))
+        return x
+
+
+def inputs(count: int = 6, rows: int = 64, d: int = 16, seed: int = 0) -> list[Tensor]:
+    """Batches (4, rows / 4, d) whose directions differ in energy."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = 0.8 ** torch.arange(d)
+    return [
+        (torch.randn(4, rows // 4, d, generator=generator) * scales + 0.3) for _ in range(count)
+    ]
+
+
+def tiny_bert(kind: str = "base", **options: Any) -> Any:
+    """A BERT of two small layers with random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        **options,
+    )
+    return {
+        "base": transformers.BertModel,
+        "classification": transformers.BertForSequenceClassification,
+    }[kind](config).eval()
+
+
+def tiny_llama() -> Any:
+    """A Llama of two small layers with random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def tokens(count: int = 4, seed: int = 0, padded: bool = False) -> list[dict[str, Tensor]]:
+    """Batches of (4, 12) token ids; with `padded`, two rows end early."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(3, 60, (4, 12), generator=generator)
+        mask = torch.ones_like(ids)
+        if padded:
+            mask[0, 7:] = 0
+            mask[2, 3:] = 0
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+Build = Callable[[], nn.Module]
+
+
+def result(model: nn.Module, batch: Any) -> Tensor:
+    out = model(**batch) if isinstance(batch, dict) else model(batch)
+    for name in ("logits", "action_preds", "last_hidden_state"):
+        out = getattr(out, name, out)
+    return out
+
+
+def matrices(model: nn.Module, part: str) -> dict[str, Tensor]:
+    """Copies of all A or all B by the name of the layer or parameter, flattened to two
+    dimensions."""
+    found = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            name = path.removeprefix("base_model.model.").replace(".base_layer", "")
+            name = f"{name}.{layer.parameter_name}" if hasattr(layer, "parameter_name") else name
+            weights = getattr(layer, f"lora_{part}"), getattr(layer, f"lora_embedding_{part}")
+            weight = weights[0]["default"].weight if len(weights[0]) else weights[1]["default"]
+            found[name] = weight.detach().flatten(1).clone()
+    return found
+
+
+def round_trip(
+    build: Build,
+    lora: LoraConfig,
+    batches: list[Any],
+    folder: Path,
+    *,
+    meta: bool = False,
+    **options: Any,
+) -> tuple[evatune.Calibration, dict[str, Tensor]]:
+    """Initialise; the output is what it was, a step lowers the loss, and plain PEFT loads what was
+    saved.
+
+    Gives the calibration and every A as it was initialised.
+    """
+    torch.manual_seed(0)
+    before = result(build().eval(), batches[0]).detach()
+    model = get_peft_model(build(), lora, low_cpu_mem_usage=meta)
+    calibration = evatune.initialize(model, batches, **options)
+    model.eval()
+    assert torch.allclose(result(model, batches[0]), before, atol=1e-5)
+    start = matrices(model, "A")
+    assert not any(b.any() for b in matrices(model, "B").values())
+
+    aim = before + torch.randn(before.shape, generator=torch.Generator().manual_seed(1))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loss = (result(model, batches[0]) - aim).square().mean()
+    loss.backward()
+    slope = sum(float(p.grad.square().sum()) for p in trained if p.grad is not None)
+    with torch.no_grad():
+        for parameter in trained:
+            if parameter.grad is not None:
+                # 0.2 per cent less, if the loss were a plane
+                parameter -= 0.002 * loss / slope * parameter.grad
+        assert (result(model, batches[0]) - aim).square().mean() < loss
+
+    with torch.no_grad():  # far enough from the start for a difference to show
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "lora_embedding_B" in name:
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)),
+                    alpha=0.1,
+                )
+    far = result(model, batches[0]).detach()
+    assert not torch.allclose(far, before, atol=1e-3)
+    model.save_pretrained(folder)
+    again = PeftModel.from_pretrained(build(), str(folder)).eval()
+    assert torch.allclose(result(again, batches[0]), far, atol=1e-5)
+    return calibration, start
+
+
+def lora(model: nn.Module, **options: Any) -> PeftModel:
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | options
+    return get_peft_model(
+        model,
+        LoraConfig(**settings),
+        **({"low_cpu_mem_usage": True} if options.pop("meta", False) else {}),
+    )
+
+
+def output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        found = model.eval()(**batch)
+    return found.logits if hasattr(found, "logits") else found.last_hidden_state
+
+
+def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLayer]:
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.lora_A
+    }
+
+
+def train_a_little(model: nn.Module, batch: dict[str, Tensor], steps: int = 3) -> list[float]:
+    """A few optimiser steps on a made-up regression, so that B ≠ 0."""
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    torch.manual_seed(1)
+    target = torch.randn_like(output(model, batch))
+    losses = []
+    for _ in range(steps):
+        optimiser.zero_grad()
+        found = model(**batch)
+        loss = (
+            ((found.logits if hasattr(found, "logits") else found.last_hidden_state) - target)
+            .square()
+            .mean()
+        )
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
+def skewed(model: Any) -> Any:
+    """Makes some inputs poor, so that some layers lose every rank."""
+    with torch.no_grad():
+        for layer in model.encoder.layer:
+            layer.intermediate.dense.weight[1:] = 0
+    return model
