@@ -185,7 +185,7 @@ def over_forward(
             last watched layer.
     """
     config = all_of(len(batches), **options)
-    forward = evatune.model.call_model if whole else None
+    forward = evatune.modeling.forward.call_model if whole else None
     bare(model, batches[:1])
     evatune.calibrate(model, batches[:1], config, targets=targets)
     pairs = [

@@ -134,7 +134,7 @@ _RUN = """
 import sys, time
 from pathlib import Path
 import evatune
-from evatune.checkpoint import Checkpoint
+from evatune.calibration import Checkpoint
 from tests.calibration.test_checkpoint import config
 from tests.helpers import Toy, inputs
 

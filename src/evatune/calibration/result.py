@@ -229,7 +229,7 @@ class Calibration:
             "versions": self.versions,
             "inputs": inputs,
             "layers": {
-                name: asdict(layer) | {"status": self.status[name]}
+                name: _layer_record(layer) | {"status": self.status[name]}
                 for name, layer in self.layers.items()
             },
         }
@@ -270,7 +270,8 @@ class Calibration:
         of_layers, status, layers = {}, {}, {}
         for name, facts in record.layers.items():
             status[name] = facts.status
-            layers[name] = Layer(**facts.model_dump(exclude={"status"}))
+            known = facts.model_dump(exclude={"status", "unit"})
+            layers[name] = Layer(**known, rank_group=facts.unit)
             if facts.input is None:
                 of_layers[name] = empty(facts.in_features, config.center)
             else:
@@ -335,6 +336,13 @@ def _require_fit(name: str, layer: Layer, status: Status, spectrum: Spectrum) ->
     seldom = status is Status.SELDOM_ROUTED
     if status.usable and not seldom and not (spectrum.rows and spectrum.total_energy):
         raise Damage(f"calls {shown(name)} {status}, and its rows have no energy")
+
+
+def _layer_record(layer: Layer) -> dict[str, Any]:
+    """Return the layer as files have it, where the rank group is called unit."""
+    record = asdict(layer)
+    record["unit"] = record.pop("rank_group")
+    return record
 
 
 def _versions() -> dict[str, str]:
