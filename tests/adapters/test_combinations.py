@@ -320,15 +320,21 @@ def missing_layer() -> evatune.Calibration:
 def other_width() -> evatune.Calibration:
     found = of_bert()
     return replace(
-        found, layers={name: replace(layer, in_features=7) for name, layer in found.layers.items()}
+        found,
+        layers={
+            name: replace(layer, spec=replace(layer.spec, in_features=7))
+            for name, layer in found.layers.items()
+        },
     )
 
 
 def other_unit() -> evatune.Calibration:
     found = of_bert()
-    return replace(
-        found, layers={name: replace(layer, rank_group="x") for name, layer in found.layers.items()}
-    )
+    layers = {
+        name: replace(layer, spec=replace(layer.spec, rank_group="x"))
+        for name, layer in found.layers.items()
+    }
+    return replace(found, layers=layers)
 
 
 @pytest.mark.parametrize(

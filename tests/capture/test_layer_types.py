@@ -251,7 +251,7 @@ def texts(count: int = 4) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     weights = 0.7 ** torch.arange(12)
     return [
-        {"ids": torch.multinomial(weights, 40, True, generator=generator).input_view(4, 10)}
+        {"ids": torch.multinomial(weights, 40, True, generator=generator).view(4, 10)}
         for _ in range(count)
     ]
 
@@ -470,9 +470,7 @@ class Mixture(nn.Module):
         self.experts, self.head = Experts(transposed), nn.Linear(8, 8)
 
     def forward(self, x: Tensor, chosen: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        found: Tensor = self.head(
-            self.experts(x.flatten(0, 1), chosen.flatten(0, 1)).input_view(x.shape)
-        )
+        found: Tensor = self.head(self.experts(x.flatten(0, 1), chosen.flatten(0, 1)).view(x.shape))
         return found
 
 
@@ -482,9 +480,9 @@ def routed(count: int = 4, seldom: int = 3) -> list[dict[str, Tensor]]:
     batches = []
     for number in range(count):
         x = torch.randn(3, 10, 8, generator=generator) * 0.8 ** torch.arange(8)
-        chosen = torch.stack(
-            [torch.randperm(3, generator=generator)[:2] for _ in range(30)]
-        ).input_view(3, 10, 2)
+        chosen = torch.stack([torch.randperm(3, generator=generator)[:2] for _ in range(30)]).view(
+            3, 10, 2
+        )
         if number == 0 and seldom < 4:
             chosen[0, 0, 0] = seldom
         mask = torch.ones(3, 10)
@@ -586,7 +584,7 @@ def test_shards_that_route_too_little_together_may_route_enough(
     assert {part.status["experts.up.3"] for part in parts} == {"seldom_routed"}
     merged = evatune.Calibration.merge(parts)
     assert merged.status["experts.up.3"] == ("data_exhausted" if seldom == 3 else "seldom_routed")
-    assert merged.layers["experts.up.3"].rank_group == "experts.up"
+    assert merged.layers["experts.up.3"].spec.rank_group == "experts.up"
     assert len(set(merged.allocate(rank=1, rho=2).ranks.values())) == 1
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evatune.errors import BudgetError, ConfigError
+from evatune.layers import LayerSpec
 from evatune.ranks.allocation import METRICS, Candidate, RankPlan, allocate
 from evatune.sketch.spectrum import Spectrum
 
@@ -24,7 +25,7 @@ def candidate(
     nothing = torch.zeros(1)
     directions, mean = nothing.expand(len(energies), in_features), nothing.expand(in_features)
     spectrum = Spectrum(directions, values, float(values.sum()) + rest, 100, mean)
-    return Candidate(spectrum, in_features, out_features)
+    return Candidate(LayerSpec("layer", in_features, out_features), spectrum)
 
 
 def worth(layer: Candidate, metric: str, cap: int) -> list[float]:
@@ -42,7 +43,9 @@ def value(layers: dict[str, Candidate], plan: RankPlan, own: dict[str, int] | No
     total = 0.0
     for name, layer in layers.items():
         most = (own or {}).get(name, math.floor(plan.rank * plan.rho))
-        cap = min(most, layer.in_features, layer.out_features, len(layer.spectrum.energies))
+        cap = min(
+            most, layer.spec.in_features, layer.spec.out_features, len(layer.spectrum.energies)
+        )
         total += sum(worth(layer, plan.metric, cap)[: plan.ranks[name]])
     return total
 
@@ -60,10 +63,10 @@ def brute_force(
     own = own or {}
     most = {name: own.get(name, math.floor(rank * rho)) for name in layers}
     caps = [
-        min(most[n], c.in_features, c.out_features, len(c.spectrum.energies))
+        min(most[n], c.spec.in_features, c.spec.out_features, len(c.spectrum.energies))
         for n, c in layers.items()
     ]
-    costs = [1 if budget == "ranks" else c.cost for c in layers.values()]
+    costs = [1 if budget == "ranks" else c.spec.parameters_per_rank for c in layers.values()]
     gains = [
         [0.0, *itertools.accumulate(worth(c, metric, cap)[:cap])]
         for c, cap in zip(layers.values(), caps, strict=True)

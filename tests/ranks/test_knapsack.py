@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evatune.layers import LayerSpec
 from evatune.ranks.allocation import Candidate, allocate
 from evatune.sketch import CountSketch, ExactSketch
 from evatune.sketch.spectrum import Spectrum
@@ -37,51 +38,52 @@ def test_the_plan_is_the_best_of_all_that_keep_to_ties_and_multiples(
     drawn: list[tuple[list[float], tuple[int, int, int, str]]], budget: str
 ) -> None:
     layers = {
-        str(number): Candidate(spectrum(energies), *sizes)
+        str(number): Candidate(LayerSpec(str(number), *sizes), spectrum(energies))
         for number, (energies, sizes) in enumerate(drawn)
     }
-    rank_groups = list(dict.fromkeys(layer.rank_group or name for name, layer in layers.items()))
+    rank_groups = list(dict.fromkeys(layer.spec.rank_key for name, layer in layers.items()))
     plan = allocate(layers, rank=2, rho=2.0, budget=budget)
     for name, layer in layers.items():
-        assert plan.ranks[name] % layer.groups == 0
+        assert plan.ranks[name] % layer.spec.groups == 0
         assert plan.ranks[name] == next(
             plan.ranks[n]
             for n, other in layers.items()
-            if (other.rank_group or n) == (layer.rank_group or name)
+            if (other.spec.rank_key) == (layer.spec.rank_key)
         )
 
     def judge(ranks: dict[str, int]) -> tuple[int, float]:
         spent, worth = 0, 0.0
-        for layer_name, layer in layers.items():
-            rank = ranks[layer.rank_group or layer_name]
-            spent += rank * (1 if budget == "ranks" else layer.cost)
+        for layer in layers.values():
+            rank = ranks[layer.spec.rank_key]
+            spent += rank * (1 if budget == "ranks" else layer.spec.parameters_per_rank)
             worth += float(layer.spectrum.energies[:rank].sum()) / layer.spectrum.total_energy
         return spent, worth
 
-    limit = sum(2 * (1 if budget == "ranks" else layer.cost) for layer in layers.values())
+    limit = sum(
+        2 * (1 if budget == "ranks" else layer.spec.parameters_per_rank)
+        for layer in layers.values()
+    )
     choices = []
     for rank_group in rank_groups:
         groups = next(
-            layer.groups
+            layer.spec.groups
             for name, layer in layers.items()
-            if (layer.rank_group or name) == rank_group
+            if (layer.spec.rank_key) == rank_group
         )
         choices.append(range(0, 5, groups))
     every = (
         judge(dict(zip(rank_groups, ranks, strict=True))) for ranks in itertools.product(*choices)
     )
     best = max(found for found in every if found[0] <= limit)
-    spent, worth = judge(
-        {layer.rank_group or name: plan.ranks[name] for name, layer in layers.items()}
-    )
+    spent, worth = judge({layer.spec.rank_key: plan.ranks[name] for name, layer in layers.items()})
     assert (spent, plan.spent) == (best[0], best[0])
     assert worth == pytest.approx(best[1], rel=1e-6)
 
 
 def test_a_tied_rank_reaches_as_far_as_the_richest_of_its_layers() -> None:
     layers = {
-        "0": Candidate(spectrum([1.0] * 4), 8, 8, 1, "e"),
-        "1": Candidate(spectrum([1.0]), 8, 8, 1, "e"),
+        "0": Candidate(LayerSpec("0", 8, 8, 1, "e"), spectrum([1.0] * 4)),
+        "1": Candidate(LayerSpec("1", 8, 8, 1, "e"), spectrum([1.0])),
     }
     assert set(allocate(layers, rank=4, rho=1.0).ranks.values()) == {4}
 

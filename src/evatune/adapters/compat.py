@@ -47,10 +47,9 @@ from evatune.adapters.write import write_rows
 from evatune.calibration.config import CalibrationConfig
 from evatune.calibration.loop import Progress, run
 from evatune.capture import RowSelector, TargetLayer, find_target_layers, selector_for
-from evatune.capture.layer_types import is_linear, sublayers_of
+from evatune.capture.layer_types import is_linear, target_layers_of
 from evatune.capture.recorder import RowsFunction
 from evatune.capture.row_selection import batch_field
-from evatune.capture.targets import target_layers_of
 from evatune.distributed.group import ProcessGroup
 from evatune.errors import AdapterError, ConfigError, DataError, NoBatchError, TargetError
 from evatune.modeling.batches import iterate
@@ -306,10 +305,7 @@ def _target_layers(model: nn.Module, config: LoraConfig, adapter_name: str) -> l
     if hasattr(model, "peft_config"):
         lora_targets, _ = _linear_lora_targets(model, adapter_name)
         first = {lora_target.path: lora_target.target_layers[0] for lora_target in lora_targets}
-        return [
-            TargetLayer(path, target_layer.module, target_layer.sublayer, path)
-            for path, target_layer in first.items()
-        ]
+        return [target_layer.renamed(path) for path, target_layer in first.items()]
     layers = dict(model.named_modules())
     if config.target_modules is None or config.target_modules == "all-linear":
         every = {target_layer.module for target_layer in find_target_layers(model, "all-linear")}
@@ -323,9 +319,7 @@ def _target_layers(model: nn.Module, config: LoraConfig, adapter_name: str) -> l
             "'all-linear', or a list of endings of layer names"
         )
     linear = {name: module for name, module in matched.items() if is_linear(module)}
-    found = [
-        target_layers_of(name, module, sublayers_of(module)) for name, module in linear.items()
-    ]
+    found = [target_layers_of(name, module) for name, module in linear.items()]
     return [target_layer for target_layers in found for target_layer in target_layers]
 
 

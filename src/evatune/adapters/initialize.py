@@ -25,7 +25,6 @@ from evatune.adapters.variants import active_positions, require_known_variant
 from evatune.adapters.write import _update, write_rows
 from evatune.calibration.checkpoint import Checkpoint
 from evatune.calibration.config import CalibrationConfig
-from evatune.calibration.convergence import layer_of
 from evatune.calibration.loop import Progress, run
 from evatune.calibration.merge import same_model
 from evatune.calibration.result import Calibration
@@ -336,8 +335,9 @@ def _applied(
         target_layer for lora_target in lora_targets for target_layer in lora_target.target_layers
     ]
     for target_layer in target_layers:
-        known, here = calibration.layers.get(target_layer.name), layer_of(target_layer)
-        if known is None or known.shape != here.shape:
+        layer, here = calibration.layers.get(target_layer.name), target_layer.spec
+        known = None if layer is None else layer.spec
+        if known != here:
             raise AdapterError(
                 f"the calibration does not fit this adapter: {target_layer.name},"
                 f" {here.described()}, is {known.described() if known else 'not'} in it; calibrate"

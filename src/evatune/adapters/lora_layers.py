@@ -16,12 +16,12 @@ from evatune.capture.layer_types import (
     ConvPatches,
     DenseRows,
     OneHotRows,
-    SubLayer,
-    conv_sublayer,
-    sublayers_of,
+    conv_target_layer,
+    parameter_target_layers,
+    target_layers_of,
 )
-from evatune.capture.targets import parameter_target_layers, target_layers_of
 from evatune.errors import AdapterError
+from evatune.layers import LayerSpec
 from evatune.modeling.wrappers import base_name, peft_name, without_wrappers
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -42,7 +42,7 @@ class LoraTarget:
         """Whether this is PEFT's usual layer: one A of (rank, in) and one B of (out, rank)."""
         return (
             len(self.target_layers) == 1
-            and self.target_layers[0].sublayer.input_view == DenseRows()
+            and self.target_layers[0].input_view == DenseRows()
             and not self.is_parameter
         )
 
@@ -140,14 +140,11 @@ def matrices_of(lora_target: LoraTarget, rows: Mapping[str, Tensor]) -> list[Ten
     blocks = [rows[target_layer.name] for target_layer in lora_target.target_layers]
     if lora_target.is_parameter:
         return [torch.cat(blocks)]  # PEFT stacks the experts
-    sublayer = lora_target.target_layers[0].sublayer
-    if isinstance(sublayer.input_view, ConvPatches):
-        order = [
-            j
-            for group in range(sublayer.groups)
-            for j in range(group, len(blocks[0]), sublayer.groups)
-        ]
-        return [blocks[0][order].reshape(len(order), -1, *sublayer.input_view.kernel)]
+    input_view = lora_target.target_layers[0].input_view
+    if isinstance(input_view, ConvPatches):
+        groups = lora_target.target_layers[0].spec.groups
+        order = [j for group in range(groups) for j in range(group, len(blocks[0]), groups)]
+        return [blocks[0][order].reshape(len(order), -1, *input_view.kernel)]
     return blocks
 
 
@@ -157,14 +154,12 @@ def _target_layers(name: str, layer: LoraLayer, adapter_name: str) -> list[Targe
     if isinstance(layer, ParamWrapper):
         return parameter_target_layers(f"{name}.{layer.parameter_name}", base)
     if isinstance(layer, MultiheadAttention):
-        return target_layers_of(name, base, sublayers_of(base))
+        return target_layers_of(name, base)
     if adapter_name in layer.lora_embedding_A:
         padding = getattr(base, "padding_idx", None)
-        vocabulary, width = (
-            layer.lora_embedding_A[adapter_name].shape[1],
-            layer.lora_embedding_B[adapter_name].shape[0],
-        )
-        return target_layers_of(name, base, [SubLayer(vocabulary, width, OneHotRows(padding))])
+        vocabulary = layer.lora_embedding_A[adapter_name].shape[1]
+        width = layer.lora_embedding_B[adapter_name].shape[0]
+        return [TargetLayer(LayerSpec(name, vocabulary, width), base, OneHotRows(padding))]
     a = dict(layer.lora_A.items()).get(adapter_name)
     if isinstance(base, _CONVS) and isinstance(a, _CONVS):
         # A has the layer's kernel, stride and padding, but fills with zeros and has no dilation:
@@ -172,9 +167,8 @@ def _target_layers(name: str, layer: LoraLayer, adapter_name: str) -> list[Targe
         seen = ConvPatches.of(a)
         spans = [(k - 1) * d for k, d in zip(base.kernel_size, base.dilation, strict=True)]
         same = base.padding == "same" or spans == [k - 1 for k in base.kernel_size]
-        return target_layers_of(name, base, [conv_sublayer(base, seen)]) if same else []
+        return [conv_target_layer(name, base, seen)] if same else []
     if isinstance(a, nn.Linear):  # of any base, quantised or not: A says how wide its input is
-        return target_layers_of(
-            name, base, [SubLayer(a.in_features, layer.lora_B[adapter_name].out_features)]
-        )
+        out_features = layer.lora_B[adapter_name].out_features
+        return [TargetLayer(LayerSpec(name, a.in_features, out_features), base)]
     return []

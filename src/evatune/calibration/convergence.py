@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evatune.calibration.config import CalibrationConfig
-from evatune.calibration.result import Calibration, Layer
+from evatune.calibration.result import CalibratedLayer, Calibration
 from evatune.calibration.status import Status, shortage
 from evatune.capture import InputGroup, SharedInputs, TargetLayer
 from evatune.distributed.group import ProcessGroup
@@ -18,7 +18,7 @@ from evatune.distributed.sketches import DistributedSketches
 from evatune.errors import BudgetError
 from evatune.modeling.fingerprint import fingerprint
 from evatune.modeling.wrappers import describe
-from evatune.ranks.allocation import RankPlan, allocate, rank_shift
+from evatune.ranks.allocation import Candidate, RankPlan, allocate, rank_shift
 from evatune.sketch import Sketch, refresh_all
 from evatune.sketch.spectrum import Spectrum, empty
 
@@ -126,9 +126,8 @@ class Monitor:
         busiest: dict[str, int] = {}
         for target_layer in self._target_layers:
             group = self._shared_inputs.group_of(target_layer.name)
-            busiest[target_layer.rank_group] = max(
-                busiest.get(target_layer.rank_group, 0), spectra[group].rows if group else 0
-            )
+            rank_key = target_layer.spec.rank_key
+            busiest[rank_key] = max(busiest.get(rank_key, 0), spectra[group].rows if group else 0)
         for target_layer in self._target_layers:
             group = self._shared_inputs.group_of(target_layer.name)
             before = self._spectra.get(group) if group else None
@@ -142,9 +141,11 @@ class Monitor:
             )
             gap = _missed(before, spectra[group], used) if group and before else 1.0
             share = 1.0
-            if target_layer.sublayer.expert is not None:
+            if target_layer.expert is not None:
                 share = (
-                    spectra[group].rows / max(1, busiest[target_layer.rank_group]) if group else 0.0
+                    spectra[group].rows / max(1, busiest[target_layer.spec.rank_key])
+                    if group
+                    else 0.0
                 )
             missed, weight = missed + share * used * gap, weight + share * used
             if gap <= tolerance:
@@ -175,8 +176,8 @@ class Monitor:
             spectra[target_layer.name] = spectrum
             status[target_layer.name] = self._verdict(target_layer, spectrum, ended)
             bad = self._bad.get(target_layer.name)
-            layers[target_layer.name] = replace(
-                layer_of(target_layer),
+            layers[target_layer.name] = CalibratedLayer(
+                target_layer.spec,
                 input=number[group] if group else None,
                 first_bad_batch=bad[0] if bad else None,
                 bad_process=bad[1] if bad and self._process_group.size > 1 else None,
@@ -194,9 +195,10 @@ class Monitor:
 
     def identity(self, model: nn.Module) -> dict[str, Any]:
         """What must be the same for a checkpoint to fit, and on every process."""
+        specs = [target_layer.spec for target_layer in self._target_layers]
         layers = {
-            target_layer.name: list(layer_of(target_layer).shape)
-            for target_layer in self._target_layers
+            spec.name: [spec.in_features, spec.out_features, spec.groups, spec.rank_group]
+            for spec in specs
         }
         known = {
             "model": describe(model),
@@ -284,9 +286,9 @@ class Monitor:
             others = (
                 other.name
                 for other in self._target_layers
-                if other.rank_group == target_layer.rank_group
+                if other.spec.rank_key == target_layer.spec.rank_key
             )
-            routed = target_layer.sublayer.expert is not None and any(
+            routed = target_layer.expert is not None and any(
                 self._shared_inputs.group_of(name) for name in others
             )
             return Status.SELDOM_ROUTED if routed else lack
@@ -303,7 +305,7 @@ class Monitor:
         for target_layer in self._target_layers:
             group = self._shared_inputs.group_of(target_layer.name)
             if group is not None:
-                candidates[target_layer.name] = layer_of(target_layer).candidate(spectra[group])
+                candidates[target_layer.name] = Candidate(target_layer.spec, spectra[group])
         try:
             return allocate(
                 candidates,
@@ -315,18 +317,6 @@ class Monitor:
             )
         except BudgetError:
             return None
-
-
-def layer_of(target_layer: TargetLayer) -> Layer:
-    """The record of a layer that has not been called yet."""
-    rank_group = "" if target_layer.rank_group == target_layer.name else target_layer.rank_group
-    return Layer(
-        target_layer.in_features,
-        target_layer.out_features,
-        input=None,
-        groups=target_layer.sublayer.groups,
-        rank_group=rank_group,
-    )
 
 
 def _missed(before: Spectrum, now: Spectrum, used: int) -> float:

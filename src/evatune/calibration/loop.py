@@ -82,7 +82,7 @@ def run(
 
     def new_sketch(target_layer: TargetLayer, device: torch.device) -> Sketch:
         return make_sketch(
-            "counts" if isinstance(target_layer.sublayer.input_view, OneHotRows) else config.sketch,
+            "counts" if isinstance(target_layer.input_view, OneHotRows) else config.sketch,
             target_layer.in_features,
             config.kept,
             oversampling=config.oversampling,

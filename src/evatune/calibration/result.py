@@ -17,6 +17,7 @@ from evatune.calibration.config import CalibrationConfig
 from evatune.calibration.merge import merge as _merge
 from evatune.calibration.status import Status
 from evatune.errors import LayerError
+from evatune.layers import LayerSpec
 from evatune.ranks.allocation import Candidate, RankPlan
 from evatune.ranks.allocation import allocate as _allocate
 from evatune.schemas import Damage, shown, telling
@@ -25,7 +26,7 @@ from evatune.utils.files import atomic_file
 from evatune.version import __version__
 
 if TYPE_CHECKING:
-    from evatune.schemas.record import CalibrationRecord, InputRecord
+    from evatune.schemas.record import CalibrationRecord, InputRecord, LayerRecord
 
 
 # Written is the first; the second has no checksum.
@@ -36,11 +37,10 @@ _ADVICE = "give the calibration.safetensors that evatune wrote, or run the calib
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What is known about a calibrated layer besides its spectrum."""
+class CalibratedLayer:
+    """A layer, and what is known about it besides its spectrum."""
 
-    in_features: int
-    out_features: int
+    spec: LayerSpec
     # layers with the same number share one input and one spectrum; None: never called
     input: int | None
     first_bad_batch: int | None = None  # counted from 1, over all processes
@@ -48,28 +48,14 @@ class Layer:
     # the most ranks it may get, by the `rank_pattern` of the adapter it was calibrated for
     cap: int | None = None
     floor: int = 0  # the fewest ranks it gets: 1 for embeddings that PEFT saves with their adapter
-    groups: int = 1  # ranks come in multiples of this: groups of a convolution
-    # layers with the same name here have one rank: the experts of one weight, parts of one
-    # attention
-    rank_group: str = ""
 
     @property
-    def shape(self) -> tuple[int, int, int, str]:
-        """What an adapter of this layer depends on."""
-        return self.in_features, self.out_features, self.groups, self.rank_group
+    def in_features(self) -> int:
+        return self.spec.in_features
 
-    def described(self) -> str:
-        """The shape in words."""
-        groups = f" in {self.groups} groups" if self.groups > 1 else ""
-        return f"{self.in_features}→{self.out_features}{groups}" + (
-            f" as a part of {self.rank_group}" if self.rank_group else ""
-        )
-
-    def candidate(self, spectrum: Spectrum) -> Candidate:
-        """The layer as the redistribution sees it."""
-        return Candidate(
-            spectrum, self.in_features, self.out_features, self.groups, self.rank_group
-        )
+    @property
+    def out_features(self) -> int:
+        return self.spec.out_features
 
 
 @dataclass(frozen=True)
@@ -78,7 +64,7 @@ class Calibration:
 
     spectra: dict[str, Spectrum]
     status: dict[str, Status]
-    layers: dict[str, Layer]
+    layers: dict[str, CalibratedLayer]
     config: CalibrationConfig
     batches: int
     model: str = ""
@@ -100,7 +86,10 @@ class Calibration:
         """
         config = self.config
         return _allocate(
-            {name: layer.candidate(self.spectra[name]) for name, layer in self.layers.items()},
+            {
+                name: Candidate(layer.spec, self.spectra[name])
+                for name, layer in self.layers.items()
+            },
             rank=config.rank_or_default if rank is None else rank,
             rho=config.rho_or_default if rho is None else rho,
             budget=config.budget if budget is None else budget,
@@ -229,8 +218,7 @@ class Calibration:
             "versions": self.versions,
             "inputs": inputs,
             "layers": {
-                name: _layer_record(layer) | {"status": self.status[name]}
-                for name, layer in self.layers.items()
+                name: _layer_facts(layer, self.status[name]) for name, layer in self.layers.items()
             },
         }
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -270,8 +258,7 @@ class Calibration:
         of_layers, status, layers = {}, {}, {}
         for name, facts in record.layers.items():
             status[name] = facts.status
-            known = facts.model_dump(exclude={"status", "unit"})
-            layers[name] = Layer(**known, rank_group=facts.unit)
+            layers[name] = _layer_of(name, facts)
             if facts.input is None:
                 of_layers[name] = empty(facts.in_features, config.center)
             else:
@@ -326,7 +313,34 @@ def _spectrum(
     return spectrum
 
 
-def _require_fit(name: str, layer: Layer, status: Status, spectrum: Spectrum) -> None:
+def _layer_facts(layer: CalibratedLayer, status: Status) -> dict[str, Any]:
+    """Return a layer as the file has it; `_layer_of` reads it."""
+    return {
+        "in_features": layer.spec.in_features,
+        "out_features": layer.spec.out_features,
+        "input": layer.input,
+        "first_bad_batch": layer.first_bad_batch,
+        "bad_process": layer.bad_process,
+        "cap": layer.cap,
+        "floor": layer.floor,
+        "groups": layer.spec.groups,
+        "unit": layer.spec.rank_group,
+        "status": status,
+    }
+
+
+def _layer_of(name: str, facts: LayerRecord) -> CalibratedLayer:
+    return CalibratedLayer(
+        LayerSpec(name, facts.in_features, facts.out_features, facts.groups, facts.rank_group),
+        input=facts.input,
+        first_bad_batch=facts.first_bad_batch,
+        bad_process=facts.bad_process,
+        cap=facts.cap,
+        floor=facts.floor,
+    )
+
+
+def _require_fit(name: str, layer: CalibratedLayer, status: Status, spectrum: Spectrum) -> None:
     """Raise Damage unless the spectrum is one of this layer that may have ended so."""
     if layer.input is not None and spectrum.directions.shape[1] != layer.in_features:
         raise Damage(
@@ -336,13 +350,6 @@ def _require_fit(name: str, layer: Layer, status: Status, spectrum: Spectrum) ->
     seldom = status is Status.SELDOM_ROUTED
     if status.usable and not seldom and not (spectrum.rows and spectrum.total_energy):
         raise Damage(f"calls {shown(name)} {status}, and its rows have no energy")
-
-
-def _layer_record(layer: Layer) -> dict[str, Any]:
-    """Return the layer as files have it, where the rank group is called unit."""
-    record = asdict(layer)
-    record["unit"] = record.pop("rank_group")
-    return record
 
 
 def _versions() -> dict[str, str]:

@@ -2,12 +2,12 @@
 input."""
 
 from evatune.capture.labels import selector_for
-from evatune.capture.layer_types import OneHotRows
+from evatune.capture.layer_types import OneHotRows, TargetLayer
 from evatune.capture.masks import Masks
 from evatune.capture.recorder import InputRecorder
 from evatune.capture.row_selection import RowSelector
 from evatune.capture.shared_inputs import InputGroup, SharedInputs
-from evatune.capture.targets import TargetLayer, find_target_layers
+from evatune.capture.targets import find_target_layers
 
 __all__ = [
     "InputGroup",

@@ -174,7 +174,7 @@ def declares_shift(model: nn.Module) -> bool:
             if name.startswith("For"):  # those of transformers
                 return bool(name == "ForCausalLMLoss")
     names = [type(module).__name__ for module in model.modules() if hasattr(module, "config")]
-    return any(sublayer in name for name in names for sublayer in _SHIFTED)
+    return any(mark in name for name in names for mark in _SHIFTED)
 
 
 def _loss_of(output: Any) -> Tensor | None:

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evatune.capture.row_selection import RowSelector
+from evatune.layers import LayerSpec
+from evatune.modeling.sharding import whole_shape
 
 # Patches overlap: all of an image's at once take up to Π kernel / Π stride times the memory of the
 # image.
@@ -154,36 +156,72 @@ class ConvPatches(DenseRows):
 
 
 @dataclass(frozen=True)
-class SubLayer:
-    """Something with rows and directions of its own inside a layer; most layers are one part."""
+class TargetLayer:
+    """Something with rows and directions of its own: a layer, or one part of it.
 
-    in_features: int  # width of a row
-    out_features: int
+    Attributes:
+        module: the plain layer, inside its wrapper if it has one.
+        input_view: how its input is read as rows.
+        parameter: what is watched are the products with this parameter of the module; empty: the
+            module's input is.
+        expert: the slice of the parameter, where it stacks the weights of experts.
+    """
+
+    spec: LayerSpec
+    module: nn.Module
     input_view: DenseRows = DenseRows()
-    groups: int = 1  # ranks come in multiples of this
-    suffix: str = ""  # of the layer's name
-    # what is watched are the products with this parameter, and not the layer's input
     parameter: str = ""
-    expert: int | None = None  # which slice of the parameter
+    expert: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def in_features(self) -> int:
+        return self.spec.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.spec.out_features
+
+    def renamed(self, name: str) -> TargetLayer:
+        """Return the same layer under another name, as a layer that stands alone."""
+        return replace(self, spec=replace(self.spec, name=name, rank_group=""))
 
 
 @dataclass(frozen=True)
 class LayerType:
-    """A kind of layer: its name in messages, how it is recognised, and its parts."""
+    """A type of layer that can be calibrated.
+
+    Attributes:
+        name: in messages.
+        matches: tells a module of this type.
+        target_layers: from the name and the module to what is watched of it.
+        is_linear: whether the target "all-linear" includes it.
+    """
 
     name: str
-    fits: Callable[[nn.Module], bool]
-    sublayers: Callable[[nn.Module], list[SubLayer]]
+    matches: Callable[[nn.Module], bool]
+    target_layers: Callable[[str, nn.Module], list[TargetLayer]]
+    is_linear: bool = False
 
 
-def sublayers_of(module: nn.Module) -> list[SubLayer]:
-    """The parts of a layer of a kind that is supported; else none."""
-    return next((kind.sublayers(module) for kind in LAYER_TYPES if kind.fits(module)), [])
+def layer_type_of(module: nn.Module) -> LayerType | None:
+    """Return the type of a layer; None where it is of no type that is supported."""
+    return next((one for one in LAYER_TYPES if one.matches(module)), None)
+
+
+def target_layers_of(name: str, module: nn.Module) -> list[TargetLayer]:
+    """Return what is watched of a layer; nothing where its type is not supported."""
+    layer_type = layer_type_of(module)
+    return [] if layer_type is None else layer_type.target_layers(name, module)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether "all-linear" means this layer."""
-    return next((kind.name == LINEAR for kind in LAYER_TYPES if kind.fits(module)), False)
+    """Return whether "all-linear" includes this layer."""
+    layer_type = layer_type_of(module)
+    return layer_type is not None and layer_type.is_linear
 
 
 def sequences_of(
@@ -201,60 +239,75 @@ def sequences_of(
     return lambda rows: rows.reshape(-1, batch, rows.shape[-1]).transpose(0, 1)
 
 
-def expert_sublayers(parameter: str, shape: torch.Size, *, transposed: bool) -> list[SubLayer]:
-    """The parts of a weight without a layer of its own: (out, in), or one such slice per expert.
+def parameter_target_layers(name: str, module: nn.Module) -> list[TargetLayer]:
+    """Return what is watched of a weight that a module holds and multiplies with itself.
 
     Args:
-        transposed: slices are (in, out).
+        name: of the weight, in the base model. It is of (out, in), or of one such slice per expert.
     """
+    parameter = name.rpartition(".")[2]
+    shape = whole_shape(module.get_parameter(parameter))
     if len(shape) == 2:
-        return [SubLayer(shape[1], shape[0], parameter=parameter)]
+        return [TargetLayer(LayerSpec(name, shape[1], shape[0]), module, parameter=parameter)]
     count, out_features, in_features = shape
-    if transposed:
+    # As PEFT reads it: slices are (out, in), unless the module says that they are transposed.
+    if getattr(module, "is_transposed", False):
         in_features, out_features = out_features, in_features
-    suffixes = [f".{number}" for number in range(count)]
     return [
-        SubLayer(in_features, out_features, DenseRows(), 1, suffix, parameter, e)
-        for e, suffix in enumerate(suffixes)
+        TargetLayer(
+            LayerSpec(f"{name}.{expert}", in_features, out_features, rank_group=name),
+            module,
+            parameter=parameter,
+            expert=expert,
+        )
+        for expert in range(count)
     ]
 
 
-def conv_sublayer(conv: nn.Module, input_view: ConvPatches) -> SubLayer:
-    """PEFT's A takes all channels, also of a convolution with groups, whose B has the groups
-    instead."""
-    channels, out_channels, groups = (
-        int(getattr(conv, name)) for name in ("in_channels", "out_channels", "groups")
-    )
-    return SubLayer(channels * math.prod(input_view.kernel), out_channels, input_view, groups)
+def conv_target_layer(name: str, conv: nn.Module, input_view: ConvPatches) -> TargetLayer:
+    """Return what is watched of a convolution.
+
+    PEFT's A takes all channels, also where the convolution has groups: B has the groups instead.
+    """
+    channels: Any = conv.in_channels
+    out_channels: Any = conv.out_channels
+    groups: Any = conv.groups
+    width = channels * math.prod(input_view.kernel)
+    return TargetLayer(LayerSpec(name, width, out_channels, groups), conv, input_view)
 
 
-def _conv_sublayers(module: nn.Module) -> list[SubLayer]:
-    return [conv_sublayer(module, ConvPatches.of(module))]
+def _conv(name: str, module: nn.Module) -> list[TargetLayer]:
+    return [conv_target_layer(name, module, ConvPatches.of(module))]
 
 
-def _embedding_sublayers(module: nn.Module) -> list[SubLayer]:
+def _embedding(name: str, module: nn.Module) -> list[TargetLayer]:
     assert isinstance(module, nn.Embedding)
-    return [SubLayer(module.num_embeddings, module.embedding_dim, OneHotRows(module.padding_idx))]
+    spec = LayerSpec(name, module.num_embeddings, module.embedding_dim)
+    return [TargetLayer(spec, module, OneHotRows(module.padding_idx))]
 
 
-def _attention_sublayers(module: nn.Module) -> list[SubLayer]:
-    width = int(module.embed_dim)  # type: ignore[arg-type]
-    out = SubLayer(width, width, suffix=".out_proj", parameter="out_proj.weight")
-    return [SubLayer(width, 3 * width, parameter="in_proj_weight"), out]
+def _attention(name: str, module: nn.Module) -> list[TargetLayer]:
+    width: Any = module.embed_dim
+    projections = LayerSpec(name, width, 3 * width)
+    output = LayerSpec(f"{name}.out_proj", width, width, rank_group=name)
+    return [
+        TargetLayer(projections, module, parameter="in_proj_weight"),
+        TargetLayer(output, module, parameter="out_proj.weight"),
+    ]
 
 
-def _linear_sublayers(module: nn.Module) -> list[SubLayer]:
-    sizes = _sizes(module)
+def _linear(name: str, module: nn.Module) -> list[TargetLayer]:
+    sizes = _linear_sizes(module)
     assert sizes is not None
-    return [SubLayer(*sizes)]
+    return [TargetLayer(LayerSpec(name, *sizes), module)]
 
 
-def _sizes(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of linear layers of every make, whatever the shape of their storage."""
+def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Return (in, out) of linear layers of every make, whatever the shape of their storage."""
     # By name, as the core does not import transformers, whose Conv1D is a Linear with its weight
     # transposed.
-    kind = type(module).__name__
-    if not isinstance(module, nn.Linear) and "Linear" not in kind and kind != "Conv1D":
+    class_name = type(module).__name__
+    if not isinstance(module, nn.Linear) and "Linear" not in class_name and class_name != "Conv1D":
         return None
     # The second: GPTQ's layers. The third: Conv1D's.
     for names in (("in_features", "out_features"), ("infeatures", "outfeatures"), ("nx", "nf")):
@@ -264,23 +317,31 @@ def _sizes(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-LINEAR = "linear layers (quantised ones and GPT-2's Conv1D too)"
+def _is_linear(module: nn.Module) -> bool:
+    return _linear_sizes(module) is not None
 
 
-LAYER_TYPES = (
-    LayerType(LINEAR, lambda module: _sizes(module) is not None, _linear_sublayers),
+def _is_conv(module: nn.Module) -> bool:
     # Subclasses such as transposed convolutions do not derive from these.
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) and module._qkv_same_embed_dim
+
+
+# The registry. The first type that matches a module is its type.
+LAYER_TYPES: list[LayerType] = [
     LayerType(
-        "convolutions",
-        lambda module: isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
-        _conv_sublayers,
+        "linear layers (quantized ones and GPT-2's Conv1D too)", _is_linear, _linear, is_linear=True
     ),
+    LayerType("convolutions", _is_conv, _conv),
+    LayerType("nn.Embedding", _is_embedding, _embedding),
     LayerType(
-        "nn.Embedding", lambda module: isinstance(module, nn.Embedding), _embedding_sublayers
+        "nn.MultiheadAttention with query, key and value of one width", _is_attention, _attention
     ),
-    LayerType(
-        "nn.MultiheadAttention with query, key and value of one width",
-        lambda module: isinstance(module, nn.MultiheadAttention) and module._qkv_same_embed_dim,
-        _attention_sublayers,
-    ),
-)
+]

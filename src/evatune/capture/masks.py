@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evatune.capture.layer_types import TargetLayer
 from evatune.capture.row_selection import ALL_ROWS, RowSelector, batch_field, token_mask
 from evatune.capture.shared_inputs import memory
-from evatune.capture.targets import TargetLayer
 from evatune.modeling.wrappers import is_wrapper
 
 _MASK, _ENCODED, _ENCODER_MASK = "attention_mask", "encoder_hidden_states", "encoder_attention_mask"
@@ -350,9 +350,7 @@ def _around(model: nn.Module, target_layers: Sequence[TargetLayer]) -> list[nn.M
         modules[name] for name in modules if name in prefixes and not is_wrapper(modules[name])
     ]
     # torch's attention is handed several sequences itself.
-    around += [
-        target_layer.module for target_layer in target_layers if target_layer.sublayer.parameter
-    ]
+    around += [target_layer.module for target_layer in target_layers if target_layer.parameter]
     return list(dict.fromkeys(around))
 
 

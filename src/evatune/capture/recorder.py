@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evatune.capture.layer_types import OneHotRows, Piece, sequences_of
+from evatune.capture.layer_types import OneHotRows, Piece, TargetLayer, sequences_of
 from evatune.capture.masks import Masks
 from evatune.capture.matmul_tracing import MatmulTracer, TokenPositions, loops_over_experts
 from evatune.capture.row_selection import ALL_ROWS, RowSelector
 from evatune.capture.shared_inputs import SharedInputs
-from evatune.capture.targets import TargetLayer
 from evatune.errors import DataError, TargetError
 from evatune.modeling.state import full_precision
 
@@ -89,7 +88,7 @@ class InputRecorder:
     def _watch_sites(self, undo: ExitStack) -> None:
         held: dict[nn.Module, list[TargetLayer]] = {}
         for target_layer in self._target_layers:
-            if target_layer.sublayer.parameter:
+            if target_layer.parameter:
                 held.setdefault(target_layer.module, []).append(target_layer)
             else:
                 # ZeRO-3's own hook hands every layer an alias, by which nobody would know what
@@ -132,7 +131,7 @@ class InputRecorder:
         """Watch what a module multiplies parameters with, from each of its calls' start to its
         end."""
         by_product = {
-            (target_layer.sublayer.parameter, target_layer.sublayer.expert): target_layer
+            (target_layer.parameter, target_layer.expert): target_layer
             for target_layer in target_layers
         }
         active: list[MatmulTracer] = []
@@ -174,7 +173,7 @@ class InputRecorder:
         places: TokenPositions | None = None,
     ) -> None:
         x = x.clone() if x.is_inference() else x
-        if isinstance(target_layer.sublayer.input_view, OneHotRows) and (
+        if isinstance(target_layer.input_view, OneHotRows) and (
             x.is_floating_point() or x.dtype == torch.bool
         ):
             raise TargetError(
@@ -189,9 +188,7 @@ class InputRecorder:
             pieces = lambda: iter([(chosen, None)])  # noqa: E731
         else:
             leading = (
-                target_layer.sublayer.input_view.places(x)
-                if places is None
-                else torch.Size([places[1]])
+                target_layer.input_view.places(x) if places is None else torch.Size([places[1]])
             )
             if self._masks is not None:
                 chooser = self._masks.selector(target_layer.name, original, leading)
@@ -199,7 +196,7 @@ class InputRecorder:
                 index = chooser.at_positions(*places)
                 pieces = lambda: iter([(x, index)])  # noqa: E731
             else:
-                pieces = partial(target_layer.sublayer.input_view.pieces, x, chooser)
+                pieces = partial(target_layer.input_view.pieces, x, chooser)
         with full_precision(x.device):
             self._shared_inputs.record(
                 target_layer, original, chooser, lambda sketch: sketch.summarize_pieces(pieces())
@@ -207,7 +204,7 @@ class InputRecorder:
 
     def _chosen(self, target_layer: TargetLayer, x: Tensor) -> Tensor:
         assert self._rows is not None
-        input_view = target_layer.sublayer.input_view
+        input_view = target_layer.input_view
         rows = self._rows(input_view.whole(x), self._batch, target_layer.name)
         shape = (
             "(rows,)"

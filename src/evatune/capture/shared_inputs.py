@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from evatune.capture.targets import TargetLayer
+from evatune.capture.layer_types import TargetLayer
 from evatune.sketch import Sketch, SketchUpdate
 
 
@@ -143,7 +143,7 @@ class SharedInputs:
         self._unwatched.add(name)
 
     def arrange(
-        self, sublayers: Sequence[Sequence[str]], make: Callable[[str], Sketch]
+        self, parts: Sequence[Sequence[str]], make: Callable[[str], Sketch]
     ) -> list[InputGroup]:
         """Between forward passes: make each part a group of its own; in the order of `parts`.
 
@@ -151,7 +151,7 @@ class SharedInputs:
         what `make` says.
         """
         groups = []
-        for names in sublayers:
+        for names in parts:
             group = self._group.get(names[0])
             if group is None:
                 group = InputGroup(make(names[0]), dict.fromkeys(names, 0), open=False)
@@ -175,7 +175,7 @@ class SharedInputs:
 
     def _join(self, target_layer: TargetLayer, x: Tensor, chooser: object) -> InputGroup:
         # a convolution's patches are not a linear layer's rows
-        key = (target_layer.sublayer.input_view, target_layer.in_features, *memory(x))
+        key = (target_layer.input_view, target_layer.in_features, *memory(x))
         first, group = self._uninitialized.get(key, (None, None))
         if (
             self._share

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from torch import nn
 
 from evatune.capture.layer_types import (
     LAYER_TYPES,
-    SubLayer,
-    expert_sublayers,
+    TargetLayer,
     is_linear,
-    sublayers_of,
+    parameter_target_layers,
+    target_layers_of,
 )
 from evatune.errors import TargetError
 from evatune.modeling.sharding import whole_shape
@@ -26,29 +25,6 @@ from evatune.modeling.wrappers import (
 )
 
 Targets = str | Iterable[str] | None
-
-
-@dataclass(frozen=True)
-class TargetLayer:
-    """A module whose input is watched, or a parameter whose products are."""
-
-    name: str  # in the base model, without any wrapper's prefix
-    module: nn.Module  # the plain layer, inside its wrapper if it has one
-    sublayer: SubLayer
-    rank_group: str  # sites of one unit are one layer to PEFT, which gives them one rank
-
-    @property
-    def in_features(self) -> int:
-        return self.sublayer.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.sublayer.out_features
-
-
-def target_layers_of(name: str, module: nn.Module, sublayers: list[SubLayer]) -> list[TargetLayer]:
-    """One site per part of a layer."""
-    return [TargetLayer(name + sublayer.suffix, module, sublayer, name) for sublayer in sublayers]
 
 
 def find_target_layers(model: nn.Module, targets: Targets = None) -> list[TargetLayer]:
@@ -83,14 +59,14 @@ def find_target_layers(model: nn.Module, targets: Targets = None) -> list[Target
     for name, found, plain in layers:
         if held and name.startswith(held):
             continue
-        sublayers = sublayers_of(plain)
-        if name in chosen and any(sublayer.parameter for sublayer in sublayers):
+        parts = target_layers_of(name, plain)
+        if name in chosen and any(part.parameter for part in parts):
             held = (*held, f"{name}.")
-        weights = [] if sublayers else [key for key in _stacked(plain) if matches(f"{name}.{key}")]
+        weights = [] if parts else [key for key in _stacked(plain) if matches(f"{name}.{key}")]
         if name in chosen:
-            target_layers += target_layers_of(name, plain, sublayers)
+            target_layers += parts
             weights += adapted_parameters(found)
-            if strict and not sublayers and not weights:
+            if strict and not parts and not weights:
                 unsupported.append(f"{name} ({type(plain).__name__})")
         for key in weights:
             target_layers += parameter_target_layers(f"{name}.{key}", plain)
@@ -106,19 +82,6 @@ def find_target_layers(model: nn.Module, targets: Targets = None) -> list[Target
     if not target_layers:
         raise TargetError(_nothing_matches(targets, layers))
     return target_layers
-
-
-def parameter_target_layers(name: str, module: nn.Module) -> list[TargetLayer]:
-    """The sites of a weight that a module holds and multiplies with itself, by the weight's whole
-    name."""
-    key = name.rpartition(".")[2]
-    # As PEFT reads it: slices are (out, in), unless the module says that they are transposed.
-    transposed = bool(getattr(module, "is_transposed", False))
-    return target_layers_of(
-        name,
-        module,
-        expert_sublayers(key, whole_shape(module.get_parameter(key)), transposed=transposed),
-    )
 
 
 def _stacked(module: nn.Module) -> list[str]:

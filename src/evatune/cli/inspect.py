@@ -79,5 +79,5 @@ def calibration_facts(calibration: Calibration) -> dict[str, Any]:
         "versions": calibration.versions,
         "totals": totals(calibration, plan),
         "problem": problem,
-        "layers": [asdict(row) for row in layer_rows(calibration, plan)],
+        "layers": [row.facts() for row in layer_rows(calibration, plan)],
     }

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evatune.errors import BudgetError, ConfigError
+from evatune.layers import LayerSpec
 from evatune.ranks.knapsack import _choose
 from evatune.sketch.spectrum import Spectrum
 
@@ -25,18 +26,8 @@ BUDGETS = ("ranks", "parameters")
 class Candidate:
     """One layer as the redistribution sees it."""
 
+    spec: LayerSpec
     spectrum: Spectrum
-    in_features: int
-    out_features: int
-    # its rank is a multiple of this; B of a grouped convolution has one output group's rows per
-    # column
-    groups: int = 1
-    rank_group: str = ""  # candidates with the same name here have one rank
-
-    @property
-    def cost(self) -> int:
-        """Trainable parameters per rank: a row of A and a column of B."""
-        return self.in_features + self.out_features // self.groups
 
 
 @dataclass(frozen=True)
@@ -118,14 +109,16 @@ def allocate(
     most = math.floor(rank * rho + 1e-9)
     rank_groups: dict[str, list[str]] = {}
     for name, layer in layers.items():
-        rank_groups.setdefault(layer.rank_group or name, []).append(name)
-    steps = {rank_group: layers[tied[0]].groups for rank_group, tied in rank_groups.items()}
+        rank_groups.setdefault(layer.spec.rank_group or name, []).append(name)
+    steps = {rank_group: layers[tied[0]].spec.groups for rank_group, tied in rank_groups.items()}
     caps = {}
     for rank_group, tied in rank_groups.items():
         top = max(_top(layers[name], own.get(name, most)) for name in tied)
         caps[rank_group] = top - top % steps[rank_group]
     costs = {
-        rank_group: sum(1 if budget == "ranks" else layers[name].cost for name in tied)
+        rank_group: sum(
+            1 if budget == "ranks" else layers[name].spec.parameters_per_rank for name in tied
+        )
         for rank_group, tied in rank_groups.items()
     }
     limit = sum(usual[rank_groups[rank_group][0]] * cost for rank_group, cost in costs.items())
@@ -175,7 +168,7 @@ def allocate(
     for cost, count in taken.items():
         for item in sorted_classes[cost][:count]:
             found[item[3]] += steps[item[3]]
-    ranks = {name: found[layer.rank_group or name] for name, layer in layers.items()}
+    ranks = {name: found[layer.spec.rank_group or name] for name, layer in layers.items()}
     return RankPlan(
         ranks=ranks,
         rank=rank,
@@ -184,14 +177,18 @@ def allocate(
         metric=metric,
         limit=limit,
         spent=sum(found[rank_group] * costs[rank_group] for rank_group in rank_groups),
-        parameters=sum(ranks[name] * layer.cost for name, layer in layers.items()),
-        uniform_parameters=sum(usual[name] * layer.cost for name, layer in layers.items()),
+        parameters=sum(
+            ranks[name] * layer.spec.parameters_per_rank for name, layer in layers.items()
+        ),
+        uniform_parameters=sum(
+            usual[name] * layer.spec.parameters_per_rank for name, layer in layers.items()
+        ),
     )
 
 
 def _top(layer: Candidate, cap: int) -> int:
     """The most ranks a layer can use, within its cap."""
-    return min(cap, layer.in_features, layer.out_features, layer.spectrum.usable)
+    return min(cap, layer.spec.in_features, layer.spec.out_features, layer.spectrum.usable)
 
 
 def _own_caps(caps: Mapping[str, int], layers: Mapping[str, Candidate]) -> dict[str, int]:

@@ -10,6 +10,7 @@ from typing import Any
 from evatune.calibration.result import Calibration
 from evatune.calibration.status import Status
 from evatune.errors import BudgetError
+from evatune.layers import LayerSpec
 from evatune.ranks.allocation import RankPlan
 
 _ASK_FOR_A_LOOK = (Status.UNSETTLED, Status.DRIFTING)  # of those that are usable
@@ -20,19 +21,43 @@ class LayerRow:
     """What one layer got and how sure that is. Shares lie in [0, 1]; None where nothing is
     known."""
 
-    name: str
+    spec: LayerSpec
     block: str  # what distinguishes it from layers of the same type, e.g. "3"
     type: str  # name without block numbers, e.g. "attention.self.query"
-    in_features: int
-    out_features: int
     rank: int
-    parameters: int
     rows: int
     explained: float | None  # energy inside its `rank` directions, by the data that chose them
     captured: float | None  # the same on rows that had no part in choosing them
     status: str
     advice: str
     attention: bool  # whether the status asks for a look
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters of the layer's A and B."""
+        return self.rank * self.spec.parameters_per_rank
+
+    def facts(self) -> dict[str, Any]:
+        """Return the row for `--json`."""
+        return {
+            "name": self.name,
+            "block": self.block,
+            "type": self.type,
+            "in_features": self.spec.in_features,
+            "out_features": self.spec.out_features,
+            "rank": self.rank,
+            "parameters": self.parameters,
+            "rows": self.rows,
+            "explained": self.explained,
+            "captured": self.captured,
+            "status": self.status,
+            "advice": self.advice,
+            "attention": self.attention,
+        }
 
 
 def plan_of(calibration: Calibration) -> tuple[RankPlan, str | None]:
@@ -45,10 +70,10 @@ def plan_of(calibration: Calibration) -> tuple[RankPlan, str | None]:
         return calibration.allocate(), None
     except BudgetError as error:
         config = calibration.config
-        sizes = [layer.in_features + layer.out_features for layer in calibration.layers.values()]
         rank = config.rank_or_default
-        usual = [layer.cap or rank for layer in calibration.layers.values()]
-        uniform = sum(one * size for one, size in zip(usual, sizes, strict=True))
+        layers = calibration.layers.values()
+        usual = [layer.cap or rank for layer in layers]
+        uniform = sum((layer.cap or rank) * layer.spec.parameters_per_rank for layer in layers)
         plan = RankPlan(
             ranks=dict.fromkeys(calibration.layers, 0),
             rank=rank,
@@ -72,13 +97,10 @@ def layer_rows(calibration: Calibration, plan: RankPlan) -> list[LayerRow]:
         block, kind = split_name(name)
         rows.append(
             LayerRow(
-                name=name,
+                spec=layer.spec,
                 block=block,
                 type=kind,
-                in_features=layer.in_features,
-                out_features=layer.out_features,
                 rank=rank,
-                parameters=rank * (layer.in_features + layer.out_features),
                 rows=spectrum.rows,
                 explained=(
                     _known(float(spectrum.explained_variance_ratio[:rank].sum()))

@@ -59,7 +59,7 @@ def _per_layer(terminal: Console, rows: list[LayerRow]) -> Table:
     lines = [
         (
             row.name,
-            f"{row.in_features}→{row.out_features}",
+            f"{row.spec.in_features}→{row.spec.out_features}",
             str(row.rank),
             f"{row.parameters:,}",
             f"{row.rows:,}",

@@ -24,7 +24,7 @@ class Strict(BaseModel):
 
 
 class LayerRecord(Strict):
-    """`evatune.calibration.Layer`, and how it ended."""
+    """A `CalibratedLayer` with its `LayerSpec`, but for the name, and how it ended."""
 
     in_features: Width
     out_features: Width
@@ -34,7 +34,7 @@ class LayerRecord(Strict):
     cap: Count | None = None
     floor: Count = 0
     groups: Width = 1
-    unit: Name = ""
+    rank_group: Name = Field(default="", alias="unit")
     status: Status
 
     @model_validator(mode="after")

@@ -161,7 +161,7 @@ class Lora(Method):
                 adapted = get_peft_model(model, self.config(setup))
             except ValueError as error:
                 # Weights that PEFT adapts without a layer to call cannot have every LoRA variant.
-                held = [layer.rank_group for layer in target_layers if layer.sublayer.parameter]
+                held = [layer.spec.rank_key for layer in target_layers if layer.parameter]
                 where = f" at {', '.join(list(dict.fromkeys(held))[:3])}" if held else ""
                 raise ConfigError(
                     f"method {self.name!r} cannot run on this model ({error}){where}; "
