@@ -1,4 +1,4 @@
-"""Which layer gets how many ranks. Pure: needs spectra and sizes, no model."""
+"""Spectra to ranks within a budget. Pure: needs spectra and sizes, no model."""
 
 from evatune.ranks.allocation import Candidate, RankPlan, allocate
 

@@ -1,4 +1,4 @@
-"""Which layer gets how many ranks. Pure: needs spectra and sizes, no model.
+"""Redistributes a rank budget over layers. Pure: needs spectra and sizes, no model.
 
 The paper's rule: put the components of all layers into one list, sort by a metric of the variance
 that each explains, keep as many as the budget allows. A layer's rank is the number of its
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from evatune.errors import BudgetError, ConfigError
 from evatune.layers import LayerSpec
-from evatune.ranks.knapsack import _choose
+from evatune.ranks.knapsack import choose_counts
 from evatune.sketch.spectrum import Spectrum
 
 METRICS = ("ratio", "raw", "max", "sum")
@@ -24,7 +24,7 @@ BUDGETS = ("ranks", "parameters")
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layer as the redistribution sees it."""
+    """A layer to be given a rank, by the energies of its components."""
 
     spec: LayerSpec
     spectrum: Spectrum
@@ -32,7 +32,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Layer → rank, and what it was made for."""
+    """The rank of every layer, and the budget and options they were found with."""
 
     ranks: dict[str, int]  # every layer keeps its key, also with rank 0
     rank: int
@@ -91,84 +91,41 @@ def allocate(
     layer costs, which stays below a few seconds for models of common shape and, for pathological
     shapes only, gives way to filling the budget greedily by metric per parameter, never above it.
     """
-    for name, value in (("rank", rank), ("min_rank", min_rank)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{name} is {value!r}; it must be a whole number")
-    if rank < 1:
-        raise ConfigError(f"rank is {rank}; it must be at least 1")
-    require_rho(rho)
-    if metric not in METRICS:
-        raise ConfigError(f"metric is {metric!r}; choose one of {', '.join(METRICS)}")
-    if budget not in BUDGETS:
-        raise ConfigError(f"budget is {budget!r}; choose one of {', '.join(BUDGETS)}")
-    if min_rank < 0 or min_rank > rank:
-        raise ConfigError(f"min_rank is {min_rank}; it must lie between 0 and rank ({rank})")
-
-    own = _own_caps(caps or {}, layers)
-    usual = {name: own.get(name, rank) for name in layers}  # without redistribution
+    _require_options(rank, rho, budget, metric, min_rank)
+    own_caps = _checked_caps(caps or {}, layers)
+    usual = {name: own_caps.get(name, rank) for name in layers}  # without redistribution
     most = math.floor(rank * rho + 1e-9)
-    rank_groups: dict[str, list[str]] = {}
-    for name, layer in layers.items():
-        rank_groups.setdefault(layer.spec.rank_group or name, []).append(name)
-    steps = {rank_group: layers[tied[0]].spec.groups for rank_group, tied in rank_groups.items()}
-    caps = {}
-    for rank_group, tied in rank_groups.items():
-        top = max(_top(layers[name], own.get(name, most)) for name in tied)
-        caps[rank_group] = top - top % steps[rank_group]
-    costs = {
-        rank_group: sum(
-            1 if budget == "ranks" else layers[name].spec.parameters_per_rank for name in tied
+    floors = floors or {}
+    shares = [
+        _Share(
+            key=layer.spec.rank_group or name,
+            candidate=layer,
+            usual=usual[name],
+            cap=_top(layer, own_caps.get(name, most)),
+            floor=max(min_rank, floors.get(name, 0)),
         )
-        for rank_group, tied in rank_groups.items()
-    }
-    limit = sum(usual[rank_groups[rank_group][0]] * cost for rank_group, cost in costs.items())
-    room = sum(caps[rank_group] * costs[rank_group] for rank_group in rank_groups)
+        for name, layer in layers.items()
+    ]
+    groups = _rank_groups(shares, in_parameters=budget == "parameters")
+    limit = sum(group.usual * group.cost for group in groups)
+    room = sum(group.cap * group.cost for group in groups)
     if room < limit:
-        tight = [
-            f"{rank_group} ({cap})"
-            for rank_group, cap in caps.items()
-            if cap < usual[rank_groups[rank_group][0]]
-        ]
-        share = f"{rank} or its cap" if own else f"{rank}"
+        tight = [f"{group.key} ({group.cap})" for group in groups if group.cap < group.usual]
+        share = f"{rank} or its cap" if own_caps else f"{rank}"
         raise BudgetError(
             f"the budget of {limit} {budget} ({share} per layer over {len(layers)} layers) cannot"
             f" be met: the layers take at most {room}. Below {share}: {_some(tight) or 'none'}."
             f" Lower rank, raise rho (now {rho:g}), use more data, or leave these layers out of the"
             " targets"
         )
-
-    forced = {}
-    for rank_group, tied in rank_groups.items():
-        least = max(min_rank, *(floors.get(name, 0) for name in tied)) if floors else min_rank
-        forced[rank_group] = min(
-            -(-least // steps[rank_group]) * steps[rank_group], caps[rank_group]
-        )
-    left = limit - sum(forced[rank_group] * costs[rank_group] for rank_group in rank_groups)
+    left = limit - sum(group.floor * group.cost for group in groups)
     if left < 0:
         raise BudgetError(
             f"min_rank={min_rank} alone costs {limit - left} {budget}, the budget is {limit};"
             " lower it"
         )
-
-    # One list per cost class, in the stated order; within a class the best m components are its
-    # first m.
-    classes: dict[int, list[tuple[float, int, int, str]]] = {}
-    for order, (rank_group, tied) in enumerate(rank_groups.items()):
-        step = steps[rank_group]
-        worth = [_worth(layers[name].spectrum, metric, caps[rank_group]) for name in tied]
-        for j in range(forced[rank_group], caps[rank_group], step):
-            gain = math.fsum(share for values in worth for share in values[j : j + step])
-            classes.setdefault(step * costs[rank_group], []).append((-gain, j, order, rank_group))
-    sorted_classes = {cost: sorted(items) for cost, items in sorted(classes.items())}
-    taken = _choose(
-        {cost: [-item[0] for item in items] for cost, items in sorted_classes.items()}, left
-    )
-
-    found = dict(forced)
-    for cost, count in taken.items():
-        for item in sorted_classes[cost][:count]:
-            found[item[3]] += steps[item[3]]
-    ranks = {name: found[layer.spec.rank_group or name] for name, layer in layers.items()}
+    group_ranks = _redistribute(groups, metric, left)
+    ranks = {name: group_ranks[layer.spec.rank_group or name] for name, layer in layers.items()}
     return RankPlan(
         ranks=ranks,
         rank=rank,
@@ -176,33 +133,10 @@ def allocate(
         budget=budget,
         metric=metric,
         limit=limit,
-        spent=sum(found[rank_group] * costs[rank_group] for rank_group in rank_groups),
-        parameters=sum(
-            ranks[name] * layer.spec.parameters_per_rank for name, layer in layers.items()
-        ),
-        uniform_parameters=sum(
-            usual[name] * layer.spec.parameters_per_rank for name, layer in layers.items()
-        ),
+        spent=sum(group_ranks[group.key] * group.cost for group in groups),
+        parameters=_parameters(layers, ranks),
+        uniform_parameters=_parameters(layers, usual),
     )
-
-
-def _top(layer: Candidate, cap: int) -> int:
-    """The most ranks a layer can use, within its cap."""
-    return min(cap, layer.spec.in_features, layer.spec.out_features, layer.spectrum.usable)
-
-
-def _own_caps(caps: Mapping[str, int], layers: Mapping[str, Candidate]) -> dict[str, int]:
-    for name, cap in caps.items():
-        if name not in layers:
-            raise ConfigError(
-                f"caps names {name!r}, which is no layer; the layers are"
-                f" {_some(list(layers)) or 'none'}"
-            )
-        if isinstance(cap, bool) or not isinstance(cap, int) or cap < 1:
-            raise ConfigError(
-                f"the cap of {name} is {cap!r}; it must be a whole number of at least 1"
-            )
-    return dict(caps)
 
 
 def require_rho(rho: float) -> None:
@@ -214,7 +148,89 @@ def require_rho(rho: float) -> None:
         )
 
 
+def rank_shift(old: RankPlan, new: RankPlan) -> float:
+    """Return the share of all ranks that moved from one layer to another between two plans."""
+    changes = [abs(old.ranks.get(name, 0) - rank) for name, rank in new.ranks.items()]
+    return sum(changes) / 2 / max(1, sum(new.ranks.values()))
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A layer with the bounds of its rank, and the rank group that it is in."""
+
+    key: str
+    candidate: Candidate
+    usual: int
+    cap: int
+    floor: int
+
+
+@dataclass(frozen=True)
+class _RankGroup:
+    """Layers that have one rank; most often a single one.
+
+    Attributes:
+        step: ranks come in multiples of this, as do `cap` and, unless the cap is lower, `floor`.
+        usual: the rank without redistribution.
+        cost: of one rank in all its layers, in the unit of the budget.
+    """
+
+    key: str
+    spectra: list[Spectrum]
+    step: int
+    usual: int
+    cap: int
+    floor: int
+    cost: int
+
+
+def _rank_groups(shares: Sequence[_Share], *, in_parameters: bool) -> list[_RankGroup]:
+    members: dict[str, list[_Share]] = {}
+    for share in shares:
+        members.setdefault(share.key, []).append(share)
+    groups = []
+    for key, tied in members.items():
+        specs = [share.candidate.spec for share in tied]
+        step = specs[0].groups
+        cap = max(share.cap for share in tied) // step * step
+        floor = max(share.floor for share in tied)
+        steps = math.ceil(floor / step)
+        groups.append(
+            _RankGroup(
+                key=key,
+                spectra=[share.candidate.spectrum for share in tied],
+                step=step,
+                usual=tied[0].usual,
+                cap=cap,
+                floor=min(steps * step, cap),
+                cost=sum(spec.parameters_per_rank if in_parameters else 1 for spec in specs),
+            )
+        )
+    return groups
+
+
+def _redistribute(groups: Sequence[_RankGroup], metric: str, budget: int) -> dict[str, int]:
+    """Return the rank of every group: its floor, and what it gets of the budget beyond."""
+    # One list per cost class, in the stated order; within a class the best m components are its
+    # first m.
+    classes: dict[int, list[tuple[float, int, int]]] = {}
+    for order, group in enumerate(groups):
+        worths = [_worth(spectrum, metric, group.cap) for spectrum in group.spectra]
+        components = classes.setdefault(group.step * group.cost, [])
+        for j in range(group.floor, group.cap, group.step):
+            gain = math.fsum(gain for worth in worths for gain in worth[j : j + group.step])
+            components.append((-gain, j, order))
+    ranked = {cost: sorted(classes[cost]) for cost in sorted(classes) if classes[cost]}
+    gains = {cost: [-loss for loss, _, _ in items] for cost, items in ranked.items()}
+    ranks = {group.key: group.floor for group in groups}
+    for cost, count in choose_counts(gains, budget).items():
+        for _, _, order in ranked[cost][:count]:
+            ranks[groups[order].key] += groups[order].step
+    return ranks
+
+
 def _worth(spectrum: Spectrum, metric: str, cap: int) -> list[float]:
+    """Return what each component of a layer is worth."""
     energies = spectrum.energies.double()
     if not len(energies) or spectrum.total_energy <= 0:
         return []
@@ -228,11 +244,45 @@ def _worth(spectrum: Spectrum, metric: str, cap: int) -> list[float]:
     return values
 
 
-def rank_shift(old: RankPlan, new: RankPlan) -> float:
-    """Share of all ranks that moved from one layer to another between two plans for the same
-    layers."""
-    moved = sum(abs(old.ranks.get(name, 0) - rank) for name, rank in new.ranks.items()) / 2
-    return moved / max(1, sum(new.ranks.values()))
+def _parameters(layers: Mapping[str, Candidate], ranks: Mapping[str, int]) -> int:
+    """Return the trainable parameters of A and B of all layers."""
+    return sum(ranks[name] * layer.spec.parameters_per_rank for name, layer in layers.items())
+
+
+def _top(layer: Candidate, cap: int) -> int:
+    """Return the most ranks a layer can use, within its cap."""
+    return min(cap, layer.spec.in_features, layer.spec.out_features, layer.spectrum.usable)
+
+
+def _require_options(rank: int, rho: float, budget: str, metric: str, min_rank: int) -> None:
+    """Raise a ConfigError for an option out of its range."""
+    for name, value in (("rank", rank), ("min_rank", min_rank)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{name} is {value!r}; it must be a whole number")
+    if rank < 1:
+        raise ConfigError(f"rank is {rank}; it must be at least 1")
+    require_rho(rho)
+    if metric not in METRICS:
+        raise ConfigError(f"metric is {metric!r}; choose one of {', '.join(METRICS)}")
+    if budget not in BUDGETS:
+        raise ConfigError(f"budget is {budget!r}; choose one of {', '.join(BUDGETS)}")
+    if min_rank < 0 or min_rank > rank:
+        raise ConfigError(f"min_rank is {min_rank}; it must lie between 0 and rank ({rank})")
+
+
+def _checked_caps(caps: Mapping[str, int], layers: Mapping[str, Candidate]) -> dict[str, int]:
+    """Return the caps; raise a ConfigError for one that is of no layer or out of its range."""
+    for name, cap in caps.items():
+        if name not in layers:
+            raise ConfigError(
+                f"caps names {name!r}, which is no layer; the layers are"
+                f" {_some(list(layers)) or 'none'}"
+            )
+        if isinstance(cap, bool) or not isinstance(cap, int) or cap < 1:
+            raise ConfigError(
+                f"the cap of {name} is {cap!r}; it must be a whole number of at least 1"
+            )
+    return dict(caps)
 
 
 def _some(names: Sequence[str], limit: int = 5) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,113 +14,174 @@ from torch import Tensor
 _MAX_CELLS = 400_000_000
 
 
-def _choose(values: Mapping[int, Sequence[float]], limit: int) -> dict[int, int]:
-    """How many of the leading items of each cost class to take: most spend ≤ `limit`, then most
-    value.
+@dataclass(frozen=True)
+class _CostClass:
+    """Items of one cost, of which the exact search takes some number within a window.
 
-    A knapsack whose items come in few costs and, per cost, in descending order of value. Integer
-    programs of this form have an optimum within 2Δ + 1 items of the one that fills the budget
-    greedily by value per cost, Δ the largest cost in units of the greatest common divisor
-    (Eisenbrand & Weismantel 2018, Proximity results and faster algorithms for integer programming
-    using the Steinitz lemma), so the exact search need only look there.
+    Attributes:
+        low: the least number.
+        values: (n,), of the first `low`, `low` + 1, … items.
     """
-    unit = math.gcd(limit, *values) or 1
+
+    cost: int
+    low: int
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The best choice from some cost classes, for every amount that is spent on them.
+
+    Amounts count beyond the `low` items of every class, in multiples of `unit`.
+
+    Attributes:
+        values: (n,), of the best choice that spends 0, 1, … units; -∞ where none spends just that.
+        counts: (n,), how many items of the latest class that choice takes, beyond its `low`.
+        latest: the class that was added last.
+        before: the table without it.
+    """
+
+    values: Tensor
+    unit: int
+    counts: Tensor | None = None
+    latest: _CostClass | None = None
+    before: _Table | None = None
+
+
+def choose_counts(values: Mapping[int, Sequence[float]], limit: int) -> dict[int, int]:
+    """Return how many of the leading items of each cost class to take.
+
+    The most is spent that is possible within `limit`, and then to the most value. A knapsack whose
+    items come in few costs and, per cost, in descending order of value. Integer programs of this
+    form have an optimum within 2Δ + 1 items of the one that fills the budget greedily by value per
+    cost, Δ the largest cost in units of the greatest common divisor (Eisenbrand & Weismantel 2018,
+    Proximity results and faster algorithms for integer programming using the Steinitz lemma), so
+    the exact search need only look there.
+
+    Args:
+        values: cost → values of its items.
+    """
     greedy = _greedy(values, limit)
     if len(values) <= 1:
         return greedy
-    centre = _greedy(values, limit, stop=True)
-    reach = 2 * max(values) // unit + 2
-    low = {cost: max(0, centre[cost] - reach) for cost in values}
-    high = {cost: min(len(values[cost]), centre[cost] + reach) for cost in values}
-    # The commonest step sizes first: with the rest of the classes last, the table keeps a coarse
-    # unit.
-    order = sorted(values, key=lambda cost: (high[cost] - low[cost], -cost), reverse=True)
-    base = sum(low[cost] * cost for cost in values)
-    budget = limit - base
-
-    best, step = _row([0.0]), 0
-    back: list[tuple[int, int, Tensor]] = []
-    for position, cost in enumerate(order):
-        prefix = _row([0.0, *values[cost]]).cumsum(0)[low[cost] : high[cost] + 1]
-        grain = math.gcd(step, cost)
-        span = min(budget, (len(best) - 1) * step + cost * (len(prefix) - 1))
-        last = position == len(order) - 1
-        size = 1 if last else span // grain + 1
-        if size * len(prefix) > _MAX_CELLS:
+    *classes, last = _cost_classes(values, limit)
+    budget = limit - sum(one.low * one.cost for one in (*classes, last))
+    table = _Table(_row([0.0]), 0)
+    for cost_class in classes:
+        extended = _extended(table, cost_class, budget)
+        if extended is None:
             return greedy
-        if last:
-            return _finish(best, step, back, prefix, cost, budget, order, low, greedy)
-        table = best.new_full((size,), -math.inf)
-        choice = best.new_zeros(size, dtype=torch.int32)
-        ratio = step // grain if step else 1
-        source = best[: (span // step + 1)] if step else best
-        for m, gain in enumerate(prefix.tolist()):
-            start = m * cost // grain
-            if start >= size:
-                break
-            room = min(len(source), (size - 1 - start) // ratio + 1)
-            target = table[start : start + (room - 1) * ratio + 1 : ratio]
-            candidate = source[:room] + gain
-            better = candidate > target
-            target.copy_(torch.where(better, candidate, target))
-            picked = choice[start : start + (room - 1) * ratio + 1 : ratio]
-            picked.masked_fill_(better, m)
-        best, step = table, grain
-        back.append((cost, grain, choice))
-    raise AssertionError("unreachable: the loop returns at its last class")
+        table = extended
+    return _finish(table, last, budget) or greedy
 
 
-def _finish(
-    best: Tensor,
-    step: int,
-    back: list[tuple[int, int, Tensor]],
-    prefix: Tensor,
-    cost: int,
-    budget: int,
-    order: Sequence[int],
-    low: Mapping[int, int],
-    greedy: dict[int, int],
-) -> dict[int, int]:
-    """Try every count of the last class with the fullest table cell that still fits, and walk
-    back."""
-    cells = torch.arange(len(best), dtype=torch.int64, device=best.device)
-    reachable = torch.where(torch.isfinite(best), cells, -1).cummax(0).values
-    found: tuple[int, float, int, int] | None = None  # spend, value, count of the last class, cell
-    for m, gain in enumerate(prefix.tolist()):
-        rest = budget - m * cost
+def _cost_classes(values: Mapping[int, Sequence[float]], limit: int) -> list[_CostClass]:
+    """Return the classes with the windows that the exact search looks at.
+
+    The widest windows come first: with the rest of the classes last, the table keeps a coarse unit.
+    """
+    unit = math.gcd(limit, *values) or 1
+    center = _greedy(values, limit, stop=True)
+    reach = 2 * max(values) // unit + 2
+    low = {cost: max(0, center[cost] - reach) for cost in values}
+    high = {cost: min(len(values[cost]), center[cost] + reach) for cost in values}
+    order = sorted(values, key=lambda cost: (high[cost] - low[cost], -cost), reverse=True)
+    classes = []
+    for cost in order:
+        sums = _row([0.0, *values[cost]]).cumsum(0)
+        classes.append(_CostClass(cost, low[cost], sums[low[cost] : high[cost] + 1]))
+    return classes
+
+
+def _extended(table: _Table, cost_class: _CostClass, budget: int) -> _Table | None:
+    """Return the table with one more class; None where it would be too large."""
+    cost, choices = cost_class.cost, len(cost_class.values)
+    unit = math.gcd(table.unit, cost)
+    reach = (len(table.values) - 1) * table.unit + cost * (choices - 1)
+    span = min(budget, reach)
+    size = span // unit + 1
+    if size * choices > _MAX_CELLS:
+        return None
+    values = table.values.new_full((size,), -math.inf)
+    counts = table.values.new_zeros(size, dtype=torch.int32)
+    source, ratio = table.values, 1
+    if table.unit:
+        source, ratio = source[: span // table.unit + 1], table.unit // unit
+    for count, gain in enumerate(cost_class.values.tolist()):
+        start = count * cost // unit
+        if start >= size:
+            break
+        room = min(len(source), (size - 1 - start) // ratio + 1)
+        cells = slice(start, start + (room - 1) * ratio + 1, ratio)
+        candidate = source[:room] + gain
+        better = candidate > values[cells]
+        values[cells] = torch.where(better, candidate, values[cells])
+        counts[cells].masked_fill_(better, count)
+    return _Table(values, unit, counts, cost_class, table)
+
+
+def _finish(table: _Table, last: _CostClass, budget: int) -> dict[int, int] | None:
+    """Return the best choice of all: every count of the last class with the fullest table cell.
+
+    None where nothing fits.
+    """
+    cells = torch.arange(len(table.values), dtype=torch.int64, device=table.values.device)
+    # per cell, the fullest one up to it that some choice reaches
+    reachable = torch.where(torch.isfinite(table.values), cells, -1).cummax(0).values
+    best: tuple[int, float, int, int] | None = None  # spent, value, count of the last class, cell
+    for count, gain in enumerate(last.values.tolist()):
+        rest = budget - count * last.cost
         if rest < 0:
             break
-        cell = int(reachable[min(rest // step, len(best) - 1)])
+        cell = int(reachable[min(rest // table.unit, len(cells) - 1)])
         if cell < 0:
             continue
-        spend, value = cell * step + m * cost, float(best[cell]) + gain
-        if found is None or spend > found[0] or (spend == found[0] and value > found[1] + 1e-12):
-            found = (spend, value, m, cell)
-    if found is None:
-        return greedy
-    _, _, m, cell = found
-    counts = {order[-1]: low[order[-1]] + m}
-    total = cell * step
-    for index in range(len(back) - 1, -1, -1):
-        cost_here, grain, choice = back[index]
-        m = int(choice[total // grain])
-        counts[cost_here] = low[cost_here] + m
-        total -= m * cost_here
-    return counts
+        spent = cell * table.unit + count * last.cost
+        value = float(table.values[cell]) + gain
+        if best is None or _is_better((spent, value), best[:2]):
+            best = (spent, value, count, cell)
+    if best is None:
+        return None
+    _, _, count, cell = best
+    return {last.cost: last.low + count} | _walked_back(table, cell)
+
+
+def _is_better(one: tuple[int, float], other: tuple[int, float]) -> bool:
+    """Compare (spent, value): more is spent, or as much to more value than rounding explains."""
+    if one[0] != other[0]:
+        return one[0] > other[0]
+    return one[1] > other[1] + 1e-12
+
+
+def _walked_back(table: _Table, cell: int) -> dict[int, int]:
+    """Return the counts of all classes of a table for the choice in one of its cells."""
+    chosen: dict[int, int] = {}
+    spent = cell * table.unit
+    while table.before is not None:
+        assert table.latest is not None
+        assert table.counts is not None
+        count = int(table.counts[spent // table.unit])
+        chosen[table.latest.cost] = table.latest.low + count
+        spent -= count * table.latest.cost
+        table = table.before
+    return chosen
 
 
 def _greedy(
     values: Mapping[int, Sequence[float]], limit: int, *, stop: bool = False
 ) -> dict[int, int]:
-    """Take items by value per cost. What no longer fits is passed over, or with `stop` ends the
-    filling."""
-    items = sorted(
-        (-value / cost, j, cost) for cost, worth in values.items() for j, value in enumerate(worth)
-    )
+    """Take items by value per cost.
+
+    Args:
+        stop: the first that no longer fits ends the filling; else it is passed over.
+    """
+    items: list[tuple[float, int, int]] = []
+    for cost, worth in values.items():
+        items += [(-value / cost, place, cost) for place, value in enumerate(worth)]
     counts, left = dict.fromkeys(values, 0), limit
-    for _, j, cost in items:
+    for _, place, cost in sorted(items):
         # Only the next of its class may be taken, so that a class's items stay its leading ones.
-        if cost <= left and j == counts[cost]:
+        if cost <= left and place == counts[cost]:
             counts[cost] += 1
             left -= cost
         elif stop:
@@ -128,5 +190,5 @@ def _greedy(
 
 
 def _row(values: Sequence[float]) -> Tensor:
-    """(n,) float64 on the CPU."""
+    """Return values as (n,) float64 on the CPU."""
     return torch.tensor(values, dtype=torch.float64, device="cpu")
