@@ -1,2 +1,1 @@
-"""Models of torch: calling them, leaving them as found, looking through wrappers. Nothing of
-EVA."""
+"""Models of torch: calls them, leaves them as found, looks through wrappers; nothing of EVA."""

@@ -1,4 +1,4 @@
-"""Looks at what was given for batches, and says in one sentence what to do where it is none."""
+"""Checks what was given as batches, and says in one sentence what to do where it is none."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ _TOKENIZE = (
 
 
 def iterate(batches: Iterable[Any]) -> Iterator[Any]:
-    """An iterator over batches; a DataError for what is none, or is a single batch."""
+    """Return an iterator over batches.
+
+    Raises a DataError for what cannot be iterated over, or is a single batch.
+    """
     kind = type(batches).__name__
     if isinstance(batches, (str, os.PathLike)):
         raise DataError(
@@ -66,8 +69,10 @@ def iterate(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def fault_of(batch: Any, model: nn.Module) -> str | None:
-    """Return what is wrong with a batch on which a model has failed, and what to do; None if it
-    looks like one."""
+    """Return the fault of a batch on which a model has failed, and what to do.
+
+    None where it looks like a batch.
+    """
     if _is_text(batch):
         return f"each batch is text ({type(batch).__name__}); {_TOKENIZE}"
     if (
@@ -103,8 +108,11 @@ def fault_of(batch: Any, model: nn.Module) -> str | None:
 
 
 def require_arguments(name: str, function: Callable[..., Any] | None, arguments: str) -> None:
-    """Raise a ConfigError unless a function of the caller's can be called with these arguments,
-    named with commas."""
+    """Raise a ConfigError unless a function of the caller's takes these arguments.
+
+    Args:
+        arguments: their names, with commas between.
+    """
     if function is None:
         return
     wanted = f"{name} is called as {name}({arguments})"
@@ -126,8 +134,7 @@ def require_arguments(name: str, function: Callable[..., Any] | None, arguments:
 
 
 def _is_text(batch: Any) -> bool:
-    """Whether a batch is text, or a mapping of columns with text among them and nothing for a
-    model."""
+    """Return whether a batch is text, or columns with text among them and nothing for a model."""
     if isinstance(batch, Mapping):
         values = list(batch.values())
         known = _DIMENSIONS.keys() & batch.keys()
@@ -138,8 +145,7 @@ def _is_text(batch: Any) -> bool:
 
 
 def _single_example(batch: Any, model: nn.Module) -> str | None:
-    """What to do with an example that no collator has put into a batch, or has not made tensors
-    of."""
+    """Return advice for an example that no collator has put into a batch or made tensors of."""
     main = getattr(model, "main_input_name", None)
     if isinstance(batch, Tensor) and isinstance(main, str):
         batch = {main: batch}
@@ -167,7 +173,7 @@ def _single_example(batch: Any, model: nn.Module) -> str | None:
 
 
 def _too_many_arguments(batch: Any, model: nn.Module) -> str | None:
-    """What to do with a batch such as (x, y), of a model whose `forward` takes x alone."""
+    """Return advice for a batch such as (x, y), where the model's `forward` takes x alone."""
     if not isinstance(batch, (list, tuple)):
         return None
     signature = inspect.signature(model.forward)

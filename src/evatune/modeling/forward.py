@@ -1,5 +1,4 @@
-"""Calling a model of any make: batches in, on the right device, by the default rule or the user's
-own."""
+"""Calls a model with a batch, by the default rule, on the right device."""
 
 from __future__ import annotations
 
@@ -15,14 +14,15 @@ from torch import Tensor, nn
 
 from evatune.errors import DataError, EvatuneError
 from evatune.modeling.batches import fault_of
-from evatune.modeling.wrappers import _base
+from evatune.modeling.wrappers import base_model
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
-    """The default forward pass: keywords from a mapping or dataclass, positions from a tuple, else
-    one argument.
+    """Call a model by the default rule.
+
+    A mapping or dataclass gives keywords, a tuple positions, anything else is one argument.
 
     Raises:
         DataError: the model fails, and what was given looks like no batch.
@@ -32,14 +32,15 @@ def call_model(model: nn.Module, batch: Any) -> Any:
         if isinstance(batch, Mapping) and not _takes_mapping(model, batch):
             return model(**batch)
         if is_dataclass(batch) and not isinstance(batch, type):
-            return model(**{f.name: getattr(batch, f.name) for f in fields(batch)})
+            names = [field.name for field in fields(batch)]
+            return model(**{name: getattr(batch, name) for name in names})
         if isinstance(batch, (tuple, list)):
             return model(*batch)
         return model(batch)
     except EvatuneError:
         raise
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-        fault = fault_of(batch, _base(model))
+        fault = fault_of(batch, base_model(model))
         if fault is not None:
             raise DataError(fault) from error
         if not isinstance(error, RuntimeError):
@@ -52,7 +53,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 def _takes_mapping(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Return whether a mapping is the one argument of a model, whose first is none of the keys."""
+    """Return whether a mapping is a model's one argument, whose name is none of the keys."""
     first = next(iter(inspect.signature(model.forward).parameters.values()), None)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     if first is None or first.kind not in kinds or first.default is not first.empty:
@@ -61,7 +62,7 @@ def _takes_mapping(model: nn.Module, batch: Mapping[str, Any]) -> bool:
 
 
 def to_device(batch: Any, device: torch.device | None) -> Any:
-    """The batch with its tensors on `device`; the caller's containers are not touched.
+    """Return the batch with its tensors on `device`, in containers of its own.
 
     Tensors made under `torch.inference_mode()` are copied: outside of it a model could not write to
     them.
@@ -84,5 +85,6 @@ def to_device(batch: Any, device: torch.device | None) -> Any:
 
 
 def model_device(model: nn.Module) -> torch.device | None:
-    """Where batches go: the device of the first parameter that has data."""
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), None)
+    """Return the device of the first parameter that has data, to which batches go."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "meta"), None)

@@ -1,4 +1,4 @@
-"""A model's state while it is watched, and the way back to how it was found."""
+"""Puts a model into the state in which it is calibrated, and back as it was."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from torch import nn
 
 from evatune.errors import AdapterError
 from evatune.modeling.sharding import is_sharded
-from evatune.modeling.wrappers import _base, base_name
+from evatune.modeling.wrappers import base_model, base_name
 
 
 @contextmanager
 def full_precision(device: torch.device | None) -> Iterator[None]:
-    """Without autocast, TF32 and their like, under which products on `device` would be in 16 bits
-    or few more.
+    """Turn off autocast, TF32 and the like, so that products are in float32 or better.
 
-    What is ours is in float32 or better.
+    Args:
+        device: where the products are computed, besides the CPU.
     """
-    kinds = {"cpu", "cpu" if device is None else device.type}
+    device_types = {"cpu"}
+    if device is not None:
+        device_types.add(device.type)
     with ExitStack() as stack:
         stack.enter_context(_ieee_products())
-        for kind in kinds:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        for device_type in device_types:
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
 
 
 @contextmanager
 def _ieee_products() -> Iterator[None]:
-    """Float32 products as they are by default, whatever `torch.set_float32_matmul_precision` was
-    told."""
+    """Compute float32 products in full, whatever `torch.set_float32_matmul_precision` was told."""
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
         legacy = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
@@ -82,14 +83,14 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def may_stop_early(model: nn.Module) -> bool:
-    """Whether nothing is lost by leaving a forward pass once every watched layer has been called.
+    """Return whether a forward pass may end once every watched layer has been called.
 
     What is left out is the end of the last block, the output embedding and the loss; for a language
     model with a large vocabulary that is much time and most of the memory. Only for transformers'
     own models, whose forward passes have no other effects, and only where nobody else waits for the
     end: no forward hooks, no offloading, no shard of the model on another process.
     """
-    if not type(_base(model)).__module__.startswith("transformers.") or is_sharded(model):
+    if not type(base_model(model)).__module__.startswith("transformers.") or is_sharded(model):
         return False
     return not any(
         module._forward_hooks or hasattr(module, "_hf_hook") for module in model.modules()
@@ -98,15 +99,14 @@ def may_stop_early(model: nn.Module) -> bool:
 
 @contextmanager
 def evaluation_state(model: nn.Module) -> Iterator[None]:
-    """The base model in evaluation mode inside; modes, adapters and random states as before
-    afterwards."""
+    """Run the base model in evaluation mode; put modes, adapters and random states back."""
     with states_kept(model), as_base(model):
         yield
 
 
 @contextmanager
 def states_kept(model: nn.Module) -> Iterator[None]:
-    """Modes and random states are as before afterwards, whatever happens inside."""
+    """Put modes and random states back as they were, whatever happens inside."""
     modes = [(module, module.training) for module in model.modules()]
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")
@@ -124,8 +124,7 @@ def states_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def as_base(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, base weights and no compiled graphs inside; modes and adapters as before
-    afterwards.
+    """Run the base model in evaluation mode, uncompiled; put modes and adapters back.
 
     Compiled models run uncompiled: with hooks on every layer, which are traced as well, compiling
     takes far longer than a calibration, and its graphs are of no use afterwards.
@@ -136,12 +135,10 @@ def as_base(model: nn.Module) -> Iterator[None]:
         # In evaluation mode torch's own transformer layers would pass their inner linear layers by.
         torch.backends.mha.set_fastpath_enabled(False)
         # Nothing is compiled where the compiler has not been imported.
-        eager = (
-            torch.compiler.set_stance("force_eager")
-            if "torch._dynamo" in sys.modules
-            else nullcontext()
-        )
-        with eager, adapters_off(model):
+        uncompiled: Any = nullcontext()
+        if "torch._dynamo" in sys.modules:
+            uncompiled = torch.compiler.set_stance("force_eager")
+        with uncompiled, adapters_off(model):
             for module, _ in modes:
                 # In evaluation mode bitsandbytes packs 4-bit weights on a CPU anew, for good, and
                 # they train no more.
@@ -159,16 +156,15 @@ def _set_mode(module: nn.Module, training: bool) -> None:
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    devices = {parameter.device for parameter in model.parameters()}
+    return sorted({device.index or 0 for device in devices if device.type == "cuda"})
 
 
 def require_trainable(model: nn.Module) -> None:
     """Raise an AdapterError for parameters through which torch lets no gradient flow."""
-    stuck = next(
-        (name for name, parameter in model.named_parameters() if parameter.is_inference()), None
-    )
-    if stuck is not None:
-        raise AdapterError(
-            f"{base_name(stuck)} was made under torch.inference_mode(), where nothing can be"
-            " trained through it; load the model and build its adapter outside of it"
-        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise AdapterError(
+                f"{base_name(name)} was made under torch.inference_mode(), where nothing can be"
+                " trained through it; load the model and build its adapter outside of it"
+            )
