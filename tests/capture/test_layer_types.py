@@ -20,9 +20,8 @@ import evatune
 from evatune.adapters.compat import initialize_lora_eva_weights
 from evatune.adapters.export import export_uniform, merge
 from evatune.adapters.saved import adapter_rows
-from evatune.capture import RowSelector, find_target_layers
-from evatune.capture import layer_types as kinds_module
-from evatune.capture.layer_types import ConvPatches
+from evatune.capture import RowSelector, find_target_layers, input_views
+from evatune.capture.input_views import ConvPatches
 from evatune.errors import AdapterError, ConfigError, DataError, LayerError, TargetError
 from evatune.finetune.methods import METHODS, AdapterSetup
 from evatune.sketch.spectrum import captured_energy
@@ -101,7 +100,7 @@ def patches(conv: nn.Module, x: Tensor) -> Tensor:
 def test_the_rows_of_a_convolution_are_its_patches(
     kind: str, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kinds_module, "_PIECE_BYTES", piece)
+    monkeypatch.setattr(input_views, "_PIECE_BYTES", piece)
     conv = CONVS[kind]()
     xs = images(conv)
     rows = torch.cat([patches(conv, x) for x in xs])
@@ -121,10 +120,10 @@ def test_patches_come_in_pieces_of_bounded_size() -> None:
     pieces = [rows for rows, _ in input_view.pieces(x, RowSelector(None))]
     assert (
         max(rows.nbytes for rows in pieces)
-        <= kinds_module._PIECE_BYTES
+        <= input_views._PIECE_BYTES
         < sum(rows.nbytes for rows in pieces)
     )
-    assert torch.equal(torch.cat(pieces), input_view.whole(x).flatten(0, 1))
+    assert torch.equal(torch.cat(pieces), input_view.all_rows(x).flatten(0, 1))
 
 
 def test_a_mask_of_tokens_chooses_the_patches_at_their_positions() -> None:

@@ -12,10 +12,8 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
 from evatune.capture import TargetLayer
+from evatune.capture.input_views import ConvPatches, DenseRows, OneHotRows
 from evatune.capture.layer_types import (
-    ConvPatches,
-    DenseRows,
-    OneHotRows,
     conv_target_layer,
     parameter_target_layers,
     target_layers_of,

@@ -1,8 +1,8 @@
-"""From a running model to rows: which modules, which rows of their inputs, and who shares an
-input."""
+"""From a running model to rows: target layers, the rows that count, and shared inputs."""
 
+from evatune.capture.input_views import OneHotRows
 from evatune.capture.labels import selector_for
-from evatune.capture.layer_types import OneHotRows, TargetLayer
+from evatune.capture.layer_types import TargetLayer
 from evatune.capture.masks import Masks
 from evatune.capture.recorder import InputRecorder
 from evatune.capture.row_selection import RowSelector

@@ -1,41 +1,41 @@
-"""Watches the inputs of layers while the model runs: forward pre-hooks that always come off
-again."""
+"""Records the inputs of layers while the model runs, by forward pre-hooks that always come off."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evatune.capture.layer_types import OneHotRows, Piece, TargetLayer, sequences_of
+from evatune.capture.input_views import Piece
+from evatune.capture.layer_types import TargetLayer, sequences_of
 from evatune.capture.masks import Masks
 from evatune.capture.matmul_tracing import MatmulTracer, TokenPositions, loops_over_experts
 from evatune.capture.row_selection import ALL_ROWS, RowSelector
 from evatune.capture.shared_inputs import SharedInputs
 from evatune.errors import DataError, TargetError
 from evatune.modeling.state import full_precision
+from evatune.sketch import Sketch, SketchUpdate
 
 RowsFunction = Callable[[Tensor, Any, str], Tensor]
 
 
 class StopForward(BaseException):
-    """Ends a forward pass of which nothing that is still to come is watched.
+    """The end of a forward pass in which nothing that is still to come is recorded.
 
     Not an Exception: a model that catches those must not swallow it.
     """
 
 
 class InputRecorder:
-    """Offers to `sharing` the rows of every call of a site, during the forward passes inside
-    `watching` alone.
+    """Records the rows of every call of a target layer, in the forward passes inside `watching`.
 
-    While `stop_early` is true, a forward pass that has called every site once ends there.
+    They go to `shared_inputs`. While `stop_early` is true, a forward pass that has called every
+    target layer once ends there.
 
     Args:
         rows: the user's own choice of rows; replaces that of `masks`.
@@ -55,81 +55,76 @@ class InputRecorder:
         self._masks = masks
         self._batch: Any = None
         self._calls: Counter[str] = Counter()
-        self._watching = False
+        self._recording = False
         self.stop_early = False
 
     @property
     def each_called_once(self) -> bool:
-        """Whether the latest forward pass called every site exactly once, and all of it is known by
-        now."""
+        """True once the latest forward pass has called every target layer, each exactly once."""
         return self._calls.total() == len(self._calls) == len(self._target_layers)
 
     @contextmanager
     def watching(
         self, batch: Any, selector: RowSelector = ALL_ROWS, *, watch: bool = True
     ) -> Iterator[None]:
-        """Hooks are on the model inside, for one forward pass on `batch`, which counts if `watch`
-        says so.
+        """Keep hooks on the model for one forward pass on `batch`, which counts if `watch` is set.
 
         Args:
             selector: which rows count as far as the batch itself says.
         """
-        self._batch, self._watching = batch, watch
+        self._batch, self._recording = batch, watch
         self._calls.clear()
         with ExitStack() as undo, suppress(StopForward):
             if self._masks is not None and self._rows is None:
                 self._masks.begin(batch, selector)
                 undo.callback(self._masks.begin, None, ALL_ROWS)
                 self._masks.watch(undo)
-            self._watch_sites(undo)
+            self._hook_target_layers(undo)
             yield
         self._batch = None
 
-    def _watch_sites(self, undo: ExitStack) -> None:
-        held: dict[nn.Module, list[TargetLayer]] = {}
+    def _hook_target_layers(self, undo: ExitStack) -> None:
+        by_module: dict[nn.Module, list[TargetLayer]] = {}
         for target_layer in self._target_layers:
             if target_layer.parameter:
-                held.setdefault(target_layer.module, []).append(target_layer)
+                by_module.setdefault(target_layer.module, []).append(target_layer)
             else:
-                # ZeRO-3's own hook hands every layer an alias, by which nobody would know what
-                # layers share.
-                first = any(
-                    hasattr(parameter, "ds_id")
-                    for parameter in target_layer.module.parameters(recurse=False)
-                )
-                hook = target_layer.module.register_forward_pre_hook(
-                    self._hook_for(target_layer), with_kwargs=True, prepend=first
-                )
-                undo.callback(hook.remove)
+                self._hook_input(target_layer, undo)
         # autocast would keep 16-bit copies of weights from one call to the next, which nobody would
-        # recognise
-        if held:
+        # recognize
+        if by_module:
             undo.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
             torch.set_autocast_cache_enabled(False)
-        for module, target_layers in held.items():
-            self._watch_products(module, target_layers, undo)
-        undo.callback(loops_over_experts(list(held)))
+        for module, target_layers in by_module.items():
+            self._hook_products(module, target_layers, undo)
+        undo.callback(loops_over_experts(list(by_module)))
 
-    def _hook_for(
-        self, target_layer: TargetLayer
-    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def _hook_input(self, target_layer: TargetLayer, undo: ExitStack) -> None:
+        """Record what a layer is called with."""
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next(
-                (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None
-            )
-            if x is not None and self._watching:
-                self._take(target_layer, x.detach() if x.requires_grad else x, original=x)
+            tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            x = next(tensors, None)
+            if x is not None and self._recording:
+                rows = x.detach() if x.requires_grad else x
+                self._record(target_layer, rows, original=x)
             self._calls[target_layer.name] += 1
             if self.stop_early and self.each_called_once:
                 raise StopForward
 
-        return hook
+        # ZeRO-3's own hook hands every layer an alias, by which nobody would know what layers
+        # share.
+        parameters = target_layer.module.parameters(recurse=False)
+        first = any(hasattr(parameter, "ds_id") for parameter in parameters)
+        handle = target_layer.module.register_forward_pre_hook(
+            hook, with_kwargs=True, prepend=first
+        )
+        undo.callback(handle.remove)
 
-    def _watch_products(
+    def _hook_products(
         self, module: nn.Module, target_layers: list[TargetLayer], undo: ExitStack
     ) -> None:
-        """Watch what a module multiplies parameters with, from each of its calls' start to its
-        end."""
+        """Record what a module multiplies parameters with, from a call's start to its end."""
         by_product = {
             (target_layer.parameter, target_layer.expert): target_layer
             for target_layer in target_layers
@@ -137,17 +132,18 @@ class InputRecorder:
         active: list[MatmulTracer] = []
 
         def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            sequences = sequences_of(module, args, kwargs)
+            as_sequences = sequences_of(module, args, kwargs)
 
-            def seen(
-                parameter: str, expert: int | None, rows: Tensor, places: TokenPositions | None
+            def on_product(
+                parameter: str, expert: int | None, rows: Tensor, positions: TokenPositions | None
             ) -> None:
                 target_layer = by_product.get((parameter, expert))
-                if target_layer is not None and self._watching:
-                    self._take(target_layer, sequences(rows), original=rows, places=places)
+                if target_layer is not None and self._recording:
+                    x = as_sequences(rows)
+                    self._record(target_layer, x, original=rows, positions=positions)
 
             parameters = {key: attrgetter(key)(module) for key, _ in by_product}
-            active.append(MatmulTracer(parameters, seen))
+            active.append(MatmulTracer(parameters, on_product))
             active[-1].__enter__()  # type: ignore[no-untyped-call]
 
         def end(*_: Any) -> None:
@@ -165,61 +161,71 @@ class InputRecorder:
     @torch.no_grad()
     # a sketch made or added to in inference mode could not be changed outside it
     @torch.inference_mode(mode=False)
-    def _take(
+    def _record(
         self,
         target_layer: TargetLayer,
         x: Tensor,
         original: Tensor,
-        places: TokenPositions | None = None,
+        positions: TokenPositions | None = None,
     ) -> None:
-        x = x.clone() if x.is_inference() else x
-        if isinstance(target_layer.input_view, OneHotRows) and (
-            x.is_floating_point() or x.dtype == torch.bool
-        ):
+        """Hand the rows of one call on.
+
+        Args:
+            original: the tensor that the model made, by whose identity inputs are shared.
+            positions: where the rows stood before an expert was given its own.
+        """
+        if x.is_inference():
+            x = x.clone()
+        if not target_layer.input_view.accepts(x):
             raise TargetError(
                 f"{target_layer.name} is an embedding ({type(target_layer.module).__name__}) that"
                 f" is called with {x.dtype} numbers and not with token ids; leave it out of the"
                 " targets, or with exclude_modules in the LoraConfig"
             )
-        pieces: Callable[[], Iterator[Piece]]
-        chooser = ALL_ROWS
         if self._rows is not None:
-            chosen = self._chosen(target_layer, x)
-            pieces = lambda: iter([(chosen, None)])  # noqa: E731
-        else:
-            leading = (
-                target_layer.input_view.places(x) if places is None else torch.Size([places[1]])
-            )
-            if self._masks is not None:
-                chooser = self._masks.selector(target_layer.name, original, leading)
-            if places is not None:
-                index = chooser.at_positions(*places)
-                pieces = lambda: iter([(x, index)])  # noqa: E731
-            else:
-                pieces = partial(target_layer.input_view.pieces, x, chooser)
-        with full_precision(x.device):
-            self._shared_inputs.record(
-                target_layer, original, chooser, lambda sketch: sketch.summarize_pieces(pieces())
-            )
+            selector, rows = ALL_ROWS, self._user_rows(target_layer, x)
 
-    def _chosen(self, target_layer: TargetLayer, x: Tensor) -> Tensor:
+            def pieces() -> Iterator[Piece]:
+                yield rows, None
+
+        elif positions is not None:
+            selector = self._selector(target_layer, original, torch.Size([positions[1]]))
+            index = selector.at_positions(*positions)
+
+            def pieces() -> Iterator[Piece]:
+                yield x, index
+
+        else:
+            leading_shape = target_layer.input_view.leading_shape(x)
+            selector = self._selector(target_layer, original, leading_shape)
+
+            def pieces() -> Iterator[Piece]:
+                return target_layer.input_view.pieces(x, selector)
+
+        def summarize(sketch: Sketch) -> SketchUpdate:
+            return sketch.summarize_pieces(pieces())
+
+        with full_precision(x.device):
+            self._shared_inputs.record(target_layer, original, selector, summarize)
+
+    def _selector(
+        self, target_layer: TargetLayer, original: Tensor, leading_shape: torch.Size | None
+    ) -> RowSelector:
+        if self._masks is None:
+            return ALL_ROWS
+        return self._masks.selector(target_layer.name, original, leading_shape)
+
+    def _user_rows(self, target_layer: TargetLayer, x: Tensor) -> Tensor:
+        """Return the rows that the user's own function chooses."""
         assert self._rows is not None
-        input_view = target_layer.input_view
-        rows = self._rows(input_view.whole(x), self._batch, target_layer.name)
-        shape = (
-            "(rows,)"
-            if isinstance(input_view, OneHotRows)
-            else f"(rows, {target_layer.in_features})"
+        view, width = target_layer.input_view, target_layer.in_features
+        rows = self._rows(view.all_rows(x), self._batch, target_layer.name)
+        if isinstance(rows, Tensor) and view.rows_fit(rows, width):
+            return rows.detach()
+        returned = type(rows).__name__
+        if isinstance(rows, Tensor):
+            returned = f"shape {tuple(rows.shape)}"
+        raise DataError(
+            f"rows(activation, batch, {target_layer.name!r}) returned {returned}; it must return a"
+            f" tensor of shape {view.shape_of_rows(width)}"
         )
-        fits = isinstance(rows, Tensor) and (
-            rows.ndim == 1
-            if isinstance(input_view, OneHotRows)
-            else rows.ndim == 2 and rows.shape[1] == target_layer.in_features
-        )
-        if not fits:
-            got = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-            raise DataError(
-                f"rows(activation, batch, {target_layer.name!r}) returned {got}; it must return a"
-                f" tensor of shape {shape}"
-            )
-        return rows.detach()

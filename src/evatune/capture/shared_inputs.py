@@ -1,8 +1,8 @@
-"""Which layers have the same input, and one sketch for all of them.
+"""Finds the layers that have the same input, and keeps one sketch for all of them.
 
-Found by tensor identity while the model runs: the query, key and value projections are handed the
+Told by tensor identity while the model runs: the query, key and value projections are handed the
 very same tensor, and read it as rows in the same way. No value is read. Layers join a group at
-their first call; whoever is later handed something else leaves it with a copy of the sketch as it
+their first call; one that is later handed something else leaves it with a copy of the sketch as it
 stood, so a group is right at every moment and sharing changes the cost only.
 """
 
@@ -20,31 +20,33 @@ from evatune.sketch import Sketch, SketchUpdate
 
 
 class _Identity:
-    """Recognises a tensor seen before: the same memory, still alive, not written to since, the same
-    rows of it chosen."""
+    """Recognizes a tensor that was recorded before.
 
-    def __init__(self, x: Tensor, chooser: object) -> None:
+    It has the same memory, is still alive and has not been written to since, and the same selector
+    chooses among its rows.
+    """
+
+    def __init__(self, x: Tensor, selector: object) -> None:
         self.ref = weakref.ref(x)
         self.key = memory(x)
-        self.chooser = chooser
+        self.selector = selector
 
-    def matches(self, x: Tensor, chooser: object) -> bool:
+    def matches(self, x: Tensor, selector: object) -> bool:
         # While the first tensor lives its memory cannot be handed to another one. Inference tensors
         # keep no count of writes, so two calls with one of them may have seen different values.
         alive = self.ref() is not None and not x.is_inference()
-        return alive and chooser is self.chooser and memory(x) == self.key
+        return alive and selector is self.selector and memory(x) == self.key
 
 
 def memory(x: Tensor) -> tuple[object, ...]:
-    """What tells a tensor from any other that is alive, and from itself after a write."""
+    """Return a key that no other living tensor has, nor the same one after a write."""
     version = 0 if x.is_inference() else x._version
     return (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, version)
 
 
 @dataclass
 class _Pending:
-    """One activation of this forward pass that some members of the group have seen and others not
-    yet."""
+    """An activation of this forward pass that only some members of the group have seen yet."""
 
     identity: _Identity
     summarize: SketchUpdate
@@ -52,16 +54,21 @@ class _Pending:
 
 @dataclass(eq=False)
 class InputGroup:
-    """Layers that have been handed the same tensors so far, and their common sketch."""
+    """Layers that have been handed the same tensors so far, and their common sketch.
+
+    Attributes:
+        consumed: member → how many of `pending` it has seen.
+        open: nothing has gone into the sketch yet, so that a layer may still join.
+    """
 
     sketch: Sketch
-    # member → how many of `pending` it has seen
     consumed: dict[str, int] = field(default_factory=dict)
     pending: list[_Pending] = field(default_factory=list)
-    open: bool = True  # nothing has gone into the sketch yet, so that a layer may still join
+    open: bool = True
 
     @property
     def members(self) -> list[str]:
+        """The names of the layers, in the order in which they joined."""
         return list(self.consumed)
 
     def flush(self) -> None:
@@ -73,11 +80,13 @@ class InputGroup:
                 self.consumed[name] -= 1
 
     def split(self, names: list[str]) -> InputGroup:
-        """Members that have seen the same part of `pending` leave with a copy of the sketch."""
+        """Return a group of some members, all of which have seen the same part of `pending`.
+
+        They leave this group and take a copy of its sketch along.
+        """
         seen = self.consumed[names[0]]
-        other = InputGroup(
-            self.sketch.clone(), dict.fromkeys(names, seen), self.pending[:seen], open=False
-        )
+        consumed = dict.fromkeys(names, seen)
+        other = InputGroup(self.sketch.clone(), consumed, self.pending[:seen], open=False)
         for name in names:
             del self.consumed[name]
         other.flush()
@@ -89,7 +98,7 @@ class SharedInputs:
     """Routes activations to groups.
 
     Args:
-        make: builds a newborn sketch for the input of a layer.
+        make: builds an empty sketch for the input of a layer.
         share: False when rows depend on the layer's name, so that no two layers can share.
     """
 
@@ -99,10 +108,10 @@ class SharedInputs:
         self._make = make
         self._share = share
         self._group: dict[str, InputGroup] = {}
-        # born in this forward pass, by first tensor
+        # made in this forward pass, by their first tensor
         self._uninitialized: dict[object, tuple[_Identity, InputGroup]] = {}
         self._uninitialized_groups: set[InputGroup] = set()
-        self._unwatched: set[str] = set()
+        self._dropped: set[str] = set()
 
     @property
     def groups(self) -> list[InputGroup]:
@@ -110,45 +119,52 @@ class SharedInputs:
         return list(dict.fromkeys(self._group.values()))
 
     def group_of(self, name: str) -> InputGroup | None:
+        """Return the group of a layer; None where it has not been called."""
         return self._group.get(name)
 
     def record(
         self,
         target_layer: TargetLayer,
         x: Tensor,
-        chooser: object,
+        selector: object,
         summarize: Callable[[Sketch], SketchUpdate],
     ) -> None:
-        """A layer is called with `x`; `digest(sketch)` summarises the rows that `chooser` chooses,
-        and is called if new."""
+        """Record that a layer is called with `x`.
+
+        Args:
+            selector: chooses among the rows of `x`.
+            summarize: from a sketch to the summary of those rows; called if no other layer has
+                recorded them yet.
+        """
         name = target_layer.name
-        if name in self._unwatched:
+        if name in self._dropped:
             return
-        group = self._group.get(name) or self._join(target_layer, x, chooser)
+        group = self._group.get(name) or self._join(target_layer, x, selector)
         seen = group.consumed[name]
-        if seen < len(group.pending) and not group.pending[seen].identity.matches(x, chooser):
+        if seen < len(group.pending) and not group.pending[seen].identity.matches(x, selector):
             group = self._group[name] = group.split([name])
             seen = group.consumed[name]
         if seen == len(group.pending):
-            group.pending.append(_Pending(_Identity(x, chooser), summarize(group.sketch)))
+            group.pending.append(_Pending(_Identity(x, selector), summarize(group.sketch)))
         group.consumed[name] = seen + 1
-        # others may still join those, and must find all of it pending
+        # others may still join a group of this forward pass, and must find all of it pending
         if group not in self._uninitialized_groups:
             group.flush()
 
     def stop_watching(self, name: str) -> None:
-        """Between forward passes: drop a layer and its sketch, for good."""
+        """Drop a layer and its share of a sketch for good, between forward passes."""
         if name in self._group:
             del self._group.pop(name).consumed[name]
-        self._unwatched.add(name)
+        self._dropped.add(name)
 
     def arrange(
         self, parts: Sequence[Sequence[str]], make: Callable[[str], Sketch]
     ) -> list[InputGroup]:
-        """Between forward passes: make each part a group of its own; in the order of `parts`.
+        """Make each part a group of its own, between forward passes; return them in this order.
 
-        A part is some or all members of one group, or layers that have not been called; those get
-        what `make` says.
+        Args:
+            parts: each is some or all members of one group, or layers that have not been called.
+            make: from the first of such layers to their sketch.
         """
         groups = []
         for names in parts:
@@ -162,32 +178,33 @@ class SharedInputs:
         return groups
 
     def end_of_forward(self) -> None:
-        """Members that missed what others saw leave their group; nothing stays pending."""
+        """Part groups whose members have not all seen the same, so that nothing stays pending."""
         self._uninitialized.clear()
         self._uninitialized_groups.clear()
         for group in self.groups:
             group.flush()
             while group.pending:
-                late = [name for name, seen in group.consumed.items() if seen == 0]
-                other = group.split(late)
-                for name in late:
+                behind = [name for name, seen in group.consumed.items() if seen == 0]
+                other = group.split(behind)
+                for name in behind:
                     self._group[name] = other
 
-    def _join(self, target_layer: TargetLayer, x: Tensor, chooser: object) -> InputGroup:
+    def _join(self, target_layer: TargetLayer, x: Tensor, selector: object) -> InputGroup:
+        """Put a layer at its first call into a group."""
         # a convolution's patches are not a linear layer's rows
         key = (target_layer.input_view, target_layer.in_features, *memory(x))
-        first, group = self._uninitialized.get(key, (None, None))
-        if (
-            self._share
-            and first is not None
-            and group is not None
-            and group.open
-            and first.matches(x, chooser)
-        ):
-            group.consumed[target_layer.name] = 0
-        else:
-            group = InputGroup(self._make(target_layer, x.device), {target_layer.name: 0})
-            self._uninitialized[key] = (_Identity(x, chooser), group)
+        group = self._joinable(key, x, selector)
+        if group is None:
+            group = InputGroup(self._make(target_layer, x.device))
+            self._uninitialized[key] = (_Identity(x, selector), group)
             self._uninitialized_groups.add(group)
+        group.consumed[target_layer.name] = 0
         self._group[target_layer.name] = group
         return group
+
+    def _joinable(self, key: object, x: Tensor, selector: object) -> InputGroup | None:
+        """Return the group of this forward pass that a layer with the input `x` may still join."""
+        if not self._share or key not in self._uninitialized:
+            return None
+        first, group = self._uninitialized[key]
+        return group if group.open and first.matches(x, selector) else None

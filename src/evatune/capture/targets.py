@@ -1,4 +1,4 @@
-"""Which modules are calibrated, under which name, and how wide their inputs and outputs are."""
+"""Finds the layers to calibrate, by the targets that PEFT's configuration names."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from evatune.capture.layer_types import (
 from evatune.errors import TargetError
 from evatune.modeling.sharding import whole_shape
 from evatune.modeling.wrappers import (
-    _plain,
     adapted_parameters,
     is_wrapper,
     named_layers,
     output_embedding,
+    plain_layer,
 )
 
 Targets = str | Iterable[str] | None
+Layers = list[tuple[str, nn.Module, nn.Module]]  # what `named_layers` yields
 
 
 def find_target_layers(model: nn.Module, targets: Targets = None) -> list[TargetLayer]:
-    """The layers to calibrate, in model order.
+    """Return the layers to calibrate, in model order.
 
     Args:
         model: any module, or a `PeftModel`.
@@ -39,45 +40,38 @@ def find_target_layers(model: nn.Module, targets: Targets = None) -> list[Target
             stacked.
 
     Raises:
-        TargetError: nothing matches, or a match is of a kind that is not supported.
+        TargetError: nothing matches, or a match is of a type that is not supported.
     """
     layers = list(named_layers(model))
-    matches, strict = _matcher([]), False
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        chosen = _all_linear(model, layers)
-    elif targets is not None:
-        matches, strict = _matcher(targets), True
-        chosen = {name for name, _, _ in layers if matches(name)}
-    else:
-        chosen = {name for name, found, _ in layers if is_wrapper(found)}
-        chosen, strict = (chosen, True) if chosen else (_all_linear(model, layers), False)
-
+    chosen, matches, strict = _choose(model, layers, targets)
     target_layers: list[TargetLayer] = []
     unsupported = []
     # attention that is chosen, and has its output projection as a part already
-    held: tuple[str, ...] = ()
-    for name, found, plain in layers:
-        if held and name.startswith(held):
+    covered: tuple[str, ...] = ()
+    for name, module, plain in layers:
+        if covered and name.startswith(covered):
             continue
         parts = target_layers_of(name, plain)
-        if name in chosen and any(part.parameter for part in parts):
-            held = (*held, f"{name}.")
-        weights = [] if parts else [key for key in _stacked(plain) if matches(f"{name}.{key}")]
+        weights = []
+        if not parts:
+            weights = [key for key in _stacked(plain) if matches(f"{name}.{key}")]
         if name in chosen:
             target_layers += parts
-            weights += adapted_parameters(found)
+            weights += adapted_parameters(module)
+            if any(part.parameter for part in parts):
+                covered = (*covered, f"{name}.")
             if strict and not parts and not weights:
                 unsupported.append(f"{name} ({type(plain).__name__})")
         for key in weights:
             target_layers += parameter_target_layers(f"{name}.{key}", plain)
     if unsupported:
         more = f" and {len(unsupported) - 5} more" if len(unsupported) > 5 else ""
+        supported = ", ".join(layer_type.name for layer_type in LAYER_TYPES)
         raise TargetError(
-            "these targets are of a kind that is not supported:"
+            "these targets are of a type that is not supported:"
             f" {', '.join(unsupported[:5])}{more};"
-            f" supported are {', '.join(kind.name for kind in LAYER_TYPES)} and stacked weights of"
-            " experts. Name the linear layers or others of these instead, or leave those out with"
-            " exclude_modules in the LoraConfig"
+            f" supported are {supported} and stacked weights of experts. Name the linear layers or"
+            " others of these instead, or leave those out with exclude_modules in the LoraConfig"
         )
     if not target_layers:
         raise TargetError(_nothing_matches(targets, layers))
@@ -85,7 +79,7 @@ def find_target_layers(model: nn.Module, targets: Targets = None) -> list[Target
 
 
 def _stacked(module: nn.Module) -> list[str]:
-    """Parameters of a shape in which the weights of experts are stacked."""
+    """Return the parameters of a shape in which the weights of experts are stacked."""
     return [
         key
         for key, parameter in module.named_parameters(recurse=False)
@@ -93,14 +87,33 @@ def _stacked(module: nn.Module) -> list[str]:
     ]
 
 
-def _all_linear(model: nn.Module, layers: list[tuple[str, nn.Module, nn.Module]]) -> set[str]:
-    """PEFT's "all-linear": the output embedding is left out."""
+def _choose(
+    model: nn.Module, layers: Layers, targets: Targets
+) -> tuple[set[str], Callable[[str], bool], bool]:
+    """Return the names that targets stand for, and how parameters are matched.
+
+    Also whether each of those must be a layer that is supported, since it was asked for by name.
+    """
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return _all_linear(model, layers), _matcher([]), False
+    if targets is not None:
+        matches = _matcher(targets)
+        return {name for name, _, _ in layers if matches(name)}, matches, True
+    adapted = {name for name, module, _ in layers if is_wrapper(module)}
+    if adapted:
+        return adapted, _matcher([]), True
+    return _all_linear(model, layers), _matcher([]), False
+
+
+def _all_linear(model: nn.Module, layers: Layers) -> set[str]:
+    """Return what PEFT means by "all-linear", without the output embedding."""
     head = output_embedding(model)
-    output = None if head is None else _plain(head)
+    output = None if head is None else plain_layer(head)
     return {name for name, _, plain in layers if is_linear(plain) and plain is not output}
 
 
 def _matcher(targets: str | Iterable[str]) -> Callable[[str], bool]:
+    """Return the function that tells the names that targets stand for."""
     if isinstance(targets, str):
         try:
             pattern = re.compile(targets)
@@ -113,7 +126,8 @@ def _matcher(targets: str | Iterable[str]) -> Callable[[str], bool]:
     return lambda name: any(name == target or name.endswith(f".{target}") for target in names)
 
 
-def _nothing_matches(targets: Targets, layers: list[tuple[str, nn.Module, nn.Module]]) -> str:
+def _nothing_matches(targets: Targets, layers: Layers) -> str:
+    """Return the message that says what would match."""
     linear = [name for name, _, plain in layers if is_linear(plain)]
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in linear})
     if not linear:
