@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import evatune
 
+EXACT = evatune.CalibrationConfig(rank=4, sketch="exact", tolerance=0)
+
 
 class Block(nn.Module):
     """Query, key and value share an input; the output projection has its own."""
@@ -42,6 +44,29 @@ class Toy(nn.Module):
         for block in self.blocks:
             x = self.dropout(block(x))
         return x
+
+
+def state_of(model: nn.Module) -> list[Any]:
+    """Modes, hooks and gradients of a model's modules."""
+    return [
+        (
+            name,
+            module.training,
+            len(module._forward_pre_hooks),
+            len(module._forward_hooks),
+            [
+                (n, p.requires_grad, p.grad is None)
+                for n, p in module.named_parameters(recurse=False)
+            ],
+        )
+        for name, module in model.named_modules()
+    ]
+
+
+def second_moment(rows: Tensor) -> Tensor:
+    """Return the eigenvalues of the rows' second moment, largest first, float64."""
+    rows = rows.double().reshape(-1, rows.shape[-1])
+    return torch.linalg.eigvalsh(rows.T @ rows / len(rows)).flip(0)
 
 
 def inputs(count: int = 6, rows: int = 64, d: int = 16, seed: int = 0) -> list[Tensor]:

@@ -13,23 +13,10 @@ from torch import Tensor, nn
 import evatune
 from evatune.capture.labels import LabelShift, declares_shift
 from evatune.modeling.forward import call_model
-from tests.capture.test_recorder import state_of
-from tests.integration.test_architectures import TEXT, bert, llama, seeded
+from tests.architectures import TEXT, bert, llama, llava, seeded
+from tests.helpers import state_of
 
 torch.set_num_threads(1)
-SMALL: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
-
-
-def llava() -> nn.Module:
-    vision = transformers.CLIPVisionConfig(**SMALL, image_size=16, patch_size=8)
-    text = transformers.LlamaConfig(**SMALL, vocab_size=60)
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=59)
-    return seeded(transformers.LlavaForConditionalGeneration, config)
 
 
 def xlnet() -> nn.Module:

@@ -12,16 +12,19 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import evatune
-from tests.capture.test_labels import llava
-from tests.integration.test_architectures import TEXT, bart, bert, seeded, t5
+from tests.architectures import TEXT, bart, bert, llava, seeded, t5
 
 torch.set_num_threads(1)
+
+
 SIZES = {
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
+
+
 EXACT = evatune.CalibrationConfig(components=4, sketch="exact", tolerance=0)
 
 
@@ -121,9 +124,6 @@ def test_labels_only_speaks_about_the_decoder() -> None:
     )
 
 
-# -- one module under several names, or called several times ---------------------------------------
-
-
 class Looped(nn.Module):
     """One block applied three times, and a second name for one of its layers."""
 
@@ -169,9 +169,6 @@ def test_layers_that_share_a_weight_have_rows_of_their_own() -> None:
         == spectra["transformer.wte"].rows
         == int(batch["attention_mask"].sum())
     )
-
-
-# -- masks that a model makes on the way -----------------------------------------------------------
 
 
 def speech(kind: str) -> tuple[nn.Module, dict[str, Tensor], int]:

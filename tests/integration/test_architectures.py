@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 import evatune
 from evatune.errors import LayerError, TargetError
+from tests.architectures import TEXT, bart, bert, llama, seeded, t5
 from tests.helpers import round_trip, tokens
 
 torch.set_num_threads(1)
+
+
 pytestmark = [
     # PEFT looks for the patterns of parameters among modules only when it warns; it does honour
     # them.
@@ -28,27 +31,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
 ]
 
-TEXT: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-}
+
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-
-
-def seeded(kind: Any, config: Any) -> nn.Module:
-    torch.manual_seed(0)
-    model: nn.Module = kind(config)
-    return model.eval()
-
-
-def llama() -> nn.Module:
-    return seeded(
-        transformers.LlamaForCausalLM, transformers.LlamaConfig(**TEXT, num_key_value_heads=1)
-    )
 
 
 def mixtral() -> nn.Module:
@@ -80,38 +64,6 @@ def gpt_oss() -> nn.Module:
 def gpt2() -> nn.Module:
     config = transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32)
     return seeded(transformers.GPT2LMHeadModel, config)
-
-
-def bert() -> nn.Module:
-    return seeded(transformers.BertModel, transformers.BertConfig(**TEXT))
-
-
-def t5() -> nn.Module:
-    config = transformers.T5Config(
-        vocab_size=60,
-        d_model=16,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_heads=2,
-        decoder_start_token_id=0,
-    )
-    return seeded(transformers.T5ForConditionalGeneration, config)
-
-
-def bart() -> nn.Module:
-    config = transformers.BartConfig(
-        vocab_size=60,
-        d_model=16,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        max_position_embeddings=64,
-    )
-    return seeded(transformers.BartForConditionalGeneration, config)
 
 
 def dinov2() -> nn.Module:

@@ -15,8 +15,7 @@ from transformers import BatchEncoding
 
 import evatune
 from evatune.errors import ConfigError, DataError
-from tests.capture.test_recorder import EXACT
-from tests.helpers import Toy, inputs, tiny_llama, tokens
+from tests.helpers import EXACT, Toy, inputs, tiny_llama, tokens
 
 torch.set_num_threads(1)
 

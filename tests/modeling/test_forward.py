@@ -1,0 +1,101 @@
+"""Batches of every kind, and the default rule by which a model is called."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BatchEncoding
+
+import evatune
+from evatune.errors import DataError
+from tests.helpers import EXACT, Toy, inputs
+
+torch.set_num_threads(1)
+
+
+@dataclass
+class Batch:
+    x: Tensor
+    attention_mask: Tensor
+
+
+def as_kind(kind: str, xs: list[Tensor]) -> Any:
+    full = [torch.ones(4, x.shape[1]) for x in xs]
+    return {
+        "tensors": lambda: xs,
+        "tuples": lambda: [(x,) for x in xs],
+        "lists": lambda: [[x] for x in xs],
+        "dicts": lambda: [{"x": x} for x in xs],
+        "BatchEncoding": lambda: [
+            BatchEncoding({"x": x, "attention_mask": m}) for x, m in zip(xs, full, strict=True)
+        ],
+        "UserDict": lambda: [UserDict({"x": x}) for x in xs],
+        "dataclass": lambda: [Batch(x, m) for x, m in zip(xs, full, strict=True)],
+        "generator": lambda: (x for x in xs),
+        "iterator": lambda: iter(xs),
+        "DataLoader": lambda: torch.utils.data.DataLoader(torch.cat(xs), batch_size=4),
+    }[kind]()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "tuples",
+        "lists",
+        "dicts",
+        "BatchEncoding",
+        "UserDict",
+        "dataclass",
+        "generator",
+        "iterator",
+        "DataLoader",
+    ],
+)
+def test_batches_of_every_kind_give_the_same(kind: str) -> None:
+    xs = inputs()
+    expected = evatune.calibrate(Toy(), xs, EXACT)
+    found = evatune.calibrate(Toy(), as_kind(kind, xs), EXACT)
+    for name, spectrum in expected.spectra.items():
+        assert torch.equal(found.spectra[name].energies, spectrum.energies)
+
+
+def test_each_batch_is_read_once_and_no_more_than_max_batches() -> None:
+    read = []
+
+    def stream() -> Iterator[Tensor]:
+        for number, x in enumerate(inputs(50)):
+            read.append(number)
+            yield x
+
+    config = evatune.CalibrationConfig(rank=4, max_batches=5, tolerance=0)
+    calibration = evatune.calibrate(Toy(), stream(), config)
+    assert read == [0, 1, 2, 3, 4]
+    assert calibration.batches == 5
+
+
+@pytest.mark.parametrize(
+    ("batches", "text"),
+    [
+        ([], "not one batch came"),
+        (iter(()), "not one batch came"),
+        (torch.zeros(2, 3, 16), "a single Tensor"),
+        ({"x": torch.zeros(2, 3, 16)}, "a single dict"),
+        (None, "NoneType, which cannot be iterated over"),
+        (3, "int, which cannot be iterated over"),
+    ],
+)
+def test_what_is_not_batches_is_refused_in_one_sentence(batches: Any, text: str) -> None:
+    with pytest.raises(DataError, match=text):
+        evatune.calibrate(Toy(), batches)
+
+
+def test_a_batch_the_model_does_not_take_gets_a_hint() -> None:
+    with pytest.raises(TypeError) as caught:
+        evatune.calibrate(Toy(), [{"pixels": torch.zeros(1)}])
+    assert "pass forward=lambda model, batch" in caught.value.__notes__[0]
