@@ -1,5 +1,4 @@
-"""Whether position t predicts label t + 1: asked of the model itself, which alone knows how it
-computes its loss."""
+"""Tells whether position t predicts label t + 1, by asking the model how it computes its loss."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ def selector_for(
     run: Run | None = None,
     active: Callable[[Any], Tensor] | None = None,
 ) -> Callable[[Any], RowSelector]:
-    """Return the function from a batch to its `RowSelector`, with what depends on the model
-    settled.
+    """Return the function from a batch of this model to its `RowSelector`.
 
     Args:
         run: calls the model with a batch, to ask it which positions its loss depends on. None: it
@@ -53,11 +51,9 @@ def selector_for(
 
 
 def decodes_labels(model: nn.Module) -> bool:
-    """Whether labels belong to a decoder that has tokens of its own: encoder-decoder models."""
-    return any(
-        getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True
-        for m in model.modules()
-    )
+    """Return whether labels belong to a decoder with tokens of its own, in an encoder-decoder."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return any(getattr(config, "is_encoder_decoder", False) is True for config in configs)
 
 
 class LabelShift:
@@ -76,41 +72,51 @@ class LabelShift:
         self._answer: bool | None = None
 
     def of(self, batch: Any) -> bool:
-        """Return the answer; the first batch with labels that tells is asked about."""
+        """Return whether labels are shifted; the first batch whose labels can tell decides."""
         if self._answer is None:
             labels = batch_field(batch, "labels")
-            plain, shifted = (
-                label_mask(labels, self._ignore_index, shift) for shift in (False, True)
-            )
+            plain = label_mask(labels, self._ignore_index, shift=False)
+            shifted = label_mask(labels, self._ignore_index, shift=True)
             if torch.equal(plain, shifted):
                 return False  # no label at all
-            found = None if self._run is None else self._asked(batch, plain, shifted)
-            self._answer = declares_shift(self._model) if found is None else found
+            answer = self._ask(batch, plain, shifted)
+            self._answer = declares_shift(self._model) if answer is None else answer
         return self._answer
 
-    def _asked(self, batch: Any, plain: Tensor, shifted: Tensor) -> bool | None:
-        place = int((plain != shifted).any(1).nonzero()[0])
+    def _ask(self, batch: Any, plain: Tensor, shifted: Tensor) -> bool | None:
+        """Run one example, and else the whole batch; None where neither tells."""
+        if self._run is None:
+            return None
+        index = int((plain != shifted).any(1).nonzero()[0])
+        example = one_example(batch, index)
+        if example is not None:
+            rows = slice(index, index + 1)
+            answer = self._compare(example, plain[rows], shifted[rows])
+            if answer is not None:
+                return answer
+        return self._compare(batch, plain, shifted)
+
+    def _compare(self, batch: Any, plain: Tensor, shifted: Tensor) -> bool | None:
+        """Return which of two masks the loss fits: False for `plain`, None where both or neither.
+
+        Args:
+            plain, shifted: (B, T) bool, the positions in the loss without and with a shift.
+        """
         assert self._run is not None
-        for example, rows in (
-            (one_example(batch, place), slice(place, place + 1)),
-            (batch, slice(None)),
-        ):
-            if example is None:
-                continue
-            used = positions_in_loss(self._model, example, self._run)
-            if used is None or used.numel() != plain[rows].numel():
-                continue
-            # A position whose gradient vanishes in 16 bits is none the less one of the loss.
-            used = used.view(plain[rows].shape).to(plain.device)
-            fits = [not bool((used & ~kept[rows]).any()) for kept in (plain, shifted)]
-            if fits[0] != fits[1]:
-                return fits[1]
-        return None
+        used = positions_in_loss(self._model, batch, self._run)
+        if used is None or used.numel() != plain.numel():
+            return None
+        used = used.view(plain.shape).to(plain.device)
+        # A position whose gradient vanishes in 16 bits is none the less one of the loss.
+        fits_plain = not bool((used & ~plain).any())
+        fits_shifted = not bool((used & ~shifted).any())
+        return None if fits_plain == fits_shifted else fits_shifted
 
 
 def positions_in_loss(model: nn.Module, batch: Any, run: Run) -> Tensor | None:
-    """Bool, true for each row of the output embedding's input that the loss depends on; None where
-    that stays unknown.
+    """Return bool, true for each row of the output embedding's input that the loss depends on.
+
+    None where that stays unknown.
 
     Weights, gradients, modes and random states are left as they are: the one tensor that requires a
     gradient is a copy of that input.
@@ -120,8 +126,9 @@ def positions_in_loss(model: nn.Module, batch: Any, run: Run) -> Tensor | None:
         return None
     leaves: list[Tensor] = []
     outputs: list[Any] = []
+    cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
 
-    def begin(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def detach_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not args or not isinstance(args[0], Tensor):
             return None
         leaves.append(args[0].detach().clone().requires_grad_())
@@ -129,16 +136,15 @@ def positions_in_loss(model: nn.Module, batch: Any, run: Run) -> Tensor | None:
         torch.set_grad_enabled(True)
         return (leaves[-1], *args[1:])
 
+    def keep_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs.append(output)
+
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(
-            torch.random.fork_rng(sorted({p.device.index for p in model.parameters() if p.is_cuda}))
-        )
-        stack.callback(head.register_forward_pre_hook(begin).remove)
-        stack.callback(
-            model.register_forward_hook(lambda module, args, output: outputs.append(output)).remove
-        )
+        stack.enter_context(torch.random.fork_rng(cuda))
+        stack.callback(head.register_forward_pre_hook(detach_input).remove)
+        stack.callback(model.register_forward_hook(keep_output).remove)
         try:
             run(model, _copied(batch))
             loss = _loss_of(outputs[-1]) if outputs else None
@@ -151,23 +157,25 @@ def positions_in_loss(model: nn.Module, batch: Any, run: Run) -> Tensor | None:
     return (gradient != 0).any(-1)
 
 
-def one_example(batch: Any, place: int) -> Any:
-    """The example at `place` as a batch of its own; None where a tensor of the batch is not cut by
-    examples."""
+def one_example(batch: Any, index: int) -> Any:
+    """Return one example as a batch of its own.
+
+    None where the tensors of the batch do not all have the examples as their first dimension.
+    """
     if not isinstance(batch, Mapping):
         return None
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
-    if (
-        any(value.ndim == 0 for value in tensors.values())
-        or len({len(value) for value in tensors.values()}) != 1
-    ):
+    lengths = {len(value) if value.ndim else None for value in tensors.values()}
+    if len(lengths) != 1 or None in lengths:
         return None
-    return dict(batch) | {key: value[place : place + 1] for key, value in tensors.items()}
+    return dict(batch) | {key: value[index : index + 1] for key, value in tensors.items()}
 
 
 def declares_shift(model: nn.Module) -> bool:
-    """Whether the model is said to shift labels, by its `loss_function` or else by the names of its
-    classes."""
+    """Return whether the model is said to shift labels.
+
+    Its `loss_function` says so, or else the names of its classes.
+    """
     for module in model.modules():
         if getattr(module, "loss_type", None) is not None:
             name = getattr(getattr(module, "loss_function", None), "__name__", "")
@@ -178,16 +186,22 @@ def declares_shift(model: nn.Module) -> bool:
 
 
 def _loss_of(output: Any) -> Tensor | None:
-    """The loss in what a model returned: under its name, first, or alone."""
+    """Return the loss in what a model returned: under its name, first, or alone."""
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
-    return loss if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1 else None
+    loss: Any = getattr(output, "loss", output)
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        return None
+    return loss if loss.requires_grad else None
 
 
 def _copied(batch: Any) -> Any:
-    """The batch with copies of its tensors: those made in inference mode cannot be kept for a
-    backward pass."""
+    """Return the batch with copies of its tensors.
+
+    Those made in inference mode cannot be kept for a backward pass.
+    """
     if not isinstance(batch, Mapping):
         return batch
     return {

@@ -1,10 +1,9 @@
-"""Which mask speaks about a layer's rows: the one that the nearest module around it was called
-with.
+"""Finds the mask for a layer's rows: the one that the nearest module around it was called with.
 
 Models make masks of their own on the way: of audio frames from one of samples, of sequences padded
-to a window, of choices laid out one after another. Whoever is called with such a mask has rows of
-that kind inside. A mask says nothing about what did not come from its tokens, such as the patches
-of an image, of whatever number they may be.
+to a window, of choices laid out one after another. A module that is called with such a mask has
+rows of that kind inside. A mask says nothing about what did not come from its tokens, such as the
+patches of an image, of whatever number they may be.
 """
 
 from __future__ import annotations
@@ -31,32 +30,34 @@ _MASK, _ENCODED, _ENCODER_MASK = "attention_mask", "encoder_hidden_states", "enc
 
 @dataclass(frozen=True)
 class _Signature:
-    """What a module's `forward` takes by position, and whether the module is a whole model of
-    transformers."""
+    """The arguments that a module's `forward` takes by position.
+
+    Attributes:
+        is_model: the module is a whole model of transformers.
+    """
 
     names: tuple[str, ...]
     is_model: bool
 
     @property
     def takes_masks(self) -> bool:
-        """Whether a mask may come with a call: by name, or among keywords of any name."""
-        return (
-            self.is_model
-            or not {_MASK, _ENCODER_MASK, _ENCODED}.isdisjoint(self.names)
-            or not self.names
-        )
+        """True where a mask may come with a call: by name, or among keywords of any name."""
+        if self.is_model or not self.names:
+            return True
+        return not {_MASK, _ENCODER_MASK, _ENCODED}.isdisjoint(self.names)
 
 
 @dataclass(eq=False)
 class _Call:
-    """What a module that is running was called with; also those inside it that were called with
-    nothing new.
+    """The arguments of a running module, and of those inside it that were called with nothing new.
 
     Attributes:
-        mask: of its own tokens. encoded: rows of an encoder, handed to it. encoder_mask: of those.
+        mask: of its own tokens.
+        encoded: rows of an encoder, handed to it.
+        encoder_mask: of those.
         scope: of the tokens around it, and where inner masks find their labels.
-        foreign: its rows come from no token of the masks around it. mixed: it is handed such rows
-            as well.
+        foreign: its rows come from no token of the masks around it.
+        mixed: it is handed such rows as well.
         after: the decoder that has run inside it, to whose tokens what comes later belongs.
     """
 
@@ -70,8 +71,7 @@ class _Call:
 
 
 class Masks:
-    """Follows the calls of the modules around the watched layers, and says which rows of an
-    activation count.
+    """Follows the calls of the modules around the target layers, and says which rows count.
 
     Inside the decoder of an encoder-decoder model, tokens count as the decoder's own mask says,
     else where `labels` have a loss (in training a position without one is padding), else all. An
@@ -79,8 +79,8 @@ class Masks:
     goes by the `encoder_attention_mask` beside it.
 
     Args:
-        labels_only: go by the labels in a decoder even where there is a mask. ignore_index: label
-            of tokens without a loss.
+        labels_only: go by the labels in a decoder even where there is a mask.
+        ignore_index: label of tokens without a loss.
     """
 
     def __init__(
@@ -92,11 +92,9 @@ class Masks:
         ignore_index: int = -100,
     ) -> None:
         self._decoder = decoder_of(model)
-        followed = [
-            model,
-            *_around(model, target_layers),
-            *([] if self._decoder is None else [self._decoder]),
-        ]
+        followed = [model, *_around(model, target_layers)]
+        if self._decoder is not None:
+            followed.append(self._decoder)
         self._signatures = {module: _signature(module) for module in followed}
         self._labels_only = labels_only
         self._ignore_index = ignore_index
@@ -106,7 +104,7 @@ class Masks:
         self.begin(None, ALL_ROWS)
 
     def begin(self, batch: Any, scope: RowSelector) -> None:
-        """A forward pass on `batch` comes next; `scope` is what the batch itself says."""
+        """Get ready for a forward pass on `batch`, which itself says `scope`."""
         self._batch, self._scope = batch, scope
         self._running: list[tuple[nn.Module, _Call]] = []
         self._foreign: list[Tensor] = []  # kept, so that nothing else comes to lie in their memory
@@ -117,7 +115,7 @@ class Masks:
             self._known[scope, memory(given)] = given, scope
 
     def watch(self, undo: ExitStack) -> None:
-        """Put hooks on the modules around the watched layers, until `undo` is closed.
+        """Put hooks on the modules around the target layers, until `undo` is closed.
 
         Those that take no mask matter only where rows may come from something else than tokens.
         """
@@ -131,26 +129,31 @@ class Masks:
                 undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 undo.callback(module.register_forward_hook(self._leave, always_call=True).remove)
 
-    def selector(self, name: str, x: Tensor, places: torch.Size | None) -> RowSelector:
-        """Return who chooses among the rows of `x`, an activation of the layer `name` with these
-        leading dimensions."""
-        if places is None or self._is_foreign(x):
+    def selector(self, name: str, x: Tensor, leading_shape: torch.Size | None) -> RowSelector:
+        """Return the selector for the rows of `x`, an activation of the layer `name`.
+
+        Args:
+            leading_shape: of the activation; None where no mask can speak about its rows.
+        """
+        if leading_shape is None or self._is_foreign(x):
             return ALL_ROWS
         calls = list(dict.fromkeys(call.after or call for _, call in reversed(self._running)))
         encoders = [call.encoder_mask for call in calls if call.encoded is x]
-        key = calls[0] if calls else None, places, bool(encoders)
+        key = calls[0] if calls else None, leading_shape, bool(encoders)
         if key not in self._answers:
-            self._answers[key] = self._find(calls, encoders, places)
+            self._answers[key] = self._find(calls, encoders, leading_shape)
         answer, unplaced = self._answers[key]
         if unplaced:
             self._unplaced[name] = None
         return answer
 
     def _find(
-        self, calls: list[_Call], encoders: list[Tensor | None], places: torch.Size
+        self, calls: list[_Call], encoders: list[Tensor | None], leading_shape: torch.Size
     ) -> tuple[RowSelector, bool]:
-        """Return the selector of the nearest mask that fits, and whether one that masks rows out
-        should and does not."""
+        """Return the selector of the nearest mask that fits.
+
+        Also whether a mask should fit that masks rows out, and does not.
+        """
         around = calls[0].scope if calls else self._scope
         scope, given = around, [call.mask for call in calls if call.scope is around]
         if encoders:
@@ -159,34 +162,31 @@ class Masks:
         # Those of four dimensions are made from the others, and to read one is to wait for the
         # device once more.
         flat = [*(self._selector(mask, scope) for mask in masks if mask.ndim < 4), scope]
-        squares = (
-            self._selector(mask, scope)
-            for mask in masks
-            if mask.ndim == 4 and mask.shape[-1] in places
-        )
+        square = [mask for mask in masks if mask.ndim == 4]
+        fitting = [mask for mask in square if mask.shape[-1] in leading_shape]
+        squares = (self._selector(mask, scope) for mask in fitting)
         missed = None
         for selector in chain(flat, squares):
             if selector is None or selector.mask is None:
                 continue
-            if selector.fits(places):
+            if selector.fits(leading_shape):
                 return ALL_ROWS if selector.index is None else selector, False
             missed = missed if selector.index is None else selector
         mixed = bool(calls) and calls[0].mixed
-        return ALL_ROWS, missed is not None and not mixed and _may_be_tokens(places, missed)
+        return ALL_ROWS, missed is not None and not mixed and _may_be_tokens(leading_shape, missed)
 
     def warn_once(self) -> None:
-        """Name the layers of which padding may have been counted, after the first forward pass with
-        such."""
+        """Warn of the layers of which padding may have been counted, after the first such pass."""
         if self._warned or not self._unplaced:
             return
         self._warned = True
         names = list(self._unplaced)
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         warnings.warn(
             "some tokens of the batch are masked out, and no mask fits the rows of these layers,"
             " of which all are counted:"
-            f" {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}; if"
-            " those that are padding must not count, choose with rows=lambda activation, batch,"
-            " layer: …",
+            f" {', '.join(names[:5])}{more}; if those that are padding must not count, choose with"
+            " rows=lambda activation, batch, layer: …",
             stacklevel=4,
         )
 
@@ -207,14 +207,16 @@ class Masks:
     def _says_something_new(
         self, signature: _Signature, module: nn.Module, given: Mapping[str, Any], outer: _Call
     ) -> bool:
-        """Whether a call tells more than the one around it; most do not, and cost next to
-        nothing."""
+        """Return whether a call tells more than the one around it.
+
+        Most do not, and cost next to nothing.
+        """
         if self._foreign or outer.encoded is not None or given.get(_ENCODED) is not None:
             return True
+        if module is self._decoder:
+            return True
         mask = given.get(_MASK)
-        return module is self._decoder or (
-            signature.is_model if mask is None else mask is not outer.mask
-        )
+        return signature.is_model if mask is None else mask is not outer.mask
 
     def _call(
         self,
@@ -225,45 +227,50 @@ class Masks:
     ) -> _Call:
         scope = self._scope if outer is None else outer.scope
         mask, encoder_mask = _tensor(given, _MASK), _tensor(given, _ENCODER_MASK)
-        first, *others = [value for name, value in given.items() if _is_input(name, value)] or [
-            None
-        ]
+        inputs = [value for name, value in given.items() if _is_input(name, value)]
         if outer is None:
-            self._note_foreign(
-                given, scope if mask is None else self._selector(mask, scope) or scope
-            )
             foreign = False
-        # the model inside its wrapper, or around its parts
-        elif mask is not None and (scope, memory(mask)) in self._known:
-            foreign = outer.foreign
+            selector = None if mask is None else self._selector(mask, scope)
+            self._note_foreign(given, selector or scope)
         else:
-            nested = signature.is_model and given.get(_MASK) is None
-            foreign = (
-                outer.foreign
-                or self._is_foreign(first)
-                or (nested and self._is_of_other_length(first, scope))
-            )
-        if foreign and outer is not None and not outer.foreign:
-            scope = RowSelector()
+            foreign = outer.foreign or self._enters_foreign(signature, given, inputs, scope)
+            if foreign and not outer.foreign:
+                scope = RowSelector()
         if module is self._decoder:
             scope, foreign = self._of_decoder(mask), False
-        encoded = _tensor(given, _ENCODED)
-        if encoded is None:  # cross-attention may know it by another name
-            known = (call.encoded for _, call in self._running if call.encoded is not None)
-            encoded = next(
-                (x for x in known if any(x is value for value in (first, *others))), None
-            )
+        encoded = self._encoded(given, inputs)
         # cross-attention, which has one mask
         if encoded is not None and _ENCODER_MASK not in (*signature.names, *given):
             mask, encoder_mask = None, mask
-        return _Call(
-            mask,
-            encoded,
-            encoder_mask,
-            scope,
-            foreign,
-            mixed=any(self._is_foreign(value) for value in others),
-        )
+        mixed = any(self._is_foreign(value) for value in inputs[1:])
+        return _Call(mask, encoded, encoder_mask, scope, foreign, mixed)
+
+    def _enters_foreign(
+        self,
+        signature: _Signature,
+        given: Mapping[str, Any],
+        inputs: Sequence[Tensor],
+        scope: RowSelector,
+    ) -> bool:
+        """Return whether the rows of a call come from no token of the masks around it."""
+        mask = _tensor(given, _MASK)
+        if mask is not None and (scope, memory(mask)) in self._known:
+            return False  # the model inside its wrapper, or around its parts
+        first = inputs[0] if inputs else None
+        if self._is_foreign(first):
+            return True
+        nested = signature.is_model and given.get(_MASK) is None
+        return nested and self._is_of_other_length(first, scope)
+
+    def _encoded(self, given: Mapping[str, Any], inputs: Sequence[Tensor]) -> Tensor | None:
+        """Return the rows of an encoder that are handed on; cross-attention may rename them."""
+        encoded = _tensor(given, _ENCODED)
+        if encoded is not None:
+            return encoded
+        for _, call in self._running:
+            if call.encoded is not None and any(call.encoded is value for value in inputs):
+                return call.encoded
+        return None
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if all(running is not module for running, _ in self._running):
@@ -279,8 +286,7 @@ class Masks:
                 around.after = call
 
     def _selector(self, mask: Tensor, scope: RowSelector) -> RowSelector | None:
-        """Return the selector of a mask that a module was called with, and of the labels of the
-        tokens around it."""
+        """Return the selector of a module's mask, with the labels of the tokens around it."""
         key = scope, memory(mask)
         if key not in self._known:
             tokens = token_mask(mask, given_by_user=not self._running)
@@ -288,16 +294,17 @@ class Masks:
         return self._known[key][1]
 
     def _of_decoder(self, mask: Any) -> RowSelector:
+        """Return the selector of the decoder's tokens, of which the batch may have labels."""
         labels = batch_field(self._batch, "labels")
-        use_labels = (
-            (self._labels_only or mask is None) and isinstance(labels, Tensor) and labels.ndim == 2
+        per_token = isinstance(labels, Tensor) and labels.ndim == 2
+        use_labels = per_token and (self._labels_only or mask is None)
+        decoded = {_MASK: mask, "labels": labels}
+        return RowSelector.of_batch(
+            decoded, labels_only=use_labels, ignore_index=self._ignore_index
         )
-        own = {_MASK: mask, "labels": labels}
-        return RowSelector.of_batch(own, labels_only=use_labels, ignore_index=self._ignore_index)
 
     def _note_foreign(self, given: Mapping[str, Any], selector: RowSelector) -> None:
-        """Remember what the model is given beside the tokens that its mask speaks about: images,
-        sounds."""
+        """Remember what a model is given beside the tokens of its mask: images, sounds."""
         if selector.mask is None:
             return
         for name, value in given.items():
@@ -307,48 +314,47 @@ class Masks:
     def _is_foreign(self, x: Any) -> bool:
         if not self._foreign or not isinstance(x, Tensor):
             return False
-        place = x.untyped_storage().data_ptr()
-        return any(place == other.untyped_storage().data_ptr() for other in self._foreign)
+        address = x.untyped_storage().data_ptr()
+        return any(address == other.untyped_storage().data_ptr() for other in self._foreign)
 
     def _is_of_other_length(self, x: Any, scope: RowSelector) -> bool:
-        """Whether `x` holds nothing for each of the tokens that the masks around speak about."""
-        around = (call.mask for _, call in self._running)
-        masks = [
-            self._selector(mask, scope) for mask in around if mask is not None and mask.ndim < 4
-        ]
-        known = [mask for mask in (*masks, scope) if mask is not None and mask.mask is not None]
-        return (
-            isinstance(x, Tensor)
-            and bool(known)
-            and not any(_may_hold_tokens(x, mask) for mask in known)
-        )
+        """Return whether `x` holds no row for each of the tokens that the masks around mean."""
+        selectors: list[RowSelector | None] = [scope]
+        for _, call in self._running:
+            if call.mask is not None and call.mask.ndim < 4:
+                selectors.append(self._selector(call.mask, scope))
+        known = [one for one in selectors if one is not None and one.mask is not None]
+        if not known or not isinstance(x, Tensor):
+            return False
+        return not any(_may_hold_tokens(x, selector) for selector in known)
 
 
 def decoder_of(model: nn.Module) -> nn.Module | None:
-    """The decoder of an encoder-decoder model, which is called with masks of its own; None for any
-    other model."""
+    """Return the decoder of an encoder-decoder model; None for any other model.
+
+    It is called with masks of its own.
+    """
     for module in model.modules():
-        if getattr(
-            getattr(module, "config", None), "is_encoder_decoder", False
-        ) is True and hasattr(module, "get_decoder"):
-            found = module.get_decoder()  # type: ignore[operator]
-            return found if isinstance(found, nn.Module) else None
+        config = getattr(module, "config", None)
+        if getattr(config, "is_encoder_decoder", False) is not True:
+            continue
+        if hasattr(module, "get_decoder"):
+            decoder = module.get_decoder()  # type: ignore[operator]
+            return decoder if isinstance(decoder, nn.Module) else None
     return None
 
 
 def _around(model: nn.Module, target_layers: Sequence[TargetLayer]) -> list[nn.Module]:
-    """The modules whose calls the watched layers are part of, under whatever name."""
+    """Return the modules whose calls the target layers are part of, under whatever name."""
     watched = {target_layer.module for target_layer in target_layers}
     modules = dict(model.named_modules(remove_duplicate=False))
     names = {name for name, module in modules.items() if module in watched}
-    prefixes = {
-        name.rsplit(".", depth)[0] if depth else ""
-        for name in names
-        for depth in range(name.count(".") + 1)
-    }
-    around = [
-        modules[name] for name in modules if name in prefixes and not is_wrapper(modules[name])
-    ]
+    prefixes = {""}
+    for name in names:
+        parts = name.split(".")
+        prefixes.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
+    outer = [modules[name] for name in modules if name in prefixes]
+    around = [module for module in outer if not is_wrapper(module)]
     # torch's attention is handed several sequences itself.
     around += [target_layer.module for target_layer in target_layers if target_layer.parameter]
     return list(dict.fromkeys(around))
@@ -369,9 +375,9 @@ def _signature(module: nn.Module) -> _Signature:
 def _arguments(
     parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a module is called with, by name, in the order of its signature."""
+    """Return the arguments of a call by name, in the order of the signature."""
     given = dict(zip(parameters, args, strict=False))
-    given |= {str(place): value for place, value in enumerate(args[len(parameters) :])}
+    given |= {str(index): value for index, value in enumerate(args[len(parameters) :])}
     given |= {name: kwargs[name] for name in parameters if name in kwargs}
     return given | dict(kwargs)
 
@@ -386,29 +392,30 @@ def _is_input(name: str, value: Any) -> bool:
 
 
 def _may_hold_tokens(x: Tensor, mask: RowSelector) -> bool:
-    """Whether `x` may be the token ids, embedded tokens or features in time that a mask speaks
-    about."""
+    """Return whether `x` may be the token ids, embedded tokens or features in time of a mask."""
     assert mask.mask is not None
     return x.ndim <= 3 and set(mask.mask.shape) <= set(x.shape)
 
 
-def _may_be_tokens(places: torch.Size, mask: RowSelector) -> bool:
-    """Whether rows that a mask does not fit may be tokens all the same, and not pooled, nor without
-    padding already."""
+def _may_be_tokens(leading_shape: torch.Size, mask: RowSelector) -> bool:
+    """Return whether rows that a mask does not fit may be tokens all the same.
+
+    They are not if they are pooled, or without padding already.
+    """
     assert mask.mask is not None
     assert mask.index is not None
     b, count = len(mask.mask), len(mask.index)
-    if places.numel() == count or places.numel() <= b:
+    if leading_shape.numel() == count or leading_shape.numel() <= b:
         return False
-    return len(places) == 1 or b in places[:2]
+    return len(leading_shape) == 1 or b in leading_shape[:2]
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """Tensors of numbers in a tensor or in (nested) lists, tuples and mappings."""
+    """Return the tensors of floating point numbers in (nested) lists, tuples and mappings."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     if isinstance(value, Mapping):
         value = list(value.values())
-    return (
-        [x for inner in value for x in _tensors(inner)] if isinstance(value, (list, tuple)) else []
-    )
+    if not isinstance(value, (list, tuple)):
+        return []
+    return [x for inner in value for x in _tensors(inner)]
