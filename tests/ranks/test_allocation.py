@@ -16,6 +16,8 @@ from evatune.layers import LayerSpec
 from evatune.ranks.allocation import METRICS, Candidate, RankPlan, allocate
 from evatune.sketch.spectrum import Spectrum
 
+torch.set_num_threads(1)
+
 
 def candidate(
     energies: list[float], in_features: int, out_features: int, rest: float = 1.0
@@ -263,3 +265,75 @@ def test_a_budget_that_cannot_be_met_names_the_layers_that_are_too_small() -> No
 def test_options_out_of_range_say_what_is_allowed(options: dict[str, object], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         allocate({"a": candidate([1, 1, 1, 1], 9, 9)}, **options)  # type: ignore[arg-type]
+
+
+def spectrum_of(energies: list[float]) -> Spectrum:
+    values = torch.tensor(sorted(energies, reverse=True))
+    return Spectrum(
+        torch.eye(len(values), 8), values, float(values.sum()) * 1.5, 100, torch.zeros(8)
+    )
+
+
+LAYER = st.tuples(
+    st.lists(st.floats(0.1, 1.0), min_size=4, max_size=4),
+    st.sampled_from([(8, 4, 1, ""), (6, 8, 2, ""), (5, 5, 1, "experts"), (7, 9, 1, "attention")]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(LAYER, min_size=2, max_size=6), st.sampled_from(["ranks", "parameters"]))
+def test_the_plan_is_the_best_of_all_that_keep_to_ties_and_multiples(
+    drawn: list[tuple[list[float], tuple[int, int, int, str]]], budget: str
+) -> None:
+    layers = {
+        str(number): Candidate(LayerSpec(str(number), *sizes), spectrum_of(energies))
+        for number, (energies, sizes) in enumerate(drawn)
+    }
+    rank_groups = list(dict.fromkeys(layer.spec.rank_key for name, layer in layers.items()))
+    plan = allocate(layers, rank=2, rho=2.0, budget=budget)
+    for name, layer in layers.items():
+        assert plan.ranks[name] % layer.spec.groups == 0
+        assert plan.ranks[name] == next(
+            plan.ranks[n]
+            for n, other in layers.items()
+            if (other.spec.rank_key) == (layer.spec.rank_key)
+        )
+
+    def spent_and_worth(ranks: dict[str, int]) -> tuple[int, float]:
+        spent, worth = 0, 0.0
+        for layer in layers.values():
+            rank = ranks[layer.spec.rank_key]
+            spent += rank * (1 if budget == "ranks" else layer.spec.parameters_per_rank)
+            worth += float(layer.spectrum.energies[:rank].sum()) / layer.spectrum.total_energy
+        return spent, worth
+
+    limit = sum(
+        2 * (1 if budget == "ranks" else layer.spec.parameters_per_rank)
+        for layer in layers.values()
+    )
+    choices = []
+    for rank_group in rank_groups:
+        groups = next(
+            layer.spec.groups
+            for name, layer in layers.items()
+            if (layer.spec.rank_key) == rank_group
+        )
+        choices.append(range(0, 5, groups))
+    every = (
+        spent_and_worth(dict(zip(rank_groups, ranks, strict=True)))
+        for ranks in itertools.product(*choices)
+    )
+    best = max(found for found in every if found[0] <= limit)
+    spent, worth = spent_and_worth(
+        {layer.spec.rank_key: plan.ranks[name] for name, layer in layers.items()}
+    )
+    assert (spent, plan.spent) == (best[0], best[0])
+    assert worth == pytest.approx(best[1], rel=1e-6)
+
+
+def test_a_tied_rank_reaches_as_far_as_the_richest_of_its_layers() -> None:
+    layers = {
+        "0": Candidate(LayerSpec("0", 8, 8, 1, "e"), spectrum_of([1.0] * 4)),
+        "1": Candidate(LayerSpec("1", 8, 8, 1, "e"), spectrum_of([1.0])),
+    }
+    assert set(allocate(layers, rank=4, rho=1.0).ranks.values()) == {4}
