@@ -162,10 +162,10 @@ def round_trip(
     meta: bool = False,
     **options: Any,
 ) -> tuple[evatune.Calibration, dict[str, Tensor]]:
-    """Initialise; the output is what it was, a step lowers the loss, and plain PEFT loads what was
+    """Initialize; the output is what it was, a step lowers the loss, and plain PEFT loads what was
     saved.
 
-    Gives the calibration and every A as it was initialised.
+    Gives the calibration and every A as it was initialized.
     """
     torch.manual_seed(0)
     before = result(build().eval(), batches[0]).detach()
@@ -227,13 +227,13 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLay
 
 
 def train_a_little(model: nn.Module, batch: dict[str, Tensor], steps: int = 3) -> list[float]:
-    """A few optimiser steps on a made-up regression, so that B ≠ 0."""
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    """A few optimizer steps on a made-up regression, so that B ≠ 0."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     torch.manual_seed(1)
     target = torch.randn_like(output(model, batch))
     losses = []
     for _ in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         found = model(**batch)
         loss = (
             ((found.logits if hasattr(found, "logits") else found.last_hidden_state) - target)
@@ -241,7 +241,7 @@ def train_a_little(model: nn.Module, batch: dict[str, Tensor], steps: int = 3) -
             .mean()
         )
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     return losses
 

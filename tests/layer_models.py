@@ -44,7 +44,7 @@ SIZES = {"1": (12,), "2": (9, 8), "3": (4, 5, 6)}
 
 
 def images(conv: nn.Module, count: int = 4, seed: int = 0) -> list[Tensor]:
-    """Batches whose neighbours are alike, so that directions differ in energy."""
+    """Batches whose neighbors are alike, so that directions differ in energy."""
     generator = torch.Generator().manual_seed(seed)
     size = SIZES[type(conv).__name__[4]]
     return [

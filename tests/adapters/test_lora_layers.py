@@ -117,9 +117,9 @@ def test_an_embedding_through_plain_peft(
 
 def test_a_trained_embedding_is_not_overwritten() -> None:
     model = get_peft_model(Words(), LoraConfig(r=2, target_modules=["table"]))
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(**texts()[0]).sum().backward()
-    optimiser.step()
+    optimizer.step()
     with pytest.raises(evatune.EvatuneError, match=r"already trained.*table"):
         evatune.initialize(model, texts())
 

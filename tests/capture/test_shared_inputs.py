@@ -160,7 +160,7 @@ def test_a_layer_that_comes_after_its_group_has_parted_gets_its_own_rows() -> No
 
 
 @pytest.mark.parametrize("sketch", ["nystrom", "exact", "incremental"])
-def test_a_first_batch_without_rows_is_no_obstacle_when_centring(sketch: str) -> None:
+def test_a_first_batch_without_rows_is_no_obstacle_when_centering(sketch: str) -> None:
     batches = [torch.zeros(0, 8), *torch.randn(4, 120, 8).unbind()]
     config = evatune.CalibrationConfig(rank=2, sketch=sketch, center=True, tolerance=0)
     assert evatune.calibrate(Parting(), batches[1:], config, targets=["c"]).status["c"].usable

@@ -75,7 +75,7 @@ class Masks:
 
     Inside the decoder of an encoder-decoder model, tokens count as the decoder's own mask says,
     else where `labels` have a loss (in training a position without one is padding), else all. An
-    encoder's output is recognised by identity where it is handed on as `encoder_hidden_states`, and
+    encoder's output is recognized by identity where it is handed on as `encoder_hidden_states`, and
     goes by the `encoder_attention_mask` beside it.
 
     Args:
