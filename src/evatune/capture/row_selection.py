@@ -53,10 +53,11 @@ class RowSelector:
         self.mask = tokens if counted is None else counted
         if tokens is not None and counted is not None and tokens.shape == counted.shape:
             self.mask = counted & tokens.to(counted.device)
+        self.index: Tensor | None = None
         # The one wait for the device per mask: how many rows there are decides the shapes of all
         # that follows.
-        everything = self.mask is None or bool(self.mask.all())
-        self.index = None if everything else self.mask.flatten().nonzero().flatten()  # type: ignore[union-attr]
+        if self.mask is not None and not bool(self.mask.all()):
+            self.index = self.mask.flatten().nonzero().flatten()
 
     @classmethod
     def of_batch(
