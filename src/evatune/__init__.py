@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from evatune.api import calibrate, initialize
     from evatune.calibration.config import CalibrationConfig
-    from evatune.calibration.loop import Progress
+    from evatune.calibration.options import Progress
     from evatune.calibration.result import Calibration
     from evatune.calibration.status import Status
     from evatune.errors import EvatuneError
@@ -38,7 +38,7 @@ _HOMES = {
     "Calibration": "calibration.result",
     "CalibrationConfig": "calibration.config",
     "EvatuneError": "errors",
-    "Progress": "calibration.loop",
+    "Progress": "calibration.options",
     "RankPlan": "ranks.allocation",
     "Spectrum": "sketch.spectrum",
     "Status": "calibration.status",

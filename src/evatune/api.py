@@ -3,19 +3,19 @@ do the work."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from evatune.adapters.options import InitializeOptions, RankOptions
 from evatune.calibration.checkpoint import Checkpoint
 from evatune.calibration.config import CalibrationConfig
-from evatune.calibration.loop import Progress, run
+from evatune.calibration.loop import run
+from evatune.calibration.options import ProgressFunction, RunOptions
 from evatune.calibration.result import Calibration
-from evatune.capture import (
-    find_target_layers,
-)
+from evatune.capture import find_target_layers
 from evatune.capture.recorder import RowsFunction
 from evatune.capture.targets import Targets
 from evatune.distributed.group import ProcessGroup
@@ -33,7 +33,7 @@ def calibrate(
     targets: Targets = None,
     forward: ForwardFunction | None = None,
     rows: RowsFunction | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: ProgressFunction | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Calibration:
     """Find the leading directions of what each layer's input carries on this data.
@@ -99,21 +99,13 @@ def calibrate(
     Cost: the forward passes plus 4·d·l flops per token and distinct layer input of width d, with
     l = components + oversampling; 12·d·l bytes per distinct input.
     """
-    model, config = unwrapped(model), config or CalibrationConfig()
-    with ProcessGroup.create(
-        config.distributed, model_device(model), config.rendezvous_timeout
-    ) as process_group:
-        return run(
-            model,
-            find_target_layers(adapted(model), targets),
-            batches,
-            config,
-            process_group,
-            forward=forward,
-            rows=rows,
-            progress=progress,
-            checkpoint=checkpoint,
-        )
+    model = unwrapped(model)
+    config = config or CalibrationConfig()
+    device, patience = model_device(model), config.rendezvous_timeout
+    options = RunOptions(forward=forward, rows=rows, progress=progress, checkpoint=checkpoint)
+    with ProcessGroup.create(config.distributed, device, patience) as process_group:
+        target_layers = find_target_layers(adapted(model), targets)
+        return run(model, target_layers, batches, config, process_group, options)
 
 
 @torch.inference_mode(mode=False)  # which would leave parameters that cannot be trained
@@ -131,13 +123,13 @@ def initialize(
     rows: RowsFunction | None = None,
     adapter_name: str = "default",
     overwrite: bool = False,
-    progress: Callable[[Progress], None] | None = None,
+    progress: ProgressFunction | None = None,
     checkpoint: Checkpoint | None = None,
     on_unsupported: str = "error",
 ) -> Calibration:
     """Calibrate, redistribute ranks and write the result into a model's LoRA layers, in place.
 
-    Call it before the optimiser exists: layers whose rank changes get new parameters.
+    Call it before the optimizer exists: layers whose rank changes get new parameters.
 
     Args:
         model: a `PeftModel` with a LoRA adapter (or a transformers model after `add_adapter`), or a
@@ -170,7 +162,7 @@ def initialize(
                        0.001·sqrt(E[(v_j·x)²]).
             "matched"  a_j = c·v_j, c² = (r_l / (3·in)) · E‖x‖² / Σ_j E[(v_j·x)²], so that E‖Ax‖² is
             what it
-                       is for PEFT's default initialisation (uniform on ±1/√in) at the layer's rank:
+                       is for PEFT's default initialization (uniform on ±1/√in) at the layer's rank:
                        a learning rate tuned for LoRA carries over.
 
         config: other settings of the calibration; `rank`, `rho`, `budget` and `metric` given here
@@ -182,13 +174,13 @@ def initialize(
         forward, rows, progress, checkpoint: as for `evatune.calibrate`, and so are several
         processes: each ends with the
             same adapter. A Trainer's processes share its batches out.
-        adapter_name: which adapter to initialise; no other is touched.
+        adapter_name: which adapter to initialize; no other is touched.
         overwrite: let an adapter that is trained already start over: B = 0 and, with DoRA,
         magnitudes as at the start.
             Modules trained in full (`modules_to_save`) stay as they are.
-        on_unsupported: adapted layers of a kind that EVA does not initialise are an "error" that
+        on_unsupported: adapted layers of a kind that EVA does not initialize are an "error" that
         names them, or with
-            "skip" stay as PEFT initialised them, at their rank and outside the budget, and are
+            "skip" stay as PEFT initialized them, at their rank and outside the budget, and are
             named in a warning.
 
     Returns:
@@ -215,26 +207,18 @@ def initialize(
         was made under `torch.inference_mode()` and cannot be trained. The model is unchanged in
         every case.
     """
-    options: dict[str, Any] = {
-        "rank": rank,
-        "rho": rho,
-        "budget": budget,
-        "metric": metric,
-        "scale": scale,
-        "config": config,
-        "rows": rows,
-        "adapter_name": adapter_name,
-        "overwrite": overwrite,
-        "progress": progress,
-        "checkpoint": checkpoint,
-        "on_unsupported": on_unsupported,
-        "forward": forward,
-    }
-    settings = config or CalibrationConfig()
-    together, patience = (
-        settings.distributed and not isinstance(batches, Calibration),
-        settings.rendezvous_timeout,
+    options = InitializeOptions(
+        ranks=RankOptions(rank=rank, rho=rho, budget=budget, metric=metric),
+        run=RunOptions(forward=forward, rows=rows, progress=progress, checkpoint=checkpoint),
+        config=config,
+        scale=scale,
+        adapter_name=adapter_name,
+        overwrite=overwrite,
+        on_unsupported=on_unsupported,
     )
+    settings = config or CalibrationConfig()
+    together = settings.distributed and not isinstance(batches, Calibration)
+    patience = settings.rendezvous_timeout
     if hasattr(model, "get_train_dataloader"):
         if batches is not None and not isinstance(batches, Calibration):
             raise DataError(
@@ -244,7 +228,7 @@ def initialize(
         from evatune.trainers.hf import initialize_trainer
 
         with ProcessGroup.create(together, model_device(model.model), patience) as process_group:
-            return initialize_trainer(model, batches, process_group=process_group, **options)
+            return initialize_trainer(model, batches, options, process_group)
     if batches is None:
         raise DataError(
             "initialize(model, batches) needs batches: a DataLoader, list or generator of model"
@@ -253,4 +237,4 @@ def initialize(
     from evatune.adapters.initialize import initialize_model
 
     with ProcessGroup.create(together, model_device(model), patience) as process_group:
-        return initialize_model(model, batches, process_group=process_group, **options)
+        return initialize_model(model, batches, options, process_group)

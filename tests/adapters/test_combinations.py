@@ -52,9 +52,9 @@ def loads_in_plain_peft(model: PeftModel, build: Callable[[], Any], folder: Path
     [{"use_rslora": True}, {"use_dora": True}, {"use_dora": True, "use_rslora": True}],
     ids=str,
 )
-@pytest.mark.parametrize("optimiser", ["sgd", "loraplus"])
+@pytest.mark.parametrize("optimizer", ["sgd", "loraplus"])
 def test_rslora_dora_and_loraplus_with_a_head_that_is_trained_in_full(
-    tmp_path: Path, options: dict[str, Any], optimiser: str
+    tmp_path: Path, options: dict[str, Any], optimizer: str
 ) -> None:
     model = lora(classifier(), task_type="SEQ_CLS", modules_to_save=["classifier"], **options)
     evatune.initialize(model, tokens(8))
@@ -63,7 +63,7 @@ def test_rslora_dora_and_loraplus_with_a_head_that_is_trained_in_full(
     assert head.weight.requires_grad
     assert "classifier" not in ranks_of(model)
     before = head.weight.clone()
-    if optimiser == "sgd":
+    if optimizer == "sgd":
         train_a_little(model, tokens()[0])
     else:
         plus = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
@@ -344,7 +344,7 @@ def other_unit() -> evatune.Calibration:
             not_lora,
             lambda m: evatune.initialize(m, tokens()),
             AdapterError,
-            "IA3Config; EVA initialises LoRA adapters only",
+            "IA3Config; EVA initializes LoRA adapters only",
         ),
         (
             trained,

@@ -68,7 +68,7 @@ def test_settings_out_of_range_are_value_errors(options: dict[str, float]) -> No
         config(**options)
 
 
-def test_it_is_the_same_initialisation_as_evatunes_own() -> None:
+def test_it_is_the_same_initialization_as_evatunes_own() -> None:
     ours, compat = adapted(tiny_bert(), tau=0.9), adapted(tiny_bert(), tau=0.9)
     evatune.initialize(ours, tokens(8))
     initialize_lora_eva_weights(compat, tokens(8), **QUIET)
@@ -388,7 +388,7 @@ def test_a_bar_is_drawn_on_a_terminal_only(capsys: pytest.CaptureFixture[str]) -
 # -- labels ----------------------------------------------------------------------------------------
 
 
-def labelled(value: int = -100) -> list[dict[str, Tensor]]:
+def labeled(value: int = -100) -> list[dict[str, Tensor]]:
     """Only the last four labels of each text count."""
     batches = tokens(8)
     for batch in batches:
@@ -403,7 +403,7 @@ def labelled(value: int = -100) -> list[dict[str, Tensor]]:
 def test_the_label_mask_of_the_adapters_config_is_honoured(
     door: str, use: bool, value: int
 ) -> None:
-    batches = labelled(value)
+    batches = labeled(value)
     options: dict[str, Any] = {
         "use_label_mask": use,
         "label_mask_value": value,
@@ -432,7 +432,7 @@ def test_the_label_mask_of_the_adapters_config_is_honoured(
 def test_a_config_of_the_callers_own_overrides_the_adapters_label_mask() -> None:
     model = adapted(tiny_llama())
     calibration = evatune.initialize(
-        model, labelled(), config=evatune.CalibrationConfig(labels_only=False)
+        model, labeled(), config=evatune.CalibrationConfig(labels_only=False)
     )
     assert calibration.config.labels_only is False
     assert next(iter(calibration.spectra.values())).rows == 48 * calibration.batches
@@ -447,7 +447,7 @@ def test_labels_of_whole_texts_and_of_decoders_are_no_token_labels() -> None:
         RowSelector.of_batch(batch | {"labels": torch.zeros(4, 3)}, labels_only="auto").index
         is None
     )
-    assert len(RowSelector.of_batch(labelled()[0], labels_only="auto").index) == 16  # type: ignore[arg-type]
+    assert len(RowSelector.of_batch(labeled()[0], labels_only="auto").index) == 16  # type: ignore[arg-type]
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
@@ -463,7 +463,7 @@ def test_labels_of_whole_texts_and_of_decoders_are_no_token_labels() -> None:
         )
     )
     model = adapted(t5, target_modules=["q"])
-    calibration = evatune.initialize(model, labelled())
+    calibration = evatune.initialize(model, labeled())
     assert (
         calibration.spectra["encoder.block.0.layer.0.SelfAttention.q"].rows
         == 48 * calibration.batches
@@ -472,7 +472,7 @@ def test_labels_of_whole_texts_and_of_decoders_are_no_token_labels() -> None:
 
 def test_no_label_mask_without_eva_in_the_config() -> None:
     model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear"))
-    assert evatune.initialize(model, labelled()).config.labels_only is False
+    assert evatune.initialize(model, labeled()).config.labels_only is False
 
 
 # -- saving, and what is refused -------------------------------------------------------------------

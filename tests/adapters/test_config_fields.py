@@ -112,7 +112,7 @@ def adapted(model: Any, **options: Any) -> PeftModel:
 
 
 def redistributed(model: Any, *gone: str) -> evatune.Calibration:
-    """Initialise from a calibration by which layers `gone` are worth nothing, others more or
+    """Initialize from a calibration by which layers `gone` are worth nothing, others more or
     less."""
     found = evatune.calibrate(model, tokens(4), evatune.CalibrationConfig(components=8))
     spectra = {}

@@ -220,7 +220,7 @@ def test_layers_that_are_not_supported_are_named_or_left_as_peft_made_them(
     with pytest.raises(TargetError, match=refused):
         evatune.initialize(model, xs)
     before = None if meta else matrices(model, "A")["wide"]
-    with pytest.warns(UserWarning, match=r"start as PEFT initialised them: wide \(Conv1d"):
+    with pytest.warns(UserWarning, match=r"start as PEFT initialized them: wide \(Conv1d"):
         calibration = evatune.initialize(model, xs, on_unsupported="skip")
     assert set(calibration.allocate().ranks) == {"first", "second"}
     after = matrices(model, "A")["wide"]

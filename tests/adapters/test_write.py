@@ -374,7 +374,7 @@ def test_an_adapter_that_is_not_lora_is_refused() -> None:
     from peft import IA3Config
 
     model = get_peft_model(tiny_bert(), IA3Config(target_modules=["query"], feedforward_modules=[]))
-    with pytest.raises(AdapterError, match="IA3Config; EVA initialises LoRA"):
+    with pytest.raises(AdapterError, match="IA3Config; EVA initializes LoRA"):
         evatune.initialize(model, tokens())
 
 

@@ -115,11 +115,11 @@ def test_every_outcome_has_a_name_and_advice() -> None:
     assert all(status.advice for status in Status)
 
 
-def test_layers_that_cannot_be_initialised_are_listed_with_the_batch_and_what_to_try() -> None:
+def test_layers_that_cannot_be_initialized_are_listed_with_the_batch_and_what_to_try() -> None:
     with pytest.raises(LayerError) as caught:
         odd_calibration().require_usable()
     message = str(caught.value)
-    assert message.startswith("4 of 5 layers cannot be initialised")
+    assert message.startswith("4 of 5 layers cannot be initialized")
     for part in (
         "nan (first in batch 3)",
         "few (1 rows for 4 components)",

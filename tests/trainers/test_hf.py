@@ -105,7 +105,7 @@ def test_too_late_is_a_clear_error(tmp_path: Path) -> None:
         {name: value.clone() for name, value in run.model.state_dict().items()},
         str(run.model.peft_config),
     )
-    with pytest.raises(AdapterError, match=r"already has an optimiser.*before trainer\.train"):
+    with pytest.raises(AdapterError, match=r"already has an optimizer.*before trainer\.train"):
         evatune.initialize(run)
     assert str(run.model.peft_config) == config
     assert before.keys() == run.model.state_dict().keys()
@@ -137,7 +137,7 @@ def test_a_finished_calibration_starts_a_trainers_model_without_a_batch(tmp_path
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     run.create_optimizer()
-    with pytest.raises(AdapterError, match="already has an optimiser"):
+    with pytest.raises(AdapterError, match="already has an optimizer"):
         evatune.initialize(run, calibration)
 
 
@@ -266,7 +266,7 @@ def test_trackers_get_what_the_calibration_found_before_the_first_loss(tmp_path:
     ]
 
 
-def test_only_the_last_of_several_initialisations_is_logged(tmp_path: Path) -> None:
+def test_only_the_last_of_several_initializations_is_logged(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.remove_callback(PrinterCallback)
     evatune.initialize(run)

@@ -219,7 +219,7 @@ def test_a_run_goes_on_from_its_checkpoint_and_a_second_fit_keeps_what_was_learn
     assert all(torch.equal(p, learnt[name]) for name, p in again.named_parameters())
 
 
-def test_only_a_fit_initialises(tmp_path: Path) -> None:
+def test_only_a_fit_initializes(tmp_path: Path) -> None:
     eva = EvaCallback(forward=forward)
     eva.setup(trainer(tmp_path), Classifier(), "test")
     assert eva.calibration is None

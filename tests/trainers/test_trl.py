@@ -150,7 +150,7 @@ def test_a_peft_model_that_comes_with_an_adapter_needs_no_config_of_the_trainers
     calibration = evatune.initialize(run, rho=1)
     assert set(calibration.allocate().ranks.values()) == {2}
     run.create_optimizer()
-    with pytest.raises(AdapterError, match=r"already has an optimiser.*before trainer\.train"):
+    with pytest.raises(AdapterError, match=r"already has an optimizer.*before trainer\.train"):
         evatune.initialize(run)
 
 

@@ -4,7 +4,7 @@
 
 What differs from PEFT 0.21, on purpose:
 
-- The directions are those of `evatune.initialize`: of the uncentred second moment, each batch read
+- The directions are those of `evatune.initialize`: of the uncentered second moment, each batch read
   once, 64 batches at most. `EvaConfig.tau`, the cosine at which PEFT takes a vector as settled,
   becomes the tolerance (1 - tau) / 10 of the stop rule, which speaks of all the energy, where the
   vectors that settle last carry little of it. 0.9 is evatune's default; 0.99, PEFT's, asks for
@@ -17,7 +17,7 @@ What differs from PEFT 0.21, on purpose:
 - The caller's mappings, model and batches stay as they are, and an adapter that is trained already
   is refused.
 - Afterwards the adapter's config says `init_lora_weights=True`, since nothing is left to
-  initialise.
+  initialize.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import EvaConfig, LoraConfig
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.eva import (
     forward_fn_dict,
     prepare_layer_inputs_fn_language_modeling,
@@ -39,13 +39,15 @@ from peft.tuners.lora.eva import (
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from evatune.adapters.initialize import label_settings, lora_config, require_fresh, usual_start
-from evatune.adapters.lora_layers import LoraTarget, find_lora_targets
+from evatune.adapters.adapter import LoraAdapter, lora_config
+from evatune.adapters.lora_layers import LoraTarget
+from evatune.adapters.options import with_label_mask
 from evatune.adapters.scale import scaled_rows
 from evatune.adapters.variants import active_positions, require_known_variant
-from evatune.adapters.write import write_rows
+from evatune.adapters.write import usual_start, write_rows
 from evatune.calibration.config import CalibrationConfig
-from evatune.calibration.loop import Progress, run
+from evatune.calibration.loop import run
+from evatune.calibration.options import ProgressFunction, RunOptions
 from evatune.capture import RowSelector, TargetLayer, find_target_layers, selector_for
 from evatune.capture.layer_types import is_linear, target_layers_of
 from evatune.capture.recorder import RowsFunction
@@ -146,8 +148,8 @@ def get_eva_state_dict(
         rho=eva.rho,
         tolerance=tolerance,
         distributed=gather_distributed_inputs,
-        **label_settings(eva),
     )
+    config = with_label_mask(config, eva)
     rows = _rows(model, peft_config, config, prepare_model_inputs_fn, prepare_layer_inputs_fn)
     forward = None if forward_fn is forward_fn_dict else forward_fn
     device = model_device(model)
@@ -158,10 +160,11 @@ def get_eva_state_dict(
         ProcessGroup.create(config.distributed, device, config.rendezvous_timeout) as process_group,
         _bar(show) as progress,
     ):
-        options: dict[str, Any] = {"forward": forward, "rows": rows, "progress": progress}
-        options["active"] = active_positions(peft_config)
+        options = RunOptions(
+            forward=forward, rows=rows, progress=progress, active=active_positions(peft_config)
+        )
         try:
-            calibration = run(model, target_layers, batches, config, process_group, **options)
+            calibration = run(model, target_layers, batches, config, process_group, options)
         except NoBatchError:
             raise NoBatchError(
                 "the dataloader is empty: not one batch came; give a DataLoader, a list or a"
@@ -219,12 +222,12 @@ def initialize_lora_eva_weights(
         raise AdapterError(
             "`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`; that"
             f" of adapter {adapter_name!r} is {lora.init_lora_weights!r} (True also after it was"
-            " initialised). evatune.initialize asks for nothing of the kind"
+            " initialized). evatune.initialize asks for nothing of the kind"
         )
     require_trainable(model)
-    lora_targets, others = _linear_lora_targets(model, adapter_name)
+    adapter = _linear_adapter(model, adapter_name)
     require_known_variant(model, lora, adapter_name)
-    require_fresh(lora_targets, adapter_name)
+    adapter.require_fresh()
     if eva_state_dict is None:
         if dataloader is None:
             raise DataError(
@@ -240,19 +243,17 @@ def initialize_lora_eva_weights(
             gather_distributed_inputs=gather_distributed_inputs,
             show_progress_bar=show_progress_bar,
         )
-    rows = _fitting(eva_state_dict, lora_targets)
-    missing = [lora_target for lora_target in lora_targets if lora_target.name not in rows]
-    for lora_target in missing:  # PEFT's default: uniform on ±1/√in
-        shape = lora_target.layer.r[adapter_name], lora_target.target_layers[0].in_features
+    rows = _fitting(eva_state_dict, adapter.targets)
+    missing = [target for target in adapter.targets if target.name not in rows]
+    for target in missing:  # PEFT's default: uniform on ±1/√in
+        shape = target.layer.r[adapter_name], target.target_layers[0].in_features
         a = torch.empty(shape, dtype=torch.float32, device="cpu")
-        rows[lora_target.name] = nn.init.kaiming_uniform_(a, a=5**0.5)
-    for layer in others.values():  # they may be on the meta device
-        usual_start(layer, lora, adapter_name)
-    write_rows(
-        model, lora, lora_targets, rows, rank=lora.r, adapter_name=adapter_name, others=others
-    )
-    if missing or others:
-        names = [*(lora_target.name for lora_target in missing), *others]
+        rows[target.name] = nn.init.kaiming_uniform_(a, a=5**0.5)
+    for layer in adapter.others.values():  # they may be on the meta device
+        usual_start(layer, adapter)
+    write_rows(adapter, rows, lora.r)
+    if missing or adapter.others:
+        names = [*(target.name for target in missing), *adapter.others]
         warnings.warn(
             "the following layers were initialized with init_lora_weights=True because they were"
             f" not found in the eva state_dict: {', '.join(names)}",
@@ -260,67 +261,64 @@ def initialize_lora_eva_weights(
         )
 
 
-def _linear_lora_targets(
-    model: nn.Module, adapter_name: str
-) -> tuple[list[LoraTarget], dict[str, LoraLayer]]:
-    """The adapter's linear layers, all that PEFT's EVA knows, and the others by their names."""
-    lora_targets, unsupported = find_lora_targets(model, adapter_name)
-    others = {
-        lora_target.name: lora_target.layer
-        for lora_target in lora_targets
-        if not lora_target.is_linear
-    }
-    return [lora_target for lora_target in lora_targets if lora_target.is_linear], others | {
-        peft_name(path): layer for path, layer in unsupported.items()
-    }
+def _linear_adapter(model: nn.Module, adapter_name: str) -> LoraAdapter:
+    """Return the adapter with its linear layers, all that PEFT's EVA knows, as its targets."""
+    adapter = LoraAdapter.find(model, adapter_name)
+    linear = [target for target in adapter.targets if target.is_linear]
+    others = {target.name: target.layer for target in adapter.targets if not target.is_linear}
+    return replace(adapter, targets=linear, others=others | dict(adapter.others))
 
 
-def _fitting(state: Mapping[str, Tensor], lora_targets: list[LoraTarget]) -> dict[str, Tensor]:
-    """The entries that belong to these layers, by the names that PEFT's patterns match."""
+def _fitting(state: Mapping[str, Tensor], targets: list[LoraTarget]) -> dict[str, Tensor]:
+    """Return the entries that belong to these layers, by the names that PEFT's patterns match."""
     by_name = {peft_name(key): value for key, value in state.items()}
-    rows = {
-        lora_target.name: by_name[lora_target.name]
-        for lora_target in lora_targets
-        if lora_target.name in by_name
-    }
-    if state and lora_targets and not rows:
+    rows = {target.name: by_name[target.name] for target in targets if target.name in by_name}
+    if state and targets and not rows:
         raise AdapterError(
             "no name in the eva state_dict is that of an adapted layer (names like"
-            f" {next(iter(state))}; layers like {lora_targets[0].name}); give the state dict of"
+            f" {next(iter(state))}; layers like {targets[0].name}); give the state dict of"
             " this model"
         )
-    for lora_target in lora_targets:
-        a, width = rows.get(lora_target.name), lora_target.target_layers[0].in_features
+    for target in targets:
+        a, width = rows.get(target.name), target.target_layers[0].in_features
         if a is not None and (a.ndim != 2 or a.shape[1] != width):
             raise AdapterError(
-                f"the eva state_dict has {tuple(a.shape)} for {lora_target.name}; it must be (rank,"
+                f"the eva state_dict has {tuple(a.shape)} for {target.name}; it must be (rank,"
                 f" {width}); give the state dict of this model"
             )
     return rows
 
 
 def _target_layers(model: nn.Module, config: LoraConfig, adapter_name: str) -> list[TargetLayer]:
-    """The layers to calibrate, under their names in `model`; unsupported kinds are left out, as
-    PEFT does."""
+    """Return the layers to calibrate, under their names in `model`.
+
+    Unsupported kinds are left out, as PEFT does.
+    """
     if hasattr(model, "peft_config"):
-        lora_targets, _ = _linear_lora_targets(model, adapter_name)
-        first = {lora_target.path: lora_target.target_layers[0] for lora_target in lora_targets}
+        targets = _linear_adapter(model, adapter_name).targets
+        first = {target.path: target.target_layers[0] for target in targets}
         return [target_layer.renamed(path) for path, target_layer in first.items()]
-    layers = dict(model.named_modules())
+    target_layers: list[TargetLayer] = []
+    for name, module in _matched_modules(model, config).items():
+        if is_linear(module):
+            target_layers.extend(target_layers_of(name, module))
+    return target_layers
+
+
+def _matched_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """Return the modules that the config's targets name; a TargetError if there is none."""
+    modules = dict(model.named_modules())
     if config.target_modules is None or config.target_modules == "all-linear":
-        every = {target_layer.module for target_layer in find_target_layers(model, "all-linear")}
+        linear = {target_layer.module for target_layer in find_target_layers(model, "all-linear")}
         config = copy.copy(config)
-        config.target_modules = {name for name, module in layers.items() if module in every}
-    names = [name for name in layers if check_target_module_exists(config, name)]
-    matched = {name: layers[name] for name in names}
-    if not matched:
+        config.target_modules = {name for name, module in modules.items() if module in linear}
+    names = [name for name in modules if check_target_module_exists(config, name)]
+    if not names:
         raise TargetError(
             f"target_modules {config.target_modules!r} match no layer of this model; try "
             "'all-linear', or a list of endings of layer names"
         )
-    linear = {name: module for name, module in matched.items() if is_linear(module)}
-    found = [target_layers_of(name, module) for name, module in linear.items()]
-    return [target_layer for target_layers in found for target_layer in target_layers]
+    return {name: modules[name] for name in names}
 
 
 def _rows(
@@ -382,7 +380,7 @@ def _moved(batches: Iterable[Any], device: torch.device | None) -> Iterator[Any]
 
 
 @contextmanager
-def _bar(show: bool) -> Iterator[Callable[[Progress], None]]:
+def _bar(show: bool) -> Iterator[ProgressFunction]:
     from rich.console import Console
     from rich.progress import Progress as Bar
 

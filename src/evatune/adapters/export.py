@@ -29,7 +29,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_sta
 from safetensors.torch import save_file, storage_ptr
 from torch import Tensor, nn
 
-from evatune.adapters.initialize import lora_config
+from evatune.adapters.adapter import lora_config
 from evatune.adapters.saved import (
     layer_names,
     layer_scale,

@@ -2,7 +2,7 @@
 
 from evatune.calibration.checkpoint import Checkpoint
 from evatune.calibration.config import CalibrationConfig
-from evatune.calibration.loop import Progress
+from evatune.calibration.options import Progress
 from evatune.calibration.result import Calibration
 from evatune.calibration.status import Status
 

@@ -14,7 +14,7 @@ DEFAULT_RANK, DEFAULT_RHO = 16, 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """How activations are summarised and when to stop.
+    """How activations are summarized and when to stop.
 
     Attributes:
         rank: r, ranks per layer before redistribution. Default: the adapter's, where there is one,
@@ -25,7 +25,7 @@ class CalibrationConfig:
         budget, metric: what the stop rule's trial redistribution uses; see `Calibration.allocate`.
         sketch: "nystrom" (default), "exact" (full second moment), "incremental" (the paper's
             algorithm).
-        center: subtract the mean. False (default) is what the paper's theorem maximises: the
+        center: subtract the mean. False (default) is what the paper's theorem maximizes: the
             gradient of B at step 0 grows with E‖Ax‖², mean included. True is the paper's code
             (PCA).
         oversampling: columns of the Nyström basis beyond `components`.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from evatune.calibration.batches import _NO_DATA, BatchSource, _anyone
 from evatune.calibration.checkpoint import Checkpoint
 from evatune.calibration.config import CalibrationConfig
 from evatune.calibration.convergence import Monitor, is_check, is_due, is_refresh
+from evatune.calibration.options import Progress, RunOptions
 from evatune.calibration.result import Calibration
 from evatune.calibration.status import Status
 from evatune.capture import (
@@ -24,25 +25,13 @@ from evatune.capture import (
     TargetLayer,
     selector_for,
 )
-from evatune.capture.recorder import RowsFunction
 from evatune.distributed.group import ProcessGroup
 from evatune.errors import ConfigError, NoBatchError
 from evatune.modeling.batches import require_arguments
-from evatune.modeling.forward import ForwardFunction, call_model, model_device, to_device
+from evatune.modeling.forward import call_model, model_device, to_device
 from evatune.modeling.sharding import is_sharded, require_weights
 from evatune.modeling.state import as_base, full_precision, may_stop_early, states_kept
 from evatune.sketch import Sketch, make_sketch
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a `progress` callback receives after each batch."""
-
-    batch: int  # batches done
-    max_batches: int
-    rows: int  # most rows any layer has seen
-    settled: int  # layers whose directions have settled, as of the last check
-    layers: int
 
 
 def run(
@@ -51,21 +40,11 @@ def run(
     batches: Iterable[Any],
     config: CalibrationConfig,
     process_group: ProcessGroup,
-    *,
-    forward: ForwardFunction | None = None,
-    rows: RowsFunction | None = None,
-    progress: Callable[[Progress], None] | None = None,
-    checkpoint: Checkpoint | None = None,
-    caps: Mapping[str, int] | None = None,
-    active: Callable[[Any], Tensor] | None = None,
+    options: RunOptions,
 ) -> Calibration:
     """`calibrate` for layers that are already chosen, on a model without a wrapper for several
-    devices.
-
-    Args:
-        active: from a batch to the (B, T) positions at which the adapter acts; None: at all.
-        caps: what the stop rule's trial redistribution keeps to, as `allocate` does.
-    """
+    devices."""
+    forward, rows, checkpoint = options.forward, options.rows, options.checkpoint
     require_weights(model)
     require_arguments("forward", forward, "model, batch")
     require_arguments("rows", rows, "activation, batch, layer_name")
@@ -77,7 +56,7 @@ def run(
     device, in_step = model_device(model), process_group.size > 1 and is_sharded(model)
     call = forward or call_model
     select = selector_for(
-        model, labels_only, config.ignore_index, None if is_sharded(model) else call, active
+        model, labels_only, config.ignore_index, None if is_sharded(model) else call, options.active
     )
 
     def new_sketch(target_layer: TargetLayer, device: torch.device) -> Sketch:
@@ -100,7 +79,7 @@ def run(
         )
 
     shared_inputs = SharedInputs(new_sketch, share=rows is None)
-    monitor = Monitor(target_layers, shared_inputs, config, process_group, make, caps or {})
+    monitor = Monitor(target_layers, shared_inputs, config, process_group, make, options.caps)
     if process_group.size > 1:
         _require_same_work(
             process_group,
@@ -154,8 +133,8 @@ def run(
                 converged = (
                     is_due(before, now, is_check) and process_group.gather(monitor.check())[0]
                 )
-            if progress is not None:
-                progress(
+            if options.progress is not None:
+                options.progress(
                     Progress(now, limit, monitor.rows, len(monitor.settled), len(target_layers))
                 )
             if converged or is_last:

@@ -98,7 +98,7 @@ def merge_spectra(parts: Sequence[Spectrum], components: int) -> Spectrum:
     rows.
 
     Args:
-        parts: at least one spectrum, of one width, all centred or none. Those without rows do not
+        parts: at least one spectrum, of one width, all centered or none. Those without rows do not
             count.
         components: how many directions to keep at most.
 
@@ -202,13 +202,13 @@ def _join(parts: Sequence[Spectrum], components: int) -> Spectrum:
 
 def _factor(part: Spectrum, about: Tensor) -> Tensor:
     """F (≤ k + 1, d) float64 with FᵀF the kept second moment per row; about the row `about` when
-    centring."""
+    centering."""
     factor = part.energies.double().clamp_min(0).sqrt()[:, None] * part.directions.double()
     return torch.cat([factor, (part.mean.double() - about)[None]]) if part.centered else factor
 
 
 def _total_about(part: Spectrum, about: Tensor) -> float:
-    """Mean squared norm per row; about the row `about` when centring."""
+    """Mean squared norm per row; about the row `about` when centering."""
     return part.total_energy + (
         float((part.mean.double() - about).square().sum()) if part.centered else 0.0
     )

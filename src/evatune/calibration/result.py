@@ -106,8 +106,8 @@ class Calibration:
 
         Per layer, the leading directions of Σ nᵢKᵢ / N, where shard i has nᵢ of the N rows and Kᵢ
         is what its record keeps of their second moment Cᵢ. Rows, batches, means and total energies
-        are exactly those of one pass; centred records join about the common mean. Sums are float64;
-        the order of shards changes rounding only.
+        are exactly those of one pass; centered records join about the common mean. Sums are
+        float64; the order of shards changes rounding only.
 
         What that can lose. No sketch reports what its data does not hold: Cᵢ = Kᵢ + Rᵢ with Rᵢ ⪰ 0,
         and tr Rᵢ is the energy outside the shard's directions, its `tail_energy`. Let T = Σ nᵢ·tr
@@ -153,7 +153,7 @@ class Calibration:
         return _merge(shards)
 
     def require_usable(self) -> None:
-        """Raise a LayerError that lists every layer no adapter can be initialised for, with
+        """Raise a LayerError that lists every layer no adapter can be initialized for, with
         advice."""
         failed: dict[Status, list[str]] = {}
         for name, status in self.status.items():
@@ -166,7 +166,7 @@ class Calibration:
                 lines.append(f"{status}: {', '.join(names[:5])}{more}; {status.advice}")
             total = sum(map(len, failed.values()))
             raise LayerError(
-                f"{total} of {len(self.status)} layers cannot be initialised: " + ". ".join(lines)
+                f"{total} of {len(self.status)} layers cannot be initialized: " + ". ".join(lines)
             )
 
     def _explain(self, name: str) -> str:

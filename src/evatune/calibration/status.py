@@ -21,7 +21,7 @@ class Status(StrEnum):
 
     @property
     def usable(self) -> bool:
-        """Whether an adapter can be initialised from this layer's spectrum."""
+        """Whether an adapter can be initialized from this layer's spectrum."""
         return self in (
             Status.CONVERGED,
             Status.UNSETTLED,

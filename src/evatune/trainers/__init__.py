@@ -1,2 +1,2 @@
-"""Trainers: the same initialisation, on their own data and device. The place that knows
+"""Trainers: the same initialization, on their own data and device. The place that knows
 `transformers.Trainer`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from transformers import TrainerCallback
 
 from evatune.adapters.initialize import initialize_model
+from evatune.adapters.options import InitializeOptions
 from evatune.calibration.result import Calibration
 from evatune.distributed.group import ProcessGroup
 from evatune.errors import AdapterError, DataError
-from evatune.modeling.forward import ForwardFunction, call_model, model_device, to_device
+from evatune.modeling.forward import call_model, model_device, to_device
 from evatune.modeling.wrappers import adapted, unwrapped
 from evatune.trainers.summary import summary
 
@@ -23,17 +25,28 @@ from evatune.trainers.summary import summary
 def initialize_trainer(
     trainer: Any,
     calibration: Calibration | None,
-    *,
+    options: InitializeOptions,
     process_group: ProcessGroup,
-    forward: ForwardFunction | None,
-    **options: Any,
 ) -> Calibration:
-    """Initialise `trainer.model` on the trainer's own training batches, collator, device and
-    precision.
+    """Initialize `trainer.model` on its own training batches, collator, device and precision.
 
     Several processes share the batches out. With a finished `calibration` no batch is run. The
     trainer logs a summary when it begins to train.
     """
+    _require_untouched(trainer)
+    batches: Iterable[Any] | Calibration
+    if calibration is not None:
+        batches = calibration
+    else:
+        options = _in_training_precision(trainer, options)
+        batches = _own_batches(trainer, process_group)
+    calibration = initialize_model(trainer.model, batches, options, process_group)
+    _log_at_start(trainer, calibration)
+    return calibration
+
+
+def _require_untouched(trainer: Any) -> None:
+    """Raise an AdapterError for a trainer that would train other parameters than the new ones."""
     if getattr(trainer, "model_init", None) is not None:
         raise AdapterError(
             "this trainer has a model_init, by which train() builds its model anew and throws the"
@@ -42,50 +55,41 @@ def initialize_trainer(
         )
     if getattr(trainer, "optimizer", None) is not None:
         raise AdapterError(
-            "the trainer already has an optimiser, which holds the adapter's old parameters; call"
+            "the trainer already has an optimizer, which holds the adapter's old parameters; call"
             " evatune.initialize(trainer) right after Trainer(...), before trainer.train(), and"
             " pass no optimizers="
         )
 
-    def prepared(model: nn.Module, batch: Any) -> Any:
+
+def _in_training_precision(trainer: Any, options: InitializeOptions) -> InitializeOptions:
+    """Return options whose forward pass runs on the model's device, in the trainer's precision."""
+    call = options.run.forward or call_model
+
+    def forward(model: nn.Module, batch: Any) -> Any:
         # of models to be sharded, not the trainer's yet
         batch = to_device(batch, model_device(model))
         with trainer.accelerator.autocast():  # the precision that training will run in
-            return (forward or call_model)(model, batch)
+            return call(model, batch)
 
-    if calibration is not None:
-        found = initialize_model(
-            trainer.model, calibration, process_group=process_group, forward=forward, **options
-        )
-    elif trainer.accelerator.num_processes > 1:
-        args = trainer.args
-        share = training_batches(
-            trainer,
-            args.per_device_train_batch_size,
-            args.seed,
-            process_group.rank,
-            process_group.size,
-        )
-        found = initialize_model(
-            trainer.model, share, process_group=process_group, forward=prepared, **options
-        )
-    else:
-        batches = _prepared(trainer, _loader(trainer))
-        found = initialize_model(
-            trainer.model, batches, process_group=process_group, forward=prepared, **options
-        )
-    _at_start(trainer, found)
-    return found
+    return replace(options, run=replace(options.run, forward=forward))
 
 
-def _at_start(trainer: Any, calibration: Calibration) -> None:
+def _own_batches(trainer: Any, process_group: ProcessGroup) -> Iterator[Any]:
+    """Return the trainer's batches; of several processes, this one's share of them."""
+    if trainer.accelerator.num_processes == 1:
+        return _prepared(trainer, _loader(trainer))
+    size, seed = trainer.args.per_device_train_batch_size, trainer.args.seed
+    return training_batches(trainer, size, seed, process_group.rank, process_group.size)
+
+
+def _log_at_start(trainer: Any, calibration: Calibration) -> None:
     """Have the trainer log the calibration's summary when it begins to train, if its model is still
     the one."""
-    trainer.remove_callback(_AtStart)  # of an earlier call, which this one has replaced
-    trainer.add_callback(_AtStart(trainer, summary(calibration)))
+    trainer.remove_callback(_LogAtStart)  # of an earlier call, which this one has replaced
+    trainer.add_callback(_LogAtStart(trainer, summary(calibration)))
 
 
-class _AtStart(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
+class _LogAtStart(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
     """Not at once: before training, trackers have no run to log to, and training begins with an
     empty log."""
 

@@ -1,4 +1,4 @@
-"""`EvaCallback`: the same initialisation inside Lightning's `Trainer.fit`. Needs
+"""`EvaCallback`: the same initialization inside Lightning's `Trainer.fit`. Needs
 `pip install 'evatune[lightning]'`."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class EvaCallback(pl.Callback):  # type: ignore[misc]  # not a type: its library
     `Trainer(callbacks=[EvaCallback()])`.
 
     It runs in `setup` of a fit: after the datamodule's `setup`, before the module's own `setup` and
-    before optimisers are built, which must hold the new parameters. The module must have its
+    before optimizers are built, which must hold the new parameters. The module must have its
     adapter by then, so build it in `__init__`: a `PeftModel`, or a transformers model after
     `add_adapter`, as the module's attribute or anywhere inside it.
 
@@ -67,7 +67,7 @@ class EvaCallback(pl.Callback):  # type: ignore[misc]  # not a type: its library
     ) -> None:
         self.batches, self.forward, self.options = batches, forward, options
         self.calibration: Calibration | None = None
-        self._module: Any = None  # the one that is initialised
+        self._module: Any = None  # the one that is initialized
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Called by Lightning at the beginning of `fit`, `validate`, `test` and `predict`."""
