@@ -1,0 +1,145 @@
+"""What a running calibration has found so far, and what a checkpoint keeps of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evatune.calibration.batches import BatchSource
+from evatune.calibration.config import CalibrationConfig
+from evatune.calibration.convergence import ConvergenceMonitor
+from evatune.calibration.nonfinite import NonFiniteWatch
+from evatune.calibration.options import RunOptions
+from evatune.calibration.refresh import SketchRefresher
+from evatune.capture import InputGroup, OneHotRows, SharedInputs, TargetLayer
+from evatune.distributed.group import ProcessGroup
+from evatune.modeling.fingerprint import fingerprint
+from evatune.modeling.forward import model_device
+from evatune.modeling.wrappers import describe
+from evatune.ranks.allocation import RankPlan
+from evatune.sketch import Sketch, make_sketch
+from evatune.sketch.spectrum import Spectrum
+
+
+class CalibrationState:
+    """Sketches, spectra, the stop rule's memory and bad layers of a run, on this process."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layers: Sequence[TargetLayer],
+        config: CalibrationConfig,
+        process_group: ProcessGroup,
+        options: RunOptions,
+    ) -> None:
+        self.model = model
+        self.target_layers = target_layers
+        self.config = config
+        self.process_group = process_group
+        self.shared_inputs = SharedInputs(self._new_sketch, share=options.rows is None)
+        names = [target_layer.name for target_layer in target_layers]
+        self.refresher = SketchRefresher(
+            self.shared_inputs, config, process_group, names, self._sketch_by_name
+        )
+        self.convergence = ConvergenceMonitor(
+            target_layers, self.shared_inputs, config, options.caps
+        )
+        self.nonfinite = NonFiniteWatch(self.shared_inputs, process_group)
+        self._caps = dict(options.caps)
+        self._weights: dict[str, str] = {}  # by name, their hashes, once somebody asked
+
+    def synchronize(self, source: BatchSource) -> None:
+        """Tell the other processes of the batches and bad rows here, and hear of theirs."""
+        here = {
+            "batches": source.count,
+            "open": source.is_open,
+            "bad": self.nonfinite.first_seen,
+        }
+        everyone = self.process_group.gather(here)
+        self.nonfinite.merge(one["bad"] for one in everyone)
+        total = sum(one["batches"] for one in everyone)
+        source.synchronized(total, any(one["open"] for one in everyone))
+
+    def has_converged(self, batches: int) -> bool:
+        """Return what the stop rule says after a refresh, the same on every process."""
+        converged = self.convergence.check(self.refresher.latest, batches)
+        return bool(self.process_group.gather(converged)[0])
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must be the same for a checkpoint to fit, and on every process."""
+        specs = [target_layer.spec for target_layer in self.target_layers]
+        self._weights = self._weights or fingerprint(self.model)  # they stay as they are meanwhile
+        return {
+            "model": describe(self.model),
+            "layers": {
+                spec.name: [spec.in_features, spec.out_features, spec.groups, spec.rank_group]
+                for spec in specs
+            },
+            "config": asdict(self.config),
+            "caps": self._caps,
+            "weights": self._weights,
+        }
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return all that was found so far, as named tensors and JSON."""
+        tensors: dict[str, Tensor] = {}
+        groups = self.shared_inputs.groups
+        for number, group in enumerate(groups):
+            states = {"sketch": group.sketch.state()}
+            for key, spectra in self._spectra_by_key().items():
+                if group in spectra:
+                    states[key] = spectra[group].state()
+            for key, state in states.items():
+                for name, tensor in state.items():
+                    tensors[f"{number}.{key}.{name}"] = tensor
+        plan = self.convergence.plan
+        return tensors, {
+            "groups": [group.members for group in groups],
+            "bad": self.nonfinite.first_seen,
+            "settled": sorted(self.convergence.settled),
+            "drifting": sorted(self.refresher.drifting),
+            "plan": None if plan is None else asdict(plan),
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Go on from what `snapshot` returned."""
+        states: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            number, key, tensor_name = name.split(".", 2)
+            states.setdefault(f"{number}.{key}", {})[tensor_name] = tensor
+        groups = self.shared_inputs.arrange(record["groups"], self._sketch_by_name)
+        for place, group in enumerate(groups):
+            group.sketch.set_state(states[f"{place}.sketch"])
+            for key, spectra in self._spectra_by_key().items():
+                if f"{place}.{key}" in states:
+                    spectra[group] = Spectrum.of_state(states[f"{place}.{key}"])
+        self.nonfinite.set_state(record["bad"])
+        self.convergence.settled = set(record["settled"])
+        self.refresher.drifting = set(record["drifting"])
+        plan = record["plan"]
+        self.convergence.plan = None if plan is None else RankPlan(**plan)
+
+    def _spectra_by_key(self) -> dict[str, dict[InputGroup, Spectrum]]:
+        return {"latest": self.refresher.latest, "check": self.convergence.spectra}
+
+    def _new_sketch(self, target_layer: TargetLayer, device: torch.device) -> Sketch:
+        counts_tokens = isinstance(target_layer.input_view, OneHotRows)
+        return make_sketch(
+            "counts" if counts_tokens else self.config.sketch,
+            target_layer.in_features,
+            self.config.kept,
+            oversampling=self.config.oversampling,
+            center=self.config.center,
+            seed=self.config.seed,
+            device=device,
+        )
+
+    def _sketch_by_name(self, name: str) -> Sketch:
+        """Return an empty sketch for a layer that has not been called on this process."""
+        target_layer = next(layer for layer in self.target_layers if layer.name == name)
+        device = model_device(target_layer.module) or model_device(self.model)
+        return self._new_sketch(target_layer, device or torch.device("cpu"))
