@@ -210,7 +210,7 @@ def failing_model(rank: int) -> Any:
 
 def failing_at_the_end(rank: int) -> Any:
     """One process fails when all have calibrated; here, at writing."""
-    import evatune.adapters.write as writer
+    import evatune.adapters.initialize as writer
 
     original = writer.write_rows
     if rank == 1:

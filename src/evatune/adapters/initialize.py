@@ -125,10 +125,10 @@ def _parameters_stay(
     adapter: LoraAdapter, config: CalibrationConfig, caps: Mapping[str, int]
 ) -> bool:
     """Return whether writing replaces no parameter: ranks are what they were, and no DoRA."""
-    if config.rho_or_default != 1 or config.budget != "ranks":
+    if config.redistribution.rho != 1 or config.budget != "ranks":
         return False
     for target in adapter.targets:
-        rank = caps.get(target.target_layers[0].name, config.rank_or_default)
+        rank = caps.get(target.target_layers[0].name, config.redistribution.rank)
         if target.layer.r[adapter.name] != rank:
             return False
         if adapter.name in target.layer.lora_magnitude_vector:
@@ -154,12 +154,12 @@ def _fitted(
     if config.rho is None:
         config = replace(config, rho=before.rho)
     needed = needed_components(config, caps)
-    available = max(before.kept, needed_components(before, {}))
+    available = max(before.n_components, needed_components(before, {}))
     if needed > available:
         raise ConfigError(
-            f"rank {config.rank} at rho {config.rho_or_default:g} may give a layer {needed} ranks,"
-            f" and the calibration was made for {available}; lower rank or rho, or calibrate again"
-            f" with CalibrationConfig(components={needed})"
+            f"rank {config.rank} at rho {config.redistribution.rho:g} may give a layer {needed}"
+            f" ranks, and the calibration was made for {available}; lower rank or rho, or calibrate"
+            f" again with CalibrationConfig(components={needed})"
         )
     names = [target_layer.name for target_layer in adapter.target_layers]
     return replace(
@@ -167,7 +167,7 @@ def _fitted(
         spectra={name: calibration.spectra[name] for name in names},
         status={name: calibration.status[name] for name in names},
         layers={name: calibration.layers[name] for name in names},
-        config=replace(config, components=before.kept),
+        config=replace(config, components=before.n_components),
     )
 
 

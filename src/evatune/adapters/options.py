@@ -65,7 +65,7 @@ class InitializeOptions:
             config = with_label_mask(config, lora.eva_config)
         config = self.ranks.resolve(config, lora)
         needed = needed_components(config, caps)
-        if config.components is None and needed > config.kept:
+        if config.components is None and needed > config.n_components:
             return replace(config, components=needed)
         return config
 
@@ -78,7 +78,7 @@ def with_label_mask(config: CalibrationConfig, eva: EvaConfig) -> CalibrationCon
 
 def needed_components(config: CalibrationConfig, caps: Mapping[str, int]) -> int:
     """Return how many directions of a layer the redistribution may come to use."""
-    return max([replace(config, components=None).kept, *caps.values()])
+    return max([replace(config, components=None).n_components, *caps.values()])
 
 
 def _first_given(*values: Value | None) -> Value | None:

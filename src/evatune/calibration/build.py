@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from evatune.calibration.result import CalibratedLayer, Calibration
+from evatune.calibration.data import CalibratedLayer
+from evatune.calibration.result import Calibration
 from evatune.calibration.state import CalibrationState
 from evatune.calibration.status import Status, shortage
 from evatune.capture import TargetLayer
@@ -72,7 +73,7 @@ def _lack(state: CalibrationState, target_layer: TargetLayer, spectrum: Spectrum
     """Return what the layer's rows lack, or None."""
     if state.shared_inputs.group_of(target_layer.name) is None:
         return Status.NEVER_CALLED
-    needed = min(state.config.kept, target_layer.in_features, target_layer.out_features)
+    needed = min(state.config.n_components, target_layer.in_features, target_layer.out_features)
     return shortage(spectrum.rows, spectrum.total_energy, needed)
 
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evatune.errors import ConfigError
 from evatune.ranks.allocation import BUDGETS, METRICS, require_rho
 from evatune.sketch import SKETCHES
 
 DEFAULT_RANK, DEFAULT_RHO = 16, 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Redistribution:
+    """What decides on ranks beside the spectra; see `evatune.ranks.allocate`."""
+
+    rank: int
+    rho: float
+    budget: str
+    metric: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +94,7 @@ class CalibrationConfig:
                 raise ConfigError(
                     f"{name} is {value}; it must be at least {least}, and below 2 to the power 63"
                 )
-        require_rho(self.rho_or_default)
+        require_rho(self.redistribution.rho)
         if not 0 <= self.tolerance < 1:
             raise ConfigError(
                 f"tolerance is {self.tolerance}; it must lie in [0, 1), and 0 means never stop"
@@ -110,20 +120,27 @@ class CalibrationConfig:
                 )
 
     @property
-    def rank_or_default(self) -> int:
-        """r."""
-        return DEFAULT_RANK if self.rank is None else self.rank
+    def redistribution(self) -> Redistribution:
+        """What ranks are redistributed by, with the defaults in place of what is left open."""
+        return Redistribution(
+            rank=DEFAULT_RANK if self.rank is None else self.rank,
+            rho=DEFAULT_RHO if self.rho is None else self.rho,
+            budget=self.budget,
+            metric=self.metric,
+        )
 
     @property
-    def rho_or_default(self) -> float:
-        """ρ."""
-        return DEFAULT_RHO if self.rho is None else self.rho
-
-    @property
-    def kept(self) -> int:
+    def n_components(self) -> int:
         """Directions kept per layer."""
-        return (
-            self.components
-            if self.components is not None
-            else math.floor(self.rank_or_default * self.rho_or_default + 1e-9)
+        if self.components is not None:
+            return self.components
+        return math.floor(self.redistribution.rank * self.redistribution.rho + 1e-9)
+
+    def resolved(self) -> CalibrationConfig:
+        """Return the same settings with nothing left open, as a record says them."""
+        return replace(
+            self,
+            rank=self.redistribution.rank,
+            rho=self.redistribution.rho,
+            labels_only=self.labels_only or False,
         )

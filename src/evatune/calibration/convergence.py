@@ -32,7 +32,8 @@ class ConvergenceMonitor:
     ) -> None:
         self._target_layers = target_layers
         self._shared_inputs = shared_inputs
-        self._config = config
+        self._tolerance = config.tolerance
+        self._redistribution = config.redistribution
         self._caps = caps
         self.spectra: dict[InputGroup, Spectrum] = {}
         self.plan: RankPlan | None = None
@@ -47,7 +48,7 @@ class ConvergenceMonitor:
         reach settles never. Ranks: twice the tolerance, since ranks move between components of
         nearly equal worth.
         """
-        tolerance = self._config.tolerance
+        tolerance = self._tolerance
         if tolerance == 0:
             return False
         plan = self._trial_plan(spectra)
@@ -68,7 +69,6 @@ class ConvergenceMonitor:
 
     def _trial_plan(self, spectra: Mapping[InputGroup, Spectrum]) -> RankPlan | None:
         """Return the ranks that these spectra imply, or None while there is too little data."""
-        config = self._config
         candidates = {}
         for target_layer in self._target_layers:
             group = self._shared_inputs.group_of(target_layer.name)
@@ -77,10 +77,10 @@ class ConvergenceMonitor:
         try:
             return allocate(
                 candidates,
-                rank=config.rank_or_default,
-                rho=config.rho_or_default,
-                budget=config.budget,
-                metric=config.metric,
+                rank=self._redistribution.rank,
+                rho=self._redistribution.rho,
+                budget=self._redistribution.budget,
+                metric=self._redistribution.metric,
                 caps={name: cap for name, cap in self._caps.items() if name in candidates},
             )
         except BudgetError:
@@ -88,7 +88,7 @@ class ConvergenceMonitor:
 
     def _used_directions(self, name: str, plan: RankPlan | None) -> int:
         """Return how many directions of a layer count: its rank, and at least one."""
-        rank = self._config.rank_or_default
+        rank = self._redistribution.rank
         return max(1, rank if plan is None else plan.ranks.get(name, rank))
 
     def _shares(self, spectra: Mapping[InputGroup, Spectrum]) -> dict[str, float]:

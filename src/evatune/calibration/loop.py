@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -40,7 +39,7 @@ def run(
     require_weights(model)
     require_arguments("forward", options.forward, "model, batch")
     require_arguments("rows", options.rows, "activation, batch, layer_name")
-    config = _resolved(config)
+    config = config.resolved()
     state = CalibrationState(model, target_layers, config, process_group, options)
     observer = Observer(state, options)
     if process_group.size > 1:
@@ -71,16 +70,6 @@ def run(
     ended = Status.MAX_BATCHES if source.reached_bound else Status.DATA_EXHAUSTED
     with full_precision(device):
         return build_calibration(state, Status.CONVERGED if converged else ended, source.total)
-
-
-def _resolved(config: CalibrationConfig) -> CalibrationConfig:
-    """Return the settings without open ones, since the record says all of them."""
-    return replace(
-        config,
-        rank=config.rank_or_default,
-        rho=config.rho_or_default,
-        labels_only=config.labels_only or False,
-    )
 
 
 def _require_same_work(state: CalibrationState, options: RunOptions) -> None:

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from evatune.calibration.data import CalibratedLayer, CalibrationData
 from evatune.calibration.status import Status, shortage
 from evatune.errors import ConfigError
 from evatune.sketch.spectrum import Certificate, Spectrum, as_energies, empty, fix_signs
 
-if TYPE_CHECKING:
-    from evatune.calibration.result import Calibration
-
+Data = TypeVar("Data", bound=CalibrationData)
 
 # Amplitudes below this share of the largest are rounding of the records' float32 directions.
 _RTOL = 1e-7
@@ -36,60 +35,46 @@ _LEAST_SETTLED_LAST = (
 _MAY_DIFFER = ("max_batches", "seed", "distributed", "rendezvous_timeout")
 
 
-def merge(shards: Sequence[Calibration]) -> Calibration:
-    """See `Calibration.merge`."""
+def merge_calibrations(shards: Sequence[Data]) -> Data:
+    """Join calibrations of one model; see `Calibration.merge`."""
     shards = list(shards)
     if len(shards) < 2:
         raise ConfigError(
             f"merge got {len(shards)} calibrations; it joins two or more of the same model"
         )
+    first = shards[0]
     for number, other in enumerate(shards[1:], start=2):
-        _require_same(shards[0], other, number)
+        _require_same(first, other, number)
     spectra, status, layers = {}, {}, {}
     joined: dict[tuple[int | None, ...], tuple[int, Spectrum]] = {}
-    for name, layer in shards[0].layers.items():
+    for name, layer in first.layers.items():
         status[name] = _certain_end(shards, name)
-        never = all(shard.layers[name].input is None for shard in shards)
-        if never or status[name] is Status.NON_FINITE:
-            spectra[name] = empty(layer.in_features, shards[0].config.center)
-            layers[name] = replace(
-                layer, input=None, first_bad_batch=_first_bad_batch(shards, name)
-            )
-            continue
         inputs = tuple(shard.layers[name].input for shard in shards)
+        if set(inputs) == {None} or status[name] is Status.NON_FINITE:
+            spectra[name] = empty(layer.in_features, first.config.center)
+            bad_batch = _first_bad_batch(shards, name)
+            layers[name] = replace(layer, input=None, first_bad_batch=bad_batch)
+            continue
         if inputs not in joined:  # layers that share an input in every shard still share it
-            joined[inputs] = len(joined), merge_spectra(_parts(shards, name), shards[0].config.kept)
-        number, spectrum = joined[inputs]
-        needed = min(shards[0].config.kept, layer.in_features, layer.out_features)
-        lack = shortage(spectrum.rows, spectrum.total_energy, needed)
-        # in one shard; of all together there may be enough
-        if status[name] is Status.SELDOM_ROUTED:
-            status[name] = Status.DATA_EXHAUSTED if lack is None else Status.SELDOM_ROUTED
-        else:
-            status[name] = lack or status[name]
-        spectra[name] = spectrum
+            spectrum = merge_spectra(_parts(shards, name), first.config.n_components)
+            joined[inputs] = len(joined), spectrum
+        number, spectra[name] = joined[inputs]
         layers[name] = replace(layer, input=number)
-    config = replace(
-        shards[0].config,
-        max_batches=sum(shard.config.max_batches for shard in shards),
-        seed=min(shard.config.seed for shard in shards),
-    )
-    libraries = dict.fromkeys(library for shard in shards for library in shard.versions)
-    versions = {
-        library: ", ".join(
-            sorted({shard.versions[library] for shard in shards if library in shard.versions})
-        )
-        for library in libraries
-    }
-    batches = sum(shard.batches for shard in shards)
+        needed = min(first.config.n_components, layer.in_features, layer.out_features)
+        lack = shortage(spectra[name].rows, spectra[name].total_energy, needed)
+        status[name] = _joint_end(status[name], lack)
     return replace(
-        shards[0],
+        first,
         spectra=spectra,
         status=status,
         layers=layers,
-        config=config,
-        batches=batches,
-        versions=versions,
+        config=replace(
+            first.config,
+            max_batches=sum(shard.config.max_batches for shard in shards),
+            seed=min(shard.config.seed for shard in shards),
+        ),
+        batches=sum(shard.batches for shard in shards),
+        versions=_joint_versions(shards),
     )
 
 
@@ -133,7 +118,7 @@ class LossBound(NamedTuple):
 
 
 def loss_bounds(
-    merged: Calibration, shards: Sequence[Calibration], ranks: Mapping[str, int]
+    merged: CalibrationData, shards: Sequence[CalibrationData], ranks: Mapping[str, int]
 ) -> dict[str, LossBound]:
     """Layer → bounds for its first `ranks[name]` directions; see `Calibration.merge`, where they
     are derived."""
@@ -145,9 +130,8 @@ def loss_bounds(
             bounds[name] = LossBound(0.0, 0.0)
             continue
         if number not in losses:
-            losses[number] = _losses(
-                spectrum, [part for part in _parts(shards, name) if part.rows], merged.config.kept
-            )
+            parts = [part for part in _parts(shards, name) if part.rows]
+            losses[number] = _losses(spectrum, parts, merged.config.n_components)
         outside, by_rank = losses[number]
         given_best = min(outside, float(by_rank[:rank][-1])) / spectrum.total_energy
         proven = given_best if merged.config.sketch == "exact" else outside / spectrum.total_energy
@@ -235,11 +219,11 @@ def _cross_check(parts: Sequence[Spectrum], components: int) -> Certificate:
     return Certificate(as_energies(energies), total, rows)
 
 
-def _parts(shards: Sequence[Calibration], name: str) -> list[Spectrum]:
+def _parts(shards: Sequence[CalibrationData], name: str) -> list[Spectrum]:
     return [shard.spectra[name] for shard in shards if shard.layers[name].input is not None]
 
 
-def _certain_end(shards: Sequence[Calibration], name: str) -> Status:
+def _certain_end(shards: Sequence[CalibrationData], name: str) -> Status:
     """The layer's status but for what the joined rows lack: non-finite as in one pass, else as the
     least settled."""
     ends = {shard.status[name] for shard in shards}
@@ -255,7 +239,24 @@ def _certain_end(shards: Sequence[Calibration], name: str) -> Status:
     )
 
 
-def _first_bad_batch(shards: Sequence[Calibration], name: str) -> int | None:
+def _joint_end(least_settled: Status, lack: Status | None) -> Status:
+    """Return the status of joined rows, which lack for what one pass would."""
+    if least_settled is not Status.SELDOM_ROUTED:
+        return lack or least_settled
+    # in one shard; of all together there may be enough
+    return Status.DATA_EXHAUSTED if lack is None else Status.SELDOM_ROUTED
+
+
+def _joint_versions(shards: Sequence[CalibrationData]) -> dict[str, str]:
+    """Return by library all versions that had a part."""
+    versions: dict[str, set[str]] = {}
+    for shard in shards:
+        for library, version in shard.versions.items():
+            versions.setdefault(library, set()).add(version)
+    return {library: ", ".join(sorted(seen)) for library, seen in versions.items()}
+
+
+def _first_bad_batch(shards: Sequence[CalibrationData], name: str) -> int | None:
     """Counted through the shards one after the other."""
     before = 0
     for shard in shards:
@@ -266,47 +267,56 @@ def _first_bad_batch(shards: Sequence[Calibration], name: str) -> int | None:
     return None
 
 
-def _require_same(first: Calibration, other: Calibration, number: int) -> None:
-    """Raise a ConfigError unless both are of the same layers of the same model, with settings of
-    the same meaning."""
+def _require_same(first: CalibrationData, other: CalibrationData, number: int) -> None:
+    """Raise a ConfigError unless two calibrations may be joined.
+
+    That is if both are of the same layers of the same model, with settings of the same meaning.
+    """
     refused = f"calibration {number} does not fit calibration 1"
-    for a, b, whose in ((first, other, 1), (other, first, number)):
-        alone = [name for name in a.layers if name not in b.layers]
+    for here, there, place in ((first, other, 1), (other, first, number)):
+        alone = [name for name in here.layers if name not in there.layers]
         if alone:
             more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
             raise ConfigError(
-                f"{refused}: only calibration {whose} has {', '.join(alone[:3])}{more}; merge"
+                f"{refused}: only calibration {place} has {', '.join(alone[:3])}{more}; merge"
                 " calibrations of the same layers of the same model"
             )
     for name, layer in first.layers.items():
-        mine, theirs = ((one.in_features, one.out_features) for one in (layer, other.layers[name]))
-        if mine != theirs:
-            raise ConfigError(
-                f"{refused}: {name} is {theirs[0]}→{theirs[1]} there and {mine[0]}→{mine[1]} in"
-                " calibration 1; merge calibrations of the same model"
-            )
-        if layer.cap != other.layers[name].cap:
-            most, here = (one.cap or "any number of" for one in (other.layers[name], layer))
-            raise ConfigError(
-                f"{refused}: {name} may get {most} ranks there and {here} in calibration 1; merge "
-                "calibrations for adapters with the same rank_pattern"
-            )
+        _require_same_layer(layer, other.layers[name], refused)
     if not same_model(first.model, other.model):
         raise ConfigError(
             f"{refused}: its model is {other.model!r} and that of calibration 1 is {first.model!r};"
             " merge calibrations of the same model"
         )
-    ours = asdict(first.config)
+    settings = asdict(first.config)
     for setting, value in asdict(other.config).items():
-        if setting not in _MAY_DIFFER and value != ours[setting]:
+        if setting not in _MAY_DIFFER and value != settings[setting]:
             raise ConfigError(
                 f"{refused}: its {setting} is {value!r} and that of calibration 1 is"
-                f" {ours[setting]!r}; calibrate all shards with the same settings"
+                f" {settings[setting]!r}; calibrate all shards with the same settings"
             )
 
 
+def _require_same_layer(first: CalibratedLayer, other: CalibratedLayer, refused: str) -> None:
+    """Raise a ConfigError that begins with `refused` unless widths and caps agree."""
+    name = first.spec.name
+    widths = first.in_features, first.out_features
+    other_widths = other.in_features, other.out_features
+    if other_widths != widths:
+        raise ConfigError(
+            f"{refused}: {name} is {other_widths[0]}→{other_widths[1]} there and"
+            f" {widths[0]}→{widths[1]} in calibration 1; merge calibrations of the same model"
+        )
+    if other.cap != first.cap:
+        raise ConfigError(
+            f"{refused}: {name} may get {other.cap or 'any number of'} ranks there and"
+            f" {first.cap or 'any number of'} in calibration 1; merge calibrations for adapters"
+            " with the same rank_pattern"
+        )
+
+
 def same_model(one: str, other: str) -> bool:
-    """Whether the `model` of two records says the same."""
+    """Return whether the `model` of two records says the same."""
     return _model_name(one) == _model_name(other)
 
 

@@ -36,7 +36,7 @@ class SketchRefresher:
     ) -> None:
         self._shared_inputs = shared_inputs
         self._process_group = process_group
-        self._n_components = config.kept
+        self._n_components = config.n_components
         self._joint = DistributedSketches(process_group, shared_inputs, names, make_sketch)
         self.latest: dict[InputGroup, Spectrum] = {}
         self.drifting: set[str] = set()

@@ -131,7 +131,7 @@ class CalibrationState:
         return make_sketch(
             "counts" if counts_tokens else self.config.sketch,
             target_layer.in_features,
-            self.config.kept,
+            self.config.n_components,
             oversampling=self.config.oversampling,
             center=self.config.center,
             seed=self.config.seed,

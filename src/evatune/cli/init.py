@@ -90,14 +90,14 @@ def init(
     ] = "auto",
     rank: Annotated[
         int, typer.Option(help="Ranks per layer before redistribution.", rich_help_panel=_RANKS)
-    ] = _DEFAULTS.rank_or_default,
+    ] = _DEFAULTS.redistribution.rank,
     rho: Annotated[
         float,
         typer.Option(
             help="No layer gets more than rho times rank; 1: no redistribution.",
             rich_help_panel=_RANKS,
         ),
-    ] = _DEFAULTS.rho_or_default,
+    ] = _DEFAULTS.redistribution.rho,
     alpha: Annotated[
         float, typer.Option(help="LoRA's alpha; the paper uses 1.", rich_help_panel=_RANKS)
     ] = 1,

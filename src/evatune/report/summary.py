@@ -70,14 +70,14 @@ def plan_of(calibration: Calibration) -> tuple[RankPlan, str | None]:
         return calibration.allocate(), None
     except BudgetError as error:
         config = calibration.config
-        rank = config.rank_or_default
+        rank = config.redistribution.rank
         layers = calibration.layers.values()
         usual = [layer.cap or rank for layer in layers]
         uniform = sum((layer.cap or rank) * layer.spec.parameters_per_rank for layer in layers)
         plan = RankPlan(
             ranks=dict.fromkeys(calibration.layers, 0),
             rank=rank,
-            rho=config.rho_or_default,
+            rho=config.redistribution.rho,
             budget=config.budget,
             metric=config.metric,
             limit=sum(usual) if config.budget == "ranks" else uniform,

@@ -1,0 +1,198 @@
+"""The file of a calibration: one safetensors file, with its record in the metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor
+
+from evatune.calibration.config import CalibrationConfig
+from evatune.calibration.data import CalibratedLayer, CalibrationData
+from evatune.calibration.status import Status
+from evatune.layers import LayerSpec
+from evatune.schemas import Damage, shown, telling
+from evatune.sketch.spectrum import Certificate, Spectrum, empty
+from evatune.utils.files import atomic_file
+
+if TYPE_CHECKING:
+    from evatune.schemas.record import CalibrationRecord, InputRecord, LayerRecord
+
+Data = TypeVar("Data", bound=CalibrationData)
+
+# Written is the first; the second has no checksum.
+_FORMATS = ("evatune-calibration-2", "evatune-calibration-1")
+
+_ADVICE = "give the calibration.safetensors that evatune wrote, or run the calibration again"
+
+
+def save_calibration(calibration: CalibrationData, path: str | os.PathLike[str]) -> None:
+    """Write the file; see `Calibration.save`."""
+    from evatune.schemas.tensors import save_sealed
+
+    tensors: dict[str, Tensor] = {}
+    inputs: dict[str, dict[str, Any]] = {}
+    for name, layer in calibration.layers.items():
+        key = str(layer.input)
+        if layer.input is not None and key not in inputs:
+            inputs[key] = _spectrum_facts(calibration.spectra[name])
+            tensors |= _spectrum_tensors(key, calibration.spectra[name])
+    layers = {
+        name: _layer_facts(layer, calibration.status[name])
+        for name, layer in calibration.layers.items()
+    }
+    record = {
+        "config": asdict(calibration.config),
+        "batches": calibration.batches,
+        "model": calibration.model,
+        "processes": calibration.processes,
+        "bytes_sent": calibration.bytes_sent,
+        "versions": calibration.versions,
+        "inputs": inputs,
+        "layers": layers,
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(Path(path)) as temporary:
+        save_sealed(temporary, tensors, _FORMATS[0], json.dumps(record))
+
+
+def load_calibration(path: str | os.PathLike[str], kind: type[Data]) -> Data:
+    """Read a file as an object of class `kind`; see `Calibration.load`."""
+    from evatune.schemas.record import CalibrationRecord
+    from evatune.schemas.tensors import read_sealed
+    from evatune.schemas.text import validate_json
+
+    with telling(path, _ADVICE):
+        tensors, text = read_sealed(Path(path), _FORMATS, "an evatune calibration")
+        try:
+            return _from_record(validate_json(CalibrationRecord, text), tensors, kind)
+        except Damage as damage:
+            raise Damage(
+                f"says it is an evatune calibration, but its record is damaged: it {damage}"
+            ) from damage
+
+
+def _from_record(record: CalibrationRecord, tensors: dict[str, Tensor], kind: type[Data]) -> Data:
+    config = record.config
+    by_input = {
+        number: _spectrum(number, facts, config, tensors) for number, facts in record.inputs.items()
+    }
+    if tensors:
+        raise Damage(f"does not say what the tensor {shown(min(tensors))} is")
+    spectra, status, layers = {}, {}, {}
+    for name, facts in record.layers.items():
+        status[name] = facts.status
+        layers[name] = _layer_of(name, facts)
+        if facts.input is None:
+            spectra[name] = empty(facts.in_features, config.center)
+        else:
+            spectra[name] = by_input[str(facts.input)]
+        _require_fit(name, layers[name], status[name], spectra[name])
+    return kind(
+        spectra,
+        status,
+        layers,
+        config,
+        record.batches,
+        record.model,
+        processes=record.processes,
+        bytes_sent=record.bytes_sent,
+        versions=record.versions,
+    )
+
+
+def _spectrum_facts(spectrum: Spectrum) -> dict[str, Any]:
+    """Return the numbers of a spectrum and its certificate, for JSON."""
+    facts: dict[str, Any] = {"total_energy": spectrum.total_energy, "rows": spectrum.rows}
+    if spectrum.certificate is not None:
+        facts["fresh_total_energy"] = spectrum.certificate.total_energy
+        facts["fresh_rows"] = spectrum.certificate.rows
+    return facts
+
+
+def _spectrum_tensors(key: str, spectrum: Spectrum) -> dict[str, Tensor]:
+    """Return the tensors of a spectrum and its certificate, by their names in the file."""
+    tensors = {
+        f"{key}.directions": spectrum.directions.contiguous(),
+        f"{key}.energies": spectrum.energies.contiguous(),
+        f"{key}.mean": spectrum.mean.contiguous(),
+    }
+    if spectrum.certificate is not None:
+        tensors[f"{key}.fresh_energies"] = spectrum.certificate.energies.contiguous()
+    return tensors
+
+
+def _spectrum(
+    number: str,
+    facts: InputRecord,
+    config: CalibrationConfig,
+    tensors: dict[str, Tensor],
+) -> Spectrum:
+    """Return what the tensors of an input say, and take them out of `tensors`.
+
+    Raises Damage for what contradicts itself.
+    """
+    names = [f"{number}.{key}" for key in ("directions", "energies", "mean")]
+    if facts.fresh_rows is not None:
+        names.append(f"{number}.fresh_energies")
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise Damage(f"lacks the tensor {missing[0]}")
+    directions, energies, mean, *fresh = (tensors.pop(name) for name in names)
+    certificate = None
+    if facts.fresh_rows is not None and facts.fresh_total_energy is not None:
+        certificate = Certificate(fresh[0], facts.fresh_total_energy, facts.fresh_rows)
+    spectrum = Spectrum(
+        directions,
+        energies,
+        facts.total_energy,
+        facts.rows,
+        mean,
+        centered=config.center,
+        certificate=certificate,
+    )
+    for contradiction in spectrum.contradictions(config.n_components):
+        raise Damage(f"contradicts itself in input {number}: {contradiction}")
+    return spectrum
+
+
+def _layer_facts(layer: CalibratedLayer, status: Status) -> dict[str, Any]:
+    """Return a layer as the file has it; `_layer_of` reads it."""
+    return {
+        "in_features": layer.spec.in_features,
+        "out_features": layer.spec.out_features,
+        "input": layer.input,
+        "first_bad_batch": layer.first_bad_batch,
+        "bad_process": layer.bad_process,
+        "cap": layer.cap,
+        "floor": layer.floor,
+        "groups": layer.spec.groups,
+        "unit": layer.spec.rank_group,
+        "status": status,
+    }
+
+
+def _layer_of(name: str, facts: LayerRecord) -> CalibratedLayer:
+    return CalibratedLayer(
+        LayerSpec(name, facts.in_features, facts.out_features, facts.groups, facts.rank_group),
+        input=facts.input,
+        first_bad_batch=facts.first_bad_batch,
+        bad_process=facts.bad_process,
+        cap=facts.cap,
+        floor=facts.floor,
+    )
+
+
+def _require_fit(name: str, layer: CalibratedLayer, status: Status, spectrum: Spectrum) -> None:
+    """Raise Damage unless the spectrum is one of this layer that may have ended so."""
+    if layer.input is not None and spectrum.directions.shape[1] != layer.in_features:
+        raise Damage(
+            f"gives {shown(name)} {layer.in_features} inputs, and others in its directions"
+        )
+    # An expert may get an adapter that no row says anything of.
+    seldom = status is Status.SELDOM_ROUTED
+    if status.usable and not seldom and not (spectrum.rows and spectrum.total_energy):
+        raise Damage(f"calls {shown(name)} {status}, and its rows have no energy")
