@@ -252,3 +252,27 @@ def skewed(model: Any) -> Any:
         for layer in model.encoder.layer:
             layer.intermediate.dense.weight[1:] = 0
     return model
+
+
+class Faulty(nn.Module):
+    """A model with a layer for each fate: fine, zero, with NaN, too few rows, never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.zero, self.nan, self.few, self.unused = (nn.Linear(8, 8) for _ in range(5))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> None:
+        self.calls += 1
+        self.fine(x)
+        self.zero(x * 0)
+        self.nan(x / 0 if self.calls == 3 else x * 1.5)
+        if self.calls == 2:
+            self.few(x[:1] * 2)
+
+
+def every_outcome() -> evatune.Calibration:
+    """A calibration of layers that ended in all ways."""
+    generator = torch.Generator().manual_seed(0)
+    xs = [torch.randn(40, 8, generator=generator) for _ in range(6)]
+    return evatune.calibrate(Faulty(), xs, evatune.CalibrationConfig(rank=2, tolerance=0))

@@ -1,5 +1,4 @@
-"""The public door: `calibrate` and `initialize`. Signature, documentation and dispatch; the rooms
-do the work."""
+"""The public door: signature, documentation and dispatch of `calibrate` and `initialize`."""
 
 from __future__ import annotations
 
@@ -79,13 +78,12 @@ def calibrate(
 
     Returns:
         A `Calibration`: per layer a `Spectrum` and a `Status`. Layers that went wrong are there
-            with a
-        status that says how; nothing is raised for them here.
+        with a status that says how; nothing is raised for them here.
 
     Raises:
-        TargetError: no layer matches. DataError: no batch, or something that is not batches.
-            ConfigError: a `forward` or
-        `rows` of other arguments.
+        TargetError: no layer matches.
+        DataError: no batch, or something that is not batches.
+        ConfigError: a `forward` or `rows` of other arguments.
         AdapterError: weights on the meta device, or in the shards of DeepSpeed's zero.Init that no
             engine gathers.
         ProcessError: another process failed, is lost, or has another model, other weights, targets
@@ -157,31 +155,26 @@ def initialize(
 
             "paper"    a_j = v_j, orthonormal rows.
             "whiten"   a_j = v_j / σ_j, σ_j the standard deviation of v_j·x over tokens, so that
-            every
-                       component of Ax has variance 1. σ_j is taken no smaller than
+                       every component of Ax has variance 1. σ_j is taken no smaller than
                        0.001·sqrt(E[(v_j·x)²]).
-            "matched"  a_j = c·v_j, c² = (r_l / (3·in)) · E‖x‖² / Σ_j E[(v_j·x)²], so that E‖Ax‖² is
-            what it
-                       is for PEFT's default initialization (uniform on ±1/√in) at the layer's rank:
-                       a learning rate tuned for LoRA carries over.
+            "matched"  a_j = c·v_j, c² = (r_l / (3·in)) · E‖x‖² / Σ_j E[(v_j·x)²], so that E‖Ax‖²
+                       is what it is for PEFT's default initialization (uniform on ±1/√in) at the
+                       layer's rank: a learning rate tuned for LoRA carries over.
 
         config: other settings of the calibration; `rank`, `rho`, `budget` and `metric` given here
-        override it. Where
-            it leaves `labels_only` open and the adapter's config asks for EVA
+            override it. Where it leaves `labels_only` open and the adapter's config asks for EVA
             (`init_lora_weights="eva"`), its `EvaConfig.use_label_mask` and `label_mask_value` hold:
             tokens without a loss are left out of batches that have a label per token (but not for
             encoder-decoder models).
         forward, rows, progress, checkpoint: as for `evatune.calibrate`, and so are several
-        processes: each ends with the
-            same adapter. A Trainer's processes share its batches out.
+            processes: each ends with the same adapter. A Trainer's processes share its batches out.
         adapter_name: which adapter to initialize; no other is touched.
         overwrite: let an adapter that is trained already start over: B = 0 and, with DoRA,
-        magnitudes as at the start.
-            Modules trained in full (`modules_to_save`) stay as they are.
+            magnitudes as at the start. Modules trained in full (`modules_to_save`) stay as they
+            are.
         on_unsupported: adapted layers of a kind that EVA does not initialize are an "error" that
-        names them, or with
-            "skip" stay as PEFT initialized them, at their rank and outside the budget, and are
-            named in a warning.
+            names them, or with "skip" stay as PEFT initialized them, at their rank and outside the
+            budget, and are named in a warning.
 
     Returns:
         The `Calibration`. Afterwards B = 0, so the model's output is what it was; ranks and α are
@@ -202,10 +195,10 @@ def initialize(
             since.
         LayerError: layers without a usable result. BudgetError: the budget cannot be met.
         ConfigError: options that contradict each other, the adapter's config or the `Calibration`.
-        DataError, TargetError: as for `calibrate`. AdapterError: a model without weights (on the
-            meta device), or one that
-        was made under `torch.inference_mode()` and cannot be trained. The model is unchanged in
-        every case.
+        DataError, TargetError: as for `calibrate`.
+        AdapterError: a model without weights (on the meta device), or one that was made under
+            `torch.inference_mode()` and cannot be trained.
+        The model is unchanged in every case.
     """
     options = InitializeOptions(
         ranks=RankOptions(rank=rank, rho=rho, budget=budget, metric=metric),

@@ -79,7 +79,7 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, Tensor]:
-    """The matrix A of each layer, at the rank that the redistribution gives it.
+    """Return the matrix A of each layer, at the rank that the redistribution gives it.
 
     Args:
         model: a `PeftModel`, whose adapted layers are taken, or any model together with
@@ -109,11 +109,11 @@ def get_eva_state_dict(
         that PEFT's EVA knows.
 
     Raises:
-        AdapterError: no config, or one with a `rank_pattern`. ConfigError: a mapping with names
-            that are not there.
-        DataError: no batch. TargetError: no layer. LayerError, BudgetError: as for
-            `evatune.initialize`. All of these
-        are ValueErrors.
+        AdapterError: no config, or one with a `rank_pattern`.
+        ConfigError: a mapping with names that are not there.
+        DataError: no batch. TargetError: no layer.
+        LayerError, BudgetError: as for `evatune.initialize`.
+        All of these are ValueErrors.
     """
     if peft_config is None:
         if not hasattr(model, "peft_config"):
@@ -132,16 +132,7 @@ def get_eva_state_dict(
     target_layers = _target_layers(model, peft_config, adapter_name)
     if not target_layers:
         return {}
-    if isinstance(prepare_layer_inputs_fn, Mapping):
-        unknown = prepare_layer_inputs_fn.keys() - {
-            target_layer.name for target_layer in target_layers
-        }
-        if unknown:
-            raise ConfigError(
-                "prepare_layer_inputs_fn is a mapping but the following module names were not"
-                f" found in the model: {', '.join(sorted(unknown))}; the layers are named like"
-                f" {target_layers[0].name}"
-            )
+    _require_known_names(prepare_layer_inputs_fn, target_layers)
     tolerance = round(_WEIGHT * (1 - eva.tau), 9)
     config = CalibrationConfig(
         rank=peft_config.r,
@@ -261,6 +252,21 @@ def initialize_lora_eva_weights(
         )
 
 
+def _require_known_names(
+    functions: LayerInputs | Mapping[str, LayerInputs] | None, target_layers: list[TargetLayer]
+) -> None:
+    """Raise a ConfigError for a mapping from names that no target layer has."""
+    if not isinstance(functions, Mapping):
+        return
+    unknown = functions.keys() - {target_layer.name for target_layer in target_layers}
+    if unknown:
+        raise ConfigError(
+            "prepare_layer_inputs_fn is a mapping but the following module names were not"
+            f" found in the model: {', '.join(sorted(unknown))}; the layers are named like"
+            f" {target_layers[0].name}"
+        )
+
+
 def _linear_adapter(model: nn.Module, adapter_name: str) -> LoraAdapter:
     """Return the adapter with its linear layers, all that PEFT's EVA knows, as its targets."""
     adapter = LoraAdapter.find(model, adapter_name)
@@ -328,8 +334,10 @@ def _rows(
     prepare_model: ModelInputs | None,
     prepare_layer: LayerInputs | Mapping[str, LayerInputs] | None,
 ) -> RowsFunction | None:
-    """The caller's functions as the engine's `rows`; None for PEFT's defaults, which the engine's
-    own rule replaces."""
+    """Return the caller's functions as the engine's `rows`.
+
+    None for PEFT's defaults, which the engine's own rule replaces.
+    """
     usual = prepare_model is prepare_model_inputs_fn_language_modeling
     if usual and prepare_layer is prepare_layer_inputs_fn_language_modeling:
         return None
@@ -352,8 +360,7 @@ def _rows(
 
 
 def _positions(selector: RowSelector, batch: Any) -> Tensor | None:
-    """(n, 2) row and column of each token that counts; None where the batch has no tokens to speak
-    of."""
+    """Return (n, 2) row and column of each token that counts; None for a batch without tokens."""
     mask, ids = selector.mask, batch_field(batch, "input_ids")
     if mask is None and isinstance(ids, Tensor):
         mask = torch.ones_like(ids, dtype=torch.bool)
@@ -361,8 +368,10 @@ def _positions(selector: RowSelector, batch: Any) -> Tensor | None:
 
 
 def _once_per_batch(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`make(batch)`, remembered until another batch comes: every layer of a forward pass asks for
-    it."""
+    """Return a function that remembers `make(batch)` until another batch comes.
+
+    Every layer of a forward pass asks for it.
+    """
     batch_seen, made = object(), None
 
     def get(batch: Any) -> Any:

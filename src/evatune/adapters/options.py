@@ -38,7 +38,7 @@ class RankOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class InitializeOptions:
-    """What `evatune.initialize` takes beside model and batches; see there."""
+    """Options of `evatune.initialize`, all but model and batches; see there."""
 
     ranks: RankOptions = field(default_factory=RankOptions)
     run: RunOptions = field(default_factory=RunOptions)

@@ -14,8 +14,9 @@ _SIGMA_FLOOR = 1e-3
 
 
 def completed(rows: Tensor, rank: int, *, seed: int) -> Tensor:
-    """(rank, d): the rows, and as many random ones as are missing, orthogonal to all others and as
-    long on average.
+    """Return `rank` rows: those given and random ones for the rest, orthogonal to all others.
+
+    They are as long as the given ones on average.
 
     For experts to which too few tokens were routed.
     """
@@ -38,7 +39,7 @@ def require_scale(scale: str) -> None:
 
 
 def choose_scale(scale: str | None, whiten: bool) -> str:
-    """The scale in force: what the caller says, else what `EvaConfig.whiten` of the adapter says.
+    """Return the scale in force: the caller's, else what `EvaConfig.whiten` of the adapter says.
 
     Raises:
         ConfigError: a scale that does not exist, or one that contradicts `whiten`.
@@ -55,8 +56,9 @@ def choose_scale(scale: str | None, whiten: bool) -> str:
 
 
 def scaled_rows(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
-    """The matrix A of a layer, (rank, d) float32, of fewer rows where fewer directions have energy;
-    no view.
+    """Return the matrix A of a layer, (rank, d) float32, and no view of the spectrum.
+
+    It has fewer rows where fewer directions have energy.
 
     See `evatune.initialize` for the formula of each `scale`.
     """

@@ -1,4 +1,4 @@
-"""Variants of LoRA that EVA may start: those that were run, by name, and why others are refused."""
+"""Variants of LoRA: those that EVA may start, and the reasons why others are refused."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def require_known_variant(model: nn.Module, lora: LoraConfig, adapter_name: str)
 
 
 def active_positions(lora: LoraConfig) -> Callable[[Any], Tensor] | None:
-    """A function from a batch to the (B, T) positions at which the adapter acts; None: at all.
+    """Return a function from a batch to the (B, T) positions where the adapter acts; None: all.
 
     Activated LoRA acts from the last occurrence of its invocation tokens on.
     """

@@ -26,7 +26,7 @@ _ADVICE = "move it away, or name another checkpoint (evatune init: another --out
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a calibration keeps what it needs to go on after an interruption.
+    """A file from which a calibration goes on after an interruption.
 
     The batches must come in the same order again: those already seen are read and passed over.
 
@@ -49,7 +49,7 @@ class Checkpoint:
             raise ConfigError(f"checkpoint_every is {self.every}; it must be at least 1 batch")
 
     def due(self, batches: int) -> bool:
-        """Whether to write after this many batches."""
+        """Return whether to write after this many batches."""
         return batches % self.every == 0
 
     def write(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
@@ -58,27 +58,28 @@ class Checkpoint:
 
         text = json.dumps({**record, "about": dict(self.about)})
         # Two spectra may be one and the same, which safetensors does not write.
-        own = {
+        copies = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in tensors.items()
         }
-        with claimed_file(self.path, True, _is_own, _ADVICE) as output, output.whole() as temporary:
-            save_sealed(temporary, own, _FORMAT, text)
+        with (
+            claimed_file(self.path, True, _is_checkpoint, _ADVICE) as output,
+            output.whole() as temporary,
+        ):
+            save_sealed(temporary, copies, _FORMAT, text)
 
     def remove(self) -> None:
-        """Remove the file if it is a checkpoint, and what writing it may have left when it was
-        killed."""
-        with claimed_file(self.path, True, _is_own, _ADVICE) as output:
+        """Remove the file if it is a checkpoint, and what a killed process may have left of it."""
+        with claimed_file(self.path, True, _is_checkpoint, _ADVICE) as output:
             output.remove()
 
     def require_own(self) -> None:
-        """Raise a ConfigError, before the work, if the path cannot be written or holds what is no
-        checkpoint."""
-        with claimed_file(self.path, True, _is_own, _ADVICE):
+        """Raise a ConfigError if the path cannot be written, or holds what is no checkpoint."""
+        with claimed_file(self.path, True, _is_checkpoint, _ADVICE):
             pass
 
     def read(self, same: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and record, or None where there is nothing to resume.
+        """Return tensors and record, or None where there is nothing to resume.
 
         Raises:
             ConfigError: the record's `same` or `about` differ from today's; the message names the
@@ -111,7 +112,7 @@ class Checkpoint:
         return tensors, record
 
 
-def _is_own(path: Path) -> bool:
+def _is_checkpoint(path: Path) -> bool:
     from evatune.schemas.tensors import read_header
 
     try:

@@ -14,7 +14,7 @@ DEFAULT_RANK, DEFAULT_RHO = 16, 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Redistribution:
-    """What decides on ranks beside the spectra; see `evatune.ranks.allocate`."""
+    """Settings of the redistribution of ranks; see `evatune.ranks.allocate`."""
 
     rank: int
     rho: float
@@ -24,7 +24,7 @@ class Redistribution:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """How activations are summarized and when to stop.
+    """Settings of a calibration: how activations are summarized, and when to stop.
 
     Attributes:
         rank: r, ranks per layer before redistribution. Default: the adapter's, where there is one,
@@ -121,7 +121,7 @@ class CalibrationConfig:
 
     @property
     def redistribution(self) -> Redistribution:
-        """What ranks are redistributed by, with the defaults in place of what is left open."""
+        """Settings of the redistribution, with the defaults in place of what is left open."""
         return Redistribution(
             rank=DEFAULT_RANK if self.rank is None else self.rank,
             rho=DEFAULT_RHO if self.rho is None else self.rho,

@@ -1,4 +1,4 @@
-"""The stop rule: whether directions and ranks have settled since the last check."""
+"""The stop rule: directions and ranks have settled since the last check."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class CalibratedLayer:
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """What a model's layers saw. Keys are module names of the base model, in model order."""
+    """Spectra and statuses of layers, by their names in the base model, in model order."""
 
     spectra: dict[str, Spectrum]
     status: dict[str, Status]

@@ -79,8 +79,7 @@ def merge_calibrations(shards: Sequence[Data]) -> Data:
 
 
 def merge_spectra(parts: Sequence[Spectrum], components: int) -> Spectrum:
-    """The `components` leading eigenpairs of what the parts kept, and the exact totals of all their
-    rows.
+    """Return the `components` leading eigenpairs of what the parts hold, with exact totals.
 
     Args:
         parts: at least one spectrum, of one width, all centered or none. Those without rows do not
@@ -101,16 +100,15 @@ def merge_spectra(parts: Sequence[Spectrum], components: int) -> Spectrum:
         (part for part in parts if part.rows),
         key=lambda p: (p.rows, p.total_energy, p.energies.tolist()),
     )
-    lively = [part for part in parts if part.total_energy > 0]
-    answer = _join(parts, components)
-    if len(lively) > 1:
-        return replace(answer, certificate=_cross_check(lively, components))
-    return replace(answer, certificate=lively[0].certificate if lively else None)
+    with_energy = [part for part in parts if part.total_energy > 0]
+    merged = _join(parts, components)
+    if len(with_energy) > 1:
+        return replace(merged, certificate=_cross_check(with_energy, components))
+    return replace(merged, certificate=with_energy[0].certificate if with_energy else None)
 
 
 class LossBound(NamedTuple):
-    """The share of a layer's energy that its leading merged directions can have lost against one
-    pass, at most."""
+    """Bounds for the share of energy that merged directions have lost against one pass."""
 
     proven: float  # whatever the sketches found
     # if each shard's directions are the best for its own data, as the exact sketch's are
@@ -120,8 +118,10 @@ class LossBound(NamedTuple):
 def loss_bounds(
     merged: CalibrationData, shards: Sequence[CalibrationData], ranks: Mapping[str, int]
 ) -> dict[str, LossBound]:
-    """Layer → bounds for its first `ranks[name]` directions; see `Calibration.merge`, where they
-    are derived."""
+    """Return by layer the bounds for its first `ranks[name]` directions.
+
+    They are derived in `Calibration.merge`.
+    """
     losses: dict[int | None, tuple[float, Tensor]] = {}
     bounds = {}
     for name, spectrum in merged.spectra.items():
@@ -140,7 +140,7 @@ def loss_bounds(
 
 
 def _losses(merged: Spectrum, parts: Sequence[Spectrum], components: int) -> tuple[float, Tensor]:
-    """T and, for r = 1 … k, D_r of `Calibration.merge`, per row."""
+    """Return T and, for r = 1 … k, D_r of `Calibration.merge`, per row."""
     weights = [part.rows / merged.rows for part in parts]
     outside = sum(weight * part.tail_energy for weight, part in zip(weights, parts, strict=True))
     # Fewer directions than were asked for: there is no energy in any other.
@@ -164,6 +164,7 @@ def _losses(merged: Spectrum, parts: Sequence[Spectrum], components: int) -> tup
 
 
 def _join(parts: Sequence[Spectrum], components: int) -> Spectrum:
+    """Return the leading directions of all parts, without a certificate."""
     rows = sum(part.rows for part in parts)
     weights = torch.tensor([part.rows / rows for part in parts], dtype=torch.float64, device="cpu")
     mean = weights @ torch.stack([part.mean.double() for part in parts])
@@ -171,10 +172,10 @@ def _join(parts: Sequence[Spectrum], components: int) -> Spectrum:
         [weight.sqrt() * _factor(part, mean) for weight, part in zip(weights, parts, strict=True)]
     )
     _, singular, right = torch.linalg.svd(factor, full_matrices=False)
-    kept = (singular > singular[:1] * _RTOL).nonzero().flatten()[:components]
+    leading = (singular > singular[:1] * _RTOL).nonzero().flatten()[:components]
     return Spectrum(
-        directions=fix_signs(right[kept].float()).contiguous(),
-        energies=as_energies(singular[kept].square()),
+        directions=fix_signs(right[leading].float()).contiguous(),
+        energies=as_energies(singular[leading].square()),
         total_energy=sum(
             float(w) * _total_about(part, mean) for w, part in zip(weights, parts, strict=True)
         ),
@@ -185,21 +186,25 @@ def _join(parts: Sequence[Spectrum], components: int) -> Spectrum:
 
 
 def _factor(part: Spectrum, about: Tensor) -> Tensor:
-    """F (≤ k + 1, d) float64 with FᵀF the kept second moment per row; about the row `about` when
-    centering."""
+    """Return F (≤ k + 1, d) float64 with FᵀF the recorded second moment per row.
+
+    About the row `about` when centering.
+    """
     factor = part.energies.double().clamp_min(0).sqrt()[:, None] * part.directions.double()
-    return torch.cat([factor, (part.mean.double() - about)[None]]) if part.centered else factor
+    if not part.centered:
+        return factor
+    return torch.cat([factor, (part.mean.double() - about)[None]])
 
 
 def _total_about(part: Spectrum, about: Tensor) -> float:
-    """Mean squared norm per row; about the row `about` when centering."""
-    return part.total_energy + (
-        float((part.mean.double() - about).square().sum()) if part.centered else 0.0
-    )
+    """Return the mean squared norm per row; about the row `about` when centering."""
+    if not part.centered:
+        return part.total_energy
+    return part.total_energy + float((part.mean.double() - about).square().sum())
 
 
 def _cross_check(parts: Sequence[Spectrum], components: int) -> Certificate:
-    """What the directions of one half of the parts capture of the other half's rows.
+    """Return what the directions of half the parts capture of the other half's rows.
 
     What a part dropped cannot be measured and counts as missed, so the figure errs on the low side
     only. The shards' own certificates are of no use here: they are about directions that the merge
@@ -208,13 +213,13 @@ def _cross_check(parts: Sequence[Spectrum], components: int) -> Certificate:
     known, fresh = sorted(
         (parts[::2], parts[1::2]), key=lambda half: sum(part.rows for part in half), reverse=True
     )
-    found = _join(known, components)
+    joined = _join(known, components)
     rows = sum(part.rows for part in fresh)
-    about = found.mean.double()
-    energies, total = about.new_zeros(len(found.energies)), 0.0
+    about = joined.mean.double()
+    energies, total = about.new_zeros(len(joined.energies)), 0.0
     for part in fresh:
         weight = part.rows / rows
-        energies += weight * (_factor(part, about) @ found.directions.double().T).square().sum(0)
+        energies += weight * (_factor(part, about) @ joined.directions.double().T).square().sum(0)
         total += weight * _total_about(part, about)
     return Certificate(as_energies(energies), total, rows)
 
@@ -224,8 +229,10 @@ def _parts(shards: Sequence[CalibrationData], name: str) -> list[Spectrum]:
 
 
 def _certain_end(shards: Sequence[CalibrationData], name: str) -> Status:
-    """The layer's status but for what the joined rows lack: non-finite as in one pass, else as the
-    least settled."""
+    """Return the layer's status but for what the joined rows lack.
+
+    Non-finite as in one pass, else that of the shard where it is least settled.
+    """
     ends = {shard.status[name] for shard in shards}
     if Status.NON_FINITE in ends:
         return Status.NON_FINITE
@@ -257,7 +264,7 @@ def _joint_versions(shards: Sequence[CalibrationData]) -> dict[str, str]:
 
 
 def _first_bad_batch(shards: Sequence[CalibrationData], name: str) -> int | None:
-    """Counted through the shards one after the other."""
+    """Return the first bad batch, counted through the shards one after the other."""
     before = 0
     for shard in shards:
         batch = shard.layers[name].first_bad_batch
@@ -321,6 +328,9 @@ def same_model(one: str, other: str) -> bool:
 
 
 def _model_name(model: str) -> tuple[str, str]:
-    """Class and last part of the path: machines may keep the same weights in different folders."""
+    """Return class and last part of the path.
+
+    Machines may keep the same weights in different folders.
+    """
     kind, _, source = model.partition(" ")
     return kind, Path(source).name

@@ -48,7 +48,7 @@ class Observer:
 
     @property
     def stop_early(self) -> bool:
-        """Whether forward passes end once every watched layer has run."""
+        """True if forward passes end once every watched layer has run."""
         return self._recorder.stop_early
 
     @stop_early.setter

@@ -29,7 +29,7 @@ ProgressFunction = Callable[[Progress], None]
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What a run over batches takes beside its settings; none of it is recorded.
+    """Options of a run over batches beside its settings; none of them is recorded.
 
     Attributes:
         forward, rows, progress, checkpoint: as for `evatune.calibrate`.

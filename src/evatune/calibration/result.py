@@ -16,7 +16,7 @@ from evatune.ranks.allocation import Candidate, RankPlan, allocate
 
 @dataclass(frozen=True)
 class Calibration(CalibrationData):
-    """What a model's layers saw. Keys are module names of the base model, in model order."""
+    """Spectra and statuses of layers, by their names in the base model, in model order."""
 
     def allocate(
         self,

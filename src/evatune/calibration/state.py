@@ -1,4 +1,4 @@
-"""What a running calibration has found so far, and what a checkpoint keeps of it."""
+"""The state of a running calibration, and the part of it that a checkpoint keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the calibration of a layer ended."""
+"""Outcomes of a layer's calibration, by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Status(StrEnum):
 
     @property
     def usable(self) -> bool:
-        """Whether an adapter can be initialized from this layer's spectrum."""
+        """True if an adapter can be initialized from this layer's spectrum."""
         return self in (
             Status.CONVERGED,
             Status.UNSETTLED,
@@ -70,7 +70,7 @@ _ADVICE = {
 
 
 def shortage(rows: int, total_energy: float, needed: int) -> Status | None:
-    """What the rows of a layer lack for `needed` directions, or None."""
+    """Return the status of a layer whose rows do not suffice for `needed` directions, or None."""
     if rows == 0:
         return Status.TOO_FEW_ROWS
     if total_energy == 0:

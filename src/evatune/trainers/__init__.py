@@ -1,2 +1,1 @@
-"""Trainers: the same initialization, on their own data and device. The place that knows
-`transformers.Trainer`."""
+"""Trainers: the same initialization, on their own data and device."""

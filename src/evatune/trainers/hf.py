@@ -83,15 +83,19 @@ def _own_batches(trainer: Any, process_group: ProcessGroup) -> Iterator[Any]:
 
 
 def _log_at_start(trainer: Any, calibration: Calibration) -> None:
-    """Have the trainer log the calibration's summary when it begins to train, if its model is still
-    the one."""
+    """Have the trainer log the calibration's summary when it begins to train.
+
+    It fails then if its model is another one by that time.
+    """
     trainer.remove_callback(_LogAtStart)  # of an earlier call, which this one has replaced
     trainer.add_callback(_LogAtStart(trainer, summary(calibration)))
 
 
 class _LogAtStart(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
-    """Not at once: before training, trackers have no run to log to, and training begins with an
-    empty log."""
+    """Logs when training begins.
+
+    Before it, trackers have no run to log to, and training begins with an empty log.
+    """
 
     def __init__(self, trainer: Any, figures: dict[str, float]) -> None:
         self.trainer, self.figures = trainer, figures
@@ -110,11 +114,10 @@ class _LogAtStart(TrainerCallback):  # type: ignore[misc]  # transformers ships 
 def training_batches(
     trainer: Any, size: int, seed: int, process: int = 0, processes: int = 1
 ) -> Iterator[Any]:
-    """One pass over the trainer's training examples, `size` at a time, in an order that the seed
-    alone decides.
+    """Yield one pass over the trainer's training examples, `size` at a time.
 
-    Of several processes each gets every so many-th batch. Collator, columns and device are the
-    trainer's.
+    The seed alone decides on their order. Of several processes each gets every so many-th batch.
+    Collator, columns and device are the trainer's.
     """
     inner = _loader(trainer)
     data = inner.dataset
@@ -132,31 +135,33 @@ def training_batches(
 
 
 def _prepared(trainer: Any, loader: Iterable[Any]) -> Iterator[Any]:
-    """The trainer's own device. A loader draws its seed when this is first asked, which is where
-    random states are kept."""
+    """Yield batches on the trainer's own device.
+
+    A loader draws its seed when this is first asked, which is where random states are kept.
+    """
     for batch in loader:
         inputs = trainer._prepare_inputs(batch)
         yield from _features(trainer, inputs) if hasattr(trainer, "collect_features") else [inputs]
 
 
 def _features(trainer: Any, inputs: Any) -> list[Any]:
-    """The inputs in one batch of a sentence-transformers trainer: anchors, positives, …"""
-    found: list[Any] = trainer.collect_features(inputs)[0]
-    if not all(isinstance(one, Mapping) for one in found):
+    """Return the inputs in a batch of a sentence-transformers trainer: anchors, positives, …"""
+    features: list[Any] = trainer.collect_features(inputs)[0]
+    if not all(isinstance(feature, Mapping) for feature in features):
         raise DataError(
             f"the batches of {type(trainer).__name__} are texts, which its loss makes tokens of;"
             " give tokens before trainer.train(): evatune.initialize(model,"
             " [model.preprocess(pairs), …])"
         )
-    return found
+    return features
 
 
 def _loader(trainer: Any) -> Any:
-    """The trainer's loader of training batches, without a trace of it in the trainer."""
-    known = len(trainer.accelerator._dataloaders)
+    """Return the trainer's loader of training batches, without a trace of it in the trainer."""
+    n_before = len(trainer.accelerator._dataloaders)
     loader = trainer.get_train_dataloader()
     # accelerate saves the state of all it has prepared
-    del trainer.accelerator._dataloaders[known:]
+    del trainer.accelerator._dataloaders[n_before:]
     # The loader inside accelerate's own: leaving that one early would leave its end-of-epoch mark
     # behind.
     return getattr(loader, "base_dataloader", loader)

@@ -1,5 +1,7 @@
-"""`EvaCallback`: the same initialization inside Lightning's `Trainer.fit`. Needs
-`pip install 'evatune[lightning]'`."""
+"""`EvaCallback`: the same initialization inside Lightning's `Trainer.fit`.
+
+Needs `pip install 'evatune[lightning]'`.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,7 @@ except ModuleNotFoundError:  # the same code, under the name that it had before 
 
 
 class EvaCallback(pl.Callback):  # type: ignore[misc]  # not a type: its library is not followed
-    """Starts the LoRA adapter inside a LightningModule with EVA:
-    `Trainer(callbacks=[EvaCallback()])`.
+    """Start the LoRA adapter of a LightningModule with EVA: `Trainer(callbacks=[EvaCallback()])`.
 
     It runs in `setup` of a fit: after the datamodule's `setup`, before the module's own `setup` and
     before optimizers are built, which must hold the new parameters. The module must have its
@@ -52,10 +53,9 @@ class EvaCallback(pl.Callback):  # type: ignore[misc]  # not a type: its library
             step 0; see `evatune.trainers.summary`.
 
     Raises, in `setup`:
-        AdapterError: no adapter in the module, or several models with one. DataError: several
-        processes and batches; with
-            a `Calibration` any number may start alike. All else as for `evatune.initialize`, which
-            see for cost.
+        AdapterError: no adapter in the module, or several models with one.
+        DataError: several processes and batches; with a `Calibration` any number may start alike.
+        All else as for `evatune.initialize`, which see for cost.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class EvaCallback(pl.Callback):  # type: ignore[misc]  # not a type: its library
                 " which must all start alike; calibrate first and give them one result:"
                 " EvaCallback(evatune.Calibration.load(path))"
             )
-        source = _of_the_fit(trainer) if batches is None else batches
+        source = _training_batches(trainer) if batches is None else batches
 
         def prepared(model: nn.Module, batch: Any) -> Any:
             with trainer.precision_plugin.forward_context():
@@ -112,8 +112,11 @@ class EvaCallback(pl.Callback):  # type: ignore[misc]  # not a type: its library
         return initialize(model, moved(), forward=prepared, **self.options)
 
 
-def _of_the_fit(trainer: Any) -> Iterator[Any]:
-    """The training batches. Asked for when the first is wanted, where random states are kept."""
+def _training_batches(trainer: Any) -> Iterator[Any]:
+    """Yield the training batches; asked for when the first is wanted.
+
+    That is where random states are kept.
+    """
     try:
         loaders = trainer.fit_loop._data_source.dataloader()
     except Exception as error:

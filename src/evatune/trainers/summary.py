@@ -1,4 +1,4 @@
-"""What a calibration found, as scalars for the trackers of a trainer."""
+"""The summary of a calibration, as scalars for the trackers of a trainer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from evatune.calibration.result import Calibration
 
 
 def summary(calibration: Calibration) -> dict[str, float]:
-    """Name → figure, of the redistribution that the calibration's own settings give.
+    """Return figures by name, of the redistribution that the calibration's own settings give.
 
     Returns:
-        evatune/batches: forward passes. evatune/ranks: ranks of all layers. evatune/parameters: of
-        A and B.
-        evatune/layers: layers with a rank. evatune/energy: share in [0, 1] of fresh rows' energy
-        inside a layer's directions, as many as its rank, mean over these layers; not there when no
-        layer has a certificate. evatune/status/…: calibrated layers by status, those that occur.
+        evatune/batches: forward passes.
+        evatune/ranks: ranks of all layers.
+        evatune/parameters: of A and B.
+        evatune/layers: layers with a rank.
+        evatune/energy: share in [0, 1] of fresh rows' energy inside a layer's directions, as many
+            as its rank, mean over these layers; not there when no layer has a certificate.
+        evatune/status/…: calibrated layers by status, those that occur.
     """
     plan = calibration.allocate()
     ranks = {name: rank for name, rank in plan.ranks.items() if rank}
