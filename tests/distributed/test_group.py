@@ -48,7 +48,7 @@ class Routed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.even, self.unsupported, self.common = (
+        self.even, self.odd, self.common = (
             nn.Linear(16, 16),
             nn.Linear(16, 16),
             nn.Linear(16, 16),
@@ -56,7 +56,7 @@ class Routed(nn.Module):
         self.beside = nn.Linear(16, 16)
 
     def forward(self, x: Tensor, number: int) -> Tensor:
-        expert = self.unsupported if number % 2 else self.even
+        expert = self.odd if number % 2 else self.even
         y = expert(x)
         # Only in odd batches do these two have the same input.
         return self.common(x) + self.beside(x if number % 2 else y)
