@@ -277,7 +277,9 @@ def stability(model: nn.Module, batches: list[Any]) -> dict[str, float]:
         start = NystromSketch(first.shape[1], int(RANK * RHO))
         start.update(first)
         start.refresh()
-        whole, backwards, left, right = start.clone(), start.clone(), start.clone(), start.sibling()
+        whole, backwards, left = (start.clone() for _ in range(3))
+        right = NystromSketch(first.shape[1], int(RANK * RHO))
+        right.set_basis(start.basis_state())
         for x in rest:
             whole.update(x)
         for x in reversed(rest):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evatune.sketch import SKETCHES, Sketch, make_sketch
-from evatune.sketch.base import power_of_two
+from evatune.sketch.rows import power_of_two
 from evatune.sketch.spectrum import Spectrum, captured_energy, principal_angles
 
 torch.set_num_threads(1)

@@ -31,7 +31,7 @@ from evatune.modeling.batches import require_arguments
 from evatune.modeling.forward import ForwardFunction, call_model, model_device, to_device
 from evatune.modeling.sharding import is_sharded, require_weights
 from evatune.modeling.state import as_base, full_precision, may_stop_early, states_kept
-from evatune.sketch import Sketch, make_sketch
+from evatune.sketch import Sketch, is_additive, make_sketch
 
 
 @dataclass(frozen=True)
@@ -182,10 +182,10 @@ def _require_same_work(
     can."""
     if checkpoint is not None:
         raise ConfigError("a checkpoint is of one process; leave it out, or set distributed=False")
-    if config.sketch == "incremental":
+    if not is_additive(config.sketch):
         raise ConfigError(
-            "sketch is 'incremental', whose result several processes cannot add up; use 'nystrom'"
-            " or 'exact', or calibrate with distributed=False and join the results by"
+            f"sketch is {config.sketch!r}, whose result several processes cannot add up; use"
+            " 'nystrom' or 'exact', or calibrate with distributed=False and join the results by"
             " Calibration.merge"
         )
     process_group.require_equal(identity)

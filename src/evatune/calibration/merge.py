@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evatune.calibration.status import Status, shortage
 from evatune.errors import ConfigError
+from evatune.sketch import SKETCHES
 from evatune.sketch.spectrum import Certificate, Spectrum, as_energies, empty, fix_signs
 
 if TYPE_CHECKING:
@@ -150,7 +151,11 @@ def loss_bounds(
             )
         outside, by_rank = losses[number]
         given_best = min(outside, float(by_rank[:rank][-1])) / spectrum.total_energy
-        proven = given_best if merged.config.sketch == "exact" else outside / spectrum.total_energy
+        proven = (
+            given_best
+            if SKETCHES[merged.config.sketch].optimal
+            else outside / spectrum.total_energy
+        )
         bounds[name] = LossBound(proven, given_best)
     return bounds
 
