@@ -147,7 +147,8 @@ class NystromSketch(AdditiveSketch, RowSketch):
         """
         old = self.basis.to(self.dtype).flip(0)
         candidates = torch.cat([directions, old])
-        return torch.linalg.qr(candidates.T)[0].T[: len(old)]
+        completed: Tensor = torch.linalg.qr(candidates.T)[0].T
+        return completed[: len(old)]
 
     @staticmethod
     def _eigenpairs(sketches: Sequence[NystromSketch]) -> tuple[Tensor, Tensor, list[int]]:
@@ -253,7 +254,8 @@ def _random_basis(width: int, columns: int, seed: int) -> Tensor:
     cpu = torch.device("cpu")  # where a seed gives the same numbers for all devices
     generator = torch.Generator(cpu).manual_seed((seed * 1_000_003 + width) % 2**63)
     start = torch.randn(width, columns, generator=generator, dtype=torch.float32, device=cpu)
-    return torch.linalg.qr(start)[0].T
+    basis: Tensor = torch.linalg.qr(start)[0].T
+    return basis
 
 
 def _stackable(sketches: Sequence[NystromSketch]) -> Iterator[list[int]]:
