@@ -12,7 +12,7 @@ import evatune
 from evatune import CalibrationConfig
 from evatune.errors import ConfigError
 from evatune.sketch import SKETCHES, SketchUpdate, is_additive, make_sketch
-from evatune.sketch.base import Sketch
+from evatune.sketch.base import Sketch, SketchSettings
 from evatune.sketch.spectrum import Spectrum
 from tests.helpers import Toy, inputs
 from tests.sketches import build, planted
@@ -23,9 +23,9 @@ class AxisSketch(Sketch):
 
     _STATE = (*Sketch._STATE, "squares")
 
-    def __init__(self, width: int, components: int, *, center: bool, device: torch.device) -> None:
-        super().__init__(width, components, center=center, device=device)
-        self.squares = torch.zeros(width, dtype=self.dtype, device=device)
+    def __init__(self, settings: SketchSettings) -> None:
+        super().__init__(settings)
+        self.squares = torch.zeros(self.width, dtype=self.dtype)
 
     def summarize(self, x: Tensor, index: Tensor | None = None) -> SketchUpdate:
         rows = (x if index is None else x[index]).to(self.dtype)

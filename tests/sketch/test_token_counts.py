@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evatune.sketch import CountSketch, ExactSketch
+from evatune.sketch import CountSketch, ExactSketch, SketchSettings
 
 
 @settings(max_examples=40, deadline=None)
@@ -17,8 +17,10 @@ from evatune.sketch import CountSketch, ExactSketch
 def test_counts_say_what_the_second_moment_of_one_hot_rows_says(
     batches: list[list[int]], center: bool
 ) -> None:
-    counts, exact = CountSketch(10, 4, center=center), ExactSketch(10, 10, center=center)
-    halves = [CountSketch(10, 4, center=center) for _ in range(2)]
+    small = SketchSettings(10, 4, center=center)
+    counts = CountSketch(small)
+    exact = ExactSketch(SketchSettings(10, 10, center=center))
+    halves = [CountSketch(small) for _ in range(2)]
     for number, batch in enumerate(batches):
         tokens = torch.tensor(batch, dtype=torch.long)
         counts.update(tokens)

@@ -120,7 +120,7 @@ def read_sealed(path: Path, kinds: Sequence[str], what: str) -> tuple[dict[str, 
         raise Damage(f"is damaged (the metadata of {kind} are {', '.join(sorted(expected))})")
     tensors = _load(path)
     record = metadata["record"]
-    if has_checksum and metadata["sha256"] != checksum(tensors, kind, record):
+    if has_checksum and metadata["sha256"] != checksum(tensors, kinds[0], record):
         raise Damage("is damaged (its contents do not have the checksum that it names)")
     return tensors, record
 

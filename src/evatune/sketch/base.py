@@ -13,6 +13,8 @@ from torch import Tensor
 
 from evatune.sketch.spectrum import Certificate, Spectrum, as_energies, fix_signs
 
+_CPU = torch.device("cpu")
+
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:
     """Return float64 for sums that grow, except on Apple's MPS, which has none."""
@@ -21,14 +23,15 @@ def accumulator_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class SketchSettings:
-    """What a sketch is made from; each kind takes what it needs."""
+    """The arguments of all sketches; each kind takes what it needs."""
 
     width: int  # d, size of a row
     components: int  # k, how many directions will be asked for
-    oversampling: int  # columns beyond those, of a randomized sketch
-    center: bool  # covariance instead of the second moment
-    seed: int  # of the random start, if there is one
-    device: torch.device  # where the rows live
+    oversampling: int = 16  # columns beyond those, of a randomized sketch
+    # work on `x - mean` (covariance) instead of `x`; an exact correction, not a second pass
+    center: bool = False
+    seed: int = 0  # of the random start, if there is one
+    device: torch.device = _CPU  # where the rows live
 
 
 @dataclass
@@ -68,28 +71,18 @@ class Sketch(ABC):
         "_fresh_energy",
     )
 
-    def __init__(self, width: int, components: int, *, center: bool, device: torch.device) -> None:
-        self.width = width
-        self.components = min(components, width)
-        self.center = center
-        self.device = device
-        self.dtype = accumulator_dtype(device)
+    def __init__(self, settings: SketchSettings) -> None:
+        self.width = settings.width
+        self.components = min(settings.components, settings.width)
+        self.center = settings.center
+        self.device = settings.device
+        self.dtype = accumulator_dtype(self.device)
         self.shift: Tensor | None = None  # (d,) float32, subtracted from every row when centering
         self.count = 0
-        self.row_sum = torch.zeros(width, dtype=self.dtype, device=device)
-        self.energy = torch.zeros((), dtype=self.dtype, device=device)
+        self.row_sum = self._zeros(self.width)
+        self.energy = self._zeros()
         self.certificate: Certificate | None = None
         self._start_fresh(0)
-
-    @classmethod
-    def from_settings(cls, settings: SketchSettings) -> Self:
-        """Return a sketch without rows."""
-        return cls(
-            settings.width,
-            settings.components,
-            center=settings.center,
-            device=settings.device,
-        )
 
     # -- the protocol ------------------------------------------------------------------------------
 
@@ -193,6 +186,10 @@ class Sketch(ABC):
 
     # -- helpers -----------------------------------------------------------------------------------
 
+    def _zeros(self, *shape: int) -> Tensor:
+        """Return zeros for sums that grow."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
     def _join(self, updates: list[SketchUpdate]) -> SketchUpdate:
         """Return one update from those of an activation's pieces; they add up in float64."""
         row_sums = torch.stack([update.row_sum for update in updates])
@@ -221,8 +218,8 @@ class Sketch(ABC):
 
     def _start_fresh(self, directions: int) -> None:
         """Count rows for a certificate from zero, about so many directions."""
-        self._fresh = torch.zeros(directions, dtype=self.dtype, device=self.device)
-        self._fresh_energy = torch.zeros((), dtype=self.dtype, device=self.device)
+        self._fresh = self._zeros(directions)
+        self._fresh_energy = self._zeros()
         self._fresh_count = 0
 
     def _certify(self) -> Certificate | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from evatune.sketch.additive import AdditiveSketch
+from evatune.sketch.base import SketchSettings
 from evatune.sketch.rows import RowSketch, sum_of_rows
 from evatune.sketch.spectrum import Spectrum
 
@@ -20,25 +21,17 @@ class ExactSketch(AdditiveSketch, RowSketch):
 
     Memory: 8·d² bytes and a copy of 8 MiB of rows. Time: 2·n·d² float64 flops per update, twice the
     time of float32 on a CPU (on a consumer GPU, 32 to 64 times), O(d³) per answer; use it where d
-    is a few thousand at most, or as the truth to compare with. Merging is exact. Arguments as for
-    `NystromSketch`.
+    is a few thousand at most, or as the truth to compare with. Merging is exact.
     """
 
     optimal: ClassVar = True
     _STATE: ClassVar = (*AdditiveSketch._STATE, "known", "gram")
     _BASIS: ClassVar = (*AdditiveSketch._BASIS, "known")
 
-    def __init__(
-        self,
-        width: int,
-        components: int,
-        *,
-        center: bool = False,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(width, components, center=center, device=torch.device(device))
+    def __init__(self, settings: SketchSettings) -> None:
+        super().__init__(settings)
         self._row_dtype = self.dtype
-        self.gram = torch.zeros(width, width, dtype=self.dtype, device=self.device)
+        self.gram = self._zeros(self.width, self.width)
         # (k, d) directions of the last refresh, for the certificate
         self.known: Tensor | None = None
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from evatune.sketch.base import Sketch
+from evatune.sketch.base import Sketch, SketchSettings
 from evatune.sketch.rows import RowSketch, sum_of_rows
 from evatune.sketch.spectrum import Spectrum
 
@@ -21,26 +21,19 @@ class IncrementalSketch(RowSketch):
     """Sequential Karhunen-Loève: past directions and new rows; if centered, one row for the mean.
 
     Minibatches of fewer rows than components wait in a buffer until there are enough, and are never
-    lost. With `center=True` this is the paper's algorithm. Arguments as for `NystromSketch`.
+    lost. With `center=True` this is the paper's algorithm.
 
     Memory: 4·k·d bytes and a copy of the minibatch. Time: O((k + n)·d·min(k + n, d)) per minibatch.
     """
 
     _STATE: ClassVar = (*Sketch._STATE, "factor", "mean", "inside")
 
-    def __init__(
-        self,
-        width: int,
-        components: int,
-        *,
-        center: bool = False,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(width, components, center=center, device=torch.device(device))
+    def __init__(self, settings: SketchSettings) -> None:
+        super().__init__(settings)
         # diag(S)·V, (≤ k, d) float32
-        self.factor = torch.zeros(0, width, dtype=torch.float32, device=self.device)
+        self.factor = self._zeros(0, self.width).float()
         # of the rows in `factor`
-        self.mean = torch.zeros(width, dtype=self.dtype, device=self.device)
+        self.mean = self._zeros(self.width)
         self.inside = 0  # rows in `factor`
         self.buffer: list[Tensor] = []
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from evatune.sketch.additive import AdditiveSketch
 from evatune.sketch.base import SketchSettings
-from evatune.sketch.rows import RowSketch, power_of_two
+from evatune.sketch.rows import RowSketch, SelectedRows, power_of_two
 from evatune.sketch.spectrum import Certificate, Spectrum, fix_signs
 
 # Columns of the products. Fewer run no faster (matrix products work in blocks of 16) and lose
@@ -44,15 +44,8 @@ _CORE_RTOL = 1e-6
 class NystromSketch(AdditiveSketch, RowSketch):
     """Streaming Nyström sketch.
 
-    Args:
-        width: d, size of a row.
-        components: k, how many directions will be asked for.
-        oversampling: extra columns; the products have max(k + oversampling, 32), of which the basis
-            takes all but one, at most d.
-        center: work on `x - mean` (covariance) instead of `x`; an exact correction, not a second
-            pass.
-        seed: of the random start of the first basis, together with `width`.
-        device: where the rows live.
+    The products have max(k + oversampling, 32) columns, of which the basis takes all but one, at
+    most d. The first basis is random, by the seed and the width.
 
     Memory: 12·d·l bytes and a temporary (n, l). Time: 4·n·d·l flops per update, O(d·l²) per
     refresh.
@@ -61,37 +54,19 @@ class NystromSketch(AdditiveSketch, RowSketch):
     _STATE: ClassVar = (*AdditiveSketch._STATE, "_padded", "product")
     _BASIS: ClassVar = (*AdditiveSketch._BASIS, "_padded")
 
-    def __init__(
-        self,
-        width: int,
-        components: int,
-        *,
-        oversampling: int = 16,
-        center: bool = False,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(width, components, center=center, device=torch.device(device))
+    def __init__(self, settings: SketchSettings) -> None:
+        super().__init__(settings)
+        width = settings.width
         # One column of the products is for the sum of the rows, see `_reduce`.
-        columns = min(max(self.components + oversampling, _MIN_COLUMNS) - 1, width)
+        columns = max(self.components + settings.oversampling, _MIN_COLUMNS) - 1
+        columns = min(columns, width)
         # Both tensors have the columns of the text as rows: the second product runs a sixth faster
         # that way.
         # (l + 1, d): Ωᵀ and a row of zeros
-        self._padded = torch.zeros(columns + 1, width, dtype=torch.float32, device=self.device)
-        self.basis.copy_(_random_basis(width, columns, seed))
+        self._padded = self._zeros(columns + 1, width).float()
+        self.basis.copy_(_random_basis(width, columns, settings.seed))
         # (l, d), (C·Ω)ᵀ
-        self.product = torch.zeros(columns, width, dtype=self.dtype, device=self.device)
-
-    @classmethod
-    def from_settings(cls, settings: SketchSettings) -> Self:
-        return cls(
-            settings.width,
-            settings.components,
-            oversampling=settings.oversampling,
-            center=settings.center,
-            seed=settings.seed,
-            device=settings.device,
-        )
+        self.product = self._zeros(columns, width)
 
     @property
     def basis(self) -> Tensor:
@@ -175,9 +150,10 @@ class NystromSketch(AdditiveSketch, RowSketch):
 
     # -- rows --------------------------------------------------------------------------------------
 
-    def _initialize(self, x: Tensor, index: Tensor | None) -> Tensor:
-        rows = super()._initialize(x, index)
-        scaled = rows * power_of_two(rows)  # their squares must neither overflow nor vanish
+    def _initialize(self, rows: SelectedRows) -> Tensor:
+        first_rows = super()._initialize(rows)
+        # their squares must neither overflow nor vanish
+        scaled = first_rows * power_of_two(first_rows)
         for _ in range(_POWER_STEPS):
             # Power steps on C + δI: the same eigenvectors, but of full rank, so QR never has to
             # invent a column.
@@ -186,7 +162,7 @@ class NystromSketch(AdditiveSketch, RowSketch):
             image = torch.nan_to_num(image, posinf=0.0, neginf=0.0)
             shifted = image + 1e-5 * self.basis
             self.basis.copy_(torch.linalg.qr(shifted.T)[0].T)
-        return rows
+        return first_rows
 
     def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         projected = chunk @ self._padded.T  # (n, l + 1)

@@ -36,10 +36,10 @@ def make_sketch(
     """Return an empty sketch of a kind in `SKETCHES`, or "counts" for rows that are token ids."""
     settings = SketchSettings(width, components, oversampling, center, seed, device)
     if kind == TOKEN_COUNTS:
-        return CountSketch.from_settings(settings)
+        return CountSketch(settings)
     if kind not in SKETCHES:
         raise ValueError(f"no sketch named {kind!r}; known are {', '.join(SKETCHES)}")
-    return SKETCHES[kind].from_settings(settings)
+    return SKETCHES[kind](settings)
 
 
 def is_additive(kind: str) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evatune.sketch.additive import AdditiveSketch
-from evatune.sketch.base import SketchUpdate
+from evatune.sketch.base import SketchSettings, SketchUpdate
 from evatune.sketch.spectrum import Spectrum
 
 
@@ -20,9 +20,7 @@ class CountSketch(AdditiveSketch):
     covariance, diag(p) - ppᵀ, is no longer diagonal; the directions stay one-hot vectors, the
     energies are the tokens' variances p(1 - p) and the total is 1 - Σp².
 
-    Args:
-        width: d, the number of tokens there are. Rows are given as ids, (n,) integers below it.
-        components, center, device: as for `NystromSketch`.
+    The width d is the number of tokens there are. Rows are given as ids, (n,) integers below it.
 
     Memory: 16·d bytes. Time: O(n + d) per update, O(d log d) per answer. Merging is exact.
     """
@@ -30,15 +28,8 @@ class CountSketch(AdditiveSketch):
     _STATE: ClassVar = (*AdditiveSketch._STATE, "known")
     _BASIS: ClassVar = (*AdditiveSketch._BASIS, "known")
 
-    def __init__(
-        self,
-        width: int,
-        components: int,
-        *,
-        center: bool = False,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(width, components, center=center, device=torch.device(device))
+    def __init__(self, settings: SketchSettings) -> None:
+        super().__init__(settings)
         self.known: Tensor | None = None  # (k,) tokens of the last refresh, for the certificate
 
     def summarize(self, x: Tensor, index: Tensor | None = None) -> SketchUpdate:
