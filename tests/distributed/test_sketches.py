@@ -62,12 +62,12 @@ def test_they_find_what_one_process_finds_on_the_same_batches(
 
 
 def test_without_distributed_each_works_for_itself(both: list[dict[str, Any]]) -> None:
-    own = evatune.calibrate(
+    alone = evatune.calibrate(
         toy(),
         wide()[1::2],
         CalibrationConfig(rank=4, max_batches=16, tolerance=0, distributed=False),
     )
-    assert same(both[1]["alone"], facts(own))
+    assert same(both[1]["alone"], facts(alone))
     assert both[0]["alone"]["bytes"] == 0
 
 

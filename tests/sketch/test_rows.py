@@ -16,11 +16,11 @@ from tests.sketches import build, feed, planted, truth
 class TestRowsInEveryForm:
     def test_rows_chosen_by_index_are_the_rows_that_count(self, kind: str, center: bool) -> None:
         rows, index = planted(500, 32), torch.arange(0, 500, 3)
-        some, same = build(kind, 32, 4, center=center), build(kind, 32, 4, center=center)
-        some.update(rows, index)
-        same.update(rows[index])
-        assert torch.allclose(some.spectrum().energies, same.spectrum().energies, rtol=1e-4)
-        assert some.spectrum().rows == len(index)
+        selected, gathered = build(kind, 32, 4, center=center), build(kind, 32, 4, center=center)
+        selected.update(rows, index)
+        gathered.update(rows[index])
+        assert torch.allclose(selected.spectrum().energies, gathered.spectrum().energies, rtol=1e-4)
+        assert selected.spectrum().rows == len(index)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_rows_are_read_in_float32(

@@ -88,7 +88,7 @@ class ProcessGroup:
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """Hold messages together: a process that fails in between leaves, as it cannot tell why."""
+        """Enclose messages that belong together; between them no process can say why it failed."""
         yield
 
     def require_equal(self, facts: Mapping[str, Any]) -> None:

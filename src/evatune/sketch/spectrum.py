@@ -1,4 +1,4 @@
-"""What one layer input looks like: its leading directions, their energies and what they miss."""
+"""The spectrum of one layer input: leading directions, their energies and what they miss."""
 
 from __future__ import annotations
 
