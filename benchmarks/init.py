@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import evatune
 from evatune.loading.text import TextBatches, demo_data, demo_model, load_model, load_texts
-from evatune.sketch import NystromSketch
+from evatune.sketch import NystromSketch, SketchSettings
 from evatune.sketch.spectrum import principal_angles
 
 RANK, RHO, TIMED_BATCHES, HELD_OUT = 16, 2.0, 16, 16
@@ -274,10 +274,13 @@ def stability(model: nn.Module, batches: list[Any]) -> dict[str, float]:
         energies = torch.linalg.eigvalsh(truth.of(name)).flip(0)[: RANK + 1]
         lead = int((energies[:-1] / energies[1:]).argmax()) + 1
         first, *rest = selected[name]
-        start = NystromSketch(first.shape[1], int(RANK * RHO))
+        sketch_settings = SketchSettings(first.shape[1], int(RANK * RHO))
+        start = NystromSketch(sketch_settings)
         start.update(first)
         start.refresh()
-        whole, backwards, left, right = start.clone(), start.clone(), start.clone(), start.sibling()
+        whole, backwards, left = (start.clone() for _ in range(3))
+        right = NystromSketch(sketch_settings)
+        right.set_basis(start.basis_state())
         for x in rest:
             whole.update(x)
         for x in reversed(rest):
@@ -285,7 +288,7 @@ def stability(model: nn.Module, batches: list[Any]) -> dict[str, float]:
         for number, x in enumerate(rest):
             (left, right)[number % 2].update(x)
         left.merge(right)
-        apart = [NystromSketch(first.shape[1], int(RANK * RHO)) for _ in range(2)]
+        apart = [NystromSketch(sketch_settings) for _ in range(2)]
         for number, x in enumerate(selected[name]):
             apart[number % 2].update(x)
         apart[0].merge(apart[1])

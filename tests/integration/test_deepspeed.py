@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2Model
 import evatune
 from evatune import CalibrationConfig
 from evatune.capture import find_target_layers
-from tests.distributed.test_group import ALL, error_of, facts, same, spawn, toy, wide
+from tests.processes import ALL, error_of, facts, same, spawn, toy, wide
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"

@@ -113,7 +113,11 @@ class CalibrationConfig:
             raise ConfigError(
                 f"labels_only is {self.labels_only!r}; it must be True, False or 'auto'"
             )
-        for name, allowed in (("sketch", SKETCHES), ("budget", BUDGETS), ("metric", METRICS)):
+        for name, allowed in (
+            ("sketch", tuple(SKETCHES)),
+            ("budget", BUDGETS),
+            ("metric", METRICS),
+        ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}"

@@ -22,6 +22,7 @@ from evatune.modeling.batches import require_arguments
 from evatune.modeling.forward import model_device
 from evatune.modeling.sharding import is_sharded, require_weights
 from evatune.modeling.state import full_precision, states_kept
+from evatune.sketch import is_additive
 
 
 def run(
@@ -76,10 +77,10 @@ def _require_same_work(state: CalibrationState, options: RunOptions) -> None:
     """Raise on every process unless all calibrate the same thing, in a way that several can."""
     if options.checkpoint is not None:
         raise ConfigError("a checkpoint is of one process; leave it out, or set distributed=False")
-    if state.config.sketch == "incremental":
+    if not is_additive(state.config.sketch):
         raise ConfigError(
-            "sketch is 'incremental', whose result several processes cannot add up; use 'nystrom'"
-            " or 'exact', or calibrate with distributed=False and join the results by"
+            f"sketch is {state.config.sketch!r}, whose result several processes cannot add up; use"
+            " 'nystrom' or 'exact', or calibrate with distributed=False and join the results by"
             " Calibration.merge"
         )
     device = model_device(state.model)

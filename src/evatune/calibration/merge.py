@@ -13,6 +13,7 @@ from torch import Tensor
 from evatune.calibration.data import CalibratedLayer, CalibrationData
 from evatune.calibration.status import Status, shortage
 from evatune.errors import ConfigError
+from evatune.sketch import SKETCHES
 from evatune.sketch.spectrum import Certificate, Spectrum, as_energies, empty, fix_signs
 
 Data = TypeVar("Data", bound=CalibrationData)
@@ -134,7 +135,11 @@ def loss_bounds(
             losses[number] = _losses(spectrum, parts, merged.config.n_components)
         outside, by_rank = losses[number]
         given_best = min(outside, float(by_rank[:rank][-1])) / spectrum.total_energy
-        proven = given_best if merged.config.sketch == "exact" else outside / spectrum.total_energy
+        proven = (
+            given_best
+            if SKETCHES[merged.config.sketch].optimal
+            else outside / spectrum.total_energy
+        )
         bounds[name] = LossBound(proven, given_best)
     return bounds
 

@@ -1,5 +1,4 @@
-"""Several processes as one team: the few messages of a joint calibration, and what happens when one
-fails."""
+"""A process group that fails clearly: the few messages that calibrating together takes."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -22,25 +21,19 @@ from evatune.errors import ConfigError, ProcessError
 
 # A process that is not heard of for this long is given up; torch's own default for gloo is three
 # times as long.
-_PATIENCE = timedelta(minutes=10)
-
-
+_TIMEOUT = timedelta(minutes=10)
 # After a message failed: how long the others may take to show that it was not they who were lost.
 _GRACE_SECONDS = 10.0
-
-
-_ALL_COME = (
+_ADVICE = (
     "call evatune on every process, or let each work alone with"
     " CalibrationConfig(distributed=False) on every one"
 )
-
-
-# of teams, equal on all processes since they form them in the same order
+# of groups, equal on all processes since they form them in the same order
 _numbers = itertools.count()
 
 
 class ProcessGroup:
-    """The processes that calibrate together; one process alone is a team of one, and sends nothing.
+    """The processes that calibrate together; one alone is a group of one, and sends nothing.
 
     Every process calls the same methods in the same order. Messages are JSON and tensors; nothing
     is unpickled. Where a process fails between two messages it tells the others in place of its
@@ -58,20 +51,15 @@ class ProcessGroup:
     def create(
         together: bool, device: torch.device | None, patience: float
     ) -> Iterator[ProcessGroup]:
-        """The team of all of torch.distributed's processes, or of this one alone.
+        """Yield the group of all of torch.distributed's processes, or of this one alone.
 
         Args:
-            together: whether processes share the work, if there are several.
+            together: True if processes share the work, if there are several.
             device: where sums live; they travel by the backend of that device, everything else by
                 gloo.
-            patience: seconds in which all must have come.
+            patience: seconds within which all processes must join.
         """
-        if (
-            not together
-            or not dist.is_available()
-            or not dist.is_initialized()
-            or dist.get_world_size() == 1
-        ):
+        if not together or not _has_several_processes():
             yield ProcessGroup()
             return
         process_group = _DistributedGroup(device or torch.device("cpu"), patience)
@@ -87,74 +75,70 @@ class ProcessGroup:
             process_group.close()
 
     def gather(self, value: Any) -> list[Any]:
-        """The `value` of every process, by rank; anything that JSON can hold."""
+        """Return the `value` of every process, by rank; anything that JSON can hold."""
         return [value]
 
     def broadcast(self, source: int, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """The named tensors of process `source`, on every process."""
+        """Return the named tensors of process `source`, on every process."""
         return dict(tensors or {})
 
     def reduce(self, sums: Tensor, to: int) -> Tensor:
-        """On process `to`: the sum of everyone's `sums` (m,). On the others the result has no
-        meaning."""
+        """Return the sum of everyone's `sums` (m,) on process `to`, and anything on the others."""
         return sums
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """Around messages that belong together: who fails in between cannot tell the others, and
-        leaves instead."""
+        """Enclose messages that belong together; between them no process can say why it failed."""
         yield
 
     def require_equal(self, facts: Mapping[str, Any]) -> None:
-        """Raise a ProcessError on every process, with the difference named, unless all have the
-        same `facts`."""
+        """Raise ProcessError on every process, naming a difference, unless `facts` are equal."""
         text = json.dumps(facts, sort_keys=True)
-        prints = self.gather(hashlib.sha256(text.encode()).hexdigest())
-        if len(set(prints)) == 1:
+        hashes = self.gather(hashlib.sha256(text.encode()).hexdigest())
+        if len(set(hashes)) == 1:
             return
         everyone = self.gather(facts)
-        other = next(rank for rank, print_ in enumerate(prints) if print_ != prints[0])
+        different = [rank for rank, hash_ in enumerate(hashes) if hash_ != hashes[0]]
+        rank = different[0]
         raise ProcessError(
             "the processes do not calibrate the same thing:"
-            f" {_difference(everyone[0], everyone[other], other)}; start all of them with the same"
+            f" {_difference(everyone[0], everyone[rank], rank)}; start all of them with the same"
             " model, weights, targets and settings, or set distributed=False to let each work"
             " alone"
         )
 
 
 class _DistributedGroup(ProcessGroup):
+    """Several processes of torch.distributed, with a gloo group of their own for JSON."""
+
     def __init__(self, device: torch.device, patience: float) -> None:
         super().__init__()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._name = f"evatune/{next(_numbers)}"
         try:
-            missing = self._missing(patience)
+            missing = self._wait_for_all(patience)
             if not missing:
-                self.group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
+                self.group: Any = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         except RuntimeError as error:
             raise ProcessError(
-                f"the {self.size} processes cannot reach each other; {_ALL_COME}"
+                f"the {self.size} processes cannot reach each other; {_ADVICE}"
             ) from error
         if missing:
-            names = ", ".join(map(str, missing))
             raise ProcessError(
-                f"process {names} of {self.size} did not come to calibrate within {patience:g}"
-                f" seconds; {_ALL_COME}, or give slow ones time with"
+                f"process {_listed(missing)} of {self.size} did not come to calibrate within"
+                f" {patience:g} seconds; {_ADVICE}, or give slow ones time with"
                 " CalibrationConfig(rendezvous_timeout=...)"
             )
         self._store = self.group.get_group_store()
         self._messages = 0
         self._busy = False  # between the parts of a message, when nothing else can be said
-        # Backends by device, such as cpu:gloo,cuda:nccl.
-        native = dict(pair.split(":") for pair in dist.get_backend_config().split(",")).get(
-            device.type, "gloo"
-        )
-        self._wire = (
-            (self.group, torch.device("cpu")) if native == "gloo" else (dist.group.WORLD, device)
-        )
+        # the group by which tensors travel, and the device from which they do
+        self._transport: tuple[Any, torch.device] = (dist.group.WORLD, device)
+        if _backend_of(device) == "gloo":
+            self._transport = (self.group, torch.device("cpu"))
 
-    def _missing(self, patience: float) -> list[int]:
-        """Wait for all processes to come here; the ranks of those who have not when the time is up.
+    def _wait_for_all(self, patience: float) -> list[int]:
+        """Wait for all processes to come here; return the ranks that are missing at the end.
 
         `new_group` would wait as long as for a message later on, and not tell who is missing.
         """
@@ -170,69 +154,53 @@ class _DistributedGroup(ProcessGroup):
         return missing
 
     def gather(self, value: Any) -> list[Any]:
-        said = self._gather_text(json.dumps({"value": value}))
-        for rank, message in enumerate(said):
+        messages = self._gather_text(json.dumps({"value": value}))
+        for rank, message in enumerate(messages):
             if "error" in message:
                 raise ProcessError(
                     f"process {rank} of {self.size} stopped, and so do all: {message['error']}"
                 )
-        return [message["value"] for message in said]
+        return [message["value"] for message in messages]
 
     def broadcast_error(self, error: Exception) -> None:
         """Tell the others, who wait for the next message or will, that none will come.
-        ProcessError: one of them is lost."""
-        if not self._busy:
-            try:
-                self._gather_text(
-                    json.dumps(
-                        {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
-                    )
-                )
-            except ProcessError as lost:
-                raise lost from error
+
+        ProcessError: one of them is lost.
+        """
+        if self._busy:
+            return
+        reason = " ".join(str(error).split())[:500]
+        try:
+            self._gather_text(json.dumps({"error": f"{type(error).__name__}: {reason}"}))
+        except ProcessError as lost:
+            raise lost from error
 
     def close(self) -> None:
         """Close the connections, which ends the wait of others for a message that will not come."""
         try:
             dist.destroy_process_group(self.group)
-        finally:  # an error's traceback may keep the team, and with it the connections
-            del self.group, self._wire, self._store
+        finally:  # an error's traceback may keep this object, and with it the connections
+            del self.group, self._transport, self._store
 
     def broadcast(self, source: int, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        group, device = self._wire
+        group, device = self._transport
         with self._guarded():
-            spec, payload = b"", torch.empty(0, dtype=torch.uint8, device=device)
+            header, payload = b"", torch.empty(0, dtype=torch.uint8, device=device)
             if self.rank == source:
                 assert tensors is not None
-                flat = {name: tensor.contiguous().to(device) for name, tensor in tensors.items()}
-                spec = json.dumps(
-                    [
-                        [n, list(t.shape), str(t.dtype).removeprefix("torch.")]
-                        for n, t in flat.items()
-                    ]
-                ).encode()
-                payload = torch.cat(
-                    [payload, *(tensor.reshape(-1).view(torch.uint8) for tensor in flat.values())]
-                )
-                self.bytes_sent += len(spec) + len(payload)
-            sizes = _integers(len(spec), len(payload))
+                header, payload = _packed(tensors, payload)
+                self.bytes_sent += len(header) + len(payload)
+            sizes = _integers(len(header), len(payload))
             dist.broadcast(sizes, source, self.group)
-            text = _bytes(spec, int(sizes[0]))
+            text = _bytes(header, int(sizes[0]))
             dist.broadcast(text, source, self.group)
             if self.rank != source:
                 payload = payload.new_empty(int(sizes[1]))
             dist.broadcast(payload, source, group)
-        shared, start = {}, 0
-        for name, shape, dtype in json.loads(bytes(text.tolist())):
-            kind = getattr(torch, dtype)
-            stop = start + math.prod(shape) * kind.itemsize
-            # A copy, since a view as a wider type has to begin at a multiple of its size.
-            shared[name] = payload[start:stop].clone().view(kind).reshape(shape)
-            start = stop
-        return shared
+        return _unpacked(bytes(text.tolist()), payload)
 
     def reduce(self, sums: Tensor, to: int) -> Tensor:
-        group, device = self._wire
+        group, device = self._transport
         with self._guarded():
             moved = sums.to(device)
             dist.reduce(moved, to, group=group)
@@ -247,31 +215,35 @@ class _DistributedGroup(ProcessGroup):
         self._busy = False
 
     def _gather_text(self, text: str) -> list[Any]:
-        spoken = text.encode()
+        """Return the JSON text of every process, by rank, as values."""
+        sent = text.encode()
         self._messages += 1
         with self._guarded():
             self._store.set(f"{self._name}/{self.rank}", str(self._messages))
             sizes = [_integers(0) for _ in range(self.size)]
-            dist.all_gather(sizes, _integers(len(spoken)), self.group)
+            dist.all_gather(sizes, _integers(len(sent)), self.group)
             longest = max(int(size) for size in sizes)
-            heard = [_bytes(b"", longest) for _ in range(self.size)]
-            dist.all_gather(heard, _bytes(spoken, longest), self.group)
-            self.bytes_sent += len(spoken)
-        return [
-            json.loads(bytes(t[: int(size)].tolist())) for t, size in zip(heard, sizes, strict=True)
-        ]
+            received = [_bytes(b"", longest) for _ in range(self.size)]
+            dist.all_gather(received, _bytes(sent, longest), self.group)
+            self.bytes_sent += len(sent)
+        messages = []
+        for padded, size in zip(received, sizes, strict=True):
+            message = padded[: int(size)]
+            messages.append(json.loads(bytes(message.tolist())))
+        return messages
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
+        """Raise ProcessError, saying who was lost, for what the backend raises in the block."""
         try:
             yield
         # of the backend: a connection that closed, or nobody there in time
         except RuntimeError as error:
             self._busy = True
-            raise ProcessError(self._lost()) from error
+            raise ProcessError(self._explain_loss()) from error
 
-    def _lost(self) -> str:
-        """Who did not come to the message that failed, as far as can be told."""
+    def _explain_loss(self) -> str:
+        """Name who did not come to the message that failed, as far as can be told."""
         missing = set(range(self.size)) - {self.rank}
         end = time.monotonic() + _GRACE_SECONDS
         try:
@@ -280,7 +252,7 @@ class _DistributedGroup(ProcessGroup):
                 time.sleep(0.1)
         except RuntimeError:
             return (
-                "the process that keeps the team's records (0, or the launcher) is gone; see its"
+                "the process that keeps the group's records (0, or the launcher) is gone; see its"
                 " output, and start again"
             )
         if not missing:
@@ -288,10 +260,9 @@ class _DistributedGroup(ProcessGroup):
                 f"one of the {self.size} processes stopped in the middle of a message; see their"
                 " outputs, and start again"
             )
-        names = ", ".join(map(str, sorted(missing)))
         return (
-            f"lost process {names} of {self.size} (it ended, or hangs); see its output, and start"
-            " again"
+            f"lost process {_listed(sorted(missing))} of {self.size} (it ended, or hangs); see its"
+            " output, and start again"
         )
 
     def _messages_of(self, rank: int) -> int:
@@ -310,9 +281,52 @@ def require_alone(command: str) -> None:
         )
 
 
+def _has_several_processes() -> bool:
+    """Return True if torch.distributed is running more than this process."""
+    if not dist.is_available() or not dist.is_initialized():
+        return False
+    return dist.get_world_size() > 1
+
+
+def _backend_of(device: torch.device) -> str:
+    """Return the backend of the default group for a device; gloo if it names none."""
+    config = dist.get_backend_config()  # such as cpu:gloo,cuda:nccl
+    backends = dict(pair.split(":") for pair in config.split(","))
+    return str(backends.get(device.type, "gloo"))
+
+
+def _packed(tensors: Mapping[str, Tensor], empty: Tensor) -> tuple[bytes, Tensor]:
+    """Return a JSON header of names, shapes and dtypes, and all values as bytes (n,) uint8.
+
+    Args:
+        empty: (0,) uint8, on the device to send from.
+    """
+    header = []
+    values = [empty]
+    for name, tensor in tensors.items():
+        moved = tensor.contiguous().to(empty.device)
+        header.append([name, list(moved.shape), str(moved.dtype).removeprefix("torch.")])
+        values.append(moved.reshape(-1).view(torch.uint8))
+    return json.dumps(header).encode(), torch.cat(values)
+
+
+def _unpacked(header: bytes, payload: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of which `_packed` made a header and a payload."""
+    tensors = {}
+    start = 0
+    for name, shape, dtype_name in json.loads(header):
+        dtype = getattr(torch, dtype_name)
+        stop = start + math.prod(shape) * dtype.itemsize
+        # A copy, since a view as a wider type has to begin at a multiple of its size.
+        tensors[name] = payload[start:stop].clone().view(dtype).reshape(shape)
+        start = stop
+    return tensors
+
+
 def _bytes(text: bytes, size: int) -> Tensor:
     """(size,) uint8, filled up with zeros."""
-    return torch.tensor(list(text.ljust(size, b"\0")), dtype=torch.uint8, device="cpu")
+    padded = text.ljust(size, b"\0")
+    return torch.tensor(list(padded), dtype=torch.uint8, device="cpu")
 
 
 def _integers(*values: int) -> Tensor:
@@ -320,15 +334,19 @@ def _integers(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
-def _difference(first: Any, other: Any, rank: int, where: str = "") -> str:
-    """The first place where two JSON values differ, in words."""
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
+
+
+def _difference(first: Any, other: Any, rank: int, path: str = "") -> str:
+    """Name the first place where two JSON values differ, those of process 0 and of `rank`."""
     if isinstance(first, Mapping) and isinstance(other, Mapping):
-        for key in [*first, *(key for key in other if key not in first)]:
-            if key not in other or key not in first:
-                return (
-                    f"only process {0 if key in first else rank} has"
-                    f" {f'{where} ' if where else ''}{key}"
-                )
+        for key in {**first, **other}:
+            inner = f"{path} {key}".strip()
+            if key not in other:
+                return f"only process 0 has {inner}"
+            if key not in first:
+                return f"only process {rank} has {inner}"
             if first[key] != other[key]:
-                return _difference(first[key], other[key], rank, f"{where} {key}".strip())
-    return f"{where} is {first} on process 0 and {other} on process {rank}"
+                return _difference(first[key], other[key], rank, inner)
+    return f"{path} is {first} on process 0 and {other} on process {rank}"

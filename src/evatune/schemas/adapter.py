@@ -1,4 +1,4 @@
-"""The config of a saved LoRA adapter, as far as its meaning hangs on it, and the patterns in it."""
+"""The config of a saved LoRA adapter, as far as ranks and scales depend on it, and its patterns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -26,9 +26,9 @@ _TRIAL_SECONDS = 5.0
 
 
 class LoraRecord(BaseModel):
-    """What decides which layers have which rank and scale.
+    """The keys that decide which layers have which rank and scale.
 
-    Other keys are PEFT's affair, which has more with every version.
+    Other keys are left to PEFT, which has more with every version.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore")
@@ -64,14 +64,13 @@ def require_lora(fields: Mapping[str, Any]) -> None:
     """
     with fitting():
         TypeAdapter(LoraRecord).validate_python(dict(fields))
-    for form, patterns in _patterns(fields).items():
-        for pattern in patterns:
-            try:
-                re.compile(form.format(pattern))
-            except (re.error, RecursionError, OverflowError) as error:
-                raise Damage(
-                    f"holds the pattern {shown(pattern)}, which is no regular expression ({error})"
-                ) from error
+    for pattern, expression in _patterns(fields):
+        try:
+            re.compile(expression)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise Damage(
+                f"holds the pattern {shown(pattern)}, which is no regular expression ({error})"
+            ) from error
 
 
 def require_quick(fields: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -80,16 +79,12 @@ def require_quick(fields: Mapping[str, Any], names: Iterable[str]) -> None:
     PEFT hands them to `re`, which nothing can stop. So those with more than one repetition or
     choice are first tried in another process, which can be stopped.
     """
-    names = list(names)
     doubtful = [
-        form.format(pattern)
-        for form, patterns in _patterns(fields).items()
-        for pattern in patterns
-        if sum(pattern.count(sign) for sign in "*+?{|") > 1
+        expression for pattern, expression in _patterns(fields) if _repetitions(pattern) > 1
     ]
     if not doubtful:
         return
-    work = json.dumps({"patterns": doubtful, "names": names})
+    work = json.dumps({"patterns": doubtful, "names": list(names)})
     try:
         subprocess.run(
             [sys.executable, "-I", "-S", "-c", _TRIAL],
@@ -115,16 +110,24 @@ for pattern in work["patterns"]:
 """
 
 
-def _patterns(fields: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return what PEFT matches with the names of modules: its form → what it puts in there."""
-    keys = [*(fields.get("rank_pattern") or ()), *(fields.get("alpha_pattern") or ())]
-    whole = [fields.get("target_modules"), fields.get("exclude_modules")]
-    return {
-        r"(.*\.)?({})$": keys,
-        r"({})\Z": [value for value in whole if isinstance(value, str)],
+def _patterns(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield patterns, and the regular expressions that PEFT makes of them for names of modules."""
+    of_keys = [*(fields.get("rank_pattern") or ()), *(fields.get("alpha_pattern") or ())]
+    targets = [fields.get("target_modules"), fields.get("exclude_modules")]
+    by_form = {
+        r"(.*\.)?({})$": of_keys,
+        r"({})\Z": [target for target in targets if isinstance(target, str)],
         r"(?:^|.*?\.){}\.(?P<idx>\d+)\.": _listed(fields.get("layers_pattern")),
         r"(^|.*\.){}($|\..*)": _listed(fields.get("modules_to_save")),
     }
+    for form, patterns in by_form.items():
+        for pattern in patterns:
+            yield pattern, form.format(pattern)
+
+
+def _repetitions(pattern: str) -> int:
+    """Count the signs that let a pattern match in more than one way."""
+    return sum(pattern.count(sign) for sign in "*+?{|")
 
 
 def _listed(value: Any) -> list[str]:

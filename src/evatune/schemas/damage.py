@@ -1,4 +1,4 @@
-"""What is wrong with a file, in words short enough for one line."""
+"""Damage: what is wrong with a file, in words short enough for one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _repr.maxlevel = 2
 
 
 class Damage(ValueError):
-    """What is wrong with a file, as the second half of a sentence: "is no JSON: …"."""
+    """A fault of a file, as the second half of a sentence: "is no JSON: …"."""
 
 
 def shown(value: object) -> str:

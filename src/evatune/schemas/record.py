@@ -56,7 +56,7 @@ _WITHOUT_INPUT = (Status.NON_FINITE, Status.NEVER_CALLED, Status.SELDOM_ROUTED)
 
 
 class InputRecord(Strict):
-    """What a spectrum and its certificate say in numbers."""
+    """The numbers of a spectrum and its certificate."""
 
     total_energy: Energy
     rows: Count
@@ -84,15 +84,19 @@ class CalibrationRecord(Strict):
 
     @model_validator(mode="after")
     def _inputs_and_layers_fit(self) -> Self:
-        used = {str(layer.input) for layer in self.layers.values() if layer.input is not None}
-        odd = sorted(used ^ self.inputs.keys())
-        if odd:
-            raise ValueError(f"inputs and layers do not fit: number {odd[0][:40]!r} is in one only")
-        widths: dict[int | None, int] = {None: 0}
-        for name, layer in self.layers.items():
+        widths: dict[int, int] = {}
+        for layer in self.layers.values():
+            if layer.input is None:
+                continue
             width = widths.setdefault(layer.input, layer.in_features)
-            if layer.input is not None and width != layer.in_features:
+            if width != layer.in_features:
                 raise ValueError(f"layers of input {layer.input} have widths {width} and others")
+        used = {str(number) for number in widths}
+        unmatched = sorted(used ^ self.inputs.keys())
+        if unmatched:
+            number = unmatched[0][:40]
+            raise ValueError(f"inputs and layers do not fit: number {number!r} is in one only")
+        for name, layer in self.layers.items():
             if layer.bad_process is not None and layer.bad_process >= self.processes:
                 raise ValueError(f"{name[:80]!r} names a process beyond the {self.processes}")
         return self
@@ -129,10 +133,12 @@ class CheckpointRecord(Strict):
     @model_validator(mode="after")
     def _names_are_of_layers(self) -> Self:
         grouped = [name for group in self.groups for name in group]
-        named = [*grouped, *self.bad, *self.settled, *(self.plan.ranks if self.plan else ())]
-        odd = [name for name in named if name not in self.layers]
-        if odd:
-            raise ValueError(f"{odd[0][:80]!r} is no layer of the record")
+        named = [*grouped, *self.bad, *self.settled]
+        if self.plan is not None:
+            named += self.plan.ranks
+        unknown = [name for name in named if name not in self.layers]
+        if unknown:
+            raise ValueError(f"{unknown[0][:80]!r} is no layer of the record")
         if len(set(grouped)) < len(grouped):
             raise ValueError("a layer is in two groups")
         return self

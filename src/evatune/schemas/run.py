@@ -1,4 +1,4 @@
-"""What a fine-tuning run writes, and reads again: its result, its metrics, and Trainer's state."""
+"""Files that a fine-tuning run writes and reads again: result, metrics, and Trainer's state."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class MetricsLine(Strict):
 
 
 class TrainerState(BaseModel):
-    """What a run asks of the `trainer_state.json` in a checkpoint; transformers has more in it."""
+    """The keys that a run needs of a checkpoint's `trainer_state.json`, which has more."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 

@@ -1,4 +1,4 @@
-"""safetensors files, whose header is held against the file before anything is allocated."""
+"""Files of safetensors, whose header is held against the file before anything is allocated."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class _Entry(BaseModel):
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says about itself."""
+    """The metadata of a safetensors file, and the shapes of its tensors."""
 
     metadata: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
@@ -112,13 +112,17 @@ def read_sealed(path: Path, kinds: Sequence[str], what: str) -> tuple[dict[str, 
     if kind not in kinds:
         known = " or ".join(kinds)
         raise Damage(f"is a safetensors file but not {what} (format {shown(kind)}, not {known})")
-    expected = {"format", "record"} | ({"sha256"} if kind == kinds[0] else set())
+    has_checksum = kind == kinds[0]
+    expected = {"format", "record"}
+    if has_checksum:
+        expected.add("sha256")
     if metadata.keys() != expected:
         raise Damage(f"is damaged (the metadata of {kind} are {', '.join(sorted(expected))})")
     tensors = _load(path)
-    if kind == kinds[0] and metadata["sha256"] != checksum(tensors, kind, metadata["record"]):
+    record = metadata["record"]
+    if has_checksum and metadata["sha256"] != checksum(tensors, kinds[0], record):
         raise Damage("is damaged (its contents do not have the checksum that it names)")
-    return tensors, metadata["record"]
+    return tensors, record
 
 
 def checksum(tensors: Mapping[str, Tensor], *texts: str) -> str:
@@ -151,11 +155,13 @@ def _take(fields: object, key: str) -> object:
 def _require_covered(entries: Mapping[str, _Entry], size: int) -> None:
     """Raise Damage unless the tensors fill the rest of the file, one after the other."""
     end = 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+    in_order = sorted(entries.items(), key=lambda item: item[1].data_offsets)
+    for name, entry in in_order:
         if entry.dtype not in _BYTES:
             raise Damage(f"names the type {shown(entry.dtype)} for {shown(name)}")
         first, last = entry.data_offsets
-        if first != end or last - first != math.prod(entry.shape) * _BYTES[entry.dtype]:
+        nbytes = math.prod(entry.shape) * _BYTES[entry.dtype]
+        if first != end or last - first != nbytes:
             raise Damage(f"declares {shown(name)} as {shown(entry.shape)}, which is not its size")
         end = last
     if end != size:

@@ -1,4 +1,4 @@
-"""JSON and YAML, bounded: in size, nesting and digits, without keys that come twice."""
+"""JSON and YAML within bounds: of size, nesting and digits, and without keys that come twice."""
 
 from __future__ import annotations
 
@@ -110,12 +110,12 @@ def explained(error: ValidationError) -> str:
 
 
 def _without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    mapping: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in mapping:
             raise Damage(f"holds the key {shown(key)} twice")
-        found[key] = value
-    return found
+        mapping[key] = value
+    return mapping
 
 
 def _whole(text: str) -> int:
@@ -134,7 +134,7 @@ def _require_few_digits(text: str) -> None:
 
 
 def _require_shallow(value: Any, what: str) -> None:
-    """Level by level, as a recursion would end in the very error that this prevents."""
+    # Level by level, as a recursion would end in the very error that this prevents.
     level = [value]
     for _ in range(_MAX_NESTING + 1):
         level = [child for parent in level for child in _children(parent)]
@@ -172,15 +172,15 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         self.flatten_mapping(node)
-        found: dict[Any, Any] = {}
+        mapping: dict[Any, Any] = {}
         for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise Damage(f"holds the key {shown(key)}, which is not text")
-            if key in found:
+            if key in mapping:
                 raise Damage(f"holds the key {shown(key)} twice")
-            found[key] = self.construct_object(value_node, deep=deep)
-        return found
+            mapping[key] = self.construct_object(value_node, deep=deep)
+        return mapping
 
     def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)

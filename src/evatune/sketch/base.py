@@ -1,9 +1,8 @@
-"""What the three sketches have in common: one protocol, the row loop and the first two moments."""
+"""The protocol of all sketches, and what they have in common: first moments and the certificate."""
 
 from __future__ import annotations
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,26 +13,30 @@ from torch import Tensor
 
 from evatune.sketch.spectrum import Certificate, Spectrum, as_energies, fix_signs
 
-# Casting, gathering and centring go through buffers of this size instead of a second copy of the
-# activation.
-_CHUNK_BYTES = 8 << 20
-# Rows that choose a newborn sketch's shift and basis. Half as many cost the Nyström sketch a third
-# of a per cent of the energy in the worst layer of MiniLM, sixteen batches later.
-_FIRST_ROWS = 1024
-# Root mean squares of rows between which float32 products neither overflow nor lose small
-# directions.
-_SAFE_RMS = (2.0**-40, 2.0**40)
+_CPU = torch.device("cpu")
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:
-    """float64 for sums that grow, except on Apple's MPS, which has none."""
+    """Return float64 for sums that grow, except on Apple's MPS, which has none."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+@dataclass(frozen=True)
+class SketchSettings:
+    """The arguments of all sketches; each kind takes what it needs."""
+
+    width: int  # d, size of a row
+    components: int  # k, how many directions will be asked for
+    oversampling: int = 16  # columns beyond those, of a randomized sketch
+    # work on `x - mean` (covariance) instead of `x`; an exact correction, not a second pass
+    center: bool = False
+    seed: int = 0  # of the random start, if there is one
+    device: torch.device = _CPU  # where the rows live
 
 
 @dataclass
 class SketchUpdate:
-    """What one activation adds to a sketch. Sums only, so a digest can be added to several
-    sketches."""
+    """The sums that one activation adds to a sketch, or to several that share a basis."""
 
     rows: int
     row_sum: Tensor  # (d,) sum of rows, relative to the sketch's shift
@@ -47,24 +50,19 @@ class SketchUpdate:
 class Sketch(ABC):
     """A summary of the rows of one layer input, of constant size.
 
-    `digest` reads an activation and changes nothing but a newborn sketch's starting basis; `add`
-    adds a digest; `refresh` may move the basis towards the data; `spectrum` gives the answer at any
-    time. No method of the hot path (`digest`, `add`) waits for the device.
+    `summarize` reads an activation and changes nothing but the starting basis of a sketch without
+    rows; `add` adds its sums; `refresh` may move the basis towards the data; `spectrum` gives the
+    answer at any time. No method of the hot path (`summarize`, `add`) waits for the device.
 
-    Sums are in true units, in float64. Rows whose squares leave float32's range are multiplied by a
-    power of two before they are squared, which changes no bit otherwise, and what they add is
-    divided by it again. So any finite row within 1e±30 counts. On a CPU each digest is looked at,
-    and most need no factor; on an accelerator, where looking is waiting, the first rows choose it,
-    and later ones may be 1e±15 of them. On Apple's MPS, without float64, there is none.
-
-    Sketches of several processes add up: `start` is what the sums refer to, `change_basis` changes
-    that, and the `sums` of sketches with equal starts are those of all their rows together.
+    Sums are in true units, in float64. `RowSketch` says how rows become sums, and `AdditiveSketch`
+    how the sums of several processes add up.
     """
 
-    linear: ClassVar[bool] = True  # whether the sums of sketches with equal starts add up
-    # Attributes, tensors or counts. Every sum is zero in a sketch without rows.
-    _START: ClassVar[tuple[str, ...]] = ("shift",)
-    _SUMS: ClassVar[tuple[str, ...]] = (
+    # True if no directions of the same number capture more energy of the rows that it has seen.
+    optimal: ClassVar[bool] = False
+    # Attributes that are all of a sketch, tensors or counts. Sums are zero in one without rows.
+    _STATE: ClassVar[tuple[str, ...]] = (
+        "shift",
         "count",
         "row_sum",
         "energy",
@@ -73,21 +71,17 @@ class Sketch(ABC):
         "_fresh_energy",
     )
 
-    def __init__(self, width: int, components: int, *, center: bool, device: torch.device) -> None:
-        self.width = width
-        self.components = min(components, width)
-        self.center = center
-        self.device = device
-        self.dtype = accumulator_dtype(device)
-        self._row_dtype = torch.float32  # what rows are multiplied in
-        self.shift: Tensor | None = None  # (d,) float32, subtracted from every row when centring
+    def __init__(self, settings: SketchSettings) -> None:
+        self.width = settings.width
+        self.components = min(settings.components, settings.width)
+        self.center = settings.center
+        self.device = settings.device
+        self.dtype = accumulator_dtype(self.device)
+        self.shift: Tensor | None = None  # (d,) float32, subtracted from every row when centering
         self.count = 0
-        self.row_sum = torch.zeros(width, dtype=self.dtype, device=device)
-        self.energy = torch.zeros((), dtype=self.dtype, device=device)
+        self.row_sum = self._zeros(self.width)
+        self.energy = self._zeros()
         self.certificate: Certificate | None = None
-        # () float64, a power of two for rows before they are squared
-        self._scale: Tensor | None = None
-        self._may_look = device.type == "cpu"  # at values, for nothing
         self._start_fresh(0)
 
     # -- the protocol ------------------------------------------------------------------------------
@@ -96,39 +90,30 @@ class Sketch(ABC):
         """Add the rows of `x` (n, d), or those that `index` (m,) int64 selects."""
         self.add(self.summarize(x, index))
 
+    @abstractmethod
     def summarize(self, x: Tensor, index: Tensor | None = None) -> SketchUpdate:
-        """Summarise the rows of `x` (n, d), any float dtype, any strides; at most one pass over the
-        rows."""
-        if self.shift is None and (len(x) if index is None else len(index)):
-            self._begin(x, index)
-        if self._scale is None and not self._may_look and self.dtype == torch.float64:
-            self._scale = power_of_two(_finite(self._head(x, index, _FIRST_ROWS)).to(self.dtype))
-        summarize = self._digest(x, index)
-        if self._may_look and self._move_scale(x, index, summarize):
-            summarize = self._digest(x, index)
-        return summarize
+        """Return the sums over the rows of `x` (n, d), or over those that `index` (m,) selects."""
 
     def summarize_pieces(self, pieces: Iterator[tuple[Tensor, Tensor | None]]) -> SketchUpdate:
-        """Summarise an activation that comes in pieces, at least one, each as for `digest`."""
+        """Return the sums over an activation in pieces, at least one, each as for `summarize`."""
         total = self.summarize(*next(pieces))
         for piece in pieces:
             total = self._join([total, self.summarize(*piece)])
         return total
 
-    def add(self, summarize: SketchUpdate) -> None:
-        """Add a digest of this sketch, or of one it was cloned from since the last refresh."""
-        self.count += summarize.rows
-        self.row_sum += summarize.row_sum
-        self.energy += summarize.energy
-        self._fresh += summarize.fresh
-        self._fresh_energy += summarize.energy
-        self._fresh_count += summarize.rows
-        self._add(summarize)
+    def add(self, update: SketchUpdate) -> None:
+        """Add sums that this sketch summarized, or one that it was cloned from since a refresh."""
+        self.count += update.rows
+        self.row_sum += update.row_sum
+        self.energy += update.energy
+        self._fresh += update.fresh
+        self._fresh_energy += update.energy
+        self._fresh_count += update.rows
+        self._add_moment(update.moment)
 
     @property
     def finite(self) -> Tensor:
-        """() bool on the device: whether every row so far was finite. Otherwise the sketch is
-        worthless."""
+        """() bool on the device: True if every row so far was finite, else the sketch is void."""
         return torch.isfinite(self.energy)
 
     def merge(self, other: Self) -> None:
@@ -138,211 +123,85 @@ class Sketch(ABC):
         if self.shift is None:
             self.__dict__.update(other.clone().__dict__)
             return
-        self._merge(other, self._offset_of(other))
+        self._merge_moment(other, self._offset_of(other))
         self._add_first_moments(other)
 
     def refresh(self) -> Spectrum:
-        """Move the basis to what the data so far suggests, start a new certificate, return the
-        spectrum."""
-        return self.refresh_all([self])[0]
+        """Move the basis to the directions so far, start a new certificate, return the spectrum."""
+        return self.refresh_together([self])[0]
 
     @classmethod
-    @abstractmethod
-    def refresh_all(cls, sketches: Sequence[Self]) -> list[Spectrum]:
-        """`refresh` of many sketches, those of equal shape together where that saves work."""
+    def refresh_together(cls, sketches: Sequence[Self]) -> list[Spectrum]:
+        """Refresh many sketches; a kind that saves work on those of equal shape overrides this."""
+        answers = [sketch.spectrum() for sketch in sketches]
+        for sketch, answer in zip(sketches, answers, strict=True):
+            sketch.certificate = answer.certificate
+            sketch._start_fresh(sketch._remember(answer.directions))
+        return answers
 
     @abstractmethod
     def spectrum(self) -> Spectrum:
-        """Directions and energies of everything absorbed so far. Waits for the device; changes
-        nothing."""
+        """Return directions and energies of all rows so far; waits for the device."""
 
     def clone(self) -> Self:
-        """An independent copy."""
+        """Return an independent copy."""
         return copy.deepcopy(self)
 
-    def sibling(self) -> Self:
-        """A sketch without rows that starts from this one's basis and shift.
-
-        What it is fed can be merged back exactly, as long as neither side refreshes in between.
-        """
-        other = self.clone()
-        other._forget()
-        return other
-
-    # -- several processes, and files --------------------------------------------------------------
-
-    def start(self) -> dict[str, Tensor]:
-        """What the sums refer to: shift and basis, as far as there are any, and how many directions
-        are known."""
-        return self._named(self._START) | {"known_directions": _count(len(self._fresh))}
-
-    def set_basis(self, start: Mapping[str, Tensor]) -> None:
-        """Drop every row, and go on from the `start` of another sketch of this size."""
-        self._set(self._START, start)
-        self._forget()
-        self._start_fresh(int(start["known_directions"]))
-
-    def leading(self, count: int) -> Tensor:
-        """The first `count` directions of the last refresh, (count, d) float32 on the CPU, as far
-        as `start` tells them."""
-        return torch.zeros(0, self.width, dtype=torch.float32, device="cpu")
-
-    def change_basis(self, start: Mapping[str, Tensor]) -> None:
-        """Keep every row, as far as this sketch can tell, with sums that refer to another sketch's
-        `start`.
-
-        For sketches that have not been refreshed yet.
-        """
-        rows = self.clone()
-        self.set_basis(start)
-        self.merge(rows)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the sums."""
-        return sum(value.nbytes for value in self._values(self._SUMS) if isinstance(value, Tensor))
-
-    def sums(self) -> Tensor:
-        """(m,) all sums in one row of `dtype`, for adding up over sketches with equal starts."""
-        parts = [
-            torch.as_tensor(value, dtype=self.dtype, device=self.device)
-            for value in self._values(self._SUMS)
-        ]
-        return torch.cat([part.flatten() for part in parts])
-
-    def set_sums(self, sums: Tensor) -> None:
-        """Replace all sums by those of a row (m,) as `sums` gives it."""
-        start = 0
-        for name, value in zip(self._SUMS, self._values(self._SUMS), strict=True):
-            size = value.numel() if isinstance(value, Tensor) else 1
-            part = sums[start : start + size].to(self.device)
-            start += size
-            setattr(
-                self,
-                name,
-                (
-                    part.reshape(value.shape).clone()
-                    if isinstance(value, Tensor)
-                    else round(float(part))
-                ),
-            )
-
     def state(self) -> dict[str, Tensor]:
-        """Everything a sketch of the same settings needs to go on from here."""
-        state = self._named((*self._START, *self._SUMS))
-        return state | (self.certificate.state() if self.certificate is not None else {})
+        """Return everything that a sketch of the same settings needs to go on from here."""
+        state = named_tensors(self, self._STATE)
+        if self.certificate is not None:
+            state |= self.certificate.state()
+        return state
 
     def set_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state` returned."""
-        self._set(self._START, state)
-        self._set(self._SUMS, state)
+        set_tensors(self, self._STATE, state)
         self.certificate = Certificate.of_state(state)
-
-    def _values(self, names: Sequence[str]) -> list[Tensor | int]:
-        return [getattr(self, name) for name in names]
-
-    def _named(self, names: Sequence[str]) -> dict[str, Tensor]:
-        known = zip(names, self._values(names), strict=True)
-        return {
-            name: _count(value) if isinstance(value, int) else value
-            for name, value in known
-            if value is not None
-        }
-
-    def _set(self, names: Sequence[str], values: Mapping[str, Tensor]) -> None:
-        for name in names:
-            value, now = values.get(name), getattr(self, name)
-            if isinstance(now, int):
-                setattr(self, name, int(values[name]))
-            else:
-                setattr(self, name, None if value is None else value.to(self.device, copy=True))
 
     # -- what each algorithm fills in --------------------------------------------------------------
 
     @abstractmethod
-    def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(row sum, moment, squared projections) of float32 rows (n, d) that are already
-        shifted."""
+    def _add_moment(self, moment: Tensor) -> None:
+        """Add what the algorithm accumulates; see `SketchUpdate.moment`."""
 
     @abstractmethod
-    def _add(self, summarize: SketchUpdate) -> None: ...
-
-    def _forget(self) -> None:
-        """Drop every sum; subclasses drop theirs too."""
-        self.count = 0
-        self.row_sum.zero_()
-        self.energy.zero_()
-        self.certificate = None
-        self._start_fresh(len(self._fresh))
-
-    @abstractmethod
-    def _merge(self, other: Self, offset: Tensor) -> None:
+    def _merge_moment(self, other: Self, offset: Tensor) -> None:
         """Add the other's second moment, whose rows are relative to `shift + offset` (d,)."""
 
-    def _digest(self, x: Tensor, index: Tensor | None) -> SketchUpdate:
-        parts = [self._summarize_chunk(chunk) for chunk in self._chunks(x, index, self._scale)]
-        summarize = parts[0] if len(parts) == 1 else self._join(parts)
-        if self._scale is None:
-            return summarize
-        back = 1 / self._scale
-        return SketchUpdate(
-            summarize.rows,
-            summarize.row_sum * back[None],
-            summarize.energy * back.square(),
-            self._unscaled_moment(summarize.moment, back),
-            summarize.fresh * back.square(),
-        )
+    def _remember(self, directions: Tensor) -> int:
+        """Keep `directions` (k, d) for the next certificate; return how many it will be about.
 
-    def _unscaled_moment(self, moment: Tensor, back: Tensor) -> Tensor:
-        """What the rows add, in true units; `back` () float64 takes a scaled row back to its own
-        length."""
-        return moment * back.square()[None]  # one dimension, so that the product is of its dtype
-
-    def _move_scale(self, x: Tensor, index: Tensor | None, summarize: SketchUpdate) -> bool:
-        """Choose the scale that these rows need; true if the digest was made with another."""
-        before = 1.0 if self._scale is None else float(self._scale)
-        rms = math.sqrt(float(summarize.energy) / max(1, summarize.rows))
-        if _SAFE_RMS[0] < rms * before < _SAFE_RMS[1]:
-            return False
-        chunks = [chunk.abs().amax() for chunk in self._chunks(x, index) if len(chunk)]
-        scale = power_of_two(torch.stack(chunks).to(self.dtype)) if chunks else None
-        if scale is None or not math.isfinite(float(scale)) or float(scale) == before:
-            return False  # no scale helps
-        self._scale = scale
-        return True
-
-    def _summarize_chunk(self, chunk: Tensor) -> SketchUpdate:
-        # Row norms first: a float32 sum over one row is short, the long sum over rows is float64.
-        # Norms in float64 would need no scale, at four times the cost of these.
-        energy = torch.linalg.vector_norm(chunk, dim=1).to(self.dtype).square_().sum()
-        row_sum, moment, fresh = self._reduce(chunk)
-        return SketchUpdate(len(chunk), row_sum, energy, moment, fresh)
-
-    def _join(self, parts: list[SketchUpdate]) -> SketchUpdate:
-        """One digest from those of an activation's chunks; their sums add up in float64."""
-        return SketchUpdate(
-            sum(part.rows for part in parts),
-            torch.stack([part.row_sum for part in parts]).sum(0, dtype=self.dtype),
-            torch.stack([part.energy for part in parts]).sum(),
-            self._join_moments([part.moment for part in parts]),
-            torch.stack([part.fresh for part in parts]).sum(0),
-        )
+        By default none, and there is no certificate.
+        """
+        return 0
 
     def _join_moments(self, moments: list[Tensor]) -> Tensor:
         total = moments[0]
-        # in place, but where pieces of an activation have scales of their own
         for moment in moments[1:]:
-            total = total.add_(moment) if total.dtype == moment.dtype else total + moment
+            # in place, but where pieces of an activation have scales of their own
+            in_place = total.dtype == moment.dtype
+            total = total.add_(moment) if in_place else total + moment
         return total
 
-    def _begin(self, x: Tensor, index: Tensor | None) -> Tensor:
-        """First sight of data. Chooses the shift, the mean of a few rows; returns those rows,
-        shifted, finite."""
-        head = _finite(self._head(x, index, _FIRST_ROWS))
-        self.shift = head.mean(0) if self.center else head.new_zeros(self.width)
-        return head - self.shift if self.center else head
-
     # -- helpers -----------------------------------------------------------------------------------
+
+    def _zeros(self, *shape: int) -> Tensor:
+        """Return zeros for sums that grow."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def _join(self, updates: list[SketchUpdate]) -> SketchUpdate:
+        """Return one update from those of an activation's pieces; they add up in float64."""
+        row_sums = torch.stack([update.row_sum for update in updates])
+        energies = torch.stack([update.energy for update in updates])
+        fresh = torch.stack([update.fresh for update in updates])
+        return SketchUpdate(
+            rows=sum(update.rows for update in updates),
+            row_sum=row_sums.sum(0, dtype=self.dtype),
+            energy=energies.sum(),
+            moment=self._join_moments([update.moment for update in updates]),
+            fresh=fresh.sum(0),
+        )
 
     def _offset_of(self, other: Self) -> Tensor:
         """(d,) the other's shift minus this one's."""
@@ -352,60 +211,25 @@ class Sketch(ABC):
 
     def _add_first_moments(self, other: Self) -> None:
         offset = self._offset_of(other)
-        self.energy += (
-            other.energy + 2 * offset @ other.row_sum + other.count * offset.square().sum()
-        )
+        crossed = 2 * offset @ other.row_sum
+        self.energy += other.energy + crossed + other.count * offset.square().sum()
         self.row_sum += other.row_sum + other.count * offset
         self.count += other.count
 
-    def _chunks(
-        self, x: Tensor, index: Tensor | None, scale: Tensor | None = None
-    ) -> Iterator[Tensor]:
-        """Shifted and scaled rows: `x` itself where that is what it already is, else bounded
-        copies."""
-        n = len(x) if index is None else len(index)
-        if index is None and x.dtype == self._row_dtype and not self.center and scale is None:
-            yield x
-            return
-        step = max(256, _CHUNK_BYTES // (self._row_dtype.itemsize * self.width))
-        # One dimension, so that 16-bit rows are widened and scaled in one go.
-        factor = None if scale is None else scale.to(self._row_dtype)[None]
-        # once even for no rows, so that a digest always has its shapes
-        for start in range(0, max(n, 1), step):
-            chunk = (
-                x[start : start + step]
-                if index is None
-                else x.index_select(0, index[start : start + step])
-            )
-            if self.shift is not None and self.center:
-                chunk = chunk.to(self._row_dtype) - self.shift
-            yield (chunk if factor is None else chunk * factor).to(self._row_dtype)
-
-    @staticmethod
-    def _row_sum(chunk: Tensor) -> Tensor:
-        """(d,) as a product and not as sum(0), which reads the rows at a fraction of the speed."""
-        return torch.mv(chunk.T, chunk.new_ones(len(chunk)))
-
-    def _head(self, x: Tensor, index: Tensor | None, limit: int) -> Tensor:
-        """At most `limit` unshifted float32 rows, evenly spread over the activation."""
-        n = len(x) if index is None else len(index)
-        stride = max(1, -(-n // limit))
-        picked = x[::stride] if index is None else x.index_select(0, index[::stride])
-        return picked.float()
-
-    def _start_fresh(self, columns: int) -> None:
-        self._fresh = torch.zeros(columns, dtype=self.dtype, device=self.device)
-        self._fresh_energy = torch.zeros((), dtype=self.dtype, device=self.device)
+    def _start_fresh(self, directions: int) -> None:
+        """Count rows for a certificate from zero, about so many directions."""
+        self._fresh = self._zeros(directions)
+        self._fresh_energy = self._zeros()
         self._fresh_count = 0
 
     def _certify(self) -> Certificate | None:
-        """The certificate of the rows since the last refresh, or the one before if there were
-        none."""
+        """Return the certificate of the rows since the last refresh, or if none the one before."""
         rows = self._fresh_count
         if rows == 0 or len(self._fresh) == 0:
             return self.certificate
-        energies = as_energies((self._fresh[: self.components] / rows).cpu())
-        return Certificate(energies, float(self._fresh_energy) / rows, rows)
+        energies = self._fresh[: self.components] / rows
+        total_energy = float(self._fresh_energy) / rows
+        return Certificate(as_energies(energies.cpu()), total_energy, rows)
 
     def _mean_offset(self) -> Tensor:
         """(d,) mean row minus the shift."""
@@ -413,19 +237,20 @@ class Sketch(ABC):
 
     def _moved_energy(self, offset: Tensor) -> Tensor:
         """() sum of squared norms about `shift + offset` when `offset` is the mean offset."""
-        return (self.energy - self.count * offset.square().sum()).clamp_min(0)
+        moved = self.energy - self.count * offset.square().sum()
+        return moved.clamp_min(0)
 
     def _answer(self, directions: Tensor, energies: Tensor) -> Spectrum:
-        """Spectrum from orthonormal rows (m, d) and summed energies (m,), both in descending
-        order."""
+        """Return the spectrum of orthonormal rows (m, d) and summed energies (m,), descending."""
         k = self.components
         offset = self._mean_offset()
         count = max(self.count, 1)
         total = self._moved_energy(offset) if self.center else self.energy
         shift = offset.new_zeros(()) if self.shift is None else self.shift
+        mean_energies = energies[:k].clamp_min(0) / count
         return Spectrum(
             directions=fix_signs(directions[:k].float().cpu()).contiguous(),
-            energies=as_energies((energies[:k].clamp_min(0) / count).cpu()),
+            energies=as_energies(mean_energies.cpu()),
             total_energy=float(total) / count,
             rows=self.count,
             mean=(shift + offset).float().cpu(),
@@ -434,17 +259,24 @@ class Sketch(ABC):
         )
 
 
-def _finite(rows: Tensor) -> Tensor:
-    """The rows with zeros for NaN and Inf."""
-    return torch.nan_to_num(rows, posinf=0.0, neginf=0.0)
+def named_tensors(sketch: Sketch, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return those attributes that are not None; counts as () int64 on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        value = getattr(sketch, name)
+        if isinstance(value, int):
+            tensors[name] = torch.tensor(value, dtype=torch.int64, device="cpu")
+        elif value is not None:
+            tensors[name] = value
+    return tensors
 
 
-def power_of_two(values: Tensor) -> Tensor:
-    """() the factor that brings the largest of `values` to between 1/2 and 1; 1 if all are zero."""
-    _, exponent = torch.frexp(values.abs().amax())
-    return torch.exp2(-exponent.clamp(-126, 126).to(values.dtype))
-
-
-def _count(value: int) -> Tensor:
-    """() int64 on the CPU."""
-    return torch.tensor(value, dtype=torch.int64, device="cpu")
+def set_tensors(sketch: Sketch, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+    """Set attributes to copies of what `named_tensors` returned."""
+    for name in names:
+        if isinstance(getattr(sketch, name), int):
+            setattr(sketch, name, int(tensors[name]))
+        elif name in tensors:
+            setattr(sketch, name, tensors[name].to(sketch.device, copy=True))
+        else:
+            setattr(sketch, name, None)

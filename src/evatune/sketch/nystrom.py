@@ -21,7 +21,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from evatune.sketch.base import Sketch, SketchUpdate, power_of_two
+from evatune.sketch.additive import AdditiveSketch
+from evatune.sketch.base import SketchSettings
+from evatune.sketch.rows import RowSketch, SelectedRows, power_of_two
 from evatune.sketch.spectrum import Certificate, Spectrum, fix_signs
 
 # Columns of the products. Fewer run no faster (matrix products work in blocks of 16) and lose
@@ -39,89 +41,39 @@ _STACK_BYTES = 16 << 20
 _CORE_RTOL = 1e-6
 
 
-class NystromSketch(Sketch):
+class NystromSketch(AdditiveSketch, RowSketch):
     """Streaming Nyström sketch.
 
-    Args:
-        width: d, size of a row.
-        components: k, how many directions will be asked for.
-        oversampling: extra columns; the products have max(k + oversampling, 32), of which the basis
-            takes all but one, at most d.
-        center: work on `x - mean` (covariance) instead of `x`; an exact correction, not a second
-            pass.
-        seed: of the random start of the first basis, together with `width`.
-        device: where the rows live.
+    The products have max(k + oversampling, 32) columns, of which the basis takes all but one, at
+    most d. The first basis is random, by the seed and the width.
 
     Memory: 12·d·l bytes and a temporary (n, l). Time: 4·n·d·l flops per update, O(d·l²) per
     refresh.
     """
 
-    _START: ClassVar = (*Sketch._START, "_padded")
-    _SUMS: ClassVar = (*Sketch._SUMS, "product")
+    _STATE: ClassVar = (*AdditiveSketch._STATE, "_padded", "product")
+    _BASIS: ClassVar = (*AdditiveSketch._BASIS, "_padded")
 
-    def __init__(
-        self,
-        width: int,
-        components: int,
-        *,
-        oversampling: int = 16,
-        center: bool = False,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(width, components, center=center, device=torch.device(device))
+    def __init__(self, settings: SketchSettings) -> None:
+        super().__init__(settings)
+        width = settings.width
         # One column of the products is for the sum of the rows, see `_reduce`.
-        columns = min(max(self.components + oversampling, _MIN_COLUMNS) - 1, width)
-        cpu = torch.device("cpu")  # where a seed gives the same numbers for all devices
-        generator = torch.Generator(cpu).manual_seed((seed * 1_000_003 + width) % 2**63)
-        start = torch.randn(width, columns, generator=generator, dtype=torch.float32, device=cpu)
-        # Both with the columns of the text as rows: the second product runs a sixth faster that
-        # way. (l + 1, d): Ωᵀ and a row of zeros
-        self._padded = torch.zeros(columns + 1, width, dtype=torch.float32, device=self.device)
-        self.basis.copy_(torch.linalg.qr(start)[0].T)
+        columns = max(self.components + settings.oversampling, _MIN_COLUMNS) - 1
+        columns = min(columns, width)
+        # Both tensors have the columns of the text as rows: the second product runs a sixth faster
+        # that way.
+        # (l + 1, d): Ωᵀ and a row of zeros
+        self._padded = self._zeros(columns + 1, width).float()
+        self.basis.copy_(_random_basis(width, columns, settings.seed))
         # (l, d), (C·Ω)ᵀ
-        self.product = torch.zeros(columns, width, dtype=self.dtype, device=self.device)
+        self.product = self._zeros(columns, width)
 
     @property
     def basis(self) -> Tensor:
         """Ωᵀ (l, d) float32, orthonormal rows."""
         return self._padded[:-1]
 
-    @classmethod
-    def refresh_all(cls, sketches: Sequence[Self]) -> list[Spectrum]:
-        answers: dict[int, Spectrum] = {}
-        for places in _alike(sketches):
-            stack = [sketches[place] for place in places]
-            answers.update(zip(places, cls._refresh_stack(stack), strict=True))
-        return [answers[place] for place in range(len(sketches))]
-
-    @classmethod
-    def _refresh_stack(cls, sketches: Sequence[Self]) -> list[Spectrum]:
-        """`refresh_all` of sketches of equal shape."""
-        directions, energies, found = cls._eigenpairs(sketches)
-        answers = []
-        for place, (sketch, count) in enumerate(zip(sketches, found, strict=True)):
-            answer = sketch._answer(directions[place, :count], energies[place, :count])
-            answers.append(answer)
-            sketch.certificate = answer.certificate
-            if sketch.center and sketch.shift is not None:
-                sketch._recentre()
-            if count < len(sketch.basis):
-                # Fewer directions than columns have energy. The rest of the basis must still watch
-                # for new ones, so it keeps its old columns, the least energetic first, and not
-                # whatever QR makes up.
-                old = sketch.basis.to(sketch.dtype).flip(0)
-                full = torch.linalg.qr(torch.cat([directions[place, :count], old]).T)[0].T
-                directions[place] = full[: len(old)]
-        bases = directions.float()
-        # U Σ² Uᵀ on the rounded basis, not U Σ²: the carried product belongs to the float32 Ω
-        # exactly.
-        products = (bases.to(directions.dtype) @ directions.mT * energies[:, None]) @ directions
-        for sketch, basis, product in zip(sketches, bases, products, strict=True):
-            sketch.basis.copy_(basis)
-            sketch.product.copy_(product)
-            sketch._start_fresh(len(basis))
-        return answers
+    # -- the answer, and the next basis ------------------------------------------------------------
 
     def spectrum(self) -> Spectrum:
         directions, energies, (count,) = self._eigenpairs([self])
@@ -130,93 +82,54 @@ class NystromSketch(Sketch):
     def leading(self, count: int) -> Tensor:
         return fix_signs(self.basis[:count].cpu())
 
-    def change_basis(self, start: Mapping[str, Tensor]) -> None:
-        """Of its rows it keeps the l leading directions, as `merge` of sketches with unequal bases
-        does."""
-        if self.shift is None:
-            self.set_basis(start)
-            return
-        rows, factor = self.clone(), self._factor()
-        self.set_basis(start)
-        on = self.basis.to(self.dtype)
-        self.product = rows._image(on @ factor.T @ factor, self.basis, self._offset_of(rows))
-        self._add_first_moments(rows)
+    @classmethod
+    def refresh_together(cls, sketches: Sequence[Self]) -> list[Spectrum]:
+        answers: dict[int, Spectrum] = {}
+        for positions in _stackable(sketches):
+            stack = [sketches[position] for position in positions]
+            answers.update(zip(positions, cls._refresh_stack(stack), strict=True))
+        return [answers[position] for position in range(len(sketches))]
 
-    def _merge(self, other: Self, offset: Tensor) -> None:
-        """Exact when both bases are equal; otherwise each side is first reduced to its l leading
-        directions."""
-        if torch.equal(self.basis, other.basis):
-            self.product += other._image(other.product, self.basis, offset)
-            self._fresh += other._fresh
-            self._fresh_energy += other._fresh_energy
-            self._fresh_count += other._fresh_count
-            return
-        mine, theirs = self._factor(), other._factor()
-        joint = torch.linalg.svd(torch.cat([mine, theirs]), full_matrices=False)[2]
-        self.basis.copy_(joint[: len(self.basis)])
-        on = self.basis.to(self.dtype)
-        self.product = on @ mine.T @ mine + other._image(on @ theirs.T @ theirs, self.basis, offset)
-        self.certificate = _pool(self._certify(), other._certify())
-        self._start_fresh(0)
+    @classmethod
+    def _refresh_stack(cls, sketches: Sequence[Self]) -> list[Spectrum]:
+        """Refresh sketches of equal shape."""
+        directions, energies, counts = cls._eigenpairs(sketches)
+        answers = []
+        for position, (sketch, count) in enumerate(zip(sketches, counts, strict=True)):
+            answer = sketch._answer(directions[position, :count], energies[position, :count])
+            answers.append(answer)
+            sketch.certificate = answer.certificate
+            if sketch.center and sketch.shift is not None:
+                sketch._recenter()
+            if count < len(sketch.basis):
+                directions[position] = sketch._completed(directions[position, :count])
+        bases = directions.float()
+        # U Σ² Uᵀ on the rounded basis, not U Σ²: the carried product belongs to the float32 Ω
+        # exactly.
+        overlaps = bases.to(directions.dtype) @ directions.mT
+        products = (overlaps * energies[:, None]) @ directions
+        for sketch, basis, product in zip(sketches, bases, products, strict=True):
+            sketch.basis.copy_(basis)
+            sketch.product.copy_(product)
+            sketch._start_fresh(len(basis))
+        return answers
 
-    def _begin(self, x: Tensor, index: Tensor | None) -> Tensor:
-        rows = super()._begin(x, index)
-        head = rows * power_of_two(rows)  # their squares must neither overflow nor vanish
-        for _ in range(_POWER_STEPS):
-            # Power steps on C + δI: the same eigenvectors, but of full rank, so QR never has to
-            # invent a column.
-            image = (head @ self.basis.T).T @ head
-            image = torch.nan_to_num(
-                image / torch.linalg.matrix_norm(image).clamp_min(1e-30), posinf=0.0, neginf=0.0
-            )
-            self.basis.copy_(torch.linalg.qr((image + 1e-5 * self.basis).T)[0].T)
-        return rows
+    def _completed(self, directions: Tensor) -> Tensor:
+        """(l, d) orthonormal rows, the first of them `directions` (≤ l, d).
 
-    def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        projected = chunk @ self._padded.T  # (n, l + 1)
-        squares = (
-            projected[:, :-1].square().sum(0).to(self.dtype) if len(self._fresh) else self._fresh
-        )
-        # the second product then has the sum of the rows in its last row, for nothing
-        projected[:, -1] = 1
-        moment = projected.T @ chunk
-        return moment[-1], moment[:-1], squares
-
-    def _add(self, summarize: SketchUpdate) -> None:
-        self.product += summarize.moment
-
-    def _forget(self) -> None:
-        super()._forget()
-        self.product.zero_()
-
-    def _recentre(self) -> None:
-        """Move the shift to the mean so far: the eigenpairs just taken are about that mean."""
-        assert self.shift is not None
-        moved = (self.shift + self._mean_offset()).float()
-        step = (moved - self.shift).to(self.dtype)
-        self.energy += self.count * step.square().sum() - 2 * step @ self.row_sum
-        self.row_sum -= self.count * step
-        self.shift = moved
-
-    def _image(self, image: Tensor, basis: Tensor, offset: Tensor) -> Tensor:
-        """(C·basisᵀ)ᵀ (l, d) with rows about `shift - offset`, from `image`, the same about
-        `shift`."""
-        on = basis.to(self.dtype)
-        along = on @ offset
-        crossed = torch.outer(along, self.row_sum) + torch.outer(on @ self.row_sum, offset)
-        return image + crossed + self.count * torch.outer(along, offset)
-
-    def _factor(self) -> Tensor:
-        """F (l, d) with FᵀF the Nyström approximation about the shift; rows without data are
-        zero."""
-        return _nystrom_factors(self.basis.to(self.dtype)[None], self.product[None])[0]
+        Fewer directions than columns have energy. The rest of the basis must still watch for new
+        ones, so it keeps its old columns, the least energetic first, and not whatever QR makes up.
+        """
+        old = self.basis.to(self.dtype).flip(0)
+        candidates = torch.cat([directions, old])
+        completed: Tensor = torch.linalg.qr(candidates.T)[0].T
+        return completed[: len(old)]
 
     @staticmethod
     def _eigenpairs(sketches: Sequence[NystromSketch]) -> tuple[Tensor, Tensor, list[int]]:
-        """Of G sketches of equal shape: eigenvectors (G, l, d) as rows, eigenvalues (G, l), and how
-        many there are.
+        """Return eigenvectors (G, l, d) as rows, eigenvalues (G, l) and counts of equal shapes.
 
-        Descending; about the mean when centring. Beyond the count both are zero.
+        Descending; about the mean when centering. Beyond the count both are zero.
         """
         bases = torch.stack([sketch.basis for sketch in sketches]).to(sketches[0].dtype)
         products = torch.stack([sketch.product for sketch in sketches])
@@ -226,22 +139,118 @@ class NystromSketch(Sketch):
                 product -= sketch.count * torch.outer(basis @ offset, offset)
         return _eigenpairs_of(_nystrom_factors(bases, products))
 
+    def _recenter(self) -> None:
+        """Move the shift to the mean so far: the eigenpairs just taken are about that mean."""
+        assert self.shift is not None
+        moved = (self.shift + self._mean_offset()).float()
+        step = (moved - self.shift).to(self.dtype)
+        self.energy += self.count * step.square().sum() - 2 * step @ self.row_sum
+        self.row_sum -= self.count * step
+        self.shift = moved
 
-def _alike(sketches: Sequence[NystromSketch]) -> Iterator[list[int]]:
-    """Places of sketches that one stack can hold."""
+    # -- rows --------------------------------------------------------------------------------------
+
+    def _initialize(self, rows: SelectedRows) -> Tensor:
+        first_rows = super()._initialize(rows)
+        # their squares must neither overflow nor vanish
+        scaled = first_rows * power_of_two(first_rows)
+        for _ in range(_POWER_STEPS):
+            # Power steps on C + δI: the same eigenvectors, but of full rank, so QR never has to
+            # invent a column.
+            image = (scaled @ self.basis.T).T @ scaled
+            image = image / torch.linalg.matrix_norm(image).clamp_min(1e-30)
+            image = torch.nan_to_num(image, posinf=0.0, neginf=0.0)
+            shifted = image + 1e-5 * self.basis
+            self.basis.copy_(torch.linalg.qr(shifted.T)[0].T)
+        return first_rows
+
+    def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        projected = chunk @ self._padded.T  # (n, l + 1)
+        squares = self._fresh
+        if len(squares):
+            squares = projected[:, :-1].square().sum(0).to(self.dtype)
+        # the second product then has the sum of the rows in its last row, for nothing
+        projected[:, -1] = 1
+        moment = projected.T @ chunk
+        return moment[-1], moment[:-1], squares
+
+    def _add_moment(self, moment: Tensor) -> None:
+        self.product += moment
+
+    # -- several sketches --------------------------------------------------------------------------
+
+    def change_basis(self, basis_state: Mapping[str, Tensor]) -> None:
+        """Keep the l leading directions, as `merge` of sketches with unequal bases does."""
+        if self.shift is None:
+            self.set_basis(basis_state)
+            return
+        rows, factor = self.clone(), self._factor()
+        self.set_basis(basis_state)
+        image = self._product_with(factor)
+        self.product = rows._moved(image, self.basis, self._offset_of(rows))
+        self._add_first_moments(rows)
+
+    def _merge_moment(self, other: Self, offset: Tensor) -> None:
+        """Add the other's; exact if both bases are equal.
+
+        Otherwise each side is first reduced to its l leading directions.
+        """
+        if torch.equal(self.basis, other.basis):
+            self.product += other._moved(other.product, self.basis, offset)
+            self._fresh += other._fresh
+            self._fresh_energy += other._fresh_energy
+            self._fresh_count += other._fresh_count
+            return
+        mine, theirs = self._factor(), other._factor()
+        joint = torch.linalg.svd(torch.cat([mine, theirs]), full_matrices=False)[2]
+        self.basis.copy_(joint[: len(self.basis)])
+        moved = other._moved(self._product_with(theirs), self.basis, offset)
+        self.product = self._product_with(mine) + moved
+        self.certificate = _pool(self._certify(), other._certify())
+        self._start_fresh(0)
+
+    def _product_with(self, factor: Tensor) -> Tensor:
+        """(l, d) the product with this basis of the moment FᵀF, for F = `factor` (m, d)."""
+        return self.basis.to(self.dtype) @ factor.T @ factor
+
+    def _moved(self, image: Tensor, basis: Tensor, offset: Tensor) -> Tensor:
+        """(C·basisᵀ)ᵀ (l, d) about `shift - offset`, from `image`, the same about `shift`."""
+        basis = basis.to(self.dtype)
+        projected = basis @ offset
+        crossed = torch.outer(projected, self.row_sum) + torch.outer(basis @ self.row_sum, offset)
+        return image + crossed + self.count * torch.outer(projected, offset)
+
+    def _factor(self) -> Tensor:
+        """F (l, d) with FᵀF the Nyström approximation about the shift; empty rows are zero."""
+        return _nystrom_factors(self.basis.to(self.dtype)[None], self.product[None])[0]
+
+
+def _random_basis(width: int, columns: int, seed: int) -> Tensor:
+    """(columns, width) float32, orthonormal rows."""
+    cpu = torch.device("cpu")  # where a seed gives the same numbers for all devices
+    generator = torch.Generator(cpu).manual_seed((seed * 1_000_003 + width) % 2**63)
+    start = torch.randn(width, columns, generator=generator, dtype=torch.float32, device=cpu)
+    basis: Tensor = torch.linalg.qr(start)[0].T
+    return basis
+
+
+def _stackable(sketches: Sequence[NystromSketch]) -> Iterator[list[int]]:
+    """Yield positions of sketches that one stack can hold."""
     stacks: dict[tuple[object, ...], list[int]] = {}
-    for place, sketch in enumerate(sketches):
-        stacks.setdefault((sketch.product.shape, sketch.device, sketch.center), []).append(place)
-    for places in stacks.values():
-        size = max(1, _STACK_BYTES // (8 * sketches[places[0]].product.numel()))
-        yield from (places[start : start + size] for start in range(0, len(places), size))
+    for position, sketch in enumerate(sketches):
+        key = (sketch.product.shape, sketch.device, sketch.center)
+        stacks.setdefault(key, []).append(position)
+    for positions in stacks.values():
+        one_product = 8 * sketches[positions[0]].product.numel()
+        size = max(1, _STACK_BYTES // one_product)
+        for start in range(0, len(positions), size):
+            yield positions[start : start + size]
 
 
 def _nystrom_factors(bases: Tensor, products: Tensor) -> Tensor:
-    """F (G, l, d) with FᵀF = Y (ΩᵀY)⁺ Yᵀ for Ωᵀ = `bases` and Yᵀ = `products`, both (G, l, d)
-    float64.
+    """F (G, l, d) with FᵀF = Y (ΩᵀY)⁺ Yᵀ for Ωᵀ = `bases` and Yᵀ = `products`.
 
-    Rows that would only be rounding are zero.
+    Both are (G, l, d) float64. Rows that would only be rounding are zero.
     """
     core = products @ bases.mT  # ΩᵀCΩ, (G, l, l)
     skew = core - core.mT  # zero but for rounding, and so a measure of it
@@ -250,38 +259,42 @@ def _nystrom_factors(bases: Tensor, products: Tensor) -> Tensor:
     # does the rounding in the columns of Y; a threshold relative to the largest would drop small
     # true directions.
     scale = core.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()  # (G, l)
-    inverse = torch.where(scale > scale.amax(-1, keepdim=True) * _COLUMN_RTOL, 1 / scale, 0.0)
+    above_rounding = scale > scale.amax(-1, keepdim=True) * _COLUMN_RTOL
+    inverse = torch.where(above_rounding, 1 / scale, 0.0)
     both = inverse[:, :, None] * inverse[:, None, :]
     values, vectors = torch.linalg.eigh(both * core)
     floor = torch.linalg.matrix_norm(both * skew).clamp_min(_CORE_RTOL)
     roots = torch.where(values > floor[:, None], values.rsqrt(), 0.0)
-    factors: Tensor = (inverse[:, :, None] * vectors * roots[:, None, :]).mT @ products
+    weighted = inverse[:, :, None] * vectors * roots[:, None, :]
+    factors: Tensor = weighted.mT @ products
     return factors
 
 
 def _eigenpairs_of(factors: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-    """Eigenvectors (G, l, d) as rows, eigenvalues (G, l) and their count, descending, of FᵀF for
-    `factors` (G, l, d).
+    """Return eigenvectors (G, l, d) as rows, eigenvalues (G, l) and their counts, descending.
 
-    From the small Gram matrix FFᵀ: a third of the time of QR and SVD. That squares the condition,
-    which leaves an error of 1e-16·λ_1/λ_j in direction j: below float32's for every energy that
-    `_COLUMN_RTOL` lets through.
+    They are those of FᵀF for `factors` (G, l, d), from the small Gram matrix FFᵀ: a third of the
+    time of QR and SVD. That squares the condition, which leaves an error of 1e-16·λ_1/λ_j in
+    direction j: below float32's for every energy that `_COLUMN_RTOL` lets through.
     """
     values, vectors = torch.linalg.eigh(factors @ factors.mT)
     values, vectors = values.flip(-1), vectors.flip(-1)
     floor = max(_COLUMN_RTOL**2, torch.finfo(factors.dtype).eps)
-    keep = (values > 0) & (values > values[:, :1] * floor)
-    weights = torch.where(keep, values.rsqrt(), 0.0)
+    above_rounding = (values > 0) & (values > values[:, :1] * floor)
+    weights = torch.where(above_rounding, values.rsqrt(), 0.0)
     directions = (vectors * weights[:, None, :]).mT @ factors
-    return directions, torch.where(keep, values, 0.0), keep.sum(-1).tolist()
+    counts = above_rounding.sum(-1).tolist()
+    return directions, torch.where(above_rounding, values, 0.0), counts
 
 
 def _pool(a: Certificate | None, b: Certificate | None) -> Certificate | None:
-    """Both certificates as one, weighted by their rows."""
+    """Return both certificates as one, weighted by their rows."""
     if a is None or b is None:
         return a or b
     rows = a.rows + b.rows
-    wa, wb = a.rows / rows, b.rows / rows
+    weight_a, weight_b = a.rows / rows, b.rows / rows
     return Certificate(
-        wa * a.energies + wb * b.energies, wa * a.total_energy + wb * b.total_energy, rows
+        energies=weight_a * a.energies + weight_b * b.energies,
+        total_energy=weight_a * a.total_energy + weight_b * b.total_energy,
+        rows=rows,
     )
