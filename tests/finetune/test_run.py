@@ -19,11 +19,14 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from evatune.errors import BudgetError, ConfigError, DataError
-from evatune.finetune.compare import grid, run_all, summarise
+from evatune.finetune.compare import grid, run_all
 from evatune.finetune.methods import METHODS
 from evatune.finetune.methods.eva import Eva, MinorDirections
+from evatune.finetune.metrics import METRICS, read_metrics
 from evatune.finetune.recipe import Recipe, load
-from evatune.finetune.run import METRICS, RECIPE, RESULT, read_metrics, run
+from evatune.finetune.run import run
+from evatune.finetune.run_folder import RECIPE, RESULT
+from evatune.finetune.summary import summarize
 from evatune.finetune.tasks import understanding
 from evatune.loading import assets as store
 from evatune.loading import corpora
@@ -326,7 +329,7 @@ def test_a_comparison_keeps_what_is_done_and_goes_on(bert_folder: Path, tmp_path
     assert run_all(runs, 2, lambda run_, problem: told.append((run_.folder.name, problem))) == {}
     assert len(told) == 4
     assert (runs[0].folder / RESULT).stat().st_mtime_ns == before
-    found = summarise(runs)
+    found = summarize(runs)
     assert {line.method: line.seeds for line in found.lines} == {"head": 2, "eva": 2}
     heads = [
         json.loads((run_.folder / RESULT).read_text())["eval_loss"]
@@ -415,7 +418,7 @@ def test_ray_runs_the_same_cells(bert_folder: Path, tmp_path: Path) -> None:
     assert runs[0].done
     assert "holds no run of evatune" in failed[runs[1].folder]
     again = run(runs[0].recipe, tmp_path / "here", quiet=True)
-    assert summarise(runs).lines[0].eval_loss.mean == pytest.approx(again["eval_loss"], abs=1e-6)
+    assert summarize(runs).lines[0].eval_loss.mean == pytest.approx(again["eval_loss"], abs=1e-6)
 
 
 def test_executors_are_named_and_ray_names_its_extra(

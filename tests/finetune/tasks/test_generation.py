@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from evatune.finetune.tasks.language import Pair
 
 from evatune.errors import ConfigError, DataError
+from evatune.finetune.metrics import read_metrics
 from evatune.finetune.recipe import Recipe, load
-from evatune.finetune.run import read_metrics, run
+from evatune.finetune.run import run
 from evatune.finetune.tasks import generation, language
-from evatune.finetune.tasks.language import Pair
 from evatune.loading.assets import asset
 
 torch.set_num_threads(1)

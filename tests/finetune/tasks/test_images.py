@@ -14,8 +14,10 @@ import transformers
 from PIL import Image
 
 from evatune.errors import ConfigError, DataError
+from evatune.finetune.metrics import read_metrics
 from evatune.finetune.recipe import Recipe, load
-from evatune.finetune.run import RESULT, read_metrics, run
+from evatune.finetune.run import run
+from evatune.finetune.run_folder import RESULT
 from evatune.finetune.tasks import drawing, images
 
 torch.set_num_threads(1)

@@ -19,9 +19,11 @@ from peft import PeftModel
 from PIL import Image
 
 from evatune.errors import ConfigError, DataError, EvatuneError
-from evatune.finetune.compare import grid, summarise
+from evatune.finetune.compare import grid
+from evatune.finetune.metrics import read_metrics
 from evatune.finetune.recipe import Recipe, load, ours
-from evatune.finetune.run import read_metrics, run
+from evatune.finetune.run import run
+from evatune.finetune.summary import summarize
 from evatune.finetune.tasks import rl
 
 if importlib.util.find_spec("metaworld") is None:
@@ -371,7 +373,7 @@ def test_a_comparison_takes_a_score_that_is_known_at_the_end_only(
     cells = grid([small(small_folder, "data.episodes=1")], ["untouched", "lora"], [0], [], tmp_path)
     for cell in cells:
         run(cell.recipe, cell.folder, quiet=True)
-    lines = {line.method: line for line in summarise(cells).lines}
+    lines = {line.method: line for line in summarize(cells).lines}
     assert [point[2] for point in lines["lora"].curve] == [None, None, lines["lora"].score.mean]
     assert [point[2] for point in lines["untouched"].curve] == [lines["untouched"].score.mean]
     json.dumps([line.curve for line in lines.values()], allow_nan=False)
