@@ -1,8 +1,7 @@
-"""Image classification: drawn tasks, digits, data of the user."""
+"""Image classification: runs, splits, data of the user."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +17,10 @@ from evatune.finetune.metrics import read_metrics
 from evatune.finetune.recipe import Recipe, load
 from evatune.finetune.run import run
 from evatune.finetune.run_folder import RESULT
-from evatune.finetune.tasks import drawing, images
+from evatune.finetune.tasks import images
+from tests.finetune.helpers import small_images as small
 
 torch.set_num_threads(1)
-
-SMALL = [
-    "data.train=48",
-    "data.test=24",
-    "training.steps=4",
-    "training.batch_size=8",
-    "training.log_every=1",
-    "training.eval_every=2",
-    "adapter.rank=4",
-]
-DRAWN = {
-    "location": (drawing.location, 25),
-    "orientation": (drawing.orientation, 16),
-    "counting": (drawing.counting, 5),
-    "fonts": (drawing.fonts, 9),
-}
-
-
-def small(task: str, *more: str) -> Recipe:
-    return load(f"images-{task}", [*SMALL, *more])
 
 
 def of_the_user(source: Path | str, *more: str) -> Recipe:
@@ -116,58 +96,6 @@ def test_the_split_is_the_same_for_every_seed_and_nothing_is_in_both_halves() ->
     assert one.train.indices == other.train.indices
     assert one.test.indices == other.test.indices
     assert not set(one.train.indices) & set(one.test.indices)
-
-
-@pytest.mark.parametrize("task", DRAWN)
-def test_a_drawing_is_a_function_of_its_random_numbers(task: str) -> None:
-    draw, _ = DRAWN[task]
-    first, again, other = (draw(np.random.default_rng(seed), 3) for seed in (0, 0, 1))
-    assert first.dtype == np.uint8
-    assert first.shape == (32, 32)
-    assert (first == again).all()
-    assert (first != other).any()
-
-
-@pytest.mark.parametrize("task", DRAWN)
-def test_labels_are_balanced(task: str) -> None:
-    labels = images.prepare(small(task)).train.of.labels
-    counts = np.bincount(labels)
-    assert len(counts) == DRAWN[task][1]
-    assert counts.max() - counts.min() <= 1
-
-
-def test_a_shape_lies_in_the_cell_that_its_label_names() -> None:
-    for label in range(25):
-        drawn = [
-            drawing.location(np.random.default_rng([label, i]), label) / 255 for i in range(40)
-        ]
-        contrast = np.mean([np.abs(image - np.median(image)) for image in drawn], axis=0)[
-            4:28, 4:28
-        ]
-        cells = np.asarray(
-            Image.fromarray(contrast.astype(np.float32)).resize((5, 5), Image.Resampling.BOX)
-        )
-        assert cells.argmax() == label
-
-
-def test_a_dart_points_where_its_label_says() -> None:
-    # Its tip is thin and far out, so along its direction its mass is skewed to the front.
-    places = np.stack(np.meshgrid(np.arange(32), np.arange(32)), -1).reshape(-1, 2)
-    for label in range(16):
-        direction = np.array([np.cos(2 * np.pi * label / 16), np.sin(2 * np.pi * label / 16)])
-        skews = []
-        for i in range(40):
-            image = drawing.orientation(np.random.default_rng([label, i]), label) / 255
-            contrast = np.abs(image - np.median(image))
-            share = np.where(contrast > 0.2, contrast, 0).reshape(-1)
-            share = share / share.sum()
-            skews.append(share @ ((places - share @ places) @ direction) ** 3)
-        assert np.median(skews) > 0
-
-
-def test_pre_training_saw_no_font_of_the_task() -> None:
-    assert not set(drawing.PRETRAINING_FONTS) & set(drawing.TASK_FONTS)
-    assert not any(letter.isdigit() for letter in drawing.LETTERS)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved", "splits", "imagefolder"])
@@ -296,9 +224,3 @@ def test_without_a_network_a_hub_id_leads_to_what_works_offline(overrides: list[
 def test_a_model_of_another_kind_is_told(bert_folder: Path) -> None:
     with pytest.raises(DataError, match="cannot load an image classifier"):
         images.prepare(small("digits", f"model={bert_folder}"))
-
-
-def test_digits_name_the_extra_that_they_come_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'evatune\[images\]'"):
-        images.prepare(small("digits"))
