@@ -58,7 +58,7 @@ def evaluations(folder: Path) -> dict[int, float]:
 
 
 class MethodCase:
-    """A tiny model of one kind, with labelled batches."""
+    """A tiny model of one kind, with labeled batches."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind

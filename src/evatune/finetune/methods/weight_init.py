@@ -72,8 +72,7 @@ class WeightInit(Lora):
             initial_adapter: the folder of `prepare`, which holds A₀ and B₀.
         """
         model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(initial_adapter))
-        # PEFT's conversion writes the LoRA matrices alone; a head trained beside them belongs
-        # there.
+        # PEFT's conversion writes the LoRA matrices alone, without a head trained beside them.
         path = folder / SAFETENSORS_WEIGHTS_NAME
         state = get_peft_model_state_dict(model)
         whole = {key: value.contiguous() for key, value in state.items()} | load_file(path)
