@@ -1,4 +1,4 @@
-"""What the readers of `datasets` must not see: text that is not UTF-8, JSON that is no record."""
+"""Checks of what the readers of `datasets` must not see: other encodings, JSON without records."""
 
 from __future__ import annotations
 

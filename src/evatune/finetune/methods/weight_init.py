@@ -65,8 +65,7 @@ class WeightInit(Lora):
         return None
 
     def save(self, model: Any, folder: Path, initial_adapter: Path) -> None:
-        """Write the adapter such that it fits the base weights as they were: BA − B₀A₀, twice the
-        rank.
+        """Write the adapter such that it fits the original base: BA − B₀A₀, twice the rank.
 
         Args:
             initial_adapter: the folder of `prepare`, which holds A₀ and B₀.

@@ -25,7 +25,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a task learns from and is tested on; no prompt is in both."""
+    """Pairs to learn from and to be tested on; no prompt is in both."""
 
     train: list[Pair]
     test: list[Pair]
