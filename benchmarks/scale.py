@@ -85,7 +85,9 @@ def load(name: str, count: int) -> tuple[nn.Module, list[Any]]:
     """A model and batches for it."""
     if name == "llm":
         return llama(), tokens(count)
-    from evatune.loading.text import TextBatches, demo_data, demo_model, load_model, load_texts
+    from evatune.loading.demo import demo_data, demo_model
+    from evatune.loading.models import load_model
+    from evatune.loading.texts import TextBatches, load_texts
 
     loaded = load_model(demo_model(), device="cpu")
     return (

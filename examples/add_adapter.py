@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import evatune
 from evatune.loading.corpora import bbc
-from evatune.loading.text import demo_model
+from evatune.loading.demo import demo_model
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

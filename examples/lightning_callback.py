@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from evatune.loading.corpora import bbc
-from evatune.loading.text import demo_model
+from evatune.loading.demo import demo_model
 from evatune.trainers.lightning import EvaCallback
 
 

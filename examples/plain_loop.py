@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import evatune
 from evatune.loading.corpora import bbc
-from evatune.loading.text import demo_model
+from evatune.loading.demo import demo_model
 
 torch.manual_seed(0)
 texts, topics = bbc()

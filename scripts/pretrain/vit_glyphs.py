@@ -19,7 +19,7 @@ from common import train, write_asset
 from PIL import Image
 from torch import Tensor
 
-from evatune.finetune.tasks.drawing import LETTERS, PRETRAINING_FONTS, SIDE, letter
+from evatune.finetune.tasks.images.drawing import LETTERS, PRETRAINING_FONTS, SIDE, letter
 
 SEED, STEPS, BATCH, HELD_OUT = 0, 2400, 64, 2000
 GEOMETRY = ["right", "down", "height", "turn"]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from evatune.errors import DataError
-from evatune.loading import assets as store
+from evatune.loading import cache
 from evatune.loading import package_index as index
 
 NAME = "some_thing-1.0.tar.gz"
@@ -82,7 +82,7 @@ def test_nothing_of_a_forged_archive_runs_or_stays(
             DataError,
             match=r"the thing .*SHA-256 differs.* nothing was kept or run.* put the file at",
         ):
-            store.downloaded("Some_Thing", NAME, "0" * 64, "the thing")
+            cache.download_once("Some_Thing", NAME, "0" * 64, "the thing")
     assert {path.name for path in tmp_path.iterdir()} == {"index"}
 
 
@@ -99,10 +99,10 @@ def test_a_file_is_fetched_once_from_the_first_index_whose_bytes_are_right(
         monkeypatch.setenv(
             "PIP_EXTRA_INDEX_URL", f"file://{tmp_path}/nowhere file://{tmp_path}/right"
         )
-        found = store.downloaded("some.thing", NAME, digest, "the thing")
+        found = cache.download_once("some.thing", NAME, digest, "the thing")
     assert Silent.asked[-1] == "Basic bWU6cGFzcyB3b3Jk"
-    monkeypatch.setattr(store, "fetch", None)
-    assert store.downloaded("some.thing", NAME, digest, "the thing") == found
+    monkeypatch.setattr(cache, "fetch", None)
+    assert cache.download_once("some.thing", NAME, digest, "the thing") == found
     assert found.read_bytes() == b"the right one"
     assert [path.name for path in found.parent.iterdir()] == [NAME]
 
@@ -121,7 +121,7 @@ def test_what_cannot_be_had_is_said_in_a_sentence(
         ):
             monkeypatch.setattr(index, "_pip_settings", lambda url=url: {"index-url": url})
             with pytest.raises(DataError, match=f"could not be downloaded.*{reason}"):
-                store.downloaded("some-thing", NAME, digest, "the thing")
+                cache.download_once("some-thing", NAME, digest, "the thing")
     monkeypatch.setattr(index, "_pip_settings", lambda: {"no-index": "1"})
     with pytest.raises(DataError, match="no package index that pip is configured for"):
-        store.downloaded("some-thing", NAME, digest, "the thing")
+        cache.download_once("some-thing", NAME, digest, "the thing")

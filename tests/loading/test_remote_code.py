@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import as_tree, load, parse
-from evatune.finetune.tasks import generation, images, rl, understanding
-from evatune.loading import text
+from evatune.finetune.tasks import DOMAINS, understanding
+from evatune.finetune.tasks.rl import simulator
+from evatune.loading.models import read_model
 from tests.conftest import Command, refused
 
 CODE = """
@@ -123,17 +124,22 @@ def test_no_command_runs_the_code_of_a_model_unasked(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("domain", [generation, images, understanding, rl])
+@pytest.mark.parametrize(
+    ("domain", "task"),
+    [
+        ("generation", "arithmetic"),
+        ("images", "orientation"),
+        ("understanding", "bbc"),
+        ("rl", "push"),
+    ],
+)
 def test_no_domain_runs_the_code_of_a_model_unasked(
-    domain: object, foreign: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
+    domain: str, task: str, foreign: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rl, "simulator", lambda: None)
-    task = {generation: "arithmetic", images: "orientation", understanding: "bbc", rl: "push"}[
-        domain
-    ]
+    monkeypatch.setattr(simulator, "load_metaworld", lambda: None)
     recipe = parse({"task": task, "model": str(foreign), "data": {"train": 8, "test": 8}})
     with pytest.raises(DataError, match="--trust-remote-code"):
-        domain.prepare(recipe)  # type: ignore[attr-defined]
+        DOMAINS[domain].prepare(recipe)
     assert not marker.exists()
 
 
@@ -159,7 +165,7 @@ def test_code_that_is_trusted_runs(
     name = "encoder.layer.0.attention.self.query.weight"
     before, after = (load_file(folder / "model.safetensors")[name] for folder in (foreign, merged))
     assert not before.equal(after)
-    assert type(text.read_model(merged, trust_remote_code=True).model).__name__ == "OurModel"
+    assert type(read_model(merged, trust_remote_code=True).model).__name__ == "OurModel"
     recipe = load(
         "understanding-bbc",
         [f"model={foreign}", "data.train=8", "data.test=8", "trust_remote_code=true"],

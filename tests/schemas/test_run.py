@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from evatune.errors import ConfigError, RecordError
-from evatune.finetune.compare import Run, summarise
+from evatune.finetune.compare import Run
+from evatune.finetune.metrics import read_metrics
 from evatune.finetune.recipe import load
 from evatune.finetune.resuming import newest_whole
-from evatune.finetune.run import read_metrics, run
+from evatune.finetune.run import run
+from evatune.finetune.summary import summarize
 from tests.fuzzing import fuzz
 
 
@@ -60,7 +62,7 @@ def test_a_damaged_result_is_told_and_does_not_end_a_comparison(
     cells = [Run(recipe, finished(tmp_path / "good")), Run(recipe, finished(tmp_path / "bad"))]
     (tmp_path / "bad" / "result.json").write_text(damage)
     assert [cell.done for cell in cells] == [True, False]
-    assert [line.seeds for line in summarise(cells).lines] == [1]
+    assert [line.seeds for line in summarize(cells).lines] == [1]
     with pytest.raises(
         RecordError, match=r"bad/result\.json.*remove it, and the run is done again"
     ):
@@ -75,7 +77,7 @@ def test_runs_that_diverged_are_compared(tmp_path: Path) -> None:
             json.loads(path.read_text()) | {"eval_loss": float("nan"), "score": float("inf")}
         )
     )
-    (line,) = summarise(cells).lines
+    (line,) = summarize(cells).lines
     assert line.seeds == 2
     assert line.eval_loss.mean != line.eval_loss.mean
 

@@ -25,8 +25,8 @@ from evatune.errors import ConfigError
 from evatune.finetune.compare import grid
 from evatune.finetune.recipe import load
 from evatune.finetune.run import run
-from evatune.loading.text import TextBatches, load_texts
-from evatune.loading.user_data import split
+from evatune.finetune.tasks.user_data import split
+from evatune.loading.texts import TextBatches, load_texts
 from evatune.report.runs import run_plot
 from evatune.utils import files
 from evatune.utils.files import MARK, atomic_file, claimed_file, claimed_folder, write_text, writing

@@ -16,7 +16,7 @@ from torch import nn
 
 import evatune
 from evatune.adapters.export import write_card
-from evatune.finetune.compare import Comparison, MeanStd, MethodSummary
+from evatune.finetune.summary import Comparison, MeanStd, MethodSummary
 from evatune.report import plots
 from evatune.report.page import render
 from evatune.report.runs import comparison_markdown, comparison_plot, comparison_table, rank_plot

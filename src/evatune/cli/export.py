@@ -82,7 +82,7 @@ def _merge(
     from evatune.adapters.export import head_size, write_card, write_merged, write_record
     from evatune.adapters.saved import read_config
     from evatune.errors import DataError
-    from evatune.loading import text
+    from evatune.loading import models
     from evatune.utils.files import claimed_folder, require_apart
     from evatune.utils.markup import markdown_code
 
@@ -98,18 +98,18 @@ def _merge(
         labels = head_size(adapter)
         options: dict[str, Any] = {} if labels is None else {"num_labels": labels}
         task = next(
-            (name for name, (_, kind) in text.TASKS.items() if kind and kind == config.task_type),
+            (name for name, (_, kind) in models.TASKS.items() if kind and kind == config.task_type),
             "auto",
         )
         try:
-            text.require_loadable(source, task)
-            base = text.read_model(source, task, trust_remote_code=trust_remote_code, **options)
+            models.require_loadable(source, task)
+            base = models.read_model(source, task, trust_remote_code=trust_remote_code, **options)
         except DataError as error:
             raise DataError(
                 f"base model of {str(adapter)!r}: {error}; --model names another place"
             ) from error
-        tokenizer = text.own_tokenizer(adapter, trust_remote_code) or base.tokenizer
-        batch = text.few_tokens(base)
+        tokenizer = models.adapter_tokenizer(adapter, trust_remote_code) or base.tokenizer
+        batch = models.sample_batch(base)
         with output.whole() as folder:
             unchecked = write_merged(base.model, adapter, folder, batch)
             tokenizer.save_pretrained(folder)

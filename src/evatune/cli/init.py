@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from evatune.calibration.checkpoint import Checkpoint
     from evatune.calibration.result import Calibration
-    from evatune.loading.text import TextBatches, TextModel
+    from evatune.loading.models import TextModel
+    from evatune.loading.texts import TextBatches
 
 Names = str | list[str]
 
@@ -239,7 +240,10 @@ def init(
 
     log = Console(stderr=True, quiet=as_json)
     with loading_libraries(log):
-        from evatune.loading import text
+        from evatune.loading.demo import demo_data, demo_model
+        from evatune.loading.hub import require_path
+        from evatune.loading.models import require_loadable
+        from evatune.loading.texts import TextBatches, load_texts
         from evatune.report.tables import plain
 
         quiet_libraries()
@@ -247,11 +251,11 @@ def init(
         checkpoint = None
         if resume or checkpoint_every is not None:
             checkpoint = _checkpoint(log, output, checkpoint_every or _EVERY, resume)
-        source, corpus = model or text.demo_model(), data or text.demo_data()
-        text.require_loadable(source, task, device, dtype)
-        text.require_path(corpus, "data")
+        source, corpus = model or demo_model(), data or demo_data()
+        require_loadable(source, task, device, dtype)
+        require_path(corpus, "data")
         with log.status(plain(f"loading data {data or 'BBC news'}")):
-            texts = text.load_texts(corpus, text_column, split=split)
+            texts = load_texts(corpus, text_column, split=split)
         with log.status(plain(f"loading model {model or 'MiniLM-L6-v2'}")), libraries_on_stderr():
             loaded = _load_model(source, task, device, dtype, seed, trust_remote_code)
         if loaded.fresh:
@@ -265,7 +269,7 @@ def init(
         length = min(
             max_length or (_LENGTH if model else _DEMO_LENGTH), loaded.tokenizer.model_max_length
         )
-        batches = text.TextBatches(loaded.tokenizer, texts, batch_size, length, seed)
+        batches = TextBatches(loaded.tokenizer, texts, batch_size, length, seed)
         adapted = _with_adapter(
             loaded, rank, alpha, _names(targets), exclude_modules and _names(exclude_modules)
         )
@@ -318,10 +322,10 @@ def _load_model(
 ) -> TextModel:
     import torch
 
-    from evatune.loading import text
+    from evatune.loading.models import load_model
 
     torch.manual_seed(seed)  # heads that the checkpoint does not have
-    return text.load_model(source, task, device, dtype, trust_remote_code=trust_remote_code)
+    return load_model(source, task, device, dtype, trust_remote_code=trust_remote_code)
 
 
 def _with_adapter(
@@ -397,7 +401,7 @@ def _initialize(
 ) -> Calibration:
     from evatune.api import initialize
     from evatune.errors import DataError, EvatuneError
-    from evatune.loading.text import forward_for
+    from evatune.loading.models import forward_for
 
     try:
         return initialize(

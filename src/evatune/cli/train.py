@@ -50,7 +50,8 @@ def train(
 
     log = Console(stderr=True, quiet=as_json)
     with loading_libraries(log):
-        from evatune.finetune.run import read_metrics, run
+        from evatune.finetune.metrics import read_metrics
+        from evatune.finetune.run import run
         from evatune.report.runs import run_plot
 
         quiet_libraries()
@@ -137,7 +138,8 @@ def compare(
 
     log = Console(stderr=True, quiet=as_json)
     with loading_libraries(log):
-        from evatune.finetune.compare import grid, run_all, summarise
+        from evatune.finetune.compare import grid, run_all
+        from evatune.finetune.summary import summarize
         from evatune.report.runs import comparison_markdown, comparison_plot, comparison_table
         from evatune.report.tables import console
         from evatune.utils.files import write_text
@@ -150,7 +152,7 @@ def compare(
     with held(folder):
         with libraries_on_stderr():
             failed = _with_bar(log, runs, lambda tell: run_all(runs, count, tell, executor))
-        found = summarise(runs, target_loss)
+        found = summarize(runs, target_loss)
         command = shlex.join(["evatune", *sys.argv[1:]])
         facts = {
             "command": command,

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
-import statistics
-from collections.abc import Callable, Generator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from evatune.errors import ConfigError, EvatuneError, RecordError
 from evatune.finetune.methods import find_method
+from evatune.finetune.ray_workers import run_calls_on_ray
 from evatune.finetune.recipe import Recipe, as_tree, parse
-from evatune.finetune.run import read_metrics, read_result
+from evatune.finetune.run_folder import read_result
 from evatune.finetune.workers import run_calls
+
+_EXECUTORS = {"process": run_calls, "ray": run_calls_on_ray}
+_DIED = "its process died (out of memory?); run the same command again, with fewer --workers"
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What the run found; None where it is not done, or damaged, which `run` says."""
+        """The run's result; None where it is not done, or damaged, which `run` says."""
         try:
             return read_result(self.folder)
         except RecordError:
@@ -40,65 +43,19 @@ class Run:
         return self.result is not None
 
 
-@dataclass(frozen=True)
-class MeanStd:
-    """Mean over seeds, and the sample's standard deviation; None for a single seed."""
-
-    mean: float
-    deviation: float | None
-
-
-@dataclass(frozen=True)
-class MethodSummary:
-    """A method at one learning rate on one task, over seeds."""
-
-    task: str
-    method: str
-    learning_rate: float
-    seeds: int
-    score: MeanStd
-    eval_loss: MeanStd
-    steps_to_target: MeanStd | None  # None unless every seed got there
-    trainable_parameters: MeanStd
-    # norm of the gradient of all B at step 1; None without an adapter
-    first_gradient_b: MeanStd | None
-    init_seconds: MeanStd
-    train_seconds: MeanStd
-    # step, mean evaluation loss, mean score where it was measured
-    curve: list[tuple[int, float, float | None]]
-    best: bool  # the method's learning rate of highest mean score on this task
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All lines, task by task, and the evaluation loss to reach on each task."""
-
-    lines: list[MethodSummary]
-    targets: dict[str, float]
-
-    def averages(self) -> dict[str, float]:
-        """Method → mean over the tasks of its score at its best rate, for methods that are done on
-        every task."""
-        scores: dict[str, list[float]] = {}
-        for line in self.lines:
-            if line.best:
-                scores.setdefault(line.method, []).append(line.score.mean)
-        return {
-            method: _mean(some) for method, some in scores.items() if len(some) == len(self.targets)
-        }
-
-
 def grid(
     recipes: Sequence[Recipe],
     methods: Sequence[str],
     seeds: Sequence[int],
     rates: Sequence[float],
-    store: Path,
+    parent: Path,
 ) -> list[Run]:
-    """The cells, seed by seed, so that an interrupted comparison has seen every method and task.
+    """Return the runs, seed by seed, so that an interrupted comparison has seen every method.
 
-    A cell's folder is named after its settings, hash included: other settings never read its
-    result.
+    A run's folder is named after its settings, hash included: other settings never read its result.
+
+    Args:
+        rates: learning rates; without any, that of the recipe. parent: of the folders.
     """
     for method in methods:
         find_method(method)
@@ -113,22 +70,25 @@ def grid(
             " --seeds 0,1"
         )
     runs = []
-    for seed in dict.fromkeys(seeds):
-        for recipe in recipes:
-            for method in dict.fromkeys(methods):
-                for rate in dict.fromkeys(rates or [recipe.training.learning_rate]):
-                    tree = as_tree(recipe) | {"method": method, "seed": seed}
-                    one = parse(
-                        tree | {"training": tree["training"] | {"learning_rate": rate}},
-                        "the comparison",
-                    )
-                    digest = hashlib.sha256(
-                        json.dumps(as_tree(one), sort_keys=True).encode()
-                    ).hexdigest()[:10]
-                    runs.append(
-                        Run(one, store / f"{recipe.task}-{method}-lr{rate:g}-seed{seed}-{digest}")
-                    )
+    for seed, recipe, method in product(_unique(seeds), recipes, _unique(methods)):
+        for rate in _unique(rates) or [recipe.training.learning_rate]:
+            runs.append(_run_of(recipe, method, seed, rate, parent))
     return runs
+
+
+def _unique(values: Sequence[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def _run_of(recipe: Recipe, method: str, seed: int, rate: float, parent: Path) -> Run:
+    """Return the run of a recipe with another method, seed and learning rate."""
+    tree = as_tree(recipe)
+    training = tree["training"] | {"learning_rate": rate}
+    changes = {"method": method, "seed": seed, "training": training}
+    changed = parse(tree | changes, "the comparison")
+    settings = json.dumps(as_tree(changed), sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:10]
+    return Run(changed, parent / f"{recipe.task}-{method}-lr{rate:g}-seed{seed}-{digest}")
 
 
 def run_all(
@@ -137,16 +97,16 @@ def run_all(
     progress: Callable[[Run, str | None], None],
     executor: str = "process",
 ) -> dict[Path, str]:
-    """Run what is not done yet, each cell on one thread.
+    """Do the runs that are not done yet, each on one thread.
 
     Args:
-        workers: processes at a time. On Ray the cluster decides: a cell asks for one CPU.
-        progress: called after each cell, with what went wrong or None.
+        workers: processes at a time. On Ray the cluster decides: a run asks for one CPU.
+        progress: called after each run, with what went wrong or None.
         executor: "process", or "ray": the cluster that the address in RAY_ADDRESS names, else this
-            machine. Its machines must see the folders of the cells under the same paths.
+            machine. Its machines must see the folders of the runs under the same paths.
 
     Returns:
-        Folder → message for the cells that failed; the others went on.
+        Folder → message for the runs that failed; the others went on.
 
     Raises:
         ConfigError: another executor, or Ray is not installed.
@@ -154,76 +114,28 @@ def run_all(
     if executor not in _EXECUTORS:
         raise ConfigError(f"executor is {executor!r}; choose one of {', '.join(_EXECUTORS)}")
     waiting = []
-    for run_ in runs:
-        if run_.done:
-            progress(run_, None)
+    for run in runs:
+        if run.done:
+            progress(run, None)
         else:
-            waiting.append(run_)
+            waiting.append(run)
     failed: dict[Path, str] = {}
-    if waiting:
-        # Closed at once, also when the interrupt comes in `progress`.
-        with closing(_EXECUTORS[executor](waiting, workers)) as ended:
-            for run_, problem in ended:
-                if problem is not None:
-                    failed[run_.folder] = problem
-                progress(run_, problem)
+    if not waiting:
+        return failed
+    calls = [(as_tree(run.recipe), str(run.folder.absolute())) for run in waiting]
+    # Closed at once, also when the interrupt comes in `progress`.
+    with closing(_EXECUTORS[executor](_run_in_worker, calls, workers)) as answers:
+        for answer in answers:
+            run = waiting[answer.number]
+            problem = _DIED if answer.died else answer.result
+            if problem is not None:
+                failed[run.folder] = problem
+            progress(run, problem)
     return failed
 
 
-def _in_processes(runs: Sequence[Run], workers: int) -> Generator[tuple[Run, str | None]]:
-    calls = [(as_tree(run_.recipe), str(run_.folder)) for run_ in runs]
-    with closing(run_calls(_run_one, calls, workers)) as answers:
-        for answer in answers:
-            yield runs[answer.number], _DIED if answer.died else answer.result
-
-
-def _on_ray(runs: Sequence[Run], workers: int) -> Generator[tuple[Run, str | None]]:
-    where: dict[str, Any] = {}
-    if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
-        where = {"address": "local", "num_cpus": max(1, workers)}
-        # Read when Ray is imported: as on a Mac, it then listens on the loopback address alone.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError(
-            "Ray is not installed; install it with: pip install 'evatune[ray]'"
-        ) from error
-    started_here = not ray.is_initialized()
-    futures: dict[Any, Run] = {}
-    try:
-        if started_here:
-            ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False, **where)
-        task = ray.remote(num_cpus=1, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})(_run_one)
-        futures = {
-            task.remote(as_tree(run_.recipe), str(run_.folder.absolute())): run_ for run_ in runs
-        }
-        while futures:
-            (done,), _ = ray.wait(list(futures), num_returns=1)
-            run_ = futures.pop(done)
-            try:
-                problem = ray.get(done)
-            except ray.exceptions.RayError:
-                problem = _DIED
-            yield run_, problem
-    finally:
-        for future in futures:
-            ray.cancel(future, force=True)
-        if started_here:
-            ray.shutdown()
-
-
-_EXECUTORS = {"process": _in_processes, "ray": _on_ray}
-
-
-_DIED = "its process died (out of memory?); run the same command again, with fewer --workers"
-
-
-def _run_one(tree: dict[str, Any], folder: str) -> str | None:
-    """Run a cell in a worker; what went wrong, or None. One failing cell must not end the
-    others."""
-    import warnings
-
+def _run_in_worker(tree: dict[str, Any], folder: str) -> str | None:
+    """Do a run and return what went wrong, or None: one that fails must not end the others."""
     import datasets
     import torch
     import transformers
@@ -242,107 +154,3 @@ def _run_one(tree: dict[str, Any], folder: str) -> str | None:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def summarise(runs: Sequence[Run], target_loss: float | None = None) -> Comparison:
-    """One line per task, method and learning rate from the cells that are done.
-
-    Args:
-        target_loss: evaluation loss to reach. Default: per task what every seed of the first method
-            reached, at its best rate.
-    """
-    found: dict[tuple[str, str, float], list[Run]] = {}
-    results: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
-    for run_ in runs:
-        result = run_.result
-        if result is not None:
-            recipe = run_.recipe
-            key = recipe.task, recipe.method, recipe.training.learning_rate
-            found.setdefault(key, []).append(run_)
-            results.setdefault(key, []).append(result)
-    best: dict[tuple[str, str], float] = {}
-    for task, method, _ in found:
-        others = [r for t, m, r in found if (t, m) == (task, method)]
-        best[task, method] = max(others, key=lambda r: _score(results[task, method, r]))
-    targets: dict[str, float] = {}
-    for (task, method), rate in best.items():
-        if task not in targets:  # the first method
-            first = max(result["eval_loss"] for result in results[task, method, rate])
-            targets[task] = first if target_loss is None else target_loss
-    lines = []
-    for (task, method, rate), group in found.items():
-        some = results[task, method, rate]
-        curves = [
-            _curve(run_.folder, result["score"]) for run_, result in zip(group, some, strict=True)
-        ]
-        steps = [
-            next((step for step, loss, _ in curve if loss <= targets[task]), None)
-            for curve in curves
-        ]
-        gradients = [result["first_gradient_b"] for result in some]
-        reached = [step for step in steps if step is not None]
-        lines.append(
-            MethodSummary(
-                task=task,
-                method=method,
-                learning_rate=rate,
-                seeds=len(some),
-                first_gradient_b=None if None in gradients else _spread(gradients),
-                steps_to_target=_spread(reached) if len(reached) == len(steps) else None,
-                curve=_mean_curve(curves),
-                best=best[task, method] == rate,
-                **{key: _spread([result[key] for result in some]) for key in _MEASURED},
-            )
-        )
-    return Comparison(sorted(lines, key=lambda line: line.task), targets)
-
-
-_MEASURED = ("score", "eval_loss", "trainable_parameters", "init_seconds", "train_seconds")
-
-
-def _score(results: Sequence[Mapping[str, float]]) -> float:
-    """To choose by: a run that diverged is the worst."""
-    mean = _mean(result["score"] for result in results)
-    return -math.inf if math.isnan(mean) else mean
-
-
-def _spread(values: Sequence[float]) -> MeanStd:
-    """Of runs some of which diverged, neither is a number."""
-    if len(values) == 1:
-        return MeanStd(_mean(values), None)
-    known = all(map(math.isfinite, values))
-    return MeanStd(_mean(values), statistics.stdev(values) if known else math.nan)
-
-
-def _curve(folder: Path, score: float) -> list[tuple[int, float, float | None]]:
-    """Step, evaluation loss, score; a score that no evaluation measures is known after the last
-    one."""
-    lines = [line for line in read_metrics(folder) if "eval_loss" in line]
-    return [
-        (
-            line["step"],
-            line["eval_loss"],
-            line.get("eval_score", score if line is lines[-1] else None),
-        )
-        for line in lines
-    ]
-
-
-def _mean_curve(
-    curves: list[list[tuple[int, float, float | None]]],
-) -> list[tuple[int, float, float | None]]:
-    """The mean over seeds at the steps that every seed has."""
-    if not curves:
-        return []
-    by_step = [{step: (loss, score) for step, loss, score in curve} for curve in curves]
-    common = sorted(set.intersection(*(set(points) for points in by_step)))
-    found = []
-    for step in common:
-        losses, scores = zip(*(points[step] for points in by_step), strict=True)
-        found.append((step, _mean(losses), None if None in scores else _mean(scores)))
-    return found
-
-
-def _mean(values: Any) -> float:
-    values = list(values)
-    return statistics.fmean(values) if all(map(math.isfinite, values)) else math.nan

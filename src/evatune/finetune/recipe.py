@@ -1,5 +1,4 @@
-"""Recipes: every setting of a fine-tuning run, with default and help, in one tree; and YAML files
-that fill it in."""
+"""Recipes: every setting of a fine-tuning run, with default and help, and YAML files of them."""
 
 from __future__ import annotations
 
@@ -63,7 +62,7 @@ _MOST_AT_ONCE = 2**20  # tokens of a text, examples of a batch
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DataOptions:
-    """Which examples."""
+    """The examples to train and to evaluate on."""
 
     train: _Whole = Field(
         default=1000,
@@ -126,10 +125,10 @@ class AdapterOptions:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainingOptions:
-    """The optimisation; AdamW, by transformers' Trainer."""
+    """Optimization: AdamW, by transformers' Trainer."""
 
     learning_rate: _Real = Field(default=1e-3, gt=0, description="largest learning rate")
-    steps: _Whole = Field(default=60, ge=1, le=_MOST, description="optimiser steps")
+    steps: _Whole = Field(default=60, ge=1, le=_MOST, description="optimizer steps")
     batch_size: _Whole = Field(
         default=16, ge=1, le=_MOST_AT_ONCE, description="examples per batch and process"
     )
@@ -192,7 +191,7 @@ class Recipe:
 
 
 def ours() -> list[str]:
-    """Names of the recipes that come with evatune."""
+    """Return the names of the recipes that come with evatune."""
     return sorted(
         path.name.removesuffix(".yaml")
         for path in _RECIPES.iterdir()
@@ -201,25 +200,24 @@ def ours() -> list[str]:
 
 
 def expand(sources: Iterable[str]) -> list[str]:
-    """Recipes and files, patterns of our names such as "images-*" replaced by the names.
-    ConfigError if one fits none."""
-    found: list[str] = []
+    """Return recipes and files, with patterns such as "images-*" replaced by names of ours.
+
+    Raises ConfigError for a pattern that fits none.
+    """
+    expanded: list[str] = []
     for source in sources:
-        names = (
-            [source]
-            if not any(sign in source for sign in "*?[")
-            else fnmatch.filter(ours(), source)
-        )
+        is_pattern = any(sign in source for sign in "*?[")
+        names = fnmatch.filter(ours(), source) if is_pattern else [source]
         if not names:
             raise ConfigError(f"no recipe of ours fits {source!r}; ours are {', '.join(ours())}")
-        found += names
-    if not found:
+        expanded += names
+    if not expanded:
         raise ConfigError(f"name at least one recipe; ours are {', '.join(ours())}")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(expanded))
 
 
 def text_of(source: str) -> str:
-    """The YAML text behind a name of ours or a path. Raises ConfigError if there is none."""
+    """Return the YAML text behind a name of ours or a path. ConfigError if there is none."""
     if source in ours():
         return _RECIPES.joinpath(f"{source}.yaml").read_text(encoding="utf-8")
     path = Path(source)
@@ -232,8 +230,10 @@ def text_of(source: str) -> str:
 
 
 def load(source: str, overrides: Iterable[str] = ()) -> Recipe:
-    """A recipe of ours or of the user's, with `key=value` overrides such as
-    `training.learning_rate=3e-4`.
+    """Return a recipe of ours or of the user's, with overrides.
+
+    Args:
+        overrides: `key=value`, such as `training.learning_rate=3e-4`.
 
     Raises ConfigError that lists every mistake at once, each with the nearest valid key.
     """
@@ -261,7 +261,7 @@ def load(source: str, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
-    """A recipe from a tree of plain values; see `load` for errors."""
+    """Return a recipe from a tree of plain values; see `load` for errors."""
     try:
         return TypeAdapter(Recipe).validate_python(_with_numbers(tree))
     except ValidationError as error:
@@ -275,25 +275,25 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
 
 
 def as_tree(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain values, as YAML and JSON hold them. A permission that is not given is no
-    part of them."""
+    """Return the recipe as plain values, as YAML and JSON hold them.
+
+    A permission that is not given is no part of them.
+    """
     tree = dataclasses.asdict(recipe)
-    return (
-        tree
-        if recipe.trust_remote_code
-        else {key: tree[key] for key in tree if key != "trust_remote_code"}
-    )
+    if not recipe.trust_remote_code:
+        del tree["trust_remote_code"]
+    return tree
 
 
 def keys(kind: Any = Recipe, prefix: str = "") -> dict[str, str]:
-    """Every key with its help text, dotted: {"training.steps": "optimiser steps", …}."""
-    found: dict[str, str] = {}
+    """Return every key with its help text: {"training.steps": "optimizer steps", …}."""
+    helps: dict[str, str] = {}
     for field in fields(kind):
         if is_dataclass(field.default):
-            found |= keys(field.default, f"{prefix}{field.name}.")
+            helps |= keys(field.default, f"{prefix}{field.name}.")
         else:
-            found[prefix + field.name] = getattr(field.default, "description", None) or ""
-    return found
+            helps[prefix + field.name] = getattr(field.default, "description", None) or ""
+    return helps
 
 
 def _put(tree: dict[str, Any], key: str, text: str) -> None:
@@ -312,7 +312,10 @@ def _put(tree: dict[str, Any], key: str, text: str) -> None:
 
 
 def _with_numbers(value: Any) -> Any:
-    """YAML reads 1e-3, without a point, as text; and 1e3 steps are a whole number of them."""
+    """Return the tree with numbers where YAML reads text or a fraction.
+
+    It reads 1e-3, without a point, as text; and 1e3 steps are a whole number of them.
+    """
     if isinstance(value, Mapping):
         return {key: _with_numbers(inner) for key, inner in value.items()}
     if isinstance(value, str) and "e" in value.lower():
@@ -324,13 +327,16 @@ def _with_numbers(value: Any) -> Any:
 
 
 def _explain(key: str, item: Mapping[str, Any]) -> str:
+    """Return what is wrong with a key, from pydantic's account of it."""
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         valid = list(keys())
-        last = {name.rsplit(".", 1)[-1]: name for name in valid}
-        near = difflib.get_close_matches(key, valid, n=1) or [
-            last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1)
-        ]
-        return f"unknown key {shown(key)}" + (f" (nearest: {near[0]})" if near else "")
+        by_last_part = {name.rsplit(".", 1)[-1]: name for name in valid}
+        nearest = difflib.get_close_matches(key, valid, n=1)
+        if not nearest:
+            last_part = key.rsplit(".", 1)[-1]
+            similar = difflib.get_close_matches(last_part, by_last_part, n=1)
+            nearest = [by_last_part[name] for name in similar]
+        return f"unknown key {shown(key)}" + (f" (nearest: {nearest[0]})" if nearest else "")
     if item["type"] in ("missing", "missing_argument"):
         return f"key {shown(key)} is missing"
     return f"{key} is {shown(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"

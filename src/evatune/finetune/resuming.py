@@ -1,4 +1,4 @@
-"""Which of Trainer's checkpoints a run can go on from: the newest one that is whole."""
+"""The newest of Trainer's checkpoints that is whole, which a run goes on from."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def _require_whole_archive(path: Path) -> None:
     """Raise Damage unless a file of torch.save has its own checksums; nothing is unpickled."""
     try:
         with zipfile.ZipFile(path) as archive:
-            odd = archive.testzip()
+            damaged = archive.testzip()
     except _ZIP_ERRORS as error:
         raise Damage(f"holds a damaged {path.name} ({error})") from error
-    if odd is not None:
-        raise Damage(f"holds a damaged {path.name} (the checksum of {odd[:80]!r} is another)")
+    if damaged is not None:
+        raise Damage(f"holds a damaged {path.name} (the checksum of {damaged[:80]!r} is another)")

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn, cast
 
-_PATIENCE = 5.0  # seconds for a worker to leave by itself before it is killed
+_GRACE_SECONDS = 5.0  # seconds for a worker to leave by itself before it is killed
 
 
 Call = tuple[Any, ...]  # the arguments of one call
@@ -25,7 +25,7 @@ Call = tuple[Any, ...]  # the arguments of one call
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of one call: its result, or that its process died."""
+    """The outcome of one call: its result, or that its process died."""
 
     number: int  # of the call
     result: Any = None
@@ -55,12 +55,12 @@ def run_calls(
     try:
         while waiting or current:
             while waiting and len(current) < max(1, workers):
-                ours, theirs = context.Pipe()
-                processes[ours] = context.Process(target=_serve, args=(theirs, function))
-                with _inherited():
-                    processes[ours].start()
-                theirs.close()
-                current[ours] = _give(ours, waiting)
+                parent_end, worker_end = context.Pipe()
+                processes[parent_end] = context.Process(target=_serve, args=(worker_end, function))
+                with _start_settings():
+                    processes[parent_end].start()
+                worker_end.close()
+                current[parent_end] = _send_next(parent_end, waiting)
             for ready in cast("list[Connection]", wait(list(current))):
                 number = current.pop(ready)
                 try:
@@ -68,7 +68,7 @@ def run_calls(
                 except (EOFError, OSError):
                     answer = Answer(number, died=True)
                 if waiting and not answer.died:
-                    current[ready] = _give(ready, waiting)
+                    current[ready] = _send_next(ready, waiting)
                 else:
                     _end([processes[ready]])
                 yield answer
@@ -77,8 +77,8 @@ def run_calls(
 
 
 @contextmanager
-def _inherited() -> Iterator[None]:
-    """Set what a process is born with: one thread of OpenMP, and no ear for Ctrl-C.
+def _start_settings() -> Iterator[None]:
+    """Start processes inside with one thread of OpenMP, and deaf to Ctrl-C.
 
     torch reads the number of threads when it is imported. A terminal sends Ctrl-C to all processes:
     this one ends the others, each of which would answer with a traceback.
@@ -97,7 +97,7 @@ def _inherited() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _give(connection: Connection, waiting: deque[tuple[int, Call]]) -> int:
+def _send_next(connection: Connection, waiting: deque[tuple[int, Call]]) -> int:
     """Send the next call and return its number; if the process is dead, no answer will come."""
     number, call = waiting.popleft()
     with suppress(OSError):
@@ -108,16 +108,16 @@ def _give(connection: Connection, waiting: deque[tuple[int, Call]]) -> int:
 def _end(processes: Collection[BaseProcess]) -> None:
     """End the processes: asked, so that they clear away and end their own children, then killed."""
     started = [process for process in processes if process.pid is not None]
-    until = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _GRACE_SECONDS
     for process in started:
         process.terminate()
     try:
         for process in started:
-            process.join(max(0.0, until - time.monotonic()))
+            process.join(max(0.0, deadline - time.monotonic()))
     finally:  # also at a second interrupt
         for process in started:
             process.kill()
-            process.join(_PATIENCE)
+            process.join(_GRACE_SECONDS)
 
 
 def _serve(connection: Connection, function: Callable[..., Any]) -> None:
@@ -139,5 +139,5 @@ def _die_with_parent() -> None:
     assert parent is not None
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_PATIENCE)
+    time.sleep(_GRACE_SECONDS)
     os._exit(1)

@@ -1,1 +1,1 @@
-"""Models, tokenizers, texts and images by hub id or path; checkpoints of our own; corpora."""
+"""Models, tokenizers, texts and checkpoints: by hub id, by path, or as they come with evatune."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import tarfile
 
-from evatune.loading.assets import downloaded
-from evatune.loading.text import demo_data
+from evatune.loading.cache import download_once
+from evatune.loading.demo import demo_data
 
 SENTIMENT = {  # corpus → file in the archive
     "movie": "movieReviewSnippets_GroundTruth.txt",
@@ -21,7 +21,7 @@ _NEUTRAL = 0.3  # ratings closer to zero than this have no clear sign
 
 
 def bbc() -> tuple[list[str], list[int]]:
-    """News articles and the number of their topic, 0 to 4 in alphabetical order."""
+    """Return news articles and the number of their topic, 0 to 4 in alphabetical order."""
     root = demo_data()
     topics = sorted(path.name for path in root.iterdir() if path.is_dir())
     texts, labels = [], []
@@ -33,8 +33,7 @@ def bbc() -> tuple[list[str], list[int]]:
 
 
 def sentiment(corpus: str) -> tuple[list[str], list[int]]:
-    """Snippets whose mean rating by people lies in −4 … 4, and its sign; the unclear ones are left
-    out."""
+    """Return snippets and the sign of their rating, 0 or 1, without those that are unclear."""
     texts, labels = [], []
     for text, rating in ratings(corpus):
         if abs(rating) >= _NEUTRAL:
@@ -44,22 +43,24 @@ def sentiment(corpus: str) -> tuple[list[str], list[int]]:
 
 
 def ratings(corpus: str) -> list[tuple[str, float]]:
-    """Snippets of a corpus with their mean rating. DataError if they cannot be downloaded."""
-    archive = downloaded("vaderSentiment", _ARCHIVE, _SHA256, "the sentiment data")
+    """Return a corpus's snippets with their mean rating by people, −4 to 4.
+
+    Raises DataError if they cannot be downloaded.
+    """
+    archive = download_once("vaderSentiment", _ARCHIVE, _SHA256, "the sentiment data")
     with tarfile.open(archive) as outer:
         inner = outer.extractfile(_INNER)
         assert inner is not None  # the archive's hash is known
         packed = io.BytesIO(inner.read())
     with tarfile.open(fileobj=packed) as files:
-        member = next(
-            m
-            for m in files.getmembers()
-            if m.name.endswith(f"/{SENTIMENT[corpus]}") and "/._" not in m.name
-        )
-        opened = files.extractfile(member)
-        assert opened is not None
-        lines = [
-            line.split("\t")
-            for line in opened.read().decode("utf-8", errors="replace").splitlines()
-        ]
-    return [("\t".join(parts[2:]).strip(), float(parts[1])) for parts in lines if len(parts) >= 3]
+        member = next(member for member in files.getmembers() if _holds(member.name, corpus))
+        table = files.extractfile(member)
+        assert table is not None
+        text = table.read().decode("utf-8", errors="replace")
+    rows = [line.split("\t") for line in text.splitlines()]
+    return [("\t".join(row[2:]).strip(), float(row[1])) for row in rows if len(row) >= 3]
+
+
+def _holds(name: str, corpus: str) -> bool:
+    """Return whether a member of the archive is the corpus, and not what a Mac left beside it."""
+    return name.endswith(f"/{SENTIMENT[corpus]}") and "/._" not in name

@@ -42,8 +42,7 @@ _HEADERS = {"Accept": "text/html, */*;q=0.1", "User-Agent": "evatune"}
 
 
 def fetch(project: str, filename: str, sha256: str, what: str, otherwise: str) -> bytes:
-    """Return the bytes of a project's file whose hash is `sha256`, from the first index that has
-    it.
+    """Return a project's file whose hash is `sha256`, from the first index that has it.
 
     Raises DataError if no index has it, or each has another file under that name; `what` it is and
     what to do `otherwise` are for the message.
@@ -122,8 +121,7 @@ def _read(address: str, settings: dict[str, str]) -> bytes:
 
 
 def _pip_settings() -> dict[str, str]:
-    """Return pip's settings by their names, from its files and environment variables, in its
-    order."""
+    """Return pip's settings by name, from its files and environment variables, in its order."""
     # -P: no file pip.py of the folder one is in.
     command = [sys.executable, "-P", "-m", "pip", "config", "list"]
     try:

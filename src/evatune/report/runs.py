@@ -23,7 +23,7 @@ from evatune.utils.files import atomic_file
 from evatune.utils.markup import markdown_code, markdown_text, plot_text
 
 if TYPE_CHECKING:
-    from evatune.finetune.compare import Comparison, MeanStd, MethodSummary
+    from evatune.finetune.summary import Comparison, MeanStd, MethodSummary
 
 _STYLE = {
     "font.family": "sans-serif",

@@ -1,4 +1,4 @@
-"""What a method of fine-tuning is: hooks that a run calls, in the order in which it calls them."""
+"""Methods of fine-tuning: hooks that a run calls, in the order in which it calls them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOWER_THE_RANK = "lower adapter.rank, name other adapter.targets, or choose lora
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSetup:
-    """What a run says about its adapter, the same for every method.
+    """The settings of a run's adapter, the same for every method.
 
     Attributes:
         rank: r of every layer, before any redistribution. alpha: LoRA's α.
@@ -49,7 +49,7 @@ class AdapterSetup:
 
     @property
     def lora_options(self) -> dict[str, Any]:
-        """What PEFT's configurations of every kind of LoRA have in common."""
+        """The options that PEFT's configurations of every kind of LoRA have in common."""
         return {
             "target_modules": self.targets,
             "lora_alpha": self.alpha,
@@ -60,7 +60,7 @@ class AdapterSetup:
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """What a method may use between the building of its adapter and the first step.
+    """Means that a method has between the building of its adapter and the first step.
 
     Attributes:
         initialize: `evatune.initialize`, bound to the run's model or trainer.
@@ -82,7 +82,7 @@ class Preparation:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
-    """What a run says about its optimizer."""
+    """The settings of a run's optimizer."""
 
     learning_rate: float
     weight_decay: float
@@ -91,8 +91,9 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class Method:
-    """A method of fine-tuning: what is trained, and how it starts. All else is equal between
-    methods.
+    """A method of fine-tuning: what is trained, and how it starts.
+
+    All else is equal between methods.
 
     Attributes:
         name: in recipes. source: paper and year.
@@ -150,9 +151,8 @@ class Lora(Method):
     least_width: int = field(default=0, kw_only=True)
 
     def adapt(self, model: nn.Module, setup: AdapterSetup) -> Any:
-        target_layers = find_target_layers(
-            model, setup.targets
-        )  # whose error says what would match
+        # Its error says what would match.
+        target_layers = find_target_layers(model, setup.targets)
         with warnings.catch_warnings():
             # PEFT then sets it.
             message = "fan_in_fan_out is set to"
@@ -161,8 +161,9 @@ class Lora(Method):
                 adapted = get_peft_model(model, self.config(setup))
             except ValueError as error:
                 # Weights that PEFT adapts without a layer to call cannot have every LoRA variant.
-                held = [layer.spec.rank_key for layer in target_layers if layer.parameter]
-                where = f" at {', '.join(list(dict.fromkeys(held))[:3])}" if held else ""
+                groups = [layer.spec.rank_key for layer in target_layers if layer.parameter]
+                names = ", ".join(list(dict.fromkeys(groups))[:3])
+                where = f" at {names}" if names else ""
                 raise ConfigError(
                     f"method {self.name!r} cannot run on this model ({error}){where}; "
                     f"{LOWER_THE_RANK}"

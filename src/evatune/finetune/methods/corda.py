@@ -1,5 +1,4 @@
-"""CorDA: the adapter starts from W and the second moments of the layer's input. arXiv
-2406.05223."""
+"""CorDA: the adapter starts from W and the second moments of its input. arXiv 2406.05223."""
 
 from __future__ import annotations
 

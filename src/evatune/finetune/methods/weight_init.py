@@ -65,15 +65,13 @@ class WeightInit(Lora):
         return None
 
     def save(self, model: Any, folder: Path, initial_adapter: Path) -> None:
-        """Write the adapter such that it fits the base weights as they were: BA − B₀A₀, twice the
-        rank.
+        """Write the adapter such that it fits the original base: BA − B₀A₀, twice the rank.
 
         Args:
             initial_adapter: the folder of `prepare`, which holds A₀ and B₀.
         """
         model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(initial_adapter))
-        # PEFT's conversion writes the LoRA matrices alone; a head trained beside them belongs
-        # there.
+        # PEFT's conversion writes the LoRA matrices alone, without a head trained beside them.
         path = folder / SAFETENSORS_WEIGHTS_NAME
         state = get_peft_model_state_dict(model)
         whole = {key: value.contiguous() for key, value in state.items()} | load_file(path)

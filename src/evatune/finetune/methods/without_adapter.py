@@ -1,4 +1,4 @@
-"""What to compare an adapter with: the whole model, the head alone, nothing at all."""
+"""Methods to compare an adapter with: the whole model, the head alone, nothing at all."""
 
 from __future__ import annotations
 

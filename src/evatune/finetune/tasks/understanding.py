@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,32 @@ import transformers
 
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import Recipe
-from evatune.finetune.tasks.task import Task
-from evatune.loading import user_data as own
+from evatune.finetune.tasks.base import Domain, Task, accuracy
+from evatune.finetune.tasks.user_data import (
+    draw_split,
+    encode_labels,
+    load_examples,
+    require_task,
+)
 from evatune.loading.corpora import SENTIMENT, bbc, sentiment
-from evatune.loading.text import demo_model, make_ready, reading, require_path, within_reach
+from evatune.loading.demo import demo_model
+from evatune.loading.hub import reading, require_path
+from evatune.loading.models import make_ready
+from evatune.loading.texts import truncate_texts
 
 TASKS = (*SENTIMENT, "bbc")
+_INSTEAD = (
+    "a local folder with config.json, weights and tokenizer, or model=demo as in the recipe"
+    " understanding-movie"
+)
+
+
+@dataclass(frozen=True)
+class _Labeled:
+    """Texts (one each, or a pair) with their classes."""
+
+    texts: list[tuple[str, ...]]
+    labels: list[int]
 
 
 def prepare(recipe: Recipe) -> Task:
@@ -24,39 +45,20 @@ def prepare(recipe: Recipe) -> Task:
     Raises ConfigError for an unknown task or sizes beyond the data, DataError where data cannot be
     had.
     """
-    data = recipe.data
-    train, test, classes = _own(recipe) if data.source is not None else _ours(recipe)
-    source = demo_model() if recipe.model == "demo" else recipe.model
-    require_path(source, "model")
-    instead = (
-        "a local folder with config.json, weights and tokenizer, or model=demo as in the recipe"
-        " understanding-movie"
-    )
-    with reading(source, "a model and tokenizer", instead):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            source, trust_remote_code=recipe.trust_remote_code
-        )
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=classes, trust_remote_code=recipe.trust_remote_code
-        )
-
-    make_ready(model, tokenizer)
-    model.config.pad_token_id = tokenizer.pad_token_id
-
-    def encode(part: _Labelled) -> Any:
-        longest = min(data.max_length, tokenizer.model_max_length)
-        texts = [
-            within_reach(column, tokenizer, longest) for column in zip(*part.texts, strict=True)
-        ]
-        encoded = tokenizer(*texts, truncation=True, max_length=longest)
-        return datasets.Dataset.from_dict({**encoded, "labels": part.labels})
-
-    tests = encode(test)
+    if recipe.data.source is None:
+        train, test, classes = _bundled_examples(recipe)
+    else:
+        train, test, classes = _user_examples(recipe)
+    model, tokenizer = _load_model(recipe, classes)
+    longest = min(recipe.data.max_length, tokenizer.model_max_length)
+    test_rows = _encode(test, tokenizer, longest)
+    # By length, so that little of a batch is padding; the metric does not see the order.
+    lengths = [len(row["input_ids"]) for row in test_rows]
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     return Task(
         model=model,
-        train=encode(train),
-        # By length, so that little of a batch is padding; the metric does not see the order.
-        test=tests.select(sorted(range(len(tests)), key=lambda i: len(tests[i]["input_ids"]))),
+        train=_encode(train, tokenizer, longest),
+        test=test_rows.select(by_length),
         collator=transformers.DataCollatorWithPadding(tokenizer),
         metric=accuracy,
         head=["classifier" if hasattr(model, "classifier") else "score"],
@@ -65,44 +67,74 @@ def prepare(recipe: Recipe) -> Task:
     )
 
 
-@dataclass(frozen=True)
-class _Labelled:
-    texts: list[tuple[str, ...]]  # one or a pair
-    labels: list[int]
+def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any]:
+    """Return a classifier with a new head, and its tokenizer."""
+    source = demo_model() if recipe.model == "demo" else recipe.model
+    require_path(source, "model")
+    with reading(source, "a model and tokenizer", _INSTEAD):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source, trust_remote_code=recipe.trust_remote_code
+        )
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            source, num_labels=classes, trust_remote_code=recipe.trust_remote_code
+        )
+    make_ready(model, tokenizer)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
 
 
-def _ours(recipe: Recipe) -> tuple[_Labelled, _Labelled, int]:
-    task, data = recipe.task, recipe.data
-    own.require_task(task, TASKS, "language understanding")
+def _encode(examples: _Labeled, tokenizer: Any, longest: int) -> Any:
+    """Return a `datasets.Dataset` of tokens and labels."""
+    columns = zip(*examples.texts, strict=True)
+    texts = [truncate_texts(column, tokenizer, longest) for column in columns]
+    encoded = tokenizer(*texts, truncation=True, max_length=longest)
+    return datasets.Dataset.from_dict({**encoded, "labels": examples.labels})
+
+
+def _bundled_examples(recipe: Recipe) -> tuple[_Labeled, _Labeled, int]:
+    """Return training and test examples of one of our tasks, and the number of classes."""
+    task = recipe.task
+    require_task(task, TASKS, "language understanding")
     texts, labels = bbc() if task == "bbc" else sentiment(task)
     # Some texts occur twice; one that is tested must not be one that was learned.
-    first = {" ".join(text.split()).lower(): i for i, text in reversed(list(enumerate(texts)))}
-    texts, labels = (
-        [texts[i] for i in sorted(first.values())],
-        [labels[i] for i in sorted(first.values())],
-    )
-    parts = own.sizes(len(texts), data.train, data.test, task)
-    train, test = (
-        _Labelled([(texts[i],) for i in part], [labels[i] for i in part]) for part in parts
-    )
-    return train, test, len(set(labels))
+    unique = _first_occurrences(texts)
+    train, test = draw_split(len(unique), recipe.data.train, recipe.data.test, task)
+
+    def select(indices: list[int]) -> _Labeled:
+        chosen = [unique[i] for i in indices]
+        return _Labeled([(texts[i],) for i in chosen], [labels[i] for i in chosen])
+
+    return select(train), select(test), len({labels[i] for i in unique})
 
 
-def _own(recipe: Recipe) -> tuple[_Labelled, _Labelled, int]:
-    data, columns = recipe.data, recipe.data.columns or ["text"]
+def _first_occurrences(texts: Sequence[str]) -> list[int]:
+    """Return the indices of texts that differ in more than spaces and capitals."""
+    first: dict[str, int] = {}
+    for index, text in enumerate(texts):
+        first.setdefault(" ".join(text.split()).lower(), index)
+    return sorted(first.values())
+
+
+def _user_examples(recipe: Recipe) -> tuple[_Labeled, _Labeled, int]:
+    """Return training and test examples of `data.source`, and the number of classes."""
+    data = recipe.data
+    columns = data.columns or ["text"]
     if len(columns) > 2:
         raise ConfigError(
             f"data.columns is {columns}; give one column of text, or two for pairs of texts"
         )
-    parts = own.split(recipe, [*columns, data.label_column], TASKS, "understanding-movie")
-    first, second, classes = own.labels(*parts, data)
-    train, test = (
-        _Labelled([tuple(str(row[column]) for column in columns) for row in part], labels)
-        for part, labels in zip(parts, (first, second), strict=True)
+    needed = [*columns, data.label_column]
+    train, test = load_examples(recipe, needed, TASKS, "understanding-movie")
+    train_labels, test_labels, classes = encode_labels(train, test, data)
+    return (
+        _Labeled(_texts(train, columns), train_labels),
+        _Labeled(_texts(test, columns), test_labels),
+        classes,
     )
-    return train, test, classes
 
 
-def accuracy(prediction: Any) -> dict[str, float]:
-    """Share of the examples whose class is the most likely one."""
-    return {"score": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+def _texts(table: Any, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    return [tuple(str(row[column]) for column in columns) for row in table]
+
+
+DOMAIN = Domain("understanding", prepare)

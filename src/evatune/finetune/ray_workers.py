@@ -1,0 +1,71 @@
+"""Calls as tasks of Ray, answered like those of `workers`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+from evatune.errors import ConfigError
+from evatune.finetune.workers import Answer, Call
+
+
+def run_calls_on_ray(
+    function: Callable[..., Any],
+    calls: Sequence[Call],
+    workers: int,
+) -> Generator[Answer]:
+    """Yield an answer to each call, in the order in which they end.
+
+    Each call has one CPU and one thread of OpenMP. When the iterator is closed, the other calls are
+    cancelled.
+
+    Args:
+        function: raises nothing.
+        workers: CPUs of a Ray that is started here: where RAY_ADDRESS names no cluster.
+
+    Raises:
+        ConfigError: Ray is not installed.
+    """
+    options = _options(workers)
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError(
+            "Ray is not installed; install it with: pip install 'evatune[ray]'"
+        ) from error
+    started_here = not ray.is_initialized()
+    numbers: dict[Any, int] = {}  # future → number of the call
+    try:
+        if started_here:
+            ray.init(**options)
+        environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
+        task = ray.remote(num_cpus=1, runtime_env=environment)(function)
+        numbers = {task.remote(*call): number for number, call in enumerate(calls)}
+        while numbers:
+            (done,), _ = ray.wait(list(numbers), num_returns=1)
+            number = numbers.pop(done)
+            try:
+                answer = Answer(number, ray.get(done))
+            except ray.exceptions.RayError:
+                answer = Answer(number, died=True)
+            yield answer
+    finally:
+        for future in numbers:
+            ray.cancel(future, force=True)
+        if started_here:
+            ray.shutdown()
+
+
+def _options(workers: int) -> dict[str, Any]:
+    """Return the options of `ray.init`; call it before Ray is imported."""
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "include_dashboard": False,
+        "configure_logging": False,
+    }
+    if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
+        options |= {"address": "local", "num_cpus": max(1, workers)}
+        # Read when Ray is imported: as on a Mac, it then listens on the loopback address alone.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    return options

@@ -1,0 +1,102 @@
+"""The folder of a run: what is in it, whose it is, and what it says once the run is finished."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from evatune.errors import ConfigError
+from evatune.finetune.metrics import METRICS
+from evatune.finetune.recipe import Recipe, as_tree, parse
+from evatune.schemas import Damage, telling
+from evatune.schemas.run import Result
+from evatune.schemas.text import parse_json, read_text, validate_json
+from evatune.utils.files import write_text
+
+RESULT, RECIPE = "result.json", "recipe.json"
+CALIBRATION, INITIAL_ADAPTER, CHECKPOINTS = "calibration.safetensors", "start", "checkpoints"
+MAKE_ROOM = "make room, then run the same command again to go on"
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Return what a finished run has written, or None for one that is not finished.
+
+    Raises RecordError for a damaged one.
+    """
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    with telling(path, "remove it, and the run is done again"):
+        return validate_json(Result, read_text(path)).model_dump()
+
+
+def finished_result(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
+    """Return what the recipe's run has written; None where it is not finished.
+
+    Raises ConfigError for a folder of another run, or of something else.
+    """
+    require_own_run(folder, as_tree(recipe))
+    return read_result(folder)
+
+
+def require_own_run(folder: Path, tree: dict[str, Any]) -> None:
+    """Raise a ConfigError unless the folder holds this recipe's run, or is free."""
+    if (folder / RECIPE).is_file():
+        changed = _changed_keys(_read_recipe(folder / RECIPE), tree)
+        if changed:
+            raise ConfigError(
+                f"{str(folder)!r} holds a run with other settings (they differ in"
+                f" {', '.join(changed)}); name another --out"
+            )
+    elif not _is_free(folder):
+        raise ConfigError(f"{str(folder)!r} exists and holds no run of evatune; name another --out")
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    with telling(path, "its run cannot go on; name another --out", ConfigError):
+        fields = parse_json(read_text(path))
+        if not isinstance(fields, dict):
+            raise Damage("is damaged: it does not hold keys with values")
+    return as_tree(parse(fields, f"{str(path)!r}, whose run cannot go on,"))
+
+
+def _changed_keys(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    keys = sorted({*before, *after})
+    return [key for key in keys if before.get(key) != after.get(key)]
+
+
+def _is_free(folder: Path) -> bool:
+    """Return whether the folder does not exist, or holds hidden files at most."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
+
+
+@contextmanager
+def claimed_run(recipe: Recipe, folder: Path) -> Iterator[None]:
+    """Mark the folder as this run's; a run that ends before it trains leaves nothing in it.
+
+    Not until then has everything been looked at that a recipe can get wrong, down to a rank budget
+    that the layers cannot take up.
+    """
+    try:
+        if not (folder / RECIPE).exists():
+            write_text(folder / RECIPE, json.dumps(as_tree(recipe), indent=2) + "\n")
+        yield
+    except BaseException:
+        if not (folder / METRICS).exists():
+            _remove_traces(folder)
+        raise
+
+
+def _remove_traces(folder: Path) -> None:
+    for name in (CALIBRATION, INITIAL_ADAPTER, CHECKPOINTS, RECIPE):
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

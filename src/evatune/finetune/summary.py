@@ -1,0 +1,199 @@
+"""A comparison in figures: per task, method and learning rate, mean and deviation over seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evatune.finetune.compare import Run
+from evatune.finetune.metrics import read_metrics
+
+Key = tuple[str, str, float]  # task, method, learning rate
+Point = tuple[int, float, float | None]  # step, evaluation loss, score where it was measured
+_MEASURED = ("score", "eval_loss", "trainable_parameters", "init_seconds", "train_seconds")
+
+
+@dataclass(frozen=True)
+class MeanStd:
+    """Mean over seeds, and the sample's standard deviation; None for a single seed."""
+
+    mean: float
+    deviation: float | None
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """A method at one learning rate on one task, over seeds."""
+
+    task: str
+    method: str
+    learning_rate: float
+    seeds: int
+    score: MeanStd
+    eval_loss: MeanStd
+    steps_to_target: MeanStd | None  # None unless every seed got there
+    trainable_parameters: MeanStd
+    # norm of the gradient of all B at step 1; None without an adapter
+    first_gradient_b: MeanStd | None
+    init_seconds: MeanStd
+    train_seconds: MeanStd
+    curve: list[Point]  # means
+    best: bool  # the method's learning rate of highest mean score on this task
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All lines, task by task, and the evaluation loss to reach on each task."""
+
+    lines: list[MethodSummary]
+    targets: dict[str, float]
+
+    def averages(self) -> dict[str, float]:
+        """Return each method's mean over the tasks of its score at its best rate.
+
+        Methods that are not done on every task are left out.
+        """
+        scores: dict[str, list[float]] = {}
+        for line in self.lines:
+            if line.best:
+                scores.setdefault(line.method, []).append(line.score.mean)
+        return {
+            method: _mean(values)
+            for method, values in scores.items()
+            if len(values) == len(self.targets)
+        }
+
+
+@dataclass(frozen=True)
+class _FinishedRun:
+    folder: Path
+    result: dict[str, Any]
+
+
+def summarize(runs: Sequence[Run], target_loss: float | None = None) -> Comparison:
+    """Return one line per task, method and learning rate from the runs that are done.
+
+    Args:
+        target_loss: evaluation loss to reach. Default: per task what every seed of the first method
+            reached, at its best rate.
+    """
+    groups = _finished_by_key(runs)
+    best = _best_rates(groups)
+    targets: dict[str, float] = {}
+    for (task, method), rate in best.items():
+        if task not in targets:  # the first method
+            losses = [run.result["eval_loss"] for run in groups[task, method, rate]]
+            targets[task] = max(losses) if target_loss is None else target_loss
+    lines = []
+    for key, group in groups.items():
+        task, method, rate = key
+        is_best = best[task, method] == rate
+        lines.append(_summary(key, group, targets[task], is_best))
+    return Comparison(sorted(lines, key=lambda line: line.task), targets)
+
+
+def _finished_by_key(runs: Sequence[Run]) -> dict[Key, list[_FinishedRun]]:
+    groups: dict[Key, list[_FinishedRun]] = {}
+    for run in runs:
+        result = run.result
+        if result is not None:
+            recipe = run.recipe
+            key = recipe.task, recipe.method, recipe.training.learning_rate
+            groups.setdefault(key, []).append(_FinishedRun(run.folder, result))
+    return groups
+
+
+def _best_rates(groups: Mapping[Key, list[_FinishedRun]]) -> dict[tuple[str, str], float]:
+    """Return the learning rate of the highest mean score of each method on each task."""
+    best: dict[tuple[str, str], float] = {}
+    highest: dict[tuple[str, str], float] = {}
+    for (task, method, rate), group in groups.items():
+        score = _comparable_score(group)
+        if (task, method) not in best or score > highest[task, method]:
+            best[task, method], highest[task, method] = rate, score
+    return best
+
+
+def _comparable_score(group: Sequence[_FinishedRun]) -> float:
+    """Return the mean score, or −∞ where a run diverged: it is the worst."""
+    mean = _mean(run.result["score"] for run in group)
+    return -math.inf if math.isnan(mean) else mean
+
+
+def _summary(
+    key: Key, group: Sequence[_FinishedRun], target_loss: float, best: bool
+) -> MethodSummary:
+    task, method, rate = key
+    curves = [_curve(run) for run in group]
+    steps = [_step_reaching(target_loss, curve) for curve in curves]
+    gradients = [run.result["first_gradient_b"] for run in group]
+    measured = {name: _mean_std([run.result[name] for run in group]) for name in _MEASURED}
+    return MethodSummary(
+        task=task,
+        method=method,
+        learning_rate=rate,
+        seeds=len(group),
+        first_gradient_b=_mean_std_of_all(gradients),
+        steps_to_target=_mean_std_of_all(steps),
+        curve=_mean_curve(curves),
+        best=best,
+        **measured,
+    )
+
+
+def _step_reaching(target_loss: float, curve: Sequence[Point]) -> int | None:
+    """Return the first step whose evaluation loss is at most the target."""
+    for step, loss, _ in curve:
+        if loss <= target_loss:
+            return step
+    return None
+
+
+def _mean_std_of_all(values: Sequence[float | None]) -> MeanStd | None:
+    """Return mean and deviation; None unless every seed has a value."""
+    known = [value for value in values if value is not None]
+    return _mean_std(known) if len(known) == len(values) else None
+
+
+def _mean_std(values: Sequence[float]) -> MeanStd:
+    """Return mean and deviation; where a run diverged, neither is a number."""
+    mean = _mean(values)
+    if len(values) == 1:
+        return MeanStd(mean, None)
+    finite = all(map(math.isfinite, values))
+    return MeanStd(mean, statistics.stdev(values) if finite else math.nan)
+
+
+def _curve(run: _FinishedRun) -> list[Point]:
+    """Return the evaluations of a run.
+
+    A score that no evaluation measures is known after the last one.
+    """
+    lines = [line for line in read_metrics(run.folder) if "eval_loss" in line]
+    points: list[Point] = []
+    for number, line in enumerate(lines, 1):
+        final_score = run.result["score"] if number == len(lines) else None
+        points.append((line["step"], line["eval_loss"], line.get("eval_score", final_score)))
+    return points
+
+
+def _mean_curve(curves: list[list[Point]]) -> list[Point]:
+    """Return the mean over seeds at the steps that every seed has."""
+    if not curves:
+        return []
+    by_step = [{step: (loss, score) for step, loss, score in curve} for curve in curves]
+    common = sorted(set.intersection(*(set(points) for points in by_step)))
+    means: list[Point] = []
+    for step in common:
+        losses, scores = zip(*(points[step] for points in by_step), strict=True)
+        means.append((step, _mean(losses), None if None in scores else _mean(scores)))
+    return means
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return statistics.fmean(values) if all(map(math.isfinite, values)) else math.nan

@@ -1,0 +1,65 @@
+"""A task, ready to train and to evaluate, and the domain that prepares it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evatune.capture.recorder import RowsFunction
+from evatune.finetune.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Model, examples and measures of one task.
+
+    Attributes:
+        model: what is fine-tuned; its forward returns a loss when a batch holds labels.
+        train, test: examples, as `datasets` or as torch's `Dataset`; `collator` turns a list of
+            them into a batch.
+        head: endings of the names of the modules that the method "head" trains.
+        new_head: the head is not in the checkpoint, so every method trains it in full.
+        task_type: PEFT's name of the kind of task, None where it has none.
+        metric: Trainer's `compute_metrics`, at every evaluation; it gives "score" unless `evaluate`
+            does.
+        reduce: Trainer's `preprocess_logits_for_metrics`: what the metric needs of the logits, to
+            save memory.
+        evaluate: model, run folder → measures after training that are no function of the logits on
+            `test`: generated answers, episodes in a simulator. It gives "score", in [0, 1], higher
+            is better, and may write files.
+        rows: evatune's choice of rows, where the model's masks do not say it.
+    """
+
+    model: Any
+    train: Any
+    test: Any
+    collator: Callable[[Any], Any]
+    head: list[str]
+    new_head: bool
+    task_type: str | None
+    metric: Callable[[Any], dict[str, float]] | None = None
+    reduce: Callable[[Any, Any], Any] | None = None
+    evaluate: Callable[[Any, Path], dict[str, float]] | None = None
+    rows: RowsFunction | None = None
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A kind of task: one kind of model, of data, and of measures.
+
+    Attributes:
+        name: in recipes.
+        prepare: loads everything that a run of the recipe needs. Raises ConfigError for an unknown
+            task or sizes beyond the data, DataError where model or data cannot be had.
+    """
+
+    name: str
+    prepare: Callable[[Recipe], Task]
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """Return the share of the examples whose class is the most likely one."""
+    hits = prediction.predictions.argmax(-1) == prediction.label_ids
+    return {"score": float(hits.mean())}

@@ -1,0 +1,149 @@
+"""Language generation: answers to prompts, scored by what a model writes or finds likely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+
+from evatune.errors import ConfigError
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.tasks.base import Domain, Task
+from evatune.finetune.tasks.generation.base import Pair, Pairs
+from evatune.finetune.tasks.generation.encoding import IGNORED, encode
+from evatune.finetune.tasks.generation.scoring import (
+    measures,
+    scored_measures,
+    share_chosen,
+    share_solved,
+    token_losses,
+)
+from evatune.finetune.tasks.generation.tasks import TASKS
+from evatune.finetune.tasks.user_data import load_examples, require_task
+from evatune.loading.assets import asset
+from evatune.loading.hub import reading, require_path
+
+_INSTEAD = (
+    "a local folder with config.json, weights and tokenizer, or model=demo as in the recipe"
+    " generation-code"
+)
+
+
+def prepare(recipe: Recipe) -> Task:
+    """Load everything a run needs. The examples depend on the sizes alone, not on the run's seed.
+
+    The loss counts the answer's tokens only. The score is, by task: the share of problems whose
+    written solution ends in the right number (arithmetic); of questions whose right choice is the
+    most likely one, as a sum over its tokens (commonsense); else one over the perplexity per
+    character, so that models with other tokenizers can be compared.
+
+    Raises ConfigError for an unknown task or sizes beyond the data, DataError where model or data
+    cannot be had.
+    """
+    pairs = _bundled_pairs(recipe) if recipe.data.source is None else _user_pairs(recipe)
+    model, tokenizer = _load_model(recipe)
+    longest = recipe.data.max_length
+    train = [encode(tokenizer, pair, longest) for pair in pairs.train]
+    encoded = [(pair, encode(tokenizer, pair, longest)) for pair in pairs.test]
+    # By length, so that little of a batch is padding; no measure sees the order.
+    encoded.sort(key=lambda item: len(item[1]["input_ids"]))
+    test_pairs = [pair for pair, _ in encoded]
+    test = [row for _, row in encoded]
+    evaluate = _evaluation(recipe, tokenizer, test_pairs)
+    return Task(
+        model=model,
+        train=datasets.Dataset.from_list(train),
+        test=datasets.Dataset.from_list(test),
+        collator=transformers.DataCollatorForSeq2Seq(tokenizer),
+        head=["lm_head"],
+        new_head=False,
+        task_type="CAUSAL_LM",
+        metric=_per_character(tokenizer, test) if evaluate is None else measures,
+        reduce=token_losses,
+        evaluate=evaluate,
+    )
+
+
+def _load_model(recipe: Recipe) -> tuple[Any, Any]:
+    """Return a causal language model and its tokenizer, which can pad."""
+    source = asset("llama-small") if recipe.model == "demo" else recipe.model
+    require_path(source, "model")
+    with reading(source, "a causal language model and its tokenizer", _INSTEAD):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source, trust_remote_code=recipe.trust_remote_code
+        )
+        # Adapters are float32 above a 16-bit base; weights that are trained themselves must not be
+        # of 16 bits.
+        half = recipe.training.precision == "bf16" and recipe.method != "full"
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch.bfloat16 if half else torch.float32,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def _evaluation(
+    recipe: Recipe, tokenizer: Any, pairs: list[Pair]
+) -> Callable[[Any, Path], dict[str, float]] | None:
+    """Return what scores the model after training; None where the perplexity is the score."""
+    task = TASKS.get(recipe.task)
+    final_answer = None if task is None else task.final_answer
+    if final_answer is not None:
+        return lambda model, _: {"score": share_solved(model, tokenizer, pairs, final_answer)}
+    if any(pair.choices for pair in pairs):
+        longest = recipe.data.max_length
+        return lambda model, _: {"score": share_chosen(model, tokenizer, pairs, longest)}
+    return None
+
+
+def _per_character(
+    tokenizer: Any, rows: list[dict[str, list[int]]]
+) -> Callable[[Any], dict[str, float]]:
+    """Return the metric whose score counts the characters of these rows' answers."""
+    left_out = (IGNORED, tokenizer.eos_token_id)
+    answers = [token for row in rows for token in row["labels"] if token not in left_out]
+    characters = len(tokenizer.decode(answers))
+    return partial(scored_measures, tokens=len(answers), characters=characters)
+
+
+def _bundled_pairs(recipe: Recipe) -> Pairs:
+    """Return prompts and answers of one of our tasks."""
+    require_task(recipe.task, tuple(TASKS), "language generation")
+    data = recipe.data
+    pairs = TASKS[recipe.task].examples(data.train, data.test)
+    if len(pairs.train) < data.train or len(pairs.test) < data.test:
+        raise ConfigError(
+            f"data.train is {data.train} and data.test {data.test}, but task {recipe.task!r} has"
+            f" {len(pairs.train)} and {len(pairs.test)} examples; lower them"
+        )
+    return pairs
+
+
+def _user_pairs(recipe: Recipe) -> Pairs:
+    """Return prompts and answers of the user's data, or texts without a prompt."""
+    columns = recipe.data.columns or ["text"]
+    if len(columns) > 2:
+        raise ConfigError(
+            f"data.columns is {columns}; give the prompt's and the answer's column, or the text's"
+            " alone"
+        )
+    train, test = load_examples(recipe, columns, tuple(TASKS), "generation-code")
+    return Pairs(
+        [_pair([str(row[column]) for column in columns]) for row in train],
+        [_pair([str(row[column]) for column in columns]) for row in test],
+    )
+
+
+def _pair(texts: list[str]) -> Pair:
+    return Pair(f"{texts[0]}\n", texts[1]) if len(texts) == 2 else Pair("", texts[0])
+
+
+DOMAIN = Domain("generation", prepare)

@@ -1,0 +1,171 @@
+"""Image classification: a class for an image, and accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+
+from evatune.errors import DataError
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.tasks.base import Domain, Task, accuracy
+from evatune.finetune.tasks.images.tasks import TASKS
+from evatune.finetune.tasks.user_data import (
+    draw_split,
+    encode_labels,
+    load_examples,
+    require_task,
+)
+from evatune.loading.assets import asset
+from evatune.loading.cache import build_once
+from evatune.loading.hub import reading, require_path
+
+_DRAWN_VERSION = 1  # of the code that draws
+_INSTEAD = (
+    "a local folder with config.json, weights and preprocessor_config.json, or model=demo as in"
+    " the recipe images-digits"
+)
+
+
+@dataclass(frozen=True)
+class _Labeled:
+    picture: Callable[[int], Image.Image]
+    labels: list[int]
+    classes: int
+
+
+@dataclass(frozen=True)
+class _Examples(torch.utils.data.Dataset[tuple[Image.Image, int]]):
+    """Pairs of an image and its label, which Trainer hands to the collator as they are.
+
+    Of a dict it would drop what the model does not name.
+    """
+
+    source: _Labeled
+    indices: list[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        index = self.indices[i]
+        return self.source.picture(index), self.source.labels[index]
+
+
+def prepare(recipe: Recipe) -> Task:
+    """Load everything a run needs. The split depends on the sizes alone, not on the run's seed.
+
+    Raises ConfigError for an unknown task or sizes beyond the data, DataError where model or data
+    cannot be had.
+    """
+    data = recipe.data
+    if data.source is None:
+        images = _bundled_images(recipe.task)
+        train, test = draw_split(len(images.labels), data.train, data.test, recipe.task)
+    else:
+        images, train, test = _user_images(recipe)
+    model, processor = _load_model(recipe, images.classes)
+
+    def collate(examples: list[tuple[Image.Image, int]]) -> dict[str, Tensor]:
+        pictures, labels = zip(*examples, strict=True)
+        inputs = processor([picture.convert("RGB") for picture in pictures], return_tensors="pt")
+        return {**inputs, "labels": _label_tensor(labels)}
+
+    return Task(
+        model=model,
+        train=_Examples(images, train),
+        test=_Examples(images, test),
+        collator=collate,
+        metric=accuracy,
+        head=["classifier"],
+        new_head=True,
+        task_type=None,  # PEFT has none for images
+    )
+
+
+def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any]:
+    """Return the classifier with a head for so many classes, and its image processor."""
+    source = asset("vit-glyphs") if recipe.model == "demo" else recipe.model
+    require_path(source, "model")
+    with reading(source, "an image classifier", _INSTEAD):
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            source, trust_remote_code=recipe.trust_remote_code
+        )
+        model = transformers.AutoModelForImageClassification.from_pretrained(
+            source,
+            num_labels=classes,
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+    if not isinstance(getattr(model, "classifier", None), torch.nn.Module):
+        raise DataError(
+            f"the head of {recipe.model!r} is not named classifier; give a model such as ViT,"
+            " DINOv2, Swin or ConvNeXt"
+        )
+    # transformers writes a checkpoint with the names of the architecture's first release, and its
+    # Trainer resumes only from those that the modules have now: a resumed run would lose what
+    # attention layers have learned.
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    return model, processor
+
+
+def _bundled_images(name: str) -> _Labeled:
+    """Return the images of one of our tasks, drawn the first time."""
+    require_task(name, tuple(TASKS), "image classification")
+    task = TASKS[name]
+    drawings = task.drawings()
+
+    def build() -> dict[str, Tensor]:
+        images = [
+            drawings.draw(np.random.default_rng([0, index]), index)
+            for index in range(len(drawings.labels))
+        ]
+        return {
+            "images": torch.from_numpy(np.stack(images)),
+            "labels": _label_tensor(drawings.labels),
+        }
+
+    tensors = build_once(f"images-{name}", {"version": _DRAWN_VERSION}, build)
+    pixels = tensors["images"].numpy()
+    labels = tensors["labels"].tolist()
+    return _Labeled(lambda index: Image.fromarray(pixels[index]), labels, task.classes)
+
+
+def _user_images(recipe: Recipe) -> tuple[_Labeled, list[int], list[int]]:
+    """Return the images of `data.source`, and which are to train and to test on."""
+    data = recipe.data
+    column = (data.columns or ["image"])[0]
+    needed = [column, data.label_column]
+    train, test = load_examples(recipe, needed, tuple(TASKS), "images-digits")
+    if not isinstance(train.features[column], datasets.Image):
+        raise DataError(
+            f"column {column!r} of {str(data.source)!r} holds no images; name another with"
+            " data.columns"
+        )
+    train_labels, test_labels, classes = encode_labels(train, test, data)
+    count, total = len(train_labels), len(train_labels) + len(test_labels)
+
+    def picture(index: int) -> Image.Image:
+        row = train[index] if index < count else test[index - count]
+        image: Image.Image = row[column]
+        return image
+
+    images = _Labeled(picture, train_labels + test_labels, classes)
+    return images, list(range(count)), list(range(count, total))
+
+
+def _label_tensor(labels: Sequence[int]) -> Tensor:
+    """Return the labels as (n,) int64 on the CPU."""
+    return torch.tensor(labels, dtype=torch.int64, device="cpu")
+
+
+DOMAIN = Domain("images", prepare)

@@ -1,0 +1,136 @@
+"""Episodes that the policy plays, and the film of the first one."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from evatune.finetune.tasks.rl.policy import padded_window
+from evatune.finetune.tasks.rl.simulator import ACTIONS, MAX_STEPS, PLAY, environment, seed_for
+from evatune.utils.files import atomic_file
+
+_FRAME_EVERY = 8  # simulator steps, of which a second has 80
+_FRAME = (180, 240)  # pixels
+_log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def play(
+    model: Any, folder: Path | None, *, task: str, episodes: int, length: int
+) -> dict[str, float]:
+    """Play episodes with goals that no demonstration has.
+
+    The first becomes `episode.gif`, where MuJoCo can draw. All episodes advance together, so that a
+    step costs one forward pass. An episode ends with its first success.
+
+    Args:
+        folder: where the GIF goes; None for no GIF. length: steps that the model looks back.
+
+    Returns:
+        score: share of the episodes that succeed within 200 steps. return: the simulator's reward,
+            summed over an episode and averaged. steps: mean length.
+    """
+    with ExitStack() as stack:
+        seeds = [seed_for(PLAY, number) for number in range(episodes)]
+        envs = [stack.enter_context(closing(environment(task, seed))) for seed in seeds]
+        film = stack.enter_context(closing(_Film(envs[0]))) if folder else None
+        lengths, returns = np.zeros(episodes), np.zeros(episodes)
+        success = np.zeros(episodes, dtype=bool)
+        # (E, t, 39)
+        states = torch.from_numpy(np.stack([env.reset()[0] for env in envs])).float()[:, None]
+        # the last one, still to come, is hidden from its own prediction
+        actions = states.new_zeros(episodes, 1, ACTIONS)
+        for step in range(MAX_STEPS):
+            actions[:, -1] = _choose(model, states, actions, length)
+            next_states = states[:, -1].clone()
+            for i in (~success).nonzero()[0]:
+                state, reward, _, _, info = envs[i].step(actions[i, -1].numpy())
+                next_states[i] = torch.from_numpy(state)
+                returns[i] += reward
+                lengths[i] += 1
+                success[i] = bool(info["success"])
+                if i == 0 and film and (step % _FRAME_EVERY == 0 or success[0]):
+                    film.shoot()
+            if success.all():
+                break
+            states = torch.cat([states, next_states[:, None]], 1)[:, -length:]
+            actions = torch.cat([actions, torch.zeros_like(actions[:, :1])], 1)[:, -length:]
+        if film and folder:
+            film.save(folder / "episode.gif")
+    return {
+        "score": float(success.mean()),
+        "return": float(returns.mean()),
+        "steps": float(lengths.mean()),
+    }
+
+
+def _choose(model: Any, states: Tensor, actions: Tensor, length: int) -> Tensor:
+    """Return the policy's next action in every episode, (E, 4)."""
+    device = next(model.parameters()).device
+    batch = padded_window({"states": states, "actions": actions}, length)
+    output = model(**{key: value.to(device) for key, value in batch.items()})
+    chosen: Tensor = output.action_preds[:, -1].float().cpu()
+    return chosen.clamp(-1, 1)
+
+
+class _Film:
+    """Frames of an environment.
+
+    There are none where MuJoCo cannot draw, which is no reason for a run to fail.
+    """
+
+    def __init__(self, env: Any) -> None:
+        self.env = env
+        self.frames: list[Image.Image] = []
+        self.renderer: Any = None
+        try:
+            self.renderer = _renderer(env)
+        # of many kinds: no driver, no display, a library that is missing
+        except Exception as error:
+            _log.warning(
+                "no episode.gif: MuJoCo cannot draw here (%s); set MUJOCO_GL to egl or osmesa",
+                error,
+            )
+
+    def shoot(self) -> None:
+        if self.renderer is not None:
+            self.renderer.update_scene(self.env.data, camera="corner2")
+            # this camera, which sees best, hangs upside down
+            upright = self.renderer.render()[::-1, ::-1]
+            self.frames.append(Image.fromarray(np.ascontiguousarray(upright)))
+
+    def save(self, path: Path) -> None:
+        if not self.frames:
+            return
+        first, *others = self.frames
+        with atomic_file(path) as temporary:
+            first.save(
+                temporary,
+                format="GIF",
+                save_all=True,
+                append_images=others,
+                duration=1000 * _FRAME_EVERY // 80,
+                loop=0,
+            )
+
+    def close(self) -> None:
+        if self.renderer is not None:
+            self.renderer.close()
+
+
+def _renderer(env: Any) -> Any:
+    import mujoco
+
+    # without a GPU, smooth edges and shadows cost more than the policy
+    env.model.vis.quality.offsamples = 0
+    renderer = mujoco.Renderer(env.model, *_FRAME)
+    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+    return renderer

@@ -1,0 +1,107 @@
+"""The policy: a Decision Transformer with a loss, and the windows of an episode that it sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.functional import mse_loss, pad
+from transformers.models.decision_transformer.modeling_decision_transformer import (
+    DecisionTransformerOutput,
+)
+
+_RETURN = 1.0  # that demonstrations reach: see `Windows`
+
+
+@dataclass
+class ImitationOutput(DecisionTransformerOutput):  # type: ignore[misc]
+    """A Decision Transformer's output, and the loss."""
+
+    loss: Tensor | None = None
+
+
+class Imitator(transformers.DecisionTransformerModel):  # type: ignore[misc]
+    """transformers' Decision Transformer with a loss.
+
+    Its folder is an ordinary one of that model.
+    """
+
+    def forward(
+        self,
+        states: Tensor,  # (B, T, 39)
+        actions: Tensor,  # (B, T, 4), as they were taken
+        returns_to_go: Tensor,  # (B, T, 1)
+        timesteps: Tensor,  # (B, T)
+        attention_mask: Tensor,  # (B, T), 0 for padding
+        labels: Tensor | None = None,  # (B, T, 4), actions to imitate
+    ) -> ImitationOutput:
+        """Predict the actions; with labels, compute the loss as well.
+
+        It is the mean squared error over the actions of all steps that are no padding.
+        """
+        output = super().forward(
+            states=states,
+            actions=actions,
+            returns_to_go=returns_to_go,
+            timesteps=timesteps,
+            attention_mask=attention_mask,
+            return_dict=True,
+        )
+        real = attention_mask.bool()
+        loss = None if labels is None else mse_loss(output.action_preds[real], labels[real])
+        return ImitationOutput(**output, loss=loss)
+
+
+class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """For each step of each episode, the steps up to it: at most `length`, padded on the left.
+
+    The return is 1 for a success and 0 otherwise, undiscounted, and demonstrations are successes:
+    all of their returns to go are 1, and so is the return that the policy is asked for. The
+    simulator's shaped reward would not do, because a slow success collects more of it than a fast
+    one. Time steps count within the window, since the expert looks at the state only and an episode
+    may last longer than any demonstration.
+    """
+
+    def __init__(self, episodes: dict[str, Tensor], length: int) -> None:
+        self.episodes = episodes
+        self.length = length
+        lengths = episodes["lengths"]
+        starts = lengths.cumsum(0) - lengths
+        self.first: list[int] = starts.repeat_interleave(lengths).tolist()  # of a step's episode
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        start = max(self.first[step], step + 1 - self.length)
+        keys = ("states", "actions", "labels")
+        steps = {key: self.episodes[key][start : step + 1] for key in keys}
+        return padded_window(steps, self.length)
+
+
+def padded_window(steps: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    """Return the model's inputs, from tensors (…, t, d), t ≤ length: (…, length, d)."""
+    *batch, present, _ = steps["states"].shape
+    missing = length - present
+    mask = pad(torch.ones((*batch, present), dtype=torch.long, device="cpu"), (missing, 0))
+    times = torch.arange(length, dtype=torch.long, device="cpu")
+    padded = {key: pad(value, (0, 0, missing, 0)) for key, value in steps.items()}
+    return padded | {
+        "returns_to_go": torch.full((*mask.shape, 1), _RETURN, dtype=torch.float32, device="cpu"),
+        "timesteps": times.expand(mask.shape).clone(),
+        "attention_mask": mask,
+    }
+
+
+def rows_without_padding(activation: Tensor, batch: Any, name: str) -> Tensor:
+    """Return the rows (n, d) of an activation that belong to no padding.
+
+    Inside, a time step is three tokens (return, state, action) in a row: (B, 3T, d). The layers
+    around have one: (B, T, d).
+    """
+    mask = batch["attention_mask"].bool()
+    tokens_per_step = activation.shape[1] // mask.shape[1]
+    return activation[mask.repeat_interleave(tokens_per_step, dim=1)]

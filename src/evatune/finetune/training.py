@@ -1,0 +1,120 @@
+"""transformers' Trainer for a run of a recipe."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from evatune.errors import ConfigError
+from evatune.finetune.methods import Method, OptimizerOptions
+from evatune.finetune.metrics import METRICS, MetricsCallback
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.run_folder import CHECKPOINTS, MAKE_ROOM
+from evatune.finetune.tasks import Task
+from evatune.utils.files import writing
+
+# need no more settings
+_SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+
+
+def build_trainer(
+    recipe: Recipe,
+    task: Task,
+    method: Method,
+    model: Any,
+    folder: Path,
+    *,
+    resumed: bool,
+    quiet: bool,
+) -> Any:
+    """Return the Trainer of a run, which writes metrics and checkpoints into the folder.
+
+    Raises ConfigError for settings that Trainer refuses.
+    """
+    training = recipe.training
+    optimizer_options = OptimizerOptions(
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        lora_plus_ratio=training.lora_plus_ratio,
+    )
+    batch_size = training.batch_size * training.accumulate
+    arguments = _arguments(recipe, method, folder, resumed=resumed, quiet=quiet)
+    try:
+        trainer = _Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=task.train,
+            eval_dataset=task.test,
+            data_collator=task.collator,
+            compute_metrics=task.metric,
+            preprocess_logits_for_metrics=task.reduce,
+            optimizers=(method.optimizer(model, optimizer_options), None),
+            callbacks=[_AfterStep(method), MetricsCallback(folder / METRICS, batch_size)],
+        )
+    # such as a tracker that is not installed
+    except (ValueError, RuntimeError, ImportError) as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(f"Trainer refuses these settings: {message}") from error
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)  # metrics go to the file
+    return trainer
+
+
+def _arguments(
+    recipe: Recipe, method: Method, folder: Path, *, resumed: bool, quiet: bool
+) -> transformers.TrainingArguments:
+    training = recipe.training
+    if training.schedule not in _SCHEDULES:
+        raise ConfigError(
+            f"training.schedule is {training.schedule!r}; choose one of {', '.join(_SCHEDULES)}"
+        )
+    return transformers.TrainingArguments(
+        output_dir=str(folder / CHECKPOINTS),
+        seed=recipe.seed,
+        learning_rate=training.learning_rate,
+        max_steps=training.steps,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=4 * training.batch_size,
+        gradient_accumulation_steps=training.accumulate,
+        bf16=training.precision == "bf16",
+        fp16=training.precision == "fp16",
+        use_cpu=not torch.accelerator.is_available(),
+        warmup_steps=round(training.warmup * training.steps),
+        lr_scheduler_type=training.schedule,
+        weight_decay=training.weight_decay,
+        logging_steps=training.log_every,
+        logging_first_step=True,
+        eval_strategy="steps",
+        eval_on_start=not resumed,
+        eval_steps=training.eval_every,
+        save_strategy="steps" if method.resumable else "no",
+        save_steps=training.save_every,
+        save_total_limit=1,
+        report_to=training.report_to,
+        disable_tqdm=quiet or not sys.stderr.isatty(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+class _Trainer(transformers.Trainer):  # type: ignore[misc]
+    """transformers' Trainer, whose checkpoints fail in one sentence."""
+
+    def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+        with writing(self.args.output_dir, MAKE_ROOM):
+            super()._save_checkpoint(*arguments, **options)
+
+
+class _AfterStep(transformers.TrainerCallback):  # type: ignore[misc]
+    """Calls the method's hook between an optimizer step and the clearing of gradients."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any
+    ) -> None:
+        self.method.after_step(model, state.global_step)

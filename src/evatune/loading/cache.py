@@ -1,0 +1,84 @@
+"""Files that are made once: downloads with a checked hash, and tensors that took long to build."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evatune.loading.package_index import fetch
+from evatune.schemas.tensors import checksum
+from evatune.utils.files import atomic_file
+
+
+def cache_folder() -> Path:
+    """Return $EVATUNE_CACHE, or else the folder evatune in the user's cache folder."""
+    folder = os.environ.get("EVATUNE_CACHE")
+    if folder:
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "evatune"
+
+
+def build_once(
+    name: str, settings: Mapping[str, Any], build: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Return tensors that are a function of `settings`: built the first time, then read.
+
+    The file carries the hash of what it holds; one that was damaged is built again.
+
+    Args:
+        settings: plain values that the tensors depend on, a version of the code that builds them
+            among them.
+    """
+    text = json.dumps(settings, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    path = cache_folder() / f"{name}-{digest}.safetensors"
+    cached = _read(path)
+    if cached is not None:
+        return cached
+    tensors = {key: value.contiguous() for key, value in build().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"sha256": checksum(tensors), "settings": text})
+    return tensors
+
+
+def download_once(project: str, filename: str, sha256: str, what: str) -> Path:
+    """Return a file of the package index, downloaded once and checked; nothing in it is run.
+
+    Args:
+        project: name on the index. filename: of the project's file, such as a source distribution.
+        sha256: what its hash must be. what: for the message, such as "the sentiment data".
+
+    Raises:
+        DataError: it cannot be had, or is another file.
+    """
+    target = cache_folder() / filename
+    if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == sha256:
+        return target
+    content = fetch(project, filename, sha256, what, f"put the file at {target}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(target) as temporary:
+        temporary.write_bytes(content)
+    return target
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """Return the tensors of a file; None where there is none, or it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
+            metadata = file.metadata() or {}
+    except SafetensorError:
+        return None
+    return tensors if metadata.get("sha256") == checksum(tensors) else None

@@ -1,0 +1,198 @@
+"""Data files on this machine: which are read, and which one is at fault where they cannot be.
+
+`datasets` takes names for patterns, does not say which file an error is about, and the reader below
+it ends the process on some of what is JSON but no record. So names are handed over as they are, and
+JSON is checked first (`file_checks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.data_files import DataFilesList
+
+from evatune.errors import DataError
+from evatune.loading.error_text import reason
+from evatune.loading.file_checks import require_records, require_utf8
+
+_KINDS = {
+    ".txt": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+_COLUMNS_SHOWN = 6
+
+
+def kind_of(path: Path) -> str | None:
+    """Return what a file's ending says about it; None for a kind that is not read."""
+    return _KINDS.get(path.suffix.lower())
+
+
+def is_saved_by_datasets(path: Path) -> bool:
+    """Return whether `path` is a folder that `datasets` saved, with or without splits."""
+    return (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
+
+
+def read_data_files(path: Path, split: str) -> Any:
+    """Return one split of a file, of a folder of files, or of a folder that `datasets` saved.
+
+    Raises DataError for what cannot be read.
+    """
+    if is_saved_by_datasets(path):
+        return _one_split(datasets.load_from_disk(str(path)), path, split)
+    files = [path] if path.is_file() else _files_in(path)
+    kind = _common_kind(path, files)
+    _check(files, kind)
+    return _builder(kind, files, one_document=path.is_dir()).as_dataset(split=split)
+
+
+def _check(files: Sequence[Path], kind: str) -> None:
+    """Raise a DataError for content that the reader of this kind must not see."""
+    if kind == "json":
+        for file in files:
+            require_records(file)
+    if kind in ("csv", "tsv"):
+        for file in files:
+            require_utf8(file)
+
+
+def _builder(kind: str, files: Sequence[Path], *, one_document: bool) -> Any:
+    """Return the builder of `datasets` that has read files of one kind."""
+    if kind == "text":
+        unit = "document" if one_document else "line"
+        return _prepared("text", files, {"sample_by": unit, "encoding_errors": "replace"})
+    if kind == "tsv":
+        return _prepared("csv", files, {"sep": "\t"})
+    return _prepared(kind, files, {})
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return the data files anywhere below a folder.
+
+    Hidden files and those that systems and editors leave are no data.
+    """
+    return sorted(path for path in folder.rglob("*") if _is_data(path, folder))
+
+
+def _is_data(path: Path, folder: Path) -> bool:
+    *parents, name = path.relative_to(folder).parts
+    hidden = name.startswith(".") or any(parent.startswith((".", "__")) for parent in parents)
+    return not hidden and kind_of(path) is not None and path.is_file()
+
+
+def _common_kind(path: Path, files: Sequence[Path]) -> str:
+    """Return the kind of all files; DataError where there is none, or more than one."""
+    endings = ", ".join(_KINDS)
+    if not files:
+        raise DataError(
+            f"folder {str(path)!r} holds no file that ends in {endings}; give one that does, or a"
+            " file"
+        )
+    if "::" in str(path.absolute()):
+        raise DataError(
+            f"{str(path)!r} has '::' in its name, which `datasets` reads as a chain of addresses;"
+            " rename it"
+        )
+    kinds = {kind_of(file) for file in files}
+    suffixes = ", ".join(sorted({file.suffix or file.name for file in files}))
+    if len(kinds) > 1:
+        raise DataError(
+            f"folder {str(path)!r} mixes kinds of files ({suffixes}); give one of the files, or a"
+            " folder of one kind"
+        )
+    kind = kinds.pop()
+    if kind is None:
+        raise DataError(
+            f"{str(path)!r} is of a kind that is not read ({suffixes}); give a file that ends in"
+            f" {endings}"
+        )
+    if all(file.stat().st_size == 0 for file in files):
+        raise DataError(f"{str(path)!r} is empty; give data with at least one text")
+    return kind
+
+
+def _one_split(saved: Any, path: Path, split: str) -> Any:
+    has_splits = isinstance(saved, datasets.DatasetDict)
+    names = list(saved) if has_splits else ["train"]
+    if split not in names:
+        raise DataError(f"{str(path)!r} has no split {split!r}; choose one of {', '.join(names)}")
+    return saved[split] if has_splits else saved
+
+
+def _prepared(kind: str, files: Sequence[Path], options: dict[str, Any]) -> Any:
+    """Return the builder of `datasets` that has read these files."""
+    try:
+        return _build(kind, files, options)
+    except Exception as error:
+        if len(files) == 1:
+            raise
+        culprit = files[_longest_readable(kind, files, options)]
+        raise _culprit_error(kind, files[0], culprit, options, error) from error
+
+
+def _longest_readable(kind: str, files: Sequence[Path], options: dict[str, Any]) -> int:
+    """Return how many of the first files can be read together; the next one is at fault."""
+    good, bad = 0, len(files)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        try:
+            _build(kind, files[:middle], options)
+            good = middle
+        except Exception:
+            bad = middle
+    return good
+
+
+def _build(kind: str, files: Sequence[Path], options: dict[str, Any]) -> Any:
+    # As it comes out of resolving patterns; time and size are what tells a file that changed from
+    # one in the cache.
+    stats = [file.stat() for file in files]
+    literal = DataFilesList(
+        [str(file.absolute()) for file in files],
+        [(str(stat.st_mtime_ns), str(stat.st_size)) for stat in stats],
+    )
+    builder = datasets.load_dataset_builder(kind, data_files={"train": literal}, **options)
+    builder.download_and_prepare()
+    return builder
+
+
+def _culprit_error(
+    kind: str, first: Path, file: Path, options: dict[str, Any], error: Exception
+) -> DataError:
+    """Return the error that names the file which cannot be read, alone or with the first one."""
+    columns = []
+    for single in (first, file):
+        try:
+            table = _build(kind, [single], options).as_dataset(split="train")
+        except Exception as alone:
+            return DataError(
+                f"{str(single)!r} cannot be read: {reason(alone)} Mend it, or move it out of the"
+                " folder"
+            )
+        columns.append(_columns(table))
+    if columns[0] == columns[1]:
+        return DataError(
+            f"{str(file)!r} cannot be read together with {str(first)!r}: {reason(error)} Give one"
+            " of them"
+        )
+    header = "; the first line of such a file must name its columns" if kind == "csv" else ""
+    return DataError(
+        f"{str(file)!r} has other columns ({columns[1]}) than {str(first)!r} ({columns[0]}); give"
+        f" files with the same columns, or one file{header}"
+    )
+
+
+def _columns(table: Any) -> str:
+    """Return the first columns of a table with their types."""
+    columns = []
+    for name, feature in table.features.items():
+        dtype = getattr(feature, "dtype", type(feature).__name__)
+        columns.append(f"{name[:40]} of {dtype}")
+    more = ", …" if len(columns) > _COLUMNS_SHOWN else ""
+    return ", ".join(columns[:_COLUMNS_SHOWN]) + more

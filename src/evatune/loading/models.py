@@ -1,0 +1,236 @@
+"""Text models with their tokenizers, from a hub id or a local folder."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from evatune.errors import ConfigError, DataError
+from evatune.loading.error_text import first_line
+from evatune.loading.hub import reading, require_path
+
+TASKS: dict[str, tuple[str, str]] = {  # name → transformers' auto class, PEFT's task type
+    "causal-lm": ("AutoModelForCausalLM", "CAUSAL_LM"),
+    "seq2seq-lm": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
+    "masked-lm": ("AutoModelForMaskedLM", ""),
+    "sequence-classification": ("AutoModelForSequenceClassification", "SEQ_CLS"),
+    "token-classification": ("AutoModelForTokenClassification", "TOKEN_CLS"),
+    "feature-extraction": ("AutoModel", "FEATURE_EXTRACTION"),
+}
+_TASK_OF_SUFFIX = {  # ending of the architecture's name → task; any other is feature extraction
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForConditionalGeneration": "seq2seq-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A model ready to run, its tokenizer, and what PEFT calls its task."""
+
+    model: nn.Module
+    tokenizer: Any
+    task: str
+    # weights that the checkpoint does not have, and that are random therefore
+    fresh: tuple[str, ...] = ()
+
+    @property
+    def peft_task(self) -> str | None:
+        return TASKS[self.task][1] or None
+
+
+def require_loadable(
+    source: str | Path, task: str = "auto", device: str = "auto", dtype: str = "auto"
+) -> None:
+    """Raise at once, before anything is loaded, for what `load_model` could not use."""
+    if task != "auto" and task not in TASKS:
+        raise ConfigError(f"task is {task!r}; choose one of auto, {', '.join(TASKS)}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    _usable_device(device)
+    require_path(source, "model")
+    if Path(source).is_file():
+        raise DataError(
+            f"model {str(source)!r} is a file; give a hub id, or the folder that holds config.json,"
+            " weights and tokenizer"
+        )
+
+
+def load_model(
+    source: str | Path,
+    task: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    trust_remote_code: bool = False,
+) -> TextModel:
+    """Load a hub id or a local folder.
+
+    Args:
+        source: hub id or folder. task: a key of `TASKS`, or "auto": what the checkpoint says it is.
+        device: "auto" (an accelerator where there is one), or a torch device. dtype: "auto" (the
+            checkpoint's), "float32", "bfloat16" or "float16".
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        DataError: nothing loadable there. ConfigError: unknown task, device or dtype.
+    """
+    require_loadable(source, task, device, dtype)
+    loaded = read_model(source, task, dtype, trust_remote_code=trust_remote_code)
+    make_ready(loaded.model, loaded.tokenizer)
+    try:
+        loaded.model.to(_usable_device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"the model does not fit on device {device!r} ({first_line(error)}); try cpu"
+        ) from error
+    return loaded
+
+
+def read_model(
+    source: str | Path,
+    task: str = "auto",
+    dtype: str = "auto",
+    *,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> TextModel:
+    """Return model, config and tokenizer as they are saved, on the CPU.
+
+    This is `load_model` without its checks and changes. `options` go to transformers'
+    `from_pretrained`.
+    """
+    another_task = "" if task == "auto" else ", or another task"
+    instead = f"a local folder with config.json, weights and tokenizer{another_task}"
+    with reading(source, "a model and tokenizer", instead):
+        config = transformers.AutoConfig.from_pretrained(
+            source, trust_remote_code=trust_remote_code
+        )
+        if task == "auto":
+            task = _task_of(config)
+        loader = getattr(transformers, TASKS[task][0])
+        model, info = loader.from_pretrained(
+            source,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source, trust_remote_code=trust_remote_code
+        )
+    # what transformers makes up where there is none
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise DataError(
+            f"{str(source)!r} holds a model but no tokenizer; put tokenizer.json beside its"
+            " config.json"
+        )
+    missing = tuple(sorted(info["missing_keys"]))
+    return TextModel(model.eval(), tokenizer, task, missing)
+
+
+def adapter_tokenizer(adapter: Path, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer beside an adapter, with the tokens added for it; None without one."""
+    if not (adapter / "tokenizer_config.json").exists():
+        return None
+    with reading(adapter, "a tokenizer", "a folder whose tokenizer is whole, or none"):
+        return transformers.AutoTokenizer.from_pretrained(
+            adapter, trust_remote_code=trust_remote_code
+        )
+
+
+def sample_batch(loaded: TextModel, count: int = 32, seed: int = 0) -> dict[str, Tensor]:
+    """Return one row of random ordinary tokens, for a forward pass of any text model."""
+    config: Any = loaded.model.config
+    tokenizer = loaded.tokenizer
+    text_config = config.get_text_config()
+    vocabulary = getattr(text_config, "vocab_size", None) or len(tokenizer)
+    positions = getattr(text_config, "max_position_embeddings", None) or count
+    usable = range(min(len(tokenizer), vocabulary))
+    ordinary = sorted(set(usable) - set(tokenizer.all_special_ids))
+    drawn = random.Random(seed).choices(ordinary, k=min(count, positions))
+    ids = torch.tensor([drawn], dtype=torch.int64, device="cpu")
+    if tokenizer.eos_token_id is not None:
+        ids[:, -1] = tokenizer.eos_token_id  # where some classifiers look
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = ids
+    return batch
+
+
+def make_ready(model: Any, tokenizer: Any) -> None:
+    """Set a padding token and the longest text that the model can read, and keep no cache."""
+    if tokenizer.pad_token is None:
+        # Any token will do: the attention mask leaves it out.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    if hasattr(model.config, "use_cache"):
+        # calibration never looks back, and a cache would cost memory
+        model.config.use_cache = False
+
+
+def forward_for(task: str) -> Callable[[nn.Module, Any], Any] | None:
+    """Return the forward function of a task; None where the default call will do.
+
+    A sequence-to-sequence model also reads its targets.
+    """
+    if task != "seq2seq-lm":
+        return None
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        device = next(model.parameters()).device
+        inputs = {key: value.to(device) for key, value in batch.items()}
+        return model(**inputs, labels=inputs["input_ids"])
+
+    return forward
+
+
+def _task_of(config: Any) -> str:
+    """Return the task of a checkpoint by the name of its architecture."""
+    architectures = getattr(config, "architectures", None) or [""]
+    for suffix, task in _TASK_OF_SUFFIX.items():
+        if architectures[0].endswith(suffix):
+            return task
+    return "feature-extraction"
+
+
+def _usable_device(device: str) -> torch.device:
+    """Return a device by its name; ConfigError for one that cannot be used."""
+    if device == "auto":
+        return _default_device()
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(
+            f"device {device!r} is not one that torch knows; choose auto, cpu, cuda, cuda:1, mps, …"
+        ) from None
+    if chosen.type == "meta":
+        raise ConfigError(
+            "device 'meta' holds no weights, so nothing can run there; choose auto, cpu, cuda, …"
+        )
+    try:
+        torch.empty(0, dtype=torch.float32, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"device {device!r} cannot be used here ({first_line(error)}); choose auto or cpu"
+        ) from error
+    return chosen
+
+
+def _default_device() -> torch.device:
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")

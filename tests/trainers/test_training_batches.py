@@ -1,0 +1,30 @@
+"""Training batches for a pass before training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+
+from evatune.trainers.hf import training_batches
+from tests.helpers import tiny_llama
+
+torch.set_num_threads(1)
+
+
+def test_batches_for_a_pass_are_the_trainers_examples_in_the_seeds_order(tmp_path: Path) -> None:
+    examples = [{"input_ids": torch.tensor([i]), "labels": torch.tensor(i)} for i in range(10)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), report_to=[], per_device_train_batch_size=4
+    )
+    trainer = transformers.Trainer(model=tiny_llama(), args=arguments, train_dataset=examples)
+    orders = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(orders))
+        batches = list(training_batches(trainer, 3, seed))
+        assert [len(batch["labels"]) for batch in batches] == [3, 3, 3, 1]
+        orders.append(torch.cat([batch["labels"] for batch in batches]).tolist())
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2]) == list(range(10))
+    assert trainer.accelerator._dataloaders == []
