@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 import evatune
+from evatune.utils.mark import MARK
+from evatune.utils.outputs import claimed_folder
 
 EXACT = evatune.CalibrationConfig(rank=4, sketch="exact", tolerance=0)
 
@@ -76,6 +80,39 @@ def inputs(count: int = 6, rows: int = 64, d: int = 16, seed: int = 0) -> list[T
     return [
         (torch.randn(4, rows // 4, d, generator=generator) * scales + 0.3) for _ in range(count)
     ]
+
+
+def write_folder(
+    out: str | Path, text: str, overwrite: bool = True, meanwhile: Callable[[], None] = lambda: None
+) -> None:
+    with claimed_folder(out, overwrite) as output, output.whole() as made:
+        meanwhile()
+        (made / "sub").mkdir()
+        for name in ("a", "sub/b"):
+            (made / name).write_text(text)
+
+
+def tree(folder: Path | str = ".") -> dict[str, str | None]:
+    """Return every path below, hidden ones as well, with its text."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_text() if path.is_file() else None
+        for path in sorted(Path(folder).rglob("*"))
+    }
+
+
+def texts_below(folder: Path | str) -> set[str | None]:
+    return {text for name, text in tree(folder).items() if text is not None and name != MARK}
+
+
+@contextmanager
+def no_room(size: int = 600) -> Iterator[None]:
+    """Let no file grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def tiny_bert(kind: str = "base", **options: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import evatune
 from evatune.adapters.export import RECORD, Uniform, export_uniform, merge, write_merged
 from evatune.errors import AdapterError, ConfigError, RecordError
-from evatune.utils.files import MARK
+from evatune.utils.mark import MARK
 from tests.conftest import Command, refused
 from tests.helpers import lora_layers, output, skewed, tiny_bert, tiny_llama, tokens, train_a_little
 

@@ -40,8 +40,8 @@ from evatune.adapters.saved import (
 )
 from evatune.errors import AdapterError, RecordError
 from evatune.finetune.methods import lora_layers
-from evatune.utils.files import claimed_folder, require_apart
 from evatune.utils.markup import markdown_code
+from evatune.utils.outputs import claimed_folder, require_apart
 from evatune.version import __version__
 
 RECORD = "export.json"

@@ -42,6 +42,7 @@ from evatune.modeling.wrappers import (
     unwrapped,
 )
 from evatune.modeling.wrappers import describe as describe_model
+from evatune.utils.text import shortened
 
 
 def initialize_model(
@@ -150,15 +151,15 @@ def _check_unsupported(
     if not unsupported:
         return
     kinds = [describe(path, layer) for path, layer in unsupported.items()]
-    some = f"{', '.join(kinds[:5])}{f' and {len(kinds) - 5} more' if len(kinds) > 5 else ''}"
+    listed = shortened(kinds)
     if every or on_unsupported == "error":
         raise TargetError(
-            f"EVA does not support these adapted layers: {some}; leave them out with"
+            f"EVA does not support these adapted layers: {listed}; leave them out with"
             " exclude_modules in the LoraConfig"
             f"{'' if every else ', or start them as PEFT does with on_unsupported=' + repr('skip')}"
         )
     warnings.warn(
-        f"EVA does not support these layers, which start as PEFT initialised them: {some}",
+        f"EVA does not support these layers, which start as PEFT initialised them: {listed}",
         stacklevel=4,
     )
 

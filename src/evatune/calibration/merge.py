@@ -13,6 +13,7 @@ from torch import Tensor
 from evatune.calibration.status import Status, shortage
 from evatune.errors import ConfigError
 from evatune.sketch.spectrum import Certificate, Spectrum, as_energies, empty, fix_signs
+from evatune.utils.text import shortened
 
 if TYPE_CHECKING:
     from evatune.calibration.result import Calibration
@@ -273,9 +274,8 @@ def _require_same(first: Calibration, other: Calibration, number: int) -> None:
     for a, b, whose in ((first, other, 1), (other, first, number)):
         alone = [name for name in a.layers if name not in b.layers]
         if alone:
-            more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
             raise ConfigError(
-                f"{refused}: only calibration {whose} has {', '.join(alone[:3])}{more}; merge"
+                f"{refused}: only calibration {whose} has {shortened(alone, 3)}; merge"
                 " calibrations of the same layers of the same model"
             )
     for name, layer in first.layers.items():

@@ -22,7 +22,8 @@ from evatune.ranks.allocation import Candidate, RankPlan
 from evatune.ranks.allocation import allocate as _allocate
 from evatune.schemas import Damage, shown, telling
 from evatune.sketch.spectrum import Certificate, Spectrum, empty
-from evatune.utils.files import atomic_file
+from evatune.utils.atomic import atomic_file
+from evatune.utils.text import shortened
 from evatune.version import __version__
 
 if TYPE_CHECKING:
@@ -160,10 +161,9 @@ class Calibration:
             if not status.usable:
                 failed.setdefault(status, []).append(self._explain(name))
         if failed:
-            lines = []
-            for status, names in failed.items():
-                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                lines.append(f"{status}: {', '.join(names[:5])}{more}; {status.advice}")
+            lines = [
+                f"{status}: {shortened(names)}; {status.advice}" for status, names in failed.items()
+            ]
             total = sum(map(len, failed.values()))
             raise LayerError(
                 f"{total} of {len(self.status)} layers cannot be initialised: " + ". ".join(lines)

@@ -54,7 +54,7 @@ def export(
             " save_pretrained wrote"
         )
     from evatune.adapters.export import export_uniform
-    from evatune.utils.files import as_shown
+    from evatune.utils.names import as_shown
 
     if kind == "uniform":
         facts: dict[str, Any] = asdict(export_uniform(adapter, out, overwrite=overwrite))
@@ -83,8 +83,8 @@ def _merge(
     from evatune.adapters.saved import read_config
     from evatune.errors import DataError
     from evatune.loading import text
-    from evatune.utils.files import claimed_folder, require_apart
     from evatune.utils.markup import markdown_code
+    from evatune.utils.outputs import claimed_folder, require_apart
 
     quiet_libraries()
     config = read_config(adapter)

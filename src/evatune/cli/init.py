@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +17,8 @@ from evatune.cli.libraries import (
     loading_libraries,
     quiet_libraries,
 )
-from evatune.utils.files import Output, claimed_folder, require_apart
+from evatune.utils.outputs import Output, claimed_folder, require_apart
+from evatune.utils.text import shortened
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -257,8 +257,8 @@ def init(
         if loaded.fresh:
             log.print(
                 plain(
-                    f"Not in the checkpoint, hence random: {_some(loaded.fresh)}. --task says what"
-                    " the model is loaded as."
+                    f"Not in the checkpoint, hence random: {shortened(loaded.fresh)}. --task says"
+                    " what the model is loaded as."
                 ),
                 soft_wrap=True,
             )
@@ -483,12 +483,6 @@ def _names(text: str) -> Names:
     if text.lower() == "all-linear" or any(sign in text for sign in "*+?()[]{}\\|^$"):
         return text
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (
-        f" and {len(names) - limit} more" if len(names) > limit else ""
-    )
 
 
 def _library_versions() -> dict[str, str]:

@@ -15,8 +15,8 @@ from evatune.cli.libraries import (
     loading_libraries,
     quiet_libraries,
 )
-from evatune.utils.files import as_shown
 from evatune.utils.markup import printable
+from evatune.utils.names import as_shown
 
 _RUNS = Path("runs")
 _Trust = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)]
@@ -140,7 +140,7 @@ def compare(
         from evatune.finetune.compare import grid, run_all, summarise
         from evatune.report.runs import comparison_markdown, comparison_plot, comparison_table
         from evatune.report.tables import console
-        from evatune.utils.files import write_text
+        from evatune.utils.atomic import write_text
         from evatune.utils.lock import held
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
@@ -208,7 +208,7 @@ def cp(
     """Copy a recipe, to change it."""
     from evatune.errors import ConfigError
     from evatune.finetune.recipe import text_of
-    from evatune.utils.files import claimed_file
+    from evatune.utils.outputs import claimed_file
 
     text = text_of(recipe)
     if os.path.lexists(file):
@@ -232,7 +232,7 @@ def _rank_page(folder: Path, settings: Any) -> None:
     from evatune.finetune.recipe import as_tree
     from evatune.report.page import render
     from evatune.report.runs import rank_plot
-    from evatune.utils.files import write_text
+    from evatune.utils.atomic import write_text
 
     path = folder / "calibration.safetensors"
     if path.is_file():

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from evatune.errors import ConfigError, ProcessError
+from evatune.utils.text import ABSENT, Difference, first_difference
 
 # A process that is not heard of for this long is given up; torch's own default for gloo is three
 # times as long.
@@ -114,9 +115,13 @@ class ProcessGroup:
             return
         everyone = self.gather(facts)
         other = next(rank for rank, print_ in enumerate(prints) if print_ != prints[0])
+        # Numbers that are written in two ways, 2 and 2.0, differ in their text only.
+        difference = first_difference(everyone[0], everyone[other]) or Difference(
+            "the whole", everyone[0], everyone[other]
+        )
         raise ProcessError(
             "the processes do not calibrate the same thing:"
-            f" {_difference(everyone[0], everyone[other], other)}; start all of them with the same"
+            f" {_in_words(difference, other)}; start all of them with the same"
             " model, weights, targets and settings, or set distributed=False to let each work"
             " alone"
         )
@@ -320,15 +325,11 @@ def _integers(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
-def _difference(first: Any, other: Any, rank: int, where: str = "") -> str:
-    """The first place where two JSON values differ, in words."""
-    if isinstance(first, Mapping) and isinstance(other, Mapping):
-        for key in [*first, *(key for key in other if key not in first)]:
-            if key not in other or key not in first:
-                return (
-                    f"only process {0 if key in first else rank} has"
-                    f" {f'{where} ' if where else ''}{key}"
-                )
-            if first[key] != other[key]:
-                return _difference(first[key], other[key], rank, f"{where} {key}".strip())
+def _in_words(difference: Difference, rank: int) -> str:
+    """Return the difference between process 0 and process `rank` in words."""
+    where, first, other = difference
+    if other is ABSENT:
+        return f"only process 0 has {where}"
+    if first is ABSENT:
+        return f"only process {rank} has {where}"
     return f"{where} is {first} on process 0 and {other} on process {rank}"

@@ -37,8 +37,9 @@ from evatune.schemas import Damage, telling
 from evatune.schemas.run import MetricsLine, Result
 from evatune.schemas.text import parse_json, read_text, validate_json
 from evatune.trainers.hf import training_batches
-from evatune.utils.files import resolved, write_text, writing
+from evatune.utils.atomic import write_text, writing
 from evatune.utils.lock import held
+from evatune.utils.names import resolved
 
 DOMAINS: dict[str, ModuleType] = {
     "generation": generation,

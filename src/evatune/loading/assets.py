@@ -17,7 +17,7 @@ from torch import Tensor
 
 from evatune.errors import DataError
 from evatune.loading.package_index import fetch
-from evatune.utils.files import atomic_file
+from evatune.utils.atomic import atomic_file
 
 
 def cache_folder() -> Path:

@@ -19,7 +19,7 @@ from evatune.ranks.allocation import RankPlan
 from evatune.report.plots import without_missing_glyphs
 from evatune.report.summary import layer_rows
 from evatune.report.tables import plain
-from evatune.utils.files import atomic_file
+from evatune.utils.atomic import atomic_file
 from evatune.utils.markup import markdown_code, markdown_text, plot_text
 
 if TYPE_CHECKING:

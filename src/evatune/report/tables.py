@@ -15,6 +15,7 @@ from evatune.calibration.result import Calibration
 from evatune.ranks.allocation import RankPlan
 from evatune.report.summary import LayerRow, layer_rows, plan_of, totals
 from evatune.utils.markup import printable
+from evatune.utils.text import shortened
 
 _LONG = 80
 _PIPED_WIDTH = 250
@@ -179,9 +180,9 @@ def summary_lines(calibration: Calibration, plan: RankPlan) -> list[str]:
         )
     for status in dict.fromkeys(calibration.status.values()):
         if status != "converged":
-            names = [name for name, own in calibration.status.items() if own == status]
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            lines.append(f"{status}: {shown}. {status.advice[0].upper()}{status.advice[1:]}.")
+            names = [name for name, other in calibration.status.items() if other == status]
+            advice = status.advice[0].upper() + status.advice[1:]
+            lines.append(f"{status}: {shortened(names, 3)}. {advice}.")
     return lines
 
 

@@ -28,7 +28,7 @@ from evatune.calibration import Calibration
 from evatune.errors import ConfigError
 from evatune.finetune.methods.base import Batches, Lora, Preparation, lora_layers
 from evatune.modeling.state import evaluation_state
-from evatune.utils.files import claimed_folder
+from evatune.utils.outputs import claimed_folder
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.task import Task
 from evatune.loading.assets import asset, built
 from evatune.loading.text import reading, require_path
-from evatune.utils.files import atomic_file
+from evatune.utils.atomic import atomic_file
 
 # CW10 of Continual World (Wołczyk et al. 2021).
 TASKS = (
