@@ -283,6 +283,35 @@ def train_a_little(model: nn.Module, batch: dict[str, Tensor], steps: int = 3) -
     return losses
 
 
+def trained_adapter(model: nn.Module, **options: Any) -> PeftModel:
+    """An EVA adapter with ranks that differ, and B ≠ 0."""
+    init: dict[str, Any] = {"rho": options.pop("rho", 2.0)} | (
+        {"metric": "raw"} if options.pop("raw", False) else {}
+    )
+    settings = {"r": 4, "lora_alpha": 3, "target_modules": "all-linear"} | options
+    adapted = get_peft_model(model, LoraConfig(**settings))
+    evatune.initialize(adapted, tokens(8), **init)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in lora_layers(adapted).values():
+            b = layer.lora_B["default"].weight
+            b.copy_(torch.randn(b.shape, generator=generator) / 5)
+    return adapted
+
+
+def perturbed_adapter(base: nn.Module, **options: Any) -> PeftModel:
+    """The model with an adapter of which every trained weight is random."""
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, **options)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(
+                    (torch.randn(parameter.shape, generator=generator) / 4).to(parameter.dtype)
+                )
+    return model
+
+
 def skewed(model: Any) -> Any:
     """Makes some inputs poor, so that some layers lose every rank."""
     with torch.no_grad():

@@ -14,8 +14,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from evatune import initialize
+from evatune.adapters.lora_layers import lora_layers
 from evatune.errors import ConfigError
-from evatune.finetune.methods import METHODS, AdapterSetup, Preparation, find_method, lora_layers
+from evatune.finetune.methods import METHODS, AdapterSetup, Preparation, find_method
 from evatune.finetune.methods.weight_init import WeightInit
 from evatune.finetune.recipe import load
 from evatune.finetune.run import run

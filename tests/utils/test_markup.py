@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 import evatune
-from evatune.adapters.export import write_card
+from evatune.adapters.export.files import write_card
 from evatune.finetune.compare import Comparison, MeanStd, MethodSummary
 from evatune.report import plots
 from evatune.report.page import render
