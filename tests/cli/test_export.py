@@ -19,8 +19,9 @@ from evatune.adapters.export.files import RECORD
 from evatune.errors import AdapterError, ConfigError, RecordError
 from evatune.utils.mark import MARK
 from tests.conftest import Command, refused
-from tests.helpers import perturbed_adapter, (
+from tests.helpers import (
     output,
+    perturbed_adapter,
     tiny_bert,
     tokens,
     train_a_little,

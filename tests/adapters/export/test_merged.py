@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
+from peft import LoraModel
 from torch import Tensor, nn
 
 from evatune.adapters.export.merged import merge_adapter, write_merged
 from evatune.errors import AdapterError
 from tests.conftest import Command, refused
-from tests.helpers import perturbed_adapter, (
+from tests.helpers import (
     output,
+    perturbed_adapter,
     tiny_bert,
     tiny_llama,
     tokens,

@@ -12,15 +12,16 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import evatune
 from evatune.adapters.export import export_uniform
 from evatune.adapters.export.uniform import Uniform
 from evatune.errors import AdapterError
-from tests.helpers import perturbed_adapter, (
+from tests.helpers import (
     lora_layers,
     output,
+    perturbed_adapter,
     skewed,
     tiny_bert,
     tiny_llama,
