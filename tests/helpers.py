@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from rich.console import Console
 from torch import Tensor, nn
 
 import evatune
@@ -18,6 +20,29 @@ from evatune.utils.mark import MARK
 from evatune.utils.outputs import claimed_folder
 
 EXACT = evatune.CalibrationConfig(rank=4, sketch="exact", tolerance=0)
+
+ESCAPE = "\x1b[31mred"
+
+
+NAMES = (
+    "a[/b]",
+    "[bold]b",
+    r"$\frac$",
+    "$x$",
+    "_under",
+    "<script>x",
+    ":smile:",
+    "c:\\d",
+    "中文",
+    ESCAPE,
+    "new\nline",
+    "\udce9",
+)
+
+
+def wide_terminal() -> Console:
+    """Return a terminal that keeps what it shows in its `file`."""
+    return Console(file=io.StringIO(), width=250, force_terminal=True, color_system=None)
 
 
 class Block(nn.Module):

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, LoraModel, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from evatune.adapters.export import export_uniform
 from evatune.adapters.export.files import RECORD
@@ -280,3 +280,19 @@ def test_what_evatune_init_wrote_can_be_exported(
         output(transformers.AutoModel.from_pretrained(tmp_path / "merged"), tokens()[0]),
         atol=1e-5,
     )
+
+
+def test_a_merged_model_that_computes_something_else_is_not_written(
+    command: Command, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = LoraModel.merge_and_unload
+
+    def wrong(model: LoraModel, **options: Any) -> nn.Module:
+        merged: nn.Module = plain(model, **options)
+        with torch.no_grad():
+            merged.get_submodule("encoder.layer.1.output.dense").weight.mul_(0.9)
+        return merged
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
+    answer = command("export", adapter, "-o", "out", "--format", "merged")
+    refused(answer, "is off by", "nothing was written", folder=Path(), left=frozenset({"adapter"}))
