@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import resource
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -335,6 +336,25 @@ def perturbed_adapter(base: nn.Module, **options: Any) -> PeftModel:
                     (torch.randn(parameter.shape, generator=generator) / 4).to(parameter.dtype)
                 )
     return model
+
+
+def scalars(folder: Path) -> dict[str, float]:
+    """The scalars in TensorBoard's event files: records of length, checksum, message, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for path in folder.rglob("events.out.tfevents.*"):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            found |= {
+                value.tag: value.simple_value
+                for value in event.summary.value
+                if value.HasField("simple_value")
+            }
+            data = data[12 + length + 4 :]
+    return found
 
 
 def skewed(model: Any) -> Any:

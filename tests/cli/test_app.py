@@ -1,4 +1,4 @@
-"""The command line as a whole: version, help, misspelt calls, and what it can show."""
+"""The command line as a whole: version, help, misspelled calls, and what it can show."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_option_is_explained(command: Command, name: str) -> None:
         (["--frobnicate"], "--frobnicate"),
     ],
 )
-def test_a_misspelt_call_gets_one_line(command: Command, arguments: list[str], part: str) -> None:
+def test_a_misspelled_call_gets_one_line(command: Command, arguments: list[str], part: str) -> None:
     refused(command(*arguments), part, "--help")
 
 

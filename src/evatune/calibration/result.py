@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -152,6 +153,19 @@ class Calibration:
         Cost: per distinct input O(d·(m·k)²) for m shards, m·k ≤ d.
         """
         return _merge(shards)
+
+    def captured(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """Return the share of fresh rows' energy inside each layer's directions, as its rank is.
+
+        Layers without a rank, a certificate or a finite share are left out.
+        """
+        shares: dict[str, float] = {}
+        for name, rank in ranks.items():
+            certificate = self.spectra[name].certificate
+            share = certificate.captured(rank) if rank and certificate else math.nan
+            if math.isfinite(share):
+                shares[name] = share
+        return shares
 
     def require_usable(self) -> None:
         """Raise a LayerError that lists every layer no adapter can be initialised for, with

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from evatune.adapters.export import FORMATS, ExportRequest, export_adapter
-from evatune.cli.libraries import TRUST_HELP, libraries_on_stderr, quiet_libraries
+from evatune.cli.libraries import TRUST_HELP, libraries_on_stderr
 from evatune.utils.markup import printable
 from evatune.utils.names import as_shown
 
@@ -44,6 +44,8 @@ def export(
     merged model."""
     request = ExportRequest(adapter, out, overwrite, model, trust_remote_code)
     if kind in FORMATS and FORMATS[kind].loads_base_model and adapter.is_dir():
+        from evatune.loading.quiet import quiet_libraries
+
         quiet_libraries()
     with libraries_on_stderr():
         exported = export_adapter(kind, request)

@@ -19,7 +19,6 @@ from evatune.cli.libraries import (
     TRUST_HELP,
     libraries_on_stderr,
     loading_libraries,
-    quiet_libraries,
 )
 from evatune.cli.options import config_of, option, setting, takes_options
 from evatune.utils.outputs import Output, claimed_folder, require_apart
@@ -161,6 +160,8 @@ def init(options: InitOptions) -> None:
 
     log = Console(stderr=True, quiet=options.as_json)
     with loading_libraries(log):
+        from evatune.loading.quiet import quiet_libraries
+
         import_module("evatune.loading.text")
         import_module("evatune.report.tables")
         quiet_libraries()
@@ -201,6 +202,7 @@ def _load(options: InitOptions, log: Console) -> _Job:
     """Load texts and model, and put an adapter around the model."""
     import torch
 
+    from evatune.adapters.attach import LoraOptions, add_lora
     from evatune.loading import text
     from evatune.report.tables import plain
 
@@ -229,7 +231,17 @@ def _load(options: InitOptions, log: Console) -> _Job:
     default_length = _LENGTH if options.model else _DEMO_LENGTH
     length = min(options.max_length or default_length, loaded.tokenizer.model_max_length)
     batches = text.TextBatches(loaded.tokenizer, texts, options.batch_size, length, options.seed)
-    return _Job(str(source), loaded, texts, batches, _with_adapter(loaded, options), length)
+    adapted = add_lora(
+        loaded.model,
+        LoraOptions(
+            options.rank,
+            options.alpha,
+            _names(options.targets),
+            _names(options.exclude_modules) if options.exclude_modules else None,
+            loaded.peft_task,
+        ),
+    )
+    return _Job(str(source), loaded, texts, batches, adapted, length)
 
 
 def _recorded(options: InitOptions, job: _Job) -> dict[str, Any]:
@@ -251,42 +263,6 @@ def _recorded(options: InitOptions, job: _Job) -> dict[str, Any]:
         "texts": len(job.texts),
         "random_weights": list(job.loaded.fresh),
     }
-
-
-def _with_adapter(loaded: TextModel, options: InitOptions) -> Any:
-    """Return a PEFT model around the loaded one.
-
-    PEFT's own errors do not say what would match; ours do.
-    """
-    import warnings
-
-    from peft import LoraConfig, get_peft_model
-
-    from evatune.capture import find_target_layers
-    from evatune.errors import TargetError
-
-    targets = _names(options.targets)
-    exclude = _names(options.exclude_modules) if options.exclude_modules else None
-    find_target_layers(loaded.model, targets)
-    config = LoraConfig(
-        r=options.rank,
-        lora_alpha=options.alpha,
-        target_modules=targets,
-        exclude_modules=exclude,
-        task_type=loaded.peft_task,
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*no modules were excluded", category=UserWarning)
-        try:
-            return get_peft_model(loaded.model, config)
-        except (ValueError, UserWarning) as error:
-            target_layers = find_target_layers(loaded.model, targets)
-            names = ", ".join(layer.name for layer in target_layers[:3])
-            raise TargetError(
-                f"exclude_modules {exclude!r} leaves out none of the targeted layers, or all of"
-                f" them; they are {names}, …; name some of them by their endings, or by a regular"
-                " expression for whole names"
-            ) from error
 
 
 def _checkpoint(options: InitOptions, output: Output, log: Console) -> Checkpoint | None:

@@ -39,19 +39,3 @@ def libraries_on_stderr() -> Iterator[None]:
         finally:
             os.dup2(results, 1)
             os.close(results)
-
-
-def quiet_libraries() -> None:
-    """One progress bar is enough, and what the libraries warn each other about is not the user's
-    business."""
-    import warnings
-
-    import datasets
-    import transformers
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
-    datasets.disable_progress_bars()
-    # its errors come to us as exceptions as well
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()

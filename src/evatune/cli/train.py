@@ -9,12 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from evatune.cli.libraries import (
-    TRUST_HELP,
-    libraries_on_stderr,
-    loading_libraries,
-    quiet_libraries,
-)
+from evatune.cli.libraries import TRUST_HELP, libraries_on_stderr, loading_libraries
 from evatune.utils.markup import printable
 from evatune.utils.names import as_shown
 
@@ -51,6 +46,7 @@ def train(
     log = Console(stderr=True, quiet=as_json)
     with loading_libraries(log):
         from evatune.finetune.run import read_metrics, run
+        from evatune.loading.quiet import quiet_libraries
         from evatune.report.runs import run_plot
 
         quiet_libraries()
@@ -64,7 +60,7 @@ def train(
     typer.echo(
         f"{settings.method} on {printable(settings.task)}: score {result['score']:.3f}, evaluation"
         f" loss {result['eval_loss']:.3f}; {result['trainable_parameters']:,} trainable parameters;"
-        f" {result['init_seconds']:.1f} s to initialise, {result['train_seconds']:.1f} s to train"
+        f" {result['init_seconds']:.1f} s to initialize, {result['train_seconds']:.1f} s to train"
         + (
             ""
             if result["first_gradient_b"] is None

@@ -137,7 +137,7 @@ def split_name(name: str) -> tuple[str, str]:
 def totals(calibration: Calibration, plan: RankPlan) -> dict[str, Any]:
     """The figures below the table."""
     rows = [row for row in layer_rows(calibration, plan) if row.rank]
-    captured = [row.captured for row in rows if row.captured is not None]
+    captured = calibration.captured(plan.ranks).values()
     ratios = [
         row.captured / row.explained for row in rows if row.captured is not None and row.explained
     ]

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from evatune.adapters.export.request import Exported, ExportRequest
 
 if TYPE_CHECKING:
     from evatune.adapters.export.uniform import export_uniform
@@ -21,29 +22,6 @@ __all__ = [
     "export_adapter",
     "export_uniform",
 ]
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """A saved adapter, and where and how to export it.
-
-    Attributes:
-        model: base model, hub id or folder; None for the one that the adapter names.
-    """
-
-    adapter: Path
-    out: Path
-    overwrite: bool = False
-    model: str | None = None
-    trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What an export wrote: a line for people, and facts that JSON can hold."""
-
-    summary: str
-    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)

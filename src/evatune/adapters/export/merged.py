@@ -17,8 +17,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import storage_ptr
 from torch import Tensor, nn
 
-from evatune.adapters.export import Exported, ExportRequest
 from evatune.adapters.export.files import read_adapter_weights, write_card, write_record
+from evatune.adapters.export.request import Exported, ExportRequest
 from evatune.adapters.lora_layers import lora_layers
 from evatune.adapters.saved import (
     read_config,

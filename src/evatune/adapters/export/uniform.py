@@ -24,8 +24,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_sta
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evatune.adapters.export import Exported, ExportRequest
 from evatune.adapters.export.files import read_adapter_weights, write_card, write_record
+from evatune.adapters.export.request import Exported, ExportRequest
 from evatune.adapters.initialize import lora_config
 from evatune.adapters.saved import (
     layer_names,
