@@ -101,7 +101,7 @@ def _loss(bounds: Collection[LossBound], sketch: str) -> str:
 
 
 def _unknown(files: Sequence[Path], parts: Sequence[Calibration], merged: Calibration) -> list[str]:
-    """A line per shard that has no usable result for layers that the others know."""
+    """Return a line per shard without a usable result for layers that the others know."""
     lines = []
     for file, part in zip(files, parts, strict=True):
         by_status: dict[Status, list[str]] = {}

@@ -223,7 +223,7 @@ def cp(
 
 
 def _rank_page(folder: Path, settings: Any) -> None:
-    """The report page and the rank map of a run that has a calibration."""
+    """Write the report page and the rank map of a run that has a calibration."""
     from evatune.calibration.result import Calibration
     from evatune.finetune.recipe import as_tree
     from evatune.report.page import render
