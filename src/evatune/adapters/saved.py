@@ -225,8 +225,9 @@ def _stacked(
 ) -> tuple[str, int] | None:
     """Return name and rank of an adapted parameter of stacked experts of the module `unit`.
 
-    A has the experts' rows one after another. The file does not say how many experts there are: the ranks in the config do, since all
-    parameters of a module have equally many. None for other layers.
+    A has the experts' rows one after another. The file does not say how many experts there are:
+    the ranks in the config do, since all parameters of a module have equally many. None for other
+    layers.
 
     Args:
         depth: how many wrappers are around this one; evatune lists the parameters of a module in

@@ -42,7 +42,7 @@ def inspect(
 
 
 def _find(file: Path) -> tuple[Path | None, Path | None]:
-    """Return (adapter, calibration) behind a path, by what the files hold and not by their names."""
+    """Return (adapter, calibration) behind a path, by what the files hold, not by their names."""
     from evatune.adapters.saved import is_adapter
     from evatune.errors import RecordError
 

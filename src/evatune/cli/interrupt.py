@@ -51,7 +51,8 @@ class Interrupts:
 def ends_at_once() -> Iterator[None]:
     """End the process where an interrupt reaches the block, which only loads libraries.
 
-    Nothing is there to tidy up. torch's extension modules abort when a KeyboardInterrupt comes while they load.
+    Nothing is there to tidy up. torch's extension modules abort when a KeyboardInterrupt comes
+    while they load.
     """
 
     def end(*_: object) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from evatune.cli.libraries import TRUST_HELP, libraries_on_stderr, loading_libraries
 from evatune.utils.markup import printable
 from evatune.utils.names import as_shown
+
+if TYPE_CHECKING:
+    from evatune.finetune.compare import Comparison
 
 _RUNS = Path("runs")
 _Trust = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)]
@@ -109,10 +112,6 @@ def compare(
 ) -> None:
     """Compare methods under equal conditions. Finished cells are kept: the same command again goes
     on."""
-    import shlex
-    import sys
-    from dataclasses import asdict
-
     from evatune.errors import EvatuneError
     from evatune.finetune.recipe import expand, load
 
@@ -134,9 +133,8 @@ def compare(
     log = Console(stderr=True, quiet=as_json)
     with loading_libraries(log):
         from evatune.finetune.compare import grid, run_all, summarise
-        from evatune.report.runs import comparison_markdown, comparison_plot, comparison_table
+        from evatune.report.runs import comparison_table
         from evatune.report.tables import console
-        from evatune.utils.atomic import write_text
         from evatune.utils.lock import held
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
@@ -147,18 +145,7 @@ def compare(
         with libraries_on_stderr():
             failed = _with_bar(log, runs, lambda tell: run_all(runs, count, tell, executor))
         found = summarise(runs, target_loss)
-        command = shlex.join(["evatune", *sys.argv[1:]])
-        facts = {
-            "command": command,
-            "target_losses": found.targets,
-            "lines": [asdict(line) for line in found.lines],
-            "averages": found.averages(),
-            "failed": {str(path): why for path, why in failed.items()},
-        }
-        write_text(folder / "comparison.json", json.dumps(facts, indent=2) + "\n")
-        if found.lines:
-            comparison_plot(found, folder / "curves.png")
-            write_text(folder / "comparison.md", comparison_markdown(found, command))
+        facts = _write_comparison(found, failed, folder)
     if as_json:
         typer.echo(json.dumps(facts))
     elif found.lines:
@@ -170,6 +157,30 @@ def compare(
         raise EvatuneError(
             f"{len(failed)} of {len(runs)} runs failed, for example {path.name}: {why}"
         )
+
+
+def _write_comparison(found: Comparison, failed: dict[Path, str], folder: Path) -> dict[str, Any]:
+    """Write table and curves of a comparison, and return its facts, which are written too."""
+    import shlex
+    import sys
+    from dataclasses import asdict
+
+    from evatune.report.runs import comparison_markdown, comparison_plot
+    from evatune.utils.atomic import write_text
+
+    command = shlex.join(["evatune", *sys.argv[1:]])
+    facts: dict[str, Any] = {
+        "command": command,
+        "target_losses": found.targets,
+        "lines": [asdict(line) for line in found.lines],
+        "averages": found.averages(),
+        "failed": {str(path): why for path, why in failed.items()},
+    }
+    write_text(folder / "comparison.json", json.dumps(facts, indent=2) + "\n")
+    if found.lines:
+        comparison_plot(found, folder / "curves.png")
+        write_text(folder / "comparison.md", comparison_markdown(found, command))
+    return facts
 
 
 recipes = typer.Typer(help="List, show or copy recipes.")
