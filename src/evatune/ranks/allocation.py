@@ -8,7 +8,7 @@ components kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evatune.errors import BudgetError, ConfigError
