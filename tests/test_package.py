@@ -18,7 +18,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import evatune
-from evatune import errors
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "evatune"
@@ -162,12 +161,6 @@ def test_no_test_module_imports_another() -> None:
     for file in (ROOT / "tests").rglob("test_*.py"):
         others = {name for name in imports_of(file) if re.search(r"^tests\..*\btest_", name)}
         assert others <= {f"tests.{file.parent.name}.{file.stem}"}, file.name
-
-
-def test_every_error_has_the_same_root_and_is_drawn_in_the_tree() -> None:
-    ours = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
-    assert all(issubclass(e, evatune.EvatuneError) for e in ours)
-    assert all(e.__name__ in (errors.__doc__ or "") for e in ours)
 
 
 def installed_by(requirements: Iterable[str]) -> list[Distribution]:
