@@ -338,7 +338,7 @@ def table(results: dict[str, Any]) -> str:
             pair("peft_captured_uncentred"),
         ),
         (
-            "the same, centred",
+            "the same, centered",
             "≥ 0.998 / 0.99",
             pair(f"captured_centred_{RANK}"),
             pair("peft_captured_centred"),
