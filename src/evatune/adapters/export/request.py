@@ -1,4 +1,4 @@
-"""What an export format is given, and what it gives back."""
+"""The request for an export, and its result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote: a line for people, and facts that JSON can hold."""
+    """The result of an export: a line for people, and facts that JSON can hold."""
 
     summary: str
     facts: dict[str, Any]

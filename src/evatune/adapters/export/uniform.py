@@ -70,7 +70,7 @@ _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "mica", "eva")
 
 @dataclass(frozen=True)
 class Uniform:
-    """What `export_uniform` wrote."""
+    """The result of `export_uniform`."""
 
     rank: int
     alpha: float
