@@ -145,7 +145,7 @@ def check(model: nn.Module, batches: list[Any]) -> None:
     with torch.no_grad():
         before = model(**batches[0]).last_hidden_state
         after = ours.eval()(**batches[0]).last_hidden_state
-    assert torch.allclose(before, after, atol=1e-5), "initialisation changed the output"
+    assert torch.allclose(before, after, atol=1e-5), "initialization changed the output"
     plan = calibration.allocate()
     assert plan.spent == plan.limit == RANK * 36
     truth = Moments(model, batches[: calibration.batches], list(calibration.spectra))
@@ -211,7 +211,7 @@ def overhead(model: nn.Module, batches: list[Any], repeats: int) -> dict[str, An
 
 
 def against_peft(model: nn.Module, batches: list[Any], held: Moments) -> dict[str, Any]:
-    """Both whole initialisations, until each one's own rule stops it; PEFT's directions beside its
+    """Both whole initializations, until each one's own rule stops it; PEFT's directions beside its
     oracle."""
     times = []
     for _ in range(3):
@@ -337,13 +337,13 @@ def table(results: dict[str, Any]) -> str:
 
     lines = [
         (
-            "energy on held-out batches over exact eigenvectors', uncentred, mean / worst",
+            "energy on held-out batches over exact eigenvectors', uncentered, mean / worst",
             "≥ 0.998 / 0.99",
             pair(f"captured_uncentred_{RANK}"),
             pair("peft_captured_uncentred"),
         ),
         (
-            "the same, centred",
+            "the same, centered",
             "≥ 0.998 / 0.99",
             pair(f"captured_centred_{RANK}"),
             pair("peft_captured_centred"),
@@ -361,13 +361,13 @@ def table(results: dict[str, Any]) -> str:
             "",
         ),
         (
-            "batches until the default rule stops (uncentred, centred)",
+            "batches until the default rule stops (uncentered, centered)",
             "≤ 20",
             f"{results['batches_uncentred']}, {results['batches_centred']}",
             str(results["peft_batches"]),
         ),
         (
-            "whole initialisation, PEFT's time over ours",
+            "whole initialization, PEFT's time over ours",
             "≥ 10",
             f"{results['peft_over_evatune']:.1f}",
             "1",

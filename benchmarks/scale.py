@@ -1,4 +1,4 @@
-"""What an initialisation costs at scale: time, memory, growth and processes, beside PEFT's EVA.
+"""What an initialization costs at scale: time, memory, growth and processes, beside PEFT's EVA.
 
     python benchmarks/scale.py [overhead] [peft] [memory] [growth] [processes] [traffic]
                                [--output benchmarks/results/scale.json] [--page docs/performance.md]
@@ -128,7 +128,7 @@ def check(name: str, model: nn.Module, seen: list[Any], fresh: list[Any]) -> flo
     calibration = evatune.initialize(ours, seen, config=all_of(len(seen)))
     with torch.no_grad():
         before, after = (m(**seen[0]).last_hidden_state for m in (model, ours.eval()))
-    assert torch.allclose(before, after, atol=1e-4), "initialisation changed the output"
+    assert torch.allclose(before, after, atol=1e-4), "initialization changed the output"
     plan = calibration.allocate()
     assert plan.spent == plan.limit
     # one layer of those that share one
@@ -227,7 +227,7 @@ def overhead() -> dict[str, Any]:
 
 
 class Enough(Exception):
-    """PEFT's initialisation is stopped."""
+    """PEFT's initialization is stopped."""
 
 
 class Counting:
@@ -249,7 +249,7 @@ class Counting:
 
 
 def peft() -> dict[str, Any]:
-    """Both whole initialisations on the same batches, each to its own stop; PEFT's at most to 22
+    """Both whole initializations on the same batches, each to its own stop; PEFT's at most to 22
     times our time."""
     return {name: _both(name, *load(name, count)) for name, count in (("llm", 32), ("minilm", 128))}
 
@@ -280,7 +280,7 @@ def _both(name: str, model: nn.Module, batches: list[Any]) -> dict[str, Any]:
 
 
 def _peft_on(model: nn.Module, loader: Counting, limit: float = 0) -> bool:
-    """PEFT's initialisation; false if the loader, or an alarm after `limit` seconds, stopped it."""
+    """PEFT's initialization; false if the loader, or an alarm after `limit` seconds, stopped it."""
 
     def enough(*_: object) -> None:
         raise Enough
@@ -422,7 +422,7 @@ def processes() -> dict[str, Any]:
 
 
 def traffic() -> dict[str, Any]:
-    """The bytes that each of two processes sends in a whole initialisation, beside those that PEFT
+    """The bytes that each of two processes sends in a whole initialization, beside those that PEFT
     gathers."""
     with tempfile.TemporaryDirectory() as folder:
         ours = _team("whole", "minilm", folder)
@@ -485,7 +485,7 @@ def joint(name: str, rank: str, size: str, folder: str) -> dict[str, Any]:
 
 
 def whole(name: str, rank: str, size: str, folder: str) -> dict[str, Any]:
-    """A whole initialisation with the defaults, and the bytes that this process sends in it."""
+    """A whole initialization with the defaults, and the bytes that this process sends in it."""
     _meet(int(rank), int(size), folder)
     model, batches = load(name, 128)
     calibration = evatune.initialize(adapted(name, model), batches[int(rank) :: int(size)])
@@ -493,7 +493,7 @@ def whole(name: str, rank: str, size: str, folder: str) -> dict[str, Any]:
 
 
 def gathering(name: str, rank: str, size: str, folder: str) -> dict[str, Any]:
-    """PEFT's whole initialisation, and the bytes that this process hands to all_gather in it."""
+    """PEFT's whole initialization, and the bytes that this process hands to all_gather in it."""
     _meet(int(rank), int(size), folder)
     model, batches = load(name, 128)
     sent, gather = 0, dist.all_gather
@@ -527,7 +527,7 @@ def table(found: dict[str, Any]) -> str:
     if one := found.get("peft"):
         rows += [
             (
-                "whole initialisation, PEFT's time over ours, LLM width",
+                "whole initialization, PEFT's time over ours, LLM width",
                 "≥ 20",
                 _against(one["llm"]),
             ),

@@ -37,15 +37,15 @@ calibration = evatune.initialize(model, batches)
 
 # Something to learn without labels: texts side by side in the corpus are on one topic, and end up
 # closer.
-optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 for batch in batches[:4]:
     first = model(**batch).last_hidden_state[:, 0]
     similarity = (
         torch.nn.functional.normalize(first, dim=1) @ torch.nn.functional.normalize(first, dim=1).T
     )
     (1 - similarity).mean().backward()
-    optimiser.step()
-    optimiser.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
 model.save_pretrained(out)
 
 loaded = AutoModel.from_pretrained(demo_model())

@@ -1,4 +1,4 @@
-"""Lightning: one callback, which runs before optimisers are built. MiniLM learns the topics of BBC
+"""Lightning: one callback, which runs before optimizers are built. MiniLM learns the topics of BBC
 news.
 
     pip install 'evatune[demo,lightning]'

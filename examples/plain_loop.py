@@ -35,14 +35,14 @@ for chosen in torch.randperm(len(texts))[:96].split(8):
     )
     batches.append(batch | {"labels": torch.tensor([topics[i] for i in chosen])})
 
-# before the optimiser: it needs the parameters as they are now
+# before the optimizer: it needs the parameters as they are now
 calibration = evatune.initialize(model, batches)
-optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
 model.train()
 for step, batch in enumerate(batches):
     loss = model(**batch).loss
     loss.backward()
-    optimiser.step()
-    optimiser.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
     if step % 3 == 2:
         print(f"step {step:2}  loss {loss.item():.3f}")

@@ -137,3 +137,29 @@ def refused(
         assert part in answer.err, (part, answer.err)
     if folder is not None:
         assert {path.name for path in folder.iterdir()} == left
+
+
+@pytest.fixture(scope="session")
+def written(bert_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that `evatune init` wrote."""
+    import datasets
+
+    out = tmp_path_factory.mktemp("written") / "out"
+    arguments = [
+        "--model",
+        str(bert_folder),
+        "--data",
+        str(text_file),
+        "--rank",
+        "4",
+        "--seed",
+        "3",
+        "--out",
+        str(out),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr(sys, "argv", ["evatune", "init", *arguments, "--json"])
+        with pytest.raises(SystemExit):
+            main()
+    return out

@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import resource
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from rich.console import Console
 from torch import Tensor, nn
 
 import evatune
+from evatune.utils.mark import MARK
+from evatune.utils.outputs import claimed_folder
 
 EXACT = evatune.CalibrationConfig(rank=4, sketch="exact", tolerance=0)
+
+ESCAPE = "\x1b[31mred"
+
+
+NAMES = (
+    "a[/b]",
+    "[bold]b",
+    r"$\frac$",
+    "$x$",
+    "_under",
+    "<script>x",
+    ":smile:",
+    "c:\\d",
+    "中文",
+    ESCAPE,
+    "new\nline",
+    "\udce9",
+)
+
+
+def wide_terminal() -> Console:
+    """Return a terminal that keeps what it shows in its `file`."""
+    return Console(file=io.StringIO(), width=250, force_terminal=True, color_system=None)
 
 
 class Block(nn.Module):
@@ -76,6 +106,39 @@ def inputs(count: int = 6, rows: int = 64, d: int = 16, seed: int = 0) -> list[T
     return [
         (torch.randn(4, rows // 4, d, generator=generator) * scales + 0.3) for _ in range(count)
     ]
+
+
+def write_folder(
+    out: str | Path, text: str, overwrite: bool = True, meanwhile: Callable[[], None] = lambda: None
+) -> None:
+    with claimed_folder(out, overwrite) as output, output.whole() as made:
+        meanwhile()
+        (made / "sub").mkdir()
+        for name in ("a", "sub/b"):
+            (made / name).write_text(text)
+
+
+def tree(folder: Path | str = ".") -> dict[str, str | None]:
+    """Return every path below, hidden ones as well, with its text."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_text() if path.is_file() else None
+        for path in sorted(Path(folder).rglob("*"))
+    }
+
+
+def texts_below(folder: Path | str) -> set[str | None]:
+    return {text for name, text in tree(folder).items() if text is not None and name != MARK}
+
+
+@contextmanager
+def no_room(size: int = 600) -> Iterator[None]:
+    """Let no file grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def tiny_bert(kind: str = "base", **options: Any) -> Any:
@@ -244,6 +307,54 @@ def train_a_little(model: nn.Module, batch: dict[str, Tensor], steps: int = 3) -
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def trained_adapter(model: nn.Module, **options: Any) -> PeftModel:
+    """An EVA adapter with ranks that differ, and B ≠ 0."""
+    init: dict[str, Any] = {"rho": options.pop("rho", 2.0)} | (
+        {"metric": "raw"} if options.pop("raw", False) else {}
+    )
+    settings = {"r": 4, "lora_alpha": 3, "target_modules": "all-linear"} | options
+    adapted = get_peft_model(model, LoraConfig(**settings))
+    evatune.initialize(adapted, tokens(8), **init)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in lora_layers(adapted).values():
+            b = layer.lora_B["default"].weight
+            b.copy_(torch.randn(b.shape, generator=generator) / 5)
+    return adapted
+
+
+def perturbed_adapter(base: nn.Module, **options: Any) -> PeftModel:
+    """The model with an adapter of which every trained weight is random."""
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, **options)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(
+                    (torch.randn(parameter.shape, generator=generator) / 4).to(parameter.dtype)
+                )
+    return model
+
+
+def scalars(folder: Path) -> dict[str, float]:
+    """The scalars in TensorBoard's event files: records of length, checksum, message, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for path in folder.rglob("events.out.tfevents.*"):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            found |= {
+                value.tag: value.simple_value
+                for value in event.summary.value
+                if value.HasField("simple_value")
+            }
+            data = data[12 + length + 4 :]
+    return found
 
 
 def skewed(model: Any) -> Any:

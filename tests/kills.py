@@ -16,13 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-def light_files() -> Any:
-    """Return `evatune.utils.files`, which must not load torch."""
-    from evatune.utils import files
-
-    assert "torch" not in sys.modules
-    return files
+from evatune.utils import system
+from evatune.utils.atomic import write_text
+from evatune.utils.mark import MARK, require_unchanged_folder
+from evatune.utils.outputs import claimed_file, claimed_folder
 
 
 @dataclass(frozen=True)
@@ -35,22 +32,22 @@ class Job:
     in_one_step: bool = True
 
 
-def jobs(files: Any) -> dict[str, Job]:
+def jobs() -> dict[str, Job]:
     def folder(out: Path, text: str) -> None:
-        with files.claimed_folder(out, overwrite=True) as output, output.whole() as made:
+        with claimed_folder(out, overwrite=True) as output, output.whole() as made:
             (made / "sub").mkdir()
             for name in ("a", "b", "sub/c"):
                 (made / name).write_text(text)
 
     def file(out: Path, text: str) -> None:
-        with files.claimed_file(out, True, lambda _: True) as output, output.whole() as made:
+        with claimed_file(out, True, lambda _: True) as output, output.whole() as made:
             made.write_text(text)
 
     def removed(out: Path, text: str) -> None:
         if text == "old":
             file(out, text)
         else:
-            with files.claimed_file(out, True, lambda _: True) as output:
+            with claimed_file(out, True, lambda _: True) as output:
                 output.remove()
 
     def read_folder(out: Path) -> str | None:
@@ -58,11 +55,9 @@ def jobs(files: Any) -> dict[str, Job]:
             return None
         names = {path.relative_to(out).as_posix() for path in out.rglob("*")}
         texts = {(out / name).read_text() for name in ("a", "b", "sub/c")}
-        files._require_own_folder(out, out)
+        require_unchanged_folder(out, out)
         return (
-            texts.pop()
-            if len(texts) == 1 and names == {"a", "b", "sub", "sub/c", files.MARK}
-            else "torn"
+            texts.pop() if len(texts) == 1 and names == {"a", "b", "sub", "sub/c", MARK} else "torn"
         )
 
     def read_file(out: Path) -> str | None:
@@ -74,7 +69,7 @@ def jobs(files: Any) -> dict[str, Job]:
         "folder in two steps": Job(folder, read_folder, in_one_step=False),
         "file": Job(file, read_file),
         "file in two steps": Job(file, read_file, in_one_step=False),
-        "text": Job(files.write_text, read_file),
+        "text": Job(write_text, read_file),
         "removal": Job(removed, read_file),
     }
 
@@ -116,15 +111,15 @@ def kill_at(moment: int, work: Callable[[], None]) -> bool:
     return False
 
 
-def kill_everywhere(files: Any, job: Job, folder: Path) -> int:
+def kill_everywhere(job: Job, folder: Path) -> int:
     """Return at how many moments the job was killed."""
     folder.mkdir()
     out = folder / "out"
-    exchange = files._renameat2
+    exchange = system._renameat2
 
     def begin() -> str | None:
         if job.first:
-            files._remove(out)
+            system.remove(out)
         else:
             job.write(out, "old")
         return job.read(out)
@@ -135,12 +130,12 @@ def kill_everywhere(files: Any, job: Job, folder: Path) -> int:
     while True:
         old = begin()
         if not job.in_one_step:
-            files._renameat2 = lambda *_: False
+            system._renameat2 = lambda *_: False
         if not kill_at(moment + 1, lambda: job.write(out, "new")):
             break
         moment += 1
         if not job.in_one_step and job.read(out) is None:
-            with files.claimed_folder(out, overwrite=True):
+            with claimed_folder(out, overwrite=True):
                 pass  # a command that fails repairs as well
         assert job.read(out) in (old, new), (moment, job.read(out))
         job.write(out, "new")
@@ -149,16 +144,16 @@ def kill_everywhere(files: Any, job: Job, folder: Path) -> int:
             moment,
             list(folder.rglob("*")),
         )
-        files._renameat2 = exchange
-    files._renameat2 = exchange
+        system._renameat2 = exchange
+    system._renameat2 = exchange
     return moment
 
 
 def main(folder: Path) -> None:
     os.fsync = lambda _: None  # a kill is no power failure
-    files = light_files()
-    for name, job in jobs(files).items():
-        print(kill_everywhere(files, job, folder / name), name)
+    assert "torch" not in sys.modules
+    for name, job in jobs().items():
+        print(kill_everywhere(job, folder / name), name)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--steps", type=int, default=5000, help="optimiser steps of 8 blocks of 128 tokens"
+        "--steps", type=int, default=5000, help="optimizer steps of 8 blocks of 128 tokens"
     )
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()

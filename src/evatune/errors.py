@@ -1,17 +1,17 @@
 """Every error that evatune raises on purpose.
 
     EvatuneError
-    ├── ConfigError        an option out of its range, or options that contradict each other   (also
-    ValueError) │   └── BudgetError    a rank budget that the layers cannot take up
-    ├── TargetError        targets that match no layer, or a layer kind that is not supported
-    (also ValueError) ├── DataError          batches, texts or files that cannot be used
-    (also ValueError) │   └── NoBatchError   data without a single batch
-    ├── LayerError         layers whose activations give nothing to start an adapter from      (also
-    ValueError) ├── RecordError        a calibration or adapter file that is damaged or not ours
-    (also ValueError) ├── AdapterError       a model or adapter in a state that cannot be
-    initialised            (also ValueError) └── ProcessError       one of several processes that
-    work together failed or was lost      (also RuntimeError)
+    ├── ConfigError        an option is out of its range, or contradicts another one
+    │   └── BudgetError    the layers cannot take up the rank budget
+    ├── TargetError        targets match no layer, or a layer type that is not supported
+    ├── DataError          batches, texts or files cannot be used
+    │   └── NoBatchError   data without a single batch
+    ├── LayerError         layers whose activations give nothing to start an adapter from
+    ├── RecordError        a calibration or adapter file is damaged, or not ours
+    ├── AdapterError       a model or adapter is in a state that cannot be initialized
+    └── ProcessError       one of several processes failed, or was lost
 
+ProcessError is a RuntimeError as well, and all others that stand under the root are ValueErrors.
 Every message says what came, what is allowed and what to try, and names the layer or the option.
 """
 
@@ -31,7 +31,7 @@ class BudgetError(ConfigError):
 
 
 class TargetError(EvatuneError, ValueError):
-    """The targets match no layer, or a layer whose kind is not supported."""
+    """The targets match no layer, or a layer of a type that is not supported."""
 
 
 class DataError(EvatuneError, ValueError):
@@ -39,7 +39,7 @@ class DataError(EvatuneError, ValueError):
 
 
 class NoBatchError(DataError):
-    """Not one batch came."""
+    """The data held not a single batch."""
 
 
 class LayerError(EvatuneError, ValueError):
@@ -51,9 +51,8 @@ class RecordError(EvatuneError, ValueError):
 
 
 class AdapterError(EvatuneError, ValueError):
-    """The model or its adapter is in a state that cannot be initialised."""
+    """The model or its adapter is in a state that cannot be initialized."""
 
 
 class ProcessError(EvatuneError, RuntimeError):
-    """One of several processes that calibrate together failed, was lost, or works on something
-    else."""
+    """One of several processes failed, was lost, or calibrates something else."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import evatune
 from evatune.adapters.compat import initialize_lora_eva_weights
-from evatune.adapters.export import export_uniform, merge
+from evatune.adapters.export import export_uniform
+from evatune.adapters.export.merged import merge_adapter
 from evatune.adapters.saved import adapter_rows
 from evatune.errors import AdapterError, ConfigError, TargetError
 from evatune.finetune.methods import METHODS, AdapterSetup
@@ -348,10 +349,10 @@ def test_a_convolution_is_merged_where_the_sum_of_the_weights_is_what_the_adapte
     model.save_pretrained(tmp_path)
     x = images(build()[0])[0]  # type: ignore[index]
     if kind not in UNMERGED:
-        assert torch.allclose(merge(build(), tmp_path)(x), model(x), rtol=1e-4, atol=1e-4)
+        assert torch.allclose(merge_adapter(build(), tmp_path)(x), model(x), rtol=1e-4, atol=1e-4)
     else:
         with pytest.raises(AdapterError, match=r"0 \(Conv2d\(.*cannot be merged"):
-            merge(build(), tmp_path)
+            merge_adapter(build(), tmp_path)
 
 
 @pytest.mark.parametrize("meta", [False, True])

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from evatune.adapters.lora_layers import lora_layers
 from evatune.errors import ConfigError
 from evatune.finetune.methods import METHODS, find_method
-from evatune.finetune.methods.base import Lora, OptimizerOptions, Preparation, lora_layers
+from evatune.finetune.methods.base import Lora, OptimizerOptions, Preparation
 from evatune.finetune.recipe import parse
 from evatune.finetune.run import run
 from evatune.finetune.tasks import DOMAINS, Domain, Task, find_domain

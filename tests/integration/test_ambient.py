@@ -146,7 +146,7 @@ def adapted(model: nn.Module, **options: Any) -> PeftModel:
 def outcome(
     sketch: str = "nystrom", **options: Any
 ) -> Callable[[], tuple[dict[str, Tensor], PeftModel]]:
-    """What initialises a model that is built beforehand, and returns every A and direction."""
+    """What initializes a model that is built beforehand, and returns every A and direction."""
     torch.manual_seed(0)
     words = sketch == "nystrom"
     model = adapted(Words() if words else Toy())

@@ -1,4 +1,4 @@
-"""Real architectures, tiny and with random weights: calibrate, initialise, train a step, save, load
+"""Real architectures, tiny and with random weights: calibrate, initialize, train a step, save, load
 with plain PEFT."""
 
 from __future__ import annotations

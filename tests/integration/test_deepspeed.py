@@ -139,7 +139,7 @@ def test_layers_whose_size_only_the_weight_tells_are_known_in_shards(
     }
 
 
-def test_an_adapter_initialised_before_the_engine_leaves_the_output_and_trains(
+def test_an_adapter_initialized_before_the_engine_leaves_the_output_and_trains(
     both: list[dict[str, Any]],
 ) -> None:
     for found in both:
@@ -196,7 +196,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_a_trainer_with_zero_3_is_initialised_in_one_line(tmp_path: Path) -> None:
+def test_a_trainer_with_zero_3_is_initialized_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(_TRAINER)
     done = subprocess.run(
         [

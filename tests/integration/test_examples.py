@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from evatune import Calibration
 from evatune.loading.assets import asset
 from evatune.loading.demo import demo_model
-from tests.helpers import lora_layers
-from tests.trainers.test_hf import scalars
+from tests.helpers import lora_layers, scalars
 
 torch.set_num_threads(1)
 

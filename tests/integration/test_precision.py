@@ -16,7 +16,7 @@ import evatune
 from evatune import Calibration, CalibrationConfig, Status
 from evatune.sketch.spectrum import captured_energy
 from tests.helpers import Toy, inputs, tiny_bert
-from tests.integration.test_quantized import QUANTISED, batches, plain
+from tests.quantized import QUANTIZED, batches, plain
 
 torch.set_num_threads(1)
 SETTINGS = CalibrationConfig(rank=4, tolerance=0)
@@ -81,7 +81,7 @@ def test_sixteen_bit_models(dtype: torch.dtype) -> None:
 def test_an_adapter_keeps_the_dtype_that_peft_gave_it_whatever_its_rank(
     base: str, autocast: bool
 ) -> None:
-    model = QUANTISED["bitsandbytes, 4 bits"]() if base == "nf4" else plain().bfloat16()
+    model = QUANTIZED["bitsandbytes, 4 bits"]() if base == "nf4" else plain().bfloat16()
     data = batches() if base == "nf4" else [x.bfloat16() for x in batches()]
     model = get_peft_model(
         model, LoraConfig(r=4, target_modules=["0", "2"]), autocast_adapter_dtype=autocast

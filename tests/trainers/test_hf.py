@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 import evatune
 from evatune.errors import AdapterError, DataError
-from tests.helpers import tiny_bert, tokens
+from tests.helpers import scalars, tiny_bert, tokens
 
 torch.set_num_threads(1)
 
@@ -275,25 +274,6 @@ def test_only_the_last_of_several_initializations_is_logged(tmp_path: Path) -> N
     assert [line["evatune/ranks"] for line in run.state.log_history if "evatune/ranks" in line] == [
         2 * 13
     ]
-
-
-def scalars(folder: Path) -> dict[str, float]:
-    """The scalars in TensorBoard's event files: records of length, checksum, message, checksum."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    found = {}
-    for path in folder.rglob("events.out.tfevents.*"):
-        data = path.read_bytes()
-        while data:
-            (length,) = struct.unpack("<Q", data[:8])
-            event = Event.FromString(data[12 : 12 + length])
-            found |= {
-                value.tag: value.simple_value
-                for value in event.summary.value
-                if value.HasField("simple_value")
-            }
-            data = data[12 + length + 4 :]
-    return found
 
 
 def test_tensorboard_shows_it(tmp_path: Path) -> None:

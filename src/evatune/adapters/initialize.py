@@ -25,6 +25,7 @@ from evatune.modeling.sharding import is_sharded, is_sharded_parameter, require_
 from evatune.modeling.state import adapters_off, require_trainable
 from evatune.modeling.wrappers import adapted, is_engine, unwrapped
 from evatune.modeling.wrappers import describe as describe_model
+from evatune.utils.text import shortened
 
 
 def initialize_model(
@@ -78,8 +79,7 @@ def _check_unsupported(adapter: LoraAdapter, on_unsupported: str) -> None:
     if not adapter.others:
         return
     kinds = [describe(name, layer) for name, layer in adapter.others.items()]
-    more = f" and {len(kinds) - 5} more" if len(kinds) > 5 else ""
-    unsupported = f"{', '.join(kinds[:5])}{more}"
+    unsupported = shortened(kinds)
     if not adapter.targets or on_unsupported == "error":
         way_out = ", or start them as PEFT does with on_unsupported='skip'"
         raise TargetError(

@@ -50,6 +50,15 @@ class LoraTarget:
         return isinstance(self.layer, ParamWrapper)
 
 
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Return the adapted layers by the names that PEFT's patterns match."""
+    return {
+        peft_name(path): module
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
 def find_lora_targets(
     model: nn.Module, adapter_name: str
 ) -> tuple[list[LoraTarget], dict[str, LoraLayer]]:

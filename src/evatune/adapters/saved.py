@@ -1,4 +1,4 @@
-"""Reads a saved LoRA adapter without its model."""
+"""A saved LoRA adapter, read without its model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def is_adapter(file: Path) -> bool:
 
 
 def adapter_rows(weights: Path) -> list[dict[str, Any]]:
-    """Per layer of an `adapter_model.safetensors`: rank, alpha, scale, parameters and norms.
+    """Return rank, alpha, scale, parameters and norms of each layer of a saved adapter.
 
     Raises RecordError for a damaged file, a damaged or absent config beside it, or an adapter that
     is not LoRA.
@@ -50,8 +50,10 @@ def adapter_rows(weights: Path) -> list[dict[str, Any]]:
 
 
 def read_config(folder: Path) -> LoraConfig:
-    """The config of a saved LoRA adapter; a RecordError for a folder without one, or with one of
-    another kind."""
+    """Return the config of a saved LoRA adapter.
+
+    Raises RecordError for a folder without one, or with one of another kind.
+    """
     from peft import LoraConfig
 
     from evatune.schemas.adapter import require_lora
@@ -175,7 +177,7 @@ def layer_names(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def layer_scale(config: LoraConfig, layer: str, rank: int) -> tuple[float, float]:
-    """(α, scale) of a layer, by its name without PEFT's prefix and the rank of its matrices."""
+    """Return (α, scale) of a layer, by its name without PEFT's prefix and its rank."""
     from peft.utils.other import get_pattern_key
 
     alpha = config.alpha_pattern.get(
@@ -221,11 +223,11 @@ def _rows(state: Mapping[str, Tensor], config: LoraConfig) -> list[dict[str, Any
 def _stacked(
     config: LoraConfig, unit: str, depth: int, height: int, together: int
 ) -> tuple[str, int] | None:
-    """Name and rank of an adapted parameter of the module `unit`, of whose experts A has the rows
-    one after another.
+    """Return name and rank of an adapted parameter of stacked experts of the module `unit`.
 
-    The file does not say how many experts there are: the ranks in the config do, since all
-    parameters of a module have equally many. None for other layers.
+    A has the experts' rows one after another. The file does not say how many experts there are:
+    the ranks in the config do, since all parameters of a module have equally many. None for other
+    layers.
 
     Args:
         depth: how many wrappers are around this one; evatune lists the parameters of a module in

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from evatune.errors import ConfigError
 from evatune.schemas import Damage, shown, telling
-from evatune.utils.files import claimed_file
+from evatune.utils.outputs import claimed_file
+from evatune.utils.text import ABSENT, Difference, first_difference
 
 _FAMILY = "evatune-checkpoint-"
 
@@ -103,12 +104,15 @@ class Checkpoint:
         record = known.model_dump()
         was = {**{key: record.get(key) for key in same}, **known.about}
         now = json.loads(json.dumps({**same, **self.about}))
-        for key in [*now, *was]:
-            if now.get(key) != was.get(key):
-                raise ConfigError(
-                    f"{self.path} does not fit: {_difference(key, was.get(key), now.get(key))};"
-                    " resume with the same options and data, or leave --resume out to begin again"
-                )
+        keys = dict.fromkeys([*now, *was])
+        difference = first_difference(
+            {key: was.get(key) for key in keys}, {key: now.get(key) for key in keys}
+        )
+        if difference is not None:
+            raise ConfigError(
+                f"{self.path} does not fit: {_in_words(difference)}; resume with the same options"
+                " and data, or leave --resume out to begin again"
+            )
         return tensors, record
 
 
@@ -125,8 +129,7 @@ def _is_whole(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def _difference(key: str, was: Any, now: Any) -> str:
-    if isinstance(was, dict) and isinstance(now, dict):
-        sublayer = next(name for name in [*was, *now] if was.get(name) != now.get(name))
-        return _difference(f"{key} {sublayer}", was.get(sublayer), now.get(sublayer))
-    return f"{key} was {was} and is {now}"
+def _in_words(difference: Difference) -> str:
+    where, *values = difference
+    was, now = (None if value is ABSENT else value for value in values)
+    return f"{where} was {was} and is {now}"

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from evatune.errors import ConfigError
 from evatune.ranks.allocation import BUDGETS, METRICS, require_rho
 from evatune.sketch import SKETCHES
 
 DEFAULT_RANK, DEFAULT_RHO = 16, 2.0
+
+
+def _setting(default: Any, help: str) -> Any:
+    """Return a field with its help text, for the command line."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +65,25 @@ class CalibrationConfig:
         ConfigError: a value out of its range.
     """
 
-    rank: int | None = None
-    rho: float | None = None
+    rank: int | None = _setting(None, "Ranks per layer before redistribution.")
+    rho: float | None = _setting(
+        None, "No layer gets more than rho times rank; 1: no redistribution."
+    )
     components: int | None = None
-    budget: str = "ranks"
-    metric: str = "ratio"
-    sketch: str = "nystrom"
-    center: bool = False
+    budget: str = _setting("ranks", "What stays the same as in uniform LoRA: ranks or parameters.")
+    metric: str = _setting("ratio", "What components are ranked by: ratio, raw, max or sum.")
+    sketch: str = _setting("nystrom", "nystrom, exact or incremental.")
+    center: bool = _setting(False, "Subtract the mean (PCA, as the paper's code does).")
     oversampling: int = 16
-    max_batches: int = 64
-    tolerance: float = 0.01
+    max_batches: int = _setting(64, "Bound on forward passes.")
+    tolerance: float = _setting(
+        0.01,
+        "Stop when twice the data gains less than this share of energy; 0: not before"
+        " --max-batches.",
+    )
     labels_only: bool | str | None = None
     ignore_index: int = -100
-    seed: int = 0
+    seed: int = _setting(0, "Of the order of texts, new weights and the sketch's start.")
     distributed: bool = True
     rendezvous_timeout: float = 120.0
 

@@ -16,7 +16,7 @@ from evatune.calibration.status import Status
 from evatune.layers import LayerSpec
 from evatune.schemas import Damage, shown, telling
 from evatune.sketch.spectrum import Certificate, Spectrum, empty
-from evatune.utils.files import atomic_file
+from evatune.utils.atomic import atomic_file
 
 if TYPE_CHECKING:
     from evatune.schemas.record import CalibrationRecord, InputRecord, LayerRecord

@@ -15,6 +15,7 @@ from evatune.calibration.status import Status, shortage
 from evatune.errors import ConfigError
 from evatune.sketch import SKETCHES
 from evatune.sketch.spectrum import Certificate, Spectrum, as_energies, empty, fix_signs
+from evatune.utils.text import shortened
 
 Data = TypeVar("Data", bound=CalibrationData)
 
@@ -288,9 +289,8 @@ def _require_same(first: CalibrationData, other: CalibrationData, number: int) -
     for here, there, place in ((first, other, 1), (other, first, number)):
         alone = [name for name in here.layers if name not in there.layers]
         if alone:
-            more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
             raise ConfigError(
-                f"{refused}: only calibration {place} has {', '.join(alone[:3])}{more}; merge"
+                f"{refused}: only calibration {place} has {shortened(alone, 3)}; merge"
                 " calibrations of the same layers of the same model"
             )
     for name, layer in first.layers.items():

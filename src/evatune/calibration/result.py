@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evatune.calibration.data import CalibrationData
@@ -12,6 +13,7 @@ from evatune.calibration.merge import merge_calibrations
 from evatune.calibration.status import Status
 from evatune.errors import LayerError
 from evatune.ranks.allocation import Candidate, RankPlan, allocate
+from evatune.utils.text import shortened
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,19 @@ class Calibration(CalibrationData):
         """
         return merge_calibrations(shards)
 
+    def captured(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """Return the share of fresh rows' energy inside each layer's directions, as its rank is.
+
+        Layers without a rank, a certificate or a finite share are left out.
+        """
+        shares: dict[str, float] = {}
+        for name, rank in ranks.items():
+            certificate = self.spectra[name].certificate
+            share = certificate.captured(rank) if rank and certificate else math.nan
+            if math.isfinite(share):
+                shares[name] = share
+        return shares
+
     def require_usable(self) -> None:
         """Raise a LayerError that lists, with advice, all layers without a usable result."""
         failed: dict[Status, list[str]] = {}
@@ -105,10 +120,9 @@ class Calibration(CalibrationData):
                 failed.setdefault(status, []).append(self._explained(name))
         if not failed:
             return
-        lines = []
-        for status, names in failed.items():
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            lines.append(f"{status}: {', '.join(names[:5])}{more}; {status.advice}")
+        lines = [
+            f"{status}: {shortened(names)}; {status.advice}" for status, names in failed.items()
+        ]
         total = sum(map(len, failed.values()))
         raise LayerError(
             f"{total} of {len(self.status)} layers cannot be initialized: " + ". ".join(lines)

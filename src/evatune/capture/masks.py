@@ -24,6 +24,7 @@ from evatune.capture.layer_types import TargetLayer
 from evatune.capture.row_selection import ALL_ROWS, RowSelector, batch_field, token_mask
 from evatune.capture.shared_inputs import memory
 from evatune.modeling.wrappers import is_wrapper
+from evatune.utils.text import shortened
 
 _MASK, _ENCODED, _ENCODER_MASK = "attention_mask", "encoder_hidden_states", "encoder_attention_mask"
 
@@ -181,11 +182,10 @@ class Masks:
             return
         self._warned = True
         names = list(self._unplaced)
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         warnings.warn(
             "some tokens of the batch are masked out, and no mask fits the rows of these layers,"
             " of which all are counted:"
-            f" {', '.join(names[:5])}{more}; if those that are padding must not count, choose with"
+            f" {shortened(names)}; if those that are padding must not count, choose with"
             " rows=lambda activation, batch, layer: …",
             stacklevel=4,
         )

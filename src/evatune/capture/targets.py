@@ -23,6 +23,7 @@ from evatune.modeling.wrappers import (
     output_embedding,
     plain_layer,
 )
+from evatune.utils.text import shortened
 
 Targets = str | Iterable[str] | None
 Layers = list[tuple[str, nn.Module, nn.Module]]  # what `named_layers` yields
@@ -65,11 +66,10 @@ def find_target_layers(model: nn.Module, targets: Targets = None) -> list[Target
         for key in weights:
             target_layers += parameter_target_layers(f"{name}.{key}", plain)
     if unsupported:
-        more = f" and {len(unsupported) - 5} more" if len(unsupported) > 5 else ""
         supported = ", ".join(layer_type.name for layer_type in LAYER_TYPES)
         raise TargetError(
             "these targets are of a type that is not supported:"
-            f" {', '.join(unsupported[:5])}{more};"
+            f" {shortened(unsupported)};"
             f" supported are {supported} and stacked weights of experts. Name the linear layers or"
             " others of these instead, or leave those out with exclude_modules in the LoraConfig"
         )

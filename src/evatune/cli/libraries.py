@@ -1,4 +1,4 @@
-"""Keeping what other libraries print out of the user's way."""
+"""Keep what other libraries print out of the user's way."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ TRUST_HELP = "Run Python code that comes with the model. Look at it first."
 
 @contextmanager
 def loading_libraries(log: Console) -> Iterator[None]:
-    """A block that imports what a command needs, before it has begun anything."""
+    """Show a spinner while the block imports what a command needs, before it begins anything."""
     with log.status("loading libraries"), libraries_on_stderr(), ends_at_once():
         yield
 
 
 @contextmanager
 def libraries_on_stderr() -> Iterator[None]:
-    """What libraries and worker processes print on stdout meanwhile goes to stderr; stdout is for
-    results."""
+    """Send to stderr what libraries and workers print meanwhile; stdout is for results."""
     with redirect_stdout(sys.stderr):
         try:
             results = os.dup(1)
@@ -39,19 +38,3 @@ def libraries_on_stderr() -> Iterator[None]:
         finally:
             os.dup2(results, 1)
             os.close(results)
-
-
-def quiet_libraries() -> None:
-    """One progress bar is enough, and what the libraries warn each other about is not the user's
-    business."""
-    import warnings
-
-    import datasets
-    import transformers
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
-    datasets.disable_progress_bars()
-    # its errors come to us as exceptions as well
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()

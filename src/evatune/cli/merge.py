@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evatune.utils.text import shortened
+
 if TYPE_CHECKING:
     from evatune.calibration.merge import LossBound
     from evatune.calibration.result import Calibration
@@ -36,7 +38,8 @@ def merge(
     from evatune.cli.inspect import calibration_facts
     from evatune.errors import ConfigError
     from evatune.report.summary import plan_of
-    from evatune.utils.files import claimed_file, resolved
+    from evatune.utils.names import resolved
+    from evatune.utils.outputs import claimed_file
 
     files = [path / "calibration.safetensors" if path.is_dir() else path for path in shards]
     for index, file in enumerate(files):
@@ -98,7 +101,7 @@ def _loss(bounds: Collection[LossBound], sketch: str) -> str:
 
 
 def _unknown(files: Sequence[Path], parts: Sequence[Calibration], merged: Calibration) -> list[str]:
-    """A line per shard that has no usable result for layers that the others know."""
+    """Return a line per shard without a usable result for layers that the others know."""
     lines = []
     for file, part in zip(files, parts, strict=True):
         by_status: dict[Status, list[str]] = {}
@@ -106,10 +109,7 @@ def _unknown(files: Sequence[Path], parts: Sequence[Calibration], merged: Calibr
             if merged.status[name].usable and not status.usable:
                 by_status.setdefault(status, []).append(name)
         for status, names in by_status.items():
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(
-                f"{', '.join(names[:3])}{more}: {status} in {file}, known from the other shards."
-            )
+            lines.append(f"{shortened(names, 3)}: {status} in {file}, known from the other shards.")
     return lines
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evatune.cli.libraries import (
-    TRUST_HELP,
-    libraries_on_stderr,
-    loading_libraries,
-    quiet_libraries,
-)
-from evatune.utils.files import as_shown
+from evatune.cli.libraries import TRUST_HELP, libraries_on_stderr, loading_libraries
 from evatune.utils.markup import printable
+from evatune.utils.names import as_shown
+
+if TYPE_CHECKING:
+    from evatune.finetune.summary import Comparison
 
 _RUNS = Path("runs")
 _Trust = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)]
@@ -52,6 +50,7 @@ def train(
     with loading_libraries(log):
         from evatune.finetune.metrics import read_metrics
         from evatune.finetune.run import run
+        from evatune.loading.quiet import quiet_libraries
         from evatune.report.runs import run_plot
 
         quiet_libraries()
@@ -65,7 +64,7 @@ def train(
     typer.echo(
         f"{settings.method} on {printable(settings.task)}: score {result['score']:.3f}, evaluation"
         f" loss {result['eval_loss']:.3f}; {result['trainable_parameters']:,} trainable parameters;"
-        f" {result['init_seconds']:.1f} s to initialise, {result['train_seconds']:.1f} s to train"
+        f" {result['init_seconds']:.1f} s to initialize, {result['train_seconds']:.1f} s to train"
         + (
             ""
             if result["first_gradient_b"] is None
@@ -114,10 +113,6 @@ def compare(
 ) -> None:
     """Compare methods under equal conditions. Finished cells are kept: the same command again goes
     on."""
-    import shlex
-    import sys
-    from dataclasses import asdict
-
     from evatune.errors import EvatuneError
     from evatune.finetune.recipe import expand, load
 
@@ -140,9 +135,8 @@ def compare(
     with loading_libraries(log):
         from evatune.finetune.compare import grid, run_all
         from evatune.finetune.summary import summarize
-        from evatune.report.runs import comparison_markdown, comparison_plot, comparison_table
+        from evatune.report.runs import comparison_table
         from evatune.report.tables import console
-        from evatune.utils.files import write_text
         from evatune.utils.lock import held
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
@@ -153,18 +147,7 @@ def compare(
         with libraries_on_stderr():
             failed = _with_bar(log, runs, lambda tell: run_all(runs, count, tell, executor))
         found = summarize(runs, target_loss)
-        command = shlex.join(["evatune", *sys.argv[1:]])
-        facts = {
-            "command": command,
-            "target_losses": found.targets,
-            "lines": [asdict(line) for line in found.lines],
-            "averages": found.averages(),
-            "failed": {str(path): why for path, why in failed.items()},
-        }
-        write_text(folder / "comparison.json", json.dumps(facts, indent=2) + "\n")
-        if found.lines:
-            comparison_plot(found, folder / "curves.png")
-            write_text(folder / "comparison.md", comparison_markdown(found, command))
+        facts = _write_comparison(found, failed, folder)
     if as_json:
         typer.echo(json.dumps(facts))
     elif found.lines:
@@ -176,6 +159,30 @@ def compare(
         raise EvatuneError(
             f"{len(failed)} of {len(runs)} runs failed, for example {path.name}: {why}"
         )
+
+
+def _write_comparison(found: Comparison, failed: dict[Path, str], folder: Path) -> dict[str, Any]:
+    """Write table and curves of a comparison, and return its facts, which are written too."""
+    import shlex
+    import sys
+    from dataclasses import asdict
+
+    from evatune.report.runs import comparison_markdown, comparison_plot
+    from evatune.utils.atomic import write_text
+
+    command = shlex.join(["evatune", *sys.argv[1:]])
+    facts: dict[str, Any] = {
+        "command": command,
+        "target_losses": found.targets,
+        "lines": [asdict(line) for line in found.lines],
+        "averages": found.averages(),
+        "failed": {str(path): why for path, why in failed.items()},
+    }
+    write_text(folder / "comparison.json", json.dumps(facts, indent=2) + "\n")
+    if found.lines:
+        comparison_plot(found, folder / "curves.png")
+        write_text(folder / "comparison.md", comparison_markdown(found, command))
+    return facts
 
 
 recipes = typer.Typer(help="List, show or copy recipes.")
@@ -210,7 +217,7 @@ def cp(
     """Copy a recipe, to change it."""
     from evatune.errors import ConfigError
     from evatune.finetune.recipe import text_of
-    from evatune.utils.files import claimed_file
+    from evatune.utils.outputs import claimed_file
 
     text = text_of(recipe)
     if os.path.lexists(file):
@@ -229,12 +236,12 @@ def cp(
 
 
 def _rank_page(folder: Path, settings: Any) -> None:
-    """The report page and the rank map of a run that has a calibration."""
+    """Write the report page and the rank map of a run that has a calibration."""
     from evatune.calibration.result import Calibration
     from evatune.finetune.recipe import as_tree
     from evatune.report.page import render
     from evatune.report.runs import rank_plot
-    from evatune.utils.files import write_text
+    from evatune.utils.atomic import write_text
 
     path = folder / "calibration.safetensors"
     if path.is_file():

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from evatune.errors import ConfigError, ProcessError
+from evatune.utils.text import ABSENT, Difference, first_difference
 
 # A process that is not heard of for this long is given up; torch's own default for gloo is three
 # times as long.
@@ -98,11 +99,14 @@ class ProcessGroup:
         if len(set(hashes)) == 1:
             return
         everyone = self.gather(facts)
-        different = [rank for rank, hash_ in enumerate(hashes) if hash_ != hashes[0]]
-        rank = different[0]
+        rank = next(rank for rank, hash_ in enumerate(hashes) if hash_ != hashes[0])
+        # Numbers that are written in two ways, 2 and 2.0, differ in their text only.
+        difference = first_difference(everyone[0], everyone[rank]) or Difference(
+            "the whole", everyone[0], everyone[rank]
+        )
         raise ProcessError(
             "the processes do not calibrate the same thing:"
-            f" {_difference(everyone[0], everyone[rank], rank)}; start all of them with the same"
+            f" {_in_words(difference, rank)}; start all of them with the same"
             " model, weights, targets and settings, or set distributed=False to let each work"
             " alone"
         )
@@ -338,15 +342,11 @@ def _listed(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks))
 
 
-def _difference(first: Any, other: Any, rank: int, path: str = "") -> str:
-    """Name the first place where two JSON values differ, those of process 0 and of `rank`."""
-    if isinstance(first, Mapping) and isinstance(other, Mapping):
-        for key in {**first, **other}:
-            inner = f"{path} {key}".strip()
-            if key not in other:
-                return f"only process 0 has {inner}"
-            if key not in first:
-                return f"only process {rank} has {inner}"
-            if first[key] != other[key]:
-                return _difference(first[key], other[key], rank, inner)
-    return f"{path} is {first} on process 0 and {other} on process {rank}"
+def _in_words(difference: Difference, rank: int) -> str:
+    """Return the difference between process 0 and process `rank` in words."""
+    where, first, other = difference
+    if other is ABSENT:
+        return f"only process 0 has {where}"
+    if first is ABSENT:
+        return f"only process {rank} has {where}"
+    return f"{where} is {first} on process 0 and {other} on process {rank}"

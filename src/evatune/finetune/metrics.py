@@ -17,7 +17,7 @@ from torch import nn
 from evatune.schemas import Damage, telling
 from evatune.schemas.run import MetricsLine
 from evatune.schemas.text import read_text, validate_json
-from evatune.utils.files import write_text
+from evatune.utils.atomic import write_text
 
 METRICS = "metrics.jsonl"
 

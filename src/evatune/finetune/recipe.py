@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from evatune.errors import ConfigError
 from evatune.schemas import Damage, shown, telling
 from evatune.schemas.text import parse_yaml, read_text
-from evatune.utils.files import name_problem
+from evatune.utils.names import name_problem
 
 
 def _require_name(name: str) -> str:

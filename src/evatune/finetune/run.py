@@ -33,8 +33,9 @@ from evatune.finetune.run_folder import (
 from evatune.finetune.tasks import Task, find_domain
 from evatune.finetune.training import build_trainer
 from evatune.trainers.hf import training_batches
-from evatune.utils.files import resolved, write_text, writing
+from evatune.utils.atomic import write_text, writing
 from evatune.utils.lock import held
+from evatune.utils.names import resolved
 
 # Endings of what Trainer's evaluation says about speed.
 _ABOUT_SPEED = ("runtime", "per_second", "model_preparation_time")

@@ -15,7 +15,7 @@ from evatune.finetune.recipe import Recipe, as_tree, parse
 from evatune.schemas import Damage, telling
 from evatune.schemas.run import Result
 from evatune.schemas.text import parse_json, read_text, validate_json
-from evatune.utils.files import write_text
+from evatune.utils.atomic import write_text
 
 RESULT, RECIPE = "result.json", "recipe.json"
 CALIBRATION, INITIAL_ADAPTER, CHECKPOINTS = "calibration.safetensors", "start", "checkpoints"

@@ -16,7 +16,7 @@ from evatune.finetune.metrics import METRICS, MetricsCallback
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.run_folder import CHECKPOINTS, MAKE_ROOM
 from evatune.finetune.tasks import Task
-from evatune.utils.files import writing
+from evatune.utils.atomic import writing
 
 # need no more settings
 _SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from evatune.loading.package_index import fetch
 from evatune.schemas.tensors import checksum
-from evatune.utils.files import atomic_file
+from evatune.utils.atomic import atomic_file
 
 
 def cache_folder() -> Path:

@@ -15,6 +15,7 @@ from evatune.errors import BudgetError, ConfigError
 from evatune.layers import LayerSpec
 from evatune.ranks.knapsack import choose_counts
 from evatune.sketch.spectrum import Spectrum
+from evatune.utils.text import shortened
 
 METRICS = ("ratio", "raw", "max", "sum")
 
@@ -114,7 +115,7 @@ def allocate(
         share = f"{rank} or its cap" if own_caps else f"{rank}"
         raise BudgetError(
             f"the budget of {limit} {budget} ({share} per layer over {len(layers)} layers) cannot"
-            f" be met: the layers take at most {room}. Below {share}: {_some(tight) or 'none'}."
+            f" be met: the layers take at most {room}. Below {share}: {shortened(tight) or 'none'}."
             f" Lower rank, raise rho (now {rho:g}), use more data, or leave these layers out of the"
             " targets"
         )
@@ -276,15 +277,10 @@ def _checked_caps(caps: Mapping[str, int], layers: Mapping[str, Candidate]) -> d
         if name not in layers:
             raise ConfigError(
                 f"caps names {name!r}, which is no layer; the layers are"
-                f" {_some(list(layers)) or 'none'}"
+                f" {shortened(list(layers)) or 'none'}"
             )
         if isinstance(cap, bool) or not isinstance(cap, int) or cap < 1:
             raise ConfigError(
                 f"the cap of {name} is {cap!r}; it must be a whole number of at least 1"
             )
     return dict(caps)
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

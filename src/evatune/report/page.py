@@ -19,7 +19,7 @@ from evatune.utils.markup import printable
 
 
 def render(calibration: Calibration, plan: RankPlan, settings: Mapping[str, Any]) -> str:
-    """One HTML document without outside references.
+    """Return one HTML document without outside references.
 
     Args:
         settings: what the run was called with, shown as is at the end.
@@ -55,15 +55,17 @@ def _shown(value: Any) -> Any:
 
 
 def _heat(rows: list[LayerRow], plan: RankPlan) -> dict[str, Any]:
-    """Rank per block (down) and layer type (across); layers without a block number are listed in
-    one more line."""
+    """Return the rank per block (down) and layer type (across).
+
+    Layers without a block number have a line of their own.
+    """
     types = list(dict.fromkeys(row.type for row in rows))
     blocks = list(dict.fromkeys(row.block for row in rows))
-    runs: dict[tuple[str, str], dict[str, Any]] = {}
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
     top = max([row.rank for row in rows], default=1) or 1
     for row in rows:
         strength = row.rank / top
-        runs[row.block, row.type] = {
+        cells[row.block, row.type] = {
             "rank": row.rank,
             # From white to a dark blue; the text turns white where the ground is dark.
             "background": f"rgba(31, 95, 168, {strength:.2f})",
@@ -73,4 +75,4 @@ def _heat(rows: list[LayerRow], plan: RankPlan) -> dict[str, Any]:
                 f" {percent(row.captured)}, {row.status}"
             ),
         }
-    return {"types": types, "blocks": blocks, "cells": runs}
+    return {"types": types, "blocks": blocks, "cells": cells}

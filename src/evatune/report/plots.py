@@ -26,8 +26,7 @@ _STYLE = {
 
 
 def spectra(calibration: Calibration, plan: RankPlan) -> str:
-    """Explained variance ratio per component, one line per distinct input, a dot where its rank
-    ends."""
+    """Draw the explained variance ratios: a line per input, with a dot where its rank ends."""
     kinds = list(dict.fromkeys(split_name(name)[1] for name in calibration.layers))
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9, 3.6))
@@ -62,7 +61,7 @@ def spectra(calibration: Calibration, plan: RankPlan) -> str:
 
 
 def energies(rows: Sequence[LayerRow]) -> str:
-    """Energy inside each layer's directions: by the rows that chose them, and on unseen rows."""
+    """Draw the energy inside each layer's directions, of rows that chose them and unseen ones."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9, 2.8))
         axes = figure.add_subplot()

@@ -19,7 +19,7 @@ from evatune.ranks.allocation import RankPlan
 from evatune.report.plots import without_missing_glyphs
 from evatune.report.summary import layer_rows
 from evatune.report.tables import plain
-from evatune.utils.files import atomic_file
+from evatune.utils.atomic import atomic_file
 from evatune.utils.markup import markdown_code, markdown_text, plot_text
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _STYLE = {
 
 
 def run_plot(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Training and evaluation loss, and the score, over steps; a PNG."""
+    """Draw training and evaluation loss, and the score, over steps; a PNG."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -52,7 +52,7 @@ def run_plot(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def rank_plot(calibration: Calibration, plan: RankPlan, path: Path) -> None:
-    """The rank of every layer, blocks across and types of layer down; a PNG."""
+    """Draw the rank of every layer, blocks across and layer types down; a PNG."""
     rows = layer_rows(calibration, plan)
     blocks, types = (
         list(dict.fromkeys(getattr(row, part) for row in rows)) for part in ("block", "type")
@@ -78,8 +78,7 @@ def rank_plot(calibration: Calibration, plan: RankPlan, path: Path) -> None:
 
 
 def comparison_plot(comparison: Comparison, path: Path) -> None:
-    """Evaluation loss and score over steps, a row per task, one curve per method at its best
-    learning rate; a PNG.
+    """Draw loss and score over steps: a row per task, a curve per method at its best rate; a PNG.
 
     A score that is measured after training only is a point at the end.
     """
@@ -128,8 +127,10 @@ _HEADINGS = (
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """One line per task, method and learning rate; a method's best rate is marked. Several tasks
-    end with averages."""
+    """Return a table with a line per task, method and learning rate, the best rate marked.
+
+    Several tasks end with averages.
+    """
     table = Table(
         title="Comparison",
         title_justify="left",
@@ -143,12 +144,12 @@ def comparison_table(comparison: Comparison) -> Table:
         )
     tasks = list(comparison.targets)
     for task in tasks:
-        some = sorted((line for line in comparison.lines if line.task == task), key=_worst_last)
-        for line in some:
+        members = sorted((line for line in comparison.lines if line.task == task), key=_worst_last)
+        for line in members:
             table.add_row(
                 *map(plain, _cells(line)),
                 style="" if line.best else "dim",
-                end_section=line is some[-1],
+                end_section=line is members[-1],
             )
     if len(tasks) > 1:
         for method, score in sorted(comparison.averages().items(), key=lambda item: -item[1]):
@@ -158,7 +159,7 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def comparison_markdown(comparison: Comparison, command: str) -> str:
-    """The same table as Markdown, under the command that made it."""
+    """Return the same table as Markdown, under the command that made it."""
     lines = [
         markdown_code(command),
         "",
@@ -166,8 +167,8 @@ def comparison_markdown(comparison: Comparison, command: str) -> str:
         "|---|---" + "|---:" * (len(_HEADINGS) - 2) + "|",
     ]
     for task in comparison.targets:
-        some = sorted((line for line in comparison.lines if line.task == task), key=_worst_last)
-        lines += ["| " + " | ".join(map(markdown_text, _cells(line))) + " |" for line in some]
+        members = sorted((line for line in comparison.lines if line.task == task), key=_worst_last)
+        lines += ["| " + " | ".join(map(markdown_text, _cells(line))) + " |" for line in members]
     if len(comparison.targets) > 1:
         empty = " |" * (len(_HEADINGS) - 5)
         for method, score in sorted(comparison.averages().items(), key=lambda item: -item[1]):

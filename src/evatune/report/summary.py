@@ -18,8 +18,7 @@ _ASK_FOR_A_LOOK = (Status.UNSETTLED, Status.DRIFTING)  # of those that are usabl
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What one layer got and how sure that is. Shares lie in [0, 1]; None where nothing is
-    known."""
+    """A layer's ranks and energies. Shares lie in [0, 1]; None where nothing is known."""
 
     spec: LayerSpec
     block: str  # what distinguishes it from layers of the same type, e.g. "3"
@@ -61,7 +60,7 @@ class LayerRow:
 
 
 def plan_of(calibration: Calibration) -> tuple[RankPlan, str | None]:
-    """The plan with the calibration's own settings; or rank 0 everywhere, and the reason in words.
+    """Return the plan by the calibration's own settings; or rank 0 everywhere, and the reason.
 
     A calibration with unusable layers may leave too few components for the budget. Its statuses say
     why, so it must still be possible to look at it.
@@ -89,7 +88,7 @@ def plan_of(calibration: Calibration) -> tuple[RankPlan, str | None]:
 
 
 def layer_rows(calibration: Calibration, plan: RankPlan) -> list[LayerRow]:
-    """The rows, in model order."""
+    """Return a row per layer, in model order."""
     rows = []
     for name, layer in calibration.layers.items():
         spectrum, rank = calibration.spectra[name], plan.ranks[name]
@@ -118,13 +117,15 @@ def layer_rows(calibration: Calibration, plan: RankPlan) -> list[LayerRow]:
 
 
 def _known(share: float) -> float | None:
-    """None for NaN, which JSON cannot say either."""
+    """Return the share, or None for NaN, which JSON cannot hold."""
     return share if math.isfinite(share) else None
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """("3", "attention.self.query") from "encoder.layer.3.attention.self.query"; ("", name) without
-    a number."""
+    """Return block and layer type of a name; ("", name) for a name without a number.
+
+    "encoder.layer.3.attention.self.query" is ("3", "attention.self.query").
+    """
     match = re.match(r"^(?:.*?\.)?(\d+)\.(.+)$", name)
     if match is None:
         return "", name
@@ -135,9 +136,9 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def totals(calibration: Calibration, plan: RankPlan) -> dict[str, Any]:
-    """The figures below the table."""
+    """Return the figures below the table."""
     rows = [row for row in layer_rows(calibration, plan) if row.rank]
-    captured = [row.captured for row in rows if row.captured is not None]
+    captured = calibration.captured(plan.ranks).values()
     ratios = [
         row.captured / row.explained for row in rows if row.captured is not None and row.explained
     ]

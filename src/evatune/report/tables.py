@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from evatune.calibration.result import Calibration
 from evatune.ranks.allocation import RankPlan
 from evatune.report.summary import LayerRow, layer_rows, plan_of, totals
 from evatune.utils.markup import printable
+from evatune.utils.text import shortened
 
 _LONG = 80
 _PIPED_WIDTH = 250
@@ -22,13 +24,13 @@ _NO_LIMIT = 10_000
 
 
 def console() -> Console:
-    """For tables on stdout; wide enough for layer names where no terminal says how wide it is."""
-    found = Console()
-    return found if found.is_terminal else Console(width=_PIPED_WIDTH)
+    """Return a console for stdout, wide enough for layer names where there is no terminal."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=_PIPED_WIDTH)
 
 
 def show_calibration(terminal: Console, calibration: Calibration) -> None:
-    """The table, and the lines below it."""
+    """Print the table, and the lines below it."""
     plan, problem = plan_of(calibration)
     terminal.print(calibration_table(terminal, calibration, plan))
     say(terminal, *summary_lines(calibration, plan))
@@ -37,19 +39,21 @@ def show_calibration(terminal: Console, calibration: Calibration) -> None:
 
 
 def say(terminal: Console, *lines: str) -> None:
-    """Text as it is; folded at words on a terminal, left whole in a pipe."""
+    """Print text as it is; folded at words on a terminal, left whole in a pipe."""
     for line in lines:
         terminal.print(plain(line), soft_wrap=not terminal.is_terminal)
 
 
 def plain(text: str) -> Text:
-    """Return a text that rich prints as it is: brackets are no styles, colons no emoji, and nothing
-    moves the cursor."""
+    """Return a text that rich prints as it is.
+
+    Brackets are no styles, colons no emoji, and nothing moves the cursor.
+    """
     return Text(printable(text))
 
 
 def calibration_table(terminal: Console, calibration: Calibration, plan: RankPlan) -> Table:
-    """One line per layer, or per layer type where that would be more than a screen or two."""
+    """Return a table of layers, or of layer types where that would be more than a screen or two."""
     rows = layer_rows(calibration, plan)
     return _per_layer(terminal, rows) if len(rows) <= _LONG else _per_type(terminal, rows)
 
@@ -93,22 +97,19 @@ def _per_type(terminal: Console, rows: list[LayerRow]) -> Table:
         "statuses",
     )
     lines = []
-    for kind in dict.fromkeys(row.type for row in rows):
-        some = [row for row in rows if row.type == kind]
-        ranks = [row.rank for row in some]
-        captured = [row.captured for row in some if row.captured is not None]
-        counts = {
-            status: sum(r.status == status for r in some)
-            for status in dict.fromkeys(r.status for r in some)
-        }
+    for layer_type in dict.fromkeys(row.type for row in rows):
+        members = [row for row in rows if row.type == layer_type]
+        ranks = [row.rank for row in members]
+        captured = [row.captured for row in members if row.captured is not None]
+        counts = Counter(row.status for row in members)
         lines.append(
             (
-                kind,
-                str(len(some)),
+                layer_type,
+                str(len(members)),
                 str(min(ranks)),
                 f"{sum(ranks) / len(ranks):.1f}",
                 str(max(ranks)),
-                f"{sum(row.parameters for row in some):,}",
+                f"{sum(row.parameters for row in members):,}",
                 percent(sum(captured) / len(captured) if captured else None),
                 percent(min(captured, default=None)),
                 ", ".join(f"{n} {status}" for status, n in counts.items()),
@@ -126,8 +127,10 @@ def _fitted(
     styles: Sequence[str],
     spare: Sequence[str],
 ) -> Table:
-    """A table of layers, less as many of the `spare` columns as a narrow terminal asks for, and
-    that said below it."""
+    """Return a table without as many of the `spare` columns as a narrow terminal asks for.
+
+    A line below it names those.
+    """
     for dropped in range(len(spare) + 1):
         gone = spare[:dropped]
         table = Table(
@@ -160,7 +163,7 @@ def _fitted(
 
 
 def summary_lines(calibration: Calibration, plan: RankPlan) -> list[str]:
-    """What stands below the table."""
+    """Return the lines below the table."""
     t = totals(calibration, plan)
     change = t["parameters"] / t["uniform_parameters"] - 1 if t["uniform_parameters"] else 0.0
     lines = [
@@ -179,14 +182,14 @@ def summary_lines(calibration: Calibration, plan: RankPlan) -> list[str]:
         )
     for status in dict.fromkeys(calibration.status.values()):
         if status != "converged":
-            names = [name for name, own in calibration.status.items() if own == status]
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            lines.append(f"{status}: {shown}. {status.advice[0].upper()}{status.advice[1:]}.")
+            names = [name for name, other in calibration.status.items() if other == status]
+            advice = status.advice[0].upper() + status.advice[1:]
+            lines.append(f"{status}: {shortened(names, 3)}. {advice}.")
     return lines
 
 
 def adapter_table(terminal: Console, rows: Iterable[dict[str, Any]]) -> Table:
-    """One line per layer of a saved adapter."""
+    """Return a table with a line per layer of a saved adapter."""
     headings = ("layer", "rank", "alpha", "scale", "parameters", "mean row norm of A", "norm of B")
     lines = [
         (
@@ -205,5 +208,5 @@ def adapter_table(terminal: Console, rows: Iterable[dict[str, Any]]) -> Table:
 
 
 def percent(share: float | None) -> str:
-    """A share in [0, 1] for people; a dash where there is none."""
+    """Return a share in [0, 1] for people; a dash where there is none."""
     return "–" if share is None else f"{share:.1%}"

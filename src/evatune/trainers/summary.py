@@ -21,12 +21,7 @@ def summary(calibration: Calibration) -> dict[str, float]:
     """
     plan = calibration.allocate()
     ranks = {name: rank for name, rank in plan.ranks.items() if rank}
-    certificates = {name: calibration.spectra[name].certificate for name in ranks}
-    captured = [
-        certificate.captured(ranks[name])
-        for name, certificate in certificates.items()
-        if certificate
-    ]
+    captured = calibration.captured(ranks).values()
     figures: dict[str, float] = {
         "evatune/batches": calibration.batches,
         "evatune/ranks": sum(ranks.values()),

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from evatune.errors import ConfigError
-from evatune.utils.files import writing
+from evatune.utils.atomic import writing
 
 _NAME = ".evatune.lock"
 

@@ -10,16 +10,17 @@ import re
 
 
 def printable(text: str) -> str:
-    """Return a text in which what a terminal would obey, and what ends a line, is written out:
-    "\\x1b" for an escape."""
+    """Return a text with what a terminal would obey, and line ends, written out: "\\x1b"."""
     return "".join(
         sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
     )
 
 
 def plot_text(text: str) -> str:
-    """Return a text that matplotlib draws as it is: no formula between dollars, and no label that a
-    legend leaves out."""
+    """Return a text that matplotlib draws as it is, with no formula between dollars.
+
+    Legends leave out labels that begin with an underscore, so a space comes before that.
+    """
     shown = printable(text).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 

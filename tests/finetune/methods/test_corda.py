@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evatune.finetune.methods import lora_layers
+from evatune.adapters.lora_layers import lora_layers
 from tests.finetune.helpers import MethodCase
 
 torch.set_num_threads(1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from evatune.finetune.methods import lora_layers
+from evatune.adapters.lora_layers import lora_layers
 from tests.finetune.helpers import RANK, MethodCase
 
 torch.set_num_threads(1)

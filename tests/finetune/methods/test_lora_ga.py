@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from evatune.finetune.methods import lora_layers
+from evatune.adapters.lora_layers import lora_layers
 from evatune.sketch.spectrum import principal_angles
 from tests.finetune.helpers import RANK, MethodCase
 

@@ -10,8 +10,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from evatune.adapters.lora_layers import lora_layers
 from evatune.errors import ConfigError
-from evatune.finetune.methods import METHODS, lora_layers
+from evatune.finetune.methods import METHODS
 from evatune.finetune.methods.weight_init import WeightInit
 from tests.finetune.helpers import MethodCase
 

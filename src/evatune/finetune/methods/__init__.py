@@ -20,7 +20,6 @@ from evatune.finetune.methods.base import (
     Method,
     OptimizerOptions,
     Preparation,
-    lora_layers,
 )
 
 _FILES = (lora, pissa, olora, milora, corda, lora_ga, adalora, loraplus, eva, without_adapter)
@@ -50,5 +49,4 @@ __all__ = [
     "OptimizerOptions",
     "Preparation",
     "find_method",
-    "lora_layers",
 ]

@@ -12,12 +12,11 @@ from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from evatune.adapters.lora_layers import find_lora_targets
+from evatune.adapters.lora_layers import find_lora_targets, lora_layers
 from evatune.calibration import Calibration
 from evatune.capture.recorder import RowsFunction
 from evatune.capture.targets import find_target_layers
 from evatune.errors import ConfigError
-from evatune.modeling.wrappers import peft_name
 
 # Examples per batch → one pass over the training data, on the model's device.
 Batches = Callable[[int], Iterable[Any]]
@@ -207,12 +206,3 @@ class Lora(Method):
                     f"({type(layer.get_base_layer()).__name__}) is none; name other "
                     "adapter.targets, or choose lora or eva"
                 )
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Return the adapted layers by the names that PEFT's patterns match."""
-    return {
-        peft_name(path): module
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    }

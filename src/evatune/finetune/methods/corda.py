@@ -13,7 +13,8 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from torch import nn
 
-from evatune.finetune.methods.base import Batches, lora_layers
+from evatune.adapters.lora_layers import lora_layers
+from evatune.finetune.methods.base import Batches
 from evatune.finetune.methods.weight_init import WeightInit, initialize_by_peft, peft_config
 from evatune.modeling.forward import call_model
 

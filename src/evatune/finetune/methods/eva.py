@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from evatune.adapters.lora_layers import lora_layers
 from evatune.api import calibrate
 from evatune.calibration import Calibration, CalibrationConfig
-from evatune.finetune.methods.base import Lora, Preparation, lora_layers
+from evatune.finetune.methods.base import Lora, Preparation
 
 _MINOR_BATCHES, _MINOR_EXAMPLES = 16, 16
 

@@ -11,7 +11,8 @@ from typing import Any
 from peft.tuners.lora import LoraGAConfig, preprocess_loraga
 from torch import Tensor
 
-from evatune.finetune.methods.base import Batches, lora_layers
+from evatune.adapters.lora_layers import lora_layers
+from evatune.finetune.methods.base import Batches
 from evatune.finetune.methods.weight_init import WeightInit, initialize_by_peft, peft_config
 from evatune.modeling.forward import call_model
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evatune.finetune.methods.base import Batches, lora_layers
+from evatune.adapters.lora_layers import lora_layers
+from evatune.finetune.methods.base import Batches
 from evatune.finetune.methods.weight_init import WeightInit, subtract_from_base
 from evatune.sketch.spectrum import fix_signs
 

@@ -24,11 +24,12 @@ from peft.utils import (
 )
 from safetensors.torch import load_file, save_file
 
+from evatune.adapters.lora_layers import lora_layers
 from evatune.calibration import Calibration
 from evatune.errors import ConfigError
-from evatune.finetune.methods.base import Batches, Lora, Preparation, lora_layers
+from evatune.finetune.methods.base import Batches, Lora, Preparation
 from evatune.modeling.state import evaluation_state
-from evatune.utils.files import claimed_folder
+from evatune.utils.outputs import claimed_folder
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evatune.finetune.tasks.rl.policy import padded_window
 from evatune.finetune.tasks.rl.simulator import ACTIONS, MAX_STEPS, PLAY, environment, seed_for
-from evatune.utils.files import atomic_file
+from evatune.utils.atomic import atomic_file
 
 _FRAME_EVERY = 8  # simulator steps, of which a second has 80
 _FRAME = (180, 240)  # pixels

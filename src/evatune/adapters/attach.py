@@ -1,0 +1,52 @@
+"""A plain LoRA adapter around a model, by PEFT."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from evatune.capture import find_target_layers
+from evatune.errors import TargetError
+
+Names = str | list[str]
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """The parts of a `LoraConfig` that the command line sets."""
+
+    rank: int
+    alpha: float
+    targets: Names
+    exclude: Names | None
+    task_type: str | None
+
+
+def add_lora(model: nn.Module, options: LoraOptions) -> PeftModel:
+    """Return a PEFT model around `model`, with a LoRA adapter.
+
+    PEFT's own errors do not say which names would match; ours do.
+    """
+    find_target_layers(model, options.targets)
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        target_modules=options.targets,
+        exclude_modules=options.exclude,
+        task_type=options.task_type,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no modules were excluded", category=UserWarning)
+        try:
+            return get_peft_model(model, config)
+        except (ValueError, UserWarning) as error:
+            target_layers = find_target_layers(model, options.targets)
+            names = ", ".join(layer.name for layer in target_layers[:3])
+            raise TargetError(
+                f"exclude_modules {options.exclude!r} leaves out none of the targeted layers, or"
+                f" all of them; they are {names}, …; name some of them by their endings, or by a"
+                " regular expression for whole names"
+            ) from error

@@ -1,0 +1,69 @@
+"""Options of a command as one frozen dataclass, of which each field is an option."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, Field, field, fields
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+Config = TypeVar("Config")
+Options = TypeVar("Options")
+
+
+def option(*names: str, default: Any, help: str, panel: str) -> Any:
+    """Return a dataclass field that is an option of a command.
+
+    Args:
+        names: on the command line; "--" and the field's name where none is given.
+        panel: heading of the box of `--help` in which it stands.
+    """
+    info = typer.Option(*names, help=help, rich_help_panel=panel)
+    return field(default=default, metadata={"option": info})
+
+
+def setting(config: type, name: str, *names: str, panel: str, default: Any = MISSING) -> Any:
+    """Return a field that is an option for the field `name` of the dataclass `config`.
+
+    Its help is that field's, and so is its default, unless another one is given.
+    """
+    source: Field[Any] = next(each for each in fields(config) if each.name == name)
+    chosen = source.default if default is MISSING else default
+    return option(*names, default=chosen, help=source.metadata["help"], panel=panel)
+
+
+def config_of(config: type[Config], options: Any) -> Config:
+    """Return the `config` whose fields have the values of the options of the same names."""
+    names = {each.name for each in fields(config)} & {each.name for each in fields(options)}  # type: ignore[arg-type]
+    return config(**{name: getattr(options, name) for name in names})
+
+
+def takes_options(
+    options: type[Options],
+) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """Return a decorator for a function of one `options`, which makes it a command of many."""
+    types = get_type_hints(options)
+    parameters = [
+        inspect.Parameter(
+            each.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=each.default,
+            annotation=Annotated[types[each.name], each.metadata["option"]],
+        )
+        for each in fields(options)  # type: ignore[arg-type]
+    ]
+
+    def decorate(function: Callable[[Options], None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(**values: Any) -> None:
+            function(options(**values))
+
+        # Typer reads the signature, and asks the annotations for what stands in it as text.
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {each.name: each.annotation for each in parameters}
+        return command
+
+    return decorate

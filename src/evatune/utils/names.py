@@ -1,0 +1,48 @@
+"""Names and places of files: where a path leads, and what may be part of a name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+_NAME_BYTES = 255  # of a name, on nearly every file system
+_MOST_PART_BYTES = 100  # of a name's part that comes from a recipe
+
+
+def resolved(path: str | Path) -> Path:
+    """Return where `path` leads, absolute and without links or "..".
+
+    So the place that is checked is the place that is written.
+    """
+    return Path(os.path.realpath(path))
+
+
+def as_shown(path: str | Path) -> Path:
+    """Return `path` as the user wrote it; resolved where it has "..", which links may redirect."""
+    return resolved(path) if ".." in Path(path).parts else Path(path)
+
+
+def name_problem(name: str) -> str | None:
+    """Return why `name` cannot be a part of a file's name, or None if it can."""
+    if not name or not name.isprintable():
+        return "it must be a name of printable characters"
+    if "/" in name or "\\" in name or name.startswith("."):
+        return "it becomes part of a file's name, so it must not hold / or \\ or begin with a dot"
+    if len(name.encode()) > _MOST_PART_BYTES:
+        return (
+            "it becomes part of a file's name, so it must not be longer than"
+            f" {_MOST_PART_BYTES} bytes"
+        )
+    return None
+
+
+def beside(path: Path, before: str, after: str) -> Path:
+    """Return a path in the same folder that is named after `path`.
+
+    A name too long for that is cut, and distinguished by its hash.
+    """
+    name = os.fsencode(path.name)
+    if len(name) + len(before) + len(after) > _NAME_BYTES:
+        name = name[:150] + hashlib.sha256(name).hexdigest()[:16].encode()
+    return path.with_name(before + os.fsdecode(name) + after)

@@ -1,0 +1,39 @@
+"""Text for messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+ABSENT: Final = object()  # the value of a key that a mapping does not have
+
+
+class Difference(NamedTuple):
+    """A place where two JSON values differ, as keys with spaces between, and both values there."""
+
+    where: str
+    first: Any
+    second: Any
+
+
+def shortened(names: Sequence[str], limit: int = 5) -> str:
+    """Return the first names, and how many more there are: "a, b and 3 more"."""
+    shown = ", ".join(names[:limit])
+    hidden = len(names) - limit
+    return f"{shown} and {hidden} more" if hidden > 0 else shown
+
+
+def first_difference(first: Any, second: Any) -> Difference | None:
+    """Return the first place where two JSON values differ; None where they are the same.
+
+    A key that one of two mappings lacks has the value ABSENT there.
+    """
+    if first == second:
+        return None
+    if not (isinstance(first, Mapping) and isinstance(second, Mapping)):
+        return Difference("", first, second)
+    for key in dict.fromkeys([*first, *second]):
+        inner = first_difference(first.get(key, ABSENT), second.get(key, ABSENT))
+        if inner is not None:
+            return inner._replace(where=f"{key} {inner.where}".strip())
+    return None

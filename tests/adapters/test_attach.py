@@ -1,0 +1,21 @@
+"""A plain LoRA adapter around a model."""
+
+from __future__ import annotations
+
+import pytest
+
+from evatune.adapters.attach import LoraOptions, add_lora
+from evatune.errors import TargetError
+from tests.helpers import Toy
+
+
+def test_the_adapter_is_what_the_options_say() -> None:
+    model = add_lora(Toy(), LoraOptions(3, 6, ["q", "up"], ["blocks.1.up"], None))
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha) == (3, 6)
+    assert model.targeted_module_names == ["blocks.0.q", "blocks.0.up", "blocks.1.q"]
+
+
+def test_exclusions_that_match_nothing_name_the_layers() -> None:
+    with pytest.raises(TargetError, match=r"leaves out none .* they are blocks\.0\.q"):
+        add_lora(Toy(), LoraOptions(3, 6, "all-linear", ["nothing"], None))

@@ -1,0 +1,104 @@
+"""The command line as a whole: version, help, misspelled calls, and what it can show."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import evatune
+from evatune.utils.markup import printable
+from tests.conftest import Command, refused, sentences
+from tests.helpers import ESCAPE
+
+
+def test_python_m_evatune_prints_the_version() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "evatune", "--version"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout == f"{evatune.__version__}\n"
+    assert found.stderr == ""
+
+
+def test_no_command_prints_the_help(command: Command) -> None:
+    answer = command()
+    assert answer.status == 0
+    assert "init" in answer.out
+    assert "inspect" in answer.out
+
+
+@pytest.mark.parametrize("name", ["init", "inspect", "export"])
+def test_every_option_is_explained(command: Command, name: str) -> None:
+    answer = command(name, "--help")
+    assert answer.status == 0
+    assert "--json" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["paint"], "'paint'"),
+        (["inspect"], "file"),
+        (["init", "extra"], "extra"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
+)
+def test_a_misspelled_call_gets_one_line(command: Command, arguments: list[str], part: str) -> None:
+    refused(command(*arguments), part, "--help")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_stream_that_cannot_show_a_sign_shows_another(
+    command: Command, written: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    for arguments in (
+        ["inspect", written],
+        ["recipes", "show", "images-digits"],
+        ["init", "--help"],
+        ["--help"],
+    ):
+        assert command(*arguments).status == 0, arguments
+    assert command("inspect", "σ\udce9→").status == 2
+    out.seek(0)
+    text = out.read()
+    assert "encoder.layer.0.attention.self.query" in text
+    assert "in?out" in text
+    err.seek(0)
+    assert r"'?\udce9?' does not exist" in err.read()
+
+
+def test_what_a_user_writes_reaches_no_terminal_as_a_command(
+    command: Command, bert_folder: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / f"a[{ESCAPE}"
+    place.mkdir()
+    data = place / "b].txt"  # "[/b]" closes a style that was never opened
+    data.write_text("\n".join(sentences(32)))
+    out = tmp_path / f"o[{ESCAPE}" / "o]"
+    answer = command(
+        "init",
+        "--model",
+        bert_folder,
+        "--data",
+        data,
+        "--rank",
+        2,
+        "--max-batches",
+        1,
+        "--out",
+        out,
+    )
+    assert answer.status == 0, answer
+    assert "\x1b" not in answer.out + answer.err
+    assert f"o[{printable(ESCAPE)}/o]" in answer.out
+    refused(
+        command("init", "--model", bert_folder, "--data", data, "--rank", 2, "--targets", ESCAPE),
+        printable(ESCAPE),
+    )
+    refused(command("recipes", "ls", f"[/b]{ESCAPE}\nmore"), "[/b]", printable(ESCAPE))

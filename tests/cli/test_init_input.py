@@ -1,0 +1,220 @@
+"""Models and data of `evatune init`: which are read, and what bad ones get."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import transformers
+
+from tests.conftest import Command, refused, save_model, sentences
+
+
+def data_file(folder: Path, kind: str) -> Path:
+    rows = {"text": sentences(), "label": ["yes"] * 64}
+    path = folder / f"data.{kind}"
+    data = datasets.Dataset.from_dict(rows)
+    {"jsonl": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}[kind](path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_tables_of_each_kind_are_read(init: Command, tmp_path: Path, work: Path, kind: str) -> None:
+    datasets.disable_progress_bars()
+    assert init(data=data_file(tmp_path, kind), max_batches=2).status == 0
+    assert json.loads((work / "out" / "run.json").read_text())["settings"]["texts"] == 64
+
+
+def test_a_folder_holds_a_document_per_text_file(init: Command, tmp_path: Path, work: Path) -> None:
+    for number, text in enumerate(sentences(32)):
+        place = tmp_path / "documents" / f"topic{number % 2}" / f"{number}.txt"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text.replace(" ", "\n"))
+    assert init(data=tmp_path / "documents", max_batches=2).status == 0
+    assert json.loads((work / "out" / "run.json").read_text())["settings"]["texts"] == 32
+
+
+def test_the_text_column_can_be_named(init: Command, tmp_path: Path) -> None:
+    path = tmp_path / "two.csv"
+    path.write_text("question,answer\n" + "".join(f"{text},{text}\n" for text in sentences(32)))
+    assert init(data=path, text_column="answer", max_batches=2).status == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "parts"),
+    [
+        ({"rank": 0}, ["rank is 0", "at least 1"]),
+        ({"rank": "many"}, ["--rank", "evatune init --help"]),
+        (
+            {"rank": 40},
+            ["budget of 520 ranks", "encoder.layer.0.attention.self.query (", "Lower rank"],
+        ),
+        ({"rho": 0.5}, ["rho is 0.5", "at least 1"]),
+        ({"rho": "nan"}, ["rho is nan"]),
+        ({"rho": "inf"}, ["rho is inf"]),
+        ({"alpha": 0}, ["alpha is 0", "above 0"]),
+        ({"alpha": "nan"}, ["alpha is nan"]),
+        ({"metric": "best"}, ["metric", "'best'", "ratio, raw, max, sum"]),
+        ({"budget": "euros"}, ["budget", "'euros'", "ranks, parameters"]),
+        ({"scale": "big"}, ["scale", "'big'", "paper, whiten, matched"]),
+        ({"sketch": "pencil"}, ["sketch", "'pencil'", "nystrom, exact, incremental"]),
+        ({"task": "poetry"}, ["task", "'poetry'", "causal-lm", "feature-extraction"]),
+        ({"task": "seq2seq-lm"}, ["BertConfig", "another task"]),
+        ({"device": "abacus"}, ["device 'abacus'", "cpu"]),
+        ({"device": "meta"}, ["device 'meta'", "cpu"]),
+        ({"dtype": "int8"}, ["dtype", "'int8'", "bfloat16"]),
+        ({"targets": "nothing"}, ["targets ['nothing']", "dense, key, query, value", "all-linear"]),
+        ({"targets": "("}, ["targets '('", "regular expression"]),
+        ({"targets": "LayerNorm"}, ["embeddings.LayerNorm (LayerNorm)", "Name the linear layers"]),
+        ({"exclude_modules": "nothing"}, ["exclude_modules ['nothing']", "attention.self.query"]),
+        ({"exclude_modules": ".*"}, ["exclude_modules '.*'", "attention.self.query"]),
+        ({"batch_size": 0}, ["batch_size is 0", "at least 1"]),
+        ({"max_length": 0}, ["max_length is 0", "at least 1"]),
+        ({"max_batches": 0}, ["max_batches is 0", "at least 1"]),
+        ({"tolerance": 2}, ["tolerance is 2", "[0, 1)"]),
+        ({"seed": -1}, ["seed is -1", "at least 0"]),
+        ({"split": "test"}, ['Unknown split "test"', "'train'"]),
+        ({"text_column": "body"}, ["no column 'body'", "text"]),
+        ({"data": "missing.csv"}, ["data 'missing.csv' does not exist"]),
+        ({"data": "./missing"}, ["data './missing' does not exist"]),
+        ({"model": "./missing"}, ["model './missing' does not exist", "hub id"]),
+        ({"out": "/dev/null/out"}, ["'/dev/null/out' cannot be written", "--out"]),
+        ({"no_such_option": True}, ["--no-such-option", "evatune init --help"]),
+    ],
+    ids=lambda value: (
+        " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else ""
+    ),
+)
+def test_a_bad_option_is_named_with_what_is_allowed(
+    init: Command, work: Path, option: dict[str, Any], parts: list[str]
+) -> None:
+    refused(init(**option), *parts, folder=work)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("empty.txt", b"", ["empty.txt' is empty", "at least one text"]),
+        ("blank.txt", b"\n\n  \n\t\n", ["blank.txt' holds no text", "give data"]),
+        ("blank.csv", b"text,label\n,1\n , 2\n", ["blank.csv' holds no text", "'text'"]),
+        ("two.csv", b"a,b\nx,y\n", ["2 columns of strings (a, b)", "--text-column"]),
+        ("numbers.csv", b"a,b\n1,2\n", ["no column 'text'", "0 columns of strings"]),
+        ("torn.jsonl", b'{"text": "a"}\n{"text"', ["torn.jsonl'", "JSON"]),
+        ("quote.csv", b'text,b\n"a,2\n3,4\n', ["quote.csv'", "EOF inside string"]),
+        ("fake.parquet", b"PAR1 but not really", ["fake.parquet'", "Parquet"]),
+        ("picture.png", b"\x89PNG", ["picture.png' is of a kind that is not read", ".jsonl"]),
+        (
+            "short.txt",
+            b"w1 w2 w3\n",
+            ["too_few_rows", "(3 rows for 8 components)", "give more data"],
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_data_are_named_with_what_to_try(
+    init: Command, work: Path, tmp_path: Path, name: str, content: bytes, parts: list[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    refused(init(data=tmp_path / name), *parts, folder=work)
+
+
+def test_a_folder_without_a_file_to_read_is_refused(
+    init: Command, work: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "picture.png").write_bytes(b"\x89PNG")
+    refused(init(data=tmp_path / "data"), "holds no file that ends in .txt", folder=work)
+
+
+def test_a_folder_of_mixed_kinds_is_refused(init: Command, work: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("a")
+    (tmp_path / "data" / "b.csv").write_text("text\nb\n")
+    refused(init(data=tmp_path / "data"), "mixes kinds of files (.csv, .txt)", folder=work)
+
+
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [
+        ({"data": "nobody/nothing"}, "JSON Lines"),
+        ({"model": "nobody/nothing"}, "config.json"),
+        ({"model": "no"}, "config.json"),
+    ],
+)
+def test_a_hub_that_does_not_answer_is_given_up_soon(
+    init: Command, work: Path, no_network: None, option: dict[str, str], instead: str
+) -> None:
+    started = time.monotonic()
+    answer = init(**option)
+    assert time.monotonic() - started < 15
+    refused(answer, repr(*option.values()), "the model hub cannot be reached", instead, folder=work)
+
+
+def test_a_model_folder_without_weights_is_refused(
+    init: Command, work: Path, bert_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bert_folder, tmp_path / "bert")
+    (tmp_path / "bert" / "model.safetensors").unlink()
+    refused(init(model=tmp_path / "bert"), str(tmp_path / "bert"), "weights", folder=work)
+
+
+def test_torn_weights_are_refused(
+    init: Command, work: Path, bert_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bert_folder, tmp_path / "bert")
+    weights = tmp_path / "bert" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused(init(model=tmp_path / "bert"), str(tmp_path / "bert"), folder=work)
+
+
+def test_a_model_folder_without_tokenizer_is_refused(
+    init: Command, work: Path, bert_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bert_folder, tmp_path / "bert", ignore=shutil.ignore_patterns("token*"))
+    refused(init(model=tmp_path / "bert"), str(tmp_path / "bert"), "no tokenizer", folder=work)
+
+
+def test_a_file_as_model_is_refused(init: Command, work: Path, text_file: Path) -> None:
+    refused(init(model=text_file), "is a file", "config.json", folder=work)
+
+
+def test_nan_in_the_model_names_layer_and_batch(
+    init: Command, work: Path, bert_folder: Path, tmp_path: Path
+) -> None:
+    model = transformers.AutoModel.from_pretrained(bert_folder)
+    with torch.no_grad():
+        model.encoder.layer[1].intermediate.dense.weight[0, 0] = torch.nan
+    save_model(model, tmp_path / "nan")
+    refused(
+        init(model=tmp_path / "nan"),
+        "encoder.layer.1.output.dense (first in batch 1)",
+        "NaN or Inf",
+        folder=work,
+    )
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    init: Command, work: Path, bert_folder: Path, tmp_path: Path
+) -> None:
+    model = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=10,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+        )
+    )
+    folder = save_model(model, tmp_path / "small")
+    refused(
+        init(model=folder),
+        "running the model on the data failed (IndexError",
+        "tokenizer that fits",
+        folder=work,
+    )

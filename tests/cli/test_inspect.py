@@ -1,0 +1,202 @@
+"""`evatune inspect`: what it prints, and what bad files get."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import evatune
+from tests.conftest import Command, refused
+
+
+def test_inspect_prints_a_calibration(command: Command, written: Path) -> None:
+    answer = command("inspect", written / "calibration.safetensors")
+    assert answer.status == 0
+    assert "What each layer got" in answer.out
+    assert "encoder.layer.0.attention.self.query" in answer.out
+    assert "norm of B" not in answer.out
+
+
+def test_inspect_prints_an_adapter(command: Command, written: Path) -> None:
+    answer = command("inspect", written / "adapter_model.safetensors")
+    assert answer.status == 0
+    assert "norm of B" in answer.out
+    assert "What each layer got" not in answer.out
+
+
+def test_inspect_prints_both_of_a_folder(command: Command, written: Path) -> None:
+    answer = command("inspect", written)
+    assert answer.status == 0
+    assert "norm of B" in answer.out
+    assert "What each layer got" in answer.out
+
+
+def test_inspect_goes_by_content_not_by_name(
+    command: Command, written: Path, tmp_path: Path
+) -> None:
+    shutil.copy(written / "adapter_model.safetensors", tmp_path / "weights.safetensors")
+    shutil.copy(written / "adapter_config.json", tmp_path)
+    shutil.copy(written / "calibration.safetensors", tmp_path / "adapter_calibration.safetensors")
+    assert "norm of B" in command("inspect", tmp_path / "weights.safetensors").out
+    assert (
+        "What each layer got"
+        in command("inspect", tmp_path / "adapter_calibration.safetensors").out
+    )
+
+
+def test_inspect_json_says_the_ranks_of_both(command: Command, written: Path) -> None:
+    answer = command("inspect", written, "--json")
+    facts = json.loads(answer.out)
+    assert answer.out.count("\n") == 1
+    ranks = {row["name"]: row["rank"] for row in facts["layers"]}
+    assert {row["layer"]: row["rank"] for row in facts["adapter"]} == {
+        name: rank for name, rank in ranks.items() if rank
+    }
+    assert all(row["b_norm"] == 0 for row in facts["adapter"])
+    assert all(row["a_row_norm"] == pytest.approx(1) for row in facts["adapter"])
+    assert all(row["scale"] == pytest.approx(1 / 4) for row in facts["adapter"])
+
+
+def test_inspect_prints_an_adapter_of_plain_peft(
+    command: Command, bert_folder: Path, tmp_path: Path
+) -> None:
+    model = transformers.AutoModel.from_pretrained(bert_folder)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        use_rslora=True,
+        target_modules=["query"],
+        rank_pattern={"1.attention.self.query": 9},
+    )
+    get_peft_model(model, config).save_pretrained(tmp_path / "plain")
+    rows = json.loads(command("inspect", tmp_path / "plain", "--json").out)["adapter"]
+    assert [(row["rank"], row["scale"]) for row in rows] == [
+        (4, pytest.approx(4)),
+        (9, pytest.approx(8 / 3)),
+    ]
+
+
+class Partly(nn.Module):
+    """One layer in use, one that never is, one that sees zeros, one that sees NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle, self.zero, self.nan = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.zero(x * 0)
+        self.nan(x * torch.nan)
+        return self.used(x)
+
+
+@pytest.fixture
+def partly(tmp_path: Path) -> Path:
+    batches = list(torch.randn(4, 32, 8, generator=torch.Generator().manual_seed(0)))
+    calibration = evatune.calibrate(Partly(), batches, evatune.CalibrationConfig(rank=2))
+    calibration.save(tmp_path / "partly.safetensors")
+    return tmp_path / "partly.safetensors"
+
+
+def test_inspect_shows_the_statuses_of_a_calibration_that_went_wrong(
+    command: Command, partly: Path
+) -> None:
+    answer = command("inspect", partly)
+    assert answer.status == 0, answer.err
+    for name, status in (("idle", "never_called"), ("zero", "no_signal"), ("nan", "non_finite")):
+        assert re.search(rf"{name} .* {status}", answer.out)
+    assert "No ranks: the budget of 8 ranks" in answer.out
+    assert "exclude_modules" in answer.out
+
+
+def test_inspect_json_of_a_calibration_that_went_wrong_has_no_nan(
+    command: Command, partly: Path
+) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    facts = json.loads(command("inspect", partly, "--json").out, parse_constant=refuse)
+    assert "cannot be met" in facts["problem"]
+    assert [row["attention"] for row in facts["layers"]] == [False, True, True, True]
+
+
+def test_a_missing_file_to_inspect_is_named(command: Command, tmp_path: Path) -> None:
+    refused(
+        command("inspect", tmp_path / "missing.safetensors"), "missing.safetensors' does not exist"
+    )
+
+
+def test_an_empty_folder_to_inspect_is_named(command: Command, tmp_path: Path) -> None:
+    refused(
+        command("inspect", tmp_path),
+        "holds neither calibration.safetensors nor adapter_model.safetensors",
+    )
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, 2000])
+def test_a_torn_calibration_is_refused(
+    command: Command, written: Path, tmp_path: Path, size: int
+) -> None:
+    torn = tmp_path / "calibration.safetensors"
+    torn.write_bytes((written / "calibration.safetensors").read_bytes()[:size])
+    refused(command("inspect", torn), str(torn), "damaged", "again")
+    refused(command("inspect", tmp_path), str(torn), "damaged", "again")
+
+
+def test_a_file_of_another_kind_is_refused(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not tensors at all")
+    refused(command("inspect", tmp_path / "notes.txt"), "notes.txt", "not a safetensors file")
+
+
+def test_foreign_safetensors_are_refused(command: Command, bert_folder: Path) -> None:
+    refused(
+        command("inspect", bert_folder / "model.safetensors"),
+        "not an evatune calibration",
+        "model.safetensors",
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        (None, ["adapter_config.json' does not exist"]),
+        ("{", ["adapter_config.json' holds no whole JSON", "save the adapter again"]),
+        ("[]", ["adapter_config.json' is damaged"]),
+        ('{"peft_type": "IA3"}', ["type 'IA3'", "only LoRA"]),
+        ("{}", ["type None", "only LoRA"]),
+    ],
+)
+def test_an_adapter_with_a_broken_config_is_refused(
+    command: Command, written: Path, tmp_path: Path, config: str | None, parts: list[str]
+) -> None:
+    shutil.copy(written / "adapter_model.safetensors", tmp_path)
+    if config is not None:
+        (tmp_path / "adapter_config.json").write_text(config)
+    refused(command("inspect", tmp_path), *parts)
+
+
+@pytest.mark.parametrize("change", ["torn", "without B", "without LoRA"])
+def test_an_adapter_with_broken_weights_is_refused(
+    command: Command, written: Path, tmp_path: Path, change: str
+) -> None:
+    weights = tmp_path / "adapter_model.safetensors"
+    shutil.copy(written / "adapter_config.json", tmp_path)
+    shutil.copy(written / weights.name, weights)
+    if change == "torn":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif change == "without B":
+        save_file(
+            {key: value for key, value in load_file(weights).items() if "lora_B" not in key},
+            weights,
+        )
+    else:
+        save_file({"other": torch.zeros(2)}, weights)
+    refused(command("inspect", tmp_path), "adapter_model.safetensors'")

@@ -1,0 +1,33 @@
+"""Rows and totals that tables, page and `--json` show."""
+
+from __future__ import annotations
+
+import pytest
+
+import evatune
+from evatune.report.summary import layer_rows, plan_of, split_name, totals
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "layer_type"),
+    [
+        ("encoder.layer.3.attention.self.query", "3", "attention.self.query"),
+        ("layers.0.experts.5.up", "0.5", "experts.up"),
+        ("0.1", "0.1", "0.1"),
+        ("pooler.dense", "", "pooler.dense"),
+    ],
+)
+def test_a_name_is_split_into_block_and_type(name: str, block: str, layer_type: str) -> None:
+    assert split_name(name) == (block, layer_type)
+
+
+def test_totals_are_those_of_the_rows(calibration: evatune.Calibration) -> None:
+    plan, problem = plan_of(calibration)
+    rows = [row for row in layer_rows(calibration, plan) if row.rank]
+    captured = [row.captured for row in rows if row.captured is not None]
+    figures = totals(calibration, plan)
+    assert problem is None
+    assert figures["parameters"] == sum(row.parameters for row in rows)
+    assert figures["ranks"] == sum(row.rank for row in rows)
+    assert figures["captured_mean"] == pytest.approx(sum(captured) / len(captured))
+    assert figures["captured_worst"] == min(captured)

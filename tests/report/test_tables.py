@@ -1,0 +1,35 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import evatune
+from evatune.report.tables import adapter_table, show_calibration
+from evatune.utils.markup import printable
+from tests.helpers import NAMES, wide_terminal
+
+
+def test_a_table_shows_every_name_as_it_is(calibration: evatune.Calibration) -> None:
+    shown = wide_terminal()
+    show_calibration(shown, calibration)
+    row = {"rank": 1, "alpha": 1.0, "scale": 1.0, "parameters": 1, "a_row_norm": 1.0, "b_norm": 1.0}
+    shown.print(adapter_table(shown, [row | {"layer": name} for name in NAMES]))
+    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert all(text.count(printable(name)) >= 2 for name in NAMES)
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("width", [80, 250])
+def test_a_narrow_terminal_gets_fewer_columns_and_whole_names(written: Path, width: int) -> None:
+    calibration = evatune.Calibration.load(written / "calibration.safetensors")
+    terminal = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    show_calibration(terminal, calibration)
+    text = terminal.file.getvalue()
+    assert all(len(line) <= width for line in text.splitlines())
+    assert all(f" {name} " in text for name in calibration.layers)
+    assert ("Left out for want of room: in→out" in text) == (width == 80)

@@ -1,0 +1,35 @@
+"""Text for messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from evatune.utils.text import ABSENT, first_difference, shortened
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [([], ""), (["a"], "a"), (["a", "b"], "a, b"), (["a", "b", "c", "d"], "a, b and 2 more")],
+)
+def test_more_names_than_the_limit_are_counted(names: list[str], text: str) -> None:
+    assert shortened(names, 2) == text
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "difference"),
+    [
+        ({"a": 1, "b": {"c": [1]}}, {"b": {"c": [1]}, "a": 1}, None),
+        ({"a": 1, "b": 2}, {"a": 1, "b": 3}, ("b", 2, 3)),
+        ({"a": {"b": {"c": 1}}}, {"a": {"b": {"c": 2}}}, ("a b c", 1, 2)),
+        ({"a": {"b": None}}, {"a": {}}, ("a b", None, ABSENT)),
+        ({}, {"a": None}, ("a", ABSENT, None)),
+        ({"a": {"b": 1}}, {"a": 1}, ("a", {"b": 1}, 1)),
+        (1, 2, ("", 1, 2)),
+    ],
+)
+def test_the_first_difference_is_named_by_its_keys(
+    first: Any, second: Any, difference: Any
+) -> None:
+    assert first_difference(first, second) == difference
