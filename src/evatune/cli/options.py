@@ -37,7 +37,8 @@ def setting(config: type, name: str, *names: str, panel: str, default: Any = MIS
 
 def config_of(config: type[Config], options: Any) -> Config:
     """Return the `config` whose fields have the values of the options of the same names."""
-    names = {each.name for each in fields(config)} & {each.name for each in fields(options)}  # type: ignore[arg-type]
+    of_config: Any = config
+    names = {each.name for each in fields(of_config)} & {each.name for each in fields(options)}
     return config(**{name: getattr(options, name) for name in names})
 
 
