@@ -71,21 +71,6 @@ def test_a_saved_adapter_gives_its_score_on_the_untouched_base_model(
     assert loss == pytest.approx(result["eval_loss"], abs=1e-4)
 
 
-def test_only_the_head_learns_with_head_and_all_with_full(
-    bert_folder: Path, tmp_path: Path
-) -> None:
-    head = run(small(bert_folder, "method=head"), tmp_path / "head", quiet=True)
-    full = run(small(bert_folder, "method=full"), tmp_path / "full", quiet=True)
-    assert head["trainable_parameters"] == 32 * 5 + 5
-    total = sum(
-        p.numel()
-        for p in AutoModelForSequenceClassification.from_pretrained(
-            bert_folder, num_labels=5
-        ).parameters()
-    )
-    assert full["trainable_parameters"] == total
-
-
 def test_the_ranks_of_lora_redist_are_evas_and_its_directions_are_not(
     bert_folder: Path, tmp_path: Path
 ) -> None:

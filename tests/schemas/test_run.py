@@ -1,4 +1,4 @@
-"""Recipes, results, metrics and checkpoints of runs: what is damaged is told, and passed over."""
+"""Recipes, results and metrics of runs: what is damaged is told, and passed over."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from evatune.errors import ConfigError, RecordError
 from evatune.finetune.compare import Run
 from evatune.finetune.metrics import read_metrics
 from evatune.finetune.recipe import load
-from evatune.finetune.resuming import newest_whole
 from evatune.finetune.run import run
 from evatune.finetune.summary import summarize
 from tests.fuzzing import fuzz
@@ -109,42 +108,3 @@ def test_a_run_without_a_permission_is_another_than_one_with_it(tmp_path: Path) 
     recipe = dataclasses.replace(load("understanding-bbc"), trust_remote_code=True)
     with pytest.raises(ConfigError, match="they differ in trust_remote_code"):
         run(recipe, finished(tmp_path / "run"))
-
-
-@pytest.mark.parametrize(
-    "file",
-    [
-        "trainer_state.json",
-        "optimizer.pt",
-        "scheduler.pt",
-        "rng_state.pth",
-        "adapter_model.safetensors",
-    ],
-)
-@pytest.mark.parametrize("damage", ["absent", "empty", "cut", "flipped"])
-def test_a_damaged_checkpoint_of_trainer_is_told_and_passed_over(
-    file: str, damage: str, tmp_path: Path
-) -> None:
-    older, newer = fuzz.write_trainer_state(tmp_path), tmp_path / "checkpoint-12"
-    assert newest_whole(tmp_path) == older
-    older.rename(newer)
-    state = newer / "trainer_state.json"
-    state.write_text(state.read_text().replace('"global_step": 4', '"global_step": 12'))
-    older = fuzz.write_trainer_state(tmp_path)
-    assert newest_whole(tmp_path) == newer
-    path = newer / file
-    raw = path.read_bytes()
-    if damage == "absent":
-        path.unlink()
-    elif damage == "empty":
-        path.write_bytes(b"")
-    elif damage == "cut":
-        path.write_bytes(raw[:-5])
-    else:
-        middle = len(raw) // 2 if path.suffix in (".pt", ".pth") else 3
-        path.write_bytes(raw[:middle] + bytes([raw[middle] ^ 64]) + raw[middle + 1 :])
-    with pytest.warns(
-        UserWarning, match=r"checkpoint-12' cannot be gone on from: it (holds|lacks|does not fit)"
-    ):
-        assert newest_whole(tmp_path) == older
-    assert not newer.exists()  # so that it fails once only

@@ -1,0 +1,89 @@
+"""The Trainer of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from evatune.errors import ConfigError
+from evatune.finetune.methods.base import Lora
+from evatune.finetune.tasks import Task
+from evatune.finetune.training import build_trainer
+from tests.finetune.helpers import MethodCase, small
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class _Watching(Lora):
+    """LoRA that notes, at every call of its hook, the step, the head and the head's gradient."""
+
+    seen: list[tuple[int, Tensor, Tensor | None]] = field(default_factory=list)
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        (head,) = (
+            p
+            for name, p in model.named_parameters()
+            if name.endswith("default.weight") and "classifier" in name
+        )
+        self.seen.append((step, head.detach().clone(), head.grad))
+
+
+def _trainer(method: Lora, folder: Path, *overrides: str) -> Any:
+    case = MethodCase("bert")
+    rows = [{key: value[0] for key, value in batch.items()} for batch in case.of(1)]
+    task = Task(
+        model=case.model(),
+        train=rows,
+        test=rows,
+        collator=transformers.default_data_collator,
+        head=["classifier"],
+        new_head=True,
+        task_type="SEQ_CLS",
+    )
+    model = case.adapted("lora")
+    recipe = small("demo", *overrides)
+    return build_trainer(recipe, task, method, model, folder, resumed=True, quiet=True)
+
+
+def test_the_methods_hook_comes_after_each_step_with_the_gradients_still_there(
+    tmp_path: Path,
+) -> None:
+    method = _Watching("watching")
+    settings = ["training.steps=3", "training.accumulate=2", "training.schedule=constant"]
+    trainer = _trainer(method, tmp_path, *settings, "training.save_every=9", "training.warmup=0")
+    before = trainer.model.base_model.model.classifier.modules_to_save["default"].weight
+    heads = [before.detach().clone()]
+    trainer.train()
+    assert [step for step, _, _ in method.seen] == [0, 1, 2]
+    assert all(gradient is not None for _, _, gradient in method.seen)
+    heads += [head for _, head, _ in method.seen]
+    assert not any(torch.equal(one, other) for one, other in pairwise(heads))
+    assert torch.equal(heads[-1], before)
+
+
+def test_the_learning_rate_rises_over_the_share_of_warmup_and_falls_to_zero(
+    tmp_path: Path,
+) -> None:
+    settings = ["training.steps=10", "training.warmup=0.4", "training.learning_rate=0.01"]
+    trainer = _trainer(Lora("lora"), tmp_path, *settings, "training.schedule=linear")
+    trainer.create_optimizer_and_scheduler(10)
+    rates = []
+    for _ in range(11):
+        rates.append(trainer.lr_scheduler.get_last_lr()[0])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    shares = [0, 1 / 4, 2 / 4, 3 / 4, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
+    assert rates == pytest.approx([0.01 * share for share in shares])
+
+
+def test_a_tracker_that_is_not_known_is_told_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^Trainer refuses these settings: [^\n]*nobody[^\n]*$"):
+        _trainer(Lora("lora"), tmp_path, "training.report_to=[nobody]")
