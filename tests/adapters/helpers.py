@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -31,6 +31,25 @@ def llama(**options: Any) -> Any:
 def adapted(model: Any, **options: Any) -> PeftModel:
     usual = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
     return get_peft_model(model, LoraConfig(**usual | options))
+
+
+PREFIX = "base_model.model."
+QUIET = {"show_progress_bar": False}
+
+
+def eva_config(**options: Any) -> LoraConfig:
+    eva = {key: options.pop(key) for key in list(options) if key in EvaConfig.__dataclass_fields__}
+    settings = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": "all-linear",
+        "init_lora_weights": "eva",
+    } | options
+    return LoraConfig(**settings, eva_config=EvaConfig(**eva))
+
+
+def with_eva(model: nn.Module, meta: bool = False, **options: Any) -> PeftModel:
+    return get_peft_model(model, eva_config(**options), low_cpu_mem_usage=meta)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:

@@ -16,7 +16,6 @@ import evatune
 from evatune.adapters.compat import initialize_lora_eva_weights
 from evatune.adapters.export import export_uniform
 from evatune.adapters.export.merged import merge_adapter
-from evatune.adapters.saved import adapter_rows
 from evatune.errors import AdapterError, ConfigError, TargetError
 from evatune.finetune.methods import METHODS, AdapterSetup
 from evatune.sketch.spectrum import captured_energy
@@ -296,37 +295,6 @@ def test_what_no_server_reads_is_not_exported(tmp_path: Path) -> None:
         match=r"out_proj is a projection of nn.MultiheadAttention, whose adapter no server",
     ):
         export_uniform(model, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("build", "batches", "options"),
-    [
-        (Words, texts, {"target_modules": ["table", "head"]}),
-        (Attends, sequences, {"target_modules": ["attn", "head"]}),
-        (
-            Mixture,
-            routed,
-            {"target_modules": ["head"], "target_parameters": ["experts.up", "experts.down"]},
-        ),
-    ],
-)
-def test_a_saved_adapter_says_the_rank_and_scale_of_every_kind(
-    build: Any, batches: Any, options: Any, tmp_path: Path
-) -> None:
-    calibration, start = round_trip(
-        build, LoraConfig(r=3, lora_alpha=6, **options), batches(), tmp_path
-    )
-    rows = {row["layer"]: row for row in adapter_rows(tmp_path / "adapter_model.safetensors")}
-    ranks = {
-        name.removesuffix(".0"): rank
-        for name, rank in calibration.allocate().ranks.items()
-        if name[-1] not in "123"
-    }
-    assert {name: row["rank"] for name, row in rows.items()} == {
-        name: rank for name, rank in ranks.items() if rank
-    }
-    assert {row["scale"] for row in rows.values()} == {2}
-    assert rows.keys() == start.keys()
 
 
 # A pads with zeros and has no dilation.

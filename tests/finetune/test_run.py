@@ -21,8 +21,7 @@ from evatune.finetune.metrics import read_metrics
 from evatune.finetune.run import run
 from evatune.finetune.run_folder import RESULT
 from evatune.finetune.tasks import understanding
-from tests.conftest import Command, refused
-from tests.finetune.helpers import NARROW_TARGETS, SMALL, evaluations, run_command, small
+from tests.finetune.helpers import NARROW_TARGETS, SMALL, evaluations, small
 
 torch.set_num_threads(1)
 
@@ -146,37 +145,3 @@ def test_a_killed_run_resumes_and_ends_like_one_that_was_not(
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert evaluations(out) == pytest.approx(evaluations(tmp_path / "whole"), abs=1e-6)
-
-
-def test_the_main_run_on_minilm_writes_what_it_says(tmp_path: Path) -> None:
-    settings = ["data.train=64", "data.test=32", "training.steps=6", "training.eval_every=6"]
-    found = run_command("train", "understanding-bbc", *settings, "--out", tmp_path / "run")
-    assert found.returncode == 0, found.stderr
-    assert "eva on bbc: score" in found.stdout
-    for name in (
-        "adapter",
-        "calibration.safetensors",
-        "curves.png",
-        "metrics.jsonl",
-        "ranks.png",
-        "report.html",
-    ):
-        assert (tmp_path / "run" / name).exists()
-        assert name in found.stdout
-
-
-def test_mistakes_have_one_sentence_and_status_2(command: Command, tmp_path: Path) -> None:
-    for arguments, text in (
-        (["understanding-bbc", "method=best"], "method is 'best'; choose one of lora"),
-        (["understanding-bbc", "task=nothing"], "tasks of language understanding are movie"),
-        (["understanding-bbc", "domain=cooking"], "domain is 'cooking'"),
-        (["understanding-bbc", "data.train=99999"], "has 2124 examples"),
-        (["understanding-bbc", "model=./nowhere"], "model './nowhere' does not exist"),
-        (
-            ["understanding-bbc", "training.schedule=jumpy"],
-            "training.schedule is 'jumpy'; choose one of linear",
-        ),
-        (["understanding-bbc", "adapter.targets=nothing"], "match no layer of this model"),
-        (["understanding-bbc", f"seed={2**40}"], "seed is 1099511627776"),
-    ):
-        refused(command("train", *arguments, "--out", tmp_path / "run"), text, folder=tmp_path)

