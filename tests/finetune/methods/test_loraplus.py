@@ -30,3 +30,10 @@ def test_every_trainable_weight_is_in_one_group_of_the_optimizer() -> None:
     optimizer = METHODS["loraplus"].optimizer(model, options)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+def test_weights_decay_as_much_as_the_run_says() -> None:
+    model = MethodCase("llama").adapted("loraplus")
+    options = OptimizerOptions(learning_rate=0.003, weight_decay=0.1, lora_plus_ratio=16)
+    groups = METHODS["loraplus"].optimizer(model, options).param_groups
+    assert {group["weight_decay"] for group in groups if group["params"]} == {0.1}

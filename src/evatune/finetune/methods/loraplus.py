@@ -22,7 +22,7 @@ class LoraPlus(Lora):
             torch.optim.AdamW,
             lr=options.learning_rate,
             loraplus_lr_ratio=options.lora_plus_ratio,
-            weight_decay=options.weight_decay,
+            loraplus_weight_decay=options.weight_decay,  # PEFT's groups ignore the optimizer's own
         )
 
 
