@@ -81,11 +81,14 @@ def test_every_call_is_answered_and_a_death_loses_its_own_call_only() -> None:
 # -- ends --------------------------------------------------------------------------------------
 
 
-def begun(folder: Path, count: int) -> list[psutil.Process]:
-    """The processes of `count` calls, once they are at it."""
+def begun(
+    folder: Path, count: int, parent: subprocess.Popen[str] | None = None
+) -> list[psutil.Process]:
+    """Return the processes of `count` calls, once they are at it."""
     deadline = time.monotonic() + 180
     while len(files := [path for path in folder.iterdir() if path.suffix != ".part"]) < count:
         assert time.monotonic() < deadline
+        assert parent is None or parent.poll() is None, parent.communicate()
         time.sleep(0.02)
     return [psutil.Process(int(pid)) for path in files for pid in path.read_text().split()]
 
@@ -97,7 +100,7 @@ def require_gone(processes: list[psutil.Process], seconds: float) -> None:
 
 OURS = """
 import sys
-from evatune.tasks.workers import run_calls
+from evatune.finetune.workers import run_calls
 from tests.finetune.test_workers import linger
 for answer in run_calls(linger, [(sys.argv[1], number) for number in range(4)], 2):
     print(answer)
@@ -118,7 +121,7 @@ def parent(code: str, folder: Path) -> Iterator[tuple[subprocess.Popen[str], lis
         stderr=subprocess.PIPE,
     )
     try:
-        yield process, begun(folder, 2)
+        yield process, begun(folder, 2, process)
     finally:
         process.kill()
         process.communicate()
@@ -155,10 +158,10 @@ def test_a_worker_that_does_not_listen_is_killed(tmp_path: Path) -> None:
 ON_RAY = """
 import sys
 from pathlib import Path
-from evatune.recipes import load
-from evatune.tasks import compare
+from evatune.finetune import compare
+from evatune.finetune.recipe import load
 from tests.finetune.test_workers import cell
-compare._run_one = cell
+compare._run_in_worker = cell
 cells = compare.grid([load("images-fonts")], ["lora"], range(4), [], Path(sys.argv[1]))
 compare.run_all(cells, 2, print, "ray")
 """
