@@ -152,6 +152,66 @@ class MethodCase:
         return model(**batch).logits
 
 
+class PlantedGradient:
+    """A model of one layer, (4 inputs, 16 outputs), whose mean gradient over two batches is known.
+
+    It has 8 at (output 5, input 0), 4 at (9, 1), -2 at (3, 2) and 0.5 at (7, 3), else zeros.
+    """
+
+    def __init__(self, *, conv1d: bool) -> None:
+        self.model = _Planted(conv1d)
+        weight = self.model.layer.weight.detach().clone()
+        self.weight = weight.T if conv1d else weight  # (16, 4)
+        # By themselves the batches have other orders.
+        self.batches = [
+            {"x": torch.eye(4), "g": torch.zeros(4, 16)},
+            {"x": torch.eye(4), "g": torch.zeros(4, 16)},
+        ]
+        for batch, entries in zip(
+            self.batches, [(2.0, 6.0, -3.0, 1.0), (14.0, 2.0, -1.0, 0.0)], strict=True
+        ):
+            for i, (output, entry) in enumerate(zip((5, 9, 3, 7), entries, strict=True)):
+                batch["g"][i, output] = entry
+
+    def started(self, method: str, *, rank: int, alpha: float, start: Path) -> Any:
+        """Return the LoRA layer as the method starts it."""
+        setup = AdapterSetup(
+            rank=rank,
+            alpha=alpha,
+            targets=["layer"],
+            task_type=None,
+            head=[],
+            new_head=False,
+            steps=20,
+        )
+        model = METHODS[method].adapt(self.model, setup)
+        preparation = Preparation(
+            initialize=lambda **_: None,
+            batches=lambda size: self.batches,
+            rho=2,
+            seed=0,
+            initial_adapter=start,
+        )
+        METHODS[method].prepare(model, preparation)
+        return model.base_model.model.layer
+
+
+class _Planted(torch.nn.Module):
+    """The loss is linear in the output: the gradient of the weight is Σ g xᵀ."""
+
+    def __init__(self, conv1d: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = (
+            transformers.pytorch_utils.Conv1D(16, 4)
+            if conv1d
+            else torch.nn.Linear(4, 16, bias=False)
+        )
+
+    def forward(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+        return {"loss": (self.layer(x) * g).sum()}
+
+
 SMALL_GENERATION = [
     "data.train=64",
     "data.test=20",

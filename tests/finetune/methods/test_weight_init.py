@@ -33,7 +33,11 @@ WHERE = [
 ]
 
 
-@pytest.mark.parametrize(("method", "kind"), WHERE)
+# LoRA-One leaves the base as it is, and reads the same gradients.
+WHERE_OR_GRADIENTS = [*WHERE, ("lora-one", "bert"), ("lora-one", "gpt2")]
+
+
+@pytest.mark.parametrize(("method", "kind"), WHERE_OR_GRADIENTS)
 def test_a_saved_adapter_fits_the_base_as_it_was(method: str, kind: str, tmp_path: Path) -> None:
     case = MethodCase(kind)
     model = case.started(method, tmp_path / "start")
@@ -49,7 +53,7 @@ def test_a_saved_adapter_fits_the_base_as_it_was(method: str, kind: str, tmp_pat
     assert torch.allclose(case.logits(loaded), trained, atol=1e-6)
 
 
-@pytest.mark.parametrize(("method", "kind"), WHERE)
+@pytest.mark.parametrize(("method", "kind"), WHERE_OR_GRADIENTS)
 def test_a_start_leaves_modes_gradients_and_random_numbers_alone(
     method: str, kind: str, tmp_path: Path
 ) -> None:
@@ -68,12 +72,15 @@ def test_a_start_leaves_modes_gradients_and_random_numbers_alone(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
         for module in model.modules()
     )
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     assert not {"eigens", "covariance_matrix", "sample_count", "_peft_loraga_grad"} & {
         key for module in model.modules() for key in vars(module)
     }
 
 
-@pytest.mark.parametrize(("method", "size", "most"), [("corda", 1, 256), ("lora-ga", 2, 64)])
+@pytest.mark.parametrize(
+    ("method", "size", "most"), [("corda", 1, 256), ("lora-ga", 2, 64), ("lora-one", 1, 8)]
+)
 def test_a_pass_over_data_is_bounded(method: str, size: int, most: int, tmp_path: Path) -> None:
     case = MethodCase("llama")
     model = case.adapted(method, targets=["v_proj"])
@@ -117,7 +124,7 @@ def test_a_16_bit_base_keeps_its_dtype_and_nearly_its_output(method: str, tmp_pa
     assert torch.allclose(case.logits(model), before, atol=0.02)
 
 
-@pytest.mark.parametrize("method", ["corda", "lora-ga"])
+@pytest.mark.parametrize("method", ["corda", "lora-ga", "lora-ga-peft", "lora-one"])
 def test_a_layer_that_the_data_never_reaches_is_named(method: str, tmp_path: Path) -> None:
     case = MethodCase("llama")
     model = case.model()

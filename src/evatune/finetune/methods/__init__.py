@@ -9,6 +9,8 @@ from evatune.finetune.methods import (
     eva,
     lora,
     lora_ga,
+    lora_one,
+    lora_orthogonal,
     loraplus,
     milora,
     olora,
@@ -22,7 +24,20 @@ from evatune.finetune.methods.base import (
     Preparation,
 )
 
-_FILES = (lora, pissa, olora, milora, corda, lora_ga, adalora, loraplus, eva, without_adapter)
+_FILES = (
+    lora,
+    pissa,
+    olora,
+    milora,
+    corda,
+    lora_ga,
+    lora_one,
+    adalora,
+    loraplus,
+    eva,
+    lora_orthogonal,
+    without_adapter,
+)
 METHODS: dict[str, Method] = {method.name: method for file in _FILES for method in file.METHODS}
 
 # Known by name, and why no run has them.

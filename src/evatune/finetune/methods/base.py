@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -173,6 +173,16 @@ class Lora(Method):
     def config(self, setup: AdapterSetup) -> Any:
         """Return PEFT's configuration of the adapter."""
         return LoraConfig(r=setup.rank, **setup.lora_options, **self.options)
+
+    def require_reached(self, missing: Collection[str]) -> None:
+        """Raise a ConfigError for layers that the pass over the training data did not reach."""
+        if missing:
+            names = ", ".join(sorted(missing)[:5])
+            raise ConfigError(
+                f"method {self.name!r} learns nothing about {names}"
+                f"{' …' if len(missing) > 5 else ''}: the training data does not reach them; leave "
+                "them out of adapter.targets"
+            )
 
     def _require_fit(self, model: nn.Module) -> None:
         """Raise a ConfigError where the method would fail on a layer, or be another method."""

@@ -6,7 +6,6 @@ from evatune.finetune.methods.base import Lora
 
 METHODS = (
     Lora("lora", source="Hu et al. 2021"),
-    Lora("lora-orthogonal", {"init_lora_weights": "orthogonal"}),
     Lora("rslora", {"use_rslora": True}, source="Kalajdzievski 2023"),
     Lora("dora", {"use_dora": True}, source="Liu et al. 2024"),
     Lora("mica", {"init_lora_weights": "mica"}, source="arXiv 2604.01694"),

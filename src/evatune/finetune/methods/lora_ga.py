@@ -2,73 +2,90 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from peft.tuners.lora import LoraGAConfig, preprocess_loraga
+import torch
+from peft.tuners.lora import LoraGAConfig
 from torch import Tensor
 
 from evatune.adapters.lora_layers import lora_layers
 from evatune.finetune.methods.base import Batches
-from evatune.finetune.methods.weight_init import WeightInit, initialize_by_peft, peft_config
-from evatune.modeling.forward import call_model
+from evatune.finetune.methods.gradients import leading_triplets, mean_gradients
+from evatune.finetune.methods.weight_init import (
+    WeightInit,
+    initialize_by_peft,
+    peft_config,
+    subtract_from_base,
+)
 
-_BATCHES, _EXAMPLES = 64, 2  # as PEFT's documentation has it
+_BATCHES, _EXAMPLES = 64, 2
+_GAMMA = 16
+_ITERATIONS = 4  # of the randomized SVD, which is 4r columns wide
 
 
 @dataclass(frozen=True)
 class LoraGA(WeightInit):
     """The leading singular vectors of the loss's gradient by W: the first r to A, the next r to B.
 
-    The gradient is the mean over 64 batches of 2 training examples, or over one pass if that is
-    less.
+    With the mean gradient UΣVᵀ, the scale s = α/√r of rsLoRA and γ = 16,
+
+        A = out^¼/√γ · V₁…ᵣᵀ,   B = out^¼/√γ · Uᵣ₊₁…₂ᵣ,   W ← W − s·BA.
+
+    No singular value enters. That is the authors' code (commit 89af7de, direction "ArB2r", scale
+    "stable"). γ, the width and the iterations of the SVD, and the mean over 64 batches of 2
+    training examples, or over one pass if that is less, are its defaults.
+    """
+
+    def apply(self, model: Any, batches: Batches) -> None:
+        layers = lora_layers(model)
+        gradients = self.gradients(model, batches)
+        for name, layer in layers.items():
+            rank = layer.r["default"]
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            gradient = gradients.pop(name).to(a.device)
+            u, _, vt = leading_triplets(gradient, 2 * rank, width=4 * rank, iterations=_ITERATIONS)
+            length = layer.out_features**0.25 / _GAMMA**0.5
+            with torch.no_grad():
+                a.copy_(length * vt[:rank])
+                b.copy_(length * u[:, rank:])
+            subtract_from_base(layer)
+
+    def gradients(self, model: Any, batches: Batches) -> dict[str, Tensor]:
+        """Return the mean gradient of every layer, (out, in) float32 on the CPU."""
+        layers = lora_layers(model)
+        gradients = mean_gradients(model, layers, islice(batches(_EXAMPLES), _BATCHES))
+        self.require_reached(layers.keys() - gradients.keys())
+        return gradients
+
+
+@dataclass(frozen=True)
+class PeftLoraGA(LoraGA):
+    """The start that PEFT 0.21.2 calls LoRA-GA, of the same gradients.
+
+    It leaves A at rows of length one, and multiplies B by the gradient's singular values, so that
+    BA is far smaller than the authors' wherever gradients are.
     """
 
     def apply(self, model: Any, batches: Batches) -> None:
         options = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
         config = peft_config(model, **options)
-        layers = lora_layers(model)
-        weights: dict[str, Tensor] = {
-            name: layer.get_base_layer().weight for name, layer in layers.items()
-        }
-
-        def run() -> None:
-            sums: dict[str, Tensor] = {}
-            for batch in islice(batches(_EXAMPLES), _BATCHES):
-                output = call_model(model, batch)
-                loss = output["loss"] if isinstance(output, Mapping) else output[0]
-                loss.backward()
-                _move_gradients(weights, sums)
-            self.require_reached(weights.keys() - sums.keys())
-            for name, weight in weights.items():
-                # Where PEFT reads it, and divides it by the number of batches.
-                weight.grad = sums[name].to(weight.dtype)
-
-        with warnings.catch_warnings():
-            # The first layers of a frozen model: their inputs have no gradient, and PEFT counts
-            # their outputs' as well.
-            message = "Full backward hook is firing"
-            warnings.filterwarnings("ignore", message=message, category=UserWarning)
-            preprocess_loraga(model, config, run)
+        gradients = self.gradients(model, batches)
+        for name, layer in lora_layers(model).items():
+            base = layer.get_base_layer()
+            # Where PEFT's start looks for what its `preprocess_loraga` puts there.
+            base._peft_loraga_grad = gradients.pop(name).to(base.weight.device)
         initialize_by_peft(model, config)
 
 
-def _move_gradients(weights: Mapping[str, Tensor], sums: dict[str, Tensor]) -> None:
-    """Add the weights' gradients to `sums`, in float32, and clear them.
-
-    A sum of 64 in 16 bits would lose the small ones.
-    """
-    for name, weight in weights.items():
-        if weight.grad is not None:
-            gradient = weight.grad.float()
-            sums[name] = sums[name] + gradient if name in sums else gradient
-            weight.grad = None
-
-
 METHODS = (
+    LoraGA(
+        "lora-ga",
+        {"use_rslora": True},
+        least_width=2,
+        source="Wang et al. 2024, arXiv 2407.05000",
+    ),
     # On Conv1D PEFT takes the width of the input for that of the output in the length of B.
-    LoraGA("lora-ga", least_width=2, conv1d=False, source="Wang et al. 2024, arXiv 2407.05000"),
+    PeftLoraGA("lora-ga-peft", least_width=2, conv1d=False, source="PEFT 0.21.2"),
 )

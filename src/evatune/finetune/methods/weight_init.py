@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import re
 from abc import abstractmethod
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from safetensors.torch import load_file, save_file
 
 from evatune.adapters.lora_layers import lora_layers
 from evatune.calibration import Calibration
-from evatune.errors import ConfigError
 from evatune.finetune.methods.base import Batches, Lora, Preparation
 from evatune.modeling.state import evaluation_state
 from evatune.utils.outputs import claimed_folder
@@ -77,16 +75,6 @@ class WeightInit(Lora):
         state = get_peft_model_state_dict(model)
         whole = {key: value.contiguous() for key, value in state.items()} | load_file(path)
         save_file(whole, path, metadata={"format": "pt"})
-
-    def require_reached(self, missing: Collection[str]) -> None:
-        """Raise a ConfigError for layers that the pass over the training data did not reach."""
-        if missing:
-            names = ", ".join(sorted(missing)[:5])
-            raise ConfigError(
-                f"method {self.name!r} learns nothing about {names}"
-                f"{' …' if len(missing) > 5 else ''}: the training data does not reach them; leave "
-                "them out of adapter.targets"
-            )
 
 
 @torch.no_grad()

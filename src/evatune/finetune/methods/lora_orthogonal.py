@@ -1,0 +1,40 @@
+"""LoRA from random orthonormal directions: what EVA's are without the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from evatune.adapters.lora_layers import lora_layers
+from evatune.calibration import Calibration
+from evatune.finetune.methods.base import Lora, Preparation
+
+
+@dataclass(frozen=True)
+class LoraOrthogonal(Lora):
+    """Orthogonal rows of length √(1/3) in random directions for A, and B = 0.
+
+    The control that tells EVA's directions from their being orthogonal. The length is the root mean
+    square of that of the rows of LoRA's default A, whose entries are uniform in ±1/√d: so it starts
+    with LoRA's step, and has LoRA's learning rate. PEFT's own `init_lora_weights="orthogonal"` is
+    something else: neither its A nor its B is zero, only their product, and the rows are not
+    orthogonal.
+    """
+
+    linear_only: bool = field(default=True, kw_only=True)
+
+    @torch.no_grad()
+    def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
+        cpu = torch.device("cpu")  # where a seed gives the same numbers for all devices
+        generator = torch.Generator(cpu).manual_seed(preparation.seed)
+        for layer in lora_layers(model).values():
+            a = layer.lora_A["default"].weight
+            rows = torch.empty(a.shape, dtype=torch.float32, device=cpu)
+            a.copy_(nn.init.orthogonal_(rows, gain=3**-0.5, generator=generator))
+        return None
+
+
+METHODS = (LoraOrthogonal("lora-orthogonal", least_width=1),)
