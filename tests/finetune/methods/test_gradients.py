@@ -45,8 +45,8 @@ def test_gradients_are_dropped_while_the_backward_pass_goes_on() -> None:
         weights = [layer.get_base_layer().weight for layer in layers.values()]
         kept.append(sum(weight.grad is not None for weight in weights))
 
-    # the last block is then done with
-    model.base_model.model.model.layers[0].register_full_backward_hook(look)
+    # fires once the last block is done with
+    model.base_model.model.model.layers[1].register_full_backward_hook(look)
     mean_gradients(model, layers, case.batches[:1])
     assert kept == [0]
 
@@ -55,7 +55,7 @@ def test_a_gradient_that_is_not_finite_is_named() -> None:
     case = MethodCase("bert")
     model = case.adapted("lora")
     with torch.no_grad():
-        model.base_model.model.classifier.original_module.bias.fill_(float("nan"))
+        model.base_model.model.classifier.modules_to_save["default"].bias.fill_(float("nan"))
     with pytest.raises(DataError, match=r"by the weights of bert\.\S+ is not finite \(NaN or inf"):
         mean_gradients(model, lora_layers(model), case.batches)
 
