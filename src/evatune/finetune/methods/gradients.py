@@ -87,7 +87,9 @@ def _gradients_into(
             parameter.requires_grad_(False)
         for weight in dict.fromkeys(weights):
             weight.requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(move))
+            handles.append(
+                weight.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
+            )
         yield
     finally:
         for handle in handles:
