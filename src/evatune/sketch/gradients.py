@@ -58,6 +58,9 @@ class GradientSketch(NystromMoment, ExampleSketch):
     """
 
     _STATE: ClassVar = (*NystromMoment._STATE, "input_product", "input_energy")
+    # G·ω is a sum over tokens, of which float32 leaves 1e-7 of the largest where they cancel out;
+    # in the second moment of rows it would be the square of that.
+    _COLUMN_RTOL: ClassVar = 3e-3
 
     def __init__(self, settings: SketchSettings) -> None:
         super().__init__(settings)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from evatune.sketch.additive import AdditiveSketch
 from evatune.sketch.base import SketchSettings
-from evatune.sketch.low_rank import eigenpairs_of, nystrom_factors
+from evatune.sketch.low_rank import COLUMN_RTOL, eigenpairs_of, nystrom_factors
 from evatune.sketch.rows import RowSketch, SelectedRows, power_of_two
 from evatune.sketch.spectrum import Certificate, Spectrum, fix_signs
 
@@ -46,6 +46,7 @@ class NystromMoment(AdditiveSketch):
 
     _STATE: ClassVar = (*AdditiveSketch._STATE, "_padded", "product")
     _BASIS: ClassVar = (*AdditiveSketch._BASIS, "_padded")
+    _COLUMN_RTOL: ClassVar = COLUMN_RTOL
 
     def __init__(self, settings: SketchSettings) -> None:
         super().__init__(settings)
@@ -134,7 +135,7 @@ class NystromMoment(AdditiveSketch):
             for basis, product, sketch in zip(bases, products, sketches, strict=True):
                 offset = sketch._mean_offset()
                 product -= sketch.count * torch.outer(basis @ offset, offset)
-        return eigenpairs_of(nystrom_factors(bases, products))
+        return eigenpairs_of(nystrom_factors(bases, products, sketches[0]._COLUMN_RTOL))
 
     def _recenter(self) -> None:
         """Move the shift to the mean so far: the eigenpairs just taken are about that mean."""
@@ -203,7 +204,8 @@ class NystromMoment(AdditiveSketch):
 
     def _factor(self) -> Tensor:
         """F (l, d) with FᵀF the Nyström approximation about the shift; empty rows are zero."""
-        return nystrom_factors(self.basis.to(self.dtype)[None], self.product[None])[0]
+        basis = self.basis.to(self.dtype)
+        return nystrom_factors(basis[None], self.product[None], self._COLUMN_RTOL)[0]
 
 
 class NystromSketch(NystromMoment, RowSketch):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from evatune.sketch.base import SketchSettings, SketchUpdate
 from evatune.sketch.examples import Examples, ExampleSketch, FloatExamples
-from evatune.sketch.low_rank import SecondMoment
+from evatune.sketch.low_rank import SecondMoment, times_inverse_root
 from evatune.sketch.nystrom import POWER_STEPS, NystromMoment, orthonormal, random_rows
 from evatune.sketch.spectrum import Certificate, InputMoments, Spectrum, as_energies
 
@@ -116,16 +116,16 @@ class RegressionSketch(NystromMoment, ExampleSketch):
     def _answer(self, directions: Tensor, energies: Tensor) -> Spectrum:
         """Return the spectrum of the regression; the eigenpairs given are those of C."""
         count, total = max(self.count, 1), self.energy
-        inputs = SecondMoment.of_eigenpairs(directions, energies / count, total / count)
-        whitened = inputs.inverse_root_times(self._mean_gradient())
+        inputs = (directions, energies / count, total / count)
+        whitened = times_inverse_root(self._mean_gradient(), *inputs)
         _, singular, right = torch.linalg.svd(whitened, full_matrices=False)
-        rows = inputs.inverse_root_times(right[: self.components])
+        rows = times_inverse_root(right[: self.components], *inputs)
         # rows = Rᵀ Qᵀ, with Rᵀ lower triangular: the first r rows span what the first r directions
         # do.
         q, r = torch.linalg.qr(rows.T)
         answer = super()._answer(q.T, singular.square()[: self.components] * count)
         signs = (answer.directions.to(q) * q.T).sum(1).sign()
-        along = inputs.along(q.T)
+        along = SecondMoment.of_eigenpairs(*inputs).along(q.T)
         return replace(
             answer,
             total_energy=float(singular.square().sum()),
