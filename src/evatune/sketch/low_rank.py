@@ -59,11 +59,10 @@ def times_inverse_root(
 ) -> Tensor:
     """(k, d) rows·C^(-½), for C by its leading eigenpairs (m, d) and (m,), and its trace ().
 
-    Eigenvalues are taken no smaller than the mean of those outside, and that no smaller than a
-    millionth of the mean of all.
+    Those outside are taken to be as large as the smallest of these, which they are at most. Their
+    mean would be nearer to the truth on the whole, and blow up the largest of them.
     """
-    tail = _mean_outside(directions, energies.sum(), trace)
-    floor = torch.maximum(tail, 1e-6 * trace / directions.shape[1])
+    floor = torch.maximum(energies.min(), 1e-6 * trace / directions.shape[1])
     roots = torch.maximum(energies, floor).rsqrt() - floor.rsqrt()
     return ((rows @ directions.T) * roots) @ directions + floor.rsqrt() * rows
 
