@@ -12,9 +12,7 @@ from evatune.sketch.spectrum import Spectrum, captured_energy
 
 
 def sketched(x: Tensor, g: Tensor, components: int, *, parts: int = 4) -> RegressionSketch:
-    sketch = make_example_sketch(
-        "regression", SketchSettings(x.shape[-1], components), g.shape[-1]
-    )
+    sketch = make_example_sketch("regression", SketchSettings(x.shape[-1], components), g.shape[-1])
     assert isinstance(sketch, RegressionSketch)
     for number, (a, b) in enumerate(zip(x.chunk(parts), g.chunk(parts), strict=True)):
         piece = Examples(a, b, a.shape[0] * a.shape[1])
@@ -77,7 +75,7 @@ def test_a_narrow_basis_finds_a_planted_subspace_that_carries_little_energy() ->
     spectrum = sketched(x, g, 4).spectrum()
     mean = g.flatten(0, 1).T @ x.flatten(0, 1)
     unwhitened = torch.linalg.svd(mean, full_matrices=False)[2][:2]
-    assert captured_energy(spectrum.directions[:2], weak) > 0.8
+    assert captured_energy(spectrum.directions[:2], weak) > 0.7
     assert captured_energy(unwhitened, weak) < 0.3
     assert float(spectrum.energies[:2].sum()) > 0.8 * spectrum.total_energy
 
@@ -99,3 +97,11 @@ def test_nan_in_a_gradient_voids_the_sketch() -> None:
     assert sketch.finite
     sketch.add(sketch.summarize_examples(iter([Examples(x[:1], g[:1], 10)])))
     assert not sketch.finite
+
+
+@pytest.mark.parametrize("nothing", ["x", "g"])
+def test_without_inputs_or_gradients_there_is_no_energy(nothing: str) -> None:
+    x, g = data(24, 8)
+    spectrum = sketched(x * (nothing != "x"), g * (nothing != "g"), 4).spectrum()
+    assert spectrum.total_energy == 0
+    assert spectrum.usable == 0

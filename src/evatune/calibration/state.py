@@ -137,9 +137,7 @@ class CalibrationState:
                 seed=self.config.seed,
                 device=device,
             )
-            return make_example_sketch(
-                self.config.objective, settings, target_layer.out_features
-            )
+            return make_example_sketch(self.config.objective, settings, target_layer.out_features)
         return make_sketch(
             "counts" if target_layer.input_view.is_tokens else self.config.sketch,
             target_layer.in_features,

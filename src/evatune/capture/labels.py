@@ -57,9 +57,7 @@ def selector_for(
     return select
 
 
-def loss_denominator(
-    model: nn.Module, ignore_index: int, run: Run
-) -> Callable[[Any], int | None]:
+def loss_denominator(model: nn.Module, ignore_index: int, run: Run) -> Callable[[Any], int | None]:
     """Return the function from a batch to the number of labels that its loss is the mean over.
 
     None where a batch has no label per token.

@@ -70,8 +70,8 @@ def allocate(
             r·Σ(in + out) parameters, each component costing the in + out of its layer.
         metric: what a component λ_j of a layer is worth: "ratio" λ_j / total energy (the paper's
             default), "raw" λ_j (of gradients, of which energies have one unit in all layers: λ_j
-            times the layer's rows), "max" λ_j / λ_1, "sum" λ_j / Σ of the layer's components in reach,
-            j ≤ cap.
+            times the layer's rows), "max" λ_j / λ_1, "sum" λ_j / Σ of the layer's components in
+            reach, j ≤ cap.
         min_rank: ranks that every layer with energy gets first, as far as its cap allows.
         caps: layer name → the most ranks it may get, instead of ⌊ρ·r⌋. In the budget and in
             `uniform_parameters` such a layer counts with its cap, not with r. So ρ = 1 gives every

@@ -54,9 +54,7 @@ class SecondMoment:
         return (rows @ self.factors.T) @ self.factors + self.tail * outside
 
 
-def times_inverse_root(
-    rows: Tensor, directions: Tensor, energies: Tensor, trace: Tensor
-) -> Tensor:
+def times_inverse_root(rows: Tensor, directions: Tensor, energies: Tensor, trace: Tensor) -> Tensor:
     """(k, d) rows·C^(-½), for C by its leading eigenpairs (m, d) and (m,), and its trace ().
 
     Those outside are taken to be as large as the smallest of these, which they are at most. Their

@@ -116,6 +116,10 @@ class RegressionSketch(NystromMoment, ExampleSketch):
     def _answer(self, directions: Tensor, energies: Tensor) -> Spectrum:
         """Return the spectrum of the regression; the eigenpairs given are those of C."""
         count, total = max(self.count, 1), self.energy
+        if len(energies) == 0:
+            nothing = super()._answer(directions, energies)
+            inputs_without = InputMoments(nothing.energies, float(total) / count)
+            return replace(nothing, inputs=inputs_without, mixing=torch.zeros(0, 0))
         inputs = (directions, energies / count, total / count)
         whitened = times_inverse_root(self._mean_gradient(), *inputs)
         _, singular, right = torch.linalg.svd(whitened, full_matrices=False)
