@@ -99,7 +99,8 @@ class FloatExamples:
     def energy(self) -> Tensor:
         """() Σ of the rows' squared norms."""
         if self._x.is_floating_point():
-            return torch.linalg.vector_norm(self._x, dim=-1).to(self._dtype).square().sum()
+            norms: Tensor = torch.linalg.vector_norm(self._x, dim=-1)
+            return norms.to(self._dtype).square().sum()
         counts = torch.ones_like(self._x) if self._counts is None else self._counts
         return counts.sum(dtype=self._dtype)
 

@@ -78,7 +78,8 @@ class GradientSketch(NystromMoment, ExampleSketch):
         projected, image, energy = self._products(floats)
         ones = projected.new_ones(*projected.shape[:2], 1)
         sums = floats.gather(torch.cat([image, projected, ones], dim=-1)).to(self.dtype)
-        moment, input_product, row_sum = sums.split([image.shape[-1], projected.shape[-1], 1])
+        columns = len(self.basis)
+        moment, input_product, row_sum = torch.split(sums, [columns, columns, 1])
         squares = self._fresh
         if len(squares):
             squares = (projected * image).sum((0, 1), dtype=self.dtype)
@@ -103,7 +104,7 @@ class GradientSketch(NystromMoment, ExampleSketch):
             return projected, kernel @ projected, energy
         tests = torch.cat([self.basis, self._probes])
         projected = floats.times(tests)
-        known, probed = (g.mT @ projected).split([columns, _PROBES], dim=-1)
+        known, probed = torch.split(g.mT @ projected, [columns, _PROBES], dim=-1)
         missed = probed - known @ (self.basis @ self._probes.T)
         inside, outside = (part.square().sum(dtype=self.dtype) for part in (known, missed))
         return projected[..., :columns], g @ known, inside + outside / _PROBES

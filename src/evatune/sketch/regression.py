@@ -75,11 +75,11 @@ class RegressionSketch(NystromMoment, ExampleSketch):
         floats = FloatExamples(examples, self.width, self.dtype)
         columns = len(self.basis)
         tests = torch.cat([self.basis, self._right_test])
-        projected, tested = floats.times(tests).split(columns, dim=-1)
+        projected, tested = torch.split(floats.times(tests), columns, dim=-1)
         ones = projected.new_ones(*projected.shape[:2], 1)
         coefficients = torch.cat([projected, floats.g @ self._left_test.T, ones], dim=-1)
         sums = floats.gather(coefficients).to(self.dtype)
-        moment, left, row_sum = sums.split([columns, len(self._left_test), 1])
+        moment, left, row_sum = torch.split(sums, [columns, len(self._left_test), 1])
         right = tested.flatten(0, 1).T @ floats.g.flatten(0, 1)
         squares = self._fresh
         if len(squares):
@@ -144,7 +144,8 @@ class RegressionSketch(NystromMoment, ExampleSketch):
         """(l, d) a matrix with the row space and singular values of Ḡ, per token."""
         range_basis = torch.linalg.qr(self.right.T)[0]  # (out, l)
         core = self._left_test.to(self.dtype) @ range_basis  # (m, l)
-        return torch.linalg.pinv(core) @ self.left / max(self.count, 1)
+        gradient: Tensor = torch.linalg.pinv(core) @ self.left
+        return gradient / max(self.count, 1)
 
     # -- several sketches --------------------------------------------------------------------------
 
