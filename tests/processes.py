@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evatune import Calibration, CalibrationConfig
 from tests.helpers import Toy, inputs
@@ -17,6 +18,8 @@ torch.set_num_threads(1)
 
 
 ALL = CalibrationConfig(rank=4, max_batches=16, tolerance=0)
+GRADIENTS = replace(ALL, objective="gradients")
+REGRESSION = replace(ALL, objective="regression")
 SETTINGS = {
     "nystrom": ALL,
     "centered": CalibrationConfig(rank=4, max_batches=16, tolerance=0, center=True),
@@ -30,6 +33,12 @@ def wide(count: int = 16) -> list[Tensor]:
 
 def toy() -> Toy:
     return Toy(64)
+
+
+def mean_square(model: nn.Module, batch: Tensor) -> Tensor:
+    """Return a loss, the mean over examples."""
+    result: Tensor = model(batch).square().mean()
+    return result
 
 
 def facts(calibration: Calibration) -> dict[str, Any]:

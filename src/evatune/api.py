@@ -20,6 +20,7 @@ from evatune.capture.targets import Targets
 from evatune.distributed.group import ProcessGroup
 from evatune.errors import DataError
 from evatune.modeling.forward import ForwardFunction, model_device
+from evatune.modeling.loss import LossFunction
 from evatune.modeling.wrappers import adapted, unwrapped
 
 
@@ -32,6 +33,7 @@ def calibrate(
     targets: Targets = None,
     forward: ForwardFunction | None = None,
     rows: RowsFunction | None = None,
+    loss: LossFunction | None = None,
     progress: ProgressFunction | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Calibration:
@@ -65,6 +67,10 @@ def calibrate(
             with a label). Layers then no longer share sketches. The activation is the layer's
             input, of a convolution its patches (batch, positions, d), of an embedding the ids, of
             which it returns (n,).
+        loss: `loss(model, batch)` → a scalar, the mean over the batch's examples, for objectives
+            that see gradients (`config.objective`); replaces the loss that the model returns for a
+            batch with labels. `rows` then chooses tokens, the same of inputs and of gradients, and
+            cannot compute rows of its own; layers share no sketches.
         progress: called with a `Progress` after each batch.
         checkpoint: a file to go on from after an interruption, see
             `evatune.calibration.Checkpoint`. One process only.
@@ -83,7 +89,7 @@ def calibrate(
     Raises:
         TargetError: no layer matches.
         DataError: no batch, or something that is not batches.
-        ConfigError: a `forward` or `rows` of other arguments.
+        ConfigError: a `forward`, `rows` or `loss` of other arguments.
         AdapterError: weights on the meta device, or in the shards of DeepSpeed's zero.Init that no
             engine gathers.
         ProcessError: another process failed, is lost, or has another model, other weights, targets
@@ -100,7 +106,9 @@ def calibrate(
     model = unwrapped(model)
     config = config or CalibrationConfig()
     device, patience = model_device(model), config.rendezvous_timeout
-    options = RunOptions(forward=forward, rows=rows, progress=progress, checkpoint=checkpoint)
+    options = RunOptions(
+        forward=forward, rows=rows, loss=loss, progress=progress, checkpoint=checkpoint
+    )
     with ProcessGroup.create(config.distributed, device, patience) as process_group:
         target_layers = find_target_layers(adapted(model), targets)
         return run(model, target_layers, batches, config, process_group, options)
@@ -119,6 +127,7 @@ def initialize(
     config: CalibrationConfig | None = None,
     forward: ForwardFunction | None = None,
     rows: RowsFunction | None = None,
+    loss: LossFunction | None = None,
     adapter_name: str = "default",
     overwrite: bool = False,
     progress: ProgressFunction | None = None,
@@ -166,7 +175,7 @@ def initialize(
             (`init_lora_weights="eva"`), its `EvaConfig.use_label_mask` and `label_mask_value` hold:
             tokens without a loss are left out of batches that have a label per token (but not for
             encoder-decoder models).
-        forward, rows, progress, checkpoint: as for `evatune.calibrate`, and so are several
+        forward, rows, loss, progress, checkpoint: as for `evatune.calibrate`, and so are several
             processes: each ends with the same adapter. A Trainer's processes share its batches out.
         adapter_name: which adapter to initialize; no other is touched.
         overwrite: let an adapter that is trained already start over: B = 0 and, with DoRA,
@@ -202,7 +211,9 @@ def initialize(
     """
     options = InitializeOptions(
         ranks=RankOptions(rank=rank, rho=rho, budget=budget, metric=metric),
-        run=RunOptions(forward=forward, rows=rows, progress=progress, checkpoint=checkpoint),
+        run=RunOptions(
+            forward=forward, rows=rows, loss=loss, progress=progress, checkpoint=checkpoint
+        ),
         config=config,
         scale=scale,
         adapter_name=adapter_name,

@@ -15,7 +15,18 @@ from torch import Tensor, nn
 import evatune
 from evatune import CalibrationConfig
 from tests.helpers import Block, inputs
-from tests.processes import ALL, SETTINGS, error_of, facts, same, toy, wide
+from tests.processes import (
+    ALL,
+    GRADIENTS,
+    REGRESSION,
+    SETTINGS,
+    error_of,
+    facts,
+    mean_square,
+    same,
+    toy,
+    wide,
+)
 
 
 class Routed(nn.Module):
@@ -58,6 +69,14 @@ def together(kind: str) -> Callable[[int], Any]:
 def alone(rank: int) -> Any:
     config = CalibrationConfig(rank=4, max_batches=16, tolerance=0, distributed=False)
     return facts(evatune.calibrate(toy(), wide()[rank::2], config))
+
+
+def gradients(rank: int) -> Any:
+    return facts(evatune.calibrate(toy(), wide()[rank::2], GRADIENTS, loss=mean_square))
+
+
+def regression(rank: int) -> Any:
+    return facts(evatune.calibrate(toy(), wide()[rank::2], REGRESSION, loss=mean_square))
 
 
 def uneven(rank: int) -> Any:
@@ -284,6 +303,8 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
         scenario.__name__: scenario
         for scenario in (
             alone,
+            gradients,
+            regression,
             uneven,
             more_processes_than_batches,
             default_stop,

@@ -13,11 +13,30 @@ from evatune import CalibrationConfig, Status
 from evatune.errors import LayerError
 from evatune.sketch.spectrum import captured_energy
 from tests.distributed.scenarios import Routed, routed, rows_outside
-from tests.processes import ALL, SETTINGS, facts, same, toy, wide
+from tests.processes import (
+    ALL,
+    GRADIENTS,
+    REGRESSION,
+    SETTINGS,
+    facts,
+    mean_square,
+    same,
+    toy,
+    wide,
+)
 
 
 @pytest.mark.parametrize(
-    "name", [*SETTINGS, "uneven", "more_processes_than_batches", "default_stop", "experts"]
+    "name",
+    [
+        *SETTINGS,
+        "gradients",
+        "regression",
+        "uneven",
+        "more_processes_than_batches",
+        "default_stop",
+        "experts",
+    ],
 )
 def test_both_processes_end_with_the_same_record_bit_for_bit(
     both: list[dict[str, Any]], name: str
@@ -59,6 +78,20 @@ def test_they_find_what_one_process_finds_on_the_same_batches(
     assert both[0][kind]["batches"] == one.batches == 16
     assert both[0][kind]["status"] == one.status
     assert both[0][kind]["inputs"] == {name: layer.input for name, layer in one.layers.items()}
+
+
+@pytest.mark.parametrize("objective", ["gradients", "regression"])
+def test_objectives_with_gradients_find_the_same_on_two_processes(
+    both: list[dict[str, Any]], objective: str
+) -> None:
+    settings = GRADIENTS if objective == "gradients" else REGRESSION
+    one = evatune.calibrate(toy(), wide(), settings, loss=mean_square)
+    for name, (directions, energies, _, rows, total, _) in both[0][objective]["layers"].items():
+        spectrum = one.spectra[name]
+        assert rows == spectrum.rows
+        assert total == pytest.approx(spectrum.total_energy, rel=0.05)
+        assert energies[:4] == pytest.approx(spectrum.energies[:4], rel=0.05)
+        assert captured_energy(spectrum.directions[:6], directions[:3]) > 0.95
 
 
 def test_without_distributed_each_works_for_itself(both: list[dict[str, Any]]) -> None:

@@ -177,6 +177,7 @@ def _require_no_run(options: InitializeOptions) -> None:
         "config": options.config,
         "forward": options.run.forward,
         "rows": options.run.rows,
+        "loss": options.run.loss,
         "progress": options.run.progress,
     }
     for option, value in of_a_run.items():

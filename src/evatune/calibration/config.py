@@ -8,7 +8,7 @@ from typing import Any
 
 from evatune.errors import ConfigError
 from evatune.ranks.allocation import BUDGETS, METRICS, require_rho
-from evatune.sketch import SKETCHES
+from evatune.sketch import OBJECTIVES, SKETCHES
 
 DEFAULT_RANK, DEFAULT_RHO = 16, 2.0
 
@@ -39,6 +39,12 @@ class CalibrationConfig:
             2.
         components: directions kept per layer; default ⌊ρ·r⌋, what the redistribution can use.
         budget, metric: what the stop rule's trial redistribution uses; see `Calibration.allocate`.
+        objective: what directions are leading in. "activations" (default): E[x xᵀ] of a layer's
+            inputs. "gradients": E[GᵀG], with G = Σ g xᵀ over the tokens of one example, g the
+            gradient of its loss by the layer's output; the orthonormal A into whose B the most
+            gradient flows. "regression": the mean of G regressed on x, see
+            `evatune.sketch.regression`. The last two need batches with labels, or `loss=`, and one
+            backward pass to the activations per batch; base weights need no gradient.
         sketch: "nystrom" (default), "exact" (full second moment), "incremental" (the paper's
             algorithm).
         center: subtract the mean. False (default) is what the paper's theorem maximizes: the
@@ -72,6 +78,9 @@ class CalibrationConfig:
     components: int | None = None
     budget: str = _setting("ranks", "What stays the same as in uniform LoRA: ranks or parameters.")
     metric: str = _setting("ratio", "What components are ranked by: ratio, raw, max or sum.")
+    objective: str = _setting(
+        "activations", "What directions are leading in: activations, gradients or regression."
+    )
     sketch: str = _setting("nystrom", "nystrom, exact or incremental.")
     center: bool = _setting(False, "Subtract the mean (PCA, as the paper's code does).")
     oversampling: int = 16
@@ -126,6 +135,7 @@ class CalibrationConfig:
                 f"labels_only is {self.labels_only!r}; it must be True, False or 'auto'"
             )
         for name, allowed in (
+            ("objective", OBJECTIVES),
             ("sketch", tuple(SKETCHES)),
             ("budget", BUDGETS),
             ("metric", METRICS),
@@ -134,6 +144,18 @@ class CalibrationConfig:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
                 )
+
+        if self.needs_loss and (self.sketch != "nystrom" or self.center):
+            setting = "center=True" if self.center else f"sketch={self.sketch!r}"
+            raise ConfigError(
+                f"objective={self.objective!r} has a sketch of its own, about zero; leave out"
+                f" {setting}, or use objective='activations'"
+            )
+
+    @property
+    def needs_loss(self) -> bool:
+        """True if a backward pass from a loss is needed."""
+        return self.objective != "activations"
 
     @property
     def redistribution(self) -> Redistribution:

@@ -15,7 +15,7 @@ from evatune.calibration.data import CalibratedLayer, CalibrationData
 from evatune.calibration.status import Status
 from evatune.layers import LayerSpec
 from evatune.schemas import Damage, shown, telling
-from evatune.sketch.spectrum import Certificate, Spectrum, empty
+from evatune.sketch.spectrum import Certificate, InputMoments, Spectrum, empty
 from evatune.utils.atomic import atomic_file
 
 if TYPE_CHECKING:
@@ -110,6 +110,8 @@ def _spectrum_facts(spectrum: Spectrum) -> dict[str, Any]:
     if spectrum.certificate is not None:
         facts["fresh_total_energy"] = spectrum.certificate.total_energy
         facts["fresh_rows"] = spectrum.certificate.rows
+    if spectrum.inputs is not None:
+        facts["input_energy"] = spectrum.inputs.total
     return facts
 
 
@@ -122,6 +124,10 @@ def _spectrum_tensors(key: str, spectrum: Spectrum) -> dict[str, Tensor]:
     }
     if spectrum.certificate is not None:
         tensors[f"{key}.fresh_energies"] = spectrum.certificate.energies.contiguous()
+    if spectrum.inputs is not None:
+        tensors[f"{key}.input_moments"] = spectrum.inputs.along.contiguous()
+    if spectrum.mixing is not None:
+        tensors[f"{key}.mixing"] = spectrum.mixing.contiguous()
     return tensors
 
 
@@ -135,24 +141,30 @@ def _spectrum(
 
     Raises Damage for what contradicts itself.
     """
-    names = [f"{number}.{key}" for key in ("directions", "energies", "mean")]
-    if facts.fresh_rows is not None:
-        names.append(f"{number}.fresh_energies")
-    missing = [name for name in names if name not in tensors]
-    if missing:
-        raise Damage(f"lacks the tensor {missing[0]}")
-    directions, energies, mean, *fresh = (tensors.pop(name) for name in names)
-    certificate = None
+
+    def take(key: str) -> Tensor:
+        if f"{number}.{key}" not in tensors:
+            raise Damage(f"lacks the tensor {number}.{key}")
+        return tensors.pop(f"{number}.{key}")
+
+    certificate, inputs = None, None
     if facts.fresh_rows is not None and facts.fresh_total_energy is not None:
-        certificate = Certificate(fresh[0], facts.fresh_total_energy, facts.fresh_rows)
+        energies = take("fresh_energies")
+        certificate = Certificate(energies, facts.fresh_total_energy, facts.fresh_rows)
+    if (facts.input_energy is not None) != config.needs_loss:
+        raise Damage(f"does not fit objective {config.objective!r} in input {number}")
+    if facts.input_energy is not None:
+        inputs = InputMoments(take("input_moments"), facts.input_energy)
     spectrum = Spectrum(
-        directions,
-        energies,
+        take("directions"),
+        take("energies"),
         facts.total_energy,
         facts.rows,
-        mean,
+        take("mean"),
         centered=config.center,
         certificate=certificate,
+        inputs=inputs,
+        mixing=take("mixing") if config.objective == "regression" else None,
     )
     for contradiction in spectrum.contradictions(config.n_components):
         raise Damage(f"contradicts itself in input {number}: {contradiction}")

@@ -10,6 +10,7 @@ from torch import nn
 from evatune.calibration.batches import BatchSource, Step
 from evatune.calibration.build import build_calibration
 from evatune.calibration.config import CalibrationConfig
+from evatune.calibration.loss_observer import LossObserver
 from evatune.calibration.observer import Observer
 from evatune.calibration.options import Progress, RunOptions
 from evatune.calibration.result import Calibration
@@ -40,9 +41,10 @@ def run(
     require_weights(model)
     require_arguments("forward", options.forward, "model, batch")
     require_arguments("rows", options.rows, "activation, batch, layer_name")
+    require_arguments("loss", options.loss, "model, batch")
     config = config.resolved()
     state = CalibrationState(model, target_layers, config, process_group, options)
-    observer = Observer(state, options)
+    observer = _observer(state, options)
     if process_group.size > 1:
         _require_same_work(state, options)
     in_lockstep = process_group.size > 1 and is_sharded(model)
@@ -73,6 +75,18 @@ def run(
         return build_calibration(state, Status.CONVERGED if converged else ended, source.total)
 
 
+def _observer(state: CalibrationState, options: RunOptions) -> Observer | LossObserver:
+    """Return what runs the model on a batch, as the objective needs it."""
+    if state.config.needs_loss:
+        return LossObserver(state, options)
+    if options.loss is not None:
+        raise ConfigError(
+            "loss= is for objectives that see gradients; choose one with"
+            " CalibrationConfig(objective='gradients'), or leave loss out"
+        )
+    return Observer(state, options)
+
+
 def _require_same_work(state: CalibrationState, options: RunOptions) -> None:
     """Raise on every process unless all calibrate the same thing, in a way that several can."""
     if options.checkpoint is not None:
@@ -101,7 +115,10 @@ def _report(step: Step, state: CalibrationState, source: BatchSource, options: R
 
 
 def _save_checkpoint(
-    state: CalibrationState, source: BatchSource, observer: Observer, options: RunOptions
+    state: CalibrationState,
+    source: BatchSource,
+    observer: Observer | LossObserver,
+    options: RunOptions,
 ) -> None:
     """Write what `_resume` needs, when it is time."""
     checkpoint = options.checkpoint
@@ -113,7 +130,10 @@ def _save_checkpoint(
 
 
 def _resume(
-    state: CalibrationState, source: BatchSource, observer: Observer, options: RunOptions
+    state: CalibrationState,
+    source: BatchSource,
+    observer: Observer | LossObserver,
+    options: RunOptions,
 ) -> None:
     """Go on from the checkpoint's file, if there is one."""
     if options.checkpoint is None:

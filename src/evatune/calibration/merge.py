@@ -14,7 +14,15 @@ from evatune.calibration.data import CalibratedLayer, CalibrationData
 from evatune.calibration.status import Status, shortage
 from evatune.errors import ConfigError
 from evatune.sketch import SKETCHES
-from evatune.sketch.spectrum import Certificate, Spectrum, as_energies, empty, fix_signs
+from evatune.sketch.low_rank import SecondMoment
+from evatune.sketch.spectrum import (
+    Certificate,
+    InputMoments,
+    Spectrum,
+    as_energies,
+    empty,
+    fix_signs,
+)
 from evatune.utils.text import shortened
 
 Data = TypeVar("Data", bound=CalibrationData)
@@ -45,6 +53,12 @@ def merge_calibrations(shards: Sequence[Data]) -> Data:
             f"merge got {len(shards)} calibrations; it joins two or more of the same model"
         )
     first = shards[0]
+    if first.config.objective == "regression":
+        raise ConfigError(
+            "calibrations with objective='regression' cannot be joined, since their records do not"
+            " keep the mean gradient; calibrate on all the data at once, on several processes if"
+            " there are any"
+        )
     for number, other in enumerate(shards[1:], start=2):
         _require_same(first, other, number)
     spectra, status, layers = {}, {}, {}
@@ -179,8 +193,9 @@ def _join(parts: Sequence[Spectrum], components: int) -> Spectrum:
     )
     _, singular, right = torch.linalg.svd(factor, full_matrices=False)
     leading = (singular > singular[:1] * _RTOL).nonzero().flatten()[:components]
+    directions = fix_signs(right[leading].float()).contiguous()
     return Spectrum(
-        directions=fix_signs(right[leading].float()).contiguous(),
+        directions=directions,
         energies=as_energies(singular[leading].square()),
         total_energy=sum(
             float(w) * _total_about(part, mean) for w, part in zip(weights, parts, strict=True)
@@ -188,7 +203,29 @@ def _join(parts: Sequence[Spectrum], components: int) -> Spectrum:
         rows=rows,
         mean=mean.float(),
         centered=parts[0].centered,
+        inputs=_join_inputs(parts, weights, directions.double()),
     )
+
+
+def _join_inputs(
+    parts: Sequence[Spectrum], weights: Tensor, directions: Tensor
+) -> InputMoments | None:
+    """Return the inputs' moments along joined directions (k, d), where records have gradients.
+
+    Each record knows them along its own directions; between those, and outside, they are taken as
+    evenly spread.
+    """
+    along, total = torch.zeros_like(directions[:, 0]), 0.0
+    for part, weight in zip(parts, weights, strict=True):
+        if part.inputs is None:
+            return None
+        trace = torch.tensor(part.inputs.total, dtype=torch.float64, device="cpu")
+        moment = SecondMoment.of_eigenpairs(
+            part.directions.double(), part.inputs.along.double(), trace
+        )
+        along += weight * moment.along(directions)
+        total += float(weight) * part.inputs.total
+    return InputMoments(as_energies(along), total)
 
 
 def _factor(part: Spectrum, about: Tensor) -> Tensor:

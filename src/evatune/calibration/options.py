@@ -11,6 +11,7 @@ from torch import Tensor
 from evatune.calibration.checkpoint import Checkpoint
 from evatune.capture.recorder import RowsFunction
 from evatune.modeling.forward import ForwardFunction
+from evatune.modeling.loss import LossFunction
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,14 @@ class RunOptions:
     """Options of a run over batches beside its settings; none of them is recorded.
 
     Attributes:
-        forward, rows, progress, checkpoint: as for `evatune.calibrate`.
+        forward, rows, loss, progress, checkpoint: as for `evatune.calibrate`.
         caps: ranks that the stop rule's trial redistribution keeps to, as `allocate` does.
         active: from a batch to the (B, T) positions at which the adapter acts; None: at all.
     """
 
     forward: ForwardFunction | None = None
     rows: RowsFunction | None = None
+    loss: LossFunction | None = None
     progress: ProgressFunction | None = None
     checkpoint: Checkpoint | None = None
     caps: Mapping[str, int] = field(default_factory=dict)

@@ -15,13 +15,13 @@ from evatune.calibration.convergence import ConvergenceMonitor
 from evatune.calibration.nonfinite import NonFiniteWatch
 from evatune.calibration.options import RunOptions
 from evatune.calibration.refresh import SketchRefresher
-from evatune.capture import InputGroup, OneHotRows, SharedInputs, TargetLayer
+from evatune.capture import InputGroup, SharedInputs, TargetLayer
 from evatune.distributed.group import ProcessGroup
 from evatune.modeling.fingerprint import fingerprint
 from evatune.modeling.forward import model_device
 from evatune.modeling.wrappers import describe
 from evatune.ranks.allocation import RankPlan
-from evatune.sketch import Sketch, make_sketch
+from evatune.sketch import Sketch, SketchSettings, make_example_sketch, make_sketch
 from evatune.sketch.spectrum import Spectrum
 
 
@@ -40,7 +40,9 @@ class CalibrationState:
         self.target_layers = target_layers
         self.config = config
         self.process_group = process_group
-        self.shared_inputs = SharedInputs(self._new_sketch, share=options.rows is None)
+        self.shared_inputs = SharedInputs(
+            self._new_sketch, share=options.rows is None and not config.needs_loss
+        )
         names = [target_layer.name for target_layer in target_layers]
         self.refresher = SketchRefresher(
             self.shared_inputs, config, process_group, names, self._sketch_by_name
@@ -127,9 +129,17 @@ class CalibrationState:
         return {"latest": self.refresher.latest, "check": self.convergence.spectra}
 
     def _new_sketch(self, target_layer: TargetLayer, device: torch.device) -> Sketch:
-        counts_tokens = isinstance(target_layer.input_view, OneHotRows)
+        if self.config.needs_loss:
+            settings = SketchSettings(
+                target_layer.in_features,
+                self.config.n_components,
+                oversampling=self.config.oversampling,
+                seed=self.config.seed,
+                device=device,
+            )
+            return make_example_sketch(self.config.objective, settings, target_layer.out_features)
         return make_sketch(
-            "counts" if counts_tokens else self.config.sketch,
+            "counts" if target_layer.input_view.is_tokens else self.config.sketch,
             target_layer.in_features,
             self.config.n_components,
             oversampling=self.config.oversampling,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ Piece = tuple[Tensor, Tensor | None]  # rows, and the indices of those to take (
 class DenseRows:
     """Rows that are the last dimension of the input."""
 
+    is_tokens: ClassVar[bool] = False  # whether a row is the one-hot vector of an integer
+
     def all_rows(self, x: Tensor) -> Tensor:
         """Return what a `rows` function is handed."""
         return x
@@ -37,6 +39,14 @@ class DenseRows:
         They come in pieces of bounded size where they do not lie in memory already.
         """
         yield selector.rows(x)
+
+    def output_rows(self, y: Tensor) -> Tensor:
+        """Return an output, or its gradient, with a row (…, out) for each row of the input."""
+        return y
+
+    def real_tokens(self, x: Tensor) -> Tensor | None:
+        """Return bool, false where an input says by itself that its row is padding; None: all."""
+        return None
 
     def accepts(self, x: Tensor) -> bool:
         """Return whether an input is of a dtype that can be read this way."""
@@ -59,6 +69,7 @@ class OneHotRows(DenseRows):
         padding: a token whose embedding is never trained, and which is left out.
     """
 
+    is_tokens: ClassVar[bool] = True
     padding: int | None = None
 
     def leading_shape(self, x: Tensor) -> torch.Size:
@@ -72,6 +83,9 @@ class OneHotRows(DenseRows):
         if self.padding is not None:
             tokens = tokens[tokens != self.padding]
         yield tokens, None
+
+    def real_tokens(self, x: Tensor) -> Tensor | None:
+        return None if self.padding is None else x != self.padding
 
     def accepts(self, x: Tensor) -> bool:
         return not x.is_floating_point() and x.dtype != torch.bool
@@ -120,6 +134,11 @@ class ConvPatches(DenseRows):
         """Return (batch, positions, channels · kernel), a copy."""
         windows = self._windows(x)
         return windows.reshape(len(windows), -1, self._width(windows))
+
+    def output_rows(self, y: Tensor) -> Tensor:
+        spatial = len(self.kernel)
+        batched = y if y.ndim == spatial + 2 else y[None]
+        return batched.flatten(2).transpose(1, 2)
 
     def pieces(self, x: Tensor, selector: RowSelector) -> Iterator[Piece]:
         windows = self._windows(x)

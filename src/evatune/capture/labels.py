@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evatune.capture.row_selection import RowSelector, batch_field, label_mask, wants_labels
+from evatune.capture.row_selection import (
+    RowSelector,
+    batch_field,
+    has_token_labels,
+    label_mask,
+    wants_labels,
+)
+from evatune.modeling.loss import loss_in
 from evatune.modeling.wrappers import output_embedding
 
 Run = Callable[[nn.Module, Any], Any]
@@ -48,6 +55,23 @@ def selector_for(
         )
 
     return select
+
+
+def loss_denominator(model: nn.Module, ignore_index: int, run: Run) -> Callable[[Any], int | None]:
+    """Return the function from a batch to the number of labels that its loss is the mean over.
+
+    None where a batch has no label per token.
+    """
+    shift = None if decodes_labels(model) else LabelShift(model, ignore_index, run)
+
+    def count(batch: Any) -> int | None:
+        labels = batch_field(batch, "labels")
+        if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.is_floating_point():
+            return None
+        shifted = shift is not None and has_token_labels(batch) and shift.of(batch)
+        return int(label_mask(labels, ignore_index, shifted).sum())
+
+    return count
 
 
 def decodes_labels(model: nn.Module) -> bool:
@@ -186,12 +210,8 @@ def declares_shift(model: nn.Module) -> bool:
 
 
 def _loss_of(output: Any) -> Tensor | None:
-    """Return the loss in what a model returned: under its name, first, or alone."""
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    loss: Any = getattr(output, "loss", output)
-    if isinstance(output, Mapping):
-        loss = output.get("loss")
+    """Return the loss in what a model returned, if a backward pass can start from it."""
+    loss = loss_in(output)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         return None
     return loss if loss.requires_grad else None

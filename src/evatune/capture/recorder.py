@@ -19,7 +19,7 @@ from evatune.capture.row_selection import ALL_ROWS, RowSelector
 from evatune.capture.shared_inputs import SharedInputs
 from evatune.errors import DataError, TargetError
 from evatune.modeling.state import full_precision
-from evatune.sketch import Sketch, SketchUpdate
+from evatune.sketch import InputSketch, Sketch, SketchUpdate
 
 RowsFunction = Callable[[Tensor, Any, str], Tensor]
 
@@ -203,6 +203,7 @@ class InputRecorder:
                 return target_layer.input_view.pieces(x, selector)
 
         def summarize(sketch: Sketch) -> SketchUpdate:
+            assert isinstance(sketch, InputSketch)
             return sketch.summarize_pieces(pieces())
 
         with full_precision(x.device):

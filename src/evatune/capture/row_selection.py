@@ -125,6 +125,10 @@ class RowSelector:
         """Return whether an activation with these leading dimensions has a row per position."""
         return self.mask is not None and self._layout(shape) is not None
 
+    def is_time_first(self, shape: torch.Size) -> bool:
+        """Return whether an activation with these leading dimensions has time before the batch."""
+        return self.mask is not None and self._layout(shape) == "time first"
+
     def chosen(self, shape: torch.Size) -> Tensor | None:
         """Return the flat indices of the rows to take (None: all) of an activation.
 

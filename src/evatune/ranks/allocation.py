@@ -69,8 +69,9 @@ def allocate(
         budget: "ranks" spends N·r ranks over N layers (the paper). "parameters" spends
             r·Σ(in + out) parameters, each component costing the in + out of its layer.
         metric: what a component λ_j of a layer is worth: "ratio" λ_j / total energy (the paper's
-            default), "raw" λ_j, "max" λ_j / λ_1, "sum" λ_j / Σ of the layer's components in reach,
-            j ≤ cap.
+            default), "raw" λ_j (of gradients, of which energies have one unit in all layers: λ_j
+            times the layer's rows), "max" λ_j / λ_1, "sum" λ_j / Σ of the layer's components in
+            reach, j ≤ cap.
         min_rank: ranks that every layer with energy gets first, as far as its cap allows.
         caps: layer name → the most ranks it may get, instead of ⌊ρ·r⌋. In the budget and in
             `uniform_parameters` such a layer counts with its cap, not with r. So ρ = 1 gives every
@@ -235,9 +236,11 @@ def _worth(spectrum: Spectrum, metric: str, cap: int) -> list[float]:
     energies = spectrum.energies.double()
     if not len(energies) or spectrum.total_energy <= 0:
         return []
+    # energies of gradients have one unit in all layers as sums over the data, not per row
+    raw = 1.0 if spectrum.inputs is None else 1.0 / spectrum.rows
     divisor = {
         "ratio": spectrum.total_energy,
-        "raw": 1.0,
+        "raw": raw,
         "max": float(energies[0]),
         "sum": float(energies[:cap].sum()),
     }[metric]

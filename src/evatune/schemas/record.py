@@ -62,6 +62,7 @@ class InputRecord(Strict):
     rows: Count
     fresh_total_energy: Energy | None = None
     fresh_rows: Number | None = None
+    input_energy: Energy | None = None  # of x, where the spectrum is of gradients
 
     @model_validator(mode="after")
     def _certificate_is_whole(self) -> Self:

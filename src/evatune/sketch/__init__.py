@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from evatune.sketch.additive import AdditiveSketch
-from evatune.sketch.base import Sketch, SketchSettings, SketchUpdate
+from evatune.sketch.base import InputSketch, Sketch, SketchSettings, SketchUpdate
 from evatune.sketch.exact import ExactSketch
+from evatune.sketch.examples import Examples, ExampleSketch
 from evatune.sketch.incremental import IncrementalSketch
 from evatune.sketch.nystrom import NystromSketch
-from evatune.sketch.registry import SKETCHES, is_additive, make_sketch, refresh_all
+from evatune.sketch.registry import (
+    OBJECTIVES,
+    SKETCHES,
+    is_additive,
+    make_example_sketch,
+    make_sketch,
+    refresh_all,
+)
 from evatune.sketch.token_counts import CountSketch
 
 __all__ = [
+    "OBJECTIVES",
     "SKETCHES",
     "AdditiveSketch",
     "CountSketch",
     "ExactSketch",
+    "ExampleSketch",
+    "Examples",
     "IncrementalSketch",
+    "InputSketch",
     "NystromSketch",
     "Sketch",
     "SketchSettings",
     "SketchUpdate",
     "is_additive",
+    "make_example_sketch",
     "make_sketch",
     "refresh_all",
 ]

@@ -48,14 +48,13 @@ class SketchUpdate:
 
 
 class Sketch(ABC):
-    """A summary of the rows of one layer input, of constant size.
+    """A summary of what came to one layer, of constant size.
 
-    `summarize` reads an activation and changes nothing but the starting basis of a sketch without
-    rows; `add` adds its sums; `refresh` may move the basis towards the data; `spectrum` gives the
-    answer at any time. No method of the hot path (`summarize`, `add`) waits for the device.
+    `add` adds the sums of what came; `refresh` may move the basis towards the data; `spectrum`
+    gives the answer at any time. `InputSketch` makes sums of a layer's inputs, `GradientSketch` of
+    inputs and gradients; `AdditiveSketch` says how the sums of several processes add up.
 
-    Sums are in true units, in float64. `RowSketch` says how rows become sums, and `AdditiveSketch`
-    how the sums of several processes add up.
+    Sums are in true units, in float64.
     """
 
     # True if no directions of the same number capture more energy of the rows that it has seen.
@@ -85,21 +84,6 @@ class Sketch(ABC):
         self._start_fresh(0)
 
     # -- the protocol ------------------------------------------------------------------------------
-
-    def update(self, x: Tensor, index: Tensor | None = None) -> None:
-        """Add the rows of `x` (n, d), or those that `index` (m,) int64 selects."""
-        self.add(self.summarize(x, index))
-
-    @abstractmethod
-    def summarize(self, x: Tensor, index: Tensor | None = None) -> SketchUpdate:
-        """Return the sums over the rows of `x` (n, d), or over those that `index` (m,) selects."""
-
-    def summarize_pieces(self, pieces: Iterator[tuple[Tensor, Tensor | None]]) -> SketchUpdate:
-        """Return the sums over an activation in pieces, at least one, each as for `summarize`."""
-        total = self.summarize(*next(pieces))
-        for piece in pieces:
-            total = self._join([total, self.summarize(*piece)])
-        return total
 
     def add(self, update: SketchUpdate) -> None:
         """Add sums that this sketch summarized, or one that it was cloned from since a refresh."""
@@ -176,32 +160,11 @@ class Sketch(ABC):
         """
         return 0
 
-    def _join_moments(self, moments: list[Tensor]) -> Tensor:
-        total = moments[0]
-        for moment in moments[1:]:
-            # in place, but where pieces of an activation have scales of their own
-            in_place = total.dtype == moment.dtype
-            total = total.add_(moment) if in_place else total + moment
-        return total
-
     # -- helpers -----------------------------------------------------------------------------------
 
     def _zeros(self, *shape: int) -> Tensor:
         """Return zeros for sums that grow."""
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-    def _join(self, updates: list[SketchUpdate]) -> SketchUpdate:
-        """Return one update from those of an activation's pieces; they add up in float64."""
-        row_sums = torch.stack([update.row_sum for update in updates])
-        energies = torch.stack([update.energy for update in updates])
-        fresh = torch.stack([update.fresh for update in updates])
-        return SketchUpdate(
-            rows=sum(update.rows for update in updates),
-            row_sum=row_sums.sum(0, dtype=self.dtype),
-            energy=energies.sum(),
-            moment=self._join_moments([update.moment for update in updates]),
-            fresh=fresh.sum(0),
-        )
 
     def _offset_of(self, other: Self) -> Tensor:
         """(d,) the other's shift minus this one's."""
@@ -256,6 +219,50 @@ class Sketch(ABC):
             mean=(shift + offset).float().cpu(),
             centered=self.center,
             certificate=self._certify(),
+        )
+
+
+class InputSketch(Sketch):
+    """A sketch of the rows of a layer's inputs alone.
+
+    `summarize` reads an activation and changes nothing but the starting basis of a sketch without
+    rows. No method of the hot path (`summarize`, `add`) waits for the device.
+    """
+
+    def update(self, x: Tensor, index: Tensor | None = None) -> None:
+        """Add the rows of `x` (n, d), or those that `index` (m,) int64 selects."""
+        self.add(self.summarize(x, index))
+
+    @abstractmethod
+    def summarize(self, x: Tensor, index: Tensor | None = None) -> SketchUpdate:
+        """Return the sums over the rows of `x` (n, d), or over those that `index` (m,) selects."""
+
+    def summarize_pieces(self, pieces: Iterator[tuple[Tensor, Tensor | None]]) -> SketchUpdate:
+        """Return the sums over an activation in pieces, at least one, each as for `summarize`."""
+        total = self.summarize(*next(pieces))
+        for piece in pieces:
+            total = self._join([total, self.summarize(*piece)])
+        return total
+
+    def _join_moments(self, moments: list[Tensor]) -> Tensor:
+        total = moments[0]
+        for moment in moments[1:]:
+            # in place, but where pieces of an activation have scales of their own
+            in_place = total.dtype == moment.dtype
+            total = total.add_(moment) if in_place else total + moment
+        return total
+
+    def _join(self, updates: list[SketchUpdate]) -> SketchUpdate:
+        """Return one update from those of an activation's pieces; they add up in float64."""
+        row_sums = torch.stack([update.row_sum for update in updates])
+        energies = torch.stack([update.energy for update in updates])
+        fresh = torch.stack([update.fresh for update in updates])
+        return SketchUpdate(
+            rows=sum(update.rows for update in updates),
+            row_sum=row_sums.sum(0, dtype=self.dtype),
+            energy=energies.sum(),
+            moment=self._join_moments([update.moment for update in updates]),
+            fresh=fresh.sum(0),
         )
 
 

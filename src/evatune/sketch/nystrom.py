@@ -23,36 +23,30 @@ from torch import Tensor
 
 from evatune.sketch.additive import AdditiveSketch
 from evatune.sketch.base import SketchSettings
+from evatune.sketch.low_rank import COLUMN_RTOL, eigenpairs_of, nystrom_factors
 from evatune.sketch.rows import RowSketch, SelectedRows, power_of_two
 from evatune.sketch.spectrum import Certificate, Spectrum, fix_signs
 
 # Columns of the products. Fewer run no faster (matrix products work in blocks of 16) and lose
 # accuracy.
 _MIN_COLUMNS = 32
-_POWER_STEPS = 2
-# Columns below this share of the largest column's amplitude are rounding. With λ_j = ω_jᵀCω_j,
-# float32 products leave an error of about 1e-7·λ_1 in Y's column j, which enters the answer as
-# (1e-7·λ_1)² / λ_j.
-_COLUMN_RTOL = 1e-5
+POWER_STEPS = 2
 # Sketches are refreshed together up to this many bytes of products, of which a refresh needs a few
 # copies.
 _STACK_BYTES = 16 << 20
-# Eigenvalues of the unit-diagonal core below this, or below the rounding it shows, are not data.
-_CORE_RTOL = 1e-6
 
 
-class NystromSketch(AdditiveSketch, RowSketch):
-    """Streaming Nyström sketch.
+class NystromMoment(AdditiveSketch):
+    """A second moment C by its product with a basis that moves to C's leading eigenvectors.
 
-    The products have max(k + oversampling, 32) columns, of which the basis takes all but one, at
-    most d. The first basis is random, by the seed and the width.
-
-    Memory: 12·d·l bytes and a temporary (n, l). Time: 4·n·d·l flops per update, O(d·l²) per
-    refresh.
+    What C is a sum of, and how its product with the basis is taken, is up to subclasses. The
+    products have max(k + oversampling, 32) columns, of which the basis takes all but one, at most
+    d. The first basis is random, by the seed and the width.
     """
 
     _STATE: ClassVar = (*AdditiveSketch._STATE, "_padded", "product")
     _BASIS: ClassVar = (*AdditiveSketch._BASIS, "_padded")
+    _COLUMN_RTOL: ClassVar = COLUMN_RTOL
 
     def __init__(self, settings: SketchSettings) -> None:
         super().__init__(settings)
@@ -64,7 +58,7 @@ class NystromSketch(AdditiveSketch, RowSketch):
         # that way.
         # (l + 1, d): Ωᵀ and a row of zeros
         self._padded = self._zeros(columns + 1, width).float()
-        self.basis.copy_(_random_basis(width, columns, settings.seed))
+        self.basis.copy_(orthonormal(random_rows(width, columns, settings.seed)))
         # (l, d), (C·Ω)ᵀ
         self.product = self._zeros(columns, width)
 
@@ -109,10 +103,14 @@ class NystromSketch(AdditiveSketch, RowSketch):
         overlaps = bases.to(directions.dtype) @ directions.mT
         products = (overlaps * energies[:, None]) @ directions
         for sketch, basis, product in zip(sketches, bases, products, strict=True):
-            sketch.basis.copy_(basis)
-            sketch.product.copy_(product)
+            sketch._move(basis, product)
             sketch._start_fresh(len(basis))
         return answers
+
+    def _move(self, basis: Tensor, product: Tensor) -> None:
+        """Take another basis (l, d), and the product (l, d) that belongs to it."""
+        self.basis.copy_(basis)
+        self.product.copy_(product)
 
     def _completed(self, directions: Tensor) -> Tensor:
         """(l, d) orthonormal rows, the first of them `directions` (≤ l, d).
@@ -126,7 +124,7 @@ class NystromSketch(AdditiveSketch, RowSketch):
         return completed[: len(old)]
 
     @staticmethod
-    def _eigenpairs(sketches: Sequence[NystromSketch]) -> tuple[Tensor, Tensor, list[int]]:
+    def _eigenpairs(sketches: Sequence[NystromMoment]) -> tuple[Tensor, Tensor, list[int]]:
         """Return eigenvectors (G, l, d) as rows, eigenvalues (G, l) and counts of equal shapes.
 
         Descending; about the mean when centering. Beyond the count both are zero.
@@ -137,7 +135,7 @@ class NystromSketch(AdditiveSketch, RowSketch):
             for basis, product, sketch in zip(bases, products, sketches, strict=True):
                 offset = sketch._mean_offset()
                 product -= sketch.count * torch.outer(basis @ offset, offset)
-        return _eigenpairs_of(_nystrom_factors(bases, products))
+        return eigenpairs_of(nystrom_factors(bases, products, sketches[0]._COLUMN_RTOL))
 
     def _recenter(self) -> None:
         """Move the shift to the mean so far: the eigenpairs just taken are about that mean."""
@@ -148,34 +146,18 @@ class NystromSketch(AdditiveSketch, RowSketch):
         self.row_sum -= self.count * step
         self.shift = moved
 
-    # -- rows --------------------------------------------------------------------------------------
-
-    def _initialize(self, rows: SelectedRows) -> Tensor:
-        first_rows = super()._initialize(rows)
-        # their squares must neither overflow nor vanish
-        scaled = first_rows * power_of_two(first_rows)
-        for _ in range(_POWER_STEPS):
-            # Power steps on C + δI: the same eigenvectors, but of full rank, so QR never has to
-            # invent a column.
-            image = (scaled @ self.basis.T).T @ scaled
-            image = image / torch.linalg.matrix_norm(image).clamp_min(1e-30)
-            image = torch.nan_to_num(image, posinf=0.0, neginf=0.0)
-            shifted = image + 1e-5 * self.basis
-            self.basis.copy_(torch.linalg.qr(shifted.T)[0].T)
-        return first_rows
-
-    def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        projected = chunk @ self._padded.T  # (n, l + 1)
-        squares = self._fresh
-        if len(squares):
-            squares = projected[:, :-1].square().sum(0).to(self.dtype)
-        # the second product then has the sum of the rows in its last row, for nothing
-        projected[:, -1] = 1
-        moment = projected.T @ chunk
-        return moment[-1], moment[:-1], squares
-
     def _add_moment(self, moment: Tensor) -> None:
         self.product += moment
+
+    def _power_step(self, image: Tensor) -> None:
+        """Move the basis of a sketch without rows towards `image` (l, d), C times the basis.
+
+        It is a step on C + δI: the same eigenvectors, but of full rank, so QR never has to invent a
+        column.
+        """
+        image = image / torch.linalg.matrix_norm(image).clamp_min(1e-30)
+        image = torch.nan_to_num(image, posinf=0.0, neginf=0.0)
+        self.basis.copy_(orthonormal(image + 1e-5 * self.basis))
 
     # -- several sketches --------------------------------------------------------------------------
 
@@ -222,19 +204,52 @@ class NystromSketch(AdditiveSketch, RowSketch):
 
     def _factor(self) -> Tensor:
         """F (l, d) with FᵀF the Nyström approximation about the shift; empty rows are zero."""
-        return _nystrom_factors(self.basis.to(self.dtype)[None], self.product[None])[0]
+        basis = self.basis.to(self.dtype)
+        return nystrom_factors(basis[None], self.product[None], self._COLUMN_RTOL)[0]
 
 
-def _random_basis(width: int, columns: int, seed: int) -> Tensor:
-    """(columns, width) float32, orthonormal rows."""
-    cpu = torch.device("cpu")  # where a seed gives the same numbers for all devices
+class NystromSketch(NystromMoment, RowSketch):
+    """Streaming Nyström sketch of the second moment of rows.
+
+    Memory: 12·d·l bytes and a temporary (n, l). Time: 4·n·d·l flops per update, O(d·l²) per
+    refresh.
+    """
+
+    def _initialize(self, rows: SelectedRows) -> Tensor:
+        first_rows = super()._initialize(rows)
+        # their squares must neither overflow nor vanish
+        scaled = first_rows * power_of_two(first_rows)
+        for _ in range(POWER_STEPS):
+            image = (scaled @ self.basis.T).T @ scaled
+            self._power_step(image)
+        return first_rows
+
+    def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        projected = chunk @ self._padded.T  # (n, l + 1)
+        squares = self._fresh
+        if len(squares):
+            squares = projected[:, :-1].square().sum(0).to(self.dtype)
+        # the second product then has the sum of the rows in its last row, for nothing
+        projected[:, -1] = 1
+        moment = projected.T @ chunk
+        return moment[-1], moment[:-1], squares
+
+
+def random_rows(width: int, count: int, seed: int) -> Tensor:
+    """(count, width) float32 on the CPU, standard normal, the same for all devices."""
+    cpu = torch.device("cpu")
     generator = torch.Generator(cpu).manual_seed((seed * 1_000_003 + width) % 2**63)
-    start = torch.randn(width, columns, generator=generator, dtype=torch.float32, device=cpu)
-    basis: Tensor = torch.linalg.qr(start)[0].T
+    columns = torch.randn(width, count, generator=generator, dtype=torch.float32, device=cpu)
+    return columns.T
+
+
+def orthonormal(rows: Tensor) -> Tensor:
+    """Return orthonormal rows that span those of (m, d), m ≤ d."""
+    basis: Tensor = torch.linalg.qr(rows.T)[0].T
     return basis
 
 
-def _stackable(sketches: Sequence[NystromSketch]) -> Iterator[list[int]]:
+def _stackable(sketches: Sequence[NystromMoment]) -> Iterator[list[int]]:
     """Yield positions of sketches that one stack can hold."""
     stacks: dict[tuple[object, ...], list[int]] = {}
     for position, sketch in enumerate(sketches):
@@ -245,46 +260,6 @@ def _stackable(sketches: Sequence[NystromSketch]) -> Iterator[list[int]]:
         size = max(1, _STACK_BYTES // one_product)
         for start in range(0, len(positions), size):
             yield positions[start : start + size]
-
-
-def _nystrom_factors(bases: Tensor, products: Tensor) -> Tensor:
-    """F (G, l, d) with FᵀF = Y (ΩᵀY)⁺ Yᵀ for Ωᵀ = `bases` and Yᵀ = `products`.
-
-    Both are (G, l, d) float64. Rows that would only be rounding are zero.
-    """
-    core = products @ bases.mT  # ΩᵀCΩ, (G, l, l)
-    skew = core - core.mT  # zero but for rounding, and so a measure of it
-    core = (core + core.mT) / 2
-    # Scaled to unit diagonal first. Energies of one layer span many orders of magnitude, and so
-    # does the rounding in the columns of Y; a threshold relative to the largest would drop small
-    # true directions.
-    scale = core.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()  # (G, l)
-    above_rounding = scale > scale.amax(-1, keepdim=True) * _COLUMN_RTOL
-    inverse = torch.where(above_rounding, 1 / scale, 0.0)
-    both = inverse[:, :, None] * inverse[:, None, :]
-    values, vectors = torch.linalg.eigh(both * core)
-    floor = torch.linalg.matrix_norm(both * skew).clamp_min(_CORE_RTOL)
-    roots = torch.where(values > floor[:, None], values.rsqrt(), 0.0)
-    weighted = inverse[:, :, None] * vectors * roots[:, None, :]
-    factors: Tensor = weighted.mT @ products
-    return factors
-
-
-def _eigenpairs_of(factors: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-    """Return eigenvectors (G, l, d) as rows, eigenvalues (G, l) and their counts, descending.
-
-    They are those of FᵀF for `factors` (G, l, d), from the small Gram matrix FFᵀ: a third of the
-    time of QR and SVD. That squares the condition, which leaves an error of 1e-16·λ_1/λ_j in
-    direction j: below float32's for every energy that `_COLUMN_RTOL` lets through.
-    """
-    values, vectors = torch.linalg.eigh(factors @ factors.mT)
-    values, vectors = values.flip(-1), vectors.flip(-1)
-    floor = max(_COLUMN_RTOL**2, torch.finfo(factors.dtype).eps)
-    above_rounding = (values > 0) & (values > values[:, :1] * floor)
-    weights = torch.where(above_rounding, values.rsqrt(), 0.0)
-    directions = (vectors * weights[:, None, :]).mT @ factors
-    counts = above_rounding.sum(-1).tolist()
-    return directions, torch.where(above_rounding, values, 0.0), counts
 
 
 def _pool(a: Certificate | None, b: Certificate | None) -> Certificate | None:

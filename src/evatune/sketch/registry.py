@@ -7,19 +7,24 @@ from collections.abc import Sequence
 import torch
 
 from evatune.sketch.additive import AdditiveSketch
-from evatune.sketch.base import Sketch, SketchSettings
+from evatune.sketch.base import InputSketch, Sketch, SketchSettings
 from evatune.sketch.exact import ExactSketch
+from evatune.sketch.examples import ExampleSketch
+from evatune.sketch.gradients import GradientSketch
 from evatune.sketch.incremental import IncrementalSketch
 from evatune.sketch.nystrom import NystromSketch
+from evatune.sketch.regression import RegressionSketch
 from evatune.sketch.spectrum import Spectrum
 from evatune.sketch.token_counts import CountSketch
 
 # What `CalibrationConfig.sketch` may name.
-SKETCHES: dict[str, type[Sketch]] = {
+SKETCHES: dict[str, type[InputSketch]] = {
     "nystrom": NystromSketch,
     "exact": ExactSketch,
     "incremental": IncrementalSketch,
 }
+# What `CalibrationConfig.objective` may name; all but the first need a loss.
+OBJECTIVES = ("activations", "gradients", "regression")
 TOKEN_COUNTS = "counts"  # not a choice: the sketch of rows that come as token ids
 
 
@@ -32,7 +37,7 @@ def make_sketch(
     center: bool,
     seed: int,
     device: torch.device,
-) -> Sketch:
+) -> InputSketch:
     """Return an empty sketch of a kind in `SKETCHES`, or "counts" for rows that are token ids."""
     settings = SketchSettings(width, components, oversampling, center, seed, device)
     if kind == TOKEN_COUNTS:
@@ -40,6 +45,17 @@ def make_sketch(
     if kind not in SKETCHES:
         raise ValueError(f"no sketch named {kind!r}; known are {', '.join(SKETCHES)}")
     return SKETCHES[kind](settings)
+
+
+def make_example_sketch(
+    objective: str, settings: SketchSettings, out_features: int
+) -> ExampleSketch:
+    """Return an empty sketch for an objective that sees gradients."""
+    if objective == "gradients":
+        return GradientSketch(settings)
+    if objective == "regression":
+        return RegressionSketch(settings, out_features)
+    raise ValueError(f"no sketch for objective {objective!r}; known are {', '.join(OBJECTIVES)}")
 
 
 def is_additive(kind: str) -> bool:

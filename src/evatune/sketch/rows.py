@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evatune.sketch.base import Sketch, SketchSettings, SketchUpdate
+from evatune.sketch.base import InputSketch, SketchSettings, SketchUpdate
 
 # Casting, gathering and centering go through buffers of this size instead of a second copy of the
 # activation.
@@ -46,7 +46,7 @@ class SelectedRows:
         return torch.nan_to_num(rows, posinf=0.0, neginf=0.0)
 
 
-class RowSketch(Sketch):
+class RowSketch(InputSketch):
     """A sketch that reads dense rows, a bounded piece of them at a time.
 
     Rows whose squares leave float32's range are multiplied by a power of two before they are

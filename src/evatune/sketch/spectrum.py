@@ -49,11 +49,32 @@ class Certificate:
 
 
 @dataclass(frozen=True)
+class InputMoments:
+    """Second moments of a layer's rows, beside a spectrum that is of its gradients."""
+
+    along: Tensor  # (k,), E[(v_j·x)²] for the spectrum's directions; dtype as for `as_energies`
+    total: float  # E‖x‖²
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all of it as named tensors."""
+        return {"input_moments": self.along, "input_facts": _facts(self.total)}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Tensor]) -> Self | None:
+        """Return what `state` described, or None if there is nothing of it."""
+        if "input_facts" not in state:
+            return None
+        (total,) = state["input_facts"].tolist()
+        return cls(state["input_moments"].cpu(), total)
+
+
+@dataclass(frozen=True)
 class Spectrum:
     """Leading eigenpairs of the second moment of the rows that entered a layer.
 
     With `centered` the moment is that of `x - mean` (the covariance), otherwise that of `x` itself.
-    All tensors live on the CPU and are not shared with any sketch.
+    With an objective that sees gradients the eigenpairs are of what that says, and `inputs` has the
+    moments of x. All tensors live on the CPU and are not shared with any sketch.
     """
 
     directions: Tensor  # (k, d) float32, orthonormal rows, largest energy first
@@ -64,6 +85,10 @@ class Spectrum:
     mean: Tensor  # (d,) float32, mean row
     centered: bool = False
     certificate: Certificate | None = None
+    inputs: InputMoments | None = None  # None: energies and total energy are those of x
+    # (k, k) float32, lower triangular: `mixing @ directions` are the rows for which the objective
+    # "regression" asks, as they whiten x; None: the directions themselves
+    mixing: Tensor | None = None
 
     @property
     def explained_variance_ratio(self) -> Tensor:
@@ -82,6 +107,8 @@ class Spectrum:
     @property
     def second_moments(self) -> Tensor:
         """`E[(v_j·x)²]` per direction, shape (k,): uncentered, whatever `centered` says."""
+        if self.inputs is not None:
+            return self.inputs.along
         if not self.centered:
             return self.energies
         return as_energies(self.energies + self._mean_squares)
@@ -91,12 +118,15 @@ class Spectrum:
         """`Var[v_j·x]` per direction, shape (k,): centered, whatever `centered` says."""
         if self.centered:
             return self.energies
-        variances = self.energies - self._mean_squares
-        return variances.clamp_min(0).to(self.energies.dtype)
+        moments = self.second_moments
+        variances = moments - self._mean_squares
+        return variances.clamp_min(0).to(moments.dtype)
 
     @property
     def total_second_moment(self) -> float:
         """`E‖x‖²`: uncentered, whatever `centered` says."""
+        if self.inputs is not None:
+            return self.inputs.total
         if not self.centered:
             return self.total_energy
         return self.total_energy + _squared_norm(self.mean)
@@ -117,8 +147,11 @@ class Spectrum:
             "mean": self.mean,
             "facts": _facts(self.total_energy, self.rows, self.centered),
         }
-        if self.certificate is not None:
-            state |= self.certificate.state()
+        for part in (self.certificate, self.inputs):
+            if part is not None:
+                state |= part.state()
+        if self.mixing is not None:
+            state["mixing"] = self.mixing
         return state
 
     @classmethod
@@ -133,6 +166,8 @@ class Spectrum:
             mean=state["mean"].cpu(),
             centered=bool(centered),
             certificate=Certificate.of_state(state),
+            inputs=InputMoments.of_state(state),
+            mixing=state["mixing"].cpu() if "mixing" in state else None,
         )
 
     def contradictions(self, components: int) -> Iterator[str]:
@@ -154,6 +189,7 @@ class Spectrum:
         if bool(((directions @ directions.T - identity).abs() > _RTOL).any()):
             yield "directions are not orthonormal"
         yield from self._contradictions_of_energies()
+        yield from self._contradictions_of_inputs(count)
         if self.certificate is not None:
             yield from self._contradictions_of_certificate(self.certificate, largest_count)
 
@@ -166,10 +202,24 @@ class Spectrum:
         rounding = _RTOL * (self.total_energy + of_mean)
         if float(energies.sum()) > self.total_energy + rounding:
             yield "energies are more than the total energy"
-        if not self.centered and of_mean > self.total_energy * (1 + _RTOL):
+        if not self.centered and of_mean > self.total_second_moment * (1 + _RTOL):
             yield "the mean has more energy than the rows"
         if self.rows == 0 and self.total_energy > 0:
             yield "there is energy but no row"
+
+    def _contradictions_of_inputs(self, count: int) -> Iterator[str]:
+        if self.inputs is not None:
+            along = self.inputs.along
+            if along.shape != (count,) or not _are_energies(along) or bool((along < 0).any()):
+                yield "the moments of the inputs are none of these directions"
+            elif float(along.double().sum()) > self.inputs.total * (1 + _RTOL):
+                yield "the inputs have more energy along the directions than in all"
+        if self.mixing is not None and (
+            self.mixing.shape != (count, count)
+            or not _is_whole(self.mixing)
+            or bool(self.mixing.triu(1).any())
+        ):
+            yield "the mixing of the directions is not lower triangular"
 
     def _contradictions_of_certificate(
         self, certificate: Certificate, components: int

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from evatune.sketch.additive import AdditiveSketch
-from evatune.sketch.base import SketchSettings, SketchUpdate
+from evatune.sketch.base import InputSketch, SketchSettings, SketchUpdate
 from evatune.sketch.spectrum import Spectrum
 
 
-class CountSketch(AdditiveSketch):
+class CountSketch(AdditiveSketch, InputSketch):
     """Counts tokens. The second moment of one-hot rows is diagonal, of the tokens' frequencies.
 
     So the directions are the one-hot vectors of the most frequent tokens (ties: the lower id), the

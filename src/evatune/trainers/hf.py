@@ -71,7 +71,16 @@ def _in_training_precision(trainer: Any, options: InitializeOptions) -> Initiali
         with trainer.accelerator.autocast():  # the precision that training will run in
             return call(model, batch)
 
-    return replace(options, run=replace(options.run, forward=forward))
+    loss = options.run.loss
+    if loss is not None:
+        own_loss = loss
+
+        def loss(model: nn.Module, batch: Any) -> Any:
+            batch = to_device(batch, model_device(model))
+            with trainer.accelerator.autocast():
+                return own_loss(model, batch)
+
+    return replace(options, run=replace(options.run, forward=forward, loss=loss))
 
 
 def _own_batches(trainer: Any, process_group: ProcessGroup) -> Iterator[Any]:

@@ -80,6 +80,10 @@ def _redraw(model: nn.Module, seed: int) -> None:
         a.copy_((2 * drawn - 1) / a.shape[1] ** 0.5)
 
 
+def _of_objective(objective: str) -> dict[str, Any]:
+    return {"config": CalibrationConfig(objective=objective), "scale": "matched"}
+
+
 _EVA = Eva("eva", source="Paischer et al. 2024")
 
 METHODS = (
@@ -89,6 +93,9 @@ METHODS = (
     replace(_EVA, name="eva-dora", options={"use_dora": True}),
     replace(_EVA, name="eva-whiten", initialize_options={"scale": "whiten"}),
     replace(_EVA, name="eva-matched", initialize_options={"scale": "matched"}),
+    # The directions in which the loss has gradients, at LoRA's own scale.
+    replace(_EVA, name="eva-gradients", initialize_options=_of_objective("gradients")),
+    replace(_EVA, name="eva-regression", initialize_options=_of_objective("regression")),
     RanksOnly("lora-redist"),
     MinorDirections("eva-minor"),
 )

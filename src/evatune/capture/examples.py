@@ -1,0 +1,356 @@
+"""Records inputs and output gradients of layers in pairs, in a forward and a backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evatune.capture.input_views import DenseRows
+from evatune.capture.layer_types import TargetLayer
+from evatune.capture.masks import Masks
+from evatune.capture.recorder import RowsFunction
+from evatune.capture.row_selection import ALL_ROWS, RowSelector
+from evatune.capture.shared_inputs import SharedInputs
+from evatune.errors import DataError, TargetError
+from evatune.modeling.state import full_precision
+from evatune.sketch import Examples, ExampleSketch, Sketch, SketchUpdate
+from evatune.utils.text import shortened
+
+# Bytes of inputs and gradients that go into a sketch at a time, as copies in float32.
+_PIECE_BYTES = 64 << 20
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call of a layer in a forward pass, until its gradient comes."""
+
+    x: Tensor
+    index: Tensor | None  # which of the flat positions count; None: all
+    time_first: bool
+    gradient: Tensor | None = None
+
+
+@dataclass
+class _Calls:
+    """The calls of one layer in a batch: those that wait for a gradient, and those that have it."""
+
+    waiting: list[_Call] = field(default_factory=list)
+    complete: list[_Call] = field(default_factory=list)
+    silent: torch.device | None = None  # where it was called without any gradient to come
+    recorded: bool = False
+
+
+class ExampleRecorder:
+    """Records every call of a target layer, in the forward and backward passes inside `watching`.
+
+    A call counts once its gradient comes, so once where checkpointed activations are computed
+    twice. Calls of one module in one batch are one layer's, and its gradient is their sum. A layer
+    to which no gradient comes is recorded as a row without energy.
+
+    Args:
+        rows: the caller's own choice among the rows of a layer.
+        masks: say which rows count, where `rows` does not.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layers: Sequence[TargetLayer],
+        shared_inputs: SharedInputs,
+        rows: RowsFunction | None,
+        masks: Masks,
+    ) -> None:
+        _require_called(target_layers)
+        watched = {target_layer.module for target_layer in target_layers}
+        self._embeddings = [
+            module
+            for module in model.modules()
+            if isinstance(module, nn.Embedding) and module not in watched
+        ]
+        self._target_layers = target_layers
+        self._shared_inputs = shared_inputs
+        self._rows = rows
+        self._masks = masks
+        self._batch: Any = None
+        self._calls: dict[str, _Calls] = {}
+        self._backward = False
+        self._weight = 1.0
+        self._n_examples = 1
+
+    @contextmanager
+    def watching(self, batch: Any, selector: RowSelector) -> Iterator[None]:
+        """Keep hooks on the model for one forward and backward pass on `batch`."""
+        self._batch = batch
+        self._calls = {target_layer.name: _Calls() for target_layer in self._target_layers}
+        self._backward = False
+        with ExitStack() as undo:
+            if self._rows is None:
+                self._masks.begin(batch, selector)
+                undo.callback(self._masks.begin, None, ALL_ROWS)
+                self._masks.watch(undo)
+            # reentrant checkpointing passes over blocks to which nothing with a gradient comes
+            for embedding in self._embeddings:
+                undo.callback(embedding.register_forward_hook(_start_graph).remove)
+            for target_layer in self._target_layers:
+                self._hook(target_layer, undo)
+            yield
+        self._record_silent()
+        self._batch = None
+
+    def backward(self, loss: Tensor, *, examples: int, weight: float) -> None:
+        """Run the backward pass, in which the gradients are recorded.
+
+        Args:
+            loss: () to start from.
+            examples: how many there are in the batch.
+            weight: that gradients are multiplied by to be those of an example's own loss.
+        """
+        self._n_examples, self._weight = max(1, examples), weight
+        self._backward = True
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    # -- hooks -------------------------------------------------------------------------------------
+
+    def _hook(self, target_layer: TargetLayer, undo: ExitStack) -> None:
+        """Have a layer's output depend on something with a gradient, and wait for it there."""
+
+        def before(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            if not torch.is_grad_enabled():
+                return None
+            return _with_gradient(args, kwargs)
+
+        def after(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> Any:
+            x = _first_tensor(args, kwargs)
+            if x is None or not isinstance(output, Tensor):
+                return None
+            calls = self._calls[target_layer.name]
+            if not torch.is_grad_enabled():
+                calls.silent = x.device
+                return None
+            replaced = _start_graph(module, args, output)
+            output = output if replaced is None else replaced
+            call = self._call(target_layer, x)
+            # what is computed a second time, in the backward pass, may be of the first time's graph
+            if not self._backward:
+                calls.waiting.append(call)
+            output.register_hook(lambda gradient: self._arrived(target_layer, call, gradient))
+            return replaced
+
+        module = target_layer.module
+        undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        undo.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+
+    def _call(self, target_layer: TargetLayer, x: Tensor) -> _Call:
+        """Return a call, with the rows that count, which the masks know while it lasts."""
+        if not target_layer.input_view.accepts(x):
+            raise TargetError(
+                f"{target_layer.name} is an embedding ({type(target_layer.module).__name__}) that"
+                f" is called with {x.dtype} numbers and not with token ids; leave it out of the"
+                " targets, or with exclude_modules in the LoraConfig"
+            )
+        shape = target_layer.input_view.leading_shape(x)
+        if self._rows is not None:
+            return _Call(x.detach(), self._user_rows(target_layer, x), time_first=False)
+        selector = self._masks.selector(target_layer.name, x, shape)
+        index = None if shape is None else selector.chosen(shape)
+        time_first = shape is not None and selector.is_time_first(shape)
+        return _Call(x.detach(), index, time_first)
+
+    def _user_rows(self, target_layer: TargetLayer, x: Tensor) -> Tensor:
+        """Return the flat positions that the caller's own function chooses.
+
+        It is handed the positions in place of the values.
+        """
+        assert self._rows is not None
+        view, name = target_layer.input_view, target_layer.name
+        values = view.all_rows(x)
+        leading = values.shape if view.is_tokens else values.shape[:-1]
+        positions = torch.arange(leading.numel(), dtype=torch.float64, device="cpu")
+        probe = positions.to(x.device).reshape(leading)
+        if not view.is_tokens:
+            probe = probe[..., None].expand(*leading, values.shape[-1])
+        chosen = self._rows(probe, self._batch, name)
+        flat = chosen if view.is_tokens or not isinstance(chosen, Tensor) else chosen[..., 0]
+        fits = isinstance(flat, Tensor) and flat.ndim == 1 and flat.is_floating_point()
+        if fits and bool(((flat == flat.round()) & (flat >= 0) & (flat < leading.numel())).all()):
+            return flat.long()
+        raise DataError(
+            f"rows(activation, batch, {name!r}) computes rows of its own, and an objective with"
+            " gradients can only leave tokens out, of inputs and gradients alike; return"
+            " activation[mask] with a mask of (batch, tokens), or leave rows= out"
+        )
+
+    # -- gradients ---------------------------------------------------------------------------------
+
+    def _arrived(self, target_layer: TargetLayer, call: _Call, gradient: Tensor) -> None:
+        calls = self._calls[target_layer.name]
+        call.gradient = gradient.detach()
+        calls.complete.append(call)
+        if call in calls.waiting:
+            calls.waiting.remove(call)
+        if not calls.waiting:
+            self._record(target_layer, calls)
+
+    @torch.no_grad()
+    @torch.inference_mode(mode=False)
+    def _record(self, target_layer: TargetLayer, calls: _Calls) -> None:
+        """Hand on the calls whose gradients have come, as one."""
+        complete, calls.complete = calls.complete, []
+        calls.recorded = True
+
+        def summarize(sketch: Sketch) -> SketchUpdate:
+            assert isinstance(sketch, ExampleSketch)
+            return sketch.summarize_examples(self._pieces(target_layer, complete))
+
+        x = complete[0].x
+        with full_precision(x.device):
+            self._shared_inputs.record(target_layer, x, object(), summarize)
+
+    def _record_silent(self) -> None:
+        """Record layers that were called and to which no gradient came."""
+        for target_layer in self._target_layers:
+            calls = self._calls[target_layer.name]
+            if calls.complete:
+                self._record(target_layer, calls)
+            device = calls.waiting[0].x.device if calls.waiting else calls.silent
+            if calls.recorded or device is None:
+                continue
+            zeros = torch.zeros(1, 1, target_layer.out_features, device=device)
+            x = zeros.new_zeros(1, 1, target_layer.in_features)
+            if target_layer.input_view.is_tokens:
+                x = torch.zeros(1, 1, dtype=torch.int64, device=device)
+            nothing = _Call(x, None, time_first=False, gradient=zeros)
+            self._record(target_layer, _Calls(complete=[nothing]))
+
+    def _pieces(self, target_layer: TargetLayer, calls: list[_Call]) -> Iterator[Examples]:
+        """Yield the examples of a layer's calls, of bounded size."""
+        view = target_layer.input_view
+        blocks = [_Block.of(view, call, self._n_examples) for call in calls]
+        if len({len(block.x) for block in blocks}) == 1:
+            blocks = [_Block.joined(blocks)]
+        for block in blocks:
+            numbers = target_layer.in_features + target_layer.out_features
+            per_example = 4 * numbers * max(1, block.x.shape[1])
+            step = max(1, _PIECE_BYTES // per_example)
+            yield from block.pieces(step, self._weight)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The examples of a call: (S, T, d) or (S, T) tokens, (S, T, out) and (S, T) bool or None."""
+
+    x: Tensor
+    g: Tensor
+    rows: int  # that count
+    kept: Tensor | None
+
+    @staticmethod
+    def of(view: DenseRows, call: _Call, examples: int) -> _Block:
+        """Return the tokens of a call by the examples that they are of.
+
+        Whatever lies between the first dimension and the last, or the windows that a model has
+        made of its images, are tokens of an example, as long as their number can be divided so.
+        """
+        assert call.gradient is not None
+        x, g = view.all_rows(call.x), view.output_rows(call.gradient)
+        leading = g.shape[:-1]
+        kept = view.real_tokens(call.x)
+        rows = leading.numel() if call.index is None else len(call.index)
+        if kept is not None:
+            rows = int(kept.sum() if call.index is None else kept.flatten()[call.index].sum())
+        if call.index is not None:
+            chosen = torch.zeros(leading.numel(), dtype=torch.bool, device=g.device)
+            chosen[call.index.to(g.device)] = True
+            kept = chosen if kept is None else chosen & kept.flatten()
+        if call.time_first:
+            x, g = x.transpose(0, 1), g.transpose(0, 1)
+            kept = None if kept is None else kept.reshape(leading).transpose(0, 1)
+        total = leading.numel()
+        count = examples if total % examples == 0 else leading[0]
+        shape = (count, total // max(1, count))
+        x_shape = shape if view.is_tokens else (*shape, x.shape[-1])
+        return _Block(
+            x.reshape(x_shape),
+            g.reshape(*shape, g.shape[-1]),
+            rows,
+            None if kept is None else kept.reshape(shape),
+        )
+
+    @staticmethod
+    def joined(blocks: list[_Block]) -> _Block:
+        """Return several calls as one, in which an example has the tokens of all."""
+        if len(blocks) == 1:
+            return blocks[0]
+        kept = None
+        if any(block.kept is not None for block in blocks):
+            kept = torch.cat([block.all_kept() for block in blocks], dim=1)
+        x = torch.cat([block.x for block in blocks], dim=1)
+        g = torch.cat([block.g for block in blocks], dim=1)
+        return _Block(x, g, sum(block.rows for block in blocks), kept)
+
+    def all_kept(self) -> Tensor:
+        """Return `kept`, with ones where it is None."""
+        if self.kept is not None:
+            return self.kept
+        return torch.ones(self.g.shape[:2], dtype=torch.bool, device=self.g.device)
+
+    def pieces(self, size: int, weight: float) -> Iterator[Examples]:
+        """Yield the examples, so many at a time."""
+        rows = self.rows  # of the first piece, as counting each would wait for the device
+        for start in range(0, max(1, len(self.x)), size):
+            places = slice(start, start + size)
+            kept = None if self.kept is None else self.kept[places]
+            yield Examples(self.x[places], self.g[places], rows, kept, weight)
+            rows = 0
+
+
+def _require_called(target_layers: Sequence[TargetLayer]) -> None:
+    """Raise a TargetError for layers whose outputs are not to be had by a hook."""
+    inside = [target_layer.name for target_layer in target_layers if target_layer.parameter]
+    if inside:
+        raise TargetError(
+            "an objective with gradients needs layers that are called, and these weights are"
+            f" multiplied inside other modules: {shortened(inside)}; leave them out of the targets,"
+            " or use objective='activations'"
+        )
+
+
+def _start_graph(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+    """Return an output that requires a gradient, for one that does not; else None.
+
+    It is a copy, as the leaf of a graph could not be written to in place.
+    """
+    if not torch.is_grad_enabled() or not isinstance(output, Tensor) or output.requires_grad:
+        return None
+    return output.detach().requires_grad_().clone()
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    return next(tensors, None)
+
+
+def _with_gradient(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Return the arguments with a first tensor that requires a gradient; None if they do as is."""
+    x = _first_tensor(args, kwargs)
+    if x is None or x.requires_grad or not x.is_floating_point():
+        return None
+
+    def replaced(value: Any) -> Any:
+        return value.detach().requires_grad_() if value is x else value
+
+    return (
+        tuple(replaced(value) for value in args),
+        {key: replaced(value) for key, value in kwargs.items()},
+    )

@@ -1,0 +1,83 @@
+"""The loss of a batch: from what a model returns, or by the caller's own function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evatune.errors import DataError
+from evatune.modeling.forward import ForwardFunction
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+_WAYS = "give batches with labels, or pass loss=lambda model, batch: … that returns a scalar"
+
+
+def loss_in(output: Any) -> Any:
+    """Return the loss in what a model returned: under its name, first, or alone; None without."""
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if isinstance(output, Mapping):
+        return output.get("loss")
+    return getattr(output, "loss", output)
+
+
+def loss_of(
+    model: nn.Module, batch: Any, call: ForwardFunction, loss: LossFunction | None
+) -> Tensor:
+    """Return the loss () of a batch, from which a backward pass can start.
+
+    Args:
+        call: runs the model, whose output has the loss; not used where there is a function for it.
+        loss: the caller's own, or None.
+
+    Raises:
+        DataError: there is no loss, it is no scalar, or it depends on no layer.
+    """
+    value = loss(model, batch) if loss is not None else loss_in(call(model, batch))
+    source = "loss(model, batch) returned" if loss is not None else "the model returned"
+    if not isinstance(value, Tensor):
+        what = "no loss" if value is None else f"a {type(value).__name__} where the loss should be"
+        raise DataError(f"the objective needs a loss, and {source} {what}; {_WAYS}")
+    if value.numel() != 1 or not value.is_floating_point():
+        raise DataError(
+            f"the objective needs a loss that is one number, and {source} {value.dtype} of shape"
+            f" {tuple(value.shape)}; {_WAYS}"
+        )
+    if not value.requires_grad:
+        raise DataError(
+            f"the objective needs gradients, and the loss that {source} depends on no target layer"
+            " in a way that torch records; look for torch.no_grad(), detach() or item() in the"
+            " model or the loss"
+        )
+    return value.reshape(())
+
+
+@contextmanager
+def parameters_frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter require a gradient, so that a backward pass computes those of activations.
+
+    Afterwards each requires one as before; none has been given one.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def loss_scale(model: nn.Module) -> float:
+    """Return a power of two for the loss, so that gradients do not vanish in float16."""
+    device_types = {parameter.device.type for parameter in model.parameters()}
+    halves = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+    for device_type in device_types - {"meta"}:
+        if torch.is_autocast_enabled(device_type):
+            halves |= torch.get_autocast_dtype(device_type) == torch.float16
+    return 1024.0 if halves else 1.0
