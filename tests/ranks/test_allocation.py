@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from evatune.errors import BudgetError, ConfigError
 from evatune.layers import LayerSpec
 from evatune.ranks.allocation import METRICS, Candidate, RankPlan, allocate
-from evatune.sketch.spectrum import Spectrum
+from evatune.sketch.spectrum import InputMoments, Spectrum
 
 torch.set_num_threads(1)
 
@@ -337,3 +338,21 @@ def test_a_tied_rank_reaches_as_far_as_the_richest_of_its_layers() -> None:
         "1": Candidate(LayerSpec("1", 8, 8, 1, "e"), spectrum_of([1.0])),
     }
     assert set(allocate(layers, rank=4, rho=1.0).ranks.values()) == {4}
+
+
+def of_gradients(energies: list[float], rows: int = 100) -> Candidate:
+    layer = candidate(energies, 8, 8)
+    moments = InputMoments(torch.ones(len(energies)), 9.0)
+    return replace(layer, spectrum=replace(layer.spectrum, rows=rows, inputs=moments))
+
+
+def test_gradients_in_few_directions_do_not_bound_a_layers_rank() -> None:
+    with pytest.raises(BudgetError):
+        allocate({"a": candidate([4.0, 1.0], 8, 8)}, rank=4, rho=1)
+    plan = allocate({"a": of_gradients([4.0, 1.0])}, rank=4, rho=1)
+    assert plan.ranks == {"a": 4}
+
+
+def test_raw_energies_of_gradients_count_as_sums_over_the_data() -> None:
+    layers = {"few": of_gradients([1.0] * 4, rows=10), "many": of_gradients([1.0] * 4, rows=1000)}
+    assert allocate(layers, rank=2, metric="raw").ranks == {"few": 0, "many": 4}

@@ -65,7 +65,8 @@ def allocate(
         rank: r, the rank that every layer would have without redistribution. At least 1.
         rho: ρ ≥ 1. No layer gets more than ⌊ρ·r⌋, nor more than min(in, out), nor more than its
             spectrum has directions with energy (of layers with one rank: the richest of their
-            spectra).
+            spectra); but spectra of gradients, which lie in few directions where labels are few,
+            do not bound it so, and A gets random orthonormal rows beyond them.
         budget: "ranks" spends N·r ranks over N layers (the paper). "parameters" spends
             r·Σ(in + out) parameters, each component costing the in + out of its layer.
         metric: what a component λ_j of a layer is worth: "ratio" λ_j / total energy (the paper's
@@ -255,7 +256,11 @@ def _parameters(layers: Mapping[str, Candidate], ranks: Mapping[str, int]) -> in
 
 def _top(layer: Candidate, cap: int) -> int:
     """Return the most ranks a layer can use, within its cap."""
-    return min(cap, layer.spec.in_features, layer.spec.out_features, layer.spectrum.usable)
+    most = min(cap, layer.spec.in_features, layer.spec.out_features)
+    of_gradients = layer.spectrum.inputs is not None
+    if of_gradients and layer.spectrum.usable:
+        return most  # the inputs have more directions than the gradients, and A is completed
+    return min(most, layer.spectrum.usable)
 
 
 def _require_options(rank: int, rho: float, budget: str, metric: str, min_rank: int) -> None:
