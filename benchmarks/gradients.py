@@ -2,10 +2,10 @@
 
     python benchmarks/gradients.py [--output benchmarks/results/gradients.json]
 
-The models, layers and batches of benchmarks/scale.py. The bare passes go backward to the activations
-only, as the objective does: no weight has a gradient. Correctness is asserted first, by the
-gradients of weights that torch computes here for each example. All times are of one run; only their
-ratios mean anything. The last line is one JSON object.
+The models, layers and batches of benchmarks/scale.py. The bare passes go backward to the
+activations only, as the objective does: no weight has a gradient. Correctness is asserted first, by
+the gradients of weights that torch computes here for each example. All times are of one run; only
+their ratios mean anything. The last line is one JSON object.
 """
 
 from __future__ import annotations
