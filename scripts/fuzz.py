@@ -55,7 +55,7 @@ Mutation = Callable[[random.Random, Path], None]
 
 
 @dataclass(frozen=True)
-class LayerType:
+class FileKind:
     """A kind of file: how to write a good one into a folder, how evatune reads it, and what is done
     to it."""
 
@@ -459,38 +459,38 @@ def read_texts(path: Path) -> None:
     len(load_texts(path))
 
 
-LAYER_TYPES: dict[str, LayerType] = {
-    "calibration": LayerType(write_calibration, read_calibration, (*RAW, edit_header)),
-    "calibration, old format": LayerType(write_calibration, read_calibration, (edit_record,)),
-    "checkpoint": LayerType(
+FILE_KINDS: dict[str, FileKind] = {
+    "calibration": FileKind(write_calibration, read_calibration, (*RAW, edit_header)),
+    "calibration, old format": FileKind(write_calibration, read_calibration, (edit_record,)),
+    "checkpoint": FileKind(
         write_checkpoint,
         lambda path: calibrate(checkpoint=Checkpoint(path, resume=True)),
         (*RAW, edit_header),
     ),
-    "adapter config": LayerType(
+    "adapter config": FileKind(
         partial(write_adapter, name="adapter_config.json"),
         read_adapter,
         (*RAW, edit_json, edit_json, bomb_text),
     ),
-    "adapter weights": LayerType(
+    "adapter weights": FileKind(
         partial(write_adapter, name="adapter_model.safetensors"),
         read_adapter,
         (*RAW, edit_header, edit_weights),
     ),
-    "recipe": LayerType(
+    "recipe": FileKind(
         write_recipe, lambda path: load(str(path)), (*RAW, edit_yaml, bomb_yaml, bomb_text)
     ),
-    RECIPE: LayerType(partial(write_run, name=RECIPE), read_run, (*RAW, edit_json, bomb_text)),
-    RESULT: LayerType(partial(write_run, name=RESULT), read_run, (*RAW, edit_json, bomb_text)),
-    METRICS: LayerType(partial(write_run, name=METRICS), read_run, (*RAW, edit_line, edit_line)),
-    "Trainer's checkpoint": LayerType(
+    RECIPE: FileKind(partial(write_run, name=RECIPE), read_run, (*RAW, edit_json, bomb_text)),
+    RESULT: FileKind(partial(write_run, name=RESULT), read_run, (*RAW, edit_json, bomb_text)),
+    METRICS: FileKind(partial(write_run, name=METRICS), read_run, (*RAW, edit_line, edit_line)),
+    "Trainer's checkpoint": FileKind(
         write_trainer_state, lambda path: newest_whole(path.parent), (break_one_of,)
     ),
-    "data, jsonl": LayerType(
+    "data, jsonl": FileKind(
         partial(write_texts, ending="jsonl"), read_texts, (*RAW, edit_line, bomb_text)
     ),
-    "data, csv": LayerType(partial(write_texts, ending="csv"), read_texts, (*RAW, bomb_text)),
-    "data, txt": LayerType(partial(write_texts, ending="txt"), read_texts, RAW),
+    "data, csv": FileKind(partial(write_texts, ending="csv"), read_texts, (*RAW, bomb_text)),
+    "data, txt": FileKind(partial(write_texts, ending="txt"), read_texts, RAW),
 }
 
 
@@ -501,7 +501,7 @@ class _NoEnd(BaseException):
     pass
 
 
-def outcome(kind: LayerType, seed: int, folder: Path) -> str:
+def outcome(kind: FileKind, seed: int, folder: Path) -> str:
     """Mutate a good file and read it: "accepted", "refused", or what is a fault: "traceback" or "no
     end".
 
@@ -555,7 +555,7 @@ def _deadline(seconds: float) -> Iterator[None]:
 OUTCOMES = ("accepted", "refused", "traceback", "no end", "crash")
 
 
-def in_child(kind: LayerType, seed: int) -> str:
+def in_child(kind: FileKind, seed: int) -> str:
     """`outcome` in a process of its own, which neither a crash nor code that hears no signal can
     take along."""
     folder = Path(tempfile.mkdtemp(prefix="evatune-fuzz-"))
@@ -595,7 +595,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print("| kind | " + " | ".join(OUTCOMES) + " |\n|---|" + "---:|" * len(OUTCOMES))
     totals: Counter[str] = Counter()
-    for name, kind in LAYER_TYPES.items():
+    for name, kind in FILE_KINDS.items():
         if options.only not in name:
             continue
         seeds = range(options.seed * options.cases, (options.seed + 1) * options.cases)

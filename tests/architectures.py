@@ -8,30 +8,11 @@ import torch
 import transformers
 from torch import nn
 
-TEXT: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-}
-
 
 def seeded(kind: Any, config: Any) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = kind(config)
     return model.eval()
-
-
-def llama() -> nn.Module:
-    return seeded(
-        transformers.LlamaForCausalLM, transformers.LlamaConfig(**TEXT, num_key_value_heads=1)
-    )
-
-
-def bert() -> nn.Module:
-    return seeded(transformers.BertModel, transformers.BertConfig(**TEXT))
 
 
 def t5() -> nn.Module:

@@ -24,7 +24,6 @@ EXACT = evatune.CalibrationConfig(rank=4, sketch="exact", tolerance=0)
 
 ESCAPE = "\x1b[31mred"
 
-
 NAMES = (
     "a[/b]",
     "[bold]b",
@@ -141,40 +140,34 @@ def no_room(size: int = 600) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+TEXT: dict[str, Any] = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
+
+
 def tiny_bert(kind: str = "base", **options: Any) -> Any:
     """A BERT of two small layers with random weights."""
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=60,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        **options,
-    )
+    config = transformers.BertConfig(**TEXT | options)
     return {
         "base": transformers.BertModel,
         "classification": transformers.BertForSequenceClassification,
     }[kind](config).eval()
 
 
-def tiny_llama() -> Any:
+def tiny_llama(**options: Any) -> Any:
     """A Llama of two small layers with random weights."""
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=60,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=32,
-        max_position_embeddings=64,
-    )
+    config = transformers.LlamaConfig(**TEXT | {"num_key_value_heads": 1} | options)
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -285,7 +278,7 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLay
     return {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter in module.lora_A
+        if isinstance(module, LoraLayer) and adapter in module.r
     }
 
 

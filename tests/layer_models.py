@@ -39,7 +39,6 @@ CONVS: dict[str, Callable[[], nn.Module]] = {
     "3d": lambda: nn.Conv3d(2, 8, (2, 1, 3), stride=(1, 2, 1), padding=(1, 0, 1)),
 }
 
-
 SIZES = {"1": (12,), "2": (9, 8), "3": (4, 5, 6)}
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from evatune import Calibration, CalibrationConfig
@@ -24,6 +29,14 @@ SETTINGS = {
     "nystrom": ALL,
     "centered": CalibrationConfig(rank=4, max_batches=16, tolerance=0, center=True),
     "exact": CalibrationConfig(rank=4, max_batches=16, tolerance=0, sketch="exact"),
+}
+
+# Persistent parameters are not sharded; without a threshold a toy would be nothing else.
+ZERO_3: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 4,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
 }
 
 
@@ -88,10 +101,21 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def spawn(target: Callable[[int, str], None], folder: Path, count: int = 2) -> list[int | None]:
-    """Return the exit codes of `count` processes."""
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=target, args=(rank, str(folder))) for rank in range(count)]
+# -- how they start and end ------------------------------------------------------------------------
+
+Work = Callable[[int, str], None]
+
+# Processes are forked from one that has imported what takes seconds, and has computed nothing.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["transformers.trainer", "peft", "evatune.finetune.run", __name__])
+
+
+def spawn(work: Work, folder: Path, count: int = 2) -> list[int | None]:
+    """Run `work(rank, folder)` on `count` processes of one gloo group; return their exit codes."""
+    processes = [
+        FORKS.Process(target=_in_group, args=(work, rank, str(folder), count))
+        for rank in range(count)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -99,3 +123,41 @@ def spawn(target: Callable[[int, str], None], folder: Path, count: int = 2) -> l
         if process.is_alive():
             process.kill()
     return [process.exitcode for process in processes]
+
+
+def _in_group(work: Work, rank: int, folder: str, count: int) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
+    work(rank, folder)
+    leave()
+
+
+def launch(
+    launcher: Sequence[str], script: Path, *arguments: str | Path, **environment: str
+) -> None:
+    """Run a script by a launcher, a module with options, and require that it ends well."""
+    root = Path(__file__).parents[1]
+    found = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, str(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": found} | environment,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def leave() -> NoReturn:
+    """End this process with status 0, once what it found is on the disk.
+
+    It leaves out the end of the interpreter, in which a thread of gloo may be about to give back a
+    tensor: it waits for the interpreter's lock, is unwound in place of getting it, and takes the
+    process along ("terminate called without an active exception"; pytorch/pytorch#190489). Groups
+    that were destroyed have such threads too, as long as DDP holds on to them.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

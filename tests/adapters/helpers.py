@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-import transformers
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+import evatune
+from tests.helpers import tokens
+
 GONE = "model.layers.0.self_attn.q_proj"
-
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 32,
-}
-
-
-def llama(**options: Any) -> Any:
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | options)).eval()
 
 
 def adapted(model: Any, **options: Any) -> PeftModel:
@@ -52,14 +39,6 @@ def with_eva(model: nn.Module, meta: bool = False, **options: Any) -> PeftModel:
     return get_peft_model(model, eva_config(**options), low_cpu_mem_usage=meta)
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    return {
-        path.removeprefix("base_model.model."): layer
-        for path, layer in model.named_modules()
-        if isinstance(layer, LoraLayer)
-    }
-
-
 @torch.no_grad()
 def train(model: nn.Module) -> None:
     """Every parameter that trains, moved at random."""
@@ -71,3 +50,19 @@ def train(model: nn.Module) -> None:
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def redistributed(model: Any, *gone: str) -> evatune.Calibration:
+    """Initialize from a calibration by which layers `gone` are worth nothing, others more or
+    less."""
+    found = evatune.calibrate(model, tokens(4), evatune.CalibrationConfig(components=8))
+    spectra = {}
+    for place, (name, spectrum) in enumerate(found.spectra.items()):
+        factor = 1e6 if name.startswith(gone) else 1 + place % 3
+        spectra[name] = replace(spectrum, total_energy=spectrum.total_energy * factor)
+    return evatune.initialize(model, replace(found, spectra=spectra))
+
+
+def logits(model: nn.Module) -> Tensor:
+    ids = torch.cat([tokens()[0]["input_ids"], torch.arange(48, 60)[None]])
+    return model.eval()(input_ids=ids).logits.detach()

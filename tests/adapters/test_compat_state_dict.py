@@ -22,6 +22,7 @@ from tests.helpers import (
     tiny_bert,
     tokens,
 )
+from tests.processes import spawn
 
 torch.set_num_threads(1)
 
@@ -263,40 +264,27 @@ def test_what_cannot_be_done_is_a_value_error_of_ours(call: Any, text: str) -> N
 # -- processes -------------------------------------------------------------------------------------
 
 
-def gather(rank: int, folder: str) -> dict[bool, dict[str, Tensor]]:
-    """What process `rank` of two finds on its half of the batches, with and without gathering."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-    )
-    try:
-        settings = eva_config(target_modules=["query", "dense"], tau=1.0)
-        batches = tokens(8, padded=True)[rank::2]
-        found = {
-            together: get_eva_state_dict(
-                tiny_bert(), batches, settings, gather_distributed_inputs=together, **QUIET
-            )
-            for together in (True, False)
-        }
-        save_file(found[True], f"{folder}/{rank}.safetensors")
-        return found
-    finally:
-        torch.distributed.destroy_process_group()
+def gather(rank: int, folder: str) -> None:
+    """Find a start on half of the batches, with gathering and without."""
+    settings = eva_config(target_modules=["query", "dense"], tau=1.0)
+    batches = tokens(8, padded=True)[rank::2]
+    for name, together in (("together", True), ("apart", False)):
+        found = get_eva_state_dict(
+            tiny_bert(), batches, settings, gather_distributed_inputs=together, **QUIET
+        )
+        save_file(found, f"{folder}/{name}-{rank}.safetensors")
+    torch.distributed.barrier()
 
 
 def test_every_process_gets_the_result_of_all_batches(tmp_path: Path) -> None:
-    other = torch.multiprocessing.get_context("spawn").Process(
-        target=gather, args=(1, str(tmp_path))
-    )
-    other.start()
-    own = gather(0, str(tmp_path))
-    other.join()
-    assert other.exitcode == 0
+    assert spawn(gather, tmp_path) == [0, 0]
+    own, there = (load_file(tmp_path / f"together-{rank}.safetensors") for rank in (0, 1))
+    apart = load_file(tmp_path / "apart-0.safetensors")
     settings = eva_config(target_modules=["query", "dense"], tau=1.0)
     alone = get_eva_state_dict(tiny_bert(), tokens(8, padded=True), settings, **QUIET)
-    there = load_file(tmp_path / "1.safetensors")
     for name, a in alone.items():
-        here = own[True][name]
+        here = own[name]
         assert torch.equal(here, there[name])
         assert len(here) == len(a)
         assert float(evatune.sketch.spectrum.principal_angles(here, a).max()) < 0.1
-    assert any(not torch.equal(own[False][name], own[True][name]) for name in alone)
+    assert any(not torch.equal(apart[name], own[name]) for name in alone)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import evatune
 from evatune.adapters.compat import initialize_lora_eva_weights
 from evatune.adapters.saved import adapter_rows
-from tests.adapters.helpers import GONE, SIZES, adapted, llama, lora_layers, train
-from tests.helpers import tokens
+from tests.adapters.helpers import GONE, adapted, logits, redistributed, train
+from tests.helpers import TEXT, lora_layers, tiny_llama, tokens
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings(
@@ -37,16 +37,18 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def tied_llama() -> Any:
-    return llama(tie_word_embeddings=True)
+    return tiny_llama(tie_word_embeddings=True)
 
 
 def biased_llama() -> Any:
-    return llama(attention_bias=True)
+    return tiny_llama(attention_bias=True)
 
 
 def mixtral() -> Any:
     torch.manual_seed(0)
-    config = transformers.MixtralConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1)
+    config = transformers.MixtralConfig(
+        **TEXT, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1
+    )
     return transformers.MixtralForCausalLM(config).eval()
 
 
@@ -87,24 +89,8 @@ def with_new_tokens(model: Any) -> Any:
     return model
 
 
-def redistributed(model: Any, *gone: str) -> evatune.Calibration:
-    """Initialize from a calibration by which layers `gone` are worth nothing, others more or
-    less."""
-    found = evatune.calibrate(model, tokens(4), evatune.CalibrationConfig(components=8))
-    spectra = {}
-    for place, (name, spectrum) in enumerate(found.spectra.items()):
-        factor = 1e6 if name.startswith(gone) else 1 + place % 3
-        spectra[name] = replace(spectrum, total_energy=spectrum.total_energy * factor)
-    return evatune.initialize(model, replace(found, spectra=spectra))
-
-
 def trained(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def logits(model: nn.Module) -> Tensor:
-    ids = torch.cat([tokens()[0]["input_ids"], torch.arange(48, 60)[None]])
-    return model.eval()(input_ids=ids).logits.detach()
 
 
 def beside_lora(folder: Path, gone: list[str]) -> set[str]:
@@ -118,7 +104,7 @@ def beside_lora(folder: Path, gone: list[str]) -> set[str]:
 @dataclass(frozen=True)
 class Case:
     options: dict[str, Any]
-    build: Callable[[], Any] = llama
+    build: Callable[[], Any] = tiny_llama
     change: Callable[[Any], Any] = lambda model: model
     gone: str = GONE
     # Fields, or parts of them, that must be there afterwards.
@@ -277,7 +263,7 @@ def test_what_is_saved_trained_and_loaded_is_what_it_is_with_plain_lora(
 def test_new_rows_of_a_resized_vocabulary_are_saved_whatever_gets_no_rank(
     gone: str, tmp_path: Path
 ) -> None:
-    llama().save_pretrained(tmp_path / "base")
+    tiny_llama().save_pretrained(tmp_path / "base")
 
     def resized(seed: int) -> Any:
         torch.manual_seed(seed)
@@ -294,7 +280,7 @@ def test_new_rows_of_a_resized_vocabulary_are_saved_whatever_gets_no_rank(
 
 
 def test_what_transformers_saves_it_loads(tmp_path: Path) -> None:
-    model, loaded = llama(), llama()
+    model, loaded = tiny_llama(), tiny_llama()
     model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     redistributed(model, GONE)
     train(model)
@@ -304,7 +290,7 @@ def test_what_transformers_saves_it_loads(tmp_path: Path) -> None:
 
 
 def test_the_one_rank_of_an_embedding_is_part_of_the_record(tmp_path: Path) -> None:
-    model = adapted(llama(), target_modules=["q_proj", "embed_tokens"])
+    model = adapted(tiny_llama(), target_modules=["q_proj", "embed_tokens"])
     calibration = evatune.initialize(model, tokens(4))
     assert calibration.allocate().ranks["model.embed_tokens"] == 1
     calibration.save(tmp_path / "calibration.safetensors")
@@ -312,84 +298,12 @@ def test_the_one_rank_of_an_embedding_is_part_of_the_record(tmp_path: Path) -> N
     assert again.allocate() == calibration.allocate()
 
 
-# -- the caller's config ---------------------------------------------------------------------------
-
-
-def by_initialize(model: PeftModel, adapter_name: str = "default") -> None:
-    evatune.initialize(model, tokens(4), adapter_name=adapter_name)
-
-
-def by_compat(model: PeftModel, adapter_name: str = "default") -> None:
-    initialize_lora_eva_weights(
-        model, tokens(4), adapter_name=adapter_name, show_progress_bar=False
-    )
-
-
-@pytest.mark.parametrize(
-    ("initialize", "start"), [(by_initialize, True), (by_initialize, "eva"), (by_compat, "eva")]
-)
-def test_a_config_that_two_models_share_is_as_it_was(
-    initialize: Any, start: Any, tmp_path: Path
-) -> None:
-    eva = EvaConfig(rho=3.0) if start == "eva" else None
-    shared = LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=start, eva_config=eva
-    )
-    models = [get_peft_model(llama(), shared) for _ in range(2)]
-    before = copy.deepcopy(shared)
-    initialize(models[0])
-    assert shared == before
-    assert models[1].peft_config["default"] is shared
-    initialize(models[1])
-    assert shared == before
-    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
-    for place, model in enumerate(models):
-        train(model)
-        model.save_pretrained(tmp_path / str(place))
-        assert torch.equal(
-            logits(PeftModel.from_pretrained(llama(), str(tmp_path / str(place)))), logits(model)
-        )
-
-
-def test_a_second_adapter_of_the_same_config_is_not_touched(tmp_path: Path) -> None:
-    shared = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(llama(), shared)
-    model.add_adapter("ref", shared)
-    redistributed(model, GONE)
-    assert model.peft_config["ref"] is shared
-    assert {layer.r["ref"] for layer in lora_layers(model).values()} == {4}
-    model.add_adapter("third", shared)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(llama(), str(tmp_path))
-    for name in ("ref", "third"):
-        loaded.load_adapter(str(tmp_path / name), name)
-        assert {layer.r[name] for layer in lora_layers(loaded).values()} == {4}
-
-
-def test_nothing_inside_the_new_config_is_the_callers() -> None:
-    pattern, excluded = {"v_proj": 2}, {"layers.1.self_attn.v_proj"}
-    shared = LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], rank_pattern=pattern, exclude_modules=excluded
-    )
-    model = llama()
-    model.add_adapter(shared)  # transformers' own door keeps the config in a place of its own
-    evatune.initialize(model, tokens(4))
-    own = model.peft_config["default"]
-    assert own is not shared
-    assert (shared.rank_pattern, shared.exclude_modules) == (
-        {"v_proj": 2},
-        {"layers.1.self_attn.v_proj"},
-    )
-    assert own.exclude_modules is not shared.exclude_modules
-    assert own.runtime_config is not shared.runtime_config
-
-
 # -- adapters that are added up, and others beside -------------------------------------------------
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.(q_proj|v_proj)"])
 def test_adapters_add_up_where_one_of_them_lacks_a_layer(targets: Any) -> None:
-    model = adapted(llama(), target_modules=targets)
+    model = adapted(tiny_llama(), target_modules=targets)
     model.add_adapter("other", LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     redistributed(model, GONE)
     model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type="cat")
@@ -452,10 +366,7 @@ def test_pefts_names_leave_tied_adapters_tied() -> None:
     }
     model = adapted(tied_llama(), target_modules=["q_proj", "embed_tokens"], **options)
     with pytest.warns(UserWarning, match="not found in the eva state_dict: model.embed_tokens"):
-        by_compat(model)
+        initialize_lora_eva_weights(model, tokens(4), show_progress_bar=False)
     layers = lora_layers(model)
     b = layers["model.embed_tokens"].lora_embedding_B["default"]
     assert layers["lm_head"].lora_A["default"].weight.data_ptr() == b.data_ptr()
-
-
-# -- variants --------------------------------------------------------------------------------------

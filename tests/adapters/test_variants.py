@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import evatune
 from evatune.adapters.compat import get_eva_state_dict
 from evatune.errors import AdapterError, DataError
-from tests.adapters.helpers import GONE, adapted, llama, lora_layers, parameters, train
-from tests.helpers import round_trip, tokens
+from tests.adapters.helpers import GONE, adapted, parameters, train
+from tests.helpers import lora_layers, round_trip, tiny_llama, tokens
 
 
 class SomethingNew(DoraLinearVariant):
@@ -29,7 +29,7 @@ class SomethingNew(DoraLinearVariant):
 
 
 def of_something_new() -> PeftModel:
-    model = adapted(llama(), target_modules=["q_proj"])
+    model = adapted(tiny_llama(), target_modules=["q_proj"])
     lora_layers(model)[GONE].lora_variant["default"] = SomethingNew()
     return model
 
@@ -38,7 +38,7 @@ def unbuilt(option: str, value: Any) -> Callable[[], PeftModel]:
     """With an option that PEFT takes on other layers, or together with other adapters only."""
 
     def build() -> PeftModel:
-        model = adapted(llama(), target_modules=["q_proj"])
+        model = adapted(tiny_llama(), target_modules=["q_proj"])
         setattr(model.peft_config["default"], option, value)
         return model
 
@@ -46,7 +46,7 @@ def unbuilt(option: str, value: Any) -> Callable[[], PeftModel]:
 
 
 def of(**options: Any) -> Callable[[], PeftModel]:
-    return lambda: adapted(llama(), target_modules=["q_proj"], **options)
+    return lambda: adapted(tiny_llama(), target_modules=["q_proj"], **options)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_of_activated_lora_the_rows_from_the_invocation_on_count(tmp_path: Path)
         "target_modules": ["q_proj", "v_proj"],
         "alora_invocation_tokens": INVOCATION,
     }
-    model, other = adapted(llama(), **options), adapted(llama(), **options)
+    model, other = adapted(tiny_llama(), **options), adapted(tiny_llama(), **options)
     found = evatune.initialize(model, invoking())
     chosen = evatune.initialize(other, invoking(), rows=after_invocation)
     assert found.spectra[GONE].rows == chosen.spectra[GONE].rows == 4 * (3 + 3 + 5)
@@ -126,13 +126,13 @@ def test_of_activated_lora_the_rows_from_the_invocation_on_count(tmp_path: Path)
     )
     train(model)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(llama(), str(tmp_path)).eval()
+    loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).eval()
     batch = invoking()[0]
     assert torch.allclose(loaded(**batch).logits, model.eval()(**batch).logits, atol=1e-5)
 
 
 def test_activated_lora_needs_its_tokens_in_the_data() -> None:
-    model = adapted(llama(), target_modules=["q_proj"], alora_invocation_tokens=[1, 2])
+    model = adapted(tiny_llama(), target_modules=["q_proj"], alora_invocation_tokens=[1, 2])
     with pytest.raises(DataError, match=r"alora_invocation_tokens=\[1, 2\].*occur in no batch"):
         evatune.initialize(model, tokens(4))
     embedded = [{"inputs_embeds": torch.randn(2, 5, 16)}]

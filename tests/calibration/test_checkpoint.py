@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,7 @@ from evatune.calibration.checkpoint import Checkpoint
 from evatune.errors import ConfigError, DataError, RecordError
 from evatune.sketch import SKETCHES
 from tests.helpers import Toy, inputs
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import FORKS
 
 
 class Interrupted(Exception):
@@ -130,24 +127,18 @@ def test_layers_that_came_after_the_last_check(tmp_path: Path) -> None:
         require_same(whole, resumed)
 
 
-_RUN = """
-import sys, time
-from pathlib import Path
-import evatune
-from evatune.calibration import Checkpoint
-from tests.calibration.test_checkpoint import config
-from tests.helpers import Toy, inputs
+def calibrated_slowly(folder: str) -> None:
+    """Go on with a calibration, and save it."""
+    torch.set_num_threads(1)
 
-def forward(model, batch):
-    time.sleep(0.03)
-    return model(batch)
+    def forward(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.03)
+        return model(batch)
 
-folder = Path(sys.argv[1])
-point = Checkpoint(folder / "point", every=1, resume=True)
-settings = config(max_batches=40)
-calibration = evatune.calibrate(Toy(), inputs(40), settings, forward=forward, checkpoint=point)
-calibration.save(folder / "out")
-"""
+    point = Checkpoint(Path(folder, "point"), every=1, resume=True)
+    settings = config(max_batches=40)
+    calibration = evatune.calibrate(Toy(), inputs(40), settings, forward=forward, checkpoint=point)
+    calibration.save(Path(folder, "out"))
 
 
 def test_killed_at_random_moments_it_resumes_and_ends_the_same(tmp_path: Path) -> None:
@@ -156,23 +147,25 @@ def test_killed_at_random_moments_it_resumes_and_ends_the_same(tmp_path: Path) -
     )
     moments, kills = random.Random(0), 0
     for _ in range(12):
-        process = subprocess.Popen([sys.executable, "-c", _RUN, str(tmp_path)], cwd=ROOT)
         before = (tmp_path / "point").stat().st_mtime_ns if (tmp_path / "point").exists() else 0
+        process = FORKS.Process(target=calibrated_slowly, args=(str(tmp_path),))
+        process.start()
         end = time.monotonic() + 60
-        # Once it is past the imports, wherever in a batch or in the writing of a file it may be.
-        while process.poll() is None and time.monotonic() < end:
+        # Once it is at work, wherever in a batch or in the writing of a file it may be.
+        while process.exitcode is None and time.monotonic() < end:
             if (
                 (tmp_path / "point").exists()
                 and (tmp_path / "point").stat().st_mtime_ns > before
                 and kills < 3
             ):
                 time.sleep(moments.uniform(0, 0.4))
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+                process.kill()
+                process.join()
             time.sleep(0.005)
-        if process.wait() == 0:
+        process.join()
+        if process.exitcode == 0:
             break
-        assert process.returncode == -signal.SIGKILL
+        assert process.exitcode == -signal.SIGKILL
         kills += 1
     assert kills == 3
     require_same(whole, Calibration.load(tmp_path / "out"))

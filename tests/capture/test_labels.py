@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import evatune
 from evatune.capture.labels import LabelShift, declares_shift
 from evatune.modeling.forward import call_model
-from tests.architectures import TEXT, bert, llama, llava, seeded
-from tests.helpers import state_of
+from tests.architectures import llava, seeded
+from tests.helpers import TEXT, state_of, tiny_bert, tiny_llama
 
 torch.set_num_threads(1)
 
@@ -59,7 +59,7 @@ def answers(images: bool = False) -> dict[str, Tensor]:
 # a loss
 MODELS: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
     "Llava": (llava, "model.language_model.layers.0.mlp.down_proj", 7),
-    "Llama": (llama, "model.layers.1.mlp.down_proj", 7),
+    "Llama": (tiny_llama, "model.layers.1.mlp.down_proj", 7),
     "XLNet": (xlnet, "lm_loss", 8),
     "Bart's decoder": (bart_decoder, "model.decoder.layers.0.fc2", 8),
     "masked language model": (masked_bert, "bert.encoder.layer.1.output.dense", 8),
@@ -97,7 +97,7 @@ def test_labels_say_nothing_about_the_patches_of_images() -> None:
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_asking_leaves_everything_as_it_was(context: Callable[[], Any]) -> None:
-    model, other = bart_decoder().requires_grad_(False).train(), llama()
+    model, other = bart_decoder().requires_grad_(False).train(), tiny_llama()
     before = state_of(model), state_of(other), torch.random.get_rng_state()
     with context():
         batch = answers()
@@ -112,6 +112,11 @@ def test_a_model_that_cannot_be_asked_is_taken_at_its_word() -> None:
     def fails(model: nn.Module, batch: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    for model, shifts in ((llama(), True), (llava(), True), (tagger(), False), (bert(), False)):
+    for model, shifts in (
+        (tiny_llama(), True),
+        (llava(), True),
+        (tagger(), False),
+        (tiny_bert(), False),
+    ):
         for run in (None, fails):
             assert LabelShift(model, -100, run).of(answers()) is shifts

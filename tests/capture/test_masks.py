@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import evatune
-from tests.architectures import TEXT, bart, bert, llava, seeded, t5
+from tests.architectures import bart, llava, seeded, t5
+from tests.helpers import TEXT, tiny_bert
 
 torch.set_num_threads(1)
 
@@ -23,7 +24,6 @@ SIZES = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
-
 
 EXACT = evatune.CalibrationConfig(components=4, sketch="exact", tolerance=0)
 
@@ -46,7 +46,10 @@ def two_sequences() -> dict[str, Tensor]:
 
 
 def bert_to_bert() -> nn.Module:
-    encoder, decoder = bert().config, bert().config.__class__(**bert().config.to_dict())
+    encoder, decoder = (
+        tiny_bert().config,
+        tiny_bert().config.__class__(**tiny_bert().config.to_dict()),
+    )
     config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     config.decoder_start_token_id, config.pad_token_id = 1, 0
     return seeded(transformers.EncoderDecoderModel, config)
@@ -221,7 +224,7 @@ def padded_tokens(*shape: int, real: int = 5) -> dict[str, Tensor]:
 
 
 def test_choices_are_masked_like_sequences_of_their_own() -> None:
-    model = seeded(transformers.BertForMultipleChoice, bert().config)
+    model = seeded(transformers.BertForMultipleChoice, tiny_bert().config)
     spectra = evatune.calibrate(
         model, [padded_tokens(2, 2, 12)], EXACT, targets=["query", "classifier"]
     ).spectra

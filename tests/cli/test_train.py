@@ -8,14 +8,14 @@ from pathlib import Path
 from evatune.finetune.recipe import keys, ours, text_of
 from evatune.utils.lock import held
 from tests.conftest import Command, refused
-from tests.finetune.helpers import SMALL, run_command
+from tests.finetune.helpers import SMALL
 
 
-def test_the_main_run_on_minilm_writes_what_it_says(tmp_path: Path) -> None:
+def test_the_main_run_on_minilm_writes_what_it_says(command: Command, tmp_path: Path) -> None:
     settings = ["data.train=64", "data.test=32", "training.steps=6", "training.eval_every=6"]
-    found = run_command("train", "understanding-bbc", *settings, "--out", tmp_path / "run")
-    assert found.returncode == 0, found.stderr
-    assert "eva on bbc: score" in found.stdout
+    found = command("train", "understanding-bbc", *settings, "--out", tmp_path / "run")
+    assert found.status == 0, found.err
+    assert "eva on bbc: score" in found.out
     for name in (
         "adapter",
         "calibration.safetensors",
@@ -25,7 +25,7 @@ def test_the_main_run_on_minilm_writes_what_it_says(tmp_path: Path) -> None:
         "report.html",
     ):
         assert (tmp_path / "run" / name).exists()
-        assert name in found.stdout
+        assert name in found.out
 
 
 def test_mistakes_have_one_sentence_and_status_2(command: Command, tmp_path: Path) -> None:
@@ -60,8 +60,10 @@ def test_a_folder_is_for_one_process_at_a_time(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_compares_and_shows(bert_folder: Path, tmp_path: Path) -> None:
-    found = run_command(
+def test_the_command_compares_and_shows(
+    command: Command, bert_folder: Path, tmp_path: Path
+) -> None:
+    found = command(
         "compare",
         "understanding-bbc",
         *SMALL,
@@ -76,11 +78,11 @@ def test_the_command_compares_and_shows(bert_folder: Path, tmp_path: Path) -> No
         "--out",
         tmp_path / "c",
         "--workers",
-        "2",
+        "1",
         "--json",
     )
-    assert found.returncode == 0, found.stderr
-    facts = json.loads(found.stdout)
+    assert found.status == 0, found.err
+    facts = json.loads(found.out)
     assert len(facts["lines"]) == 4
     assert facts["failed"] == {}
     assert facts["averages"].keys() == {"lora", "eva"}

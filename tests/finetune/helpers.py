@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import transformers
 from torch import Tensor
 
 from evatune import initialize
+from evatune.cli import main
 from evatune.finetune.methods import METHODS, AdapterSetup, Preparation
 from evatune.finetune.metrics import read_metrics
 from evatune.finetune.recipe import Recipe, load
@@ -41,12 +41,14 @@ def small(model: Path | str, *more: str) -> Recipe:
     return load("understanding-bbc", [*SMALL, f"model={model}", *more])
 
 
-def run_command(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "evatune", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env=environment, check=False
-    )
+def command_line(folder: str, *arguments: str) -> None:
+    """Be the command line with these arguments; what it prints is in two files of the folder."""
+    torch.set_num_threads(1)
+    for stream, name in ((sys.stdout, "printed"), (sys.stderr, "errors")):
+        with Path(folder, name).open("w") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    sys.argv = ["evatune", *arguments]
+    main()
 
 
 def evaluations(folder: Path) -> dict[int, float]:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +17,8 @@ from evatune.finetune.metrics import read_metrics
 from evatune.finetune.run import run
 from evatune.finetune.run_folder import RESULT
 from evatune.finetune.tasks import understanding
-from tests.finetune.helpers import NARROW_TARGETS, SMALL, evaluations, small
+from tests.finetune.helpers import NARROW_TARGETS, SMALL, command_line, evaluations, small
+from tests.processes import FORKS
 
 torch.set_num_threads(1)
 
@@ -114,29 +111,18 @@ def test_a_killed_run_resumes_and_ends_like_one_that_was_not(
     whole = run(recipe, tmp_path / "whole", quiet=True)
     settings = [*SMALL, f"model={bert_folder}", f"method={method}", "training.steps=12"]
     out = tmp_path / "killed"
-    command = [
-        sys.executable,
-        "-m",
-        "evatune",
-        "train",
-        "understanding-bbc",
-        *settings,
-        "--out",
-        str(out),
-        "--json",
-    ]
-    process = subprocess.Popen(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
-    )
+    arguments = (str(tmp_path), "train", "understanding-bbc", *settings, "--out", str(out))
+    process = FORKS.Process(target=command_line, args=arguments)
+    process.start()
     deadline = time.monotonic() + 120
     while (
         not (out / "checkpoints" / "checkpoint-4" / "trainer_state.json").exists()
         and time.monotonic() < deadline
     ):
-        assert process.poll() is None or (out / RESULT).exists()
+        assert process.exitcode is None or (out / RESULT).exists()
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     resumed = run(recipe, out, quiet=True)
     assert resumed["eval_loss"] == pytest.approx(whole["eval_loss"], abs=1e-6)
     losses = [

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import evatune
 from evatune.errors import LayerError, TargetError
-from tests.architectures import TEXT, bart, bert, llama, seeded, t5
-from tests.helpers import round_trip, tokens
+from tests.architectures import SMALL, bart, seeded, t5
+from tests.helpers import TEXT, round_trip, tiny_bert, tiny_llama, tokens
 
 torch.set_num_threads(1)
 
@@ -30,7 +30,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
 ]
-
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -146,9 +145,9 @@ def padded() -> list[dict[str, Tensor]]:
 
 # name → model, batches, adapter
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]], dict[str, Any]]] = {
-    "llama": (llama, padded, {"target_modules": "all-linear"}),
+    "llama": (tiny_llama, padded, {"target_modules": "all-linear"}),
     "llama, embeddings too": (
-        llama,
+        tiny_llama,
         padded,
         {"target_modules": ["embed_tokens", "q_proj", "down_proj"]},
     ),
@@ -166,7 +165,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]], dict[st
     "gpt-oss": (gpt_oss, padded, {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
     "gpt2": (gpt2, padded, {"target_modules": ["c_attn", "c_proj", "c_fc", "wte"]}),
     "bert": (
-        bert,
+        tiny_bert,
         padded,
         {"target_modules": ["query", "value", "dense", "word_embeddings", "token_type_embeddings"]},
     ),
@@ -214,16 +213,10 @@ def test_an_embedding_that_is_not_called_with_ids_is_refused_by_name() -> None:
 
 
 def test_a_tower_that_no_batch_reaches_is_named_with_advice_that_works() -> None:
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
     text = {"vocab_size": 60, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2}
     config = transformers.CLIPConfig(
-        text_config=sizes | text,
-        vision_config=sizes | {"image_size": 28, "patch_size": 14},
+        text_config=SMALL | text,
+        vision_config=SMALL | {"image_size": 28, "patch_size": 14},
         projection_dim=8,
     )
     images = [{"pixel_values": torch.randn(4, 3, 28, 28)} for _ in range(4)]

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,20 +17,11 @@ from transformers import GPT2Config, GPT2Model
 import evatune
 from evatune import CalibrationConfig
 from evatune.capture import find_target_layers
-from tests.processes import ALL, error_of, facts, same, spawn, toy, wide
+from tests.processes import ALL, ZERO_3, error_of, facts, same, spawn, toy, wide
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
 )
-
-# Persistent parameters are not sharded; without a threshold a toy would be nothing else.
-ZERO = {"stage": 3, "stage3_param_persistence_threshold": 0}
-SETTINGS = {
-    "train_micro_batch_size_per_gpu": 4,
-    "zero_optimization": ZERO,
-    "zero_allow_untested_optimizer": True,
-    "zero_force_ds_cpu_optimizer": False,
-}
 
 
 def adapted() -> Any:
@@ -44,7 +31,7 @@ def adapted() -> Any:
 def engine(model: nn.Module, stage: int = 3) -> Any:
     import deepspeed
 
-    settings = SETTINGS | {"zero_optimization": ZERO | {"stage": stage}}
+    settings = ZERO_3 | {"zero_optimization": ZERO_3["zero_optimization"] | {"stage": stage}}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
@@ -57,8 +44,6 @@ def work(rank: int, folder: str) -> None:
         "WORLD_SIZE": "2",
         "DS_ACCELERATOR": "cpu",
     }
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     import deepspeed
 
     # or it compiles an operator of its own for messages on a CPU
@@ -86,7 +71,7 @@ def work(rank: int, folder: str) -> None:
         spoken_for = engine(adapted(), stage)
         refused.append(error_of(partial(evatune.initialize, spoken_for, data, config=ALL, rho=rho)))
     refused.append(error_of(lambda: evatune.initialize(engine(adapted()).module, data, config=ALL)))
-    with deepspeed.zero.Init(config_dict_or_path=SETTINGS):
+    with deepspeed.zero.Init(config_dict_or_path=ZERO_3):
         early = toy()
     refused.append(error_of(lambda: evatune.calibrate(early, data, ALL)))
     gpt2 = GPT2Model(GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2, n_positions=32))
@@ -161,64 +146,3 @@ def test_what_an_engine_holds_already_is_refused_with_the_way_out(
         assert early[0] == "AdapterError"
         assert "zero.Init" in early[1]
         assert "deepspeed.initialize first" in early[1]
-
-
-_TRAINER = """
-import json, sys, warnings
-import datasets, deepspeed, torch, transformers
-import evatune
-from peft import LoraConfig, get_peft_model
-
-warnings.simplefilter("ignore")
-deepspeed.ops.__compatible_ops__.clear()
-torch.manual_seed(0)
-config = transformers.LlamaConfig(
-    vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, intermediate_size=64,
-)
-base = transformers.LlamaForCausalLM(config)
-model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
-ids = torch.randint(0, 60, (64, 12), generator=torch.Generator().manual_seed(1)).tolist()
-arguments = transformers.TrainingArguments(
-    output_dir=sys.argv[1], use_cpu=True, max_steps=3, per_device_train_batch_size=4,
-    report_to=[], save_strategy="no",
-    disable_tqdm=True, logging_steps=1, deepspeed=json.loads(sys.argv[2]),
-)
-data = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
-trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
-found = evatune.initialize(trainer)
-trainer.train()
-assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
-state = {"processes": found.processes, "history": trainer.state.log_history}
-json.dump(state, open(f"{sys.argv[1]}/{trainer.args.process_index}.json", "w"))
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_a_trainer_with_zero_3_is_initialized_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(_TRAINER)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(tmp_path / "train.py"),
-            str(tmp_path),
-            json.dumps(SETTINGS),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first["processes"] == second["processes"] == 2
-    history = first["history"]
-    assert history[0]["evatune/layers"] == 14
-    assert all(entry["grad_norm"] > 0 for entry in history[1:4])

@@ -246,7 +246,7 @@ def test_no_layer_waits_for_the_gpu() -> None:
     model, data = tiny_bert().cuda(), [{k: v.cuda() for k, v in batch.items()} for batch in words()]
     target_layers = find_target_layers(model)
 
-    def newborn(target_layer: Any, device: torch.device) -> Sketch:
+    def build(target_layer: Any, device: torch.device) -> Sketch:
         return make_sketch(
             "nystrom",
             target_layer.in_features,
@@ -257,7 +257,7 @@ def test_no_layer_waits_for_the_gpu() -> None:
             device=device,
         )
 
-    shared_inputs, select = SharedInputs(newborn), selector_for(model, False, -100)
+    shared_inputs, select = SharedInputs(build), selector_for(model, False, -100)
     recorder = InputRecorder(target_layers, shared_inputs, masks=Masks(model, target_layers))
     for batch in data:
         with torch.no_grad(), recorder.watching(batch, select(batch)):

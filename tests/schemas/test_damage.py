@@ -32,7 +32,7 @@ def test_values_are_shown_in_one_short_line(value: Any) -> None:
 
 
 def test_mutated_files_end_in_one_sentence(tmp_path: Path) -> None:
-    for name, kind in fuzz.LAYER_TYPES.items():
+    for name, kind in fuzz.FILE_KINDS.items():
         if not name.startswith("data"):
             for seed in range(6):
                 folder = tmp_path / f"{name}-{seed}"

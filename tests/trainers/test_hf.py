@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -285,80 +282,3 @@ def test_tensorboard_shows_it(tmp_path: Path) -> None:
     assert found["train/evatune/batches"] == calibration.batches
     assert 0 < found["train/evatune/energy"] <= 1
     assert "train/loss" in found
-
-
-_TWO_PROCESSES = """
-import sys, warnings
-import datasets, torch, transformers
-import evatune
-from peft import LoraConfig, get_peft_model
-
-warnings.simplefilter("ignore")
-torch.manual_seed(0)
-config = transformers.LlamaConfig(
-    vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, intermediate_size=64,
-)
-base = transformers.LlamaForCausalLM(config)
-model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
-ids = torch.randint(0, 60, (64, 12), generator=torch.Generator().manual_seed(1)).tolist()
-arguments = transformers.TrainingArguments(
-    output_dir=sys.argv[1], use_cpu=True, max_steps=3, per_device_train_batch_size=4,
-    report_to=[], save_strategy="no",
-    disable_tqdm=True,
-)
-data = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
-trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
-assert trainer.args.world_size == 2
-evatune.initialize(trainer)
-def adapter():
-    named = model.named_parameters()
-    return torch.cat([p.detach().flatten() for name, p in named if "lora_" in name])
-
-
-started = adapter()
-trainer.train()
-assert "evatune/batches" in trainer.state.log_history[0]
-trained = adapter()
-torch.save((started, trained), f"{sys.argv[1]}/{trainer.args.process_index}.pt")
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()  # or gloo's threads may abort the process at its end
-"""
-
-
-_TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-# With --cpu accelerate starts one process, whatever their number, unless there is MPI. --multi_gpu
-# starts them all, and without a GPU they talk through gloo.
-_ACCELERATE = [
-    "accelerate.commands.launch",
-    "--multi_gpu",
-    "--num_processes",
-    "2",
-    "--num_machines",
-    "1",
-    "--main_process_port",
-    "0",
-    "--mixed_precision",
-    "no",
-    "--dynamo_backend",
-    "no",
-]
-
-
-@pytest.mark.parametrize("launcher", [_TORCHRUN, _ACCELERATE], ids=["torchrun", "accelerate"])
-def test_two_processes_start_from_the_same_adapter_and_train_it(
-    tmp_path: Path, launcher: list[str]
-) -> None:
-    (tmp_path / "two.py").write_text(_TWO_PROCESSES)
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, str(tmp_path / "two.py"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    for ours, theirs in zip(first, second, strict=True):  # as they start, and when they are trained
-        assert torch.equal(ours, theirs)

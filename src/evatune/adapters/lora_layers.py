@@ -138,8 +138,7 @@ def pairs(
 
 
 def matrices_of(lora_target: LoraTarget, rows: Mapping[str, Tensor]) -> list[Tensor]:
-    """The A of every pair of a layer, shaped as PEFT keeps it, from the rows (rank, in) of its
-    sites.
+    """Return the A of every pair of a layer, from the `rows` (rank, in) of its target layers.
 
     Of a convolution with groups, each group of outputs sees an equal share of A's rows; they are
     dealt out in turn, so that no group gets the leading directions alone.

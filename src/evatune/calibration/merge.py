@@ -30,7 +30,6 @@ Data = TypeVar("Data", bound=CalibrationData)
 # Amplitudes below this share of the largest are rounding of the records' float32 directions.
 _RTOL = 1e-7
 
-
 # From settled to not; a shard that could settle nothing counts as one whose data ended.
 _LEAST_SETTLED_LAST = (
     Status.CONVERGED,
@@ -39,7 +38,6 @@ _LEAST_SETTLED_LAST = (
     Status.DATA_EXHAUSTED,
     Status.DRIFTING,
 )
-
 
 # How far a shard ran and where its sketch started; everything else says what its numbers mean.
 _MAY_DIFFER = ("max_batches", "seed", "distributed", "rendezvous_timeout")

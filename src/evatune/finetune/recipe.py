@@ -30,33 +30,15 @@ def _require_name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_require_name)]  # what becomes part of a path
-
-
 _RECIPES = files("evatune.finetune").joinpath("recipes")
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
 _Flag = Annotated[bool, Strict()]
-
-
 _Whole = Annotated[int, Strict()]
-
-
 _Real = Annotated[float, Strict(), Field(le=1e9)]
-
-
 _Text = Annotated[str, Field(max_length=4096)]
-
-
 _Texts = Annotated[list[_Text], Field(max_length=10_000)]
-
-
 _MISTAKES_TOLD = 10
-
-
 _MOST = 10**9  # of steps and examples
-
-
 _MOST_AT_ONCE = 2**20  # tokens of a text, examples of a batch
 
 

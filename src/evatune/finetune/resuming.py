@@ -14,10 +14,7 @@ from evatune.schemas.tensors import read_header
 from evatune.schemas.text import read_text, validate_json
 
 _STATE = "trainer_state.json"  # written last
-
-
 _PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-
 
 # NotImplementedError and RuntimeError: a method or an encryption that a flipped bit makes up.
 _ZIP_ERRORS = (
@@ -29,7 +26,6 @@ _ZIP_ERRORS = (
     RuntimeError,
     ValueError,
 )
-
 
 _WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 

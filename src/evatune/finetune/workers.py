@@ -18,8 +18,6 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn, cast
 
 _GRACE_SECONDS = 5.0  # seconds for a worker to leave by itself before it is killed
-
-
 Call = tuple[Any, ...]  # the arguments of one call
 
 

@@ -24,20 +24,10 @@ from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 from evatune.errors import DataError
 
 _PUBLIC = "https://pypi.org/simple"
-
-
 _PATIENCE = 30.0  # seconds without a byte
-
-
 _SECONDS = 300.0  # for one page or file
-
-
 _LARGEST = 256 << 20  # bytes of one page or file
-
-
 _PIP_SECONDS = 60
-
-
 _HEADERS = {"Accept": "text/html, */*;q=0.1", "User-Agent": "evatune"}
 
 

@@ -20,12 +20,10 @@ _DIMENSIONS = {
     "pixel_values": 4,
 }
 
-
 _COLLATE = (
     "wrap the data set in DataLoader(dataset, batch_size=…, collate_fn=…), such as transformers'"
     " DataCollatorWithPadding"
 )
-
 
 _TOKENIZE = (
     "models take token ids: DataLoader(texts, batch_size=…, collate_fn=lambda some: tokenizer(some,"

@@ -10,7 +10,6 @@ from torch import nn
 # around others.
 _WRAPPER_KEYS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
-
 # Where PEFT keeps what it wraps: below an adapter, or beside a copy that is trained.
 _PEFT_KEYS = ("base_layer", "original_module")
 

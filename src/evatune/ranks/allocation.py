@@ -18,8 +18,6 @@ from evatune.sketch.spectrum import Spectrum
 from evatune.utils.text import shortened
 
 METRICS = ("ratio", "raw", "max", "sum")
-
-
 BUDGETS = ("ranks", "parameters")
 
 

@@ -17,8 +17,6 @@ torch.set_num_threads(1)
 
 
 ADAPTERS = [name for name, method in METHODS.items() if method.saved_as == "adapter"]
-
-
 LAYER_TYPES = ["bert", "llama", "gpt2", "dinov2"]
 
 

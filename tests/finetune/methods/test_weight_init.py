@@ -20,10 +20,7 @@ torch.set_num_threads(1)
 
 
 STARTS = [name for name, method in METHODS.items() if isinstance(method, WeightInit)]
-
-
 LAYER_TYPES = ["bert", "llama", "gpt2", "dinov2"]
-
 
 WHERE = [
     (name, kind)

@@ -40,10 +40,8 @@ from evatune.utils.outputs import claimed_folder, require_apart
 
 _PREFIX = "base_model.model."
 
-
 # "….lora_A.weight" or "….lora_embedding_A"; the rank is the first dimension of A, the second of B.
 _KEY = re.compile(r"(?P<layer>.+)\.lora_(?:(?P<part>[AB])\.weight|embedding_(?P<table>[AB]))")
-
 
 # Each adds something to s·BAx, or changes what A, B or the layers mean.
 _VARIANTS = (
@@ -60,9 +58,7 @@ _VARIANTS = (
     "layer_replication",
 )
 
-
 _MOST_GROWTH = 64  # evatune's own adapters grow by rho
-
 
 # initializations that leave the base weights alone
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "mica", "eva")
