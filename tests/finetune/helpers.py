@@ -218,6 +218,7 @@ SMALL_GENERATION = [
     "data.train=64",
     "data.test=20",
     "training.steps=4",
+    "training.batch_size=8",
     "training.eval_every=4",
     "training.log_every=1",
 ]
