@@ -65,14 +65,17 @@ def test_an_interrupted_comparison_stops_at_once_and_goes_on(
     arguments = (str(tmp_path), "compare", "understanding-bbc", *settings, *plan)
     process = FORKS.Process(target=command_line, args=arguments)
     process.start()
-    deadline = time.monotonic() + 120
-    while not list(out.glob("cells/*/metrics.jsonl")) and time.monotonic() < deadline:
-        assert process.exitcode is None
-        time.sleep(0.1)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    assert workers
-    os.kill(process.pid, signal.SIGINT)
-    process.join(timeout=20)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(out.glob("cells/*/metrics.jsonl")) and time.monotonic() < deadline:
+            assert process.exitcode is None
+            time.sleep(0.1)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert workers
+        os.kill(process.pid, signal.SIGINT)
+        process.join(timeout=20)
+    finally:
+        process.kill()
     _, alive = psutil.wait_procs(workers, timeout=5)
     assert alive == []
     assert process.exitcode == 130

