@@ -63,13 +63,13 @@ def choose_table(lines: Sequence[Mapping[str, Any]]) -> str:
         lora, full = (min(known, key=final_loss) for known in runs.values())
         begin = lora["curve"][0]["loss"]
         room = (final_loss(lora) - final_loss(full)) / (begin - final_loss(lora))
-        seconds = statistics.median(line["seconds"] for line in runs["lora"])
+        seconds = statistics.median(line["cpu_seconds"] for line in runs["lora"])
         ends = [_told_end(lora), _told_end(full)]
         ratio = f"{lora['participation']:.1f}"
         rows.append((room, [task, f"{begin:.3f}", *ends, f"{room:+.0%}", ratio, f"{seconds:.0f}"]))
     header = [
         "task", "loss at the start", "lora: loss, score (rate)", "full: loss, score (rate)", "room",
-        "PR, median layer", "seconds a run",
+        "PR, median layer", "CPU seconds a run",
     ]  # fmt: skip
     return table(header, [cells for _, cells in sorted(rows, key=lambda row: -row[0])])
 

@@ -58,7 +58,7 @@ def test_steps_until_a_loss_lie_on_the_lines_between_the_points(tables, loss, st
 
 def test_room_is_what_full_fine_tuning_adds_to_loras_gain(tables):
     lines = [
-        line(start, rate, 0, loss, 9.0) | {"participation": 7.0, "seconds": 4.0}
+        line(start, rate, 0, loss, 9.0) | {"participation": 7.0, "cpu_seconds": 4.0}
         for start, rate, loss in [("lora", 0.01, 2.0), ("lora", 0.1, 2.5), ("full", 0.001, 1.5)]
     ]
 
