@@ -49,18 +49,16 @@ from probe_search import (
     select,
 )
 from probe_tables import choose_table, fixed_tables, report
-from torch import Tensor, nn
+from torch import Tensor
 
 import evatune
 from evatune.adapters.scale import SCALES
-from evatune.calibration import Calibration, CalibrationConfig
+from evatune.calibration import CalibrationConfig
 from evatune.finetune import recipe as recipes
 from evatune.finetune.methods import METHODS, AdapterSetup, Method, Preparation
-from evatune.finetune.methods.base import Lora
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks import Task, find_domain
 from evatune.finetune.training import build_trainer
-from evatune.sketch.spectrum import fix_signs
 from evatune.trainers.hf import training_batches
 
 RESULTS = Path(__file__).parent / "results" / "probe"
@@ -174,7 +172,7 @@ class Start:
     """A method with the options that the probe compares.
 
     Attributes:
-        method: of `evatune.finetune.methods`, or "lora-orthonormal", which is here.
+        method: of `evatune.finetune.methods`.
         scale, objective, rho: of EVA.
     """
 
@@ -191,27 +189,13 @@ class Start:
         return ":".join(part for part in (self.method, self.scale, objective, rho) if part)
 
 
-@dataclass(frozen=True)
-class Orthonormal(Lora):
-    """LoRA whose rows of A are orthogonal, and as long as PEFT's are on average."""
-
-    @torch.no_grad()
-    def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
-        generator = torch.Generator("cpu").manual_seed(preparation.seed)
-        for layer in _layers(model):
-            a = layer.lora_A["default"].weight
-            drawn = torch.randn(a.shape[1], a.shape[0], generator=generator)
-            a.copy_(fix_signs(torch.linalg.qr(drawn)[0].T) / 3**0.5)
-        return None
-
-
 _ALL_SCALES = ("paper", "whiten", "matched", "whiten-matched")
 STARTS = {
     start.name: start
     for start in (
         Start("lora"),
         *(Start("eva", scale, "activations") for scale in _ALL_SCALES),
-        Start("lora-orthonormal"),
+        Start("lora-orthogonal"),
         Start("eva", "matched", "gradients"),
         Start("eva", "whiten-matched", "gradients"),
         Start("eva", "whiten-matched", "regression"),  # its scale by construction
@@ -235,14 +219,12 @@ def why_not(start: Start) -> str | None:
             CalibrationConfig(objective=start.objective)  # type: ignore[call-arg, unused-ignore]
         except evatune.ConfigError:
             return NOT_HERE
-    # Without its sibling, lora-ga is still PEFT's, which is another method.
-    needed = {"lora-ga": "lora-ga-peft"}.get(start.method, start.method)
-    return None if needed in METHODS or needed == "lora-orthonormal" else NOT_HERE
+    # Without lora-ga-peft beside it, lora-ga is still PEFT's, and lora-orthogonal too.
+    former = start.method in ("lora-ga", "lora-orthogonal") and "lora-ga-peft" not in METHODS
+    return NOT_HERE if former or start.method not in METHODS else None
 
 
 def method_of(start: Start) -> Method:
-    if start.method == "lora-orthonormal":
-        return Orthonormal(start.method)
     method = METHODS[start.method]
     if start.method != "eva":
         return method
@@ -473,10 +455,6 @@ def commit() -> str:
         "--abbrev=12",
     ]
     return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def _layers(model: nn.Module) -> list[LoraLayer]:
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 # -- the three parts -------------------------------------------------------------------------------
