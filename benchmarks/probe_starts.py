@@ -28,7 +28,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
-from itertools import product
+from itertools import chain, product, repeat
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ from probe_search import (
     read_lines,
     select,
 )
-from probe_tables import choose_table, fixed_tables, report
+from probe_tables import choose_table, fixed_tables, report, rooms
 from torch import Tensor
 
 import evatune
@@ -119,7 +119,6 @@ SETTINGS = {
     ),
 }
 CANDIDATES = tuple(name for name in SETTINGS if name != "understanding-bbc")
-TASKS = ("generation-arithmetic", "images-location", "images-counting")
 
 
 @dataclass(frozen=True)
@@ -283,8 +282,6 @@ def start_run(job: Job, folder: Path, head_rate: float | None) -> _Started:
     )
     model = method.adapt(task.model, setup)
     trainer = build_trainer(recipe, task, method, model, folder, resumed=False, quiet=True)
-    trainer.args.save_strategy = transformers.trainer_utils.SaveStrategy.NO
-    trainer.add_callback(_StopWhenLost())
     preparation = Preparation(
         initialize=partial(evatune.initialize, trainer, rows=task.rows),
         batches=lambda size: training_batches(trainer, size, recipe.seed),
@@ -303,24 +300,9 @@ def start_run(job: Job, folder: Path, head_rate: float | None) -> _Started:
 
 
 def _recipe(recipe: Recipe, job: Job) -> Recipe:
-    """Return the recipe with the job's rate and evaluations, and without checkpoints."""
-    steps = recipe.training.steps
-    training = replace(
-        recipe.training,
-        learning_rate=job.rate,
-        log_every=steps,
-        eval_every=steps // SETTINGS[job.task].points,
-        save_every=steps,
-    )
+    """Return the recipe with the job's rate and seed."""
+    training = replace(recipe.training, learning_rate=job.rate)
     return replace(recipe, seed=job.seed, training=training)
-
-
-class _StopWhenLost(transformers.TrainerCallback):  # type: ignore[misc]
-    """Ends a run whose loss is no number."""
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> None:
-        if not math.isfinite(metrics.get("eval_loss", 0.0)):  # of the test it has another name
-            control.should_training_stop = True
 
 
 def _with_head_rate(trainer: Any, head: Sequence[str], rate: float) -> Any:
@@ -387,12 +369,9 @@ def execute(job: Job, head_rate: float | None) -> dict[str, Any]:
         ready = time.perf_counter()
         transformers.set_seed(job.seed)  # whatever a start drew, all see the same batches
         trainer = started.trainer
-        trainer.train()
+        curve = train(trainer, SETTINGS[job.task].points)
         trained = time.perf_counter()
-        test = None
-        if job.tested:
-            test = _measures(trainer.evaluate(started.test, metric_key_prefix="test"))
-    curve = _curve(trainer.state.log_history)
+        test = _measures(trainer.evaluate(started.test)) if job.tested else None
     start = STARTS[job.start]
     return {
         "task": job.task,
@@ -420,10 +399,31 @@ def execute(job: Job, head_rate: float | None) -> dict[str, Any]:
     }
 
 
-def _curve(history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return step, loss and score on the validation examples, from before training to its end."""
-    lines = [line for line in history if "eval_loss" in line]
-    return [{"step": line["step"], **_measures(line)} for line in lines]
+def train(trainer: Any, points: int) -> list[dict[str, Any]]:
+    """Train as Trainer does, and return step, loss and score on the validation examples.
+
+    Optimizer, schedule, clipping and the order of batches are Trainer's. Its own loop goes through
+    all modules of the model five times a step, which takes a small model longer than the step.
+    A run whose loss is no number ends there.
+    """
+    steps = trainer.args.max_steps
+    trainer.create_optimizer_and_scheduler(steps)
+    parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    loader = trainer.get_train_dataloader()
+    batches = chain.from_iterable(repeat(loader))
+    curve = []
+    for step in range(steps + 1):
+        if step % (steps // points) == 0:
+            curve.append({"step": step, **_measures(trainer.evaluate())})
+            trainer.model.train()
+            if step == steps or curve[-1]["loss"] is None:
+                break
+        trainer.model(**next(batches)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, trainer.args.max_grad_norm)
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+        trainer.optimizer.zero_grad()
+    return curve
 
 
 def _measures(evaluated: Mapping[str, Any]) -> dict[str, float | None]:
@@ -431,12 +431,8 @@ def _measures(evaluated: Mapping[str, Any]) -> dict[str, float | None]:
 
     The score is accuracy, or where answers are written the share that is written without a mistake.
     """
-    prefix = "test_" if "test_loss" in evaluated else "eval_"
-    score = "exact_match" if f"{prefix}exact_match" in evaluated else "score"
-    return {
-        "loss": _finite(evaluated[prefix + "loss"]),
-        "score": _finite(evaluated[prefix + score]),
-    }
+    score = "eval_exact_match" if "eval_exact_match" in evaluated else "eval_score"
+    return {"loss": _finite(evaluated["eval_loss"]), "score": _finite(evaluated[score])}
 
 
 def _finite(value: float) -> float | None:
@@ -489,7 +485,7 @@ class Book:
 def choose(book: Book, options: argparse.Namespace) -> None:
     """Run LoRA of the lowest rank and full fine-tuning at rates × 3.16 on every candidate."""
     rank = min(options.ranks)
-    for task in options.tasks or CANDIDATES:
+    for task in options.tasks:
         for start, center in (("lora", LORA_POSITION), ("full", -12)):
             while True:
                 losses = losses_of(book.lines, task=task, start=start)
@@ -508,7 +504,7 @@ def fixed(book: Book, options: argparse.Namespace) -> None:
     """Run every scale at the rates and alphas that users bring; the head goes with them."""
     starts = list(runnable(["lora", *(f"eva:{scale}" for scale in _ALL_SCALES)]))
     for seed in SEEDS[: options.seeds]:
-        for task in options.tasks or TASKS:
+        for task in options.tasks:
             rank = SETTINGS[task].users_rank
             for rate, start, times in product(reversed(USERS_RATES), starts, USERS_ALPHAS):
                 job = Job(task, start, rank, rank * times, rate, seed, tested=False)
@@ -519,7 +515,7 @@ def fixed(book: Book, options: argparse.Namespace) -> None:
 def grid(book: Book, options: argparse.Namespace) -> None:
     """Search each start's rate on each task at each rank, then run the other seeds around it."""
     for rank in options.ranks:
-        for task in options.tasks or TASKS:
+        for task in options.tasks:
             for start in runnable(options.starts or [name for name in STARTS if name != "full"]):
                 search(book, task, start, rank)
 
@@ -560,6 +556,16 @@ def kappa_of(task: str, start: str, rank: int) -> float:
     return kappa
 
 
+def chosen_tasks(options: argparse.Namespace) -> list[str]:
+    """Return all candidates to choose from, and afterwards the two with most room and the last."""
+    if options.part == "choose":
+        return list(CANDIDATES)
+    ordered = list(rooms(read_lines(options.results / "choose.jsonl")))
+    if len(ordered) < 3:
+        raise SystemExit("run the part choose first, or name tasks with --tasks")
+    return [*ordered[:2], ordered[-1]]
+
+
 def runnable(names: Iterable[str]) -> Iterator[str]:
     """Yield the starts that this version has, and say which it has not."""
     for name in names:
@@ -574,7 +580,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("part", choices=[*PARTS, "report"])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the lines")
-    parser.add_argument("--tasks", type=_words, help="recipes, with commas between")
+    parser.add_argument(
+        "--tasks", type=_words, help="recipes, with commas between; default: by the part choose"
+    )
     parser.add_argument("--starts", type=_words, help="starts, with commas between")
     parser.add_argument(
         "--ranks", type=lambda text: [int(part) for part in _words(text)], default=[2, 8]
@@ -586,6 +594,8 @@ def main() -> None:
         print(report(options.results))
         return
     torch.set_num_threads(1)
+    if options.tasks is None:
+        options.tasks = chosen_tasks(options)
     book = Book(options.results / f"{options.part}.jsonl", time.monotonic() + 60 * options.minutes)
     {"choose": choose, "fixed": fixed, "grid": grid}[options.part](book, options)
 

@@ -50,28 +50,35 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def choose_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return what full fine-tuning gains over LoRA, on validation, most room first.
+def rooms(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return how much more full fine-tuning gains than LoRA on each task, most first.
 
-    Room is that gain as a share of what LoRA gains over the start.
+    As a share of what LoRA gains: of losses on validation examples, each at its best rate.
     """
-    rows: list[tuple[float, list[str]]] = []
+    shares = {}
     for task in dict.fromkeys(line["task"] for line in lines):
-        runs = {start: select(lines, task=task, start=start) for start in ("lora", "full")}
-        if not all(runs.values()):
-            continue
-        lora, full = (min(known, key=final_loss) for known in runs.values())
-        begin = lora["curve"][0]["loss"]
-        room = (final_loss(lora) - final_loss(full)) / (begin - final_loss(lora))
-        seconds = statistics.median(line["cpu_seconds"] for line in runs["lora"])
-        ends = [_told_end(lora), _told_end(full)]
-        ratio = f"{lora['participation']:.1f}"
-        rows.append((room, [task, f"{begin:.3f}", *ends, f"{room:+.0%}", ratio, f"{seconds:.0f}"]))
+        runs = [select(lines, task=task, start=start) for start in ("lora", "full")]
+        if all(runs):
+            lora, full = (min(map(final_loss, known)) for known in runs)
+            shares[task] = (lora - full) / (runs[0][0]["curve"][0]["loss"] - lora)
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+
+def choose_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return what LoRA and full fine-tuning reach on validation examples, most room first."""
+    rows = []
+    for task, room in rooms(lines).items():
+        runs = [select(lines, task=task, start=start) for start in ("lora", "full")]
+        lora, full = (min(known, key=final_loss) for known in runs)
+        seconds = statistics.median(line["cpu_seconds"] for line in runs[0])
+        figures = [f"{room:+.1%}", f"{lora['participation']:.1f}", f"{seconds:.0f}"]
+        begin = f"{lora['curve'][0]['loss']:.3f}"
+        rows.append([task, begin, _told_end(lora), _told_end(full), *figures])
     header = [
         "task", "loss at the start", "lora: loss, score (rate)", "full: loss, score (rate)", "room",
         "PR, median layer", "CPU seconds a run",
     ]  # fmt: skip
-    return table(header, [cells for _, cells in sorted(rows, key=lambda row: -row[0])])
+    return table(header, rows)
 
 
 def _told_end(line: Mapping[str, Any]) -> str:

@@ -64,5 +64,5 @@ def test_room_is_what_full_fine_tuning_adds_to_loras_gain(tables):
 
     row = tables.choose_table(lines).splitlines()[-1]
 
-    assert "| +50% |" in row
+    assert "| +50.0% |" in row
     assert "2.000, 0.500 (1.0e-02) | 1.500, 0.500 (1.0e-03)" in row
