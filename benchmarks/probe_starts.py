@@ -441,15 +441,7 @@ def _finite(value: float) -> float | None:
 
 @cache
 def commit() -> str:
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-    ]
+    git = ["git", "-C", str(Path(__file__).parent), *"describe --always --dirty".split()]
     return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
