@@ -441,8 +441,10 @@ def _finite(value: float) -> float | None:
 
 @cache
 def commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), *"describe --always --dirty".split()]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    git, folder = ["git", "describe", "--always", "--dirty"], Path(__file__).parent
+    return subprocess.run(
+        git, cwd=folder, capture_output=True, text=True, check=False
+    ).stdout.strip()
 
 
 # -- the three parts -------------------------------------------------------------------------------
