@@ -1,0 +1,33 @@
+"""The parts of the benchmarks that need no run."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+_FOLDER = str(Path(__file__).parents[2] / "benchmarks")
+
+
+@pytest.fixture
+def search(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Import `benchmarks/probe_search.py`."""
+    yield from _imported("probe_search", monkeypatch)
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Import `benchmarks/probe_tables.py`."""
+    yield from _imported("probe_tables", monkeypatch)
+
+
+def _imported(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(_FOLDER)  # as for a script that lies there
+    before = set(sys.modules)
+    yield importlib.import_module(name)
+    for added in set(sys.modules) - before:
+        del sys.modules[added]
