@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import evatune
+from evatune.adapters.scale import SCALES
 from tests.conftest import Command, refused
 
 
@@ -60,7 +61,11 @@ def test_inspect_json_says_the_ranks_of_both(command: Command, written: Path) ->
     }
     assert all(row["b_norm"] == 0 for row in facts["adapter"])
     assert all(row["a_row_norm"] == pytest.approx(1) for row in facts["adapter"])
-    assert all(row["scale"] == pytest.approx(1 / 4) for row in facts["adapter"])
+    assert all(row["scale"] == 1 for row in facts["adapter"])
+    spread = facts["totals"]["step_ratio"]
+    assert list(spread) == list(SCALES)
+    assert spread["matched"]["median"] < spread["paper"]["median"] <= spread["paper"]["largest"]
+    assert all(1 <= row["participation_ratio"] <= row["in_features"] for row in facts["layers"])
 
 
 class Partly(nn.Module):
