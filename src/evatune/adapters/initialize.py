@@ -265,11 +265,11 @@ def _warn_of_long_steps(adapter: LoraAdapter, calibration: Calibration) -> None:
     scaling = median(scalings)
     if scaling < _USUAL_SCALING:
         return
-    ratio = median(calibration.step_ratios("paper").values())
+    ratio = f"{median(calibration.step_ratios('paper').values()):.3g}"
     warnings.warn(
-        f"scale='paper' with α/r = {scaling:g}: B's first steps change the outputs {ratio:.3g} times"
-        " as much as LoRA's do at the same learning rate, and training may diverge; divide a rate"
-        f" that suits LoRA by {ratio:.3g} (calibration.learning_rate(lora_rate, scale='paper')), or"
-        " pass scale='matched' and keep it",
+        f"scale='paper' with α/r = {scaling:g}: B's first steps change the outputs {ratio} times as"
+        " much as LoRA's do at the same learning rate, and training may diverge; divide a rate that"
+        f" suits LoRA by {ratio} (calibration.learning_rate(lora_rate, scale='paper')), or pass"
+        " scale='matched' and keep it",
         stacklevel=5,
     )

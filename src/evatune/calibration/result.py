@@ -137,7 +137,7 @@ class Calibration(CalibrationData):
         for name, rank in plan.ranks.items():
             usual_rank = self.layers[name].cap or plan.rank
             ratio = step_ratio(self.spectra[name], rank, scale, usual_rank) if rank else math.nan
-            if math.isfinite(ratio):
+            if ratio > 0:  # and no NaN
                 ratios[name] = ratio
         return ratios
 
