@@ -169,6 +169,25 @@ class TestStepRatio:
         assert found == pytest.approx(float(ours / theirs) ** 0.5, rel=1e-3)
 
 
+@pytest.mark.parametrize("scale", ["paper", "matched", "whiten-matched"])
+def test_bs_first_step_under_adam_changes_outputs_by_the_step_ratio(scale: str) -> None:
+    model, batch = lora(Toy(), target_modules=["q"]), torch.cat(inputs(6))
+    config = evatune.CalibrationConfig(sketch="exact")
+    calibration = evatune.initialize(model, [batch], scale=scale, config=config)
+    layers, seen = lora_layers(model.eval()), {}
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0].detach()}))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1e-3, eps=1e-30)
+    model(batch).square().mean().backward()
+    optimizer.step()
+    for name, ratio in calibration.step_ratios(scale).items():
+        change = seen[name] @ layers[name].get_delta_weight("default").detach().T
+        energy_of_loras = 4 * calibration.spectra[name].total_second_moment / (3 * 16)
+        aim = (2 * 1e-3) ** 2 * 16 * ratio**2 * energy_of_loras  # α/r and the rate, 16 outputs
+        assert float(change.square().sum(-1).mean()) == pytest.approx(aim, rel=1e-3)
+
+
 def test_under_adam_longer_rows_are_a_larger_alpha_and_a_rate_of_their_own() -> None:
     """(α, A₀, η_A, η_B) and (α/c, c·A₀, c·η_A, η_B) train the same product."""
 
