@@ -95,7 +95,7 @@ def test_the_table_names_each_layer_with_rank_and_status(init: Command) -> None:
         assert re.search(rf"{re.escape(name)} .*\b32→32|{re.escape(name)} .*\b64→32", answer.out)
     assert "max_batches_reached" in answer.out
     assert "A LoRA rate of 2e-4 corresponds to " in answer.out
-    assert " at scale=paper: " in answer.out
+    assert " at scale=paper, where κ is " in answer.out
     assert "out/report.html" in answer.out
     assert answer.err == ""
 

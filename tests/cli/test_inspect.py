@@ -21,6 +21,7 @@ def test_inspect_prints_a_calibration(command: Command, written: Path) -> None:
     assert answer.status == 0
     assert "What each layer got" in answer.out
     assert "encoder.layer.0.attention.self.query" in answer.out
+    assert all(f" at scale={scale}, where κ is " in answer.out for scale in SCALES)
     assert "norm of B" not in answer.out
 
 

@@ -53,7 +53,7 @@ def test_the_report_shows_every_layer_and_setting(written: Path) -> None:
     assert all(f"<td>{name}</td>" in text for name in calibration.layers)
     assert "<th>seed</th><td>3</td>" in text
     rate = rate_text(calibration.learning_rate(2e-4, scale="paper"))
-    assert f"<p>A LoRA rate of 2e-4 corresponds to {rate} at scale=paper: " in text
+    assert f"<p>A LoRA rate of 2e-4 corresponds to {rate} at scale=paper, where κ is " in text
     assert "<p>Participation ratio PR, " in text
     without_scale = render(calibration, calibration.allocate(), {}, None)
     assert "LoRA rate" not in without_scale

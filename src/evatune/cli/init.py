@@ -393,7 +393,7 @@ def _show(calibration: Calibration, out: Path, settings: dict[str, Any], as_json
         )
         return
     terminal = console()
-    show_calibration(terminal, calibration, settings["scale"])
+    show_calibration(terminal, calibration, [settings["scale"]])
     say(
         terminal,
         "",

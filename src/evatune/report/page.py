@@ -49,7 +49,7 @@ def render(
         plan=plan,
         rows=rows,
         totals=totals(calibration, plan),
-        lines=summary_lines(calibration, plan, scale),
+        lines=summary_lines(calibration, plan, [scale] if scale else []),
         heat=_heat(rows, plan),
         spectra=plots.spectra(calibration, plan),
         energies=plots.energies(rows),

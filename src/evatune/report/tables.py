@@ -13,7 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from evatune.adapters.scale import DEFAULT_SCALE
+from evatune.adapters.scale import SCALES
 from evatune.calibration.result import Calibration
 from evatune.ranks.allocation import RankPlan
 from evatune.report.summary import LayerRow, layer_rows, plan_of, totals
@@ -33,12 +33,12 @@ def console() -> Console:
 
 
 def show_calibration(
-    terminal: Console, calibration: Calibration, scale: str = DEFAULT_SCALE
+    terminal: Console, calibration: Calibration, scales: Sequence[str] = SCALES
 ) -> None:
-    """Print the table, and the lines below it; `scale` is the one that their rate is for."""
+    """Print the table, and the lines below it, with the learning rates that belong to `scales`."""
     plan, problem = plan_of(calibration)
     terminal.print(calibration_table(terminal, calibration, plan))
-    say(terminal, *summary_lines(calibration, plan, scale))
+    say(terminal, *summary_lines(calibration, plan, scales))
     if problem:
         say(terminal, f"No ranks: {problem}.")
 
@@ -174,8 +174,8 @@ def _fitted(
     return table
 
 
-def summary_lines(calibration: Calibration, plan: RankPlan, scale: str | None) -> list[str]:
-    """Return the lines below the table; with a `scale` one is about learning rates there."""
+def summary_lines(calibration: Calibration, plan: RankPlan, scales: Sequence[str]) -> list[str]:
+    """Return the lines below the table; one has the learning rates that belong to `scales`."""
     t = totals(calibration, plan)
     change = t["parameters"] / t["uniform_parameters"] - 1 if t["uniform_parameters"] else 0.0
     lines = [
@@ -192,7 +192,7 @@ def summary_lines(calibration: Calibration, plan: RankPlan, scale: str | None) -
             f" {percent(t['of_achievable_mean'])} and {percent(t['of_achievable_worst'])} of what"
             " the same ranks explain of the rows that chose them"
         )
-    lines += _lines_of_steps(t, scale)
+    lines += _lines_of_steps(t, scales)
     for status in dict.fromkeys(calibration.status.values()):
         if status != "converged":
             names = [name for name, other in calibration.status.items() if other == status]
@@ -201,15 +201,20 @@ def summary_lines(calibration: Calibration, plan: RankPlan, scale: str | None) -
     return lines
 
 
-def _lines_of_steps(figures: Mapping[str, Any], scale: str | None) -> list[str]:
+def _lines_of_steps(figures: Mapping[str, Any], scales: Sequence[str]) -> list[str]:
     """Return what the spectra say about the learning rate, and about what there is to gain."""
+    steps = {scale: figures["step_ratio"][scale] for scale in scales}
+    rates = [
+        f"{rate_text(_LORA_RATE / spread['median'])} at scale={scale}, where κ is"
+        f" {_in_words(spread)}"
+        for scale, spread in steps.items()
+        if spread is not None
+    ]
     lines = []
-    steps = figures["step_ratio"][scale] if scale else None
-    if steps is not None:
-        rate = rate_text(_LORA_RATE / steps["median"])
+    if rates:
         lines.append(
-            f"A LoRA rate of {rate_text(_LORA_RATE)} corresponds to {rate} at scale={scale}: B's"
-            f" first steps change the outputs κ = {_in_words(steps)} times as much as LoRA's"
+            f"A LoRA rate of {rate_text(_LORA_RATE)} corresponds to {'; '.join(rates)}. B's first"
+            " steps change the outputs κ times as much as LoRA's"
         )
     participation = figures["participation_ratio"]
     if participation is not None:
