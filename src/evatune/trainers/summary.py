@@ -15,7 +15,7 @@ def summary(
 
     Args:
         scale: that the adapter was written at.
-        learning_rate: of the run, where it is known.
+        learning_rate: of the run; None where it is not known, and then no `evatune/lora_rate`.
 
     Returns:
         evatune/batches: forward passes.
