@@ -85,7 +85,7 @@ def test_the_run_records_seed_settings_and_versions(
 
 
 def test_the_table_names_each_layer_with_rank_and_status(init: Command) -> None:
-    answer = init(max_batches=2)
+    answer = init(max_batches=2, scale="paper")
     assert answer.status == 0
     for name in (
         "encoder.layer.0.attention.self.query",

@@ -254,7 +254,7 @@ def test_trackers_get_what_the_calibration_found_before_the_first_loss(tmp_path:
     statuses = {key: figures.pop(key) for key in list(figures) if key.startswith("evatune/status/")}
     assert set(statuses) <= {f"evatune/status/{status}" for status in evatune.Status}
     assert sum(statuses.values()) == len(calibration.layers) == 13
-    ratios = calibration.step_ratios("paper").values()
+    ratios = calibration.step_ratios().values()
     spread = [calibration.spectra[name].participation_ratio for name in ranks]
     assert figures == {
         "evatune/batches": calibration.batches,
