@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import evatune
 from evatune.adapters.scale import completed, scaled_rows, step_ratio
+from evatune.sketch.spectrum import InputMoments
 from tests.helpers import (
     Toy,
     inputs,
@@ -186,6 +189,13 @@ def test_bs_first_step_under_adam_changes_outputs_by_the_step_ratio(scale: str) 
         energy_of_loras = 4 * calibration.spectra[name].total_second_moment / (3 * 16)
         aim = (2 * 1e-3) ** 2 * 16 * ratio**2 * energy_of_loras  # α/r and the rate, 16 outputs
         assert float(change.square().sum(-1).mean()) == pytest.approx(aim, rel=1e-3)
+
+
+def test_random_rows_count_in_the_step_ratio_by_the_energy_that_they_see_on_average() -> None:
+    even = InputMoments(torch.full((4,), 5.0), 24 * 5.0)
+    two = replace(feed(build("exact", 24, 4), planted(400, 24)[:2], 2), inputs=even)
+    assert step_ratio(two, 4, "paper", 4) == pytest.approx(3**0.5)
+    assert step_ratio(two, 4, "whiten-matched", 4) == pytest.approx(1)
 
 
 def test_under_adam_longer_rows_are_a_larger_alpha_and_a_rate_of_their_own() -> None:

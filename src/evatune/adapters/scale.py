@@ -30,7 +30,7 @@ def completed(rows: Tensor, rank: int, scale: str, *, seed: int) -> Tensor:
     They are as long as PEFT's own where the scale matches those, for what few rows showed says
     nothing about the energy along other directions; else as the given ones on average.
 
-    For experts to which too few tokens were routed.
+    For experts to which too few tokens were routed, and gradients in few directions.
     """
     if len(rows) >= rank:
         return rows
@@ -40,10 +40,7 @@ def completed(rows: Tensor, rank: int, scale: str, *, seed: int) -> Tensor:
         rows.shape[1], rank - len(rows), generator=generator, dtype=torch.float32, device=cpu
     )
     orthonormal = torch.linalg.qr(torch.cat([rows.T, drawn], dim=1))[0]
-    if scale in ("matched", "whiten-matched"):
-        length = _DEFAULT_LENGTH
-    else:
-        length = float(rows.norm(dim=1).mean()) if len(rows) else 1.0
+    length = _length_of_random_rows(rows.norm(dim=1), scale)
     return torch.cat([rows, fix_signs(orthonormal[:, len(rows) :].T) * length])
 
 
@@ -100,7 +97,13 @@ def step_ratio(spectrum: Spectrum, rank: int, scale: str, usual_rank: int) -> fl
         directions. NaN for an input without energy.
     """
     lengths = _row_lengths(spectrum, rank, scale)
-    energy = float((lengths.square() * spectrum.second_moments[: len(lengths)].double()).sum())
+    count, width = len(lengths), spectrum.directions.shape[1]
+    moments = spectrum.second_moments[:count].double()
+    energy = float((lengths.square() * moments).sum())
+    if count < rank:  # see `completed`
+        rest = spectrum.total_second_moment - float(moments.sum())
+        along_others = max(0.0, rest) / max(1, width - count)
+        energy += (rank - count) * _length_of_random_rows(lengths, scale) ** 2 * along_others
     usual = usual_rank * _default_energy(spectrum)
     return (energy / usual) ** 0.5 if usual > 0 else float("nan")
 
@@ -119,6 +122,13 @@ def _row_lengths(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
         floor = _ENERGY_FLOOR * spectrum.total_second_moment
         return (_default_energy(spectrum) / moments.clamp_min(floor)).sqrt()
     return torch.ones_like(moments)
+
+
+def _length_of_random_rows(lengths: Tensor, scale: str) -> float:
+    """Return the length of random rows beside directions whose rows have these lengths, (n,)."""
+    if scale in ("matched", "whiten-matched"):
+        return _DEFAULT_LENGTH
+    return float(lengths.mean()) if len(lengths) else 1.0
 
 
 def _default_energy(spectrum: Spectrum) -> float:

@@ -111,7 +111,8 @@ class Spectrum:
         PR = (tr C)² / tr C², with the eigenvalues of C that are known, and for the others the tail
         energy, spread evenly over what is left of the d directions. That is the widest spread it
         can have, so PR is an upper bound, and a close one where the tail holds little. C is the
-        moment that the energies are of: with `centered`, the covariance. 0 without energy.
+        moment that the energies are of: with `centered` the covariance, with gradients theirs.
+        0 without energy.
         """
         if self.total_energy <= 0:
             return 0.0
