@@ -154,6 +154,8 @@ def written(bert_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPat
         "4",
         "--seed",
         "3",
+        "--scale",
+        "paper",
         "--out",
         str(out),
     ]

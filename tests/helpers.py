@@ -221,12 +221,12 @@ def round_trip(
     """Initialize; the output is what it was, a step lowers the loss, and plain PEFT loads what was
     saved.
 
-    Gives the calibration and every A as it was initialized.
+    Gives the calibration and every A as it was initialized, by default the directions themselves.
     """
     torch.manual_seed(0)
     before = result(build().eval(), batches[0]).detach()
     model = get_peft_model(build(), lora, low_cpu_mem_usage=meta)
-    calibration = evatune.initialize(model, batches, **options)
+    calibration = evatune.initialize(model, batches, **{"scale": "paper"} | options)
     model.eval()
     assert torch.allclose(result(model, batches[0]), before, atol=1e-5)
     start = matrices(model, "A")

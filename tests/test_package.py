@@ -118,7 +118,10 @@ ROOMS = {
     "modeling": BASE,
     "capture": BASE | {"modeling", "sketch"},
     "distributed": BASE | {"capture", "modeling", "sketch"},
-    "calibration": BASE | CORE | {"schemas", "modeling", "capture", "distributed"},
+    # `adapters.scale` is formulas about spectra, which a calibration answers questions with.
+    "calibration": BASE
+    | CORE
+    | {"schemas", "modeling", "capture", "distributed", "adapters.scale"},
     "loading": BASE | {"schemas", "modeling"},
     "adapters": BASE
     | CORE
@@ -129,7 +132,7 @@ ROOMS = {
     | CORE
     | {"schemas", "modeling", "capture", "distributed", "calibration", "adapters"}
     | {"trainers", "loading", "api"},
-    "report": BASE | {"ranks", "calibration", "finetune"},
+    "report": BASE | {"ranks", "calibration", "adapters.scale", "finetune"},
 }
 
 

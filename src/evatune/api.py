@@ -158,17 +158,24 @@ def initialize(
             `Calibration`, else 2.
         budget, metric: "ranks" and "ratio" unless `config` or the `Calibration` says otherwise; see
             `evatune.ranks.allocate`.
-        scale: length of the rows of A. Default: "whiten" if the adapter's config says
-            `EvaConfig(whiten=True)`, which no other scale given here may contradict; else "paper".
-            With v_j the j-th direction, r_l the layer's rank, `in` its width:
+        scale: length of the rows of A, and so the learning rate that suits the adapter: see
+            `Calibration.learning_rate`. Default: "whiten" if the adapter's config says
+            `EvaConfig(whiten=True)`, which no other scale given here may contradict; else
+            `evatune.adapters.scale.DEFAULT_SCALE`, now "paper". With v_j the j-th direction, λ_j =
+            E[(v_j·x)²], r_l the layer's rank, `in` its width:
 
-            "paper"    a_j = v_j, orthonormal rows.
+            "paper"    a_j = v_j, orthonormal rows. LoRA's usual α and rate may then be too large;
+                       a warning says so where α/r is 0.5 or more.
             "whiten"   a_j = v_j / σ_j, σ_j the standard deviation of v_j·x over tokens, so that
                        every component of Ax has variance 1. σ_j is taken no smaller than
-                       0.001·sqrt(E[(v_j·x)²]).
-            "matched"  a_j = c·v_j, c² = (r_l / (3·in)) · E‖x‖² / Σ_j E[(v_j·x)²], so that E‖Ax‖²
-                       is what it is for PEFT's default initialization (uniform on ±1/√in) at the
-                       layer's rank: a learning rate tuned for LoRA carries over.
+                       0.001·√λ_j.
+            "matched"  a_j = c·v_j, c² = (r_l / (3·in)) · E‖x‖² / Σ_j λ_j, so that E‖Ax‖² is what it
+                       is for PEFT's default initialization (uniform on ±1/√in) at the layer's rank:
+                       a learning rate tuned for LoRA carries over.
+            "whiten-matched"  a_j = v_j · √(E‖x‖² / (3·in·λ_j)), so that every component of Ax has
+                       the mean square that it has for PEFT's default: where the v_j are
+                       eigenvectors of E[x xᵀ], which they are unless centered, E[Ax (Ax)ᵀ] is that
+                       number times the identity. λ_j is taken no smaller than E‖x‖² / 10⁶.
 
         config: other settings of the calibration; `rank`, `rho`, `budget` and `metric` given here
             override it. Where it leaves `labels_only` open and the adapter's config asks for EVA

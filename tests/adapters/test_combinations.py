@@ -122,7 +122,7 @@ def test_each_of_several_adapters_has_directions_of_its_own_data() -> None:
     )
     first = evatune.initialize(model, tokens(8, seed=0))
     a = {name: layer.lora_A["default"].weight.clone() for name, layer in lora_layers(model).items()}
-    second = evatune.initialize(model, tokens(8, seed=1), adapter_name="b")
+    second = evatune.initialize(model, tokens(8, seed=1), adapter_name="b", scale="paper")
     for name, layer in lora_layers(model).items():
         assert torch.equal(layer.lora_A["default"].weight, a[name])
     assert ranks_of(model, "b") == {

@@ -48,7 +48,7 @@ def test_settings_out_of_range_are_value_errors(options: dict[str, float]) -> No
 
 def test_it_is_the_same_initialization_as_evatunes_own() -> None:
     ours, compat = with_eva(tiny_bert(), tau=0.9), with_eva(tiny_bert(), tau=0.9)
-    evatune.initialize(ours, tokens(8))
+    evatune.initialize(ours, tokens(8), scale="paper")
     initialize_lora_eva_weights(compat, tokens(8), **QUIET)
     assert ours.peft_config == compat.peft_config
     state = ours.state_dict()
@@ -193,7 +193,7 @@ def test_the_label_mask_of_the_adapters_config_is_honoured(
     if door == "compat":
         initialize_lora_eva_weights(model, batches, forward_fn=without_loss, **QUIET)
     else:
-        evatune.initialize(model, batches, forward=without_loss)
+        evatune.initialize(model, batches, forward=without_loss, scale="paper")
     kept = slice(-5, -1) if use else slice(None)  # position t predicts label t + 1
     expected = evatune.calibrate(
         tiny_llama(),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from peft import EvaConfig
 from torch import Tensor, nn
 
 import evatune
@@ -100,3 +102,29 @@ def test_random_numbers_are_where_they_were() -> None:
     torch.manual_seed(3)
     evatune.initialize(model, tokens(8))
     assert torch.rand(1) == expected
+
+
+def test_unit_rows_at_the_alpha_of_plain_lora_are_warned_of_once() -> None:
+    with pytest.warns(UserWarning, match=r"scale='paper' with α/r = 2: .* divide a rate") as caught:
+        calibration = evatune.initialize(lora(tiny_bert()), tokens(8), scale="paper")
+    (message,) = [str(one.message) for one in caught if "scale=" in str(one.message)]
+    ratio = 1 / calibration.learning_rate(1, "paper")
+    assert f"change the outputs {ratio:.3g} times" in message
+
+
+@pytest.mark.parametrize(
+    ("model_options", "scale"),
+    [
+        ({"lora_alpha": 1}, "paper"),
+        ({}, "matched"),
+        ({}, "whiten-matched"),
+        ({"init_lora_weights": "eva", "eva_config": EvaConfig(whiten=True)}, None),
+    ],
+)
+def test_the_papers_alpha_and_other_scales_are_not_warned_of(
+    model_options: dict[str, Any], scale: str | None
+) -> None:
+    model = lora(tiny_bert(), **model_options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="scale=")
+        evatune.initialize(model, tokens(8), scale=scale)

@@ -82,7 +82,7 @@ def test_groups_of_outputs_share_the_leading_directions_evenly_and_ranks_are_mul
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(Net(), LoraConfig(r=4, target_modules=["grouped", "plain"]))
-    calibration = evatune.initialize(model, xs)
+    calibration = evatune.initialize(model, xs, scale="paper")
     ranks = calibration.allocate().ranks
     assert sum(ranks.values()) == 8
     assert ranks["grouped"] % 2 == 0 < ranks["grouped"]

@@ -42,7 +42,7 @@ def test_round_trip_through_plain_peft(
     before = output(build(), batch)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | options
     model = get_peft_model(build(), LoraConfig(**settings), low_cpu_mem_usage=meta)
-    calibration = evatune.initialize(model, tokens(8))
+    calibration = evatune.initialize(model, tokens(8), scale="paper")
     assert torch.allclose(output(model, batch), before, atol=1e-5)
 
     plan = calibration.allocate()

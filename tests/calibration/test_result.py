@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from statistics import median
 from typing import Any
 
+import numpy as np
 import pytest
 
 import evatune
@@ -35,3 +38,53 @@ def test_allocate_names_options_of_the_wrong_kind(options: dict[str, Any]) -> No
     calibration = evatune.calibrate(Toy(), inputs(), CalibrationConfig(rank=4))
     with pytest.raises(ConfigError, match=f"{next(iter(options))} is "):
         calibration.allocate(**options)
+
+
+@pytest.fixture(scope="module")
+def calibration() -> evatune.Calibration:
+    return evatune.calibrate(Toy(), inputs(), CalibrationConfig(rank=4, sketch="exact"))
+
+
+def test_the_learning_rate_is_loras_over_the_median_step_ratio(
+    calibration: evatune.Calibration,
+) -> None:
+    plan = calibration.allocate()
+    assert len(set(plan.ranks.values())) > 1
+    aim = {}
+    for name, rank in plan.ranks.items():
+        if rank:
+            spectrum = calibration.spectra[name]
+            share = float(spectrum.energies[:rank].sum()) / spectrum.total_energy
+            aim[name] = (3 * spectrum.directions.shape[1] * share / 4) ** 0.5
+    assert calibration.step_ratios("paper") == pytest.approx(aim, rel=1e-5)
+    rate = calibration.learning_rate(2e-4, scale="paper")
+    assert rate == pytest.approx(2e-4 / median(aim.values()), rel=1e-5)
+    uniform = calibration.allocate(rho=1)
+    matched = calibration.step_ratios("matched", uniform)
+    assert matched == pytest.approx(dict.fromkeys(uniform.ranks, 1))
+
+
+def test_a_layer_is_compared_with_lora_at_the_rank_that_its_pattern_gives(
+    calibration: evatune.Calibration,
+) -> None:
+    name = "blocks.0.q"
+    layers = calibration.layers | {name: replace(calibration.layers[name], cap=2)}
+    capped = replace(calibration, layers=layers)
+    rank = capped.allocate().ranks[name]
+    assert capped.step_ratios("matched")[name] == pytest.approx((rank / 2) ** 0.5)
+
+
+@pytest.mark.parametrize("rate", [0, -1e-4, float("nan"), float("inf"), "2e-4", True, None])
+def test_a_learning_rate_that_is_none_is_refused(
+    calibration: evatune.Calibration, rate: Any
+) -> None:
+    with pytest.raises(ConfigError, match=r"lora_rate is .*a number above 0, such as 2e-4"):
+        calibration.learning_rate(rate)
+
+
+def test_a_rate_of_numpys_is_a_rate_and_an_unknown_scale_names_those_there_are(
+    calibration: evatune.Calibration,
+) -> None:
+    assert calibration.learning_rate(np.float64(1e-3)) == calibration.learning_rate(1e-3)
+    with pytest.raises(ConfigError, match=r"scale is 'big'; choose one of .*whiten-matched"):
+        calibration.learning_rate(1e-3, scale="big")

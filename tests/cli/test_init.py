@@ -63,7 +63,7 @@ def test_plain_peft_loads_the_adapter(written: Path, bert_folder: Path) -> None:
     for name, layer in adapted.items():
         expected = calibration.spectra[name].directions[: plan.ranks[name]]
         assert torch.equal(layer.lora_A["default"].weight, expected)
-        assert layer.scaling["default"] == pytest.approx(1 / 4)
+        assert layer.scaling["default"] == 1  # α is the rank, unless told
 
 
 def test_the_run_records_seed_settings_and_versions(
@@ -78,13 +78,14 @@ def test_the_run_records_seed_settings_and_versions(
     assert settings["device"] in ("cpu", "cuda:0")
     assert settings["dtype"] == "float32"
     assert settings["max_length"] == 64
+    assert settings["alpha"] == settings["rank"] == 4
     assert {"evatune", "torch", "python", "peft", "transformers", "datasets", "safetensors"} <= set(
         record["versions"]
     )
 
 
 def test_the_table_names_each_layer_with_rank_and_status(init: Command) -> None:
-    answer = init(max_batches=2)
+    answer = init(max_batches=2, scale="paper")
     assert answer.status == 0
     for name in (
         "encoder.layer.0.attention.self.query",
@@ -93,6 +94,8 @@ def test_the_table_names_each_layer_with_rank_and_status(init: Command) -> None:
     ):
         assert re.search(rf"{re.escape(name)} .*\b32→32|{re.escape(name)} .*\b64→32", answer.out)
     assert "max_batches_reached" in answer.out
+    assert "A LoRA rate of 2e-4 corresponds to " in answer.out
+    assert " at scale=paper, where κ is " in answer.out
     assert "out/report.html" in answer.out
     assert answer.err == ""
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import evatune
+from evatune.adapters.scale import SCALES
 from tests.conftest import Command, refused
 
 
@@ -20,6 +21,7 @@ def test_inspect_prints_a_calibration(command: Command, written: Path) -> None:
     assert answer.status == 0
     assert "What each layer got" in answer.out
     assert "encoder.layer.0.attention.self.query" in answer.out
+    assert all(f" at scale={scale}, where κ is " in answer.out for scale in SCALES)
     assert "norm of B" not in answer.out
 
 
@@ -60,7 +62,11 @@ def test_inspect_json_says_the_ranks_of_both(command: Command, written: Path) ->
     }
     assert all(row["b_norm"] == 0 for row in facts["adapter"])
     assert all(row["a_row_norm"] == pytest.approx(1) for row in facts["adapter"])
-    assert all(row["scale"] == pytest.approx(1 / 4) for row in facts["adapter"])
+    assert all(row["scale"] == 1 for row in facts["adapter"])
+    spread = facts["totals"]["step_ratio"]
+    assert list(spread) == list(SCALES)
+    assert spread["matched"]["median"] < spread["paper"]["median"] <= spread["paper"]["largest"]
+    assert all(1 <= row["participation_ratio"] <= row["in_features"] for row in facts["layers"])
 
 
 class Partly(nn.Module):

@@ -92,3 +92,23 @@ def test_patterns_name_recipes_of_ours() -> None:
         expand(["cooking-*"])
     with pytest.raises(ConfigError, match="name at least one recipe"):
         expand([])
+
+
+def test_alpha_is_the_rank_unless_told() -> None:
+    def alpha(*overrides: str) -> float:
+        return load("understanding-bbc", overrides).adapter.alpha
+
+    assert alpha() == load("understanding-bbc").adapter.rank
+    assert alpha("adapter.rank=16") == 16
+    assert alpha("adapter.rank=16", "adapter.alpha=32") == 32
+
+
+@pytest.mark.parametrize("name", [name for name in ours() if name.startswith("paper-")])
+def test_the_papers_runs_say_its_alpha_and_its_scale(name: str) -> None:
+    adapter = load(name).adapter
+    assert (adapter.alpha, adapter.scale) == (1, "paper")
+
+
+def test_an_unknown_scale_is_a_mistake_that_names_the_scales() -> None:
+    with pytest.raises(ConfigError, match=r"adapter.scale is 'big': choose one of paper, whiten"):
+        load("understanding-bbc", ["adapter.scale=big"])

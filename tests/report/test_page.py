@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import evatune
+from evatune.report.page import render
+from evatune.report.tables import rate_text
 
 
 class Page(html.parser.HTMLParser):
@@ -50,3 +52,9 @@ def test_the_report_shows_every_layer_and_setting(written: Path) -> None:
     calibration = evatune.Calibration.load(written / "calibration.safetensors")
     assert all(f"<td>{name}</td>" in text for name in calibration.layers)
     assert "<th>seed</th><td>3</td>" in text
+    rate = rate_text(calibration.learning_rate(2e-4, scale="paper"))
+    assert f"<p>A LoRA rate of 2e-4 corresponds to {rate} at scale=paper, where κ is " in text
+    assert "<p>Participation ratio PR, " in text
+    without_scale = render(calibration, calibration.allocate(), {}, None)
+    assert "LoRA rate" not in without_scale
+    assert "<p>Participation ratio PR, " in without_scale

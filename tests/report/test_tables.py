@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 import evatune
-from evatune.report.tables import adapter_table, show_calibration
+from evatune.report.tables import adapter_table, rate_text, show_calibration
 from evatune.utils.markup import printable
 from tests.helpers import NAMES, wide_terminal
 
@@ -33,3 +33,8 @@ def test_a_narrow_terminal_gets_fewer_columns_and_whole_names(written: Path, wid
     assert all(len(line) <= width for line in text.splitlines())
     assert all(f" {name} " in text for name in calibration.layers)
     assert ("Left out for want of room: in→out" in text) == (width == 80)
+
+
+def test_rates_are_shown_as_they_are_written() -> None:
+    rates = [2e-4, 8.06e-6, 1e-3, 9.99e-5, 0.5]
+    assert [rate_text(rate) for rate in rates] == ["2e-4", "8.1e-6", "1e-3", "1e-4", "5e-1"]

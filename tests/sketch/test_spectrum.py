@@ -8,8 +8,9 @@ import torch
 import evatune
 from evatune import CalibrationConfig
 from evatune.sketch import SKETCHES
-from evatune.sketch.spectrum import principal_angles
+from evatune.sketch.spectrum import empty, principal_angles
 from tests.helpers import Toy, inputs
+from tests.sketches import build, feed, planted
 
 
 def test_principal_angles_resolve_what_a_cosine_in_float32_cannot() -> None:
@@ -28,3 +29,24 @@ def test_steep_spectra_beside_a_large_mean_contradict_nothing(sketch: str, cente
     )
     for name, spectrum in found.spectra.items():
         assert list(spectrum.contradictions(found.config.n_components)) == [], name
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_the_participation_ratio_counts_the_directions_that_hold_the_energy(center: bool) -> None:
+    rows = planted(600, 32, decay=0.6, mean=0.2).double()
+    centered = rows - rows.mean(0) if center else rows
+    moment = centered.T @ centered / len(rows)
+    exact = float(moment.trace() ** 2 / moment.square().sum())
+    spectrum = feed(build("exact", 32, 32, center=center), rows.float(), 600)
+    assert spectrum.participation_ratio == pytest.approx(exact, rel=1e-4)
+    # with a tail that holds little the bound is close
+    leading = feed(build("exact", 32, 8, center=center), rows.float(), 600)
+    assert exact * 0.9999 < leading.participation_ratio < 1.001 * exact
+
+
+def test_an_even_spectrum_has_as_many_directions_as_it_is_wide_of_which_few_are_known() -> None:
+    rows = 3 * torch.eye(16).repeat(4, 1)
+    assert feed(build("exact", 16, 4), rows, 64).participation_ratio == pytest.approx(16)
+    one = torch.eye(16)[:1].repeat(40, 1)
+    assert feed(build("exact", 16, 4), one, 40).participation_ratio == pytest.approx(1)
+    assert empty(16).participation_ratio == 0

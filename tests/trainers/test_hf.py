@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -250,11 +251,18 @@ def test_trackers_get_what_the_calibration_found_before_the_first_loss(tmp_path:
     statuses = {key: figures.pop(key) for key in list(figures) if key.startswith("evatune/status/")}
     assert set(statuses) <= {f"evatune/status/{status}" for status in evatune.Status}
     assert sum(statuses.values()) == len(calibration.layers) == 13
+    ratios = calibration.step_ratios().values()
+    spread = [calibration.spectra[name].participation_ratio for name in ranks]
     assert figures == {
         "evatune/batches": calibration.batches,
         "evatune/ranks": 4 * 13,
         "evatune/parameters": plan.parameters,
         "evatune/layers": len(ranks),
+        "evatune/participation_ratio": median(spread),
+        "evatune/step_ratio": median(ratios),
+        "evatune/step_ratio/least": min(ratios),
+        "evatune/step_ratio/largest": max(ratios),
+        "evatune/lora_rate": median(ratios) * run.args.learning_rate,
     }
     assert [logs.get("loss") is not None for _, logs in tracker.lines[1:5]] == [True] * 4
     assert [line for line in run.state.log_history if "evatune/batches" in line] == [

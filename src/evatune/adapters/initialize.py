@@ -5,8 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
+from peft import LoraConfig
 from torch import nn
 
 from evatune.adapters.adapter import LoraAdapter, lora_config
@@ -27,6 +29,8 @@ from evatune.modeling.wrappers import adapted, is_engine, unwrapped
 from evatune.modeling.wrappers import describe as describe_model
 from evatune.utils.text import shortened
 
+_USUAL_SCALING = 0.5  # α/r from which on it is that of plain LoRA (1 or 2), and not of the paper
+
 
 def initialize_model(
     model: nn.Module,
@@ -42,8 +46,7 @@ def initialize_model(
     peft_model = adapted(outer)
     lora = lora_config(peft_model, options.adapter_name)
     require_trainable(peft_model)
-    whiten = lora.eva_config is not None and lora.eva_config.whiten
-    scale = choose_scale(options.scale, whiten)
+    scale = scale_in_force(lora, options.scale)
     require_known_variant(peft_model, lora, options.adapter_name)
     adapter = LoraAdapter.find(peft_model, options.adapter_name)
     _check_unsupported(adapter, options.on_unsupported)
@@ -66,7 +69,18 @@ def initialize_model(
     calibration.require_usable()
 
     _write(adapter, calibration, scale)
+    if scale == "paper" and process_group.rank == 0:
+        _warn_of_long_steps(adapter, calibration)
     return calibration
+
+
+def scale_in_force(lora: LoraConfig, scale: str | None) -> str:
+    """Return the scale that `evatune.initialize(scale=...)` writes into an adapter of this config.
+
+    The config says it before the adapter is written, and not after.
+    """
+    whiten = lora.eva_config is not None and lora.eva_config.whiten
+    return choose_scale(scale, whiten)
 
 
 def _check_unsupported(adapter: LoraAdapter, on_unsupported: str) -> None:
@@ -235,8 +249,27 @@ def _write(adapter: LoraAdapter, calibration: Calibration, scale: str) -> None:
     rows_of_a = {}
     for number, (name, rank) in enumerate(plan.ranks.items()):
         rows = scaled_rows(calibration.spectra[name], rank, scale)
-        rows_of_a[name] = completed(rows, rank, seed=calibration.config.seed + number)
+        rows_of_a[name] = completed(rows, rank, scale, seed=calibration.config.seed + number)
     for layer in adapter.others.values():
         if any(a.device.type == "meta" for a, _, _ in pairs(layer, adapter.name)):
             usual_start(layer, adapter)
     write_rows(adapter, rows_of_a, plan.rank)
+
+
+def _warn_of_long_steps(adapter: LoraAdapter, calibration: Calibration) -> None:
+    """Warn where LoRA's usual α meets unit rows, for which the paper sets α to 1.
+
+    LoRA's usual rates are then too large by κ.
+    """
+    scalings = [target.layer.scaling.get(adapter.name, 0.0) for target in adapter.targets]
+    scaling = median(scalings)
+    if scaling < _USUAL_SCALING:
+        return
+    ratio = f"{median(calibration.step_ratios('paper').values()):.3g}"
+    warnings.warn(
+        f"scale='paper' with α/r = {scaling:g}: B's first steps change the outputs {ratio} times as"
+        " much as LoRA's do at the same learning rate, and training may diverge; divide a rate that"
+        f" suits LoRA by {ratio} (calibration.learning_rate(lora_rate, scale='paper')), or pass"
+        " scale='matched' and keep it",
+        stacklevel=5,
+    )

@@ -1,4 +1,7 @@
-"""Length of the rows of A: the formulas behind `initialize(scale=...)`, in their one home."""
+"""Length of the rows of A: the formulas behind `initialize(scale=...)`, in their one home.
+
+And what they mean for the learning rate: κ, see `step_ratio`. No peft here: torch and a spectrum.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,26 @@ from torch import Tensor
 from evatune.errors import ConfigError
 from evatune.sketch.spectrum import Spectrum, fix_signs
 
-SCALES = ("paper", "whiten", "matched")
+SCALES = ("paper", "whiten", "matched", "whiten-matched")
+# Of `evatune.initialize`, `evatune init` and the recipes.
+DEFAULT_SCALE = "paper"
+
 # A direction along which the input hardly varies would be blown up without bound by 1/σ.
 _SIGMA_FLOOR = 1e-3
+# Share of the whole energy below which a direction is whitened no further. `Spectrum.usable` counts
+# directions from 1e-8 on, where float32 products leave no digit of an energy; here two are left.
+_ENERGY_FLOOR = 1e-6
+# PEFT draws the entries of A from ±1/√in, which have variance 1 / (3·in): rows of length 1/√3.
+_DEFAULT_LENGTH = 3**-0.5
 
 
-def completed(rows: Tensor, rank: int, *, seed: int) -> Tensor:
+def completed(rows: Tensor, rank: int, scale: str, *, seed: int) -> Tensor:
     """Return `rank` rows: those given and random ones for the rest, orthogonal to all others.
 
-    They are as long as the given ones on average.
+    They are as long as PEFT's own where the scale matches those, for what few rows showed says
+    nothing about the energy along other directions; else as the given ones on average.
 
-    For experts to which too few tokens were routed.
+    For experts to which too few tokens were routed, and gradients in few directions.
     """
     if len(rows) >= rank:
         return rows
@@ -28,7 +40,7 @@ def completed(rows: Tensor, rank: int, *, seed: int) -> Tensor:
         rows.shape[1], rank - len(rows), generator=generator, dtype=torch.float32, device=cpu
     )
     orthonormal = torch.linalg.qr(torch.cat([rows.T, drawn], dim=1))[0]
-    length = rows.norm(dim=1).mean() if len(rows) else 1.0
+    length = _length_of_random_rows(rows.norm(dim=1), scale)
     return torch.cat([rows, fix_signs(orthonormal[:, len(rows) :].T) * length])
 
 
@@ -45,7 +57,7 @@ def choose_scale(scale: str | None, whiten: bool) -> str:
         ConfigError: a scale that does not exist, or one that contradicts `whiten`.
     """
     if scale is None:
-        return "whiten" if whiten else "paper"
+        return "whiten" if whiten else DEFAULT_SCALE
     require_scale(scale)
     if whiten and scale != "whiten":
         raise ConfigError(
@@ -62,16 +74,63 @@ def scaled_rows(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
 
     See `evatune.initialize` for the formula of each `scale`.
     """
+    lengths = _row_lengths(spectrum, rank, scale)
+    directions = spectrum.directions[: len(lengths)].double()
+    return (directions * lengths[:, None]).float()
+
+
+def step_ratio(spectrum: Spectrum, rank: int, scale: str, usual_rank: int) -> float:
+    """Return κ of a layer: how much more B's first Adam steps change its output than LoRA's would.
+
+    With B = 0, C = E[x xᵀ] and a step of ±η in every entry of B, E‖Δy‖² grows with tr(A C Aᵀ), so
+
+        κ = √(tr(A C Aᵀ) / (usual_rank · tr C / (3d)))
+
+    where the divisor is what PEFT's default A of `usual_rank` rows has in expectation. The factor
+    α/r is that of LoRA, which evatune keeps in every layer whatever its rank.
+
+    Args:
+        rank: of the layer, at least 1. usual_rank: what uniform LoRA would give it.
+
+    Returns:
+        A number above 0; for "paper" √(3·d·c / usual_rank), c the share of the energy in `rank`
+        directions. NaN for an input without energy.
+    """
+    lengths = _row_lengths(spectrum, rank, scale)
+    count, width = len(lengths), spectrum.directions.shape[1]
+    moments = spectrum.second_moments[:count].double()
+    energy = float((lengths.square() * moments).sum())
+    if count < rank:  # see `completed`
+        rest = spectrum.total_second_moment - float(moments.sum())
+        along_others = max(0.0, rest) / max(1, width - count)
+        energy += (rank - count) * _length_of_random_rows(lengths, scale) ** 2 * along_others
+    usual = usual_rank * _default_energy(spectrum)
+    return (energy / usual) ** 0.5 if usual > 0 else float("nan")
+
+
+def _row_lengths(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
+    """Return the length of every row of A, (rank,) float64; fewer where fewer have energy."""
     require_scale(scale)
     rank = min(rank, spectrum.usable)
-    rows = spectrum.directions[:rank].clone()
     moments = spectrum.second_moments[:rank].double()
     if scale == "whiten":
-        sigma = torch.maximum(
-            spectrum.variances[:rank].double().sqrt(), _SIGMA_FLOOR * moments.sqrt()
-        )
-        return (rows / sigma[:, None]).float()
+        sigma = spectrum.variances[:rank].double().sqrt()
+        return 1 / torch.maximum(sigma, _SIGMA_FLOOR * moments.sqrt())
     if scale == "matched":
-        default = rank / (3 * rows.shape[1]) * spectrum.total_second_moment
-        return rows * float((default / moments.sum()).sqrt())
-    return rows
+        return (rank * _default_energy(spectrum) / moments.sum()).sqrt().expand(rank)
+    if scale == "whiten-matched":
+        floor = _ENERGY_FLOOR * spectrum.total_second_moment
+        return (_default_energy(spectrum) / moments.clamp_min(floor)).sqrt()
+    return torch.ones_like(moments)
+
+
+def _length_of_random_rows(lengths: Tensor, scale: str) -> float:
+    """Return the length of random rows beside directions whose rows have these lengths, (n,)."""
+    if scale in ("matched", "whiten-matched"):
+        return _DEFAULT_LENGTH
+    return float(lengths.mean()) if len(lengths) else 1.0
+
+
+def _default_energy(spectrum: Spectrum) -> float:
+    """Return tr C / (3d): E[(a·x)²] of one row `a` of PEFT's default A, in expectation."""
+    return spectrum.total_second_moment / (3 * spectrum.directions.shape[1])

@@ -6,12 +6,14 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
+from evatune.adapters.scale import DEFAULT_SCALE, require_scale, step_ratio
 from evatune.calibration.data import CalibrationData
 from evatune.calibration.file import load_calibration, save_calibration
 from evatune.calibration.merge import merge_calibrations
 from evatune.calibration.status import Status
-from evatune.errors import LayerError
+from evatune.errors import ConfigError, LayerError
 from evatune.ranks.allocation import Candidate, RankPlan, allocate
 from evatune.utils.text import shortened
 
@@ -111,6 +113,54 @@ class Calibration(CalibrationData):
             if math.isfinite(share):
                 shares[name] = share
         return shares
+
+    def step_ratios(
+        self, scale: str = DEFAULT_SCALE, plan: RankPlan | None = None
+    ) -> dict[str, float]:
+        """Return κ of each layer with a rank: how much more B's first steps do there than LoRA's.
+
+        The layer at its rank is compared with LoRA at the rank that it would have without
+        redistribution, and at the same α/r, which `evatune.initialize` keeps in every layer (unless
+        the adapter's `EvaConfig.adjust_scaling_factors` is off: then κ is to be multiplied by that
+        rank over the layer's own). For the formula see `evatune.adapters.scale.step_ratio`.
+
+        Args:
+            scale: as for `evatune.initialize`.
+            plan: where the ranks come from. Default: `allocate()`.
+
+        Raises:
+            ConfigError: a scale that does not exist. BudgetError: as for `allocate`.
+        """
+        require_scale(scale)
+        plan = plan or self.allocate()
+        ratios: dict[str, float] = {}
+        for name, rank in plan.ranks.items():
+            usual_rank = self.layers[name].cap or plan.rank
+            ratio = step_ratio(self.spectra[name], rank, scale, usual_rank) if rank else math.nan
+            if ratio > 0:  # and no NaN
+                ratios[name] = ratio
+        return ratios
+
+    def learning_rate(self, lora_rate: float, scale: str = DEFAULT_SCALE) -> float:
+        """Return the learning rate at which an adapter of this `scale` starts as LoRA at its own.
+
+        It is `lora_rate` over the median κ of `step_ratios`: there B's first steps under Adam
+        change the layers' outputs as much as they do from PEFT's default start at `lora_rate`, at
+        the same α/r. So it carries a rate over that suits LoRA, and knows nothing of better ones.
+
+        Args:
+            lora_rate: above 0.
+            scale: as for `evatune.initialize`.
+
+        Raises:
+            ConfigError: a rate or a scale that is none. BudgetError: as for `allocate`.
+        """
+        is_number = isinstance(lora_rate, (int, float)) and not isinstance(lora_rate, bool)
+        if not is_number or not 0 < lora_rate < math.inf:
+            raise ConfigError(
+                f"lora_rate is {lora_rate!r}; it must be a number above 0, such as 2e-4"
+            )
+        return lora_rate / median(self.step_ratios(scale).values())
 
     def require_usable(self) -> None:
         """Raise a LayerError that lists, with advice, all layers without a usable result."""

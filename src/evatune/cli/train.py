@@ -238,6 +238,7 @@ def cp(
 def _rank_page(folder: Path, settings: Any) -> None:
     """Write the report page and the rank map of a run that has a calibration."""
     from evatune.calibration.result import Calibration
+    from evatune.finetune.methods import find_method
     from evatune.finetune.recipe import as_tree
     from evatune.report.page import render
     from evatune.report.runs import rank_plot
@@ -247,7 +248,9 @@ def _rank_page(folder: Path, settings: Any) -> None:
     if path.is_file():
         calibration = Calibration.load(path)
         plan = calibration.allocate()
-        write_text(folder / "report.html", render(calibration, plan, _flat(as_tree(settings))))
+        scale = find_method(settings.method).scale(settings.adapter.scale)
+        page = render(calibration, plan, _flat(as_tree(settings)), scale)
+        write_text(folder / "report.html", page)
         rank_plot(calibration, plan, folder / "ranks.png")
 
 

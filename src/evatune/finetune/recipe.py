@@ -16,6 +16,7 @@ from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, Val
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
+from evatune.adapters.scale import DEFAULT_SCALE, SCALES
 from evatune.errors import ConfigError
 from evatune.schemas import Damage, shown, telling
 from evatune.schemas.text import parse_yaml, read_text
@@ -30,6 +31,15 @@ def _require_name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_require_name)]  # what becomes part of a path
+
+
+def _require_scale(scale: str) -> str:
+    if scale not in SCALES:
+        raise PydanticCustomError("scale", f"choose one of {', '.join(SCALES)}")
+    return scale
+
+
+Scale = Annotated[str, AfterValidator(_require_scale)]
 _RECIPES = files("evatune.finetune").joinpath("recipes")
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _Flag = Annotated[bool, Strict()]
@@ -93,7 +103,10 @@ class AdapterOptions:
     rank: _Whole = Field(
         default=8, ge=1, le=2**16, description="ranks per layer, before any redistribution"
     )
-    alpha: _Real = Field(default=8, gt=0, description="LoRA's alpha")
+    alpha: _Real = Field(default=8, gt=0, description="LoRA's alpha; default: the rank")
+    scale: Scale = Field(
+        default=DEFAULT_SCALE, description=f"EVA: length of the rows of A: {', '.join(SCALES)}"
+    )
     rho: _Real = Field(
         default=2,
         ge=1,
@@ -245,7 +258,7 @@ def load(source: str, overrides: Iterable[str] = ()) -> Recipe:
 def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """Return a recipe from a tree of plain values; see `load` for errors."""
     try:
-        return TypeAdapter(Recipe).validate_python(_with_numbers(tree))
+        return TypeAdapter(Recipe).validate_python(_with_alpha(_with_numbers(tree)))
     except ValidationError as error:
         mistakes = [
             _explain(".".join(map(str, item["loc"])), item)
@@ -306,6 +319,17 @@ def _with_numbers(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
         return int(value)
     return value
+
+
+def _with_alpha(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the tree with an alpha as large as the rank, where it has a rank alone."""
+    adapter = tree.get("adapter")
+    if not isinstance(adapter, Mapping) or "alpha" in adapter or "rank" not in adapter:
+        return tree
+    rank = adapter["rank"]
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        return tree  # which is told as a mistake of the rank
+    return {**tree, "adapter": {**adapter, "alpha": rank}}
 
 
 def _explain(key: str, item: Mapping[str, Any]) -> str:

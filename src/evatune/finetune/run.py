@@ -135,6 +135,7 @@ def _initialize(trainer: Any, recipe: Recipe, task: Task, method: Method, folder
         batches=lambda size: training_batches(trainer, size, recipe.seed),
         rho=recipe.adapter.rho,
         budget=recipe.adapter.budget,
+        scale=recipe.adapter.scale,
         seed=recipe.seed,
         initial_adapter=folder / INITIAL_ADAPTER,
         rows=task.rows,

@@ -10,19 +10,26 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from evatune.adapters.scale import DEFAULT_SCALE
 from evatune.calibration.result import Calibration
 from evatune.ranks.allocation import RankPlan
 from evatune.report import plots
 from evatune.report.summary import LayerRow, layer_rows, totals
-from evatune.report.tables import percent, summary_lines
+from evatune.report.tables import effective, percent, summary_lines
 from evatune.utils.markup import printable
 
 
-def render(calibration: Calibration, plan: RankPlan, settings: Mapping[str, Any]) -> str:
+def render(
+    calibration: Calibration,
+    plan: RankPlan,
+    settings: Mapping[str, Any],
+    scale: str | None = DEFAULT_SCALE,
+) -> str:
     """Return one HTML document without outside references.
 
     Args:
         settings: what the run was called with, shown as is at the end.
+        scale: of the rows of A, for what is said about learning rates; None: nothing is said.
     """
     environment = jinja2.Environment(
         autoescape=True,
@@ -32,6 +39,7 @@ def render(calibration: Calibration, plan: RankPlan, settings: Mapping[str, Any]
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["percent"] = percent
+    environment.filters["effective"] = effective
     template = environment.from_string(
         files("evatune.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     )
@@ -41,7 +49,7 @@ def render(calibration: Calibration, plan: RankPlan, settings: Mapping[str, Any]
         plan=plan,
         rows=rows,
         totals=totals(calibration, plan),
-        lines=summary_lines(calibration, plan),
+        lines=summary_lines(calibration, plan, [scale] if scale else []),
         heat=_heat(rows, plan),
         spectra=plots.spectra(calibration, plan),
         energies=plots.energies(rows),

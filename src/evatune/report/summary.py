@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
+from evatune.adapters.scale import SCALES
 from evatune.calibration.result import Calibration
 from evatune.calibration.status import Status
 from evatune.errors import BudgetError
@@ -25,6 +28,7 @@ class LayerRow:
     type: str  # name without block numbers, e.g. "attention.self.query"
     rank: int
     rows: int
+    participation_ratio: float | None  # of the input, at most in_features
     explained: float | None  # energy inside its `rank` directions, by the data that chose them
     captured: float | None  # the same on rows that had no part in choosing them
     status: str
@@ -51,6 +55,7 @@ class LayerRow:
             "rank": self.rank,
             "parameters": self.parameters,
             "rows": self.rows,
+            "participation_ratio": self.participation_ratio,
             "explained": self.explained,
             "captured": self.captured,
             "status": self.status,
@@ -101,6 +106,7 @@ def layer_rows(calibration: Calibration, plan: RankPlan) -> list[LayerRow]:
                 type=kind,
                 rank=rank,
                 rows=spectrum.rows,
+                participation_ratio=spectrum.participation_ratio or None,
                 explained=(
                     _known(float(spectrum.explained_variance_ratio[:rank].sum()))
                     if spectrum.rows
@@ -142,6 +148,7 @@ def totals(calibration: Calibration, plan: RankPlan) -> dict[str, Any]:
     ratios = [
         row.captured / row.explained for row in rows if row.captured is not None and row.explained
     ]
+    participation = [row.participation_ratio for row in rows if row.participation_ratio]
     return {
         "layers": len(calibration.layers),
         "layers_with_rank": len(rows),
@@ -159,4 +166,16 @@ def totals(calibration: Calibration, plan: RankPlan) -> dict[str, Any]:
         "captured_worst": min(captured) if captured else None,
         "of_achievable_mean": sum(ratios) / len(ratios) if ratios else None,
         "of_achievable_worst": min(ratios) if ratios else None,
+        "participation_ratio": _spread(participation),
+        "layers_above_pr": sum(row.rank > (row.participation_ratio or math.inf) for row in rows),
+        "step_ratio": {
+            scale: _spread(calibration.step_ratios(scale, plan).values()) for scale in SCALES
+        },
     }
+
+
+def _spread(values: Collection[float]) -> dict[str, float] | None:
+    """Return the median and the ends of some figures; None where there are none."""
+    if not values:
+        return None
+    return {"median": median(values), "least": min(values), "largest": max(values)}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,6 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from evatune.adapters.scale import SCALES
 from evatune.calibration.result import Calibration
 from evatune.ranks.allocation import RankPlan
 from evatune.report.summary import LayerRow, layer_rows, plan_of, totals
@@ -21,6 +23,7 @@ from evatune.utils.text import shortened
 _LONG = 80
 _PIPED_WIDTH = 250
 _NO_LIMIT = 10_000
+_LORA_RATE = 2e-4  # that many users of LoRA bring
 
 
 def console() -> Console:
@@ -29,11 +32,13 @@ def console() -> Console:
     return terminal if terminal.is_terminal else Console(width=_PIPED_WIDTH)
 
 
-def show_calibration(terminal: Console, calibration: Calibration) -> None:
-    """Print the table, and the lines below it."""
+def show_calibration(
+    terminal: Console, calibration: Calibration, scales: Sequence[str] = SCALES
+) -> None:
+    """Print the table, and the lines below it, with the learning rates that belong to `scales`."""
     plan, problem = plan_of(calibration)
     terminal.print(calibration_table(terminal, calibration, plan))
-    say(terminal, *summary_lines(calibration, plan))
+    say(terminal, *summary_lines(calibration, plan, scales))
     if problem:
         say(terminal, f"No ranks: {problem}.")
 
@@ -59,12 +64,16 @@ def calibration_table(terminal: Console, calibration: Calibration, plan: RankPla
 
 
 def _per_layer(terminal: Console, rows: list[LayerRow]) -> Table:
-    headings = ("layer", "in→out", "rank", "parameters", "rows", "explained", "captured", "status")
+    headings = (
+        *("layer", "in→out", "rank", "PR"),
+        *("parameters", "rows", "explained", "captured", "status"),
+    )
     lines = [
         (
             row.name,
             f"{row.spec.in_features}→{row.spec.out_features}",
             str(row.rank),
+            effective(row.participation_ratio),
             f"{row.parameters:,}",
             f"{row.rows:,}",
             percent(row.explained),
@@ -80,7 +89,7 @@ def _per_layer(terminal: Console, rows: list[LayerRow]) -> Table:
         headings,
         lines,
         styles,
-        spare=("in→out", "rows", "parameters", "explained"),
+        spare=("in→out", "rows", "parameters", "explained", "PR"),
     )
 
 
@@ -91,6 +100,7 @@ def _per_type(terminal: Console, rows: list[LayerRow]) -> Table:
         "rank min",
         "mean",
         "max",
+        "PR median",
         "parameters",
         "captured mean",
         "worst",
@@ -101,6 +111,7 @@ def _per_type(terminal: Console, rows: list[LayerRow]) -> Table:
         members = [row for row in rows if row.type == layer_type]
         ranks = [row.rank for row in members]
         captured = [row.captured for row in members if row.captured is not None]
+        participation = [row.participation_ratio for row in members if row.participation_ratio]
         counts = Counter(row.status for row in members)
         lines.append(
             (
@@ -109,13 +120,14 @@ def _per_type(terminal: Console, rows: list[LayerRow]) -> Table:
                 str(min(ranks)),
                 f"{sum(ranks) / len(ranks):.1f}",
                 str(max(ranks)),
+                effective(median(participation) if participation else None),
                 f"{sum(row.parameters for row in members):,}",
                 percent(sum(captured) / len(captured) if captured else None),
                 percent(min(captured, default=None)),
                 ", ".join(f"{n} {status}" for status, n in counts.items()),
             )
         )
-    spare = ("parameters", "layers", "captured mean")
+    spare = ("parameters", "layers", "captured mean", "PR median")
     return _fitted(terminal, "What each layer type got", headings, lines, [""] * len(lines), spare)
 
 
@@ -162,8 +174,8 @@ def _fitted(
     return table
 
 
-def summary_lines(calibration: Calibration, plan: RankPlan) -> list[str]:
-    """Return the lines below the table."""
+def summary_lines(calibration: Calibration, plan: RankPlan, scales: Sequence[str]) -> list[str]:
+    """Return the lines below the table; one has the learning rates that belong to `scales`."""
     t = totals(calibration, plan)
     change = t["parameters"] / t["uniform_parameters"] - 1 if t["uniform_parameters"] else 0.0
     lines = [
@@ -180,12 +192,42 @@ def summary_lines(calibration: Calibration, plan: RankPlan) -> list[str]:
             f" {percent(t['of_achievable_mean'])} and {percent(t['of_achievable_worst'])} of what"
             " the same ranks explain of the rows that chose them"
         )
+    lines += _lines_of_steps(t, scales)
     for status in dict.fromkeys(calibration.status.values()):
         if status != "converged":
             names = [name for name, other in calibration.status.items() if other == status]
             advice = status.advice[0].upper() + status.advice[1:]
             lines.append(f"{status}: {shortened(names, 3)}. {advice}.")
     return lines
+
+
+def _lines_of_steps(figures: Mapping[str, Any], scales: Sequence[str]) -> list[str]:
+    """Return what the spectra say about the learning rate, and about what there is to gain."""
+    steps = {scale: figures["step_ratio"][scale] for scale in scales}
+    rates = [
+        f"{rate_text(_LORA_RATE / spread['median'])} at scale={scale}, where κ is"
+        f" {_in_words(spread)}"
+        for scale, spread in steps.items()
+        if spread is not None
+    ]
+    lines = []
+    if rates:
+        lines.append(
+            f"A LoRA rate of {rate_text(_LORA_RATE)} corresponds to {'; '.join(rates)}. B's first"
+            " steps change the outputs κ times as much as LoRA's"
+        )
+    participation = figures["participation_ratio"]
+    if participation is not None:
+        lines.append(
+            "Participation ratio PR, the effective number of directions that an input has:"
+            f" {_in_words(participation)}; the rank is above it in {figures['layers_above_pr']} of"
+            f" {figures['layers_with_rank']} layers"
+        )
+    return lines
+
+
+def _in_words(spread: Mapping[str, float]) -> str:
+    return "{median:.3g} (median; {least:.3g} to {largest:.3g})".format(**spread)
 
 
 def adapter_table(terminal: Console, rows: Iterable[dict[str, Any]]) -> Table:
@@ -205,6 +247,17 @@ def adapter_table(terminal: Console, rows: Iterable[dict[str, Any]]) -> Table:
     ]
     spare = ("parameters", "mean row norm of A", "alpha")
     return _fitted(terminal, "Adapter", headings, lines, [""] * len(lines), spare)
+
+
+def rate_text(rate: float) -> str:
+    """Return a learning rate for people: "2e-4", "8.1e-6"."""
+    digits, exponent = f"{rate:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
+
+
+def effective(number: float | None) -> str:
+    """Return an effective number of directions for people; a dash where there is none."""
+    return "–" if number is None else f"{number:.1f}"
 
 
 def percent(share: float | None) -> str:

@@ -105,6 +105,23 @@ class Spectrum:
         return max(0.0, self.total_energy - captured)
 
     @property
+    def participation_ratio(self) -> float:
+        """Effective number of directions that the energy is spread over, from 1 to d.
+
+        PR = (tr C)² / tr C², with the eigenvalues of C that are known, and for the others the tail
+        energy, spread evenly over what is left of the d directions. That is the widest spread it
+        can have, so PR is an upper bound, and a close one where the tail holds little. C is the
+        moment that the energies are of: with `centered` the covariance, with gradients theirs.
+        0 without energy.
+        """
+        if self.total_energy <= 0:
+            return 0.0
+        shares = self.energies.double() / self.total_energy
+        count, width = self.directions.shape
+        tail = max(0.0, 1 - float(shares.sum()))
+        return 1 / (float(shares.square().sum()) + tail**2 / max(1, width - count))
+
+    @property
     def second_moments(self) -> Tensor:
         """`E[(v_j·x)²]` per direction, shape (k,): uncentered, whatever `centered` says."""
         if self.inputs is not None:

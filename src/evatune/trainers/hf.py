@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 from transformers import TrainerCallback
 
-from evatune.adapters.initialize import initialize_model
+from evatune.adapters.adapter import lora_config
+from evatune.adapters.initialize import initialize_model, scale_in_force
 from evatune.adapters.options import InitializeOptions
 from evatune.calibration.result import Calibration
 from evatune.distributed.group import ProcessGroup
@@ -34,6 +35,8 @@ def initialize_trainer(
     trainer logs a summary when it begins to train.
     """
     _require_untouched(trainer)
+    model = adapted(unwrapped(trainer.model))
+    scale = scale_in_force(lora_config(model, options.adapter_name), options.scale)
     batches: Iterable[Any] | Calibration
     if calibration is not None:
         batches = calibration
@@ -41,7 +44,7 @@ def initialize_trainer(
         options = _in_training_precision(trainer, options)
         batches = _own_batches(trainer, process_group)
     calibration = initialize_model(trainer.model, batches, options, process_group)
-    _log_at_start(trainer, calibration)
+    _log_at_start(trainer, summary(calibration, scale, trainer.args.learning_rate))
     return calibration
 
 
@@ -91,13 +94,13 @@ def _own_batches(trainer: Any, process_group: ProcessGroup) -> Iterator[Any]:
     return training_batches(trainer, size, seed, process_group.rank, process_group.size)
 
 
-def _log_at_start(trainer: Any, calibration: Calibration) -> None:
+def _log_at_start(trainer: Any, figures: dict[str, float]) -> None:
     """Have the trainer log the calibration's summary when it begins to train.
 
     It fails then if its model is another one by that time.
     """
     trainer.remove_callback(_LogAtStart)  # of an earlier call, which this one has replaced
-    trainer.add_callback(_LogAtStart(trainer, summary(calibration)))
+    trainer.add_callback(_LogAtStart(trainer, figures))
 
 
 class _LogAtStart(TrainerCallback):  # type: ignore[misc]  # transformers ships no types

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from evatune.adapters.adapter import lora_config
+from evatune.adapters.initialize import scale_in_force
 from evatune.api import initialize
 from evatune.calibration.result import Calibration
 from evatune.errors import AdapterError, DataError
@@ -80,12 +82,14 @@ class EvaCallback(pl.Callback):  # type: ignore[misc]  # not a type: its library
                 " target_modules='all-linear'))"
             )
         model = adapted(pl_module)
+        lora = lora_config(model, self.options.get("adapter_name", "default"))
+        scale = scale_in_force(lora, self.options.get("scale"))
         if isinstance(self.batches, Calibration):
             self.calibration = initialize(model, self.batches, forward=self.forward, **self.options)
         else:
             self.calibration = self._calibrated(trainer, model, self.batches)
         self._module = pl_module
-        figures = summary(self.calibration)
+        figures = summary(self.calibration, scale)
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=0)
 

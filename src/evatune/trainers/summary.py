@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from statistics import median
 
 from evatune.calibration.result import Calibration
 
 
-def summary(calibration: Calibration) -> dict[str, float]:
+def summary(
+    calibration: Calibration, scale: str, learning_rate: float | None = None
+) -> dict[str, float]:
     """Return figures by name, of the redistribution that the calibration's own settings give.
+
+    Args:
+        scale: that the adapter was written at.
+        learning_rate: of the run; None where it is not known, and then no `evatune/lora_rate`.
 
     Returns:
         evatune/batches: forward passes.
@@ -17,17 +24,31 @@ def summary(calibration: Calibration) -> dict[str, float]:
         evatune/layers: layers with a rank.
         evatune/energy: share in [0, 1] of fresh rows' energy inside a layer's directions, as many
             as its rank, mean over these layers; not there when no layer has a certificate.
+        evatune/participation_ratio: `Spectrum.participation_ratio`, median over these layers.
+        evatune/step_ratio: κ of `Calibration.step_ratios`, median over these layers; with /least
+            and /largest.
+        evatune/lora_rate: the rate at which LoRA's first steps would be as long as this run's, κ
+            times `learning_rate`.
         evatune/status/…: calibrated layers by status, those that occur.
     """
     plan = calibration.allocate()
     ranks = {name: rank for name, rank in plan.ranks.items() if rank}
     captured = calibration.captured(ranks).values()
+    ratios = calibration.step_ratios(scale, plan).values()
     figures: dict[str, float] = {
         "evatune/batches": calibration.batches,
         "evatune/ranks": sum(ranks.values()),
         "evatune/parameters": plan.parameters,
         "evatune/layers": len(ranks),
+        "evatune/participation_ratio": median(
+            calibration.spectra[name].participation_ratio for name in ranks
+        ),
+        "evatune/step_ratio": median(ratios),
+        "evatune/step_ratio/least": min(ratios),
+        "evatune/step_ratio/largest": max(ratios),
     }
+    if learning_rate is not None:
+        figures["evatune/lora_rate"] = median(ratios) * learning_rate
     if captured:
         figures["evatune/energy"] = sum(captured) / len(captured)
     return figures | {

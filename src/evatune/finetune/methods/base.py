@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from evatune.adapters.lora_layers import find_lora_targets, lora_layers
+from evatune.adapters.scale import DEFAULT_SCALE
 from evatune.calibration import Calibration
 from evatune.capture.recorder import RowsFunction
 from evatune.capture.targets import find_target_layers
@@ -64,7 +65,7 @@ class Preparation:
     Attributes:
         initialize: `evatune.initialize`, bound to the run's model or trainer.
         batches: training batches of any size, for passes of other kinds.
-        rho, budget: of EVA's redistribution. seed: of the run.
+        rho, budget: of EVA's redistribution. scale: of the rows of its A. seed: of the run.
         initial_adapter: folder in which a method that changes the base weights keeps its adapter
             as it was before training.
         rows: the task's choice of rows.
@@ -76,6 +77,7 @@ class Preparation:
     seed: int
     initial_adapter: Path
     budget: str = "ranks"
+    scale: str = DEFAULT_SCALE
     rows: RowsFunction | None = None
 
 
@@ -119,6 +121,10 @@ class Method:
 
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
         """Start the adapter from data or from the weights."""
+        return None
+
+    def scale(self, usual: str) -> str | None:
+        """Return the scale of A's rows in a recipe that says `usual`; None where it has none."""
         return None
 
     def optimizer(self, model: nn.Module, options: OptimizerOptions) -> Any:

@@ -27,8 +27,16 @@ class Eva(Lora):
     initialize_options: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
-        usual = {"rho": preparation.rho, "budget": preparation.budget}
+        usual = {
+            "rho": preparation.rho,
+            "budget": preparation.budget,
+            "scale": preparation.scale,
+        }
         return preparation.initialize(**(usual | self.initialize_options))
+
+    def scale(self, usual: str) -> str | None:
+        scale: str = self.initialize_options.get("scale", usual)
+        return scale
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,7 @@ METHODS = (
     # The directions in which the loss has gradients, at LoRA's own scale.
     replace(_EVA, name="eva-gradients", initialize_options=_of_objective("gradients")),
     replace(_EVA, name="eva-regression", initialize_options=_of_objective("regression")),
-    RanksOnly("lora-redist"),
+    # Its A is PEFT's in the end, which has the length of these rows.
+    RanksOnly("lora-redist", initialize_options={"scale": "matched"}),
     MinorDirections("eva-minor"),
 )
