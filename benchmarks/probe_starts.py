@@ -197,7 +197,7 @@ STARTS = {
         Start("lora-orthogonal"),
         Start("eva", "matched", "gradients"),
         Start("eva", "whiten-matched", "gradients"),
-        Start("eva", "matched", "regression"),  # whitened by construction
+        Start("eva", "whiten-matched", "regression"),
         Start("lora-ga"),
         Start("lora-one"),
         Start("eva", "matched", "activations", rho=2),

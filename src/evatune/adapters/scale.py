@@ -75,8 +75,13 @@ def scaled_rows(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
     See `evatune.initialize` for the formula of each `scale`.
     """
     lengths = _row_lengths(spectrum, rank, scale)
-    directions = spectrum.directions[: len(lengths)].double()
-    return (directions * lengths[:, None]).float()
+    count = len(lengths)
+    directions = spectrum.directions[:count].double()
+    if spectrum.mixing is None or scale not in ("whiten", "whiten-matched"):
+        return (directions * lengths[:, None]).float()
+    # of a regression, whose own rows whiten the input: A C Aᵀ is the identity
+    factor = _default_energy(spectrum) ** 0.5 if scale == "whiten-matched" else 1.0
+    return (factor * spectrum.mixing[:count, :count].double() @ directions).float()
 
 
 def step_ratio(spectrum: Spectrum, rank: int, scale: str, usual_rank: int) -> float:

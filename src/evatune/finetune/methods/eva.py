@@ -88,8 +88,8 @@ def _redraw(model: nn.Module, seed: int) -> None:
         a.copy_((2 * drawn - 1) / a.shape[1] ** 0.5)
 
 
-def _of_objective(objective: str) -> dict[str, Any]:
-    return {"config": CalibrationConfig(objective=objective), "scale": "matched"}
+def _of_objective(objective: str, scale: str) -> dict[str, Any]:
+    return {"config": CalibrationConfig(objective=objective), "scale": scale}
 
 
 _EVA = Eva("eva", source="Paischer et al. 2024")
@@ -101,9 +101,13 @@ METHODS = (
     replace(_EVA, name="eva-dora", options={"use_dora": True}),
     replace(_EVA, name="eva-whiten", initialize_options={"scale": "whiten"}),
     replace(_EVA, name="eva-matched", initialize_options={"scale": "matched"}),
-    # The directions in which the loss has gradients, at LoRA's own scale.
-    replace(_EVA, name="eva-gradients", initialize_options=_of_objective("gradients")),
-    replace(_EVA, name="eva-regression", initialize_options=_of_objective("regression")),
+    # The directions in which the loss has gradients, where LoRA's own learning rate fits.
+    replace(_EVA, name="eva-gradients", initialize_options=_of_objective("gradients", "matched")),
+    replace(
+        _EVA,
+        name="eva-regression",
+        initialize_options=_of_objective("regression", "whiten-matched"),
+    ),
     # Its A is PEFT's in the end, which has the length of these rows.
     RanksOnly("lora-redist", initialize_options={"scale": "matched"}),
     MinorDirections("eva-minor"),
