@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from typing import Any
 import pytest
 
 from evatune.cli import main
+
+# Inherited by processes that tests start and interrupt. A shell that starts pytest in the
+# background lets it ignore interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tiny_tokenizer(**options: Any) -> Any:

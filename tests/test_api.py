@@ -19,7 +19,14 @@ NEEDED = inspect.Parameter.empty
 SIGNATURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "calibrate": (
         {"model": NEEDED, "batches": NEEDED, "config": None},
-        {"targets": None, "forward": None, "rows": None, "progress": None, "checkpoint": None},
+        {
+            "targets": None,
+            "forward": None,
+            "rows": None,
+            "loss": None,
+            "progress": None,
+            "checkpoint": None,
+        },
     ),
     "initialize": (
         {"model": NEEDED, "batches": None},
@@ -32,6 +39,7 @@ SIGNATURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "config": None,
             "forward": None,
             "rows": None,
+            "loss": None,
             "adapter_name": "default",
             "overwrite": False,
             "progress": None,

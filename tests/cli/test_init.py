@@ -159,6 +159,23 @@ def test_a_causal_language_model_is_taken_as_one(
     assert not any("lm_head" in name for name, _ in loaded.named_parameters() if "lora" in name)
 
 
+def test_language_models_can_be_calibrated_by_their_gradients(
+    init: Command, work: Path, llama_folder: Path
+) -> None:
+    answer = init(model=llama_folder, objective="gradients", max_batches=2, json=True)
+    assert answer.status == 0, answer.err
+    assert json.loads(answer.out)["settings"]["objective"] == "gradients"
+    calibration = evatune.Calibration.load(work / "out" / "calibration.safetensors")
+    assert all(spectrum.inputs is not None for spectrum in calibration.spectra.values())
+
+
+def test_gradients_without_a_loss_on_texts_are_refused(init: Command, work: Path) -> None:
+    answer = init(objective="gradients")
+    assert answer.status == 2
+    assert "on plain text only causal-lm has one, not feature-extraction" in answer.err
+    assert not (work / "out").exists()
+
+
 def test_a_sequence_to_sequence_model_gets_its_targets(init: Command, tmp_path: Path) -> None:
     config = transformers.T5Config(
         vocab_size=60,

@@ -12,16 +12,16 @@ import evatune
 from evatune import CalibrationConfig
 from evatune.errors import ConfigError
 from evatune.sketch import SKETCHES, SketchUpdate, is_additive, make_sketch
-from evatune.sketch.base import Sketch, SketchSettings
+from evatune.sketch.base import InputSketch, SketchSettings
 from evatune.sketch.spectrum import Spectrum
 from tests.helpers import Toy, inputs
 from tests.sketches import build, planted
 
 
-class AxisSketch(Sketch):
+class AxisSketch(InputSketch):
     """Keeps the energy of each coordinate, and gives the strongest axes as directions."""
 
-    _STATE = (*Sketch._STATE, "squares")
+    _STATE = (*InputSketch._STATE, "squares")
 
     def __init__(self, settings: SketchSettings) -> None:
         super().__init__(settings)

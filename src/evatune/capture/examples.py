@@ -224,7 +224,8 @@ class ExampleRecorder:
             device = calls.waiting[0].x.device if calls.waiting else calls.silent
             if calls.recorded or device is None:
                 continue
-            zeros = torch.zeros(1, 1, target_layer.out_features, device=device)
+            shape = (1, 1, target_layer.out_features)
+            zeros = torch.zeros(shape, dtype=torch.float32, device=device)
             x = zeros.new_zeros(1, 1, target_layer.in_features)
             if target_layer.input_view.is_tokens:
                 x = torch.zeros(1, 1, dtype=torch.int64, device=device)

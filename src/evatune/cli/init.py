@@ -95,6 +95,7 @@ class InitOptions:
     scale: str = option(
         default=DEFAULT_SCALE, help=f"Length of A's rows: {', '.join(SCALES)}.", panel=_ADAPTER
     )
+    objective: str = setting(CalibrationConfig, "objective", panel=_CALIBRATION)
     sketch: str = setting(CalibrationConfig, "sketch", panel=_CALIBRATION)
     center: bool = setting(CalibrationConfig, "center", "--center", panel=_CALIBRATION)
     batch_size: int = option(default=16, help="Texts per batch.", panel=_CALIBRATION)
@@ -242,9 +243,14 @@ def _load(options: InitOptions, log: Console) -> _Job:
             " model is loaded as."
         )
         log.print(plain(warning), soft_wrap=True)
+    with_labels = options.objective != "activations"
+    if with_labels:
+        _require_loss(options.objective, loaded.task)
     default_length = _LENGTH if options.model else _DEMO_LENGTH
     length = min(options.max_length or default_length, loaded.tokenizer.model_max_length)
-    batches = TextBatches(loaded.tokenizer, texts, options.batch_size, length, options.seed)
+    batches = TextBatches(
+        loaded.tokenizer, texts, options.batch_size, length, options.seed, with_labels
+    )
     adapted = add_lora(
         loaded.model,
         LoraOptions(
@@ -256,6 +262,18 @@ def _load(options: InitOptions, log: Console) -> _Job:
         ),
     )
     return _Job(str(source), loaded, texts, batches, adapted, length)
+
+
+def _require_loss(objective: str, task: str) -> None:
+    """Raise a ConfigError for a model that has no loss on plain texts."""
+    from evatune.errors import ConfigError
+
+    if task != "causal-lm":
+        raise ConfigError(
+            f"objective {objective!r} needs a loss, and on plain text only causal-lm has one, not"
+            f" {task}; give a --model of that --task, or in Python batches with labels to"
+            " evatune.initialize"
+        )
 
 
 def _recorded(options: InitOptions, job: _Job) -> dict[str, Any]:

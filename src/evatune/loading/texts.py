@@ -144,13 +144,19 @@ def truncate_texts(texts: Iterable[str], tokenizer: Any, tokens: int) -> list[st
 
 @dataclass(frozen=True)
 class TextBatches:
-    """Tokenized batches of shuffled texts; iterable any number of times, the same each time."""
+    """Tokenized batches of shuffled texts; iterable any number of times, the same each time.
+
+    Attributes:
+        texts: a `datasets.Dataset` with a column "text".
+        labels: add those of a language model, each token's own id, and -100 for padding.
+    """
 
     tokenizer: Any
-    texts: Any  # datasets.Dataset with column "text"
+    texts: Any
     batch_size: int
     max_length: int
     seed: int
+    labels: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_length"):
@@ -171,6 +177,9 @@ class TextBatches:
         for start in range(0, len(shuffled), self.batch_size):
             texts = shuffled[start : start + self.batch_size]["text"]
             texts = truncate_texts(texts, self.tokenizer, limit)
-            yield self.tokenizer(
+            batch = self.tokenizer(
                 texts, truncation=True, max_length=limit, padding=True, return_tensors="pt"
             )
+            if self.labels:
+                batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            yield batch

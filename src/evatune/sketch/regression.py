@@ -119,7 +119,8 @@ class RegressionSketch(NystromMoment, ExampleSketch):
         if len(energies) == 0:
             nothing = super()._answer(directions, energies)
             inputs_without = InputMoments(nothing.energies, float(total) / count)
-            return replace(nothing, inputs=inputs_without, mixing=torch.zeros(0, 0))
+            no_rows = torch.zeros(0, 0, dtype=torch.float32, device="cpu")
+            return replace(nothing, inputs=inputs_without, mixing=no_rows)
         inputs = (directions, energies / count, total / count)
         whitened = times_inverse_root(self._mean_gradient(), *inputs)
         _, singular, right = torch.linalg.svd(whitened, full_matrices=False)
