@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,29 @@ def test_a_base_without_any_gradient_and_no_grad_around_the_call_work() -> None:
             assert torch.equal(other.spectra[name].energies, plain.spectra[name].energies)
 
 
+@pytest.mark.parametrize("objective", ["activations", "gradients"])
+def test_data_that_leaves_inference_mode_on_changes_nothing(objective: str) -> None:
+    def made_on_the_way() -> Generator[dict[str, Tensor]]:
+        with torch.inference_mode():
+            for batch in words((6, 9, 7, 8, 5, 4)):
+                yield {key: value.clone() for key, value in batch.items()}
+
+    config = CalibrationConfig(objective=objective, max_batches=4, tolerance=0)
+    model = get_peft_model(Words(), LoraConfig(r=2, lora_alpha=1, target_modules=["up"]))
+    batches = made_on_the_way()  # kept, so that it is not closed
+    found = evatune.initialize(model, batches, config=config)
+    assert not torch.is_inference_mode_enabled()
+    plain = evatune.calibrate(Words(), words((6, 9, 7, 8)), found.config, targets=["up"])
+    assert torch.equal(found.spectra["up"].energies, plain.spectra["up"].energies)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    batches.close()
+
+
 def test_a_model_made_in_inference_mode_gets_one_sentence() -> None:
     with torch.inference_mode():
         model = Words()
+    with pytest.raises(AdapterError, match="embedding.weight was made under"):
+        evatune.calibrate(model, words(), GRADIENTS, targets=["up"])
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["up"]))
     with pytest.raises(AdapterError, match="inference_mode"):
         evatune.initialize(adapted, words(), config=GRADIENTS)
