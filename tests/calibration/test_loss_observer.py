@@ -143,7 +143,7 @@ def test_data_that_leaves_inference_mode_on_changes_nothing(objective: str) -> N
 def test_a_model_made_in_inference_mode_gets_one_sentence() -> None:
     with torch.inference_mode():
         model = Words()
-    with pytest.raises(AdapterError, match="embedding.weight was made under"):
+    with pytest.raises(AdapterError, match=r"embedding\.weight was made under"):
         evatune.calibrate(model, words(), GRADIENTS, targets=["up"])
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["up"]))
     with pytest.raises(AdapterError, match="inference_mode"):

@@ -16,9 +16,9 @@ from evatune.sketch.spectrum import Spectrum
 # mixed streams of single texts it is up to 0.06, of batches of four up to 0.04; where news turn
 # into code, up to 0.22.
 _DRIFT = 0.07
-# The same for gradients, of whose energy few examples have most: judged where so many batches stand
-# on either side. In mixed streams it is then up to 0.10 of single texts and up to 0.05 of batches of
-# four (where two batches were enough, 0.19 and 0.08); where one topic turns into another, up to 0.16.
+# The same for gradients, of whose energy few examples have most: judged where so many batches are
+# on either side. In mixed streams it is then up to 0.10 of single texts, up to 0.05 of batches of
+# four (with two batches on a side 0.19 and 0.08); where one topic turns into another, up to 0.16.
 _DRIFT_OF_GRADIENTS, _BATCHES_OF_GRADIENTS = 0.1, 8
 
 
@@ -91,7 +91,7 @@ class SketchRefresher:
         known, fresh = before and before.certificate, now.certificate
         if batches <= MIN_BATCHES or not known or not fresh:
             return
-        enough, limit = self._n_components, _DRIFT
+        enough, limit = float(self._n_components), _DRIFT
         if now.inputs is not None:
             enough, limit = _BATCHES_OF_GRADIENTS * now.rows / batches, _DRIFT_OF_GRADIENTS
         fall = known.captured() - fresh.captured()
