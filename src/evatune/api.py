@@ -69,8 +69,9 @@ def calibrate(
             which it returns (n,).
         loss: `loss(model, batch)` → a scalar, the mean over the batch's examples, for objectives
             that see gradients (`config.objective`); replaces the loss that the model returns for a
-            batch with labels. `rows` then chooses tokens, the same of inputs and of gradients, and
-            cannot compute rows of its own; layers share no sketches.
+            batch with labels. `rows` then chooses tokens, the same of inputs and of gradients: it
+            is handed a number for each token's place in place of the activation, and so can neither
+            look at values nor compute rows of its own; layers share no sketches.
         progress: called with a `Progress` after each batch.
         checkpoint: a file to go on from after an interruption, see
             `evatune.calibration.Checkpoint`. One process only.
@@ -91,7 +92,7 @@ def calibrate(
         DataError: no batch, or something that is not batches.
         ConfigError: a `forward`, `rows` or `loss` of other arguments.
         AdapterError: weights on the meta device, or in the shards of DeepSpeed's zero.Init that no
-            engine gathers.
+            engine gathers; or, for an objective that sees gradients, made in inference mode.
         ProcessError: another process failed, is lost, or has another model, other weights, targets
             or settings.
         Whatever the model itself raises. In every case the model, its modes, hooks, gradients and

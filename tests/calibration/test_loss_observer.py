@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,100 +11,23 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import evatune
 from evatune import CalibrationConfig, Status
 from evatune.calibration.checkpoint import Checkpoint
 from evatune.calibration.loss_observer import count_examples
-from evatune.errors import AdapterError, ConfigError, DataError, LayerError, TargetError
-from tests.helpers import Toy, inputs, lora_layers, state_of, tiny_bert, tiny_llama, tokens
-
-GRADIENTS = CalibrationConfig(rank=4, rho=1, objective="gradients", tolerance=0)
-
-
-class Words(nn.Module):
-    """Token ids and a label each, through an embedding, linear layers and a loss."""
-
-    def __init__(self, call: Callable[..., Any] | None = None, twice: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Embedding(30, 12)
-        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
-        self.head = nn.Linear(12, 5)
-        self.dropout = nn.Dropout(0.5)
-        self.call, self.twice = call, twice
-
-    def block(self, h: Tensor) -> Tensor:
-        h = h + self.down(torch.tanh(self.up(self.dropout(h))))
-        return h + self.down(torch.tanh(self.up(h.roll(1, 1)))) if self.twice else h
-
-    def forward(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        h = self.embedding(ids)
-        h = self.block(h) if self.call is None else self.call(self.block, h)
-        logits = self.head(h)
-        if labels is None:
-            return {"logits": logits}
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return {"loss": loss, "logits": logits}
-
-
-def words(lengths: tuple[int, ...] = (6, 9, 40), size: int = 3) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        {
-            "ids": torch.randint(0, 30, (size, length), generator=generator),
-            "labels": torch.randint(0, 5, (size, length), generator=generator),
-        }
-        for length in lengths
-    ]
-
-
-def truth(
-    model: nn.Module, examples: list[Any], names: list[str], loss: Callable[[Any], Tensor]
-) -> dict[str, Tensor]:
-    """Σ GᵀG over examples (d, d) float64 by layer; `loss` is an example's own."""
-    layers = {name: model.get_submodule(name) for name in names}
-    weights: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
-    moments: dict[str, Tensor] = {}
-    model.eval()
-    for example in examples:
-        gradients = torch.autograd.grad(loss(example), list(weights.values()))
-        for (name, layer), gradient in zip(layers.items(), gradients, strict=True):
-            g = gradient.T if isinstance(layer, nn.Embedding) else gradient.flatten(1)
-            g = g.double()
-            moments[name] = moments.get(name, 0) + g.T @ g
-    return moments
-
-
-def assert_leading(calibration: evatune.Calibration, moments: dict[str, Tensor]) -> None:
-    """The calibration has the leading eigenpairs of these sums."""
-    for name, moment in moments.items():
-        spectrum = calibration.spectra[name]
-        values = torch.linalg.eigvalsh(moment).flip(0)[: len(spectrum.energies)]
-        v = spectrum.directions.double()
-        assert float((v @ moment * v).sum()) >= 0.99 * float(values.sum()), name
-        assert float(spectrum.energies.sum()) * spectrum.rows == pytest.approx(
-            float(values.sum()), rel=0.02
-        ), name
-        assert spectrum.total_energy * spectrum.rows == pytest.approx(
-            float(moment.trace()), rel=0.05
-        ), name
-
-
-def singles(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    return [
-        {key: value[i : i + 1] for key, value in batch.items()}
-        for batch in batches
-        for i in range(len(batch["ids"]))
-    ]
-
-
-def summed(model: nn.Module) -> Callable[[Any], Tensor]:
-    return lambda example: model(**example)["loss"] * example["labels"].numel()
-
-
-NAMES = ["embedding", "up", "down"]
+from evatune.errors import AdapterError, ConfigError, LayerError
+from tests.helpers import lora_layers, state_of, tiny_llama, tokens
+from tests.losses import (
+    GRADIENTS,
+    NAMES,
+    Words,
+    assert_leading,
+    singles,
+    summed,
+    truth,
+    words,
+)
 
 
 @pytest.mark.parametrize("twice", [False, True], ids=["called once", "called twice"])
@@ -123,50 +46,6 @@ def test_neither_the_size_nor_the_order_of_batches_matters() -> None:
         one, other = together.spectra[name], apart.spectra[name]
         assert one.energies == pytest.approx(other.energies, rel=1e-2)
         assert one.total_second_moment == pytest.approx(other.total_second_moment, rel=1e-5)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_activations_that_are_computed_twice_count_once(reentrant: bool) -> None:
-    def call(block: Callable[[Tensor], Tensor], h: Tensor) -> Any:
-        return checkpoint(block, h, use_reentrant=reentrant)
-
-    plain = evatune.calibrate(Words(), words(), GRADIENTS, targets=["up", "down"])
-    saved = evatune.calibrate(Words(call), words(), GRADIENTS, targets=["up", "down"])
-    for name, spectrum in plain.spectra.items():
-        assert saved.spectra[name].rows == spectrum.rows
-        assert torch.allclose(saved.spectra[name].energies, spectrum.energies, rtol=1e-4)
-
-
-class Pictures(nn.Module):
-    """Convolutions with activations that are computed in place, and one label per image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Conv2d(3, 6, 3, padding=1)
-        self.second = nn.Conv2d(6, 8, 3, stride=2)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = nn.functional.relu_(self.first(x))
-        h = nn.functional.relu_(self.second(h))
-        return self.head(h.mean((2, 3)))
-
-
-def test_patches_of_images_are_the_tokens_of_an_example() -> None:
-    generator = torch.Generator().manual_seed(0)
-    pairs = [
-        (torch.randn(4, 3, 9, 9, generator=generator), torch.randint(0, 4, (4,))) for _ in range(6)
-    ]
-
-    def loss(model: nn.Module, batch: Any) -> Tensor:
-        return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-    model = Pictures()
-    names = ["first", "second", "head"]
-    found = evatune.calibrate(model, pairs, GRADIENTS, targets=names, loss=loss)
-    examples = [(x[i : i + 1], y[i : i + 1]) for x, y in pairs for i in range(4)]
-    assert_leading(found, truth(model, examples, names, lambda example: loss(model, example)))
 
 
 def test_language_models_are_asked_how_many_labels_their_loss_is_the_mean_over() -> None:
@@ -243,9 +122,29 @@ def test_a_base_without_any_gradient_and_no_grad_around_the_call_work() -> None:
             assert torch.equal(other.spectra[name].energies, plain.spectra[name].energies)
 
 
+@pytest.mark.parametrize("objective", ["activations", "gradients"])
+def test_data_that_leaves_inference_mode_on_changes_nothing(objective: str) -> None:
+    def made_on_the_way() -> Generator[dict[str, Tensor]]:
+        with torch.inference_mode():
+            for batch in words((6, 9, 7, 8, 5, 4)):
+                yield {key: value.clone() for key, value in batch.items()}
+
+    config = CalibrationConfig(objective=objective, max_batches=4, tolerance=0)
+    model = get_peft_model(Words(), LoraConfig(r=2, lora_alpha=1, target_modules=["up"]))
+    batches = made_on_the_way()  # kept, so that it is not closed
+    found = evatune.initialize(model, batches, config=config)
+    assert not torch.is_inference_mode_enabled()
+    plain = evatune.calibrate(Words(), words((6, 9, 7, 8)), found.config, targets=["up"])
+    assert torch.equal(found.spectra["up"].energies, plain.spectra["up"].energies)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    batches.close()
+
+
 def test_a_model_made_in_inference_mode_gets_one_sentence() -> None:
     with torch.inference_mode():
         model = Words()
+    with pytest.raises(AdapterError, match=r"embedding\.weight was made under"):
+        evatune.calibrate(model, words(), GRADIENTS, targets=["up"])
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["up"]))
     with pytest.raises(AdapterError, match="inference_mode"):
         evatune.initialize(adapted, words(), config=GRADIENTS)
@@ -267,25 +166,6 @@ def test_gradients_in_16_bits_neither_vanish_nor_overflow(dtype: torch.dtype) ->
 # -- what cannot be done gets one sentence -------------------------------------------------------
 
 
-def without_labels() -> list[dict[str, Tensor]]:
-    return [{"ids": batch["ids"]} for batch in words()]
-
-
-@pytest.mark.parametrize(
-    ("batches", "loss", "says"),
-    [
-        (without_labels(), None, "needs a loss, and the model returned no loss; give batches with"),
-        (words(), lambda m, b: m(**b)["logits"], r"one number, and .* of shape \(3, 6, 5\)"),
-        (words(), lambda m, b: 1.0, "loss.model, batch. returned a float"),
-        (words(), lambda m, b: m(**b)["loss"].detach(), "depends on no target layer"),
-        (words(), lambda m, b: b["labels"].sum(), "one number, and .*int64"),
-    ],
-)
-def test_a_loss_that_is_none_is_refused(batches: Any, loss: Any, says: str) -> None:
-    with pytest.raises(DataError, match=says):
-        evatune.calibrate(Words(), batches, GRADIENTS, targets=NAMES, loss=loss)
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -304,18 +184,6 @@ def test_a_loss_for_an_objective_without_one_is_refused() -> None:
         evatune.calibrate(Words(), words(), targets=NAMES, loss=lambda m, b: m(**b)["loss"])
 
 
-def test_weights_that_no_layer_is_called_for_are_refused() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
-    with pytest.raises(TargetError, match=r"multiplied inside other modules: 1\.self_attn"):
-        evatune.calibrate(
-            model,
-            [torch.randn(2, 4, 8)],
-            GRADIENTS,
-            targets=["self_attn"],
-            loss=lambda m, b: m(b).sum(),
-        )
-
-
 def test_a_gradient_that_is_nan_is_named_as_an_input_that_is() -> None:
     def loss(model: Any, batch: Any) -> Tensor:
         value = model(**batch)["loss"]
@@ -325,58 +193,6 @@ def test_a_gradient_that_is_nan_is_named_as_an_input_that_is() -> None:
     assert set(found.status.values()) == {Status.NON_FINITE}
     with pytest.raises(LayerError, match=r"embedding \(first in batch 2\).*as a gradient"):
         found.require_usable()
-
-
-def test_layers_without_a_gradient_have_no_signal() -> None:
-    class Half(Words):
-        def block(self, h: Tensor) -> Tensor:
-            with torch.no_grad():
-                self.up(h)
-            self.down(h.new_ones(len(h), 20))  # whose result nobody uses
-            return h
-
-    found = evatune.calibrate(Half(), words(), GRADIENTS, targets=NAMES)
-    assert found.status["up"] is found.status["down"] is Status.NO_SIGNAL
-    assert found.status["embedding"].usable
-
-
-# -- rows= and masks -----------------------------------------------------------------------------
-
-
-def test_rows_choose_tokens_of_inputs_and_gradients_alike() -> None:
-    def loss(model: nn.Module, batch: Tensor) -> Tensor:
-        return model(batch).square().mean((1, 2)).mean()
-
-    def first_half(activation: Tensor, batch: Tensor, name: str) -> Tensor:
-        return activation[:, :8].flatten(0, 1)
-
-    model, batches = Toy().eval(), inputs()
-    found = evatune.calibrate(
-        model, batches, GRADIENTS, targets=["down"], loss=loss, rows=first_half
-    )
-    assert {spectrum.rows for spectrum in found.spectra.values()} == {6 * 4 * 8}
-    with pytest.raises(DataError, match=r"return activation\[mask\]"):
-        evatune.calibrate(
-            model,
-            batches,
-            GRADIENTS,
-            targets=["down"],
-            loss=loss,
-            rows=lambda activation, batch, name: activation.mean(1),
-        )
-
-
-def test_padding_counts_neither_as_input_nor_as_gradient() -> None:
-    model, batches = tiny_bert(), tokens(padded=True)
-    found = evatune.calibrate(
-        model,
-        batches,
-        GRADIENTS,
-        targets=["query"],
-        loss=lambda m, b: m(**b).last_hidden_state[:, 0].square().mean(),
-    )
-    rows = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    assert {spectrum.rows for spectrum in found.spectra.values()} == {rows}
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,24 @@ def test_rows_that_grow_longer_or_have_no_directions_of_their_own_are_no_drift()
     }
 
 
+def test_gradients_of_few_examples_are_no_drift_and_those_of_another_kind_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (0.3 * torch.randn(64, generator=generator)).exp()  # energies from 1/4 to 4
+    config = CalibrationConfig(rank=8, rho=1, tolerance=0, objective="gradients")
+
+    def status(numbers: list[int]) -> set[str]:
+        batches = [size * x[None, :8] for size, x in zip(sizes, kinds(*numbers), strict=True)]
+        model = nn.Sequential(nn.Linear(32, 32, bias=False))
+        nn.init.eye_(model[0].weight)
+        found = evatune.calibrate(
+            model, batches, config, loss=lambda model, x: model(x).square().mean()
+        )
+        return set(found.status.values())
+
+    assert status([0, 1, 1, 0] * 16) == {Status.MAX_BATCHES}
+    assert status([0] * 40 + [1] * 24) == {Status.DRIFTING}
+
+
 def test_a_drifting_layer_can_be_used_is_shown_and_survives_a_merge_and_a_file(
     tmp_path: Path,
 ) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import evatune
 from evatune import CalibrationConfig
 from evatune.sketch import SKETCHES
-from evatune.sketch.spectrum import empty, principal_angles
+from evatune.sketch.spectrum import InputMoments, empty, principal_angles
 from tests.helpers import Toy, inputs
 from tests.sketches import build, feed, planted
 
@@ -29,6 +31,23 @@ def test_steep_spectra_beside_a_large_mean_contradict_nothing(sketch: str, cente
     )
     for name, spectrum in found.spectra.items():
         assert list(spectrum.contradictions(found.config.n_components)) == [], name
+
+
+def test_a_large_mean_excuses_no_energy_of_gradients_above_their_total() -> None:
+    inputs_of_gradients = InputMoments(torch.full((1,), 1e6), 1e6)
+    gradients = replace(
+        empty(4),
+        directions=torch.eye(4)[:1],
+        energies=torch.ones(1),
+        total_energy=1.0,
+        rows=8,
+        mean=torch.eye(4)[0] * 1e3,
+        inputs=inputs_of_gradients,
+    )
+    assert list(gradients.contradictions(1)) == []
+    assert list(replace(gradients, total_energy=0.9).contradictions(1)) == [
+        "energies are more than the total energy"
+    ]
 
 
 @pytest.mark.parametrize("center", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from evatune.calibration.batches import BatchSource, Step
@@ -26,6 +27,7 @@ from evatune.modeling.state import full_precision, states_kept
 from evatune.sketch import is_additive
 
 
+@torch.inference_mode(mode=False)  # afterwards too, whatever the data has left on
 def run(
     model: nn.Module,
     target_layers: list[TargetLayer],
@@ -55,23 +57,25 @@ def run(
         source = BatchSource(batches, process_group, config.max_batches, in_lockstep)
         _resume(state, source, observer, options)
         for step in source:
-            if step.runs_model:
-                observer.observe(step)
-                state.nonfinite.check(step.batch_number)
-            with full_precision(device):
-                if step.refresh_due:
-                    state.synchronize(source)
-                    state.refresher.refresh(source.total)
-                if step.check_due:
-                    converged = state.has_converged(source.total)
-            _report(step, state, source, options)
-            if converged:
-                break
-            if not step.is_last:
-                _save_checkpoint(state, source, observer, options)
+            # making the batch may have turned it on
+            with torch.inference_mode(mode=False):
+                if step.runs_model:
+                    observer.observe(step)
+                    state.nonfinite.check(step.batch_number)
+                with full_precision(device):
+                    if step.refresh_due:
+                        state.synchronize(source)
+                        state.refresher.refresh(source.total)
+                    if step.check_due:
+                        converged = state.has_converged(source.total)
+                _report(step, state, source, options)
+                if converged:
+                    break
+                if not step.is_last:
+                    _save_checkpoint(state, source, observer, options)
     source.require_batches()
     ended = Status.MAX_BATCHES if source.reached_bound else Status.DATA_EXHAUSTED
-    with full_precision(device):
+    with torch.inference_mode(mode=False), full_precision(device):
         return build_calibration(state, Status.CONVERGED if converged else ended, source.total)
 
 

@@ -15,9 +15,9 @@ from evatune.calibration.state import CalibrationState
 from evatune.capture import ExampleRecorder, Masks, RowSelector, loss_denominator, selector_for
 from evatune.errors import ConfigError
 from evatune.modeling.forward import call_model, model_device, to_device
-from evatune.modeling.loss import loss_of, loss_scale, parameters_frozen
+from evatune.modeling.loss import gradients_kept, loss_of, loss_scale, parameters_frozen
 from evatune.modeling.sharding import is_sharded
-from evatune.modeling.state import as_base
+from evatune.modeling.state import as_base, require_trainable
 
 
 class LossObserver:
@@ -26,7 +26,8 @@ class LossObserver:
     Gradients are those of an example's own loss, so that neither the size of batches nor their
     order matters: those of a batch's mean are multiplied by what it is the mean over, labels if
     every token has one, else examples. Between passes the model is as it was found: parameters
-    require gradients as before and have been given none, and no hook is left.
+    require gradients as before, and no hook is left. No `.grad` is touched, of a parameter or of
+    whatever else the loss depends on.
     """
 
     # The loss is at the end of the model.
@@ -39,6 +40,7 @@ class LossObserver:
                 f"objective={config.objective!r} needs a model that is whole on each process; call"
                 " evatune before the model is sharded, or use objective='activations'"
             )
+        require_trainable(model)
         labels_only = config.labels_only or False
         self._model = model
         self._options = options
@@ -72,11 +74,10 @@ class LossObserver:
             scale = loss_scale(self._model)
             with self._recorder.watching(batch, selector):
                 loss = loss_of(self._model, batch, self._call, self._options.loss)
-                self._recorder.backward(
-                    loss.float() * scale,
-                    examples=examples,
-                    weight=(examples if labels is None else labels) / scale,
-                )
+                scaled = loss.float() * scale
+                weight = (examples if labels is None else labels) / scale
+                with gradients_kept(scaled):
+                    self._recorder.backward(scaled, examples=examples, weight=weight)
         self._masks.warn_once()
         self._shared_inputs.end_of_forward()
 

@@ -16,6 +16,10 @@ from evatune.sketch.spectrum import Spectrum
 # mixed streams of single texts it is up to 0.06, of batches of four up to 0.04; where news turn
 # into code, up to 0.22.
 _DRIFT = 0.07
+# The same for gradients, of whose energy few examples have most: judged where so many batches are
+# on either side. In mixed streams it is then up to 0.10 of single texts, up to 0.05 of batches of
+# four (with two batches on a side 0.19 and 0.08); where one topic turns into another, up to 0.16.
+_DRIFT_OF_GRADIENTS, _BATCHES_OF_GRADIENTS = 0.1, 8
 
 
 class SketchRefresher:
@@ -87,6 +91,9 @@ class SketchRefresher:
         known, fresh = before and before.certificate, now.certificate
         if batches <= MIN_BATCHES or not known or not fresh:
             return
-        enough_rows = min(known.rows, fresh.rows) >= self._n_components
-        if enough_rows and known.captured() - fresh.captured() > _DRIFT:
+        enough, limit = float(self._n_components), _DRIFT
+        if now.inputs is not None:
+            enough, limit = _BATCHES_OF_GRADIENTS * now.rows / batches, _DRIFT_OF_GRADIENTS
+        fall = known.captured() - fresh.captured()
+        if min(known.rows, fresh.rows) >= enough and fall > limit:
             self.drifting.update(group.members)

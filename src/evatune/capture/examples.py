@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from evatune.capture.shared_inputs import SharedInputs
 from evatune.errors import DataError, TargetError
 from evatune.modeling.state import full_precision
 from evatune.sketch import Examples, ExampleSketch, Sketch, SketchUpdate
+from evatune.sketch.base import accumulator_dtype
 from evatune.utils.text import shortened
 
 # Bytes of inputs and gradients that go into a sketch at a time, as copies in float32.
@@ -27,21 +29,32 @@ _PIECE_BYTES = 64 << 20
 
 @dataclass(eq=False)
 class _Call:
-    """A call of a layer in a forward pass, until its gradient comes."""
+    """A call of a layer, until its gradient comes.
+
+    Attributes:
+        index: which of the flat positions count; None: all.
+        again: it was made in the backward pass, where checkpointing computes a second time.
+    """
 
     x: Tensor
-    index: Tensor | None  # which of the flat positions count; None: all
+    index: Tensor | None
     time_first: bool
+    again: bool = False
     gradient: Tensor | None = None
 
 
 @dataclass
 class _Calls:
-    """The calls of one layer in a batch: those that wait for a gradient, and those that have it."""
+    """The calls of one layer in a batch.
+
+    Attributes:
+        waiting: for a gradient. complete: with one, and not handed on yet.
+        silent: where the forward pass called it without a graph, once per call.
+    """
 
     waiting: list[_Call] = field(default_factory=list)
     complete: list[_Call] = field(default_factory=list)
-    silent: torch.device | None = None  # where it was called without any gradient to come
+    silent: list[torch.device] = field(default_factory=list)
     recorded: bool = False
 
 
@@ -81,6 +94,7 @@ class ExampleRecorder:
         self._backward = False
         self._weight = 1.0
         self._n_examples = 1
+        self._lock = threading.Lock()  # the backward pass has a thread for each device
 
     @contextmanager
     def watching(self, batch: Any, selector: RowSelector) -> Iterator[None]:
@@ -88,19 +102,21 @@ class ExampleRecorder:
         self._batch = batch
         self._calls = {target_layer.name: _Calls() for target_layer in self._target_layers}
         self._backward = False
-        with ExitStack() as undo:
-            if self._rows is None:
-                self._masks.begin(batch, selector)
-                undo.callback(self._masks.begin, None, ALL_ROWS)
-                self._masks.watch(undo)
-            # reentrant checkpointing passes over blocks to which nothing with a gradient comes
-            for embedding in self._embeddings:
-                undo.callback(embedding.register_forward_hook(_start_graph).remove)
-            for target_layer in self._target_layers:
-                self._hook(target_layer, undo)
-            yield
-        self._record_silent()
-        self._batch = None
+        try:
+            with ExitStack() as undo:
+                if self._rows is None:
+                    self._masks.begin(batch, selector)
+                    undo.callback(self._masks.begin, None, ALL_ROWS)
+                    self._masks.watch(undo)
+                # reentrant checkpointing passes over blocks to which nothing with a gradient comes
+                for embedding in self._embeddings:
+                    undo.callback(embedding.register_forward_hook(_start_graph).remove)
+                for target_layer in self._target_layers:
+                    self._hook(target_layer, undo)
+                yield
+            self._record_silent()
+        finally:
+            self._batch, self._calls = None, {}
 
     def backward(self, loss: Tensor, *, examples: int, weight: float) -> None:
         """Run the backward pass, in which the gradients are recorded.
@@ -119,13 +135,6 @@ class ExampleRecorder:
     def _hook(self, target_layer: TargetLayer, undo: ExitStack) -> None:
         """Have a layer's output depend on something with a gradient, and wait for it there."""
 
-        def before(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            if not torch.is_grad_enabled():
-                return None
-            return _with_gradient(args, kwargs)
-
         def after(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> Any:
@@ -134,20 +143,19 @@ class ExampleRecorder:
                 return None
             calls = self._calls[target_layer.name]
             if not torch.is_grad_enabled():
-                calls.silent = x.device
+                if not self._backward:
+                    calls.silent.append(x.device)
                 return None
             replaced = _start_graph(module, args, output)
             output = output if replaced is None else replaced
             call = self._call(target_layer, x)
             # what is computed a second time, in the backward pass, may be of the first time's graph
-            if not self._backward:
+            if not call.again:
                 calls.waiting.append(call)
             output.register_hook(lambda gradient: self._arrived(target_layer, call, gradient))
             return replaced
 
-        module = target_layer.module
-        undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        undo.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+        undo.callback(target_layer.module.register_forward_hook(after, with_kwargs=True).remove)
 
     def _call(self, target_layer: TargetLayer, x: Tensor) -> _Call:
         """Return a call, with the rows that count, which the masks know while it lasts."""
@@ -158,31 +166,36 @@ class ExampleRecorder:
                 " targets, or with exclude_modules in the LoraConfig"
             )
         shape = target_layer.input_view.leading_shape(x)
+        again = self._backward
         if self._rows is not None:
-            return _Call(x.detach(), self._user_rows(target_layer, x), time_first=False)
+            return _Call(x.detach(), self._user_rows(target_layer, x), False, again)
         selector = self._masks.selector(target_layer.name, x, shape)
         index = None if shape is None else selector.chosen(shape)
         time_first = shape is not None and selector.is_time_first(shape)
-        return _Call(x.detach(), index, time_first)
+        return _Call(x.detach(), index, time_first, again)
 
     def _user_rows(self, target_layer: TargetLayer, x: Tensor) -> Tensor:
         """Return the flat positions that the caller's own function chooses.
 
-        It is handed the positions in place of the values.
+        It is handed a number for each position in place of the values: roots, of which no mean is
+        one again.
         """
         assert self._rows is not None
         view, name = target_layer.input_view, target_layer.name
         values = view.all_rows(x)
         leading = values.shape if view.is_tokens else values.shape[:-1]
-        positions = torch.arange(leading.numel(), dtype=torch.float64, device="cpu")
-        probe = positions.to(x.device).reshape(leading)
+        count = leading.numel()
+        numbers = torch.arange(1, count + 1, dtype=accumulator_dtype(x.device), device=x.device)
+        roots = numbers.sqrt()
+        probe = roots.reshape(leading)
         if not view.is_tokens:
             probe = probe[..., None].expand(*leading, values.shape[-1])
         chosen = self._rows(probe, self._batch, name)
         flat = chosen if view.is_tokens or not isinstance(chosen, Tensor) else chosen[..., 0]
-        fits = isinstance(flat, Tensor) and flat.ndim == 1 and flat.is_floating_point()
-        if fits and bool(((flat == flat.round()) & (flat >= 0) & (flat < leading.numel())).all()):
-            return flat.long()
+        if isinstance(flat, Tensor) and flat.ndim == 1 and flat.dtype == roots.dtype:
+            index = flat.square().round().long() - 1
+            if bool(((index >= 0) & (index < count)).all()) and torch.equal(roots[index], flat):
+                return index
         raise DataError(
             f"rows(activation, batch, {name!r}) computes rows of its own, and an objective with"
             " gradients can only leave tokens out, of inputs and gradients alike; return"
@@ -192,13 +205,18 @@ class ExampleRecorder:
     # -- gradients ---------------------------------------------------------------------------------
 
     def _arrived(self, target_layer: TargetLayer, call: _Call, gradient: Tensor) -> None:
-        calls = self._calls[target_layer.name]
-        call.gradient = gradient.detach()
-        calls.complete.append(call)
-        if call in calls.waiting:
-            calls.waiting.remove(call)
-        if not calls.waiting:
-            self._record(target_layer, calls)
+        if not self._backward:
+            return  # of a derivative that the loss has a part in
+        with self._lock:
+            calls = self._calls[target_layer.name]
+            call.gradient = gradient.detach()
+            calls.complete.append(call)
+            if call in calls.waiting:
+                calls.waiting.remove(call)
+            # of a block that is computed a second time, the calls in other blocks are still to come
+            missing = call.again and len(calls.complete) < len(calls.silent)
+            if not calls.waiting and not missing:
+                self._record(target_layer, calls)
 
     @torch.no_grad()
     @torch.inference_mode(mode=False)
@@ -221,14 +239,14 @@ class ExampleRecorder:
             calls = self._calls[target_layer.name]
             if calls.complete:
                 self._record(target_layer, calls)
-            device = calls.waiting[0].x.device if calls.waiting else calls.silent
-            if calls.recorded or device is None:
+            devices = [*(call.x.device for call in calls.waiting), *calls.silent]
+            if calls.recorded or not devices:
                 continue
             shape = (1, 1, target_layer.out_features)
-            zeros = torch.zeros(shape, dtype=torch.float32, device=device)
+            zeros = torch.zeros(shape, dtype=torch.float32, device=devices[0])
             x = zeros.new_zeros(1, 1, target_layer.in_features)
             if target_layer.input_view.is_tokens:
-                x = torch.zeros(1, 1, dtype=torch.int64, device=device)
+                x = torch.zeros(1, 1, dtype=torch.int64, device=devices[0])
             nothing = _Call(x, None, time_first=False, gradient=zeros)
             self._record(target_layer, _Calls(complete=[nothing]))
 
@@ -276,7 +294,7 @@ class _Block:
             x, g = x.transpose(0, 1), g.transpose(0, 1)
             kept = None if kept is None else kept.reshape(leading).transpose(0, 1)
         total = leading.numel()
-        count = examples if total % examples == 0 else leading[0]
+        count = examples if total % examples == 0 else leading[:1].numel()
         shape = (count, total // max(1, count))
         x_shape = shape if view.is_tokens else (*shape, x.shape[-1])
         return _Block(
@@ -338,20 +356,3 @@ def _start_graph(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tenso
 def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
     return next(tensors, None)
-
-
-def _with_gradient(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Return the arguments with a first tensor that requires a gradient; None if they do as is."""
-    x = _first_tensor(args, kwargs)
-    if x is None or x.requires_grad or not x.is_floating_point():
-        return None
-
-    def replaced(value: Any) -> Any:
-        return value.detach().requires_grad_() if value is x else value
-
-    return (
-        tuple(replaced(value) for value in args),
-        {key: replaced(value) for key, value in kwargs.items()},
-    )

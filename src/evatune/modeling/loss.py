@@ -73,6 +73,38 @@ def parameters_frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def gradients_kept(loss: Tensor) -> Iterator[None]:
+    """Let a backward pass from `loss` leave no `.grad` behind: a head of the caller's has its own.
+
+    Those that are there are as before.
+    """
+    leaves = _leaves(loss)
+    before = [leaf.grad for leaf in leaves]
+    try:
+        for leaf in leaves:
+            leaf.grad = None
+        yield
+    finally:
+        for leaf, gradient in zip(leaves, before, strict=True):
+            leaf.grad = gradient
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """Return the tensors to which a backward pass from `loss` would give a `.grad`."""
+    leaves, seen, nodes = [], set(), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor) and leaf.is_leaf:
+            leaves.append(leaf)
+        nodes += [before for before, _ in node.next_functions]
+    return leaves
+
+
 def loss_scale(model: nn.Module) -> float:
     """Return a power of two for the loss, so that gradients do not vanish in float16."""
     device_types = {parameter.device.type for parameter in model.parameters()}

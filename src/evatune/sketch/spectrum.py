@@ -216,7 +216,8 @@ class Spectrum:
         if negative or bool((energies.diff() > _RTOL * energies[:1]).any()):
             yield "energies are negative or rise"
         of_mean = _squared_norm(self.mean)
-        rounding = _RTOL * (self.total_energy + of_mean)
+        # of the mean's square, where energies are of the rows themselves
+        rounding = _RTOL * (self.total_energy + (of_mean if self.inputs is None else 0.0))
         if float(energies.sum()) > self.total_energy + rounding:
             yield "energies are more than the total energy"
         if not self.centered and of_mean > self.total_second_moment * (1 + _RTOL):
