@@ -162,8 +162,8 @@ def initialize(
         scale: length of the rows of A, and so the learning rate that suits the adapter: see
             `Calibration.learning_rate`. Default: "whiten" if the adapter's config says
             `EvaConfig(whiten=True)`, which no other scale given here may contradict; else
-            `evatune.adapters.scale.DEFAULT_SCALE`, now "paper". With v_j the j-th direction, λ_j =
-            E[(v_j·x)²], r_l the layer's rank, `in` its width:
+            "matched". With v_j the j-th direction, λ_j = E[(v_j·x)²], r_l the layer's rank, `in`
+            its width:
 
             "paper"    a_j = v_j, orthonormal rows. LoRA's usual α and rate may then be too large;
                        a warning says so where α/r is 0.5 or more.

@@ -12,8 +12,9 @@ from evatune.errors import ConfigError
 from evatune.sketch.spectrum import Spectrum, fix_signs
 
 SCALES = ("paper", "whiten", "matched", "whiten-matched")
-# Of `evatune.initialize`, `evatune init` and the recipes.
-DEFAULT_SCALE = "paper"
+# Of `evatune.initialize`, `evatune init` and the recipes: the one at which LoRA's usual α and rates
+# are as safe as in LoRA, whatever the width. See docs/learning-rate.md for what was measured.
+DEFAULT_SCALE = "matched"
 
 # A direction along which the input hardly varies would be blown up without bound by 1/σ.
 _SIGMA_FLOOR = 1e-3

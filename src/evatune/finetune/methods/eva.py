@@ -100,7 +100,7 @@ METHODS = (
     replace(_EVA, name="eva-rho1", initialize_options={"rho": 1}),
     replace(_EVA, name="eva-dora", options={"use_dora": True}),
     replace(_EVA, name="eva-whiten", initialize_options={"scale": "whiten"}),
-    replace(_EVA, name="eva-matched", initialize_options={"scale": "matched"}),
+    replace(_EVA, name="eva-paper", initialize_options={"scale": "paper"}),
     # The directions in which the loss has gradients, where LoRA's own learning rate fits.
     replace(_EVA, name="eva-gradients", initialize_options=_of_objective("gradients", "matched")),
     replace(
