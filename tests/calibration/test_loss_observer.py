@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,16 +152,21 @@ def test_a_model_made_in_inference_mode_gets_one_sentence() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gradients_in_16_bits_neither_vanish_nor_overflow(dtype: torch.dtype) -> None:
-    # float16 loses what is below 6e-8, which is much of these
+@pytest.mark.parametrize("inside", [False, True], ids=["around the call", "in the forward pass"])
+def test_gradients_in_16_bits_neither_vanish_nor_overflow(dtype: torch.dtype, inside: bool) -> None:
+    # float16 loses what is below 6e-8, which is most of these
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        return 1e-4 * model(**batch)["loss"]
+        with torch.autocast("cpu", dtype) if inside else nullcontext():
+            return 1e-6 * model(**batch)["loss"]
 
-    full = evatune.calibrate(Words(), words(), GRADIENTS, targets=["up", "down"], loss=loss)
-    with torch.autocast("cpu", dtype):
+    full = evatune.calibrate(
+        Words(), words(), GRADIENTS, targets=["up", "down"], loss=lambda m, b: 1e-6 * m(**b)["loss"]
+    )
+    with nullcontext() if inside else torch.autocast("cpu", dtype):
         half = evatune.calibrate(Words(), words(), GRADIENTS, targets=["up", "down"], loss=loss)
     for name, spectrum in full.spectra.items():
         assert half.spectra[name].total_energy == pytest.approx(spectrum.total_energy, rel=0.05)
+        assert half.spectra[name].energies[:2] == pytest.approx(spectrum.energies[:2], rel=0.05)
 
 
 # -- what cannot be done gets one sentence -------------------------------------------------------
@@ -202,6 +208,7 @@ def test_a_gradient_that_is_nan_is_named_as_an_input_that_is() -> None:
         (torch.tensor(1.0), 1),
         ((torch.zeros(5, 2), torch.zeros(5)), 5),
         ({"name": "x", "x": torch.zeros(4, 1)}, 4),
+        ([{"name": "x", "x": torch.zeros(6, 1)}, {"x": torch.zeros(2, 1)}], 6),
         ("text", 1),
     ],
 )

@@ -176,3 +176,15 @@ def test_no_gradient_at_all_is_a_spectrum_without_energy() -> None:
     assert spectrum.total_energy == 0
     assert spectrum.usable == 0
     assert spectrum.total_second_moment > 0
+
+
+def test_moments_of_inputs_that_rounding_hides_are_not_taken_for_nothing() -> None:
+    # the largest inputs have no gradient, and those with one are 1e-8 of them
+    ((x, g),) = pairs(1, 60, 16, 5)
+    x, g = x.clone(), g.clone()
+    x[:30] = 1e4 * torch.eye(16)[0]
+    x[30:, 0], x[30:, 1:] = 0, 1e-4 * x[30:, 1:]
+    g[:30] = 0
+    spectrum = feed(build(16), [(x, g)] * 3)
+    assert spectrum.usable > 0
+    assert float(spectrum.second_moments.min()) >= 0.99e-10 * spectrum.total_second_moment

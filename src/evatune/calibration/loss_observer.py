@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from evatune.calibration.state import CalibrationState
 from evatune.capture import ExampleRecorder, Masks, RowSelector, loss_denominator, selector_for
 from evatune.errors import ConfigError
 from evatune.modeling.forward import call_model, model_device, to_device
-from evatune.modeling.loss import gradients_kept, loss_of, loss_scale, parameters_frozen
+from evatune.modeling.loss import LOSS_SCALE, gradients_kept, loss_of, parameters_frozen
 from evatune.modeling.sharding import is_sharded
 from evatune.modeling.state import as_base, require_trainable
 
@@ -71,11 +71,10 @@ class LossObserver:
             own_rows = self._options.rows is not None
             selector = RowSelector() if own_rows else self._selector_of(batch)
             labels = None if self._options.loss is not None else self._denominator_of(batch)
-            scale = loss_scale(self._model)
             with self._recorder.watching(batch, selector):
                 loss = loss_of(self._model, batch, self._call, self._options.loss)
-                scaled = loss.float() * scale
-                weight = (examples if labels is None else labels) / scale
+                scaled = loss.float() * LOSS_SCALE
+                weight = (examples if labels is None else labels) / LOSS_SCALE
                 with gradients_kept(scaled):
                     self._recorder.backward(scaled, examples=examples, weight=weight)
         self._masks.warn_once()
@@ -84,15 +83,20 @@ class LossObserver:
 
 def count_examples(batch: Any) -> int:
     """Return the number of examples in a batch: the length of the first tensor in it, else 1."""
+    return next((len(tensor) for tensor in _tensors(batch) if tensor.ndim), 1)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a batch, in containers of any depth, in their order."""
     if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else 1
-    values: Any = ()
+        yield batch
+        return
+    values: Iterable[Any] = ()
     if isinstance(batch, Mapping):
         values = batch.values()
     elif is_dataclass(batch) and not isinstance(batch, type):
         values = [getattr(batch, each.name) for each in fields(batch)]
     elif isinstance(batch, (tuple, list)):
         values = batch
-    tensors = (value for value in values if isinstance(value, Tensor) and value.ndim)
-    first = next(tensors, None)
-    return 1 if first is None else len(first)
+    for value in values:
+        yield from _tensors(value)

@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from evatune.errors import DataError
 from evatune.modeling.forward import ForwardFunction
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
+
+# A power of two for the loss, by which gradients do not vanish in float16; it changes no digit of
+# others. Whether any is in float16 the forward pass alone may know, as with a Trainer's autocast.
+LOSS_SCALE = 1024.0
 
 _WAYS = "give batches with labels, or pass loss=lambda model, batch: … that returns a scalar"
 
@@ -103,13 +106,3 @@ def _leaves(loss: Tensor) -> list[Tensor]:
             leaves.append(leaf)
         nodes += [before for before, _ in node.next_functions]
     return leaves
-
-
-def loss_scale(model: nn.Module) -> float:
-    """Return a power of two for the loss, so that gradients do not vanish in float16."""
-    device_types = {parameter.device.type for parameter in model.parameters()}
-    halves = any(parameter.dtype == torch.float16 for parameter in model.parameters())
-    for device_type in device_types - {"meta"}:
-        if torch.is_autocast_enabled(device_type):
-            halves |= torch.get_autocast_dtype(device_type) == torch.float16
-    return 1024.0 if halves else 1.0

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from evatune.sketch.base import SketchSettings, SketchUpdate
 from evatune.sketch.examples import Examples, ExampleSketch, FloatExamples
-from evatune.sketch.low_rank import SecondMoment
+from evatune.sketch.low_rank import COLUMN_RTOL, SecondMoment
 from evatune.sketch.nystrom import POWER_STEPS, NystromMoment, random_rows
 from evatune.sketch.spectrum import InputMoments, Spectrum, as_energies
 
@@ -128,7 +128,9 @@ class GradientSketch(NystromMoment, ExampleSketch):
     def _answer(self, directions: Tensor, energies: Tensor) -> Spectrum:
         answer = super()._answer(directions, energies)
         count = max(self.count, 1)
-        along = self._inputs().along(directions[: self.components]) / count
+        # Less than this is rounding, of which the length of A's rows must not be the inverse.
+        rounding = COLUMN_RTOL**2 * self.input_energy
+        along = self._inputs().along(directions[: self.components]).clamp_min(rounding) / count
         captured = float(answer.energies.sum(dtype=torch.float64))
         return replace(
             answer,
