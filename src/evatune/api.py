@@ -178,6 +178,8 @@ def initialize(
                        eigenvectors of E[x xᵀ], which they are unless centered, E[Ax (Ax)ᵀ] is that
                        number times the identity. λ_j is taken no smaller than E‖x‖² / 10⁶.
 
+            With an objective that sees gradients no row of the last two is longer than 1.
+
         config: other settings of the calibration; `rank`, `rho`, `budget` and `metric` given here
             override it. Where it leaves `labels_only` open and the adapter's config asks for EVA
             (`init_lora_weights="eva"`), its `EvaConfig.use_label_mask` and `label_mask_value` hold:

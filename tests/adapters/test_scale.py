@@ -223,3 +223,15 @@ def test_under_adam_longer_rows_are_a_larger_alpha_and_a_rate_of_their_own() -> 
     for name, change in usual.items():
         assert float(change.detach().norm()) > 0.05
         assert torch.allclose(change, long[name], rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize("scale", ["matched", "whiten-matched"])
+def test_gradients_that_avoid_an_inputs_energy_do_not_make_rows_long(scale: str) -> None:
+    # of an attention sink: nearly all energy is outside of the directions that have a gradient
+    spectrum = feed(build("exact", 16, 4), planted(64, 16), 64)
+    sink = InputMoments(torch.full((4,), 1e-3), 1e4)
+    rows = scaled_rows(replace(spectrum, inputs=sink), 4, scale)
+    assert rows.norm(dim=1) == pytest.approx(torch.ones(4), rel=1e-4)
+    mixing = torch.eye(4) * 30
+    rows = scaled_rows(replace(spectrum, inputs=sink, mixing=mixing), 4, scale)
+    assert rows.norm(dim=1) == pytest.approx(torch.ones(4), rel=1e-4)

@@ -81,8 +81,11 @@ def scaled_rows(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
     if spectrum.mixing is None or scale not in ("whiten", "whiten-matched"):
         return (directions * lengths[:, None]).float()
     # of a regression, whose own rows whiten the input: A C Aᵀ is the identity
-    factor = _default_energy(spectrum) ** 0.5 if scale == "whiten-matched" else 1.0
-    return (factor * spectrum.mixing[:count, :count].double() @ directions).float()
+    rows = spectrum.mixing[:count, :count].double() @ directions
+    if scale == "whiten":
+        return rows.float()
+    rows = _default_energy(spectrum) ** 0.5 * rows
+    return (rows / rows.norm(dim=1, keepdim=True).clamp_min(1)).float()
 
 
 def step_ratio(spectrum: Spectrum, rank: int, scale: str, usual_rank: int) -> float:
@@ -122,12 +125,16 @@ def _row_lengths(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
     if scale == "whiten":
         sigma = spectrum.variances[:rank].double().sqrt()
         return 1 / torch.maximum(sigma, _SIGMA_FLOOR * moments.sqrt())
+    if scale == "paper":
+        return torch.ones_like(moments)
     if scale == "matched":
-        return (rank * _default_energy(spectrum) / moments.sum()).sqrt().expand(rank)
-    if scale == "whiten-matched":
+        lengths = (rank * _default_energy(spectrum) / moments.sum()).sqrt().expand(rank)
+    else:
         floor = _ENERGY_FLOOR * spectrum.total_second_moment
-        return (_default_energy(spectrum) / moments.clamp_min(floor)).sqrt()
-    return torch.ones_like(moments)
+        lengths = (_default_energy(spectrum) / moments.clamp_min(floor)).sqrt()
+    # Where the energy of an input is that of tokens without a gradient, such as attention sinks,
+    # the directions of gradients avoid it, and to match it would make all other tokens' steps long.
+    return lengths if spectrum.inputs is None else lengths.clamp_max(1)
 
 
 def _length_of_random_rows(lengths: Tensor, scale: str) -> float:
