@@ -84,8 +84,9 @@ def scaled_rows(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
     rows = spectrum.mixing[:count, :count].double() @ directions
     if scale == "whiten":
         return rows.float()
-    rows = _default_energy(spectrum) ** 0.5 * rows
-    return (rows / rows.norm(dim=1, keepdim=True).clamp_min(1)).float()
+    rows *= _default_energy(spectrum) ** 0.5
+    rows /= rows.norm(dim=1, keepdim=True).clamp_min(1)
+    return rows.float()
 
 
 def step_ratio(spectrum: Spectrum, rank: int, scale: str, usual_rank: int) -> float:
