@@ -496,11 +496,13 @@ USERS_RATES, USERS_ALPHAS = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3), (1, 2)  # α over r
 
 def fixed(book: Book, options: argparse.Namespace) -> None:
     """Run every scale at the rates and alphas that users bring; the head goes with them."""
-    starts = list(runnable(["lora", *(f"eva:{scale}" for scale in _ALL_SCALES)]))
+    usual = ["lora", *(f"eva:{scale}" for scale in _ALL_SCALES)]
+    starts = list(runnable(options.starts or usual))
+    rates = sorted(options.rates, reverse=True)
     for seed in SEEDS[: options.seeds]:
         for task in options.tasks:
             rank = SETTINGS[task].users_rank
-            for rate, start, times in product(reversed(USERS_RATES), starts, USERS_ALPHAS):
+            for rate, start, times in product(rates, starts, options.alphas):
                 job = Job(task, start, rank, rank * times, rate, seed, tested=False)
                 book.run(job, head_rate=None)
     print(fixed_tables(book.lines))
@@ -582,6 +584,12 @@ def main() -> None:
         "--ranks", type=lambda text: [int(part) for part in _words(text)], default=[2, 8]
     )
     parser.add_argument("--seeds", type=int, default=1, help="of the part fixed")
+    parser.add_argument(
+        "--rates", type=_numbers, default=USERS_RATES, help="of the part fixed, commas between"
+    )
+    parser.add_argument(
+        "--alphas", type=_numbers, default=USERS_ALPHAS, help="of the part fixed, over the rank"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after them")
     options = parser.parse_args()
     if options.part == "report":
@@ -592,6 +600,10 @@ def main() -> None:
         options.tasks = chosen_tasks(options)
     book = Book(options.results / f"{options.part}.jsonl", time.monotonic() + 60 * options.minutes)
     {"choose": choose, "fixed": fixed, "grid": grid}[options.part](book, options)
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in _words(text)]
 
 
 def _words(text: str) -> list[str]:
