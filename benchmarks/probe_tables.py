@@ -94,13 +94,14 @@ def fixed_tables(lines: Sequence[Mapping[str, Any]]) -> str:
 
     Means over seeds; a bold figure is the best of its column.
     """
-    columns = sorted({(line["alpha"], line["rate"]) for line in lines})
     starts = list(dict.fromkeys(line["start"] for line in lines))
-    header = ["start", *(f"α {alpha:g}, {rate:g}" for alpha, rate in columns)]
     texts = []
     to_lora: dict[str, list[float]] = defaultdict(list)
     for task in dict.fromkeys(line["task"] for line in lines):
-        means = _means(select(lines, task=task))
+        of_task = select(lines, task=task)
+        columns = sorted({(line["alpha"], line["rate"]) for line in of_task})
+        header = ["start", *(f"α {alpha:g}, {rate:g}" for alpha, rate in columns)]
+        means = _means(of_task)
         rows = [[start, *(_cell(means, start, *column) for column in columns)] for start in starts]
         texts.append(f"### {task}\n\n{table(header, rows)}")
         for (start, rate, alpha), loss in means.items():

@@ -21,7 +21,7 @@ tokenizer = AutoTokenizer.from_pretrained(demo_model())
 model = AutoModelForSequenceClassification.from_pretrained(demo_model(), num_labels=max(topics) + 1)
 model = get_peft_model(
     model,
-    LoraConfig(r=8, lora_alpha=8, task_type="SEQ_CLS", target_modules=["query", "value", "dense"]),
+    LoraConfig(r=8, lora_alpha=16, task_type="SEQ_CLS", target_modules=["query", "value", "dense"]),
 )
 
 batches = []
@@ -39,10 +39,12 @@ for chosen in torch.randperm(len(texts))[:96].split(8):
 calibration = evatune.initialize(model, batches)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
 model.train()
-for step, batch in enumerate(batches):
+losses = []
+for step, batch in enumerate(2 * batches):
     loss = model(**batch).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    if step % 3 == 2:
-        print(f"step {step:2}  loss {loss.item():.3f}")
+    losses.append(loss.item())
+    if step % 6 == 5:
+        print(f"step {step:2}  loss {sum(losses[-6:]) / 6:.3f}")

@@ -345,7 +345,7 @@ def test_adapters_of_tied_layers_are_one_set_of_weights(
     model = get_peft_model(tied_llama().to(dtype), config, low_cpu_mem_usage=meta)
     layers = lora_layers(model)
     table, head = layers["model.embed_tokens"], layers["lm_head"]
-    evatune.initialize(model, tokens(4), rho=rho)
+    evatune.initialize(model, tokens(4), rho=rho, scale="paper")
     a, b = table.lora_embedding_A["default"], table.lora_embedding_B["default"]
     assert set(a.unique().tolist()) == {0.0, 1.0}
     assert head.r["default"] == table.r["default"] == len(a)

@@ -26,7 +26,7 @@ def test_an_expert_that_is_seldom_called_says_so_and_starts_from_what_it_saw() -
         Mixture(),
         LoraConfig(r=3, target_modules=[], target_parameters=["experts.up", "experts.down"]),
     )
-    calibration = evatune.initialize(model, routed())
+    calibration = evatune.initialize(model, routed(), scale="paper")
     for key in ("up", "down"):
         assert calibration.spectra[f"experts.{key}.3"].rows == 1
         assert calibration.status[f"experts.{key}.3"] == "seldom_routed"

@@ -210,7 +210,7 @@ def in_ddp(rank: int) -> Any:
     )
     with_dora = error_of(lambda: evatune.initialize(dora, wide()[rank::2], config=ALL, rho=1.0))
     refused += [*other_rank, *with_dora]
-    evatune.initialize(model, wide()[rank::2], config=ALL, rho=1.0)
+    evatune.initialize(model, wide()[rank::2], config=ALL, rho=1.0, scale="paper")
     x = wide()[0]
     loss = model(x).square().mean()
     loss.backward()
@@ -242,13 +242,13 @@ def sharded(rank: int) -> Any:
     calibration = evatune.calibrate(plain, data, ALL)
     # The usual way on: an adapter on the model before it is sharded.
     fresh = get_peft_model(toy(), LoraConfig(r=4, target_modules="all-linear"))
-    evatune.initialize(fresh, calibration)
+    evatune.initialize(fresh, calibration, scale="paper")
     # In place, where the adapter is sharded already.
     adapted = get_peft_model(toy(), LoraConfig(r=4, target_modules="all-linear"))
     before = toy()(wide()[0])
     shard(adapted, adapted.base_model.model.blocks)
     refused = error_of(lambda: evatune.initialize(adapted, data, config=ALL))
-    evatune.initialize(adapted, data, config=ALL, rho=1.0)
+    evatune.initialize(adapted, data, config=ALL, rho=1.0, scale="paper")
     with torch.no_grad():
         after = adapted.eval()(wide()[0])
     adapted(wide()[0]).square().mean().backward()

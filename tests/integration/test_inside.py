@@ -113,7 +113,7 @@ def encoder(bert_folder: Path) -> Any:
 def test_what_a_sentence_transformer_takes_is_a_batch(encoder: Any) -> None:
     texts = sentences(8, words=5) + sentences(8, words=11)
     batches = [encoder.preprocess(texts[start::4]) for start in range(4)]
-    found = evatune.initialize(encoder, batches)
+    found = evatune.initialize(encoder, batches, scale="paper")
     # and no padding
     assert {spectrum.rows for spectrum in found.spectra.values()} == {8 * 5 + 8 * 11}
     assert set(found.spectra) == {

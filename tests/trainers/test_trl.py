@@ -95,7 +95,7 @@ def test_one_line_between_the_trainer_and_its_training(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
     run = trainer(tmp_path, **options)
-    calibration = evatune.initialize(run)
+    calibration = evatune.initialize(run, scale="paper")
     tokens_in_all = CHATS * (ASKED + ANSWERED + 3)
     assert max(spectrum.rows for spectrum in calibration.spectra.values()) == tokens_in_all
     started = {
@@ -191,7 +191,7 @@ def test_an_adapter_that_the_trainer_clones_as_its_reference_stays_what_it_was(
     )
     run.remove_callback(PrinterCallback)
     assert list(run.model.peft_config) == ["default", "ref"]
-    calibration = evatune.initialize(run)
+    calibration = evatune.initialize(run, scale="paper")
     for name, layer in lora_layers(run.model).items():
         a = layer.lora_A["default"].weight
         assert torch.equal(a, calibration.spectra[name].directions[: len(a)])
