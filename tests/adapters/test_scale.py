@@ -233,5 +233,10 @@ def test_gradients_that_avoid_an_inputs_energy_do_not_make_rows_long(scale: str)
     rows = scaled_rows(replace(spectrum, inputs=sink), 4, scale)
     assert rows.norm(dim=1) == pytest.approx(torch.ones(4), rel=1e-4)
     mixing = torch.eye(4) * 30
-    rows = scaled_rows(replace(spectrum, inputs=sink, mixing=mixing), 4, scale)
+    regression = replace(spectrum, inputs=sink, mixing=mixing)
+    rows = scaled_rows(regression, 4, scale)
     assert rows.norm(dim=1) == pytest.approx(torch.ones(4), rel=1e-4)
+    # of rows cut to length 1 the energy is that of a thirtieth of a row that sees an energy of 1
+    seen = 4 / 30**2 if scale == "whiten-matched" else 4 * 1e-3
+    usual = 4 * 1e4 / (3 * 16)
+    assert step_ratio(regression, 4, scale, 4) == pytest.approx((seen / usual) ** 0.5, rel=1e-4)

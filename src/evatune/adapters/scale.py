@@ -78,15 +78,10 @@ def scaled_rows(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
     lengths = _row_lengths(spectrum, rank, scale)
     count = len(lengths)
     directions = spectrum.directions[:count].double()
-    if spectrum.mixing is None or scale not in ("whiten", "whiten-matched"):
-        return (directions * lengths[:, None]).float()
-    # of a regression, whose own rows whiten the input: A C Aᵀ is the identity
-    rows = spectrum.mixing[:count, :count].double() @ directions
-    if scale == "whiten":
-        return rows.float()
-    rows *= _default_energy(spectrum) ** 0.5
-    rows /= rows.norm(dim=1, keepdim=True).clamp_min(1)
-    return rows.float()
+    if _has_own_rows(spectrum, scale):
+        own = _own_rows(spectrum, count)
+        directions = own / own.norm(dim=1, keepdim=True)
+    return (directions * lengths[:, None]).float()
 
 
 def step_ratio(spectrum: Spectrum, rank: int, scale: str, usual_rank: int) -> float:
@@ -109,7 +104,10 @@ def step_ratio(spectrum: Spectrum, rank: int, scale: str, usual_rank: int) -> fl
     lengths = _row_lengths(spectrum, rank, scale)
     count, width = len(lengths), spectrum.directions.shape[1]
     moments = spectrum.second_moments[:count].double()
-    energy = float((lengths.square() * moments).sum())
+    energies = moments
+    if _has_own_rows(spectrum, scale):
+        energies = _own_rows(spectrum, count).square().sum(1).reciprocal()  # of rows of length 1
+    energy = float((lengths.square() * energies).sum())
     if count < rank:  # see `completed`
         rest = spectrum.total_second_moment - float(moments.sum())
         along_others = max(0.0, rest) / max(1, width - count)
@@ -123,6 +121,12 @@ def _row_lengths(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
     require_scale(scale)
     rank = min(rank, spectrum.usable)
     moments = spectrum.second_moments[:rank].double()
+    if _has_own_rows(spectrum, scale):
+        lengths: Tensor = _own_rows(spectrum, rank).norm(dim=1)
+        if scale == "whiten":
+            return lengths
+        lengths *= _default_energy(spectrum) ** 0.5
+        return lengths.clamp_max(1)
     if scale == "whiten":
         sigma = spectrum.variances[:rank].double().sqrt()
         return 1 / torch.maximum(sigma, _SIGMA_FLOOR * moments.sqrt())
@@ -136,6 +140,17 @@ def _row_lengths(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
     # Where the energy of an input is that of tokens without a gradient, such as attention sinks,
     # the directions of gradients avoid it, and to match it would make all other tokens' steps long.
     return lengths if spectrum.inputs is None else lengths.clamp_max(1)
+
+
+def _has_own_rows(spectrum: Spectrum, scale: str) -> bool:
+    """Return whether the rows at this scale are those of a regression, which whiten the input."""
+    return spectrum.mixing is not None and scale in ("whiten", "whiten-matched")
+
+
+def _own_rows(spectrum: Spectrum, count: int) -> Tensor:
+    """(count, d) float64, the rows of a regression: each sees an energy of 1, E[(a·x)²]."""
+    assert spectrum.mixing is not None
+    return spectrum.mixing[:count, :count].double() @ spectrum.directions[:count].double()
 
 
 def _length_of_random_rows(lengths: Tensor, scale: str) -> float:

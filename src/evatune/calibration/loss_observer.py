@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from evatune.calibration.batches import Step
+from evatune.calibration.observer import choice_of_rows
 from evatune.calibration.options import RunOptions
 from evatune.calibration.state import CalibrationState
-from evatune.capture import ExampleRecorder, Masks, RowSelector, loss_denominator, selector_for
+from evatune.capture import ExampleRecorder, RowSelector, loss_denominator
 from evatune.errors import ConfigError
 from evatune.modeling.forward import call_model, model_device, to_device
 from evatune.modeling.loss import LOSS_SCALE, gradients_kept, loss_of, parameters_frozen
@@ -41,22 +42,13 @@ class LossObserver:
                 " evatune before the model is sharded, or use objective='activations'"
             )
         require_trainable(model)
-        labels_only = config.labels_only or False
         self._model = model
         self._options = options
         self._call = options.forward or call_model
         self._device = model_device(model)
         self._shared_inputs = state.shared_inputs
-        self._selector_of = selector_for(
-            model, labels_only, config.ignore_index, self._call, options.active
-        )
+        self._selector_of, self._masks = choice_of_rows(state, options)
         self._denominator_of = loss_denominator(model, config.ignore_index, self._call)
-        self._masks = Masks(
-            model,
-            state.target_layers,
-            labels_only=labels_only is True,
-            ignore_index=config.ignore_index,
-        )
         self._recorder = ExampleRecorder(
             model, state.target_layers, state.shared_inputs, options.rows, self._masks
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from evatune.calibration.batches import Step
@@ -13,6 +16,23 @@ from evatune.modeling.sharding import is_sharded
 from evatune.modeling.state import as_base, may_stop_early
 
 
+def choice_of_rows(
+    state: CalibrationState, options: RunOptions
+) -> tuple[Callable[[Any], RowSelector], Masks]:
+    """Return what says which rows count: by a batch itself, and by the masks in the model."""
+    model, config = state.model, state.config
+    labels_only = config.labels_only or False
+    call = None if is_sharded(model) else options.forward or call_model
+    selector_of = selector_for(model, labels_only, config.ignore_index, call, options.active)
+    masks = Masks(
+        model,
+        state.target_layers,
+        labels_only=labels_only is True,
+        ignore_index=config.ignore_index,
+    )
+    return selector_of, masks
+
+
 class Observer:
     """Runs the model as the base model, without gradients, and feeds the sketches.
 
@@ -21,26 +41,13 @@ class Observer:
     """
 
     def __init__(self, state: CalibrationState, options: RunOptions) -> None:
-        model, config = state.model, state.config
-        labels_only = config.labels_only or False
+        model = state.model
         self._model = model
         self._options = options
         self._call = options.forward or call_model
         self._device = model_device(model)
         self._shared_inputs = state.shared_inputs
-        self._selector_of = selector_for(
-            model,
-            labels_only,
-            config.ignore_index,
-            None if is_sharded(model) else self._call,
-            options.active,
-        )
-        self._masks = Masks(
-            model,
-            state.target_layers,
-            labels_only=labels_only is True,
-            ignore_index=config.ignore_index,
-        )
+        self._selector_of, self._masks = choice_of_rows(state, options)
         self._recorder = InputRecorder(
             state.target_layers, state.shared_inputs, options.rows, self._masks
         )
