@@ -1,4 +1,4 @@
-"""The parts of the benchmarks that need no run."""
+"""The parts of the benchmarks that need no run, or a tiny one."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ _FOLDER = str(Path(__file__).parents[2] / "benchmarks")
 def search(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """Import `benchmarks/probe_search.py`."""
     yield from _imported("probe_search", monkeypatch)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Import `benchmarks/gpu.py`."""
+    yield from _imported("gpu", monkeypatch)
 
 
 @pytest.fixture

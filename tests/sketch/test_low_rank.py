@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evatune.sketch.low_rank import SecondMoment, times_inverse_root
+from evatune.sketch.low_rank import (
+    SecondMoment,
+    eigenpairs_by_columns,
+    eigenpairs_of,
+    nystrom_factors,
+    times_inverse_root,
+)
 
 
 def rows(count: int, seed: int) -> torch.Tensor:
@@ -44,3 +50,28 @@ def test_an_inverse_root_whitens_what_is_known_and_blows_up_nothing_else() -> No
     assert float(torch.linalg.matrix_norm(covariance, 2)) == pytest.approx(1)
     nothing = times_inverse_root(EYE, U, ENERGIES * 0, MATRIX.trace())
     assert bool(nothing.isfinite().all())
+
+
+def test_eigenpairs_by_small_matrices_are_those_of_the_factors() -> None:
+    distinct = MATRIX + torch.diag(torch.linspace(0, 0.2, 12).double())
+    bases = torch.stack([rows(5, seed) for seed in (3, 4)])
+    products = bases @ torch.stack([distinct, distinct @ distinct])
+    directions, energies, counts = eigenpairs_of(nystrom_factors(bases, products))
+    found = eigenpairs_by_columns(products @ bases.mT, products @ products.mT)
+    assert found is not None
+    assert found[2] == counts == [5, 5]
+    assert torch.allclose(found[1], energies, rtol=1e-12)
+    assert torch.allclose(
+        (found[0] @ products * directions).sum(-1).abs(), torch.ones(2, 5).double()
+    )
+
+
+@pytest.mark.parametrize("energies", [[9.0, 4.0, 0.0], [9.0, 4.0, 1e-12]])
+def test_small_matrices_do_not_tell_where_a_column_holds_rounding(energies: list[float]) -> None:
+    matrix = U.T @ torch.diag(torch.tensor(energies).double()) @ U
+    products = U @ matrix
+    cores, grams = (products @ U.T)[None], (products @ products.T)[None]
+    assert eigenpairs_by_columns(cores, grams) is None
+    mixed = rows(12, seed=5)[:5]  # none of whose five columns is empty, beside three energies
+    products = mixed @ matrix
+    assert eigenpairs_by_columns((products @ mixed.T)[None], (products @ products.T)[None]) is None

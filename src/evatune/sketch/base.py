@@ -187,12 +187,15 @@ class Sketch(ABC):
 
     def _certify(self) -> Certificate | None:
         """Return the certificate of the rows since the last refresh, or if none the one before."""
+        return self._certificate_of(*to_cpu([self._fresh, self._fresh_energy]))
+
+    def _certificate_of(self, fresh: Tensor, fresh_energy: Tensor) -> Certificate | None:
+        """Return the same, from the sums (m,) and () of these rows on the CPU."""
         rows = self._fresh_count
-        if rows == 0 or len(self._fresh) == 0:
+        if rows == 0 or len(fresh) == 0:
             return self.certificate
-        energies = self._fresh[: self.components] / rows
-        total_energy = float(self._fresh_energy) / rows
-        return Certificate(as_energies(energies.cpu()), total_energy, rows)
+        energies = as_energies(fresh[: self.components] / rows)
+        return Certificate(energies, float(fresh_energy) / rows, rows)
 
     def _mean_offset(self) -> Tensor:
         """(d,) mean row minus the shift."""
@@ -205,20 +208,41 @@ class Sketch(ABC):
 
     def _answer(self, directions: Tensor, energies: Tensor) -> Spectrum:
         """Return the spectrum of orthonormal rows (m, d) and summed energies (m,), descending."""
+        return self._spectrum_of(*to_cpu(self._measures(directions, energies)))
+
+    def _measures(self, directions: Tensor, energies: Tensor) -> list[Tensor]:
+        """Return all that such a spectrum is made of, on the device."""
         k = self.components
         offset = self._mean_offset()
         count = max(self.count, 1)
         total = self._moved_energy(offset) if self.center else self.energy
         shift = offset.new_zeros(()) if self.shift is None else self.shift
-        mean_energies = energies[:k].clamp_min(0) / count
+        return [
+            fix_signs(directions[:k].float()),
+            energies[:k].clamp_min(0) / count,
+            total / count,
+            (shift + offset).float(),
+            self._fresh,
+            self._fresh_energy,
+        ]
+
+    def _spectrum_of(
+        self,
+        directions: Tensor,
+        energies: Tensor,
+        total_energy: Tensor,
+        mean: Tensor,
+        *fresh: Tensor,
+    ) -> Spectrum:
+        """Return the spectrum that was measured."""
         return Spectrum(
-            directions=fix_signs(directions[:k].float().cpu()).contiguous(),
-            energies=as_energies(mean_energies.cpu()),
-            total_energy=float(total) / count,
+            directions=directions.contiguous(),
+            energies=as_energies(energies),
+            total_energy=float(total_energy),
             rows=self.count,
-            mean=(shift + offset).float().cpu(),
+            mean=mean,
             centered=self.center,
-            certificate=self._certify(),
+            certificate=self._certificate_of(*fresh),
         )
 
 
@@ -264,6 +288,24 @@ class InputSketch(Sketch):
             moment=self._join_moments([update.moment for update in updates]),
             fresh=fresh.sum(0),
         )
+
+
+def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return these tensors on the CPU, with one copy, and one wait, for each device and dtype.
+
+    Those that are there already stay themselves.
+    """
+    moved = list(tensors)
+    places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if tensor.device.type != "cpu":
+            places.setdefault((tensor.device, tensor.dtype), []).append(place)
+    for group in places.values():
+        flat = torch.cat([tensors[place].flatten() for place in group]).cpu()
+        parts = torch.split(flat, [tensors[place].numel() for place in group])
+        for place, part in zip(group, parts, strict=True):
+            moved[place] = part.view(tensors[place].shape)
+    return moved
 
 
 def named_tensors(sketch: Sketch, names: Sequence[str]) -> dict[str, Tensor]:

@@ -16,6 +16,10 @@ COLUMN_RTOL = 1e-5
 _CORE_RTOL = 1e-6
 
 
+# Cores of which all eigenvalues are above this lose nothing by the short way to eigenpairs.
+_CORE_MARGIN = 1e-3
+
+
 @dataclass(frozen=True)
 class SecondMoment:
     """C ≈ FᵀF + τ·(I - KᵀK): what is known of it, and the rest spread evenly over the rest of R^d.
@@ -75,18 +79,8 @@ def nystrom_factors(bases: Tensor, products: Tensor, column_rtol: float = COLUMN
 
     Both are (G, l, d) float64. Rows that would only be rounding are zero.
     """
-    core = products @ bases.mT  # ΩᵀCΩ, (G, l, l)
-    skew = core - core.mT  # zero but for rounding, and so a measure of it
-    core = (core + core.mT) / 2
-    # Scaled to unit diagonal first. Energies of one layer span many orders of magnitude, and so
-    # does the rounding in the columns of Y; a threshold relative to the largest would drop small
-    # true directions.
-    scale = core.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()  # (G, l)
-    above_rounding = scale > scale.amax(-1, keepdim=True) * column_rtol
-    inverse = torch.where(above_rounding, 1 / scale, 0.0)
-    both = inverse[:, :, None] * inverse[:, None, :]
-    values, vectors = torch.linalg.eigh(both * core)
-    floor = torch.linalg.matrix_norm(both * skew).clamp_min(_CORE_RTOL)
+    core, inverse, floor = _unit_diagonal(products @ bases.mT, column_rtol)
+    values, vectors = torch.linalg.eigh(core)
     roots = torch.where(values > floor[:, None], values.rsqrt(), 0.0)
     weighted = inverse[:, :, None] * vectors * roots[:, None, :]
     factors: Tensor = weighted.mT @ products
@@ -100,11 +94,62 @@ def eigenpairs_of(factors: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     time of QR and SVD. That squares the condition, which leaves an error of 1e-16·λ_1/λ_j in
     direction j: below float32's for every energy that `COLUMN_RTOL` lets through.
     """
-    values, vectors = torch.linalg.eigh(factors @ factors.mT)
+    combinations, values, counts = _combinations(factors @ factors.mT)
+    return combinations @ factors, values, counts
+
+
+def eigenpairs_by_columns(
+    cores: Tensor, grams: Tensor, column_rtol: float = COLUMN_RTOL
+) -> tuple[Tensor, Tensor, list[int]] | None:
+    """Return T (G, l, l) with T·Yᵀ the eigenvectors of Y (ΩᵀY)⁺ Yᵀ, eigenvalues and their counts.
+
+    It is `eigenpairs_of(nystrom_factors(…))` by small matrices alone, and with one factorization
+    less: F = L⁻¹Yᵀ for LLᵀ = ΩᵀY, and so FFᵀ = L⁻¹ YᵀY L⁻ᵀ.
+
+    Args:
+        cores: (G, l, l) float64, ΩᵀY. grams: (G, l, l) float64, YᵀY.
+
+    Returns:
+        None where a column holds rounding, or next to nothing that the others do not: of such cores
+        L⁻¹ loses digits.
+    """
+    core, inverse, floor = _unit_diagonal(cores, column_rtol)
+    margin = (2 * floor).clamp_min(_CORE_MARGIN)
+    identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
+    failed = torch.linalg.cholesky_ex(core - margin[:, None, None] * identity).info
+    if bool(failed.any()):
+        return None
+    lower = torch.linalg.cholesky_ex(core).L
+    whitening = torch.linalg.solve_triangular(lower, torch.diag_embed(inverse), upper=False)
+    combinations, values, counts = _combinations(whitening @ grams @ whitening.mT)
+    return combinations @ whitening, values, counts
+
+
+def _unit_diagonal(cores: Tensor, column_rtol: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return cores ΩᵀCΩ (G, l, l) with ones on the diagonal, the scales (G, l), and a floor (G,).
+
+    A scale of zero is that of a column which only holds rounding. Eigenvalues below the floor are
+    not data.
+
+    Energies of one layer span many orders of magnitude, and so does the rounding in the columns of
+    Y; without the scales, a threshold relative to the largest would drop small true directions.
+    """
+    skew = cores - cores.mT  # zero but for rounding, and so a measure of it
+    symmetric = (cores + cores.mT) / 2
+    scale = symmetric.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    above_rounding = scale > scale.amax(-1, keepdim=True) * column_rtol
+    inverse = torch.where(above_rounding, 1 / scale, 0.0)
+    both = inverse[:, :, None] * inverse[:, None, :]
+    floor = torch.linalg.matrix_norm(both * skew).clamp_min(_CORE_RTOL)
+    return both * symmetric, inverse, floor
+
+
+def _combinations(grams: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Return T (G, l, l) with T·F orthonormal rows, eigenvalues and counts, for grams FFᵀ."""
+    values, vectors = torch.linalg.eigh(grams)
     values, vectors = values.flip(-1), vectors.flip(-1)
-    floor = max(COLUMN_RTOL**2, torch.finfo(factors.dtype).eps)
+    floor = max(COLUMN_RTOL**2, torch.finfo(grams.dtype).eps)
     above_rounding = (values > 0) & (values > values[:, :1] * floor)
     weights = torch.where(above_rounding, values.rsqrt(), 0.0)
-    directions = (vectors * weights[:, None, :]).mT @ factors
     counts = above_rounding.sum(-1).tolist()
-    return directions, torch.where(above_rounding, values, 0.0), counts
+    return (vectors * weights[:, None, :]).mT, torch.where(above_rounding, values, 0.0), counts

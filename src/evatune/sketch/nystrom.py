@@ -16,14 +16,23 @@ that they capture on rows they have never seen: the certificate.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import chain, islice
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from evatune.sketch.additive import AdditiveSketch
-from evatune.sketch.base import SketchSettings
-from evatune.sketch.low_rank import COLUMN_RTOL, eigenpairs_of, nystrom_factors
+from evatune.sketch.base import SketchSettings, to_cpu
+from evatune.sketch.low_rank import (
+    COLUMN_RTOL,
+    eigenpairs_by_columns,
+    eigenpairs_of,
+    nystrom_factors,
+)
+from evatune.sketch.products import takes_16_bits, thin_product
 from evatune.sketch.rows import RowSketch, SelectedRows, power_of_two
 from evatune.sketch.spectrum import Certificate, Spectrum, fix_signs
 
@@ -31,9 +40,15 @@ from evatune.sketch.spectrum import Certificate, Spectrum, fix_signs
 # accuracy.
 _MIN_COLUMNS = 32
 POWER_STEPS = 2
-# Sketches are refreshed together up to this many bytes of products, of which a refresh needs a few
+# Sketches are refreshed together up to this many bytes of products, of which that needs a few
 # copies.
 _STACK_BYTES = 16 << 20
+
+
+# Small matrices that one thread factorizes at a time.
+_PIECE = 4
+# Combinations (G, l, l) of the products that are eigenvectors, eigenvalues (G, l) and counts.
+_Solution = tuple[Tensor, Tensor, list[int]] | None
 
 
 class NystromMoment(AdditiveSketch):
@@ -58,7 +73,7 @@ class NystromMoment(AdditiveSketch):
         # that way.
         # (l + 1, d): Ωᵀ and a row of zeros
         self._padded = self._zeros(columns + 1, width).float()
-        self.basis.copy_(orthonormal(random_rows(width, columns, settings.seed)))
+        self.basis.copy_(_random_basis(width, columns, settings.seed))
         # (l, d), (C·Ω)ᵀ
         self.product = self._zeros(columns, width)
 
@@ -70,7 +85,7 @@ class NystromMoment(AdditiveSketch):
     # -- the answer, and the next basis ------------------------------------------------------------
 
     def spectrum(self) -> Spectrum:
-        directions, energies, (count,) = self._eigenpairs([self])
+        directions, energies, (count,) = self._eigenpairs([self], _solve([[self]])[0])
         return self._answer(directions[0, :count], energies[0, :count])
 
     def leading(self, count: int) -> Tensor:
@@ -79,20 +94,19 @@ class NystromMoment(AdditiveSketch):
     @classmethod
     def refresh_together(cls, sketches: Sequence[Self]) -> list[Spectrum]:
         answers: dict[int, Spectrum] = {}
-        for positions in _stackable(sketches):
-            stack = [sketches[position] for position in positions]
-            answers.update(zip(positions, cls._refresh_stack(stack), strict=True))
+        positions = list(_stackable(sketches))
+        stacks = [[sketches[position] for position in part] for part in positions]
+        for part, stack, solution in zip(positions, stacks, _solve(stacks), strict=True):
+            answers.update(zip(part, cls._refresh_stack(stack, solution), strict=True))
         return [answers[position] for position in range(len(sketches))]
 
     @classmethod
-    def _refresh_stack(cls, sketches: Sequence[Self]) -> list[Spectrum]:
+    def _refresh_stack(cls, sketches: Sequence[Self], solution: _Solution) -> list[Spectrum]:
         """Refresh sketches of equal shape."""
-        directions, energies, counts = cls._eigenpairs(sketches)
-        answers = []
+        directions, energies, counts = cls._eigenpairs(sketches, solution)
+        answers = cls._answers(sketches, directions, energies, counts)
         for position, (sketch, count) in enumerate(zip(sketches, counts, strict=True)):
-            answer = sketch._answer(directions[position, :count], energies[position, :count])
-            answers.append(answer)
-            sketch.certificate = answer.certificate
+            sketch.certificate = answers[position].certificate
             if sketch.center and sketch.shift is not None:
                 sketch._recenter()
             if count < len(sketch.basis):
@@ -106,6 +120,16 @@ class NystromMoment(AdditiveSketch):
             sketch._move(basis, product)
             sketch._start_fresh(len(basis))
         return answers
+
+    @classmethod
+    def _answers(
+        cls, sketches: Sequence[Self], directions: Tensor, energies: Tensor, counts: list[int]
+    ) -> list[Spectrum]:
+        """Return the spectra of eigenpairs (G, l, d) and (G, l), of which so many count."""
+        return [
+            sketch._answer(directions[position, :count], energies[position, :count])
+            for position, (sketch, count) in enumerate(zip(sketches, counts, strict=True))
+        ]
 
     def _move(self, basis: Tensor, product: Tensor) -> None:
         """Take another basis (l, d), and the product (l, d) that belongs to it."""
@@ -124,18 +148,18 @@ class NystromMoment(AdditiveSketch):
         return completed[: len(old)]
 
     @staticmethod
-    def _eigenpairs(sketches: Sequence[NystromMoment]) -> tuple[Tensor, Tensor, list[int]]:
+    def _eigenpairs(
+        sketches: Sequence[NystromMoment], solution: _Solution
+    ) -> tuple[Tensor, Tensor, list[int]]:
         """Return eigenvectors (G, l, d) as rows, eigenvalues (G, l) and counts of equal shapes.
 
         Descending; about the mean when centering. Beyond the count both are zero.
         """
-        bases = torch.stack([sketch.basis for sketch in sketches]).to(sketches[0].dtype)
-        products = torch.stack([sketch.product for sketch in sketches])
-        if sketches[0].center:
-            for basis, product, sketch in zip(bases, products, sketches, strict=True):
-                offset = sketch._mean_offset()
-                product -= sketch.count * torch.outer(basis @ offset, offset)
-        return eigenpairs_of(nystrom_factors(bases, products, sketches[0]._COLUMN_RTOL))
+        bases, products = _moments(sketches)
+        if solution is None:
+            return eigenpairs_of(nystrom_factors(bases, products, sketches[0]._COLUMN_RTOL))
+        combinations, energies, counts = solution
+        return combinations.to(products.device) @ products, energies.to(products.device), counts
 
     def _recenter(self) -> None:
         """Move the shift to the mean so far: the eigenpairs just taken are about that mean."""
@@ -215,6 +239,10 @@ class NystromSketch(NystromMoment, RowSketch):
     refresh.
     """
 
+    def __init__(self, settings: SketchSettings) -> None:
+        super().__init__(settings)
+        self._takes_16_bits = not self.center and takes_16_bits(self.device)
+
     def _initialize(self, rows: SelectedRows) -> Tensor:
         first_rows = super()._initialize(rows)
         # their squares must neither overflow nor vanish
@@ -224,15 +252,77 @@ class NystromSketch(NystromMoment, RowSketch):
             self._power_step(image)
         return first_rows
 
+    @classmethod
+    def _answers(
+        cls, sketches: Sequence[Self], directions: Tensor, energies: Tensor, counts: list[int]
+    ) -> list[Spectrum]:
+        """Return the spectra as each sketch's `_answer` does, with one wait for all of them."""
+        measures = [
+            sketch._measures(directions[position, :count], energies[position, :count])
+            for position, (sketch, count) in enumerate(zip(sketches, counts, strict=True))
+        ]
+        moved = iter(to_cpu([tensor for parts in measures for tensor in parts]))
+        return [
+            sketch._spectrum_of(*islice(moved, len(parts)))
+            for sketch, parts in zip(sketches, measures, strict=True)
+        ]
+
     def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        projected = chunk @ self._padded.T  # (n, l + 1)
+        projected = thin_product(chunk, self._padded.T)  # (n, l + 1)
         squares = self._fresh
         if len(squares):
             squares = projected[:, :-1].square().sum(0).to(self.dtype)
         # the second product then has the sum of the rows in its last row, for nothing
         projected[:, -1] = 1
-        moment = projected.T @ chunk
+        moment = thin_product(projected.T, chunk)
         return moment[-1], moment[:-1], squares
+
+
+def _moments(sketches: Sequence[NystromMoment]) -> tuple[Tensor, Tensor]:
+    """Return bases and products (G, l, d) of sketches of equal shape, about the mean if asked."""
+    bases = torch.stack([sketch.basis for sketch in sketches]).to(sketches[0].dtype)
+    products = torch.stack([sketch.product for sketch in sketches])
+    if sketches[0].center:
+        for basis, product, sketch in zip(bases, products, sketches, strict=True):
+            offset = sketch._mean_offset()
+            product -= sketch.count * torch.outer(basis @ offset, offset)
+    return bases, products
+
+
+def _solve(stacks: Sequence[Sequence[NystromMoment]]) -> list[_Solution]:
+    """Return what `eigenpairs_by_columns` says of each stack.
+
+    The small matrices go to the CPU, all at once and with one wait: a GPU takes a millisecond for
+    each of their factorizations, one after another.
+    """
+    problems = []
+    for stack in stacks:
+        bases, products = _moments(stack)
+        problems.append(torch.stack([products @ bases.mT, products @ products.mT]))
+    pieces = [
+        (number, cores, grams, stacks[number][0]._COLUMN_RTOL)
+        for number, (all_cores, all_grams) in enumerate(to_cpu(problems))
+        for cores, grams in zip(
+            torch.split(all_cores, _PIECE), torch.split(all_grams, _PIECE), strict=True
+        )
+    ]
+    solutions: list[list[_Solution]] = [[] for _ in stacks]
+    # Threads of their own factorize small matrices several times faster than the main thread,
+    # whose BLAS puts all its threads to each one.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        solved = pool.map(lambda piece: eigenpairs_by_columns(*piece[1:]), pieces)
+        for (number, *_), solution in zip(pieces, solved, strict=True):
+            solutions[number].append(solution)
+    return [_joined(parts) for parts in solutions]
+
+
+def _joined(parts: list[_Solution]) -> _Solution:
+    """Return the solutions of a stack's pieces as one, None if any is None."""
+    whole = [part for part in parts if part is not None]
+    if len(whole) < len(parts):
+        return None
+    combinations, energies, counts = zip(*whole, strict=True)
+    return torch.cat(combinations), torch.cat(energies), list(chain.from_iterable(counts))
 
 
 def random_rows(width: int, count: int, seed: int) -> Tensor:
@@ -241,6 +331,12 @@ def random_rows(width: int, count: int, seed: int) -> Tensor:
     generator = torch.Generator(cpu).manual_seed((seed * 1_000_003 + width) % 2**63)
     columns = torch.randn(width, count, generator=generator, dtype=torch.float32, device=cpu)
     return columns.T
+
+
+@lru_cache(maxsize=4)
+def _random_basis(width: int, count: int, seed: int) -> Tensor:
+    """(count, width) float32 on the CPU, orthonormal rows; inputs of one width start from one."""
+    return orthonormal(random_rows(width, count, seed))
 
 
 def orthonormal(rows: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class RegressionSketch(NystromMoment, ExampleSketch):
             mixing=(r.T * signs).tril().float().cpu().contiguous(),
         )
 
-    def _certify(self) -> Certificate | None:
+    def _certificate_of(self, fresh: Tensor, fresh_energy: Tensor) -> Certificate | None:
         return None
 
     def _mean_gradient(self) -> Tensor:

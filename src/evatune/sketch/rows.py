@@ -13,8 +13,10 @@ from torch import Tensor
 from evatune.sketch.base import InputSketch, SketchSettings, SketchUpdate
 
 # Casting, gathering and centering go through buffers of this size instead of a second copy of the
-# activation.
-_CHUNK_BYTES = 8 << 20
+# activation. On an accelerator each buffer costs a dozen launches, in which 64 MiB could be read.
+_CHUNK_BYTES, _CHUNK_BYTES_ACCELERATOR = 8 << 20, 64 << 20
+# Rows of 16 bits that need none of that, of which the products take a few bytes per column each.
+_CHUNK_ROWS = 1 << 16
 # Rows that choose an empty sketch's shift and basis. Half as many cost the Nyström sketch a third
 # of a per cent of the energy in the worst layer of MiniLM, sixteen batches later.
 _FIRST_ROWS = 1024
@@ -39,6 +41,12 @@ class SelectedRows:
             return self.x[places]
         return self.x.index_select(0, self.index[places])
 
+    def chunks(self, size: int) -> Iterator[Tensor]:
+        """Yield the rows, so many at a time."""
+        # once even for no rows, so that an update always has its shapes
+        for start in range(0, max(len(self), 1), size):
+            yield self.take(slice(start, start + size))
+
     def first(self, limit: int) -> Tensor:
         """(≤ limit, d) float32, evenly spread over the activation, zeros for NaN and Inf."""
         stride = max(1, -(-len(self) // limit))
@@ -62,12 +70,16 @@ class RowSketch(InputSketch):
         # () float64, a power of two for rows before they are squared
         self._scale: Tensor | None = None
         self._may_look = self.device.type == "cpu"  # at values, for nothing
+        self._takes_16_bits = False  # without a cast
 
     def summarize(self, x: Tensor, index: Tensor | None = None) -> SketchUpdate:
         """Return the sums over rows of any float dtype and any strides, read once as a rule."""
         rows = SelectedRows(x, index)
         if self.shift is None and len(rows):
             self._initialize(rows)
+        if self._takes_16_bits and x.dtype in (torch.bfloat16, torch.float16):
+            copied = rows.index is not None
+            return self._sum(rows.chunks(self._chunk_rows(x.dtype) if copied else _CHUNK_ROWS))
         if self._scale is None and not self._may_look and self.dtype == torch.float64:
             first_rows = rows.first(_FIRST_ROWS)
             self._scale = power_of_two(first_rows.to(self.dtype))
@@ -98,8 +110,7 @@ class RowSketch(InputSketch):
     # -- the loop ----------------------------------------------------------------------------------
 
     def _sum_rows(self, rows: SelectedRows) -> SketchUpdate:
-        updates = [self._sum_chunk(chunk) for chunk in self._chunks(rows, self._scale)]
-        update = updates[0] if len(updates) == 1 else self._join(updates)
+        update = self._sum(self._chunks(rows, self._scale))
         if self._scale is None:
             return update
         back = 1 / self._scale
@@ -111,10 +122,14 @@ class RowSketch(InputSketch):
             fresh=update.fresh * back.square(),
         )
 
+    def _sum(self, chunks: Iterator[Tensor]) -> SketchUpdate:
+        updates = [self._sum_chunk(chunk) for chunk in chunks]
+        return updates[0] if len(updates) == 1 else self._join(updates)
+
     def _sum_chunk(self, chunk: Tensor) -> SketchUpdate:
         # Row norms first: a float32 sum over one row is short, the long sum over rows is float64.
         # Norms in float64 would need no scale, at four times the cost of these.
-        norms = torch.linalg.vector_norm(chunk, dim=1)
+        norms = torch.linalg.vector_norm(chunk, dim=1, dtype=self._row_dtype)
         energy = norms.to(self.dtype).square_().sum()
         row_sum, moment, fresh = self._reduce(chunk)
         return SketchUpdate(len(chunk), row_sum, energy, moment, fresh)
@@ -140,17 +155,19 @@ class RowSketch(InputSketch):
         if as_they_are and not self.center and scale is None:
             yield rows.x
             return
-        size = max(256, _CHUNK_BYTES // (self._row_dtype.itemsize * self.width))
         # One dimension, so that 16-bit rows are widened and scaled in one go.
         factor = None if scale is None else scale.to(self._row_dtype)[None]
-        # once even for no rows, so that an update always has its shapes
-        for start in range(0, max(len(rows), 1), size):
-            chunk = rows.take(slice(start, start + size))
+        for chunk in rows.chunks(self._chunk_rows(self._row_dtype)):
             if self.center and self.shift is not None:
                 chunk = chunk.to(self._row_dtype) - self.shift
             if factor is not None:
                 chunk = chunk * factor
             yield chunk.to(self._row_dtype)
+
+    def _chunk_rows(self, dtype: torch.dtype) -> int:
+        """Return how many rows of this dtype a buffer holds."""
+        nbytes = _CHUNK_BYTES if self._may_look else _CHUNK_BYTES_ACCELERATOR
+        return max(256, nbytes // (dtype.itemsize * self.width))
 
 
 def sum_of_rows(chunk: Tensor) -> Tensor:
