@@ -21,6 +21,26 @@ from evatune.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+NO_GPU = "there is no GPU here: `make gpu`, on a machine with one, runs this test"
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that are marked `gpu` where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    # What libraries say of each other's versions and of the card is no failure there.
+    mark = pytest.mark.filterwarnings("default") if has_gpu() else pytest.mark.skip(reason=NO_GPU)
+    for item in marked:
+        item.add_marker(mark)
+
+
 def tiny_tokenizer(**options: Any) -> Any:
     """A word is a token: "w0" … "w57", 1 for anything else, 0 for padding."""
     import tokenizers

@@ -154,7 +154,10 @@ class ConvPatches(DenseRows):
             for line in range(0, max(1, lines), line_step):
                 piece = windows[sample : sample + sample_step, line : line + line_step]
                 rows = piece.reshape(-1, width)
-                yield rows, _within(index, sample * lines + line, len(rows))
+                one_piece = len(piece) == samples and piece.shape[1] == lines
+                # Which rows are in a piece depends on values, for which a GPU would be waited for.
+                chosen = index if one_piece else _within(index, sample * lines + line, len(rows))
+                yield rows, chosen
 
     def leading_shape(self, x: Tensor) -> torch.Size | None:
         """Return (batch, positions): a mask speaks about the patch at a token's own position."""
