@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SOURCES = pyproject.toml constraints.txt
 
-.PHONY: run test bench clean-install clean
+.PHONY: run test bench gpu clean-install clean
 
 run: .venv/.run
 	$(BIN)/evatune init --out runs/demo --overwrite
@@ -16,6 +16,11 @@ test: .venv/.test
 
 bench: .venv/.run
 	$(BIN)/python benchmarks/init.py --output benchmarks/results/init.json
+
+# On a machine with a GPU: the figures there, and the tests that `make test` skips.
+gpu: .venv/.test
+	$(BIN)/python benchmarks/gpu.py --output benchmarks/results/gpu.json
+	$(BIN)/pytest -m gpu
 
 # The wheel in empty environments, with the lowest versions and the newest: gigabytes, and half an hour.
 clean-install:

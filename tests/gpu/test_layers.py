@@ -147,9 +147,7 @@ def test_a_layer_has_the_directions_that_it_has_on_the_cpu(
 def test_objectives_that_see_gradients(objective: str, device: torch.device) -> None:
     config = CalibrationConfig(components=30, objective=objective, tolerance=0)
     found, on_cpu = (
-        evatune.calibrate(
-            losses.Words().to(place), losses.words(), config, targets=losses.NAMES
-        )
+        evatune.calibrate(losses.Words().to(place), losses.words(), config, targets=losses.NAMES)
         for place in (device, torch.device("cpu"))
     )
     assert found.status == on_cpu.status

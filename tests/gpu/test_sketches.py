@@ -81,9 +81,7 @@ CASES = {
     "large rows": Case(lambda dtype: planted(3000, WIDTH) * 10 ** largest_power(dtype)),
     "small rows": Case(lambda dtype: planted(3000, WIDTH) * 10 ** -largest_power(dtype)),
     "by index": Case(lambda dtype: planted(3000, WIDTH, mean=1.0), every=3),
-    "by index, centered": Case(
-        lambda dtype: planted(3000, WIDTH, mean=1.0), center=True, every=3
-    ),
+    "by index, centered": Case(lambda dtype: planted(3000, WIDTH, mean=1.0), center=True, every=3),
 }
 
 

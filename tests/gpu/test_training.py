@@ -18,9 +18,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_trainer_in_mixed_precision(
-    precision: str, tmp_path: Path, device: torch.device
-) -> None:
+def test_a_trainer_in_mixed_precision(precision: str, tmp_path: Path, device: torch.device) -> None:
     model = get_peft_model(
         tiny_bert("classification"),
         LoraConfig(r=4, task_type="SEQ_CLS", target_modules="all-linear"),
