@@ -48,7 +48,7 @@ class Setting:
     def __init__(self, tiny: bool) -> None:
         self.tiny = tiny
         self.device = torch.device("cpu" if tiny else "cuda")
-        self.repeats = 1 if tiny else 5
+        self.repeats = 1 if tiny else 3
         self.peft_seconds = 0.5 if tiny else 40
 
     def wait(self) -> None:

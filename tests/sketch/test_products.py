@@ -81,3 +81,10 @@ def test_a_bad_row_of_16_bits_makes_the_sketch_void(bad: float) -> None:
     x[5, 7] = bad
     sketch.update(x)
     assert not bool(sketch.finite)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_a_choice_of_no_rows_adds_nothing(dtype: torch.dtype) -> None:
+    batches = [steep(dtype)]
+    none = torch.zeros(0, dtype=torch.int64)
+    assert sketched(batches, none, cast=False).rows == 0

@@ -28,7 +28,8 @@ class NonFiniteWatch:
         for group in self._shared_inputs.groups:
             by_device.setdefault(group.sketch.device, []).append(group)
         for groups in by_device.values():
-            is_finite = torch.stack([group.sketch.finite for group in groups]).tolist()
+            energies = torch.stack([group.sketch.watched_energy for group in groups])
+            is_finite = torch.isfinite(energies).tolist()
             for group, finite in zip(groups, is_finite, strict=True):
                 if not finite:
                     self._note(group, batch_number)

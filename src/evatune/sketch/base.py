@@ -98,7 +98,12 @@ class Sketch(ABC):
     @property
     def finite(self) -> Tensor:
         """() bool on the device: True if every row so far was finite, else the sketch is void."""
-        return torch.isfinite(self.energy)
+        return torch.isfinite(self.watched_energy)
+
+    @property
+    def watched_energy(self) -> Tensor:
+        """() a sum that is not finite if any row was not."""
+        return self.energy
 
     def merge(self, other: Self) -> None:
         """Add another sketch's rows to this one, as if this one had seen them too."""
@@ -201,48 +206,45 @@ class Sketch(ABC):
         """(d,) mean row minus the shift."""
         return self.row_sum / max(self.count, 1)
 
-    def _moved_energy(self, offset: Tensor) -> Tensor:
-        """() sum of squared norms about `shift + offset` when `offset` is the mean offset."""
-        moved = self.energy - self.count * offset.square().sum()
-        return moved.clamp_min(0)
-
     def _answer(self, directions: Tensor, energies: Tensor) -> Spectrum:
         """Return the spectrum of orthonormal rows (m, d) and summed energies (m,), descending."""
-        return self._spectrum_of(*to_cpu(self._measures(directions, energies)))
+        directions = fix_signs(directions[: self.components].float())
+        return self._spectrum_of(*to_cpu([directions, energies, *self._first_sums()]))
 
-    def _measures(self, directions: Tensor, energies: Tensor) -> list[Tensor]:
-        """Return all that such a spectrum is made of, on the device."""
-        k = self.components
-        offset = self._mean_offset()
-        count = max(self.count, 1)
-        total = self._moved_energy(offset) if self.center else self.energy
-        shift = offset.new_zeros(()) if self.shift is None else self.shift
-        return [
-            fix_signs(directions[:k].float()),
-            energies[:k].clamp_min(0) / count,
-            total / count,
-            (shift + offset).float(),
-            self._fresh,
-            self._fresh_energy,
-        ]
+    def _first_sums(self) -> list[Tensor]:
+        """Return what `_spectrum_of` needs of the sums, on the device."""
+        sums = [self.energy, self.row_sum, self._fresh, self._fresh_energy]
+        return sums if self.shift is None else [*sums, self.shift]
 
     def _spectrum_of(
         self,
         directions: Tensor,
         energies: Tensor,
-        total_energy: Tensor,
-        mean: Tensor,
-        *fresh: Tensor,
+        energy: Tensor,
+        row_sum: Tensor,
+        fresh: Tensor,
+        fresh_energy: Tensor,
+        shift: Tensor | None = None,
     ) -> Spectrum:
-        """Return the spectrum that was measured."""
+        """Return the spectrum, everything being on the CPU.
+
+        Args:
+            directions: (≤ k, d) float32, with signs as all spectra have them. energies: summed.
+        """
+        count = max(self.count, 1)
+        offset = row_sum / count
+        # sum of squared norms, about the mean if centered
+        total = energy
+        if self.center:
+            total = (energy - self.count * offset.square().sum()).clamp_min(0)
         return Spectrum(
             directions=directions.contiguous(),
-            energies=as_energies(energies),
-            total_energy=float(total_energy),
+            energies=as_energies(energies[: self.components].clamp_min(0) / count),
+            total_energy=float(total) / count,
             rows=self.count,
-            mean=mean,
+            mean=(offset if shift is None else shift + offset).float(),
             centered=self.center,
-            certificate=self._certificate_of(*fresh),
+            certificate=self._certificate_of(fresh, fresh_energy),
         )
 
 

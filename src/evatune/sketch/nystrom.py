@@ -16,7 +16,7 @@ that they capture on rows they have never seen: the certificate.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
 from typing import ClassVar, Self
@@ -45,10 +45,13 @@ POWER_STEPS = 2
 _STACK_BYTES = 16 << 20
 
 
-# Small matrices that one thread factorizes at a time.
-_PIECE = 4
-# Combinations (G, l, l) of the products that are eigenvectors, eigenvalues (G, l) and counts.
-_Solution = tuple[Tensor, Tensor, list[int]] | None
+@dataclass(frozen=True)
+class _Solution:
+    """The eigenpairs of a stack of sketches, by their products: see `eigenpairs_by_columns`."""
+
+    combinations: Tensor  # (G, l, l)
+    energies: Tensor  # (G, l)
+    counts: list[int]
 
 
 class NystromMoment(AdditiveSketch):
@@ -101,7 +104,7 @@ class NystromMoment(AdditiveSketch):
         return [answers[position] for position in range(len(sketches))]
 
     @classmethod
-    def _refresh_stack(cls, sketches: Sequence[Self], solution: _Solution) -> list[Spectrum]:
+    def _refresh_stack(cls, sketches: Sequence[Self], solution: _Solution | None) -> list[Spectrum]:
         """Refresh sketches of equal shape."""
         directions, energies, counts = cls._eigenpairs(sketches, solution)
         answers = cls._answers(sketches, directions, energies, counts)
@@ -149,7 +152,7 @@ class NystromMoment(AdditiveSketch):
 
     @staticmethod
     def _eigenpairs(
-        sketches: Sequence[NystromMoment], solution: _Solution
+        sketches: Sequence[NystromMoment], solution: _Solution | None
     ) -> tuple[Tensor, Tensor, list[int]]:
         """Return eigenvectors (G, l, d) as rows, eigenvalues (G, l) and counts of equal shapes.
 
@@ -158,8 +161,8 @@ class NystromMoment(AdditiveSketch):
         bases, products = _moments(sketches)
         if solution is None:
             return eigenpairs_of(nystrom_factors(bases, products, sketches[0]._COLUMN_RTOL))
-        combinations, energies, counts = solution
-        return combinations.to(products.device) @ products, energies.to(products.device), counts
+        combinations = solution.combinations.to(products.device)
+        return combinations @ products, solution.energies.to(products.device), solution.counts
 
     def _recenter(self) -> None:
         """Move the shift to the mean so far: the eigenpairs just taken are about that mean."""
@@ -256,15 +259,20 @@ class NystromSketch(NystromMoment, RowSketch):
     def _answers(
         cls, sketches: Sequence[Self], directions: Tensor, energies: Tensor, counts: list[int]
     ) -> list[Spectrum]:
-        """Return the spectra as each sketch's `_answer` does, with one wait for all of them."""
-        measures = [
-            sketch._measures(directions[position, :count], energies[position, :count])
-            for position, (sketch, count) in enumerate(zip(sketches, counts, strict=True))
-        ]
-        moved = iter(to_cpu([tensor for parts in measures for tensor in parts]))
+        """Return the spectra as each sketch's `_answer` does, with one wait for all their sums."""
+        leading = fix_signs(directions[:, : sketches[0].components].float())
+        sums = [sketch._first_sums() for sketch in sketches]
+        all_energies, *moved = to_cpu([energies, *chain(*sums)])
+        rest = iter(moved)
         return [
-            sketch._spectrum_of(*islice(moved, len(parts)))
-            for sketch, parts in zip(sketches, measures, strict=True)
+            sketch._spectrum_of(
+                leading[position, :count].to("cpu", copy=True),
+                all_energies[position, :count],
+                *islice(rest, len(parts)),
+            )
+            for position, (sketch, count, parts) in enumerate(
+                zip(sketches, counts, sums, strict=True)
+            )
         ]
 
     def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,8 +297,8 @@ def _moments(sketches: Sequence[NystromMoment]) -> tuple[Tensor, Tensor]:
     return bases, products
 
 
-def _solve(stacks: Sequence[Sequence[NystromMoment]]) -> list[_Solution]:
-    """Return what `eigenpairs_by_columns` says of each stack.
+def _solve(stacks: Sequence[Sequence[NystromMoment]]) -> list[_Solution | None]:
+    """Return what `eigenpairs_by_columns` says of each stack, None if it leaves out one of it.
 
     The small matrices go to the CPU, all at once and with one wait: a GPU takes a millisecond for
     each of their factorizations, one after another.
@@ -298,31 +306,22 @@ def _solve(stacks: Sequence[Sequence[NystromMoment]]) -> list[_Solution]:
     problems = []
     for stack in stacks:
         bases, products = _moments(stack)
-        problems.append(torch.stack([products @ bases.mT, products @ products.mT]))
-    pieces = [
-        (number, cores, grams, stacks[number][0]._COLUMN_RTOL)
-        for number, (all_cores, all_grams) in enumerate(to_cpu(problems))
-        for cores, grams in zip(
-            torch.split(all_cores, _PIECE), torch.split(all_grams, _PIECE), strict=True
-        )
-    ]
-    solutions: list[list[_Solution]] = [[] for _ in stacks]
-    # Threads of their own factorize small matrices several times faster than the main thread,
-    # whose BLAS puts all its threads to each one.
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        solved = pool.map(lambda piece: eigenpairs_by_columns(*piece[1:]), pieces)
-        for (number, *_), solution in zip(pieces, solved, strict=True):
-            solutions[number].append(solution)
-    return [_joined(parts) for parts in solutions]
-
-
-def _joined(parts: list[_Solution]) -> _Solution:
-    """Return the solutions of a stack's pieces as one, None if any is None."""
-    whole = [part for part in parts if part is not None]
-    if len(whole) < len(parts):
-        return None
-    combinations, energies, counts = zip(*whole, strict=True)
-    return torch.cat(combinations), torch.cat(energies), list(chain.from_iterable(counts))
+        problems.append(torch.stack([products @ bases.mT, products @ products.mT], dim=1))
+    solutions: dict[int, _Solution | None] = {}
+    by_size: dict[int, list[int]] = {}
+    moved = to_cpu(problems)
+    for number, problem in enumerate(moved):
+        by_size.setdefault(problem.shape[-1], []).append(number)
+    for numbers in by_size.values():
+        cores, grams = torch.cat([moved[number] for number in numbers]).unbind(1)
+        rtol = stacks[numbers[0]][0]._COLUMN_RTOL
+        combinations, energies, counts = eigenpairs_by_columns(cores, grams, rtol)
+        start = 0
+        for number in numbers:
+            part = slice(start, start := start + len(stacks[number]))
+            known = _Solution(combinations[part], energies[part], counts[part])
+            solutions[number] = known if all(known.counts) else None
+    return [solutions[number] for number in range(len(stacks))]
 
 
 def random_rows(width: int, count: int, seed: int) -> Tensor:

@@ -39,10 +39,10 @@ def thin_product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float32:
         terms, back = _split(a, b.dtype)  # (t, n, k)
         products = _multiply(terms.flatten(0, 1), b)
-        return _rescaled(products.view(len(terms), len(a), -1).sum(0), back)
+        return _rescaled(products.view(len(terms), len(a), b.shape[1]).sum(0), back)
     terms, back = _split(b.T, a.dtype)  # (t, m, k)
     products = _multiply(a, terms.flatten(0, 1).T)
-    summed = products.view(len(a), len(terms), -1).sum(1)
+    summed = products.view(len(a), len(terms), b.shape[1]).sum(1)
     return _rescaled(summed, None if back is None else back.T)
 
 
@@ -56,7 +56,7 @@ def _multiply(a: Tensor, b: Tensor) -> Tensor:
 def _split(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Return terms (t, n, k) whose sum, times a factor (n, 1) if there is one, is `vectors`."""
     back = None
-    if dtype == torch.float16:
+    if dtype == torch.float16 and vectors.numel():
         _, exponent = torch.frexp(vectors.abs().amax(1, keepdim=True))
         power = (exponent - 15).clamp(-126, 126).to(vectors.dtype)
         vectors, back = vectors * torch.exp2(-power), torch.exp2(power)

@@ -64,8 +64,8 @@ class RegressionSketch(NystromMoment, ExampleSketch):
         self.gradient_energy = self._zeros()
 
     @property
-    def finite(self) -> Tensor:
-        return torch.isfinite(self.energy) & torch.isfinite(self.gradient_energy)
+    def watched_energy(self) -> Tensor:
+        return self.energy + self.gradient_energy
 
     # -- examples ----------------------------------------------------------------------------------
 

@@ -287,11 +287,11 @@ def empty(width: int, centered: bool = False) -> Spectrum:
 
 
 def fix_signs(directions: Tensor) -> Tensor:
-    """Flip rows of (k, d) so that their largest entry in magnitude, or the first such, is > 0."""
+    """Flip rows of (…, k, d) whose largest entry in magnitude, or the first such, is negative."""
     if directions.numel() == 0:
         return directions
-    largest = directions.abs().argmax(dim=1, keepdim=True)
-    pivot = directions.gather(1, largest)
+    largest = directions.abs().argmax(dim=-1, keepdim=True)
+    pivot = directions.gather(-1, largest)
     return torch.where(pivot < 0, -directions, directions)
 
 
