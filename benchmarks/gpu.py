@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import time
 import warnings
@@ -332,19 +333,17 @@ class Enough(Exception):
     """PEFT had its time."""
 
 
-class Bounded:
-    """Batches until a time is over."""
+class Counting:
+    """Batches, counted as they are read."""
 
-    def __init__(self, batches: list[Any], seconds: float) -> None:
-        self.batches, self.deadline, self.read = batches, time.perf_counter() + seconds, 0
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches, self.read = batches, 0
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.batches:
-            if time.perf_counter() > self.deadline:
-                raise Enough
             self.read += 1
             yield batch
 
@@ -359,12 +358,19 @@ def against_peft(model: nn.Module, batches: list[Any], setting: Setting) -> dict
     calibration = evatune.initialize(ours, batches)
     model = ours.unload()
     theirs = adapted(model, init_lora_weights="eva", eva_config=EvaConfig(rho=RHO))
-    loader = Bounded(batches * 16, setting.peft_seconds)
+    loader = Counting(batches * 16)
+
+    def enough(*_: object) -> None:
+        raise Enough
 
     def run() -> bool:
+        # between two layers too: a batch of PEFT's takes a minute at LLM width
+        signal.signal(signal.SIGALRM, enough)
+        signal.setitimer(signal.ITIMER_REAL, setting.peft_seconds)
         with warnings.catch_warnings(), suppress(Enough):
             warnings.simplefilter("ignore")
             get_eva_state_dict(theirs, loader, show_progress_bar=False)
+            signal.setitimer(signal.ITIMER_REAL, 0)
             return True
         return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Self
 
 import torch
@@ -19,6 +20,10 @@ _CORE_RTOL = 1e-6
 
 # Cores of which all eigenvalues are above this lose nothing by the short way to eigenpairs.
 _CORE_MARGIN = 1e-3
+# Small matrices are factorized by so many threads at most, so many at a time. The main thread would
+# put all threads of BLAS and OpenMP to each step, and wait for them longer than the step takes:
+# several times as long in all, on two cores and on sixteen.
+_THREADS, _PIECE = 4, 8
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,16 @@ def eigenpairs_by_columns(
     Args:
         cores: (G, l, l) float64, ΩᵀY. grams: (G, l, l) float64, YᵀY.
     """
+    pieces = torch.split(cores, _PIECE), torch.split(grams, _PIECE)
+    with ThreadPoolExecutor(min(_THREADS, torch.get_num_threads())) as pool:
+        solved = list(pool.map(_by_columns, *pieces, repeat(column_rtol)))
+    combinations, values, counts = zip(*solved, strict=True)
+    return torch.cat(combinations), torch.cat(values), list(chain.from_iterable(counts))
+
+
+def _by_columns(
+    cores: Tensor, grams: Tensor, column_rtol: float
+) -> tuple[Tensor, Tensor, list[int]]:
     core, inverse, floor = _unit_diagonal(cores, column_rtol)
     margin = (2 * floor).clamp_min(_CORE_MARGIN)
     identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
@@ -144,25 +159,10 @@ def _unit_diagonal(cores: Tensor, column_rtol: float) -> tuple[Tensor, Tensor, T
 
 def _combinations(grams: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """Return T (G, l, l) with T·F orthonormal rows, eigenvalues and counts, for grams FFᵀ."""
-    values, vectors = _eigh_each(grams)
+    values, vectors = torch.linalg.eigh(grams)
     values, vectors = values.flip(-1), vectors.flip(-1)
     floor = max(COLUMN_RTOL**2, torch.finfo(grams.dtype).eps)
     above_rounding = (values > 0) & (values > values[:, :1] * floor)
     weights = torch.where(above_rounding, values.rsqrt(), 0.0)
     counts = above_rounding.sum(-1).tolist()
     return (vectors * weights[:, None, :]).mT, torch.where(above_rounding, values, 0.0), counts
-
-
-def _eigh_each(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues (G, l), ascending, and eigenvectors as columns of (G, l, l) matrices.
-
-    On a CPU by threads of their own, which are several times as fast as the main thread: its BLAS
-    puts all its threads to each small matrix.
-    """
-    if matrices.device.type != "cpu":
-        values, vectors = torch.linalg.eigh(matrices)
-        return values, vectors
-    parts = matrices.chunk(torch.get_num_threads())
-    with ThreadPoolExecutor(len(parts)) as pool:
-        solved = list(pool.map(torch.linalg.eigh, parts))
-    return torch.cat([one[0] for one in solved]), torch.cat([one[1] for one in solved])
