@@ -88,3 +88,19 @@ def test_a_rate_of_numpys_is_a_rate_and_an_unknown_scale_names_those_there_are(
     assert calibration.learning_rate(np.float64(1e-3)) == calibration.learning_rate(1e-3)
     with pytest.raises(ConfigError, match=r"scale is 'big'; choose one of .*whiten-matched"):
         calibration.learning_rate(1e-3, scale="big")
+
+
+def test_results_are_shown_in_one_line(calibration: evatune.Calibration) -> None:
+    assert repr(every_outcome()) == (
+        "<Calibration of Faulty: 5 layers with 3 inputs, 6 batches; 1 data_exhausted, 1 no_signal,"
+        " 1 non_finite, 1 too_few_rows, 1 never_called>"
+    )
+    plan = calibration.allocate()
+    spectrum = next(iter(calibration.spectra.values()))
+    for shown in (repr(calibration), repr(plan), repr(spectrum)):
+        assert len(shown) < 160, shown
+        assert "\n" not in shown
+    assert f"{sum(plan.ranks.values())} ranks" in repr(plan)
+    assert f"{len(spectrum.energies)} of {spectrum.directions.shape[1]} directions" in repr(
+        spectrum
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -176,6 +177,16 @@ class Calibration(CalibrationData):
         total = sum(map(len, failed.values()))
         raise LayerError(
             f"{total} of {len(self.status)} layers cannot be initialized: " + ". ".join(lines)
+        )
+
+    def __repr__(self) -> str:
+        """Return one line: what was calibrated, on how much, and how it ended."""
+        statuses = Counter(str(status) for status in self.status.values())
+        ended = ", ".join(f"{count} {status}" for status, count in statuses.most_common())
+        inputs = {layer.input for layer in self.layers.values()} - {None}
+        return (
+            f"<Calibration of {self.model or 'a model'}: {len(self.layers)} layers with"
+            f" {len(inputs)} inputs, {self.batches} batches; {ended}>"
         )
 
     def _explained(self, name: str) -> str:

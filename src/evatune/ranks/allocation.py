@@ -44,6 +44,15 @@ class RankPlan:
     # the same with `rank` in every layer, or its cap where it has one of its own
     uniform_parameters: int
 
+    def __repr__(self) -> str:
+        """Return one line: how far ranks were spread, and what they cost."""
+        ranks = self.ranks.values()
+        return (
+            f"<RankPlan of {len(ranks)} layers: {sum(ranks)} ranks, {min(ranks, default=0)} to"
+            f" {max(ranks, default=0)} where LoRA has {self.rank}; {self.parameters} parameters,"
+            f" LoRA {self.uniform_parameters}>"
+        )
+
 
 def allocate(
     layers: Mapping[str, Candidate],

@@ -90,6 +90,15 @@ class Spectrum:
     # "regression" asks, as they whiten x; None: the directions themselves
     mixing: Tensor | None = None
 
+    def __repr__(self) -> str:
+        """Return one line: how many directions, and what they hold."""
+        count, width = self.directions.shape
+        share = float(self.explained_variance_ratio.sum())
+        return (
+            f"<Spectrum of {self.rows} rows: {count} of {width} directions,"
+            f" {100 * share:.1f} % of the energy>"
+        )
+
     @property
     def explained_variance_ratio(self) -> Tensor:
         """Share of the total energy per direction, shape (k,), float32."""
