@@ -36,14 +36,14 @@ def test_a_product_keeps_sixteen_bits_of_the_vectors(dtype: torch.dtype) -> None
 @pytest.mark.parametrize("scale", [2.0**-60, 2.0**60])
 def test_float16_takes_vectors_beyond_its_own_range(scale: float) -> None:
     x = steep(torch.float16)
-    vectors = torch.linalg.qr(torch.randn(96, 20))[0]
+    vectors = planted(96, 20)
     assert torch.equal(thin_product(x, scale * vectors), scale * thin_product(x, vectors))
 
 
 def sketched(batches: list[Tensor], index: Tensor | None, *, cast: bool) -> Spectrum:
     sketch = build("nystrom", batches[0].shape[1], 16)
     assert isinstance(sketch, NystromSketch)
-    sketch._takes_16_bits = not cast
+    sketch._uncast_rows = 0 if cast else 100  # two pieces a batch
     for batch in batches:
         sketch.update(batch, index)
         sketch.refresh()
@@ -74,7 +74,7 @@ def test_a_sketch_loses_nothing_by_rows_of_16_bits(dtype: torch.dtype, chosen: b
 def test_a_bad_row_of_16_bits_makes_the_sketch_void(bad: float) -> None:
     sketch = build("nystrom", 96, 16)
     assert isinstance(sketch, NystromSketch)
-    sketch._takes_16_bits = True
+    sketch._uncast_rows = 1024
     x = steep(torch.bfloat16)
     sketch.update(x)
     assert bool(sketch.finite)
@@ -88,3 +88,16 @@ def test_a_choice_of_no_rows_adds_nothing(dtype: torch.dtype) -> None:
     batches = [steep(dtype)]
     none = torch.zeros(0, dtype=torch.int64)
     assert sketched(batches, none, cast=False).rows == 0
+
+
+@pytest.mark.parametrize("size", [1e15, 3e18])
+def test_rows_whose_products_overflow_make_the_sketch_void(size: float) -> None:
+    sketch = build("nystrom", 96, 16)
+    assert isinstance(sketch, NystromSketch)
+    sketch._uncast_rows = 1024
+    x = planted(512, 96)
+    rows = (size * x / torch.linalg.vector_norm(x, dim=1, keepdim=True)).bfloat16()
+    sketch.update(rows)
+    assert bool(sketch.finite) == (size < 1e18)
+    if size < 1e18:
+        assert len(sketch.spectrum().energies) == 16

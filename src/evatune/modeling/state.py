@@ -36,25 +36,40 @@ def full_precision(device: torch.device | None) -> Iterator[None]:
 
 @contextmanager
 def _ieee_products() -> Iterator[None]:
-    """Compute float32 products in full, whatever `torch.set_float32_matmul_precision` was told."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
-        legacy = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
+    """Compute float32 products, and sums of 16-bit ones, in full, whatever torch was told."""
+    with _float32_sums():
+        if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
+            legacy = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(legacy)
+            return
+        libraries: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
+        backends: list[Any] = [library.matmul for library in libraries]
+        before = [backend.fp32_precision for backend in backends]
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(legacy)
-        return
-    libraries: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
-    backends: list[Any] = [library.matmul for library in libraries]
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision
+
+
+@contextmanager
+def _float32_sums() -> Iterator[None]:
+    """Add products of float16 numbers up in float32."""
+    backend: Any = torch.backends.cuda.matmul
+    before = getattr(backend, "allow_fp16_accumulation", False)  # none before torch 2.7
+    if before:
+        backend.allow_fp16_accumulation = False
     try:
         yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        if before:
+            backend.allow_fp16_accumulation = True
 
 
 @contextmanager

@@ -213,8 +213,8 @@ class Sketch(ABC):
 
     def _first_sums(self) -> list[Tensor]:
         """Return what `_spectrum_of` needs of the sums, on the device."""
-        sums = [self.energy, self.row_sum, self._fresh, self._fresh_energy]
-        return sums if self.shift is None else [*sums, self.shift]
+        shift = self.row_sum.new_zeros(self.width) if self.shift is None else self.shift
+        return [self.energy, self.row_sum, self._fresh, self._fresh_energy, shift]
 
     def _spectrum_of(
         self,
@@ -224,7 +224,7 @@ class Sketch(ABC):
         row_sum: Tensor,
         fresh: Tensor,
         fresh_energy: Tensor,
-        shift: Tensor | None = None,
+        shift: Tensor,
     ) -> Spectrum:
         """Return the spectrum, everything being on the CPU.
 
@@ -238,11 +238,12 @@ class Sketch(ABC):
         if self.center:
             total = (energy - self.count * offset.square().sum()).clamp_min(0)
         return Spectrum(
-            directions=directions.contiguous(),
+            # no view of what others have a part of as well
+            directions=directions.clone(memory_format=torch.contiguous_format),
             energies=as_energies(energies[: self.components].clamp_min(0) / count),
             total_energy=float(total) / count,
             rows=self.count,
-            mean=(offset if shift is None else shift + offset).float(),
+            mean=(shift + offset).float(),
             centered=self.center,
             certificate=self._certificate_of(fresh, fresh_energy),
         )

@@ -20,9 +20,8 @@ _CORE_RTOL = 1e-6
 
 # Cores of which all eigenvalues are above this lose nothing by the short way to eigenpairs.
 _CORE_MARGIN = 1e-3
-# Small matrices are factorized by so many threads at most, so many at a time. The main thread would
-# put all threads of BLAS and OpenMP to each step, and wait for them longer than the step takes:
-# several times as long in all, on two cores and on sixteen.
+# Small matrices are factorized by so many threads at most, so many at a time: the main thread alone
+# puts all threads of OpenMP to steps of large stacks, and waits for them longer than a step takes.
 _THREADS, _PIECE = 4, 8
 
 
@@ -86,7 +85,7 @@ def nystrom_factors(bases: Tensor, products: Tensor, column_rtol: float = COLUMN
     Both are (G, l, d) float64. Rows that would only be rounding are zero.
     """
     core, inverse, floor = _unit_diagonal(products @ bases.mT, column_rtol)
-    values, vectors = torch.linalg.eigh(core)
+    values, vectors = _eigh(core)
     roots = torch.where(values > floor[:, None], values.rsqrt(), 0.0)
     weighted = inverse[:, :, None] * vectors * roots[:, None, :]
     factors: Tensor = weighted.mT @ products
@@ -109,15 +108,18 @@ def eigenpairs_by_columns(
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Return T (G, l, l) with T·Yᵀ the eigenvectors of Y (ΩᵀY)⁺ Yᵀ, eigenvalues and their counts.
 
-    It is `eigenpairs_of(nystrom_factors(…))` by small matrices alone, and with one factorization
-    less: F = L⁻¹Yᵀ for LLᵀ = ΩᵀY, and so FFᵀ = L⁻¹ YᵀY L⁻ᵀ. The count is 0 where a column holds
-    rounding, or next to nothing that the others do not: of such cores L⁻¹ loses digits.
+    It is `eigenpairs_of(nystrom_factors(…))` by small matrices alone, and with one
+    eigendecomposition less: F = L⁻¹Yᵀ for LLᵀ = ΩᵀY, and so FFᵀ = L⁻¹ YᵀY L⁻ᵀ. The count is 0 where
+    a column holds rounding, or next to nothing that the others do not: of such cores L⁻¹ loses
+    digits. It is 0 in float32, too, whose range YᵀY leaves.
 
     Args:
         cores: (G, l, l) float64, ΩᵀY. grams: (G, l, l) float64, YᵀY.
     """
     pieces = torch.split(cores, _PIECE), torch.split(grams, _PIECE)
-    with ThreadPoolExecutor(min(_THREADS, torch.get_num_threads())) as pool:
+    workers = min(_THREADS, torch.get_num_threads())
+    # asked for in a worker, the number of threads becomes its own; else each would take all cores
+    with ThreadPoolExecutor(workers, initializer=torch.get_num_threads) as pool:
         solved = list(pool.map(_by_columns, *pieces, repeat(column_rtol)))
     combinations, values, counts = zip(*solved, strict=True)
     return torch.cat(combinations), torch.cat(values), list(chain.from_iterable(counts))
@@ -130,6 +132,7 @@ def _by_columns(
     margin = (2 * floor).clamp_min(_CORE_MARGIN)
     identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
     clear = torch.linalg.cholesky_ex(core - margin[:, None, None] * identity).info == 0
+    clear &= core.dtype == torch.float64
     lower = torch.linalg.cholesky_ex(torch.where(clear[:, None, None], core, identity)).L
     whitening = torch.linalg.solve_triangular(lower, torch.diag_embed(inverse), upper=False)
     whitened = torch.where(clear[:, None, None], whitening @ grams @ whitening.mT, identity)
@@ -159,10 +162,16 @@ def _unit_diagonal(cores: Tensor, column_rtol: float) -> tuple[Tensor, Tensor, T
 
 def _combinations(grams: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """Return T (G, l, l) with T·F orthonormal rows, eigenvalues and counts, for grams FFᵀ."""
-    values, vectors = torch.linalg.eigh(grams)
+    values, vectors = _eigh(grams)
     values, vectors = values.flip(-1), vectors.flip(-1)
     floor = max(COLUMN_RTOL**2, torch.finfo(grams.dtype).eps)
     above_rounding = (values > 0) & (values > values[:, :1] * floor)
     weights = torch.where(above_rounding, values.rsqrt(), 0.0)
     counts = above_rounding.sum(-1).tolist()
     return (vectors * weights[:, None, :]).mT, torch.where(above_rounding, values, 0.0), counts
+
+
+def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues (G, l), ascending, and eigenvectors (G, l, l), found on the CPU."""
+    values, vectors = torch.linalg.eigh(matrices.cpu())
+    return values.to(matrices.device), vectors.to(matrices.device)

@@ -43,6 +43,8 @@ POWER_STEPS = 2
 # Sketches are refreshed together up to this many bytes of products, of which that needs a few
 # copies.
 _STACK_BYTES = 16 << 20
+# Temporaries of an update with rows of 16 bits.
+_UNCAST_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,17 @@ class _Solution:
 
     combinations: Tensor  # (G, l, l)
     energies: Tensor  # (G, l)
-    counts: list[int]
+    counts: list[int]  # 0: it is silent about this one
+
+    def parts(self) -> Iterator[tuple[list[int], _Solution | None]]:
+        """Yield the places in the stack that it tells, and those that it does not, with None."""
+        told = [place for place, count in enumerate(self.counts) if count]
+        untold = [place for place, count in enumerate(self.counts) if not count]
+        if told:
+            counts = [self.counts[place] for place in told]
+            yield told, _Solution(self.combinations[told], self.energies[told], counts)
+        if untold:
+            yield untold, None
 
 
 class NystromMoment(AdditiveSketch):
@@ -88,7 +100,8 @@ class NystromMoment(AdditiveSketch):
     # -- the answer, and the next basis ------------------------------------------------------------
 
     def spectrum(self) -> Spectrum:
-        directions, energies, (count,) = self._eigenpairs([self], _solve([[self]])[0])
+        ((_, solution),) = _solve([[self]])[0].parts()
+        directions, energies, (count,) = self._eigenpairs([self], solution)
         return self._answer(directions[0, :count], energies[0, :count])
 
     def leading(self, count: int) -> Tensor:
@@ -97,10 +110,13 @@ class NystromMoment(AdditiveSketch):
     @classmethod
     def refresh_together(cls, sketches: Sequence[Self]) -> list[Spectrum]:
         answers: dict[int, Spectrum] = {}
-        positions = list(_stackable(sketches))
-        stacks = [[sketches[position] for position in part] for part in positions]
-        for part, stack, solution in zip(positions, stacks, _solve(stacks), strict=True):
-            answers.update(zip(part, cls._refresh_stack(stack, solution), strict=True))
+        stacks = list(_stackable(sketches))
+        solutions = _solve([[sketches[position] for position in stack] for stack in stacks])
+        for stack, solution in zip(stacks, solutions, strict=True):
+            for places, part in solution.parts():
+                positions = [stack[place] for place in places]
+                spectra = cls._refresh_stack([sketches[place] for place in positions], part)
+                answers.update(zip(positions, spectra, strict=True))
         return [answers[position] for position in range(len(sketches))]
 
     @classmethod
@@ -158,9 +174,10 @@ class NystromMoment(AdditiveSketch):
 
         Descending; about the mean when centering. Beyond the count both are zero.
         """
-        bases, products = _moments(sketches)
+        products = _products(sketches)
         if solution is None:
-            return eigenpairs_of(nystrom_factors(bases, products, sketches[0]._COLUMN_RTOL))
+            factors = nystrom_factors(_bases(sketches), products, sketches[0]._COLUMN_RTOL)
+            return eigenpairs_of(factors)
         combinations = solution.combinations.to(products.device)
         return combinations @ products, solution.energies.to(products.device), solution.counts
 
@@ -244,7 +261,9 @@ class NystromSketch(NystromMoment, RowSketch):
 
     def __init__(self, settings: SketchSettings) -> None:
         super().__init__(settings)
-        self._takes_16_bits = not self.center and takes_16_bits(self.device)
+        if not self.center and takes_16_bits(self.device):
+            # the products take some 24 bytes of each row and column
+            self._uncast_rows = max(1024, _UNCAST_BYTES // (24 * len(self._padded)))
 
     def _initialize(self, rows: SelectedRows) -> Tensor:
         first_rows = super()._initialize(rows)
@@ -259,21 +278,16 @@ class NystromSketch(NystromMoment, RowSketch):
     def _answers(
         cls, sketches: Sequence[Self], directions: Tensor, energies: Tensor, counts: list[int]
     ) -> list[Spectrum]:
-        """Return the spectra as each sketch's `_answer` does, with one wait for all their sums."""
+        """Return the spectra as each sketch's `_answer` does, with one transfer for each dtype."""
         leading = fix_signs(directions[:, : sketches[0].components].float())
         sums = [sketch._first_sums() for sketch in sketches]
-        all_energies, *moved = to_cpu([energies, *chain(*sums)])
+        all_directions, all_energies, *moved = to_cpu([leading, energies, *chain(*sums)])
         rest = iter(moved)
-        return [
-            sketch._spectrum_of(
-                leading[position, :count].to("cpu", copy=True),
-                all_energies[position, :count],
-                *islice(rest, len(parts)),
-            )
-            for position, (sketch, count, parts) in enumerate(
-                zip(sketches, counts, sums, strict=True)
-            )
-        ]
+        answers = []
+        for position, (sketch, count) in enumerate(zip(sketches, counts, strict=True)):
+            parts = all_directions[position, :count], all_energies[position, :count]
+            answers.append(sketch._spectrum_of(*parts, *islice(rest, len(sums[position]))))
+        return answers
 
     def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         projected = thin_product(chunk, self._padded.T)  # (n, l + 1)
@@ -286,41 +300,45 @@ class NystromSketch(NystromMoment, RowSketch):
         return moment[-1], moment[:-1], squares
 
 
-def _moments(sketches: Sequence[NystromMoment]) -> tuple[Tensor, Tensor]:
-    """Return bases and products (G, l, d) of sketches of equal shape, about the mean if asked."""
-    bases = torch.stack([sketch.basis for sketch in sketches]).to(sketches[0].dtype)
+def _bases(sketches: Sequence[NystromMoment]) -> Tensor:
+    """(G, l, d), of sketches of equal shape."""
+    return torch.stack([sketch.basis for sketch in sketches]).to(sketches[0].dtype)
+
+
+def _products(sketches: Sequence[NystromMoment]) -> Tensor:
+    """(G, l, d), of sketches of equal shape; about the mean if they center."""
     products = torch.stack([sketch.product for sketch in sketches])
     if sketches[0].center:
-        for basis, product, sketch in zip(bases, products, sketches, strict=True):
+        for product, sketch in zip(products, sketches, strict=True):
             offset = sketch._mean_offset()
-            product -= sketch.count * torch.outer(basis @ offset, offset)
-    return bases, products
+            projected = sketch.basis.to(sketch.dtype) @ offset
+            product -= sketch.count * torch.outer(projected, offset)
+    return products
 
 
-def _solve(stacks: Sequence[Sequence[NystromMoment]]) -> list[_Solution | None]:
-    """Return what `eigenpairs_by_columns` says of each stack, None if it leaves out one of it.
+def _solve(stacks: Sequence[Sequence[NystromMoment]]) -> list[_Solution]:
+    """Return what `eigenpairs_by_columns` says of each stack.
 
     The small matrices go to the CPU, all at once and with one wait: a GPU takes a millisecond for
     each of their factorizations, one after another.
     """
     problems = []
     for stack in stacks:
-        bases, products = _moments(stack)
+        bases, products = _bases(stack), _products(stack)
         problems.append(torch.stack([products @ bases.mT, products @ products.mT], dim=1))
-    solutions: dict[int, _Solution | None] = {}
-    by_size: dict[int, list[int]] = {}
+    solutions: dict[int, _Solution] = {}
+    alike: dict[tuple[int, torch.dtype], list[int]] = {}
     moved = to_cpu(problems)
     for number, problem in enumerate(moved):
-        by_size.setdefault(problem.shape[-1], []).append(number)
-    for numbers in by_size.values():
+        alike.setdefault((problem.shape[-1], problem.dtype), []).append(number)
+    for numbers in alike.values():
         cores, grams = torch.cat([moved[number] for number in numbers]).unbind(1)
         rtol = stacks[numbers[0]][0]._COLUMN_RTOL
         combinations, energies, counts = eigenpairs_by_columns(cores, grams, rtol)
         start = 0
         for number in numbers:
             part = slice(start, start := start + len(stacks[number]))
-            known = _Solution(combinations[part], energies[part], counts[part])
-            solutions[number] = known if all(known.counts) else None
+            solutions[number] = _Solution(combinations[part], energies[part], counts[part])
     return [solutions[number] for number in range(len(stacks))]
 
 

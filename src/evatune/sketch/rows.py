@@ -15,8 +15,6 @@ from evatune.sketch.base import InputSketch, SketchSettings, SketchUpdate
 # Casting, gathering and centering go through buffers of this size instead of a second copy of the
 # activation. On an accelerator each buffer costs a dozen launches, in which 64 MiB could be read.
 _CHUNK_BYTES, _CHUNK_BYTES_ACCELERATOR = 8 << 20, 64 << 20
-# Rows of 16 bits that need none of that, of which the products take a few bytes per column each.
-_CHUNK_ROWS = 1 << 16
 # Rows that choose an empty sketch's shift and basis. Half as many cost the Nyström sketch a third
 # of a per cent of the energy in the worst layer of MiniLM, sixteen batches later.
 _FIRST_ROWS = 1024
@@ -61,8 +59,8 @@ class RowSketch(InputSketch):
     squared, which changes no bit otherwise, and their sums are divided by it again. So any finite
     row within 1e±30 counts. On a CPU each update is looked at, and most need no factor; on an
     accelerator, where looking is waiting, the first rows choose it, and later ones may be 1e±15 of
-    them. On Apple's MPS, without float64, there is none, nor for rows of 16 bits that are not cast,
-    of which those within 1e±18 count.
+    them. On Apple's MPS, without float64, there is none, nor for rows of 16 bits that are not cast:
+    of those, up to about 1e16 and down to 1e-18 count.
     """
 
     def __init__(self, settings: SketchSettings) -> None:
@@ -71,16 +69,15 @@ class RowSketch(InputSketch):
         # () float64, a power of two for rows before they are squared
         self._scale: Tensor | None = None
         self._may_look = self.device.type == "cpu"  # at values, for nothing
-        self._takes_16_bits = False  # without a cast
+        self._uncast_rows = 0  # of 16 bits, that are multiplied as they are, so many at a time
 
     def summarize(self, x: Tensor, index: Tensor | None = None) -> SketchUpdate:
         """Return the sums over rows of any float dtype and any strides, read once as a rule."""
         rows = SelectedRows(x, index)
         if self.shift is None and len(rows):
             self._initialize(rows)
-        if self._takes_16_bits and x.dtype in (torch.bfloat16, torch.float16):
-            copied = rows.index is not None
-            return self._sum(rows.chunks(self._chunk_rows(x.dtype) if copied else _CHUNK_ROWS))
+        if self._uncast_rows and x.dtype in (torch.bfloat16, torch.float16):
+            return self._sum_uncast(rows)
         if self._scale is None and not self._may_look and self.dtype == torch.float64:
             first_rows = rows.first(_FIRST_ROWS)
             self._scale = power_of_two(first_rows.to(self.dtype))
@@ -122,6 +119,15 @@ class RowSketch(InputSketch):
             moment=self._unscaled_moment(update.moment, back),
             fresh=update.fresh * back.square(),
         )
+
+    def _sum_uncast(self, rows: SelectedRows) -> SketchUpdate:
+        size = self._uncast_rows
+        if rows.index is not None:  # they are gathered
+            size = min(size, self._chunk_rows(rows.x.dtype))
+        update = self._sum(rows.chunks(size))
+        # of rows whose products overflow float32 this does too, and makes the sketch void
+        update.energy = update.energy.float()
+        return update
 
     def _sum(self, chunks: Iterator[Tensor]) -> SketchUpdate:
         updates = [self._sum_chunk(chunk) for chunk in chunks]
