@@ -175,7 +175,7 @@ def _spectrum(
 
 def _layer_facts(layer: CalibratedLayer, status: Status) -> dict[str, Any]:
     """Return a layer as the file has it; `_layer_of` reads it."""
-    return {
+    facts = {
         "in_features": layer.spec.in_features,
         "out_features": layer.spec.out_features,
         "input": layer.input,
@@ -186,8 +186,10 @@ def _layer_facts(layer: CalibratedLayer, status: Status) -> dict[str, Any]:
         "groups": layer.spec.groups,
         "unit": layer.spec.rank_group,
         "status": status,
-        "estimated_missed": layer.estimated_missed,
     }
+    if layer.estimated_missed is not None:  # older files have none
+        facts["estimated_missed"] = layer.estimated_missed
+    return facts
 
 
 def _layer_of(name: str, facts: LayerRecord) -> CalibratedLayer:
