@@ -14,6 +14,7 @@ written after each stream, and streams that it has are left out; the last line i
 from __future__ import annotations
 
 import argparse
+import bisect
 import itertools
 import json
 import random
@@ -280,7 +281,12 @@ def measure(stream: Stream, peft_seconds: float) -> dict[str, Any]:
         "estimated_missed": estimate,
         "estimate_over_truth": estimate / missed if estimate else None,
     }
-    return found | _beside_peft(stream, truth, peft_seconds)
+    found |= _beside_peft(stream, truth, peft_seconds)
+    to_peft = found["seconds_to_peft"]
+    return found | {
+        "whole_faster": found["peft_seconds"] / seconds,
+        "faster_to_peft": found["peft_seconds"] / to_peft if to_peft else None,
+    }
 
 
 def _counts(values: Sequence[str]) -> dict[str, int]:
@@ -325,50 +331,45 @@ def _beside_peft(stream: Stream, truth: Truth, peft_seconds: float) -> dict[str,
         seconds, state = timed(lambda: get_eva_state_dict(theirs, loader, show_progress_bar=False))
     directions = {name.removeprefix("base_model.model."): v for name, v in state.items()}
     ranks = {name: len(v) for name, v in directions.items()}
-    found: dict[str, Any] = {
+    goal = statistics.fmean(truth.shares(directions, center=True).values())
+    found = {
         "peft_seconds": seconds,
         "peft_batches": loader.read,
         "peft_finished": not loader.stopped,
+        "peft_captured_centered": goal,
+        "peft_captured": statistics.fmean(truth.shares(directions, center=False).values()),
     }
-    for center in (True, False):
-        way = "centered" if center else "uncentered"
-        quality = statistics.fmean(truth.shares(directions, center=center).values())
-        found[f"peft_captured_{way}"] = quality
-        if center:
-            goal = quality
-    for center in (True, False):
-        way = "centered" if center else "uncentered"
-        found |= {
-            f"{way}_{key}": value
-            for key, value in _time_to(stream, truth, ranks, goal, center=center).items()
-        }
-        ours = found[f"{way}_seconds_to_peft"]
-        found[f"{way}_faster_than_peft"] = seconds / ours if ours else None
-    return found
+    return found | _time_to(stream, truth, ranks, goal)
 
 
-def _time_to(
-    stream: Stream, truth: Truth, ranks: Mapping[str, int], goal: float, *, center: bool
-) -> dict[str, Any]:
-    """The time in which we reach as much centered energy at the same ranks, at a refresh."""
-    quality = 0.0
-    for count in filter(is_refresh, range(1, len(stream.seen) + 1)):
-        config = evatune.CalibrationConfig(tolerance=0, max_batches=count, center=center)
+def _time_to(stream: Stream, truth: Truth, ranks: Mapping[str, int], goal: float) -> dict[str, Any]:
+    """The time in which `center=True` reaches as much centered energy at the same ranks.
+
+    At the end of a refresh, found by bisection, as what is captured grows with the batches.
+    """
+    counts = [count for count in range(1, len(stream.seen) + 1) if is_refresh(count)]
+    found: dict[int, tuple[float, float]] = {}
+
+    def quality(count: int) -> float:
+        config = evatune.CalibrationConfig(tolerance=0, max_batches=count, center=True)
         batches = stream.seen[:count]
         seconds, calibration = timed(
-            lambda batches=batches, config=config: evatune.calibrate(  # type: ignore[misc]
-                stream.model, batches, config, targets=TARGETS[stream.name]
-            )
+            lambda: evatune.calibrate(stream.model, batches, config, targets=TARGETS[stream.name])
         )
         shares = truth.shares(leading(calibration, ranks), center=True)
-        quality = sum(shares.values()) / len(ranks)
-        if quality >= goal:
-            return {
-                "seconds_to_peft": seconds,
-                "batches_to_peft": count,
-                "captured_then": quality,
-            }
-    return {"seconds_to_peft": None, "batches_to_peft": None, "captured_then": quality}
+        found[count] = sum(shares.values()) / len(ranks), seconds
+        return found[count][0]
+
+    place = bisect.bisect_left(counts, goal, key=quality)
+    if place == len(counts):
+        best = max(captured for captured, _ in found.values())
+        return {"batches_to_peft": None, "seconds_to_peft": None, "captured_then": best}
+    captured, seconds = found[counts[place]]
+    return {
+        "batches_to_peft": counts[place],
+        "seconds_to_peft": seconds,
+        "captured_then": captured,
+    }
 
 
 # -- what comes of it ------------------------------------------------------------------------------
@@ -377,39 +378,38 @@ def _time_to(
 def summary(streams: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Figures over all streams in which the rule can know what it needs."""
     known = [found for name, found in streams.items() if name not in UNKNOWABLE]
-    faster = [found["centered_faster_than_peft"] for found in known]
-    reached = [factor for factor in faster if factor is not None]
+    faster = [found["faster_to_peft"] for found in known]
     ratios = [found["estimate_over_truth"] for found in known if found["estimate_over_truth"]]
     return {
         "least_captured": min(found["captured"] for found in known),
         "estimate_over_truth": [min(ratios), max(ratios)] if ratios else None,
-        "median_faster_than_peft": statistics.median(reached) if reached else None,
-        "least_faster_than_peft": min(reached) if len(reached) == len(faster) else None,
+        "median_faster_to_peft": statistics.median(factor or 0 for factor in faster),
+        "least_faster_to_peft": min(factor or 0 for factor in faster),
+        "median_whole_faster": statistics.median(found["whole_faster"] for found in known),
     }
 
 
 def table(streams: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown, a line per stream."""
     lines = [
-        "| stream | batches | of the optimum | missed: estimate, truth | PEFT: batches, seconds |"
-        " of the optimum, centered | batches, time to that |",
-        "|---|---|---|---|---|---|---|",
+        "| stream | batches | of the optimum | missed: estimate, truth | PEFT: batches | of the"
+        " optimum, centered | whole time over ours | batches of ours to that | times faster |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, one in streams.items():
-        estimate = one["estimated_missed"]
-        end = "" if one["peft_finished"] else ", stopped there"
-        factor = one["centered_faster_than_peft"]
-        lines.append(
-            f"| {name} | {one['batches']} | {one['captured']:.4f} |"
-            f" {'–' if estimate is None else f'{estimate:.2%}'}, {one['missed']:.2%} |"
-            f" {one['peft_batches']}, {one['peft_seconds']:.0f}{end} |"
-            f" {one['peft_captured_centered']:.4f} |"
-            + (
-                f" {one['centered_batches_to_peft']}, {factor:.1f} times faster |"
-                if factor
-                else f" not in {MOST} batches ({one['centered_captured_then']:.4f}) |"
-            )
+        estimate, to_peft = one["estimated_missed"], one["batches_to_peft"]
+        cells = (
+            name,
+            str(one["batches"]),
+            f"{one['captured']:.4f}",
+            f"{'–' if estimate is None else f'{estimate:.2%}'}, {one['missed']:.2%}",
+            f"{one['peft_batches']}{'' if one['peft_finished'] else ', stopped there'}",
+            f"{one['peft_captured_centered']:.4f}",
+            f"{one['whole_faster']:.1f}",
+            str(to_peft or f"more ({one['captured_then']:.4f})"),
+            f"{one['faster_to_peft']:.1f}" if to_peft else "–",
         )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -175,7 +175,7 @@ def _spectrum(
 
 def _layer_facts(layer: CalibratedLayer, status: Status) -> dict[str, Any]:
     """Return a layer as the file has it; `_layer_of` reads it."""
-    facts = {
+    facts: dict[str, Any] = {
         "in_features": layer.spec.in_features,
         "out_features": layer.spec.out_features,
         "input": layer.input,
