@@ -171,9 +171,9 @@ def _words(texts: int, length: int, *, bursts: bool, vocabulary: int = 8192) -> 
 class Truth:
     """Second moments of layers' inputs on the held-out batches, in float64.
 
-    Their own best directions capture more of them than the best ones of all data would. By the same
-    law as in `expected_gain` what any directions seem to miss is too much by texts / held texts of
-    what those miss that were found on so many texts.
+    Their own best directions capture more of them than the best ones of all data would. By the law
+    of `estimated_missed`, what directions of so many texts seem to miss is too much by the share
+    texts / held texts of it.
     """
 
     def __init__(self, stream: Stream, inputs: Mapping[str, str]) -> None:

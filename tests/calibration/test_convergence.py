@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import evatune
 from evatune import CalibrationConfig, Status
-from evatune.calibration.convergence import expected_gain, is_refresh
+from evatune.calibration.convergence import estimated_missed, is_refresh
 from evatune.sketch.spectrum import Spectrum
 from tests.calibration.helpers import new_state
 from tests.helpers import Toy, inputs
@@ -131,16 +131,16 @@ def test_nothing_is_estimated_where_there_is_nothing_to_compare_with() -> None:
 
 
 @pytest.mark.parametrize("before", [100, 300])
-def test_the_gain_is_that_of_twice_the_data_whatever_was_compared(before: int) -> None:
+def test_the_estimate_is_the_same_whatever_was_compared(before: int) -> None:
     """Directions off by an angle whose square is what a share of the rows explains."""
     share = before / 400
     angle = torch.tensor(0.01 * (1 - share) / share).sqrt()
     now = spectrum(torch.eye(4)[:2], rows=400)
     turned = torch.stack([torch.eye(4)[0], angle.cos() * now.directions[1]])
     turned[1, 3] = angle.sin()
-    gain = expected_gain(spectrum(turned, rows=before), now, 2)
-    assert gain == pytest.approx(0.01 * 1 / 4, rel=0.05)
-    assert expected_gain(now, now, 2) is None
+    found = estimated_missed(spectrum(turned, rows=before), now, 2)
+    assert found == pytest.approx(0.01 * 1 / 4, rel=0.05)
+    assert estimated_missed(now, now, 2) is None
 
 
 def spectrum(directions: Tensor, rows: int) -> Spectrum:

@@ -40,7 +40,7 @@ def build_calibration(state: CalibrationState, ended: Status, batches: int) -> C
             input=numbers[group] if group else None,
             first_bad_batch=bad_batch,
             bad_process=bad_process if state.process_group.size > 1 else None,
-            estimated_missed=estimate.missed_by(name),
+            estimated_missed=estimate.missed.get(name),
         )
     return Calibration(
         spectra=spectra,
@@ -49,7 +49,7 @@ def build_calibration(state: CalibrationState, ended: Status, batches: int) -> C
         config=state.config,
         batches=batches,
         model=describe(state.model),
-        estimated_missed=estimate.missed,
+        estimated_missed=estimate.mean,
         processes=state.process_group.size,
         bytes_sent=state.process_group.bytes_sent,
     )

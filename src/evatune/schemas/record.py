@@ -109,10 +109,10 @@ class CalibrationRecord(Strict):
 class EstimateRecord(Strict):
     """`evatune.calibration.convergence.Estimate`."""
 
-    gain: Share
-    gains: dict[Name, Share]
-    ranks_gain: Share
-    missed: Share | None
+    missed: dict[Name, Share]
+    mean: Share | None
+    mean_of_all: Share
+    ranks: Share
 
 
 class CheckpointRecord(Strict):
