@@ -26,13 +26,11 @@ class Estimate(NamedTuple):
             as its share of the tokens that the busiest expert got: one that none reach settles
             never.
         mean_of_all: the same over all layers, where those of which nothing is known miss all.
-        ranks: the share of its worth that the redistribution misses.
     """
 
     missed: dict[str, float]
     mean: float | None
     mean_of_all: float
-    ranks: float
 
 
 class Known(NamedTuple):
@@ -71,10 +69,11 @@ class ConvergenceMonitor:
     def check(self, spectra: dict[InputGroup, Spectrum], batches: int) -> bool:
         """Return whether directions and ranks have both settled; remember these spectra."""
         self.latest = estimate = self._estimate(spectra, batches)
+        directions_settled = estimate.mean_of_all < self._tolerance and batches >= MIN_BATCHES
+        settled = directions_settled and self._missed_worth(spectra, batches) < self._tolerance
         self.known = [*self.known[-1:], Known(batches, spectra)]
         self.settled = {name for name, share in estimate.missed.items() if share < self._tolerance}
-        settled = max(estimate.mean_of_all, estimate.ranks) < self._tolerance
-        return settled and batches >= MIN_BATCHES
+        return settled
 
     def final_estimate(self, spectra: Mapping[InputGroup, Spectrum], batches: int) -> Estimate:
         """Return what the last check found, or what these spectra say if batches came after it."""
@@ -100,15 +99,21 @@ class ConvergenceMonitor:
         of_known = sum(weights[name] * share for name, share in missed.items())
         known = sum(weights[name] for name in missed)
         total = sum(weights.values())
-        old_plan, ranks = self._trial_plan(half), 1.0
-        if old_plan and plan:
-            ranks = worth_gained(self._candidates(spectra), old_plan, plan)
         return Estimate(
             missed=missed,
             mean=of_known / known if known else None,
             mean_of_all=(of_known + total - known) / total if total else 1.0,
-            ranks=ranks,
         )
+
+    def _missed_worth(self, spectra: Mapping[InputGroup, Spectrum], batches: int) -> float:
+        """Return the share of the redistribution's worth that its ranks miss, 1 without any.
+
+        Like the directions', that is what the ranks of about half the data miss by these spectra.
+        """
+        before, now = self._trial_plan(self._known_at_half(batches)), self._trial_plan(spectra)
+        if before is None or now is None:
+            return 1.0
+        return worth_gained(self._candidates(spectra), before, now)
 
     def _known_at_half(self, batches: int) -> Mapping[InputGroup, Spectrum]:
         """Return the spectra of the check whose batches are nearest to half of these, by ratio."""

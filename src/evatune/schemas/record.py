@@ -112,7 +112,6 @@ class EstimateRecord(Strict):
     missed: dict[Name, Share]
     mean: Share | None
     mean_of_all: Share
-    ranks: Share
 
 
 class CheckpointRecord(Strict):
