@@ -74,6 +74,7 @@ def facts(calibration: Calibration) -> dict[str, Any]:
             for name, layer in calibration.layers.items()
         },
         "batches": calibration.batches,
+        "missed": {name: layer.estimated_missed for name, layer in calibration.layers.items()},
         "processes": calibration.processes,
         "bytes": calibration.bytes_sent,
         "ranks": (

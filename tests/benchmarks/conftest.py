@@ -31,6 +31,12 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     yield from _imported("probe_tables", monkeypatch)
 
 
+@pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Import `benchmarks/stop.py`."""
+    yield from _imported("stop", monkeypatch)
+
+
 def _imported(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(_FOLDER)  # as for a script that lies there
     before = set(sys.modules)

@@ -30,6 +30,5 @@ def step(batch: Any, number: int = 1, has_batch: bool = True) -> Step:
         runs_model=True,
         batches_done=number,
         refresh_due=False,
-        check_due=False,
         is_last=False,
     )

@@ -13,11 +13,10 @@ def source(count: int, max_batches: int = 16) -> BatchSource:
     return BatchSource(list(range(1, count + 1)), ProcessGroup(), max_batches)
 
 
-def test_checks_and_refreshes_are_due_at_powers_of_two_and_halfway_between() -> None:
+def test_refreshes_are_due_at_powers_of_two_and_halfway_between() -> None:
     steps = list(source(20))
     assert [step.batch for step in steps] == list(range(1, 17))
-    assert [step.number for step in steps if step.check_due] == [1, 2, 4, 8, 16]
-    assert [step.number for step in steps if step.refresh_due] == [1, 2, 4, 6, 8, 12, 16]
+    assert [step.number for step in steps if step.refresh_due] == [1, 2, 3, 4, 6, 8, 12, 16]
     assert [step.number for step in steps if step.is_last] == [16]
 
 

@@ -33,6 +33,7 @@ def config(**options: Any) -> CalibrationConfig:
 def require_same(a: Calibration, b: Calibration) -> None:
     """Bit for bit, but for the library's versions."""
     assert (a.status, a.layers, a.config, a.batches) == (b.status, b.layers, b.config, b.batches)
+    assert a.estimated_missed == b.estimated_missed
     for name, spectrum in a.spectra.items():
         other = b.spectra[name].state()
         assert spectrum.state().keys() == other.keys()

@@ -28,6 +28,9 @@ def test_a_record_comes_back_as_it_was_saved(tmp_path: Path) -> None:
         calibration.layers,
     )
     assert loaded.versions == calibration.versions
+    assert calibration.estimated_missed is not None
+    assert loaded.estimated_missed == calibration.estimated_missed
+    assert all(layer.estimated_missed for layer in loaded.layers.values())
     assert loaded.allocate() == calibration.allocate()
     for name, spectrum in calibration.spectra.items():
         other = loaded.spectra[name]

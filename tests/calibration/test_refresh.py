@@ -51,6 +51,18 @@ def test_rows_that_grow_longer_or_have_no_directions_of_their_own_are_no_drift()
     }
 
 
+def test_single_sentences_are_no_drift_whatever_they_say() -> None:
+    generator = torch.Generator().manual_seed(0)
+    amplitudes = torch.arange(1, 33) ** -0.5
+
+    def sentences(count: int) -> list[Tensor]:
+        common, own = (torch.randn(count, n, 32, generator=generator) for n in (1, 12))
+        return list((2 * common + own) * amplitudes)
+
+    for _ in range(8):
+        assert statuses(sentences(16)) == {Status.MAX_BATCHES}
+
+
 def test_gradients_of_few_examples_are_no_drift_and_those_of_another_kind_are() -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = (0.3 * torch.randn(64, generator=generator)).exp()  # energies from 1/4 to 4

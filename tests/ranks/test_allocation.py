@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from evatune.errors import BudgetError, ConfigError
 from evatune.layers import LayerSpec
-from evatune.ranks.allocation import METRICS, Candidate, RankPlan, allocate
+from evatune.ranks.allocation import METRICS, Candidate, RankPlan, allocate, worth_gained
 from evatune.sketch.spectrum import InputMoments, Spectrum
 
 torch.set_num_threads(1)
@@ -356,3 +356,24 @@ def test_gradients_in_few_directions_do_not_bound_a_layers_rank() -> None:
 def test_raw_energies_of_gradients_count_as_sums_over_the_data() -> None:
     layers = {"few": of_gradients([1.0] * 4, rows=10), "many": of_gradients([1.0] * 4, rows=1000)}
     assert allocate(layers, rank=2, metric="raw").ranks == {"few": 0, "many": 4}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_ranks_gain_what_their_components_are_worth(metric: str) -> None:
+    layers = {"a": candidate([4.0, 2.0, 1.0], 8, 8), "b": candidate([4.0, 2.0, 1.0], 8, 8, 5.0)}
+    plan = allocate(layers, rank=1, rho=3, metric=metric)
+    assert worth_gained(layers, plan, plan) == 0
+    for ranks in ({"a": 1, "b": 1}, {"a": 0, "b": 2}, {"a": 2}):
+        other = replace(plan, ranks=ranks)
+        lost = 1 - value(layers, other) / value(layers, plan) if len(ranks) == 2 else None
+        gained = worth_gained(layers, other, plan)
+        assert 0 <= gained < 1
+        assert lost is None or gained == pytest.approx(lost)
+
+
+def test_ranks_that_move_between_equal_components_gain_nothing() -> None:
+    layers = {name: candidate([1.0] * 4, 8, 8) for name in "ab"}
+    plan = allocate(layers, rank=2)
+    for a in range(5):
+        other = replace(plan, ranks={"a": a, "b": 4 - a})
+        assert worth_gained(layers, other, plan) == pytest.approx(0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import evatune
 from evatune.report.page import render
-from evatune.report.tables import rate_text
+from evatune.report.tables import percent, rate_text
 
 
 class Page(html.parser.HTMLParser):
@@ -55,6 +55,8 @@ def test_the_report_shows_every_layer_and_setting(written: Path) -> None:
     rate = rate_text(calibration.learning_rate(2e-4, scale="paper"))
     assert f"<p>A LoRA rate of 2e-4 corresponds to {rate} at scale=paper, where κ is " in text
     assert "<p>Participation ratio PR, " in text
+    assert f"<p>Estimated miss: {percent(calibration.estimated_missed)} of the energy" in text
+    assert '<th class="number">missed</th>' in text
     without_scale = render(calibration, calibration.allocate(), {}, None)
     assert "LoRA rate" not in without_scale
     assert "<p>Participation ratio PR, " in without_scale

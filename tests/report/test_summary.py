@@ -31,3 +31,6 @@ def test_totals_are_those_of_the_rows(calibration: evatune.Calibration) -> None:
     assert figures["ranks"] == sum(row.rank for row in rows)
     assert figures["captured_mean"] == pytest.approx(sum(captured) / len(captured))
     assert figures["captured_worst"] == min(captured)
+    missed = [row.estimated_missed for row in rows if row.estimated_missed is not None]
+    assert min(missed) < figures["estimated_missed"] < max(missed)
+    assert [row.facts()["estimated_missed"] for row in rows] == missed

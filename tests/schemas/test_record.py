@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from evatune import Calibration
+from evatune.calibration.convergence import Estimate
 from evatune.calibration.data import CalibratedLayer
 from evatune.errors import RecordError
 from evatune.layers import LayerSpec
-from evatune.ranks.allocation import RankPlan
 from evatune.schemas import record
 from tests.calibration_files import load_changed, small_calibration
 
@@ -86,6 +86,9 @@ FACTS: list[tuple[str, Any]] = [
     ("layers.blocks/0/q.groups", 0),
     ("layers.blocks/0/q.cap", 1.5),
     ("layers.blocks/0/q.unit", None),
+    ("layers.blocks/0/q.estimated_missed", -0.1),
+    ("estimated_missed", 1.5),
+    ("estimated_missed", "0.1"),
 ]
 
 
@@ -140,4 +143,4 @@ def test_the_schemas_know_every_field_that_is_written() -> None:
 
     layer = fields(CalibratedLayer) | fields(LayerSpec) | {"status"}
     assert record.LayerRecord.model_fields.keys() == layer - {"spec", "name"}
-    assert record.PlanRecord.model_fields.keys() == fields(RankPlan)
+    assert record.EstimateRecord.model_fields.keys() == set(Estimate._fields)

@@ -258,6 +258,7 @@ def test_trackers_get_what_the_calibration_found_before_the_first_loss(tmp_path:
         "evatune/ranks": 4 * 13,
         "evatune/parameters": plan.parameters,
         "evatune/layers": len(ranks),
+        "evatune/estimated_missed": calibration.estimated_missed,
         "evatune/participation_ratio": median(spread),
         "evatune/step_ratio": median(ratios),
         "evatune/step_ratio/least": min(ratios),

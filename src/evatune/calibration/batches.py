@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from evatune.calibration.convergence import is_check, is_due, is_refresh
+from evatune.calibration.convergence import is_due, is_refresh
 from evatune.distributed.group import ProcessGroup
 from evatune.errors import DataError, NoBatchError
 from evatune.modeling.batches import iterate
@@ -27,7 +27,7 @@ class Step:
         runs_model: whether the model runs. In shards it does without a batch as well, since the
             other processes wait for this one's part of the weights.
         batches_done: of all processes, after this step, if each had a batch.
-        refresh_due, check_due: what follows the forward pass.
+        refresh_due: whether a refresh and a check of the stop rule follow the forward pass.
         is_last: whether there is no further step, as far as is known before the refresh.
     """
 
@@ -38,7 +38,6 @@ class Step:
     runs_model: bool
     batches_done: int
     refresh_due: bool
-    check_due: bool
     is_last: bool
 
 
@@ -132,7 +131,6 @@ class BatchSource:
             runs_model=runs_model,
             batches_done=after,
             refresh_due=is_due(before, after, is_refresh) or (is_last and size > 1),
-            check_due=is_due(before, after, is_check),
             is_last=is_last,
         )
 

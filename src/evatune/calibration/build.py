@@ -26,6 +26,7 @@ def build_calibration(state: CalibrationState, ended: Status, batches: int) -> C
     distinct = list(dict.fromkeys(group for group in groups if group))
     final = state.refresher.final_spectra(distinct, batches)
     numbers = {group: number for number, group in enumerate(distinct)}
+    estimate = state.convergence.final_estimate(final, batches)
     for target_layer, group in zip(state.target_layers, groups, strict=True):
         name = target_layer.name
         if group:
@@ -39,6 +40,7 @@ def build_calibration(state: CalibrationState, ended: Status, batches: int) -> C
             input=numbers[group] if group else None,
             first_bad_batch=bad_batch,
             bad_process=bad_process if state.process_group.size > 1 else None,
+            estimated_missed=estimate.missed.get(name),
         )
     return Calibration(
         spectra=spectra,
@@ -47,6 +49,7 @@ def build_calibration(state: CalibrationState, ended: Status, batches: int) -> C
         config=state.config,
         batches=batches,
         model=describe(state.model),
+        estimated_missed=estimate.mean,
         processes=state.process_group.size,
         bytes_sent=state.process_group.bytes_sent,
     )

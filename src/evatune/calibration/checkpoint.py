@@ -17,7 +17,7 @@ from evatune.utils.outputs import claimed_file
 from evatune.utils.text import ABSENT, Difference, first_difference
 
 _FAMILY = "evatune-checkpoint-"
-_FORMAT = f"{_FAMILY}2"
+_FORMAT = f"{_FAMILY}3"
 _ADVICE = "move it away, or name another checkpoint (evatune init: another --out)"
 
 

@@ -52,9 +52,11 @@ class CalibrationConfig:
             (PCA).
         oversampling: columns of the Nyström basis beyond `components`.
         max_batches: bound on forward passes, of all processes together; each gets at least one.
-        tolerance: stop when, with the data seen since the last check (at 1, 2, 4, 8, … batches),
-            the directions in use gained less than this share of energy, and less than twice this
-            share of the ranks moved. 0: never stop before `max_batches` or the end of the data.
+        tolerance: stop when the directions in use are estimated to miss less than this share of the
+            energy that the best ones would hold, and the redistribution of its worth. The estimate
+            is what the second half of the data so far has changed, at 4, 6, 8, 12, 16, 24, …
+            batches (`Calibration.estimated_missed`). Where the newest batches drift, the run goes
+            on. 0: never stop before `max_batches` or the end of the data.
         labels_only: count only tokens that have a loss; the model is asked whether it compares
             token t with label t + 1. "auto": where a batch has a label per token, and not for
             encoder-decoder models, whose labels are the decoder's. Default: what the adapter's
@@ -87,7 +89,7 @@ class CalibrationConfig:
     max_batches: int = _setting(64, "Bound on forward passes.")
     tolerance: float = _setting(
         0.01,
-        "Stop when twice the data gains less than this share of energy; 0: not before"
+        "Stop when less than this share of energy is estimated to be missed; 0: not before"
         " --max-batches.",
     )
     labels_only: bool | str | None = None

@@ -25,6 +25,9 @@ class CalibratedLayer:
     bad_process: int | None = None  # the one that had it, where several worked together
     # the most ranks it may get, by the `rank_pattern` of the adapter it was calibrated for
     cap: int | None = None
+    # share of the best directions' energy that the layer's, as many as its rank, are expected to
+    # miss on fresh data; None: nothing to judge by
+    estimated_missed: float | None = None
     floor: int = 0  # the fewest ranks it gets: 1 for embeddings that PEFT saves with their adapter
 
     @property
@@ -48,6 +51,7 @@ class CalibrationData:
     model: str = ""
     processes: int = 1  # that saw the batches together
     bytes_sent: int = 0  # by this one of them to the others
+    estimated_missed: float | None = None  # of all layers, weighted by their ranks
     versions: dict[str, str] = field(default_factory=lambda: _versions())
 
 

@@ -47,6 +47,7 @@ def save_calibration(calibration: CalibrationData, path: str | os.PathLike[str])
     record = {
         "config": asdict(calibration.config),
         "batches": calibration.batches,
+        "estimated_missed": calibration.estimated_missed,
         "model": calibration.model,
         "processes": calibration.processes,
         "bytes_sent": calibration.bytes_sent,
@@ -100,6 +101,7 @@ def _from_record(record: CalibrationRecord, tensors: dict[str, Tensor], kind: ty
         record.model,
         processes=record.processes,
         bytes_sent=record.bytes_sent,
+        estimated_missed=record.estimated_missed,
         versions=record.versions,
     )
 
@@ -173,7 +175,7 @@ def _spectrum(
 
 def _layer_facts(layer: CalibratedLayer, status: Status) -> dict[str, Any]:
     """Return a layer as the file has it; `_layer_of` reads it."""
-    return {
+    facts: dict[str, Any] = {
         "in_features": layer.spec.in_features,
         "out_features": layer.spec.out_features,
         "input": layer.input,
@@ -185,6 +187,9 @@ def _layer_facts(layer: CalibratedLayer, status: Status) -> dict[str, Any]:
         "unit": layer.spec.rank_group,
         "status": status,
     }
+    if layer.estimated_missed is not None:  # older files have none
+        facts["estimated_missed"] = layer.estimated_missed
+    return facts
 
 
 def _layer_of(name: str, facts: LayerRecord) -> CalibratedLayer:
@@ -194,6 +199,7 @@ def _layer_of(name: str, facts: LayerRecord) -> CalibratedLayer:
         first_bad_batch=facts.first_bad_batch,
         bad_process=facts.bad_process,
         cap=facts.cap,
+        estimated_missed=facts.estimated_missed,
         floor=facts.floor,
     )
 

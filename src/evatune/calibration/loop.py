@@ -66,7 +66,6 @@ def run(
                     if step.refresh_due:
                         state.synchronize(source)
                         state.refresher.refresh(source.total)
-                    if step.check_due:
                         converged = state.has_converged(source.total)
                 _report(step, state, source, options)
                 if converged:

@@ -67,13 +67,15 @@ def merge_calibrations(shards: Sequence[Data]) -> Data:
         if set(inputs) == {None} or status[name] is Status.NON_FINITE:
             spectra[name] = empty(layer.in_features, first.config.center)
             bad_batch = _first_bad_batch(shards, name)
-            layers[name] = replace(layer, input=None, first_bad_batch=bad_batch)
+            layers[name] = replace(
+                layer, input=None, first_bad_batch=bad_batch, estimated_missed=None
+            )
             continue
         if inputs not in joined:  # layers that share an input in every shard still share it
             spectrum = merge_spectra(_parts(shards, name), first.config.n_components)
             joined[inputs] = len(joined), spectrum
         number, spectra[name] = joined[inputs]
-        layers[name] = replace(layer, input=number)
+        layers[name] = replace(layer, input=number, estimated_missed=None)
         needed = min(first.config.n_components, layer.in_features, layer.out_features)
         lack = shortage(spectra[name].rows, spectra[name].total_energy, needed)
         status[name] = _joint_end(status[name], lack)
@@ -88,6 +90,7 @@ def merge_calibrations(shards: Sequence[Data]) -> Data:
             seed=min(shard.config.seed for shard in shards),
         ),
         batches=sum(shard.batches for shard in shards),
+        estimated_missed=None,
         versions=_joint_versions(shards),
     )
 

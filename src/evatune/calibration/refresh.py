@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from evatune.calibration.config import CalibrationConfig
 from evatune.calibration.convergence import MIN_BATCHES
@@ -12,10 +13,11 @@ from evatune.distributed.sketches import DistributedSketches
 from evatune.sketch import Sketch, refresh_all
 from evatune.sketch.spectrum import Spectrum
 
-# Share of the energy by which fresh rows may fall short of what the rows before them had shown. In
-# mixed streams of single texts it is up to 0.06, of batches of four up to 0.04; where news turn
-# into code, up to 0.22.
-_DRIFT = 0.07
+# Share of the energy by which many fresh rows may fall short of what the rows before them had
+# shown, and the number of rows from which on they are many. In mixed streams it is up to 0.06 of
+# thousands of rows, up to 0.11 of 250 and 0.14 of 30 (single sentences); where one topic of the
+# news turns into another up to 0.2, and where news turn into code up to 0.22.
+_DRIFT, _FEW_ROWS = 0.07, 512
 # The same for gradients, of whose energy few examples have most: judged where so many batches are
 # on either side. In mixed streams it is then up to 0.10 of single texts, up to 0.05 of batches of
 # four (with two batches on a side 0.19 and 0.08); where one topic turns into another, up to 0.16.
@@ -27,7 +29,9 @@ class SketchRefresher:
 
     Attributes:
         latest: the spectra of the last refresh.
-        drifting: layers whose newest rows were captured worse than the rows before them.
+        drifting: layers whose newest rows, at any refresh, were captured worse than the rows before
+            them.
+        drifts: whether that was so for any layer at the last refresh.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class SketchRefresher:
         self._joint = DistributedSketches(process_group, shared_inputs, names, make_sketch)
         self.latest: dict[InputGroup, Spectrum] = {}
         self.drifting: set[str] = set()
+        self.drifts = False
 
     @property
     def rows(self) -> int:
@@ -59,16 +64,14 @@ class SketchRefresher:
             groups = self._shared_inputs.groups
             spectra = refresh_all([group.sketch for group in groups])
             self.latest = dict(zip(groups, spectra, strict=True))
-        for group, spectrum in self.latest.items():
-            self._note_drift(group, before.get(group), spectrum, batches)
+        self._note_drift(before, self.latest, batches)
 
     def final_spectra(
         self, groups: Iterable[InputGroup], batches: int
     ) -> dict[InputGroup, Spectrum]:
         """Return the spectra of all rows that came."""
         spectra = {group: self._final_spectrum(group) for group in groups}
-        for group, spectrum in spectra.items():
-            self._note_drift(group, self.latest.get(group), spectrum, batches)
+        self._note_drift(self.latest, spectra, batches)
         return spectra
 
     def _final_spectrum(self, group: InputGroup) -> Spectrum:
@@ -81,19 +84,33 @@ class SketchRefresher:
         return latest if is_current else group.sketch.spectrum()
 
     def _note_drift(
-        self, group: InputGroup, before: Spectrum | None, now: Spectrum, batches: int
+        self,
+        before: Mapping[InputGroup, Spectrum],
+        now: Mapping[InputGroup, Spectrum],
+        batches: int,
     ) -> None:
-        """Remember layers whose newest rows are captured worse than the rows before them were.
+        """Remember layers whose newest rows are captured worse than the rows before them were."""
+        drifting = {
+            name
+            for group, spectrum in now.items()
+            if group in before and self._fell(before[group], spectrum, batches)
+            for name in group.members
+        }
+        self.drifts = bool(drifting)
+        self.drifting |= drifting
+
+    def _fell(self, before: Spectrum, now: Spectrum, batches: int) -> bool:
+        """Return whether less was captured of the newest rows than of those before them.
 
         Either share is of directions that had not seen the rows. In mixed data it rises, or stays
-        to chance.
+        to chance, to which few rows leave more.
         """
-        known, fresh = before and before.certificate, now.certificate
+        known, fresh = before.certificate, now.certificate
         if batches <= MIN_BATCHES or not known or not fresh:
-            return
-        enough, limit = float(self._n_components), _DRIFT
-        if now.inputs is not None:
+            return False
+        rows = min(known.rows, fresh.rows)
+        if now.inputs is None:
+            enough, limit = float(self._n_components), _DRIFT * math.sqrt(1 + _FEW_ROWS / rows)
+        else:
             enough, limit = _BATCHES_OF_GRADIENTS * now.rows / batches, _DRIFT_OF_GRADIENTS
-        fall = known.captured() - fresh.captured()
-        if min(known.rows, fresh.rows) >= enough and fall > limit:
-            self.drifting.update(group.members)
+        return rows >= enough and known.captured() - fresh.captured() > limit

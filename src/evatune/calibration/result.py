@@ -92,7 +92,7 @@ class Calibration(CalibrationData):
             one pass. Otherwise what the shards know is joined, its rows are judged as those of one
             pass, and the layer is as settled as in its least settled shard; a shard that has no
             usable result for it counts as `data_exhausted`. `first_bad_batch` counts through the
-            shards in the order given.
+            shards in the order given. What is missed is not estimated.
 
         Raises:
             ConfigError: fewer than two, or one that does not fit the first; the message names the

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from evatune.calibration.batches import BatchSource
 from evatune.calibration.config import CalibrationConfig
-from evatune.calibration.convergence import ConvergenceMonitor
+from evatune.calibration.convergence import ConvergenceMonitor, Estimate, Known
 from evatune.calibration.nonfinite import NonFiniteWatch
 from evatune.calibration.options import RunOptions
 from evatune.calibration.refresh import SketchRefresher
@@ -20,7 +20,6 @@ from evatune.distributed.group import ProcessGroup
 from evatune.modeling.fingerprint import fingerprint
 from evatune.modeling.forward import model_device
 from evatune.modeling.wrappers import describe
-from evatune.ranks.allocation import RankPlan
 from evatune.sketch import Sketch, SketchSettings, make_example_sketch, make_sketch
 from evatune.sketch.spectrum import Spectrum
 
@@ -67,8 +66,12 @@ class CalibrationState:
         source.synchronized(total, any(one["open"] for one in everyone))
 
     def has_converged(self, batches: int) -> bool:
-        """Return what the stop rule says after a refresh, the same on every process."""
+        """Return what the stop rule says after a refresh, the same on every process.
+
+        Data that drifts has settled nowhere.
+        """
         converged = self.convergence.check(self.refresher.latest, batches)
+        converged = converged and not self.refresher.drifts
         return bool(self.process_group.gather(converged)[0])
 
     def identity(self) -> dict[str, Any]:
@@ -98,13 +101,14 @@ class CalibrationState:
             for key, state in states.items():
                 for name, tensor in state.items():
                     tensors[f"{number}.{key}.{name}"] = tensor
-        plan = self.convergence.plan
+        estimate = self.convergence.latest
         return tensors, {
             "groups": [group.members for group in groups],
             "bad": self.nonfinite.first_seen,
             "settled": sorted(self.convergence.settled),
             "drifting": sorted(self.refresher.drifting),
-            "plan": None if plan is None else asdict(plan),
+            "checked": [known.batches for known in self.convergence.known],
+            "estimate": estimate and estimate._asdict(),
         }
 
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
@@ -113,6 +117,9 @@ class CalibrationState:
         for name, tensor in tensors.items():
             number, key, tensor_name = name.split(".", 2)
             states.setdefault(f"{number}.{key}", {})[tensor_name] = tensor
+        self.convergence.known = [Known(batches, {}) for batches in record["checked"]]
+        if self.convergence.known:  # the last check was of the last refresh
+            self.refresher.latest = self.convergence.known[-1].spectra
         groups = self.shared_inputs.arrange(record["groups"], self._sketch_by_name)
         for place, group in enumerate(groups):
             group.sketch.set_state(states[f"{place}.sketch"])
@@ -120,13 +127,15 @@ class CalibrationState:
                 if f"{place}.{key}" in states:
                     spectra[group] = Spectrum.of_state(states[f"{place}.{key}"])
         self.nonfinite.set_state(record["bad"])
+        estimate = record["estimate"]
+        self.convergence.latest = estimate and Estimate(**estimate)
         self.convergence.settled = set(record["settled"])
         self.refresher.drifting = set(record["drifting"])
-        plan = record["plan"]
-        self.convergence.plan = None if plan is None else RankPlan(**plan)
 
     def _spectra_by_key(self) -> dict[str, dict[InputGroup, Spectrum]]:
-        return {"latest": self.refresher.latest, "check": self.convergence.spectra}
+        """Return the spectra of the last refresh, and those of the check before it."""
+        before = self.convergence.known[0].spectra if len(self.convergence.known) > 1 else {}
+        return {"latest": self.refresher.latest, "before": before}
 
     def _new_sketch(self, target_layer: TargetLayer, device: torch.device) -> Sketch:
         if self.config.needs_loss:

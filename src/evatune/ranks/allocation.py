@@ -158,10 +158,19 @@ def require_rho(rho: float) -> None:
         )
 
 
-def rank_shift(old: RankPlan, new: RankPlan) -> float:
-    """Return the share of all ranks that moved from one layer to another between two plans."""
-    changes = [abs(old.ranks.get(name, 0) - rank) for name, rank in new.ranks.items()]
-    return sum(changes) / 2 / max(1, sum(new.ranks.values()))
+def worth_gained(layers: Mapping[str, Candidate], old: RankPlan, new: RankPlan) -> float:
+    """Return the share of what the ranks of `new` are worth that those of `old` are worth less.
+
+    Both by the metric of `new` and the spectra of `layers`, for which `new` was made. Ranks that
+    move between components of equal worth gain nothing.
+    """
+    cap = math.floor(new.rank * new.rho + 1e-9)
+    worth_of_old, worth_of_new = 0.0, 0.0
+    for name, layer in layers.items():
+        worths = _worth(layer.spectrum, new.metric, _top(layer, cap))
+        worth_of_old += math.fsum(worths[: old.ranks.get(name, 0)])
+        worth_of_new += math.fsum(worths[: new.ranks.get(name, 0)])
+    return max(0.0, 1 - worth_of_old / worth_of_new) if worth_of_new > 0 else 0.0
 
 
 @dataclass(frozen=True)

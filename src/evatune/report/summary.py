@@ -31,6 +31,8 @@ class LayerRow:
     participation_ratio: float | None  # of the input, at most in_features
     explained: float | None  # energy inside its `rank` directions, by the data that chose them
     captured: float | None  # the same on rows that had no part in choosing them
+    # share of the best directions' energy that these are expected to miss on fresh rows
+    estimated_missed: float | None
     status: str
     advice: str
     attention: bool  # whether the status asks for a look
@@ -58,6 +60,7 @@ class LayerRow:
             "participation_ratio": self.participation_ratio,
             "explained": self.explained,
             "captured": self.captured,
+            "estimated_missed": self.estimated_missed,
             "status": self.status,
             "advice": self.advice,
             "attention": self.attention,
@@ -113,6 +116,7 @@ def layer_rows(calibration: Calibration, plan: RankPlan) -> list[LayerRow]:
                     else None
                 ),
                 captured=_known(certificate.captured(rank)) if certificate else None,
+                estimated_missed=layer.estimated_missed,
                 status=str(calibration.status[name]),
                 advice=calibration.status[name].advice,
                 attention=calibration.status[name] in _ASK_FOR_A_LOOK
@@ -164,6 +168,7 @@ def totals(calibration: Calibration, plan: RankPlan) -> dict[str, Any]:
         "uniform_parameters": plan.uniform_parameters,
         "captured_mean": sum(captured) / len(captured) if captured else None,
         "captured_worst": min(captured) if captured else None,
+        "estimated_missed": calibration.estimated_missed,
         "of_achievable_mean": sum(ratios) / len(ratios) if ratios else None,
         "of_achievable_worst": min(ratios) if ratios else None,
         "participation_ratio": _spread(participation),

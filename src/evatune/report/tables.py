@@ -66,7 +66,7 @@ def calibration_table(terminal: Console, calibration: Calibration, plan: RankPla
 def _per_layer(terminal: Console, rows: list[LayerRow]) -> Table:
     headings = (
         *("layer", "in→out", "rank", "PR"),
-        *("parameters", "rows", "explained", "captured", "status"),
+        *("parameters", "rows", "explained", "captured", "missed", "status"),
     )
     lines = [
         (
@@ -78,6 +78,7 @@ def _per_layer(terminal: Console, rows: list[LayerRow]) -> Table:
             f"{row.rows:,}",
             percent(row.explained),
             percent(row.captured),
+            percent(row.estimated_missed),
             row.status,
         )
         for row in rows
@@ -89,7 +90,7 @@ def _per_layer(terminal: Console, rows: list[LayerRow]) -> Table:
         headings,
         lines,
         styles,
-        spare=("in→out", "rows", "parameters", "explained", "PR"),
+        spare=("in→out", "rows", "parameters", "explained", "PR", "missed"),
     )
 
 
@@ -104,6 +105,7 @@ def _per_type(terminal: Console, rows: list[LayerRow]) -> Table:
         "parameters",
         "captured mean",
         "worst",
+        "missed worst",
         "statuses",
     )
     lines = []
@@ -111,6 +113,7 @@ def _per_type(terminal: Console, rows: list[LayerRow]) -> Table:
         members = [row for row in rows if row.type == layer_type]
         ranks = [row.rank for row in members]
         captured = [row.captured for row in members if row.captured is not None]
+        missed = [row.estimated_missed for row in members if row.estimated_missed is not None]
         participation = [row.participation_ratio for row in members if row.participation_ratio]
         counts = Counter(row.status for row in members)
         lines.append(
@@ -124,10 +127,11 @@ def _per_type(terminal: Console, rows: list[LayerRow]) -> Table:
                 f"{sum(row.parameters for row in members):,}",
                 percent(sum(captured) / len(captured) if captured else None),
                 percent(min(captured, default=None)),
+                percent(max(missed, default=None)),
                 ", ".join(f"{n} {status}" for status, n in counts.items()),
             )
         )
-    spare = ("parameters", "layers", "captured mean", "PR median")
+    spare = ("parameters", "layers", "captured mean", "PR median", "missed worst")
     return _fitted(terminal, "What each layer type got", headings, lines, [""] * len(lines), spare)
 
 
@@ -191,6 +195,11 @@ def summary_lines(calibration: Calibration, plan: RankPlan, scales: Sequence[str
             f" average, {percent(t['captured_worst'])} in the worst layer;"
             f" {percent(t['of_achievable_mean'])} and {percent(t['of_achievable_worst'])} of what"
             " the same ranks explain of the rows that chose them"
+        )
+    if t["estimated_missed"] is not None:
+        lines.append(
+            f"Estimated miss: {percent(t['estimated_missed'])} of the energy that the best"
+            " directions would capture of fresh data, as a mean over the ranks"
         )
     lines += _lines_of_steps(t, scales)
     for status in dict.fromkeys(calibration.status.values()):

@@ -13,6 +13,7 @@ Count = Annotated[int, Field(ge=0, le=2**53)]  # beyond that a float no longer c
 Number = Annotated[int, Field(ge=1, le=2**53)]  # counted from 1
 # A layer that was never called has no tensor that its width could be held against.
 Width = Annotated[int, Field(ge=1, le=2**24)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Energy = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(max_length=1024)]
 
@@ -36,6 +37,7 @@ class LayerRecord(Strict):
     groups: Width = 1
     rank_group: Name = Field(default="", alias="unit")
     status: Status
+    estimated_missed: Share | None = None  # unknown in files of older versions
 
     @model_validator(mode="after")
     def _ends_as_it_went(self) -> Self:
@@ -76,6 +78,7 @@ class CalibrationRecord(Strict):
 
     config: CalibrationConfig
     batches: Count
+    estimated_missed: Share | None = None
     model: Annotated[str, Field(max_length=8192)]
     processes: Number = 1
     bytes_sent: Count = 0
@@ -103,18 +106,12 @@ class CalibrationRecord(Strict):
         return self
 
 
-class PlanRecord(Strict):
-    """`evatune.ranks.RankPlan`."""
+class EstimateRecord(Strict):
+    """`evatune.calibration.convergence.Estimate`."""
 
-    ranks: dict[Name, Count]
-    rank: Number
-    rho: float
-    budget: Name
-    metric: Name
-    limit: Count
-    spent: Count
-    parameters: Count
-    uniform_parameters: Count
+    missed: dict[Name, Share]
+    mean: Share | None
+    mean_of_all: Share
 
 
 class CheckpointRecord(Strict):
@@ -126,7 +123,8 @@ class CheckpointRecord(Strict):
     groups: list[Annotated[list[Name], Field(min_length=1)]]
     bad: dict[Name, Annotated[list[Count], Field(min_length=2, max_length=2)]]
     settled: list[Name]
-    plan: PlanRecord | None
+    checked: Annotated[list[Number], Field(max_length=2)]  # batches at the last checks
+    estimate: EstimateRecord | None
     batches: Number
     stop_early: bool
     about: dict[str, JsonValue]
@@ -135,8 +133,6 @@ class CheckpointRecord(Strict):
     def _names_are_of_layers(self) -> Self:
         grouped = [name for group in self.groups for name in group]
         named = [*grouped, *self.bad, *self.settled]
-        if self.plan is not None:
-            named += self.plan.ranks
         unknown = [name for name in named if name not in self.layers]
         if unknown:
             raise ValueError(f"{unknown[0][:80]!r} is no layer of the record")

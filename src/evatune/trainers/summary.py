@@ -24,6 +24,8 @@ def summary(
         evatune/layers: layers with a rank.
         evatune/energy: share in [0, 1] of fresh rows' energy inside a layer's directions, as many
             as its rank, mean over these layers; not there when no layer has a certificate.
+        evatune/estimated_missed: share of the best directions' energy that these are expected to
+            miss on fresh data; not there where there was nothing to judge by.
         evatune/participation_ratio: `Spectrum.participation_ratio`, median over these layers.
         evatune/step_ratio: κ of `Calibration.step_ratios`, median over these layers; with /least
             and /largest.
@@ -51,6 +53,8 @@ def summary(
         figures["evatune/lora_rate"] = median(ratios) * learning_rate
     if captured:
         figures["evatune/energy"] = sum(captured) / len(captured)
+    if calibration.estimated_missed is not None:
+        figures["evatune/estimated_missed"] = calibration.estimated_missed
     return figures | {
         f"evatune/status/{status}": count
         for status, count in Counter(calibration.status.values()).items()
