@@ -141,7 +141,7 @@ def check(model: nn.Module, batches: list[Any]) -> None:
     """Unchanged output, exact budget, orthonormal rows, energies close to the truth; else no timing
     at all."""
     ours = adapted(model)
-    calibration = evatune.initialize(ours, batches)
+    calibration = evatune.initialize(ours, batches, scale="paper")
     with torch.no_grad():
         before = model(**batches[0]).last_hidden_state
         after = ours.eval()(**batches[0]).last_hidden_state

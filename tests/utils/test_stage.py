@@ -46,6 +46,15 @@ def test_what_a_command_killed_at_its_very_start_left_is_cleared(left: dict[str,
     assert os.listdir() == ["out"]
 
 
+def test_half_a_file_of_a_library_that_was_killed_is_cleared() -> None:
+    Path(".out.evatune").mkdir()
+    left = {"mark": b'{"format": "evatune-stage-1"}\n', "making": b"", ".tmpQFElLk": b"half"}
+    for name, content in left.items():
+        (Path(".out.evatune") / name).write_bytes(content)
+    write_folder("out", "new", overwrite=False)
+    assert os.listdir() == ["out"]
+
+
 def test_half_a_journal_means_that_nothing_was_exchanged() -> None:
     write_folder("out", "old")
     with claimed_folder("out", overwrite=True) as output:

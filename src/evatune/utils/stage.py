@@ -5,6 +5,7 @@
     making     what is being written
     journal    what may be deleted here: what was written, and what it replaces
     old        what is being replaced, only where two folders cannot be exchanged in one step
+    .tmp…      half a file, of a library that renames it when it is whole (safetensors)
 
 A command that is killed leaves its stage, and the next one on the same NAME clears it, or repairs
 from it.
@@ -12,6 +13,7 @@ from it.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import stat
@@ -38,6 +40,7 @@ from evatune.utils.system import (
 
 _STAGE_MARK = b'{"format": "evatune-stage-1"}\n'
 _STAGE_FILES = frozenset({"lock", "mark", "journal", "making", "old"})
+_HALF_FILES = ".tmp*"
 _TRIES, _PAUSE = 25, 0.02  # to come upon a stage that nobody makes or removes at that moment
 
 
@@ -117,6 +120,8 @@ class Stage:
                 remove(left)  # it was never in another place
             elif not remove_listed(left, noted):
                 self._move_aside(left)
+        for half in self.folder.glob(_HALF_FILES):
+            half.unlink(missing_ok=True)
         (self.folder / "journal").unlink(missing_ok=True)
 
     def release(self) -> None:
@@ -174,5 +179,5 @@ def _is_stage(folder: Path, *, locked: bool) -> bool:
     except OSError:  # it went meanwhile
         return False
     if mark == _STAGE_MARK:
-        return names <= _STAGE_FILES
+        return names - set(fnmatch.filter(names, _HALF_FILES)) <= _STAGE_FILES
     return names <= {"lock", "mark"} and _STAGE_MARK.startswith(mark) and lock == 0
