@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -103,6 +104,15 @@ def test_one_of_several_processes_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def holds_json(path: Path) -> bool:
+    """Return whether the file is there, and whole."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
 @pytest.mark.parametrize("method", ["lora", "eva", "lora-ga"])
 def test_a_killed_run_resumes_and_ends_like_one_that_was_not(
     method: str, bert_folder: Path, tmp_path: Path
@@ -115,10 +125,8 @@ def test_a_killed_run_resumes_and_ends_like_one_that_was_not(
     process = FORKS.Process(target=command_line, args=arguments)
     process.start()
     deadline = time.monotonic() + 120
-    while (
-        not (out / "checkpoints" / "checkpoint-4" / "trainer_state.json").exists()
-        and time.monotonic() < deadline
-    ):
+    state = out / "checkpoints" / "checkpoint-4" / "trainer_state.json"
+    while not holds_json(state) and time.monotonic() < deadline:
         assert process.exitcode is None or (out / RESULT).exists()
         time.sleep(0.005)
     process.kill()
