@@ -39,7 +39,8 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 def _imported(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(_FOLDER)  # as for a script that lies there
-    before = set(sys.modules)
     yield importlib.import_module(name)
-    for added in set(sys.modules) - before:
-        del sys.modules[added]
+    # the scripts alone: torch, say, cannot be imported twice
+    for other, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(_FOLDER):
+            del sys.modules[other]
