@@ -336,7 +336,7 @@ class Enough(Exception):
 
 
 class Counting:
-    """Batches, counted as they are read."""
+    """A loader for PEFT that counts the batches read."""
 
     def __init__(self, batches: list[Any]) -> None:
         self.batches, self.read = batches, 0
@@ -347,7 +347,7 @@ class Counting:
     def __iter__(self) -> Iterator[Any]:
         for batch in self.batches:
             self.read += 1
-            yield batch
+            yield dict(batch)
 
 
 def against_peft(model: nn.Module, batches: list[Any], setting: Setting) -> dict[str, Any]:

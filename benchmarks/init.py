@@ -17,11 +17,12 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu import Counting
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, get_eva_state_dict
 from torch import Tensor, nn
@@ -120,21 +121,6 @@ def adapted(model: nn.Module, **options: Any) -> PeftModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_peft_model(copy.deepcopy(model), LoraConfig(**settings))
-
-
-class Counting:
-    """A loader for PEFT that counts the batches read."""
-
-    def __init__(self, batches: list[Any]) -> None:
-        self.batches, self.read = batches, 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.batches:
-            self.read += 1
-            yield dict(batch)
 
 
 def check(model: nn.Module, batches: list[Any]) -> None:

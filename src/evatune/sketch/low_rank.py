@@ -16,8 +16,6 @@ from torch import Tensor
 COLUMN_RTOL = 1e-5
 # Eigenvalues of the unit-diagonal core below this, or below the rounding it shows, are not data.
 _CORE_RTOL = 1e-6
-
-
 # Cores of which all eigenvalues are above this lose nothing by the short way to eigenpairs.
 _CORE_MARGIN = 1e-3
 # Small matrices are factorized by so many threads at most, so many at a time: the main thread alone

@@ -4,7 +4,7 @@ Kept per layer input of width d: an orthonormal basis Ω (d, l) with l = compone
 1, and Y = C·Ω (d, l) where C = Σ x xᵀ. One update is two thin products, 4·n·d·l flops, and no copy
 of the activation. C itself is recovered as Y (ΩᵀY)⁺ Yᵀ (Tropp, Yurtsever, Udell, Cevher 2017,
 Fixed-rank approximation of a positive-semidefinite matrix from streaming data), which is never
-above C: what the sketch reports, the data holds.
+above C, but for the rounding of the products: what the sketch reports, the data holds.
 
 Two additions make a narrow sketch near-optimal. The first basis is not random: it comes from a few
 block power steps on a thousand rows of the first activation. And at each refresh Ω moves to the

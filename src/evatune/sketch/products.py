@@ -1,4 +1,4 @@
-"""The product of many rows of 16 bits with a few vectors of 32, on tensor cores and to 32 bits."""
+"""The product of many rows of 16 bits with a few float32 vectors, on tensor cores."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def thin_product(a: Tensor, b: Tensor) -> Tensor:
     A product of two numbers of 16 bits has at most 22 bits, and a float32 holds it exactly. So
     tensor cores, which add such products up in float32, lose nothing but the rounding of the sums.
     The float32 side is split into two numbers of 16 bits, whose sum is it but for 2⁻¹⁷ of each
-    number, rounded either way: over many rows, or columns, that is averaged out to less than
-    float32's own rounding of the sums. Both multiply in one go, so that the side of 16 bits is read
-    once; where the other has few vectors, the time of that reading is the time of the product. The
-    16-bit side is not converted, nor copied where one of its strides is 1.
+    number, rounded either way. That averages out over many rows: a sketch's energies change by
+    about 1e-5. Both multiply in one go, so that the side of 16 bits is read once; where the other
+    has few vectors, the time of that reading is the time of the product. The 16-bit side is not
+    converted, nor copied where one of its strides is 1.
 
     float16 has too few exponents for that. There, the vectors of the float32 side are brought to
     the top of its range by powers of two, and what is below 2⁻³⁸ of the largest is rounded off.
