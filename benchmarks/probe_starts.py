@@ -146,7 +146,9 @@ def prepare(name: str, seed: int) -> Prepared:
     random.Random(0).shuffle(held_out)
     count = SETTINGS[name].validation
     validation, test = _by_length(held_out[:count]), _by_length(held_out[count:])
-    task = replace(task, train=train, test=validation, collator=collator, evaluate=None)
+    task = replace(
+        task, train=train, validation=None, test=validation, collator=collator, evaluate=None
+    )
     return Prepared(recipe, task, test)
 
 

@@ -125,7 +125,8 @@ def main() -> None:
     trained.half().float()  # as it will be stored
     mse = error(trained, Windows(unseen, LENGTH))
     success = [
-        play(trained, None, task=task, episodes=10, length=LENGTH)["score"] for task in JUDGED
+        play(trained, "test", None, task=task, episodes=10, length=LENGTH)["score"]
+        for task in JUDGED
     ]
     told = ", ".join(f"{task} {share:.0%}" for task, share in zip(JUDGED, success, strict=True))
     plain = transformers.DecisionTransformerModel(trained.config)

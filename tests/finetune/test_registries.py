@@ -66,6 +66,7 @@ def prepare(recipe: Any) -> Task:
     return Task(
         model=ToyModel(),
         train=examples,
+        validation=None,
         test=examples,
         collator=collate,
         head=["head"],

@@ -42,6 +42,7 @@ def _trainer(method: Lora, folder: Path, *overrides: str) -> Any:
     task = Task(
         model=case.model(),
         train=rows,
+        validation=None,
         test=rows,
         collator=transformers.default_data_collator,
         head=["classifier"],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
+from itertools import count
 from typing import Any
 
 from evatune.errors import ConfigError
@@ -12,7 +13,7 @@ from evatune.finetune.workers import Answer, Call
 
 def run_calls_on_ray(
     function: Callable[..., Any],
-    calls: Sequence[Call],
+    calls: Iterable[Call | None],
     workers: int,
 ) -> Generator[Answer]:
     """Yield an answer to each call, in the order in which they end.
@@ -22,6 +23,7 @@ def run_calls_on_ray(
 
     Args:
         function: raises nothing.
+        calls: taken until None comes, and again after every answer; see `run_calls`.
         workers: CPUs of a Ray that is started here: where RAY_ADDRESS names no cluster.
 
     Raises:
@@ -41,8 +43,12 @@ def run_calls_on_ray(
             ray.init(**options)
         environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
         task = ray.remote(num_cpus=1, runtime_env=environment)(function)
-        numbers = {task.remote(*call): number for number, call in enumerate(calls)}
-        while numbers:
+        waiting, counted = iter(calls), count()
+        while True:
+            while (call := next(waiting, None)) is not None:
+                numbers[task.remote(*call)] = next(counted)
+            if not numbers:
+                return
             (done,), _ = ray.wait(list(numbers), num_returns=1)
             number = numbers.pop(done)
             try:

@@ -62,6 +62,15 @@ class DataOptions:
         le=_MOST,
         description="examples to train on, drawn with the seed 0 whatever the run's seed is",
     )
+    validation: _Whole = Field(
+        default=0,
+        ge=0,
+        le=_MOST,
+        description=(
+            "examples to evaluate on while training and to choose settings by, in neither of the"
+            " other parts; 0: the test examples are evaluated while training"
+        ),
+    )
     test: _Whole = Field(
         default=500, ge=1, le=_MOST, description="examples to evaluate on, none of them trained on"
     )

@@ -9,6 +9,7 @@ import json
 import platform
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import transformers
 
 from evatune.api import initialize
+from evatune.calibration import Calibration
 from evatune.distributed.group import require_alone
 from evatune.finetune.methods import AdapterSetup, Method, Preparation, find_method
 from evatune.finetune.metrics import count_trainable, peak_memory, read_metrics
@@ -30,7 +32,8 @@ from evatune.finetune.run_folder import (
     claimed_run,
     finished_result,
 )
-from evatune.finetune.tasks import Task, find_domain
+from evatune.finetune.start_facts import NO_FACTS, StartFacts, start_facts
+from evatune.finetune.tasks import Part, Task, find_domain
 from evatune.finetune.training import build_trainer
 from evatune.trainers.hf import training_batches
 from evatune.utils.atomic import write_text, writing
@@ -50,9 +53,10 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
 
     Returns:
         What `result.json` holds: score in [0, 1] (higher is better), eval_loss, measures (what else
-            the task measures),
-        trainable_parameters, first_gradient_b (norm of the gradient of all B at step 1, None
-        without an adapter), init_seconds, train_seconds, steps.
+            the task measures), all three of the test examples; validation, the same of the
+            validation examples, None without; trainable_parameters; first_gradient_b (norm of the
+            gradient of all B at step 1, None without an adapter); init_seconds, train_seconds,
+            steps.
 
     Raises:
         ConfigError: an unknown domain, task or method; a folder that holds another run, or in which
@@ -75,25 +79,11 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
 
 def _run(recipe: Recipe, folder: Path, quiet: bool) -> dict[str, Any]:
     """Begin the run, or go on with it, and return its result."""
-    transformers.set_seed(recipe.seed)
-    method = find_method(recipe.method)
-    task = find_domain(recipe.domain).prepare(recipe)
     checkpoint = newest_whole(folder / CHECKPOINTS)
-    resumed = checkpoint is not None
-
-    start = time.perf_counter()
-    model = method.adapt(task.model, _adapter_setup(recipe, task))
-    trainer = build_trainer(recipe, task, method, model, folder, resumed=resumed, quiet=quiet)
-    _initialize(trainer, recipe, task, method, folder)
-    init_seconds = time.perf_counter() - start
-
-    transformers.set_seed(recipe.seed)  # whatever a method drew, all see the same batches
-    start = time.perf_counter()
-    if method.trains:
-        _train(trainer, checkpoint, recipe.training.steps)
-    train_seconds = time.perf_counter() - start
-
-    measures = _evaluate(trainer, task, recipe.training.steps, folder)
+    trained = _trained(recipe, folder, checkpoint, quiet=quiet)
+    validation = None if trained.task.validation is None else trained.measures("validation")
+    measures = trained.measures("test")
+    method, model = trained.method, trained.trainer.model
     if method.trains:
         with writing(folder / method.saved_as, MAKE_ROOM):
             method.save(model, folder / method.saved_as, folder / INITIAL_ADAPTER)
@@ -101,19 +91,131 @@ def _run(recipe: Recipe, folder: Path, quiet: bool) -> dict[str, Any]:
         "score": measures.pop("score"),
         "eval_loss": measures.pop("loss"),
         "measures": measures,
+        "validation": validation,
         "trainable_parameters": count_trainable(model),
         "first_gradient_b": _first_gradient_b(folder),
-        "init_seconds": init_seconds,
-        "train_seconds": train_seconds,  # of the last stretch, if the run was resumed
-        "resumed": resumed,
+        "init_seconds": trained.init_seconds,
+        "train_seconds": trained.train_seconds,
+        "resumed": checkpoint is not None,
         "steps": recipe.training.steps,
         "peak_memory_bytes": peak_memory(),
-        "versions": _versions(),
+        "versions": library_versions(),
     }
     write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
     # of a thousand runs they would fill the disk
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return result
+
+
+def measure(recipe: Recipe, folder: Path, *, tested: bool) -> dict[str, Any]:
+    """Train and evaluate, and return what the run measured; nothing of it is kept.
+
+    Args:
+        folder: an empty one to work in. tested: whether the test examples are evaluated.
+
+    Returns:
+        curve: [step, loss, score or None] per evaluation on the validation examples.
+        validation, test: measures by name; test is None unless `tested`.
+        diverged: the validation loss is no number, or larger at the end than at the start.
+        parameters, init_seconds, train_seconds, peak_memory_bytes, versions, as `run` gives them.
+        kappa, participation: of the start, see `start_facts`; None without an adapter.
+        ranks: layer → rank, where the method has redistributed them.
+
+    Raises:
+        See `run`.
+    """
+    trained = _trained(recipe, folder, None, quiet=True, kept=False)
+    test = trained.measures("test") if tested else None
+    validation = trained.measures("validation")
+    lines = [line for line in read_metrics(folder) if "eval_loss" in line]
+    curve = [[line["step"], line["eval_loss"], line.get("eval_score")] for line in lines]
+    first, last = curve[0][1], curve[-1][1]
+    return {
+        "curve": curve,
+        "validation": validation,
+        "test": test,
+        "diverged": not last <= first,  # also where one is no number
+        "parameters": count_trainable(trained.trainer.model),
+        "init_seconds": trained.init_seconds,
+        "train_seconds": trained.train_seconds,
+        "peak_memory_bytes": peak_memory(),
+        "kappa": trained.start.kappa,
+        "participation": trained.start.participation,
+        "ranks": trained.start.ranks,
+        "versions": library_versions(),
+    }
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A run after its last step.
+
+    Attributes:
+        train_seconds: of the last stretch, if the run was resumed.
+    """
+
+    trainer: Any
+    task: Task
+    method: Method
+    folder: Path
+    start: StartFacts
+    init_seconds: float
+    train_seconds: float
+
+    def measures(self, part: Part) -> dict[str, Any]:
+        """Return a part's measures after the last step by their names, loss and score among them.
+
+        What Trainer evaluated after the last step is not evaluated again.
+        """
+        evaluated = "test" if self.task.validation is None else "validation"
+        history = [line for line in self.trainer.state.log_history if "eval_loss" in line]
+        prefix = "eval" if part == evaluated else part
+        if part == evaluated and history and history[-1]["step"] == self.trainer.args.max_steps:
+            final = history[-1]
+        else:
+            final = self.trainer.evaluate(self.task.examples(part), metric_key_prefix=prefix)
+        measures = {}
+        for key, value in final.items():
+            if key.startswith(f"{prefix}_") and not key.endswith(_ABOUT_SPEED):
+                measures[key.removeprefix(f"{prefix}_")] = value
+        if self.task.evaluate is not None:
+            measures |= self.task.evaluate(self.trainer.model.eval(), part, self.folder)
+        return measures
+
+
+def _trained(
+    recipe: Recipe, folder: Path, checkpoint: Path | None, *, quiet: bool, kept: bool = True
+) -> _Trained:
+    """Do everything of a run up to its last step.
+
+    Args:
+        kept: whether checkpoints and the calibration are written, instead of facts being measured.
+    """
+    transformers.set_seed(recipe.seed)
+    method = find_method(recipe.method)
+    task = find_domain(recipe.domain).prepare(recipe)
+    resumed = checkpoint is not None
+
+    start = time.perf_counter()
+    model = method.adapt(task.model, _adapter_setup(recipe, task))
+    trainer = build_trainer(
+        recipe, task, method, model, folder, resumed=resumed, quiet=quiet, checkpoints=kept
+    )
+    calibration = _initialize(trainer, recipe, task, method, folder)
+    init_seconds = time.perf_counter() - start
+    if kept:
+        facts = NO_FACTS
+        if calibration is not None:
+            calibration.save(folder / CALIBRATION)
+    else:
+        facts = start_facts(trainer.model, task, recipe)
+
+    transformers.set_seed(recipe.seed)  # whatever a method drew, all see the same batches
+    start = time.perf_counter()
+    if method.trains:
+        _train(trainer, checkpoint, recipe.training.steps)
+    train_seconds = time.perf_counter() - start
+    return _Trained(trainer, task, method, folder, facts, init_seconds, train_seconds)
 
 
 def _adapter_setup(recipe: Recipe, task: Task) -> AdapterSetup:
@@ -128,8 +230,10 @@ def _adapter_setup(recipe: Recipe, task: Task) -> AdapterSetup:
     )
 
 
-def _initialize(trainer: Any, recipe: Recipe, task: Task, method: Method, folder: Path) -> None:
-    """Start the adapter from data or weights, and write the calibration, where there is one."""
+def _initialize(
+    trainer: Any, recipe: Recipe, task: Task, method: Method, folder: Path
+) -> Calibration | None:
+    """Start the adapter from data or weights, and return the calibration, where there is one."""
     preparation = Preparation(
         initialize=lambda **options: initialize(trainer, rows=task.rows, **options),
         batches=lambda size: training_batches(trainer, size, recipe.seed),
@@ -140,9 +244,7 @@ def _initialize(trainer: Any, recipe: Recipe, task: Task, method: Method, folder
         initial_adapter=folder / INITIAL_ADAPTER,
         rows=task.rows,
     )
-    calibration = method.prepare(trainer.model, preparation)
-    if calibration is not None:
-        calibration.save(folder / CALIBRATION)
+    return method.prepare(trainer.model, preparation)
 
 
 def _train(trainer: Any, checkpoint: Path | None, steps: int) -> None:
@@ -157,22 +259,6 @@ def _train(trainer: Any, checkpoint: Path | None, steps: int) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
-def _evaluate(trainer: Any, task: Task, steps: int, folder: Path) -> dict[str, Any]:
-    """Return the measures after the last step by their names, loss and score among them."""
-    evaluations = [line for line in trainer.state.log_history if "eval_loss" in line]
-    if evaluations and evaluations[-1]["step"] == steps:
-        final = evaluations[-1]
-    else:
-        final = trainer.evaluate()
-    measures = {}
-    for key, value in final.items():
-        if key.startswith("eval_") and not key.endswith(_ABOUT_SPEED):
-            measures[key.removeprefix("eval_")] = value
-    if task.evaluate is not None:
-        measures |= task.evaluate(trainer.model.eval(), folder)
-    return measures
-
-
 def _first_gradient_b(folder: Path) -> float | None:
     """Return the norm of the gradient of all B at the first step; None without an adapter."""
     for line in read_metrics(folder):
@@ -181,7 +267,8 @@ def _first_gradient_b(folder: Path) -> float | None:
     return None
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Return the versions that a result may depend on."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

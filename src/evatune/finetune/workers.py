@@ -8,10 +8,10 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -32,7 +32,7 @@ class Answer:
 
 def run_calls(
     function: Callable[..., Any],
-    calls: Sequence[Call],
+    calls: Iterable[Call | None],
     workers: int,
 ) -> Generator[Answer]:
     """Yield an answer to each call, in the order in which they end.
@@ -43,31 +43,41 @@ def run_calls(
 
     Args:
         function: importable by name; it raises nothing.
+        calls: taken one by one as workers become free, so that they may depend on the answers so
+            far; None where none can be made before the next answer.
         workers: processes at a time, each with one thread of OpenMP.
     """
     context = multiprocessing.get_context("spawn")
-    waiting = deque(enumerate(calls))
+    waiting = iter(calls)
+    numbers = count()
     # A process is in here before it starts: an interrupt may come at any line.
     processes: dict[Connection, BaseProcess] = {}
+    idle: list[Connection] = []
     current: dict[Connection, int] = {}
     try:
-        while waiting or current:
-            while waiting and len(current) < max(1, workers):
-                parent_end, worker_end = context.Pipe()
-                processes[parent_end] = context.Process(target=_serve, args=(worker_end, function))
-                with _start_settings():
-                    processes[parent_end].start()
-                worker_end.close()
-                current[parent_end] = _send_next(parent_end, waiting)
+        while True:
+            while len(current) < max(1, workers) and (call := next(waiting, None)) is not None:
+                if idle:
+                    connection = idle.pop()
+                else:
+                    connection, worker_end = context.Pipe()
+                    arguments = (worker_end, function)
+                    processes[connection] = context.Process(target=_serve, args=arguments)
+                    with _start_settings():
+                        processes[connection].start()
+                    worker_end.close()
+                with suppress(OSError):  # it is dead, and no answer will come
+                    connection.send(call)
+                current[connection] = next(numbers)
+            if not current:
+                return
             for ready in cast("list[Connection]", wait(list(current))):
                 number = current.pop(ready)
                 try:
                     answer = Answer(number, ready.recv())
+                    idle.append(ready)
                 except (EOFError, OSError):
                     answer = Answer(number, died=True)
-                if waiting and not answer.died:
-                    current[ready] = _send_next(ready, waiting)
-                else:
                     _end([processes[ready]])
                 yield answer
     finally:
@@ -93,14 +103,6 @@ def _start_settings() -> Iterator[None]:
         if threads is not None:
             os.environ["OMP_NUM_THREADS"] = threads
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def _send_next(connection: Connection, waiting: deque[tuple[int, Call]]) -> int:
-    """Send the next call and return its number; if the process is dead, no answer will come."""
-    number, call = waiting.popleft()
-    with suppress(OSError):
-        connection.send(call)
-    return number
 
 
 def _end(processes: Collection[BaseProcess]) -> None:

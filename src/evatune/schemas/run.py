@@ -29,6 +29,7 @@ class Result(Strict):
     score: _Measure
     eval_loss: _Measure
     measures: dict[Name, _Measure]
+    validation: dict[Name, _Measure] | None = None
     trainable_parameters: Count
     first_gradient_b: _Measure | None
     init_seconds: _Seconds

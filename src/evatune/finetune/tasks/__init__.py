@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from evatune.errors import ConfigError
 from evatune.finetune.tasks import generation, images, rl, understanding
-from evatune.finetune.tasks.base import Domain, Task
+from evatune.finetune.tasks.base import Domain, Part, Task
 
 _MODULES = (generation, understanding, images, rl)
 DOMAINS: dict[str, Domain] = {module.DOMAIN.name: module.DOMAIN for module in _MODULES}
@@ -17,4 +17,4 @@ def find_domain(name: str) -> Domain:
     return DOMAINS[name]
 
 
-__all__ = ["DOMAINS", "Domain", "Task", "find_domain"]
+__all__ = ["DOMAINS", "Domain", "Part", "Task", "find_domain"]

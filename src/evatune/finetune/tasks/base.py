@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from evatune.capture.recorder import RowsFunction
 from evatune.finetune.recipe import Recipe
+
+Part = Literal["validation", "test"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +19,9 @@ class Task:
 
     Attributes:
         model: what is fine-tuned; its forward returns a loss when a batch holds labels.
-        train, test: examples, as `datasets` or as torch's `Dataset`; `collator` turns a list of
-            them into a batch.
+        train, validation, test: examples, as `datasets` or as torch's `Dataset`, no example in two
+            of them; `collator` turns a list of them into a batch. validation is None where the
+            recipe asks for none.
         head: endings of the names of the modules that the method "head" trains.
         new_head: the head is not in the checkpoint, so every method trains it in full.
         task_type: PEFT's name of the kind of task, None where it has none.
@@ -26,14 +29,15 @@ class Task:
             does.
         reduce: Trainer's `preprocess_logits_for_metrics`: what the metric needs of the logits, to
             save memory.
-        evaluate: model, run folder → measures after training that are no function of the logits on
-            `test`: generated answers, episodes in a simulator. It gives "score", in [0, 1], higher
-            is better, and may write files.
+        evaluate: model, part ("validation" or "test"), run folder → measures after training that
+            are no function of the logits on that part: generated answers, episodes in a simulator.
+            It gives "score", in [0, 1], higher is better, and may write files.
         rows: evatune's choice of rows, where the model's masks do not say it.
     """
 
     model: Any
     train: Any
+    validation: Any
     test: Any
     collator: Callable[[Any], Any]
     head: list[str]
@@ -41,8 +45,12 @@ class Task:
     task_type: str | None
     metric: Callable[[Any], dict[str, float]] | None = None
     reduce: Callable[[Any, Any], Any] | None = None
-    evaluate: Callable[[Any, Path], dict[str, float]] | None = None
+    evaluate: Callable[[Any, Part, Path], dict[str, float]] | None = None
     rows: RowsFunction | None = None
+
+    def examples(self, part: Part) -> Any:
+        """Return the examples of one of the parts to evaluate on."""
+        return self.validation if part == "validation" else self.test
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,8 @@ import transformers
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.base import Domain, Task, accuracy
-from evatune.finetune.tasks.user_data import (
-    draw_split,
-    encode_labels,
-    load_examples,
-    require_task,
-)
+from evatune.finetune.tasks.splits import Split, draw_split
+from evatune.finetune.tasks.user_data import encode_labels, load_examples, require_task
 from evatune.loading.corpora import SENTIMENT, bbc, sentiment
 from evatune.loading.demo import demo_model
 from evatune.loading.hub import reading, require_path
@@ -46,19 +42,16 @@ def prepare(recipe: Recipe) -> Task:
     had.
     """
     if recipe.data.source is None:
-        train, test, classes = _bundled_examples(recipe)
+        examples, classes = _bundled_examples(recipe)
     else:
-        train, test, classes = _user_examples(recipe)
+        examples, classes = _user_examples(recipe)
     model, tokenizer = _load_model(recipe, classes)
     longest = min(recipe.data.max_length, tokenizer.model_max_length)
-    test_rows = _encode(test, tokenizer, longest)
-    # By length, so that little of a batch is padding; the metric does not see the order.
-    lengths = [len(row["input_ids"]) for row in test_rows]
-    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     return Task(
         model=model,
-        train=_encode(train, tokenizer, longest),
-        test=test_rows.select(by_length),
+        train=_encode(examples.train, tokenizer, longest),
+        validation=_to_evaluate(examples.validation, tokenizer, longest),
+        test=_to_evaluate(examples.test, tokenizer, longest),
         collator=transformers.DataCollatorWithPadding(tokenizer),
         metric=accuracy,
         head=["classifier" if hasattr(model, "classifier") else "score"],
@@ -91,20 +84,33 @@ def _encode(examples: _Labeled, tokenizer: Any, longest: int) -> Any:
     return datasets.Dataset.from_dict({**encoded, "labels": examples.labels})
 
 
-def _bundled_examples(recipe: Recipe) -> tuple[_Labeled, _Labeled, int]:
-    """Return training and test examples of one of our tasks, and the number of classes."""
+def _to_evaluate(examples: _Labeled, tokenizer: Any, longest: int) -> Any:
+    """Return the encoded examples, or None of no examples.
+
+    They are in the order of their lengths, so that little of a batch is padding; the metric does
+    not see it.
+    """
+    if not examples.labels:
+        return None
+    rows = _encode(examples, tokenizer, longest)
+    lengths = [len(row["input_ids"]) for row in rows]
+    return rows.select(sorted(range(len(lengths)), key=lengths.__getitem__))
+
+
+def _bundled_examples(recipe: Recipe) -> tuple[Split[_Labeled], int]:
+    """Return the examples of one of our tasks, and the number of classes."""
     task = recipe.task
     require_task(task, TASKS, "language understanding")
     texts, labels = bbc() if task == "bbc" else sentiment(task)
     # Some texts occur twice; one that is tested must not be one that was learned.
     unique = _first_occurrences(texts)
-    train, test = draw_split(len(unique), recipe.data.train, recipe.data.test, task)
+    split = draw_split(len(unique), recipe.data, task)
 
     def select(indices: list[int]) -> _Labeled:
         chosen = [unique[i] for i in indices]
         return _Labeled([(texts[i],) for i in chosen], [labels[i] for i in chosen])
 
-    return select(train), select(test), len({labels[i] for i in unique})
+    return split.map(select), len({labels[i] for i in unique})
 
 
 def _first_occurrences(texts: Sequence[str]) -> list[int]:
@@ -115,8 +121,8 @@ def _first_occurrences(texts: Sequence[str]) -> list[int]:
     return sorted(first.values())
 
 
-def _user_examples(recipe: Recipe) -> tuple[_Labeled, _Labeled, int]:
-    """Return training and test examples of `data.source`, and the number of classes."""
+def _user_examples(recipe: Recipe) -> tuple[Split[_Labeled], int]:
+    """Return the examples of `data.source`, and the number of classes."""
     data = recipe.data
     columns = data.columns or ["text"]
     if len(columns) > 2:
@@ -124,13 +130,15 @@ def _user_examples(recipe: Recipe) -> tuple[_Labeled, _Labeled, int]:
             f"data.columns is {columns}; give one column of text, or two for pairs of texts"
         )
     needed = [*columns, data.label_column]
-    train, test = load_examples(recipe, needed, TASKS, "understanding-movie")
-    train_labels, test_labels, classes = encode_labels(train, test, data)
-    return (
-        _Labeled(_texts(train, columns), train_labels),
-        _Labeled(_texts(test, columns), test_labels),
-        classes,
+    tables = load_examples(recipe, needed, TASKS, "understanding-movie")
+    labels, classes = encode_labels(tables, data)
+    texts = tables.map(lambda table: _texts(table, columns))
+    examples = Split(
+        _Labeled(texts.train, labels.train),
+        _Labeled(texts.validation, labels.validation),
+        _Labeled(texts.test, labels.test),
     )
+    return examples, classes
 
 
 def _texts(table: Any, columns: Sequence[str]) -> list[tuple[str, ...]]:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 
 from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import DataOptions, Recipe
+from evatune.finetune.tasks.splits import Split, draw, draw_split
 from evatune.loading.data_files import is_saved_by_datasets, read_data_files
 from evatune.loading.hub import reading, require_path
 from evatune.loading.texts import require_no_chat
@@ -27,10 +27,10 @@ def require_task(task: str, tasks: Sequence[str], domain: str) -> None:
 
 def load_examples(
     recipe: Recipe, columns: Sequence[str], tasks: Sequence[str], example: str
-) -> tuple[Any, Any]:
-    """Return as many training and test examples of `data.source` as the recipe says.
+) -> Split[Any]:
+    """Return as many examples of `data.source` for each part as the recipe says.
 
-    They are drawn with the seed 0.
+    They are drawn with the seed 0; those to validate on come from the split to train on.
 
     Args:
         columns: that must be there. tasks: names that are taken. example: a recipe that needs no
@@ -56,11 +56,10 @@ def load_examples(
         for table in (train, test):
             _require_column(table, column, source)
     if test is train:
-        train_indices, test_indices = draw_split(len(train), data.train, data.test, recipe.task)
-        return train.select(train_indices), train.select(test_indices)
-    train_indices, _ = draw_split(len(train), data.train, 0, recipe.task)
-    test_indices, _ = draw_split(len(test), data.test, 0, recipe.task)
-    return train.select(train_indices), test.select(test_indices)
+        return draw_split(len(train), data, recipe.task).map(train.select)
+    learned, chosen_by = draw(len(train), recipe.task, train=data.train, validation=data.validation)
+    (tested,) = draw(len(test), recipe.task, test=data.test)
+    return Split(train.select(learned), train.select(chosen_by), test.select(tested))
 
 
 def _require_column(table: Any, column: str, source: str) -> None:
@@ -71,22 +70,22 @@ def _require_column(table: Any, column: str, source: str) -> None:
     require_no_chat(table, column, source)
 
 
-def encode_labels(train: Any, test: Any, data: DataOptions) -> tuple[list[int], list[int], int]:
-    """Return the labels of both parts as numbers, and how many classes there are.
+def encode_labels(examples: Split[Any], data: DataOptions) -> tuple[Split[list[int]], int]:
+    """Return the labels of all parts as numbers, and how many classes there are.
 
     There are as many classes as the column declares, else as many as occur.
     """
     column = data.label_column
-    feature = train.features[column]
-    train_labels, test_labels = list(train[column]), list(test[column])
-    values = [*train_labels, *test_labels]
+    feature = examples.train.features[column]
+    labels = examples.map(lambda table: list(table[column]))
+    values = [*labels.train, *labels.validation, *labels.test]
     if all(isinstance(label, str) for label in values):
         numbers = {name: number for number, name in enumerate(sorted(set(values)))}
-        train_labels = [numbers[label] for label in train_labels]
-        test_labels = [numbers[label] for label in test_labels]
+        labels = labels.map(lambda part: [numbers[label] for label in part])
+        values = [numbers[label] for label in values]
     declared = isinstance(feature, datasets.ClassLabel)
     classes: int = feature.num_classes if declared else len(set(values))
-    for label in [*train_labels, *test_labels]:
+    for label in values:
         if not isinstance(label, int) or not 0 <= label < classes:
             raise DataError(
                 f"column {column!r} of {str(data.source)!r} holds the label {label!r}; its"
@@ -97,21 +96,7 @@ def encode_labels(train: Any, test: Any, data: DataOptions) -> tuple[list[int], 
         raise DataError(
             f"column {column!r} of {str(data.source)!r} holds one class only; give at least two"
         )
-    return train_labels, test_labels, classes
-
-
-def draw_split(total: int, train: int, test: int, task: str) -> tuple[list[int], list[int]]:
-    """Return the indices of the examples to train and to test on, drawn with the seed 0.
-
-    Raises ConfigError if there are not enough examples.
-    """
-    if train + test > total:
-        raise ConfigError(
-            f"data.train + data.test is {train + test}, but task {task!r} has {total} examples;"
-            " lower them"
-        )
-    order = np.random.default_rng(0).permutation(total)[: train + test].tolist()
-    return order[:train], order[train:]
+    return labels, classes
 
 
 def _read_split(data: DataOptions, split: str) -> Any:

@@ -48,7 +48,9 @@ class Expert(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore:Constant:UserWarning")
 @pytest.mark.parametrize(("sign", "score"), [(1, 1.0), (-1, 0.0)])
 def test_the_judge_lets_an_expert_succeed_and_its_opposite_fail(sign: int, score: float) -> None:
-    found = play(Expert("faucet-close", sign), None, task="faucet-close", episodes=3, length=4)
+    found = play(
+        Expert("faucet-close", sign), "test", None, task="faucet-close", episodes=3, length=4
+    )
     assert found["score"] == score
     assert (found["steps"] < 100) == (score == 1)
 
@@ -60,6 +62,7 @@ def test_where_mujoco_cannot_draw_the_judge_says_so_and_goes_on(
     with caplog.at_level(logging.WARNING):
         found = play(
             Imitator.from_pretrained(small_folder).eval(),
+            "test",
             tmp_path,
             task="push",
             episodes=1,

@@ -13,9 +13,9 @@ import transformers
 
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import Recipe
-from evatune.finetune.tasks.base import Domain, Task
-from evatune.finetune.tasks.generation.base import Pair, Pairs
-from evatune.finetune.tasks.generation.encoding import IGNORED, encode
+from evatune.finetune.tasks.base import Domain, Part, Task
+from evatune.finetune.tasks.generation.base import Pair
+from evatune.finetune.tasks.generation.encoding import encode
 from evatune.finetune.tasks.generation.scoring import (
     measures,
     scored_measures,
@@ -24,6 +24,7 @@ from evatune.finetune.tasks.generation.scoring import (
     token_losses,
 )
 from evatune.finetune.tasks.generation.tasks import TASKS
+from evatune.finetune.tasks.splits import Split
 from evatune.finetune.tasks.user_data import load_examples, require_task
 from evatune.loading.assets import asset
 from evatune.loading.hub import reading, require_path
@@ -48,22 +49,17 @@ def prepare(recipe: Recipe) -> Task:
     pairs = _bundled_pairs(recipe) if recipe.data.source is None else _user_pairs(recipe)
     model, tokenizer = _load_model(recipe)
     longest = recipe.data.max_length
-    train = [encode(tokenizer, pair, longest) for pair in pairs.train]
-    encoded = [(pair, encode(tokenizer, pair, longest)) for pair in pairs.test]
-    # By length, so that little of a batch is padding; no measure sees the order.
-    encoded.sort(key=lambda item: len(item[1]["input_ids"]))
-    test_pairs = [pair for pair, _ in encoded]
-    test = [row for _, row in encoded]
-    evaluate = _evaluation(recipe, tokenizer, test_pairs)
+    evaluate = _evaluation(recipe, tokenizer, pairs)
     return Task(
         model=model,
-        train=datasets.Dataset.from_list(train),
-        test=datasets.Dataset.from_list(test),
+        train=_encode(pairs.train, tokenizer, longest),
+        validation=_to_evaluate(pairs.validation, tokenizer, longest),
+        test=_to_evaluate(pairs.test, tokenizer, longest),
         collator=transformers.DataCollatorForSeq2Seq(tokenizer),
         head=["lm_head"],
         new_head=False,
         task_type="CAUSAL_LM",
-        metric=_per_character(tokenizer, test) if evaluate is None else measures,
+        metric=partial(scored_measures, tokenizer=tokenizer) if evaluate is None else measures,
         reduce=token_losses,
         evaluate=evaluate,
     )
@@ -90,44 +86,59 @@ def _load_model(recipe: Recipe) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def _encode(pairs: list[Pair], tokenizer: Any, longest: int) -> Any:
+    """Return a `datasets.Dataset` of tokens and labels."""
+    return datasets.Dataset.from_list([encode(tokenizer, pair, longest) for pair in pairs])
+
+
+def _to_evaluate(pairs: list[Pair], tokenizer: Any, longest: int) -> Any:
+    """Return the encoded pairs, or None of no pairs.
+
+    They are in the order of their lengths, so that little of a batch is padding; no measure sees
+    it.
+    """
+    if not pairs:
+        return None
+    rows = [encode(tokenizer, pair, longest) for pair in pairs]
+    return datasets.Dataset.from_list(sorted(rows, key=lambda row: len(row["input_ids"])))
+
+
 def _evaluation(
-    recipe: Recipe, tokenizer: Any, pairs: list[Pair]
-) -> Callable[[Any, Path], dict[str, float]] | None:
+    recipe: Recipe, tokenizer: Any, pairs: Split[list[Pair]]
+) -> Callable[[Any, Part, Path], dict[str, float]] | None:
     """Return what scores the model after training; None where the perplexity is the score."""
     task = TASKS.get(recipe.task)
     final_answer = None if task is None else task.final_answer
-    if final_answer is not None:
-        return lambda model, _: {"score": share_solved(model, tokenizer, pairs, final_answer)}
-    if any(pair.choices for pair in pairs):
-        longest = recipe.data.max_length
-        return lambda model, _: {"score": share_chosen(model, tokenizer, pairs, longest)}
-    return None
+    longest = recipe.data.max_length
+
+    def share(model: Any, part: Part, _: Path) -> dict[str, float]:
+        examples = pairs.validation if part == "validation" else pairs.test
+        if final_answer is not None:
+            return {"score": share_solved(model, tokenizer, examples, final_answer)}
+        return {"score": share_chosen(model, tokenizer, examples, longest)}
+
+    is_share = final_answer is not None or any(pair.choices for pair in pairs.test)
+    return share if is_share else None
 
 
-def _per_character(
-    tokenizer: Any, rows: list[dict[str, list[int]]]
-) -> Callable[[Any], dict[str, float]]:
-    """Return the metric whose score counts the characters of these rows' answers."""
-    left_out = (IGNORED, tokenizer.eos_token_id)
-    answers = [token for row in rows for token in row["labels"] if token not in left_out]
-    characters = len(tokenizer.decode(answers))
-    return partial(scored_measures, tokens=len(answers), characters=characters)
+def _bundled_pairs(recipe: Recipe) -> Split[list[Pair]]:
+    """Return prompts and answers of one of our tasks.
 
-
-def _bundled_pairs(recipe: Recipe) -> Pairs:
-    """Return prompts and answers of one of our tasks."""
+    What the task holds out is validated on first, then tested on.
+    """
     require_task(recipe.task, tuple(TASKS), "language generation")
     data = recipe.data
-    pairs = TASKS[recipe.task].examples(data.train, data.test)
-    if len(pairs.train) < data.train or len(pairs.test) < data.test:
+    held_out = data.validation + data.test
+    pairs = TASKS[recipe.task].examples(data.train, held_out)
+    if len(pairs.train) < data.train or len(pairs.test) < held_out:
+        keys = "data.validation + data.test" if data.validation else "data.test"
         raise ConfigError(
-            f"data.train is {data.train} and data.test {data.test}, but task {recipe.task!r} has"
-            f" {len(pairs.train)} and {len(pairs.test)} examples; lower them"
+            f"data.train is {data.train} and {keys} {held_out}, but task {recipe.task!r} has {len(pairs.train)} and {len(pairs.test)} examples; lower them"
         )
-    return pairs
+    return Split(pairs.train, pairs.test[: data.validation], pairs.test[data.validation :])
 
 
-def _user_pairs(recipe: Recipe) -> Pairs:
+def _user_pairs(recipe: Recipe) -> Split[list[Pair]]:
     """Return prompts and answers of the user's data, or texts without a prompt."""
     columns = recipe.data.columns or ["text"]
     if len(columns) > 2:
@@ -135,11 +146,12 @@ def _user_pairs(recipe: Recipe) -> Pairs:
             f"data.columns is {columns}; give the prompt's and the answer's column, or the text's"
             " alone"
         )
-    train, test = load_examples(recipe, columns, tuple(TASKS), "generation-code")
-    return Pairs(
-        [_pair([str(row[column]) for column in columns]) for row in train],
-        [_pair([str(row[column]) for column in columns]) for row in test],
-    )
+    tables = load_examples(recipe, columns, tuple(TASKS), "generation-code")
+
+    def pairs(table: Any) -> list[Pair]:
+        return [_pair([str(row[column]) for column in columns]) for row in table]
+
+    return tables.map(pairs)
 
 
 def _pair(texts: list[str]) -> Pair:

@@ -45,10 +45,13 @@ def measures(prediction: Any) -> dict[str, float]:
     return {"perplexity": math.exp(min(mean, _LARGEST_LOSS)), "exact_match": exact}
 
 
-def scored_measures(prediction: Any, tokens: int, characters: int) -> dict[str, float]:
+def scored_measures(prediction: Any, tokenizer: Any) -> dict[str, float]:
     """Return the measures, with one over the perplexity per character as the score."""
     measured = measures(prediction)
-    return {"score": measured["perplexity"] ** (-tokens / characters), **measured}
+    labels = prediction.label_ids
+    answers = labels[(labels != IGNORED) & (labels != tokenizer.eos_token_id)]
+    characters = len(tokenizer.decode(answers))
+    return {"score": measured["perplexity"] ** (-len(answers) / characters), **measured}
 
 
 @torch.no_grad()

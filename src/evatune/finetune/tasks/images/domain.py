@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import datasets
@@ -18,12 +19,8 @@ from evatune.errors import DataError
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.base import Domain, Task, accuracy
 from evatune.finetune.tasks.images.tasks import TASKS
-from evatune.finetune.tasks.user_data import (
-    draw_split,
-    encode_labels,
-    load_examples,
-    require_task,
-)
+from evatune.finetune.tasks.splits import Split, draw_split
+from evatune.finetune.tasks.user_data import encode_labels, load_examples, require_task
 from evatune.loading.assets import asset
 from evatune.loading.cache import build_once
 from evatune.loading.hub import reading, require_path
@@ -69,9 +66,9 @@ def prepare(recipe: Recipe) -> Task:
     data = recipe.data
     if data.source is None:
         images = _bundled_images(recipe.task)
-        train, test = draw_split(len(images.labels), data.train, data.test, recipe.task)
+        split = draw_split(len(images.labels), data, recipe.task)
     else:
-        images, train, test = _user_images(recipe)
+        images, split = _user_images(recipe)
     model, processor = _load_model(recipe, images.classes)
 
     def collate(examples: list[tuple[Image.Image, int]]) -> dict[str, Tensor]:
@@ -81,8 +78,9 @@ def prepare(recipe: Recipe) -> Task:
 
     return Task(
         model=model,
-        train=_Examples(images, train),
-        test=_Examples(images, test),
+        train=_Examples(images, split.train),
+        validation=_Examples(images, split.validation) if data.validation else None,
+        test=_Examples(images, split.test),
         collator=collate,
         metric=accuracy,
         head=["classifier"],
@@ -140,27 +138,27 @@ def _bundled_images(name: str) -> _Labeled:
     return _Labeled(lambda index: Image.fromarray(pixels[index]), labels, task.classes)
 
 
-def _user_images(recipe: Recipe) -> tuple[_Labeled, list[int], list[int]]:
-    """Return the images of `data.source`, and which are to train and to test on."""
+def _user_images(recipe: Recipe) -> tuple[_Labeled, Split[list[int]]]:
+    """Return the images of `data.source`, and which are in which part."""
     data = recipe.data
     column = (data.columns or ["image"])[0]
     needed = [column, data.label_column]
-    train, test = load_examples(recipe, needed, tuple(TASKS), "images-digits")
-    if not isinstance(train.features[column], datasets.Image):
+    tables = load_examples(recipe, needed, tuple(TASKS), "images-digits")
+    if not isinstance(tables.train.features[column], datasets.Image):
         raise DataError(
             f"column {column!r} of {str(data.source)!r} holds no images; name another with"
             " data.columns"
         )
-    train_labels, test_labels, classes = encode_labels(train, test, data)
-    count, total = len(train_labels), len(train_labels) + len(test_labels)
+    labels, classes = encode_labels(tables, data)
+    rows = datasets.concatenate_datasets([tables.train, tables.validation, tables.test])
 
     def picture(index: int) -> Image.Image:
-        row = train[index] if index < count else test[index - count]
-        image: Image.Image = row[column]
+        image: Image.Image = rows[index][column]
         return image
 
-    images = _Labeled(picture, train_labels + test_labels, classes)
-    return images, list(range(count)), list(range(count, total))
+    numbers = iter(range(len(rows)))
+    split = labels.map(lambda part: list(islice(numbers, len(part))))
+    return _Labeled(picture, [*labels.train, *labels.validation, *labels.test], classes), split
 
 
 def _label_tensor(labels: Sequence[int]) -> Tensor:

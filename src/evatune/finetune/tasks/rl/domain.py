@@ -15,7 +15,7 @@ from evatune.finetune.tasks.rl import simulator
 from evatune.finetune.tasks.rl.demonstrations import demonstrations
 from evatune.finetune.tasks.rl.playing import play
 from evatune.finetune.tasks.rl.policy import Imitator, Windows, rows_without_padding
-from evatune.finetune.tasks.rl.simulator import ACTIONS, STATES, TASKS, TEST, TRAIN
+from evatune.finetune.tasks.rl.simulator import ACTIONS, STATES, TASKS, TEST, TRAIN, VALIDATION
 from evatune.loading.assets import asset
 from evatune.loading.hub import reading, require_path
 
@@ -25,7 +25,8 @@ _INSTEAD = "a local folder with config.json and weights"
 def prepare(recipe: Recipe) -> Task:
     """Load everything a run needs.
 
-    `data.train` and `data.test` count episodes, `data.max_length` steps of a window.
+    `data.train`, `data.validation` and `data.test` count episodes, `data.max_length` steps of a
+    window.
 
     Raises ConfigError for an unknown task or a model that does not fit, DataError where Meta-World
     is missing.
@@ -43,10 +44,15 @@ def prepare(recipe: Recipe) -> Task:
             f"data.max_length is {data.max_length} steps, but this model sees {longest} at most;"
             " lower it"
         )
+
+    def windows(purpose: int, count: int) -> Windows:
+        return Windows(demonstrations(recipe.task, purpose, count), data.max_length)
+
     return Task(
         model=model,
-        train=Windows(demonstrations(recipe.task, TRAIN, data.train), data.max_length),
-        test=Windows(demonstrations(recipe.task, TEST, data.test), data.max_length),
+        train=windows(TRAIN, data.train),
+        validation=None if data.validation == 0 else windows(VALIDATION, data.validation),
+        test=windows(TEST, data.test),
         collator=transformers.default_data_collator,
         head=["predict_action"],
         new_head=False,

@@ -12,8 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from evatune.finetune.tasks.base import Part
 from evatune.finetune.tasks.rl.policy import padded_window
-from evatune.finetune.tasks.rl.simulator import ACTIONS, MAX_STEPS, PLAY, environment, seed_for
+from evatune.finetune.tasks.rl.simulator import (
+    ACTIONS,
+    MAX_STEPS,
+    PLAY,
+    VALIDATION_PLAY,
+    environment,
+    seed_for,
+)
 from evatune.utils.atomic import atomic_file
 
 _FRAME_EVERY = 8  # simulator steps, of which a second has 80
@@ -23,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @torch.no_grad()
 def play(
-    model: Any, folder: Path | None, *, task: str, episodes: int, length: int
+    model: Any, part: Part, folder: Path | None, *, task: str, episodes: int, length: int
 ) -> dict[str, float]:
     """Play episodes with goals that no demonstration has.
 
@@ -31,14 +39,17 @@ def play(
     step costs one forward pass. An episode ends with its first success.
 
     Args:
-        folder: where the GIF goes; None for no GIF. length: steps that the model looks back.
+        part: whose goals they have.
+        folder: where the GIF goes; None for no GIF.
+        length: steps that the model looks back.
 
     Returns:
         score: share of the episodes that succeed within 200 steps. return: the simulator's reward,
             summed over an episode and averaged. steps: mean length.
     """
     with ExitStack() as stack:
-        seeds = [seed_for(PLAY, number) for number in range(episodes)]
+        purpose = VALIDATION_PLAY if part == "validation" else PLAY
+        seeds = [seed_for(purpose, number) for number in range(episodes)]
         envs = [stack.enter_context(closing(environment(task, seed))) for seed in seeds]
         film = stack.enter_context(closing(_Film(envs[0]))) if folder else None
         lengths, returns = np.zeros(episodes), np.zeros(episodes)

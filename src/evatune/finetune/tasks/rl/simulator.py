@@ -29,11 +29,17 @@ TASKS = (
 )
 STATES, ACTIONS = 39, 4  # numbers in a state, in an action
 MAX_STEPS = 200  # of an episode; experts need 40 to 140
-TRAIN, TEST, PLAY = range(3)  # purposes of an episode; a seed belongs to one of them
+# Purposes of an episode; a seed belongs to one of them. The last two begin beyond the first million
+# episodes of the others.
+TRAIN, TEST, PLAY = range(3)
+VALIDATION, VALIDATION_PLAY = (
+    3_000_000,
+    3_000_001,
+)
 
 
 def seed_for(purpose: int, number: int) -> int:
-    """Return the seed of an episode: TRAIN, TEST or PLAY, and its number among those."""
+    """Return the seed of an episode: TRAIN or another purpose, and its number among those."""
     return 3 * number + purpose
 
 

@@ -1,0 +1,54 @@
+"""The three parts of a task's examples, and how they are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from evatune.errors import ConfigError
+from evatune.finetune.recipe import DataOptions
+
+_Part = TypeVar("_Part")
+_Other = TypeVar("_Other")
+
+
+@dataclass(frozen=True)
+class Split(Generic[_Part]):
+    """What is trained on, what settings are chosen by, and what is tested on.
+
+    No example is in two of the parts.
+    """
+
+    train: _Part
+    validation: _Part
+    test: _Part
+
+    def map(self, function: Callable[[_Part], _Other]) -> Split[_Other]:
+        """Return the split of what the function makes of each part."""
+        return Split(function(self.train), function(self.validation), function(self.test))
+
+
+def draw_split(total: int, data: DataOptions, task: str) -> Split[list[int]]:
+    """Return the indices of each part's examples, drawn with the seed 0.
+
+    Raises ConfigError if there are not enough examples.
+    """
+    parts = draw(total, task, train=data.train, validation=data.validation, test=data.test)
+    return Split(*parts)
+
+
+def draw(total: int, task: str, **sizes: int) -> list[list[int]]:
+    """Return as many indices per key of `data` as it has examples, drawn with the seed 0.
+
+    Raises ConfigError if there are not enough examples.
+    """
+    count = sum(sizes.values())
+    if count > total:
+        keys = " + ".join(f"data.{key}" for key, size in sizes.items() if size)
+        raise ConfigError(f"{keys} is {count}, but task {task!r} has {total} examples; lower them")
+    order = iter(np.random.default_rng(0).permutation(total).tolist())
+    return [list(islice(order, size)) for size in sizes.values()]
