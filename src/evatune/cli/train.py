@@ -201,12 +201,12 @@ def ls() -> None:
 @recipes.command()
 def show(recipe: Annotated[str, typer.Argument(help="Name or file.")]) -> None:
     """Print a recipe, and every key it may have with what it means."""
-    from evatune.finetune.recipe import as_tree, keys, load, text_of
+    from evatune.finetune.recipe import as_tree, flat, keys, load, text_of
 
     typer.echo("\n".join(map(printable, text_of(recipe).rstrip().split("\n"))) + "\n")
-    flat = _flat(as_tree(load(recipe)))
+    values = flat(as_tree(load(recipe)))
     for key, meaning in keys().items():
-        typer.echo(printable(f"# {key} = {flat.get(key, False)}    {meaning}"))
+        typer.echo(printable(f"# {key} = {values.get(key, False)}    {meaning}"))
 
 
 @recipes.command()
@@ -239,7 +239,7 @@ def _rank_page(folder: Path, settings: Any) -> None:
     """Write the report page and the rank map of a run that has a calibration."""
     from evatune.calibration.result import Calibration
     from evatune.finetune.methods import find_method
-    from evatune.finetune.recipe import as_tree
+    from evatune.finetune.recipe import as_tree, flat
     from evatune.report.page import render
     from evatune.report.runs import rank_plot
     from evatune.utils.atomic import write_text
@@ -249,7 +249,7 @@ def _rank_page(folder: Path, settings: Any) -> None:
         calibration = Calibration.load(path)
         plan = calibration.allocate()
         scale = find_method(settings.method).scale(settings.adapter.scale)
-        page = render(calibration, plan, _flat(as_tree(settings)), scale)
+        page = render(calibration, plan, flat(as_tree(settings)), scale)
         write_text(folder / "report.html", page)
         rank_plot(calibration, plan, folder / "ranks.png")
 
@@ -310,12 +310,3 @@ def _numbers(text: str, kind: Any, option: str) -> list[Any]:
         raise ConfigError(
             f"{option} is {text!r}; give numbers with commas between, such as {option} 0,1,2"
         ) from None
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat

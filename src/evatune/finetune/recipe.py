@@ -289,6 +289,16 @@ def as_tree(recipe: Recipe) -> dict[str, Any]:
     return tree
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a tree with the path of each value as its key: {"training.steps": 60, …}."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        values |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return values
+
+
 def keys(kind: Any = Recipe, prefix: str = "") -> dict[str, str]:
     """Return every key with its help text: {"training.steps": "optimizer steps", …}."""
     helps: dict[str, str] = {}

@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -13,9 +14,11 @@ from matplotlib.figure import Figure
 from evatune.calibration.result import Calibration
 from evatune.ranks.allocation import RankPlan
 from evatune.report.summary import LayerRow, split_name
+from evatune.utils.atomic import atomic_file
 from evatune.utils.markup import plot_text
 
-_STYLE = {
+_DPI = 120
+STYLE = {  # also while a figure is saved: it fixes the ids inside an SVG
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -28,7 +31,7 @@ _STYLE = {
 def spectra(calibration: Calibration, plan: RankPlan) -> str:
     """Draw the explained variance ratios: a line per input, with a dot where its rank ends."""
     kinds = list(dict.fromkeys(split_name(name)[1] for name in calibration.layers))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.6))
         axes = figure.add_subplot()
         colors = matplotlib.colormaps["tab10"]
@@ -62,7 +65,7 @@ def spectra(calibration: Calibration, plan: RankPlan) -> str:
 
 def energies(rows: Sequence[LayerRow]) -> str:
     """Draw the energy inside each layer's directions, of rows that chose them and unseen ones."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 2.8))
         axes = figure.add_subplot()
         places = range(len(rows))
@@ -101,6 +104,15 @@ def without_missing_glyphs() -> Iterator[None]:
             "ignore", message="Glyph .* missing from font", category=UserWarning
         )
         yield
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG or SVG, by the name's end; the same figure gives the same bytes."""
+    kind = path.suffix.removeprefix(".")
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    style = matplotlib.rc_context(STYLE)
+    with style, atomic_file(path) as temporary, without_missing_glyphs():
+        figure.savefig(temporary, dpi=_DPI, format=kind, metadata=metadata)
 
 
 def _svg(figure: Figure) -> str:

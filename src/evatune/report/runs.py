@@ -16,26 +16,19 @@ from rich.text import Text
 
 from evatune.calibration.result import Calibration
 from evatune.ranks.allocation import RankPlan
-from evatune.report.plots import without_missing_glyphs
+from evatune.report.plots import STYLE, save_figure
 from evatune.report.summary import layer_rows
 from evatune.report.tables import plain
-from evatune.utils.atomic import atomic_file
 from evatune.utils.markup import markdown_code, markdown_text, plot_text
 
 if TYPE_CHECKING:
     from evatune.finetune.summary import Comparison, MeanStd, MethodSummary
 
-_STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
 def run_plot(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw training and evaluation loss, and the score, over steps; a PNG."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2)
         for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
@@ -48,7 +41,7 @@ def run_plot(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
         left.set(xlabel="step", ylabel="loss")
         right.set(xlabel="step", ylabel="score on unseen examples")
         left.legend(frameon=False)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def rank_plot(calibration: Calibration, plan: RankPlan, path: Path) -> None:
@@ -60,7 +53,7 @@ def rank_plot(calibration: Calibration, plan: RankPlan, path: Path) -> None:
     table = [[math.nan] * len(blocks) for _ in types]
     for row in rows:
         table[types.index(row.type)][blocks.index(row.block)] = row.rank
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(
             figsize=(2.5 + 0.45 * len(blocks), 1 + 0.32 * len(types)), layout="constrained"
         )
@@ -74,7 +67,7 @@ def rank_plot(calibration: Calibration, plan: RankPlan, path: Path) -> None:
         axes.set_yticks(range(len(types)), map(plot_text, types))
         axes.set_xlabel("block")
         figure.colorbar(image, ax=axes, label="rank")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def comparison_plot(comparison: Comparison, path: Path) -> None:
@@ -86,7 +79,7 @@ def comparison_plot(comparison: Comparison, path: Path) -> None:
     methods, tasks = (
         list(dict.fromkeys(getattr(line, part) for line in shown)) for part in ("method", "task")
     )
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 0.6 + 2.8 * len(tasks)), layout="constrained")
         axes = figure.subplots(len(tasks), 2, squeeze=False)
         colors = matplotlib.colormaps["tab20" if len(methods) > 10 else "tab10"]
@@ -108,7 +101,7 @@ def comparison_plot(comparison: Comparison, path: Path) -> None:
             axis.set(xlabel="step (mean over seeds)")
         handles = [Line2D([], [], marker="o", ms=3, color=colors(i)) for i in range(len(methods))]
         figure.legend(handles, methods, frameon=False, loc="outside right upper", fontsize=8)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 _HEADINGS = (
@@ -213,8 +206,3 @@ def _spread(value: MeanStd, form: str) -> str:
     return f"{value.mean:{form}}" + (
         "" if value.deviation is None else f" ± {value.deviation:{form}}"
     )
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_file(path) as temporary, without_missing_glyphs():
-        figure.savefig(temporary, dpi=120, format="png")

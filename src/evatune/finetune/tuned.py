@@ -1,0 +1,489 @@
+"""A tuned comparison in figures: from the lines of its runs to one summary.
+
+Rates are chosen by validation losses of tuning seeds. Test scores, and everything that is said of
+convergence and cost, come from the runs of other seeds at the chosen rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from evatune.errors import ConfigError
+from evatune.finetune.recipe import as_tree, flat, load, ours
+from evatune.schemas import telling
+from evatune.schemas.damage import Damage
+from evatune.schemas.text import read_text, validate_json
+from evatune.schemas.tuned import RunLine
+
+REFERENCE = "lora"
+FULL = "full"
+_TUNING_SEEDS = 3  # of a rate that can be chosen
+_SHARE_OF_FULL = 0.9  # of full fine-tuning's improvement
+_OF_THE_RUN = ("method", "seed", "training.learning_rate")
+# Settings that make a method of their own of each value, where the method heeds them at all.
+_OF_EVA = ("adapter.rho", "adapter.scale", "adapter.budget")
+
+Point = tuple[int, float | None, float | None]  # step, validation loss, score
+Values = dict[str, dict[str, dict[int, float | None]]]  # task → method → seed → value
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `evatune train` calls a recipe, and its settings."""
+
+    name: str
+    settings: Mapping[str, Any]  # flat: {"training.steps": 60, …}
+
+
+@dataclass(frozen=True)
+class RatePoint:
+    """A learning rate of the search: what each tuning seed reached on validation examples."""
+
+    rate: float
+    losses: Mapping[int, float]  # by seed; infinite where the run diverged
+    scores: Mapping[int, float]  # by seed; 0 where the run diverged
+
+    @property
+    def loss(self) -> float:
+        return fmean(self.losses.values())
+
+    @property
+    def score(self) -> float:
+        return fmean(self.scores.values())
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method on a task, at the rate that validation chose.
+
+    Values by seed are those of test seeds, at this rate; empty while there are none.
+    """
+
+    task: str
+    method: str  # with settings that make it a method of its own: "eva (rho 1)"
+    overrides: Mapping[str, Any] | None  # of the recipe; None where the recipe is not known
+    recipe: str
+    rates: tuple[RatePoint, ...]  # rising
+    rate: float | None  # None where every rate diverged
+    settled: bool  # whether three tuning seeds chose it
+    scores: Mapping[int, float | None]  # on test examples; None where the run diverged
+    losses: Mapping[int, float | None]  # on test examples
+    curves: Mapping[int, tuple[Point, ...]]  # on validation examples
+    steps: int  # of a run
+    to_reference: Mapping[int, float]  # steps to LoRA's final validation loss; infinite: never
+    to_full: Mapping[int, float]  # steps to 90 % of full fine-tuning's improvement
+    area: Mapping[int, float]  # share of LoRA's improvement that lacks, mean over the steps
+    parameters: Mapping[int, int]
+    init_seconds: float | None  # medians over the runs at this rate
+    train_seconds: float | None
+    peak_memory_bytes: float | None
+    kappa: float | None  # median over all runs of the cell
+    participation: float | None
+    ranks: Mapping[str, int] | None  # of the first test seed
+
+    @property
+    def inside(self) -> bool:
+        """Whether the chosen rate has worse rates on both sides."""
+        return self.rate is not None and self.rates[0].rate < self.rate < self.rates[-1].rate
+
+    @property
+    def score(self) -> float | None:
+        """Mean test score; a run that diverged counts as 0."""
+        return fmean(value or 0.0 for value in self.scores.values()) if self.scores else None
+
+    @property
+    def curve(self) -> list[tuple[int, float, float | None]]:
+        """Mean validation loss and score over the seeds, at the steps that all of them have."""
+        return _mean_curve(list(self.curves.values()))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The cells of a domain under the same conditions: those of the recipes, or another rank."""
+
+    domain: str
+    condition: str  # "" for the settings of the recipes
+    cells: tuple[Cell, ...]
+    tuning_seeds: tuple[int, ...]
+    test_seeds: tuple[int, ...]
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(cell.task for cell in self.cells))
+
+    @cached_property
+    def methods(self) -> list[str]:
+        return sorted({cell.method for cell in self.cells}, key=method_order)
+
+    def cell(self, task: str, method: str) -> Cell | None:
+        return self._by_place.get((task, method))
+
+    def of(self, method: str) -> list[Cell]:
+        return [cell for cell in self.cells if cell.method == method]
+
+    def test_scores(self) -> Values:
+        """Return test scores; None where the run diverged."""
+        return self._values(lambda cell: dict(cell.scores))
+
+    def steps_saved(self) -> Values:
+        """Return the share of a run that is left when LoRA's final validation loss is reached.
+
+        It is 0 for a run that never does, so that losses are understated, never gains.
+        """
+        return self._values(
+            lambda cell: {
+                seed: 1 - min(1.0, steps / cell.steps) for seed, steps in cell.to_reference.items()
+            }
+        )
+
+    def area_saved(self) -> Values:
+        """Return the share of LoRA's improvement that is there, mean over the steps."""
+        return self._values(lambda cell: {seed: 1 - area for seed, area in cell.area.items()})
+
+    def parameters_saved(self) -> Values:
+        """Return by which share of LoRA's trainable parameters a method has fewer."""
+
+        def saved(cell: Cell) -> dict[int, float | None]:
+            reference = self.cell(cell.task, REFERENCE)
+            of_reference = reference.parameters if reference else {}
+            return {
+                seed: 1 - count / of_reference[seed]
+                for seed, count in cell.parameters.items()
+                if of_reference.get(seed)
+            }
+
+        return self._values(saved)
+
+    @cached_property
+    def _by_place(self) -> dict[tuple[str, str], Cell]:
+        return {(cell.task, cell.method): cell for cell in self.cells}
+
+    def _values(self, of: Callable[[Cell], dict[int, float | None]]) -> Values:
+        values: Values = {task: {} for task in self.tasks}
+        for cell in self.cells:
+            by_seed = of(cell)
+            if by_seed:
+                values[cell.task][cell.method] = by_seed
+        return values
+
+
+@dataclass(frozen=True)
+class TunedSummary:
+    """A tuned comparison, domain by domain."""
+
+    groups: tuple[Group, ...]
+    runs: int
+
+    @property
+    def methods(self) -> list[str]:
+        return sorted({name for group in self.groups for name in group.methods}, key=method_order)
+
+    @property
+    def domains(self) -> list[str]:
+        return list(dict.fromkeys(group.domain for group in self.groups))
+
+
+def read_lines(paths: Iterable[Path]) -> list[RunLine]:
+    """Return the runs of several files of lines; one that two files have comes once.
+
+    Raises ConfigError for a line that is not one of a tuned comparison.
+    """
+    lines: dict[str, RunLine] = {}
+    for path in paths:
+        with telling(path, "is it the runs.jsonl of `evatune compare --tune`?", ConfigError):
+            for number, text in enumerate(read_text(path).splitlines(), 1):
+                try:
+                    line = validate_json(RunLine, text)
+                except Damage as damage:
+                    raise Damage(f"has a line {number} that {damage}") from damage
+                lines.setdefault(line.id, line)
+    return list(lines.values())
+
+
+def own_recipes(lines: Iterable[RunLine]) -> dict[tuple[str, str], Source]:
+    """Return the recipes that come with evatune for the tasks of the lines."""
+    keys = {line.key for line in lines}
+    return {
+        (domain, task): Source(name, flat(as_tree(load(name))))
+        for domain, task in keys
+        if (name := f"{domain}-{task}") in ours()
+    }
+
+
+def summarize(
+    lines: Sequence[RunLine], recipes: Mapping[tuple[str, str], Source] | None = None
+) -> TunedSummary:
+    """Return the summary of the runs.
+
+    Args:
+        recipes: by domain and task, for commands that repeat a row. Default: those that come with
+            evatune.
+
+    Raises ConfigError for lines of one task that were made from different data or code, and for a
+    seed that both chose a rate and tested it.
+    """
+    known = own_recipes(lines) if recipes is None else recipes
+    placed: dict[tuple[str, str], dict[tuple[str, str], list[_Placed]]] = {}
+    for key in sorted({line.key for line in lines}):
+        for one in _placed([line for line in lines if line.key == key], known.get(key)):
+            group = placed.setdefault((key[0], one.condition), {})
+            group.setdefault((key[1], one.method), []).append(one)
+    groups = [_group(*place, cells, known) for place, cells in sorted(placed.items())]
+    return TunedSummary(tuple(groups), len(lines))
+
+
+def method_order(name: str) -> tuple[int, str]:
+    """Return where a method stands among others: references, EVA, competitors, controls."""
+    base = name.split(" ")[0]
+    return (_ORDER.index(base) if base in _ORDER else len(_ORDER), name)
+
+
+_ORDER = (
+    "untouched", "head", "full", "lora", "eva", "eva-paper", "eva-dora", "eva-gradient",
+    "lora-orthogonal", "lora-ga", "pissa", "dora", "loraplus", "rslora", "adalora", "milora",
+    "olora", "corda", "lora-one", "mica", "lora-redist", "eva-minor", "eva-shuffled",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Placed:
+    line: RunLine
+    method: str
+    condition: str
+    overrides: Mapping[str, Any]
+
+
+def _placed(lines: Sequence[RunLine], source: Source | None) -> list[_Placed]:
+    """Return the lines of a task, each with its method and its conditions."""
+    trees = [flat(line.tree()) for line in lines]
+    base = trees[0] if source is None else source.settings
+    differing = [
+        {key: value for key, value in tree.items() if base.get(key, value) != value}
+        for tree in trees
+    ]
+    shared = [
+        key
+        for key in differing[0]
+        if all(key in other and other[key] == differing[0][key] for other in differing)
+    ]
+    placed = []
+    for line, overrides in zip(lines, differing, strict=True):
+        own = {key: overrides[key] for key in _OF_EVA if key in overrides}
+        rank = overrides.get("adapter.rank")
+        condition = {
+            key: value
+            for key, value in overrides.items()
+            if key not in (*_OF_THE_RUN, *_OF_EVA, *shared)
+            and not (key == "adapter.alpha" and value == rank)
+        }
+        heeds = line.method.startswith("eva") or line.method == "lora-redist"
+        method = f"{line.method} ({_words(own)})" if heeds and own else line.method
+        placed.append(_Placed(line, method, _words(condition), overrides))
+    return placed
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    """Return settings in words: "rank 16, budget parameters"."""
+    return ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in settings.items())
+
+
+def _group(
+    domain: str,
+    condition: str,
+    placed: Mapping[tuple[str, str], Sequence[_Placed]],
+    recipes: Mapping[tuple[str, str], Source],
+) -> Group:
+    lines = [one.line for runs in placed.values() for one in runs]
+    for task in {task for task, _ in placed}:
+        _require_one_origin([line for line in lines if line.settings.task == task])
+    cells = []
+    for (task, method), runs in placed.items():
+        goals = {
+            name: _final_runs([one.line for one in placed.get((task, name), [])])[2]
+            for name in (REFERENCE, FULL)
+        }
+        source = recipes.get((domain, task))
+        cells.append(_cell(task, method, runs, goals, source))
+    order = {task: place for place, task in enumerate(dict.fromkeys(task for task, _ in placed))}
+    cells.sort(key=lambda cell: (order[cell.task], method_order(cell.method)))
+    seeds = [sorted({line.seed for line in lines if line.tested is part}) for part in (False, True)]
+    return Group(domain, condition, tuple(cells), tuple(seeds[0]), tuple(seeds[1]))
+
+
+def _require_one_origin(lines: Sequence[RunLine]) -> None:
+    origins = {(line.data, line.code) for line in lines}
+    if len(origins) > 1:
+        raise ConfigError(
+            f"runs of the task {lines[0].settings.task!r} were made from {len(origins)} versions of"
+            " its data or code, which cannot be compared; keep the lines of one of them"
+        )
+
+
+def _cell(
+    task: str,
+    method: str,
+    placed: Sequence[_Placed],
+    goals: Mapping[str, Mapping[int, RunLine]],
+    source: Source | None,
+) -> Cell:
+    lines = [one.line for one in placed]
+    rates, rate, final = _final_runs(lines)
+    overlap = {line.seed for line in lines if not line.tested} & set(final)
+    if overlap:
+        raise ConfigError(
+            f"seed {min(overlap)} of {method!r} on {task!r} both chose the rate and tested it; test"
+            " with other seeds"
+        )
+    at_rate = list(final.values()) or [line for line in lines if line.rate == rate]
+    first = min(final.values(), key=lambda line: line.seed, default=lines[0])
+    overrides = next(one.overrides for one in placed if one.line is first)
+    steps = first.settings.training.steps
+    return Cell(
+        task=task,
+        method=method,
+        overrides=None if source is None else overrides,
+        recipe="" if source is None else source.name,
+        rates=rates,
+        rate=rate,
+        settled=any(
+            point.rate == rate and len(point.losses) >= _TUNING_SEEDS for point in rates
+        ),
+        scores={seed: _test(line, "score") for seed, line in final.items()},
+        losses={seed: _test(line, "loss") for seed, line in final.items()},
+        curves={seed: line.curve for seed, line in final.items()},
+        steps=steps,
+        **_convergence(final, goals),
+        parameters={seed: line.parameters for seed, line in final.items()},
+        init_seconds=_median(line.init_seconds for line in at_rate),
+        train_seconds=_median(line.train_seconds for line in at_rate),
+        peak_memory_bytes=_median(line.peak_memory_bytes for line in at_rate),
+        kappa=_median(line.kappa for line in lines),
+        participation=_median(line.participation for line in lines),
+        ranks=first.ranks,
+    )
+
+
+def _final_runs(
+    lines: Sequence[RunLine],
+) -> tuple[tuple[RatePoint, ...], float | None, dict[int, RunLine]]:
+    """Return the rates of the search, the chosen one, and its tested runs by seed."""
+    points: dict[float, list[RunLine]] = {}
+    for line in lines:
+        if not line.tested:
+            points.setdefault(line.rate, []).append(line)
+    rates = tuple(
+        RatePoint(
+            rate,
+            {line.seed: _final_loss(line) for line in runs},
+            {line.seed: 0.0 if line.diverged else line.validation.score or 0.0 for line in runs},
+        )
+        for rate, runs in sorted(points.items())
+    )
+    rate = _chosen(rates)
+    tested = [line for line in lines if line.tested and line.rate == rate]
+    return rates, rate, {line.seed: line for line in sorted(tested, key=lambda line: line.seed)}
+
+
+def _chosen(rates: Sequence[RatePoint]) -> float | None:
+    """Return the rate of the smallest mean loss among those with most seeds; three are enough."""
+    enough = min(_TUNING_SEEDS, max((len(point.losses) for point in rates), default=0))
+    candidates = [point for point in rates if len(point.losses) >= enough]
+    best = min(candidates, key=lambda point: point.loss, default=None)
+    return None if best is None or math.isinf(best.loss) else best.rate
+
+
+def _final_loss(line: RunLine) -> float:
+    loss = line.validation.loss
+    return math.inf if line.diverged or loss is None else loss
+
+
+def _test(line: RunLine, name: str) -> float | None:
+    return None if line.diverged or line.test is None else getattr(line.test, name)
+
+
+def _convergence(
+    final: Mapping[int, RunLine], goals: Mapping[str, Mapping[int, RunLine]]
+) -> dict[str, dict[int, float]]:
+    """Return steps to LoRA's loss, to most of full fine-tuning's improvement, and the area.
+
+    Each seed is held against the same seed of LoRA or of full fine-tuning.
+    """
+    to_reference, to_full, area = {}, {}, {}
+    for seed, line in final.items():
+        goal = _ends(goals[REFERENCE].get(seed))
+        if goal is not None:
+            start, end = goal
+            to_reference[seed] = steps_until(line.curve, end)
+            mean = _mean_loss(line.curve)
+            if mean is not None and not line.diverged and start > end:
+                area[seed] = (mean - end) / (start - end)
+        goal = _ends(goals[FULL].get(seed))
+        if goal is not None:
+            start, end = goal
+            to_full[seed] = steps_until(line.curve, start - _SHARE_OF_FULL * (start - end))
+    return {"to_reference": to_reference, "to_full": to_full, "area": area}
+
+
+def _ends(line: RunLine | None) -> tuple[float, float] | None:
+    """Return the first and the last validation loss of a run; None where it diverged."""
+    if line is None or line.diverged or not line.curve:
+        return None
+    start, end = line.curve[0][1], _final_loss(line)
+    return None if start is None or math.isinf(end) else (start, end)
+
+
+def steps_until(curve: Sequence[Point], loss: float) -> float:
+    """Return the step at which a curve first reaches a loss, between two points by a line.
+
+    Infinite for a curve that never does, or breaks off before.
+    """
+    if curve and curve[0][1] is not None and curve[0][1] <= loss:
+        return float(curve[0][0])
+    for (step, before, _), (next_step, after, _) in pairwise(curve):
+        if before is None or after is None:
+            break
+        if after <= loss:
+            return step + (before - loss) / (before - after) * (next_step - step)
+    return math.inf
+
+
+def _mean_loss(curve: Sequence[Point]) -> float | None:
+    """Return the area under a curve over its length; None where a loss is missing."""
+    if len(curve) < 2 or any(loss is None for _, loss, _ in curve):
+        return None
+    area = sum(
+        (after[0] - before[0]) * ((before[1] or 0.0) + (after[1] or 0.0)) / 2
+        for before, after in pairwise(curve)
+    )
+    return area / (curve[-1][0] - curve[0][0])
+
+
+def _mean_curve(
+    curves: Sequence[Sequence[Point]],
+) -> list[tuple[int, float, float | None]]:
+    by_step = [{step: (loss, score) for step, loss, score in curve} for curve in curves]
+    common = sorted(set.intersection(*map(set, by_step))) if by_step else []
+    points = []
+    for step in common:
+        losses = [points[step][0] for points in by_step]
+        scores = [points[step][1] for points in by_step]
+        if None not in losses:
+            score = None if None in scores else fmean(filter(_is_number, scores))
+            points.append((step, fmean(filter(_is_number, losses)), score))
+    return points
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None

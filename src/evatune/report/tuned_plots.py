@@ -1,0 +1,304 @@
+"""Pictures of a tuned comparison, legible at the width of a phone: one panel below the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from evatune.finetune.statistics import DomainComparison, Interval
+from evatune.finetune.tuned import FULL, REFERENCE, Cell, Group, RatePoint
+from evatune.report.plots import STYLE
+from evatune.report.summary import split_name
+from evatune.utils.markup import plot_text
+
+_WIDTH = 4.2  # inches; 403 pixels of CSS, at which the text has its size
+_LEGEND_COLUMNS = 3
+_FOREGROUND = (REFERENCE, "eva", FULL)
+_SCALE_METHODS = ("untouched", "head", FULL)  # far from LoRA, and no competitors
+_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+_TASK_MARKERS = "osDv^<>PXp*h"
+# Okabe and Ito's colors but for their yellow, which is too pale for a line, and grays.
+_BLACK, _DARK, _LIGHT = "#000000", "#666666", "#a6a6a6"
+_BLUE, _SKY, _ORANGE, _RED = "#0072b2", "#56b4e9", "#e69f00", "#d55e00"
+_GREEN, _PINK, _WINE, _OLIVE = "#009e73", "#cc79a7", "#882255", "#8c8c2a"
+_COLORS: dict[str, tuple[str, int]] = {  # color and dashes
+    "untouched": (_LIGHT, 2),
+    "head": (_LIGHT, 1),
+    "full": (_DARK, 1),
+    "lora": (_BLACK, 0),
+    "eva": (_BLUE, 0),
+    "eva-paper": (_BLUE, 1),
+    "eva-gradient": (_BLUE, 3),
+    "eva-dora": (_SKY, 0),
+    "lora-redist": (_SKY, 1),
+    "eva-minor": (_SKY, 2),
+    "eva-shuffled": (_SKY, 3),
+    "lora-orthogonal": (_ORANGE, 0),
+    "rslora": (_ORANGE, 1),
+    "lora-ga": (_RED, 0),
+    "lora-one": (_RED, 1),
+    "pissa": (_GREEN, 0),
+    "milora": (_GREEN, 1),
+    "olora": (_GREEN, 2),
+    "dora": (_PINK, 0),
+    "adalora": (_PINK, 1),
+    "loraplus": (_WINE, 0),
+    "corda": (_OLIVE, 0),
+    "mica": (_OLIVE, 1),
+}
+_SPARE = [
+    (color, dashes) for dashes in (1, 2, 3) for color in (_WINE, _OLIVE, _ORANGE, _RED, _DARK)
+]
+
+
+@dataclass(frozen=True)
+class LineStyle:
+    """How a method is drawn, in every picture."""
+
+    color: str
+    dashes: Any
+    width: float
+
+    def line(self, **options: Any) -> dict[str, Any]:
+        """Return it as matplotlib's arguments."""
+        return {"color": self.color, "ls": self.dashes, "lw": self.width} | options
+
+
+def line_styles(methods: Sequence[str]) -> dict[str, LineStyle]:
+    """Return a style for each method.
+
+    A method with other settings, such as "eva (rho 1)", has the color of the method. One that
+    nobody foresaw gets what is left, so that it depends on the names of the others.
+    """
+    spare = iter(_SPARE * (1 + len(methods)))
+    colors = dict(_COLORS)
+    variants: dict[str, int] = {}
+    styles = {}
+    for method in methods:
+        base = method.split(" ")[0]
+        color, dashes = colors.setdefault(base, next(spare) if base not in colors else (_DARK, 0))
+        dashes += variants.get(base, 0)
+        variants[base] = variants.get(base, 0) + 1
+        width = 2.0 if method in _FOREGROUND else 1.2
+        styles[method] = LineStyle(color, _DASHES[dashes % len(_DASHES)], width)
+    return styles
+
+
+def forest_plot(compared: DomainComparison, title: str) -> Figure:
+    """Draw the mean differences to LoRA with their 95 % intervals, best first, and each task's.
+
+    Methods that are far from LoRA on purpose may lie beyond the axis; their figure says where.
+    """
+    lines = sorted(compared.methods, key=lambda line: line.mean)
+    styles = line_styles([line.method for line in lines])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(_WIDTH, 1.2 + 0.36 * len(lines)), layout="constrained")
+        axes = figure.subplots()
+        low, high = _forest_limits(compared)
+        for place, line in enumerate(lines):
+            style = styles[line.method]
+            random, fixed = (test and test.interval for test in (line.random_tasks, line.fixed_tasks))
+            _bar(axes, place, random, color=style.color, lw=1)
+            _bar(axes, place, fixed, color=style.color, lw=3.2, solid_capstyle="butt")
+            if low <= 100 * line.mean <= high:
+                axes.plot(100 * line.mean, place, "D", color=style.color, ms=5.5, zorder=3)
+            else:
+                text = f"← {100 * line.mean:.1f}" if 100 * line.mean < low else f"{100 * line.mean:+.1f} →"
+                side = "left" if 100 * line.mean < low else "right"
+                end = low if side == "left" else high
+                axes.text(end, place + 0.12, text, ha=side, va="bottom", fontsize=8)
+            for number, task in enumerate(compared.tasks):
+                of_task = [p for p in compared.paired if (p.task, p.method) == (task, line.method)]
+                marker = _TASK_MARKERS[number % len(_TASK_MARKERS)]
+                for one in of_task:
+                    axes.plot(
+                        100 * one.mean, place - 0.28, marker, color=style.color, ms=3.2, alpha=0.75
+                    )
+        axes.axvline(0, color=_BLACK, lw=0.8)
+        axes.set_xlim(low, high)
+        axes.set_yticks(range(len(lines)), [plot_text(line.method) for line in lines])
+        axes.set_xlabel(f"score less {plot_text(compared.reference)}'s, points")
+        axes.set_title(plot_text(title), loc="left", fontsize=9)
+        _task_legend(figure, compared.tasks)
+    return figure
+
+
+def _forest_limits(compared: DomainComparison) -> tuple[float, float]:
+    near = {line.method for line in compared.methods} - set(_SCALE_METHODS)
+    near = near or {line.method for line in compared.methods}
+    values = [0.0]
+    for line in compared.methods:
+        if line.method in near:
+            values.append(100 * line.mean)
+            if line.fixed_tasks:
+                interval = line.fixed_tasks.interval
+                values += [100 * interval.low, 100 * interval.high]
+    values += [100 * one.mean for one in compared.paired if one.method in near]
+    margin = 0.06 * (max(values) - min(values)) or 1.0
+    return min(values) - margin, max(values) + margin
+
+
+def _bar(axes: Axes, place: float, interval: Interval | None, **options: Any) -> None:
+    if interval is not None:
+        axes.plot([100 * interval.low, 100 * interval.high], [place, place], **options)
+
+
+def _task_legend(figure: Figure, tasks: Sequence[str]) -> None:
+    handles = [
+        Line2D([], [], ls="", marker=_TASK_MARKERS[i % len(_TASK_MARKERS)], color=_DARK, ms=4)
+        for i in range(len(tasks))
+    ]
+    names = [plot_text(task) for task in tasks]
+    figure.legend(
+        handles, names, loc="outside lower left", ncols=2, frameon=False, fontsize=8,
+        columnspacing=1, handletextpad=0.3,
+    )  # fmt: skip
+
+
+def curves_plot(group: Group, methods: Sequence[str]) -> Figure:
+    """Draw the mean validation loss over the steps at tuned rates, a panel per task.
+
+    Args:
+        methods: all of the summary, which decide the styles.
+    """
+
+    def panel(axes: Axes, task: str, styles: dict[str, LineStyle]) -> None:
+        ends = []
+        starts = []
+        for method in group.methods:
+            cell = group.cell(task, method)
+            points = cell.curve if cell else []
+            if points:
+                steps, losses, _ = zip(*points, strict=True)
+                axes.plot(steps, losses, **styles[method].line(zorder=2 + (method in _FOREGROUND)))
+                ends.append(min(losses))
+                starts.append(losses[min(1, len(losses) - 1)])
+        if ends:
+            low, high = min(ends), float(np.quantile(starts, 0.75))
+            if high > low:
+                axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+        axes.set_ylabel("validation loss")
+
+    return _panels(group, methods, panel, "step")
+
+
+def rates_plot(group: Group, methods: Sequence[str], measure: str) -> Figure:
+    """Draw the validation loss or score against the learning rate, the chosen rate as a dot.
+
+    Args:
+        methods: all of the summary, which decide the styles. measure: "loss" or "score".
+    """
+
+    def value(point: RatePoint) -> float:
+        return point.loss if measure == "loss" else point.score
+
+    def panel(axes: Axes, task: str, styles: dict[str, LineStyle]) -> None:
+        seen, best = [], []
+        for method in group.methods:
+            cell = group.cell(task, method)
+            if cell is None or not cell.rates:
+                continue
+            rates = [point.rate for point in cell.rates]
+            values = [value(point) if math.isfinite(point.loss) else math.nan for point in cell.rates]
+            style = styles[method]
+            axes.plot(rates, values, **style.line(zorder=2 + (method in _FOREGROUND)))
+            chosen = [(r, v) for r, v in zip(rates, values, strict=True) if r == cell.rate]
+            for place in chosen:
+                axes.plot(*place, "o", color=style.color, ms=4.5, zorder=4)
+                best.append(place[1])
+            for rate, one in zip(rates, values, strict=True):
+                if math.isnan(one):
+                    top = 0.97 if measure == "loss" else 0.03
+                    axes.plot(
+                        rate, top, "x", color=style.color, ms=5, transform=axes.get_xaxis_transform()
+                    )
+            seen += [one for one in values if math.isfinite(one)]
+        axes.set_xscale("log")
+        axes.set_ylabel(f"validation {measure}")
+        _zoom(axes, seen, best, measure)
+
+    return _panels(group, methods, panel, "learning rate (dot: chosen, ×: diverged)")
+
+
+def _zoom(axes: Axes, seen: Sequence[float], best: Sequence[float], measure: str) -> None:
+    """Show what is near the best rates; points far worse lie outside."""
+    if not best:
+        return
+    sign = 1 if measure == "loss" else -1
+    values = sorted(sign * value for value in seen)
+    good, worst = values[0], float(np.quantile(values, 0.8))
+    worst = max(worst, *(sign * value for value in best))
+    margin = 0.07 * (worst - good) or 0.01
+    axes.set_ylim(*sorted((sign * (good - margin), sign * (worst + margin))))
+
+
+def ranks_plot(group: Group, method: str) -> Figure | None:
+    """Draw a method's rank of every layer, a panel per task; None where it has one rank for all."""
+    cells = [cell for cell in group.of(method) if cell.ranks]
+    if not cells:
+        return None
+    heights = [len({split_name(name)[1] for name in cell.ranks or {}}) for cell in cells]
+    with matplotlib.rc_context(STYLE):
+        size = (_WIDTH, sum(0.8 + 0.24 * height for height in heights))
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(
+            len(cells), 1, squeeze=False, height_ratios=[height + 2 for height in heights]
+        )[:, 0]
+        for axes, cell in zip(panels, cells, strict=True):
+            _rank_panel(axes, cell)
+        panels[-1].set_xlabel("block")
+    return figure
+
+
+def _rank_panel(axes: Axes, cell: Cell) -> None:
+    ranks = cell.ranks or {}
+    places = {name: split_name(name) for name in ranks}
+    blocks, types = (
+        list(dict.fromkeys(place[part] for place in places.values())) for part in (0, 1)
+    )
+    table = np.full((len(types), len(blocks)), math.nan)
+    for name, (block, kind) in places.items():
+        table[types.index(kind), blocks.index(block)] = ranks[name]
+    top = max(1, *ranks.values())
+    axes.imshow(table, cmap="viridis", aspect="auto", vmin=0, vmax=top)
+    for name, (block, kind) in places.items():
+        shade = "black" if ranks[name] > 0.6 * top else "white"
+        axes.text(
+            blocks.index(block), types.index(kind), str(ranks[name]),
+            ha="center", va="center", color=shade, fontsize=7,
+        )  # fmt: skip
+    axes.set_xticks(range(len(blocks)), [plot_text(block or "–") for block in blocks], fontsize=8)
+    axes.set_yticks(range(len(types)), [plot_text(kind) for kind in types], fontsize=8)
+    axes.set_title(plot_text(cell.task), loc="left", fontsize=9)
+
+
+def _panels(
+    group: Group,
+    methods: Sequence[str],
+    panel: Callable[[Axes, str, dict[str, LineStyle]], None],
+    label: str,
+) -> Figure:
+    styles = line_styles(methods)
+    rows = math.ceil(len(group.methods) / _LEGEND_COLUMNS)
+    with matplotlib.rc_context(STYLE):
+        size = (_WIDTH, 0.5 + 0.17 * rows + 2.4 * len(group.tasks))
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(len(group.tasks), 1, squeeze=False)[:, 0]
+        for axes, task in zip(panels, group.tasks, strict=True):
+            panel(axes, task, styles)
+            axes.set_title(plot_text(task), loc="left", fontsize=9)
+        panels[-1].set_xlabel(label)
+        handles = [Line2D([], [], **styles[method].line()) for method in group.methods]
+        figure.legend(
+            handles, [plot_text(name) for name in group.methods], loc="outside lower left",
+            ncols=_LEGEND_COLUMNS, frameon=False, fontsize=8, columnspacing=1, handlelength=1.8,
+        )  # fmt: skip
+    return figure
