@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +16,10 @@ from evatune.utils.markup import printable
 from evatune.utils.names import as_shown
 
 if TYPE_CHECKING:
+    from evatune.finetune.recipe import Recipe
+    from evatune.finetune.search import Progress
     from evatune.finetune.summary import Comparison
+    from evatune.finetune.tuning import Seeds, Trial
 
 _RUNS = Path("runs")
 _Trust = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)]
@@ -88,10 +93,25 @@ def compare(
         ),
     ],
     methods: Annotated[str, typer.Option(help="Methods, with commas between.")] = "lora,eva",
-    seeds: Annotated[str, typer.Option(help="Seeds, with commas between.")] = "0,1,2",
+    seeds: Annotated[
+        str, typer.Option(help="Seeds, with commas between; with --tune, to tune with.")
+    ] = "0,1,2",
     lrs: Annotated[
         str, typer.Option(help="Learning rates, with commas between. Default: the recipe's.")
     ] = "",
+    tuned: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help=(
+                "Search each method's learning rate around the recipe's on validation examples"
+                " (data.validation), then test it with other seeds."
+            ),
+        ),
+    ] = False,
+    test_seeds: Annotated[
+        str, typer.Option(help="With --tune: seeds to test with.")
+    ] = "10,11,12,13,14",
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Runs at a time, of one thread each. Default: one per core."),
@@ -126,23 +146,34 @@ def compare(
         if len(sources) == 1
         else "-".join(dict.fromkeys(one.domain for one in settings))
     )
-    folder = as_shown(out or _RUNS / f"compare-{shared}")
+    folder = as_shown(out or _RUNS / f"{'tuned' if tuned else 'compare'}-{shared}")
     chosen_seeds, rates = _numbers(seeds, int, "--seeds"), _numbers(lrs, float, "--lrs")
 
     from rich.console import Console
 
     log = Console(stderr=True, quiet=as_json)
     with loading_libraries(log):
+        from evatune.errors import ConfigError
         from evatune.finetune.compare import grid, run_all
         from evatune.finetune.summary import summarize
+        from evatune.finetune.tuning import Seeds
         from evatune.report.runs import comparison_table
         from evatune.report.tables import console
         from evatune.utils.lock import held
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
+    count = workers or os.cpu_count() or 1
+    if tuned:
+        if rates or target_loss is not None:
+            raise ConfigError(
+                "--tune chooses the learning rates and the losses to reach; leave out --lrs and"
+                " --target-loss"
+            )
+        split_seeds = Seeds(tuple(chosen_seeds), tuple(_numbers(test_seeds, int, "--test-seeds")))
+        _compare_tuned(settings, names, split_seeds, folder, count, executor, as_json, log)
+        return
     runs = grid(settings, names, chosen_seeds, rates, folder / "cells")
     _require_comparison(folder)
-    count = workers or os.cpu_count() or 1
     with held(folder):
         with libraries_on_stderr():
             failed = _with_bar(log, runs, lambda tell: run_all(runs, count, tell, executor))
@@ -159,6 +190,54 @@ def compare(
         raise EvatuneError(
             f"{len(failed)} of {len(runs)} runs failed, for example {path.name}: {why}"
         )
+
+
+def _compare_tuned(
+    settings: list[Recipe],
+    methods: list[str],
+    seeds: Seeds,
+    folder: Path,
+    workers: int,
+    executor: str,
+    as_json: bool,
+    log: Any,
+) -> None:
+    """Search, test, write tables and pictures, and print them."""
+    from evatune.errors import EvatuneError
+    from evatune.finetune.run_lines import read_lines
+    from evatune.finetune.search import tune
+    from evatune.finetune.tuned import summarize
+    from evatune.utils.lock import held
+
+    path = folder / "runs.jsonl"
+    _require_comparison(folder)
+    with held(folder):
+        with libraries_on_stderr(), _search_bar(log) as tell:
+            searches = tune(settings, methods, seeds, path, workers, tell, executor)
+        summary = summarize(read_lines([path])) if path.exists() else None
+    failed = {search.name: search.problem for search in searches if search.problem}
+    failed |= {search.name: "every run diverged" for search in searches if search.diverged}
+    typer.echo(str(summary))
+    if failed:
+        name, why = next(iter(failed.items()))
+        raise EvatuneError(
+            f"{len(failed)} of {len(searches)} searches failed, for example that of {name}: {why}"
+        )
+
+
+@contextmanager
+def _search_bar(log: Any) -> Iterator[Progress]:
+    """Show how many runs of a tuned comparison have ended, and which was the last."""
+    with _bar(log) as bar:
+        task = bar.add_task("", total=None)
+
+        def tell(name: str, trial: Trial, problem: str | None) -> None:
+            aim = "test" if trial.tested else "tune"
+            state = "failed" if problem else "done"
+            text = f"{state}: {name}, {aim}, seed {trial.seed}"
+            bar.update(task, advance=1, description=printable(text))
+
+        yield tell
 
 
 def _write_comparison(found: Comparison, failed: dict[Path, str], folder: Path) -> dict[str, Any]:
@@ -261,6 +340,7 @@ def _require_comparison(folder: Path) -> None:
     if (
         folder.is_dir()
         and not (folder / "cells").is_dir()
+        and not (folder / "runs.jsonl").is_file()
         and any(not path.name.startswith(".") for path in folder.iterdir())
     ):
         raise ConfigError(
@@ -268,7 +348,7 @@ def _require_comparison(folder: Path) -> None:
         )
 
 
-def _with_bar(log: Any, runs: Any, work: Any) -> dict[Path, str]:
+def _bar(log: Any) -> Any:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -287,15 +367,17 @@ def _with_bar(log: Any, runs: Any, work: Any) -> dict[Path, str]:
         TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as bar:
+    return Progress(*columns, console=log, transient=True, disable=not log.is_terminal)
+
+
+def _with_bar(log: Any, runs: Any, work: Any) -> dict[Path, str]:
+    with _bar(log) as bar:
         task = bar.add_task("", total=len(runs))
 
         def tell(run_: Any, problem: str | None) -> None:
-            bar.update(
-                task,
-                advance=1,
-                description=printable(f"{'failed' if problem else 'done'}: {run_.folder.name}"),
-            )
+            state = "failed" if problem else "done"
+            text = printable(f"{state}: {run_.folder.name}")
+            bar.update(task, advance=1, description=text)
 
         failed: dict[Path, str] = work(tell)
         return failed

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -17,10 +15,11 @@ from evatune.finetune.methods import find_method
 from evatune.finetune.ray_workers import run_calls_on_ray
 from evatune.finetune.recipe import Recipe, as_tree, parse
 from evatune.finetune.run_folder import read_result
+from evatune.finetune.run_lines import settings_digest
 from evatune.finetune.workers import run_calls
 
-_EXECUTORS = {"process": run_calls, "ray": run_calls_on_ray}
-_DIED = "its process died (out of memory?); run the same command again, with fewer --workers"
+EXECUTORS = {"process": run_calls, "ray": run_calls_on_ray}
+DIED = "its process died (out of memory?); run the same command again, with fewer --workers"
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,11 @@ def grid(
     Args:
         rates: learning rates; without any, that of the recipe. parent: of the folders.
     """
-    for method in methods:
-        find_method(method)
-    if len({recipe.task for recipe in recipes}) < len(recipes):
+    require_comparable(recipes, methods)
+    if len(_unique(rates)) > 1 and not all(recipe.data.validation for recipe in recipes):
         raise ConfigError(
-            "two of the recipes have the same task; give each a task name of its own to compare"
-            " them"
+            "of several learning rates the best would be chosen on the scores that are reported;"
+            " add examples to choose by, such as data.validation=200, or give one rate"
         )
     if not methods or not seeds:
         raise ConfigError(
@@ -76,19 +74,33 @@ def grid(
     return runs
 
 
+def require_comparable(recipes: Sequence[Recipe], methods: Sequence[str]) -> None:
+    """Raise a ConfigError for an unknown method, or two recipes of one task."""
+    for method in methods:
+        find_method(method)
+    if len({recipe.task for recipe in recipes}) < len(recipes):
+        raise ConfigError(
+            "two of the recipes have the same task; give each a task name of its own to compare"
+            " them"
+        )
+
+
 def _unique(values: Sequence[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
 def _run_of(recipe: Recipe, method: str, seed: int, rate: float, parent: Path) -> Run:
-    """Return the run of a recipe with another method, seed and learning rate."""
+    changed = variant(recipe, method, seed, rate)
+    name = f"{recipe.task}-{method}-lr{rate:g}-seed{seed}-{settings_digest(changed)}"
+    return Run(changed, parent / name)
+
+
+def variant(recipe: Recipe, method: str, seed: int, rate: float) -> Recipe:
+    """Return the recipe with another method, seed and learning rate."""
     tree = as_tree(recipe)
     training = tree["training"] | {"learning_rate": rate}
     changes = {"method": method, "seed": seed, "training": training}
-    changed = parse(tree | changes, "the comparison")
-    settings = json.dumps(as_tree(changed), sort_keys=True)
-    digest = hashlib.sha256(settings.encode()).hexdigest()[:10]
-    return Run(changed, parent / f"{recipe.task}-{method}-lr{rate:g}-seed{seed}-{digest}")
+    return parse(tree | changes, "the comparison")
 
 
 def run_all(
@@ -111,8 +123,7 @@ def run_all(
     Raises:
         ConfigError: another executor, or Ray is not installed.
     """
-    if executor not in _EXECUTORS:
-        raise ConfigError(f"executor is {executor!r}; choose one of {', '.join(_EXECUTORS)}")
+    require_executor(executor)
     waiting = []
     for run in runs:
         if run.done:
@@ -124,29 +135,27 @@ def run_all(
         return failed
     calls = [(as_tree(run.recipe), str(run.folder.absolute())) for run in waiting]
     # Closed at once, also when the interrupt comes in `progress`.
-    with closing(_EXECUTORS[executor](_run_in_worker, calls, workers)) as answers:
+    with closing(EXECUTORS[executor](_run_in_worker, calls, workers)) as answers:
         for answer in answers:
             run = waiting[answer.number]
-            problem = _DIED if answer.died else answer.result
+            problem = DIED if answer.died else answer.result
             if problem is not None:
                 failed[run.folder] = problem
             progress(run, problem)
     return failed
 
 
+def require_executor(name: str) -> None:
+    """Raise a ConfigError for an executor that does not exist."""
+    if name not in EXECUTORS:
+        raise ConfigError(f"executor is {name!r}; choose one of {', '.join(EXECUTORS)}")
+
+
 def _run_in_worker(tree: dict[str, Any], folder: str) -> str | None:
     """Do a run and return what went wrong, or None: one that fails must not end the others."""
-    import datasets
-    import torch
-    import transformers
-
     from evatune.finetune.run import run
 
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    quiet_worker()
     try:
         run(parse(tree), Path(folder), quiet=True)
     except EvatuneError as error:
@@ -154,3 +163,16 @@ def _run_in_worker(tree: dict[str, Any], folder: str) -> str | None:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def quiet_worker() -> None:
+    """Have a worker compute on one thread, and keep libraries from telling what they do."""
+    import datasets
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()

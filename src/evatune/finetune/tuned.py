@@ -11,15 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import as_tree, flat, load, ours
-from evatune.schemas import telling
-from evatune.schemas.damage import Damage
-from evatune.schemas.text import read_text, validate_json
 from evatune.schemas.tuned import RunLine
 
 REFERENCE = "lora"
@@ -190,23 +186,6 @@ class TunedSummary:
         return list(dict.fromkeys(group.domain for group in self.groups))
 
 
-def read_lines(paths: Iterable[Path]) -> list[RunLine]:
-    """Return the runs of several files of lines; one that two files have comes once.
-
-    Raises ConfigError for a line that is not one of a tuned comparison.
-    """
-    lines: dict[str, RunLine] = {}
-    for path in paths:
-        with telling(path, "is it the runs.jsonl of `evatune compare --tune`?", ConfigError):
-            for number, text in enumerate(read_text(path).splitlines(), 1):
-                try:
-                    line = validate_json(RunLine, text)
-                except Damage as damage:
-                    raise Damage(f"has a line {number} that {damage}") from damage
-                lines.setdefault(line.id, line)
-    return list(lines.values())
-
-
 def own_recipes(lines: Iterable[RunLine]) -> dict[tuple[str, str], Source]:
     """Return the recipes that come with evatune for the tasks of the lines."""
     keys = {line.key for line in lines}
@@ -352,9 +331,7 @@ def _cell(
         recipe="" if source is None else source.name,
         rates=rates,
         rate=rate,
-        settled=any(
-            point.rate == rate and len(point.losses) >= _TUNING_SEEDS for point in rates
-        ),
+        settled=any(point.rate == rate and len(point.losses) >= _TUNING_SEEDS for point in rates),
         scores={seed: _test(line, "score") for seed, line in final.items()},
         losses={seed: _test(line, "loss") for seed, line in final.items()},
         curves={seed: line.curve for seed, line in final.items()},

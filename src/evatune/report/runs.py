@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from evatune.finetune.summary import Comparison, MeanStd, MethodSummary
 
 
-
 def run_plot(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw training and evaluation loss, and the score, over steps; a PNG."""
     with matplotlib.rc_context(STYLE):

@@ -105,13 +105,19 @@ def forest_plot(compared: DomainComparison, title: str) -> Figure:
         low, high = _forest_limits(compared)
         for place, line in enumerate(lines):
             style = styles[line.method]
-            random, fixed = (test and test.interval for test in (line.random_tasks, line.fixed_tasks))
+            random, fixed = (
+                test and test.interval for test in (line.random_tasks, line.fixed_tasks)
+            )
             _bar(axes, place, random, color=style.color, lw=1)
             _bar(axes, place, fixed, color=style.color, lw=3.2, solid_capstyle="butt")
             if low <= 100 * line.mean <= high:
                 axes.plot(100 * line.mean, place, "D", color=style.color, ms=5.5, zorder=3)
             else:
-                text = f"← {100 * line.mean:.1f}" if 100 * line.mean < low else f"{100 * line.mean:+.1f} →"
+                text = (
+                    f"← {100 * line.mean:.1f}"
+                    if 100 * line.mean < low
+                    else f"{100 * line.mean:+.1f} →"
+                )
                 side = "left" if 100 * line.mean < low else "right"
                 end = low if side == "left" else high
                 axes.text(end, place + 0.12, text, ha=side, va="bottom", fontsize=8)
@@ -207,7 +213,9 @@ def rates_plot(group: Group, methods: Sequence[str], measure: str) -> Figure:
             if cell is None or not cell.rates:
                 continue
             rates = [point.rate for point in cell.rates]
-            values = [value(point) if math.isfinite(point.loss) else math.nan for point in cell.rates]
+            values = [
+                value(point) if math.isfinite(point.loss) else math.nan for point in cell.rates
+            ]
             style = styles[method]
             axes.plot(rates, values, **style.line(zorder=2 + (method in _FOREGROUND)))
             chosen = [(r, v) for r, v in zip(rates, values, strict=True) if r == cell.rate]
@@ -218,7 +226,12 @@ def rates_plot(group: Group, methods: Sequence[str], measure: str) -> Figure:
                 if math.isnan(one):
                     top = 0.97 if measure == "loss" else 0.03
                     axes.plot(
-                        rate, top, "x", color=style.color, ms=5, transform=axes.get_xaxis_transform()
+                        rate,
+                        top,
+                        "x",
+                        color=style.color,
+                        ms=5,
+                        transform=axes.get_xaxis_transform(),
                     )
             seen += [one for one in values if math.isfinite(one)]
         axes.set_xscale("log")

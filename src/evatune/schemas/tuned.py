@@ -71,6 +71,10 @@ class RunLine(_Kept):
         return self.settings.domain, self.settings.task
 
     @property
+    def task(self) -> str:
+        return self.settings.task
+
+    @property
     def method(self) -> str:
         return self.settings.method
 

@@ -59,12 +59,14 @@ class Domain:
 
     Attributes:
         name: in recipes.
+        version: of what its scores mean, to be raised where that changes and the examples do not.
         prepare: loads everything that a run of the recipe needs. Raises ConfigError for an unknown
             task or sizes beyond the data, DataError where model or data cannot be had.
     """
 
     name: str
     prepare: Callable[[Recipe], Task]
+    version: int = 1
 
 
 def accuracy(prediction: Any) -> dict[str, float]:

@@ -133,7 +133,8 @@ def _bundled_pairs(recipe: Recipe) -> Split[list[Pair]]:
     if len(pairs.train) < data.train or len(pairs.test) < held_out:
         keys = "data.validation + data.test" if data.validation else "data.test"
         raise ConfigError(
-            f"data.train is {data.train} and {keys} {held_out}, but task {recipe.task!r} has {len(pairs.train)} and {len(pairs.test)} examples; lower them"
+            f"data.train is {data.train} and {keys} {held_out}, but task {recipe.task!r} has"
+            f" {len(pairs.train)} and {len(pairs.test)} examples; lower them"
         )
     return Split(pairs.train, pairs.test[: data.validation], pairs.test[data.validation :])
 

@@ -1,0 +1,69 @@
+"""The file of a tuned comparison's runs: one JSON object per finished run, read and appended to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from evatune.errors import ConfigError
+from evatune.finetune.recipe import Recipe, as_tree
+from evatune.schemas import telling
+from evatune.schemas.damage import Damage
+from evatune.schemas.text import read_text, validate_json
+from evatune.schemas.tuned import RunLine
+
+
+def settings_digest(recipe: Recipe) -> str:
+    """Return what stands for a run's settings in names: equal settings have equal ones."""
+    settings = json.dumps(as_tree(recipe), sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()[:10]
+
+
+def read_lines(paths: Iterable[Path]) -> list[RunLine]:
+    """Return the runs of several files; of two with the same settings, a tested one.
+
+    What follows the last line break was being written when its process was killed: it is left out.
+
+    Raises ConfigError for a line that is not one of a tuned comparison.
+    """
+    lines: dict[str, RunLine] = {}
+    for path in paths:
+        with telling(path, "is it the runs.jsonl of `evatune compare --tune`?", ConfigError):
+            whole, _, _ = read_text(path).rpartition("\n")
+            for number, text in enumerate(whole.splitlines(), 1):
+                try:
+                    line = validate_json(RunLine, text)
+                except Damage as damage:
+                    raise Damage(f"has a line {number} that {damage}") from damage
+                known = lines.get(line.id)
+                if known is None or line.tested > known.tested:
+                    lines[line.id] = line
+    return list(lines.values())
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append a run in one write, in place of one that a killed process left half written.
+
+    Numbers that are not finite are written as null.
+    """
+    text = json.dumps(_finite(line), allow_nan=False) + "\n"
+    with path.open("a+b") as file:
+        file.seek(0)
+        head, line_break, _ = file.read().rpartition(b"\n")
+        file.truncate(len(head + line_break))
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
