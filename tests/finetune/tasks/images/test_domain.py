@@ -163,7 +163,7 @@ def test_a_checkpoint_of_another_size_brings_its_own_processor(tmp_path: Path) -
             ConfigError,
             "is 1798, but task 'digits' has 1797 examples; lower them",
         ),
-        (["task=fonts", "data.train=99999"], ConfigError, "has 5000 examples"),
+        (["task=fonts", "data.train=99999"], ConfigError, "has 9000 examples"),
         (["model=./nowhere"], DataError, "model './nowhere' does not exist"),
         (
             ["task=mine", "data.source=./nowhere"],

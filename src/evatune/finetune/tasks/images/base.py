@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-_DRAWN_COUNT = 5000
+_DRAWN_COUNT = 9000
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from evatune.loading.assets import asset
 from evatune.loading.cache import build_once
 from evatune.loading.hub import reading, require_path
 
-_DRAWN_VERSION = 1  # of the code that draws
+_DRAWN_VERSION = 2  # of the code that draws
 _INSTEAD = (
     "a local folder with config.json, weights and preprocessor_config.json, or model=demo as in"
     " the recipe images-digits"

@@ -34,11 +34,11 @@ PRETRAINING_FONTS = tuple(
 # pixels
 _FINE = 4
 TURN = 2 * np.pi
-_DISC = np.exp(1j * np.linspace(0, TURN, 24, endpoint=False))
-_SQUARE = np.exp(1j * TURN * (np.arange(4) + 0.5) / 4)
-_TRIANGLE = np.exp(1j * TURN * np.arange(3) / 3)
-_STAR = np.exp(1j * TURN * np.arange(10) / 10) * np.where(np.arange(10) % 2, 0.45, 1)
-_SHAPES = (_DISC, _SQUARE, _TRIANGLE, _STAR)
+DISC = np.exp(1j * np.linspace(0, TURN, 24, endpoint=False))
+SQUARE = np.exp(1j * TURN * (np.arange(4) + 0.5) / 4)
+TRIANGLE = np.exp(1j * TURN * np.arange(3) / 3)
+STAR = np.exp(1j * TURN * np.arange(10) / 10) * np.where(np.arange(10) % 2, 0.45, 1)
+_SHAPES = (DISC, SQUARE, TRIANGLE, STAR)
 
 Gray = Any  # float array (SIDE, SIDE), 0 black, 1 white
 
@@ -69,7 +69,7 @@ def letter(
         ground, ink = np.zeros((SIDE, SIDE)), 0.9
     else:
         ground, ink = ground_and_ink(rng)
-    typeface = _font(font, 2 * int(rng.integers(sizes[0], sizes[1] + 1)))
+    typeface = load_font(font, 2 * int(rng.integers(sizes[0], sizes[1] + 1)))
     left, top, right, bottom = typeface.getbbox(text)
     fine = Image.new("L", (2 * SIDE, 2 * SIDE))
     corner = (SIDE - (left + right) / 2, SIDE - (top + bottom) / 2)
@@ -139,7 +139,8 @@ def finish(rng: np.random.Generator, image: Gray, *, noise: float) -> Any:
 
 
 @cache
-def _font(name: str, size: int) -> Any:
+def load_font(name: str, size: int) -> Any:
+    """Return a font of matplotlib's by its name, so many pixels tall."""
     import matplotlib  # which takes long to import, and here only knows where its fonts are
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"

@@ -1,0 +1,59 @@
+"""In which cell a shape or a letter lies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evatune.finetune.tasks.images import drawing, search
+
+
+@pytest.mark.parametrize("label", [0, 6, 15])
+def test_one_triangle_lies_in_the_cell_of_the_label_and_other_shapes_elsewhere(
+    label: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[Any, complex]] = []
+
+    def noted(image: Any, outline: Any, center: complex, *rest: float) -> Any:
+        drawn.append((outline, center))
+        return drawing.draw_shape(image, outline, center, *rest)
+
+    monkeypatch.setattr(search, "draw_shape", noted)
+    for seed in range(10):
+        drawn.clear()
+        search.draw_triangle(np.random.default_rng(seed), label)
+        cells = [int(center.imag // 8) * 4 + int(center.real // 8) for _, center in drawn]
+        assert len(set(cells)) == 4
+        triangles = [outline is drawing.TRIANGLE for outline, _ in drawn]
+        assert [cell for cell, one in zip(cells, triangles, strict=True) if one] == [label]
+
+
+def test_five_letters_lie_in_cells_apart_and_only_the_labels_cell_holds_an_a(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[tuple[int, str]] = []
+
+    class Noted:
+        def __init__(self, image: Any) -> None:
+            pass
+
+        def text(self, corner: tuple[float, float], text: str, *, font: Any, **_: Any) -> None:
+            left, top, right, bottom = font.getbbox(text)
+            x, y = corner[0] + (left + right) / 2, corner[1] + (top + bottom) / 2
+            drawn.append((int(y // (64 / 3)) * 3 + int(x // (64 / 3)), text))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evatune.finetune.tasks.images.search.ImageDraw.Draw", Noted)
+        patch.setattr(search, "ground_and_ink", lambda _: (np.zeros((32, 32)), 0.9))
+        search.draw_letter(np.random.default_rng(0), 5)
+    assert len({cell for cell, _ in drawn}) == 5
+    assert [cell for cell, text in drawn if text == "A"] == [5]
+
+
+@pytest.mark.parametrize("draw", [search.draw_triangle, search.draw_letter])
+def test_equal_random_numbers_draw_equal_images(draw: Any) -> None:
+    one, other = (draw(np.random.default_rng(3), 2) for _ in range(2))
+    assert one.shape == (drawing.SIDE, drawing.SIDE)
+    assert (one == other).all()
