@@ -83,8 +83,11 @@ def test_an_override_that_is_none_says_so(override: str, text: str) -> None:
 def test_patterns_name_recipes_of_ours() -> None:
     assert expand(["generation-*", "generation-code", "mine.yaml"]) == [
         "generation-arithmetic",
+        "generation-clock",
         "generation-code",
         "generation-commonsense",
+        "generation-dates",
+        "generation-numbers",
         "generation-reviews",
         "mine.yaml",
     ]

@@ -13,4 +13,3 @@ def test_worked_solutions_are_right() -> None:
     for pair in arithmetic.examples(500, 0).train:
         left, right = pair.answer.split(" = ")
         assert eval(left) == int(right)  # the task's own sums
-        assert arithmetic.final_answer(pair.answer) == right

@@ -96,7 +96,7 @@ def _decoded(examples: Any) -> list[str]:
         (
             ["task=poems"],
             ConfigError,
-            "task is 'poems'; tasks of language generation are arithmetic, commonsense",
+            "task is 'poems'; tasks of language generation are arithmetic, dates, numbers, clock",
         ),
         (
             ["data.train=99999"],

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
-from evatune.finetune.tasks.generation import arithmetic, scoring
+from evatune.finetune.tasks.generation import scoring
 from evatune.finetune.tasks.generation.base import Pair
 from evatune.finetune.tasks.generation.encoding import encode
 from evatune.loading.assets import asset
@@ -43,30 +44,12 @@ def test_the_measures_are_those_of_the_definition(llama: tuple[Any, Any]) -> Non
     assert math.log(found["perplexity"]) == pytest.approx(sum(losses) / len(losses), abs=1e-4)
 
 
-class _Parrot:
-    """Writes the right solutions in the order of the problems, wrong ones from `good` on."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, tokenizer: Any, pairs: list[Pair], good: int) -> None:
-        texts = [pair.answer if i < good else "1 + 1 = 999" for i, pair in enumerate(pairs)]
-        self.answers = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")[
-            "input_ids"
-        ]
-
-    def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.cat([input_ids, self.answers], dim=1)
-
-
-def test_a_solution_counts_by_its_final_number(llama: tuple[Any, Any]) -> None:
-    _, tokenizer = llama
-    pairs = arithmetic.examples(10, 0).train
-    assert (
-        scoring.share_solved(
-            _Parrot(tokenizer, pairs, 7), tokenizer, pairs, arithmetic.final_answer
-        )
-        == 0.7
-    )
+def test_the_score_is_the_mean_share_of_right_tokens() -> None:
+    labels = np.array([[-100, 5, 6, 7, 8], [-100, -100, -100, 5, 6]])
+    hits = np.array([[0, 1, 0, 1, 1], [0, 1, 1, 1, 0]])
+    predictions = np.stack([np.zeros(hits.shape), hits], axis=-1)
+    found = scoring.share_of_tokens(transformers.EvalPrediction(predictions, labels))
+    assert found == {"score": (3 / 4 + 1 / 2) / 2, "perplexity": 1.0, "exact_match": 0.0}
 
 
 def test_choices_are_weighed_by_their_likelihood(llama: tuple[Any, Any]) -> None:

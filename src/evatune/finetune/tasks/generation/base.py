@@ -7,6 +7,7 @@ small model (scripts/pretrain/llama_small.py) sees none of it: it leaves out the
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,10 +39,21 @@ class GenerationTask:
     Attributes:
         name: in recipes.
         examples: numbers of pairs to train and to test on → pairs, fewer if there are not enough.
-        final_answer: reads the answer off a written solution; the task is then scored by solutions
-            that the model writes.
+        one_right: an answer has one right form, so that the score is the share of its tokens that
+            are the most likely ones; a text has many, and is scored by how likely it is.
     """
 
     name: str
     examples: Callable[[int, int], Pairs]
-    final_answer: Callable[[str], str] | None = None
+    one_right: bool = False
+
+
+def drawn(make: Callable[[random.Random], Pair], train: int, test: int) -> Pairs:
+    """Return pairs that `make` draws, no prompt twice. It can draw far more than are asked for."""
+    source = random.Random(0)
+    pairs: dict[str, Pair] = {}
+    while len(pairs) < train + test:
+        pair = make(source)
+        pairs[pair.prompt] = pair
+    made = list(pairs.values())
+    return Pairs(made[:train], made[train:])

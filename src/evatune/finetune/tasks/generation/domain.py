@@ -20,7 +20,7 @@ from evatune.finetune.tasks.generation.scoring import (
     measures,
     scored_measures,
     share_chosen,
-    share_solved,
+    share_of_tokens,
     token_losses,
 )
 from evatune.finetune.tasks.generation.tasks import TASKS
@@ -38,10 +38,11 @@ _INSTEAD = (
 def prepare(recipe: Recipe) -> Task:
     """Load everything a run needs. The examples depend on the sizes alone, not on the run's seed.
 
-    The loss counts the answer's tokens only. The score is, by task: the share of problems whose
-    written solution ends in the right number (arithmetic); of questions whose right choice is the
-    most likely one, as a sum over its tokens (commonsense); else one over the perplexity per
-    character, so that models with other tokenizers can be compared.
+    The loss counts the answer's tokens only. The score is, by task: the share of an answer's
+    tokens that are right after the right ones before them, where there is one right answer
+    (arithmetic, dates, numbers, clock); of questions whose right choice is the most likely one, as
+    a sum over its tokens (commonsense); else one over the perplexity per character, so that models
+    with other tokenizers can be compared.
 
     Raises ConfigError for an unknown task or sizes beyond the data, DataError where model or data
     cannot be had.
@@ -59,7 +60,7 @@ def prepare(recipe: Recipe) -> Task:
         head=["lm_head"],
         new_head=False,
         task_type="CAUSAL_LM",
-        metric=partial(scored_measures, tokenizer=tokenizer) if evaluate is None else measures,
+        metric=_metric(recipe, tokenizer, has_choices=evaluate is not None),
         reduce=token_losses,
         evaluate=evaluate,
     )
@@ -106,19 +107,28 @@ def _to_evaluate(pairs: list[Pair], tokenizer: Any, longest: int) -> Any:
 def _evaluation(
     recipe: Recipe, tokenizer: Any, pairs: Split[list[Pair]]
 ) -> Callable[[Any, Part, Path], dict[str, float]] | None:
-    """Return what scores the model after training; None where the perplexity is the score."""
-    task = TASKS.get(recipe.task)
-    final_answer = None if task is None else task.final_answer
+    """Return what scores the model after training; None where the metric does."""
+    if not any(pair.choices for pair in pairs.test):
+        return None
     longest = recipe.data.max_length
 
     def share(model: Any, part: Part, _: Path) -> dict[str, float]:
         examples = pairs.validation if part == "validation" else pairs.test
-        if final_answer is not None:
-            return {"score": share_solved(model, tokenizer, examples, final_answer)}
         return {"score": share_chosen(model, tokenizer, examples, longest)}
 
-    is_share = final_answer is not None or any(pair.choices for pair in pairs.test)
-    return share if is_share else None
+    return share
+
+
+def _metric(
+    recipe: Recipe, tokenizer: Any, *, has_choices: bool
+) -> Callable[[Any], dict[str, float]]:
+    """Return the metric of the logits, with a score unless choices give it."""
+    if has_choices:
+        return measures
+    task = TASKS.get(recipe.task)
+    if task is not None and task.one_right:
+        return share_of_tokens
+    return partial(scored_measures, tokenizer=tokenizer)
 
 
 def _bundled_pairs(recipe: Recipe) -> Split[list[Pair]]:

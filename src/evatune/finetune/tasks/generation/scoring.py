@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from torch import Tensor
 from evatune.finetune.tasks.generation.base import Pair
 from evatune.finetune.tasks.generation.encoding import IGNORED, encode
 
-_ANSWER_TOKENS = 40  # of a solution that is written; the longest worked solution has fewer
 _BATCH_SIZE = 100  # sequences
 _LARGEST_LOSS = 100.0  # of a run that diverged; its exponential is still a number
 
@@ -23,14 +21,17 @@ def token_losses(logits: Any, labels: Tensor) -> Tensor:
     """Return each token's loss, and 1 where it is the most likely one, else 0.
 
     Returns:
-        (batch, length, 2); the first position has no prediction.
+        (batch, length, 2); zero at the first position, which has no prediction, and where the
+            label is ignored.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
-    scores = logits[:, :-1].float()
-    targets = labels[:, 1:].clamp(min=0)
-    losses = torch.nn.functional.cross_entropy(scores.transpose(1, 2), targets, reduction="none")
-    hits = (scores.argmax(-1) == targets).float()
-    return torch.nn.functional.pad(torch.stack([losses, hits], dim=-1), (0, 0, 1, 0))
+    counted = labels[:, 1:] != IGNORED
+    scores = logits[:, :-1][counted].float()  # prompts and padding are most of a batch
+    targets = labels[:, 1:][counted]
+    found = scores.new_zeros(*labels.shape, 2)
+    losses = torch.nn.functional.cross_entropy(scores, targets, reduction="none")
+    found[:, 1:][counted] = torch.stack([losses, (scores.argmax(-1) == targets).float()], dim=-1)
+    return found
 
 
 def measures(prediction: Any) -> dict[str, float]:
@@ -54,40 +55,16 @@ def scored_measures(prediction: Any, tokenizer: Any) -> dict[str, float]:
     return {"score": measured["perplexity"] ** (-len(answers) / characters), **measured}
 
 
-@torch.no_grad()
-def share_solved(
-    model: Any, tokenizer: Any, pairs: list[Pair], final_answer: Callable[[str], str]
-) -> float:
-    """Return the share of problems whose greedily written solution ends in the right answer."""
-    solved = 0
-    for start in range(0, len(pairs), _BATCH_SIZE):
-        problems = pairs[start : start + _BATCH_SIZE]
-        solutions = _write(model, tokenizer, [pair.prompt for pair in problems])
-        for solution, pair in zip(solutions, problems, strict=True):
-            solved += final_answer(solution) == final_answer(pair.answer)
-    return solved / len(pairs)
+def share_of_tokens(prediction: Any) -> dict[str, float]:
+    """Return the measures, with the share of an answer's tokens that are right as the score.
 
-
-def _write(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
-    """Return what the model writes after each prompt, by greedy decoding."""
-    batch = tokenizer(
-        [(tokenizer.bos_token or "") + prompt for prompt in prompts],
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-        add_special_tokens=False,
-    )
-    inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
-    written = model.generate(
-        **inputs,
-        max_new_tokens=_ANSWER_TOKENS,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    prompt_length = inputs["input_ids"].shape[1]
-    texts: list[str] = tokenizer.batch_decode(written[:, prompt_length:], skip_special_tokens=True)
-    return texts
+    A token is right if it is the most likely one after the right ones before it. The score is the
+    mean over the answers.
+    """
+    counted = prediction.label_ids[:, 1:] != IGNORED
+    right = (prediction.predictions[:, 1:, 1] == 1) & counted
+    shares = right.sum(1) / counted.sum(1)
+    return {"score": float(shares.mean()), **measures(prediction)}
 
 
 @torch.no_grad()
