@@ -6,20 +6,7 @@ import random
 
 from evatune.finetune.tasks.generation.base import GenerationTask, Pair, Pairs, drawn
 
-_HOURS_SAID = [
-    "twelve",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-]
+_HOURS_SAID = tuple("twelve one two three four five six seven eight nine ten eleven".split())
 
 
 def examples(train: int, test: int) -> Pairs:
