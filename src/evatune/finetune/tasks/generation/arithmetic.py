@@ -7,12 +7,35 @@ import random
 from evatune.finetune.tasks.generation.base import GenerationTask, Pair, Pairs, drawn
 
 # a token each, so that problems are short
-_NAMES = tuple("David Jack Paul John Mark Michael Tony Charles".split())
-_THINGS = tuple(
-    (
-        "games films phones points shares jobs files names words keys items lines bytes numbers "
-        "shows awards devices messages"
-    ).split()
+_NAMES = (
+    "David",
+    "Jack",
+    "Paul",
+    "John",
+    "Mark",
+    "Michael",
+    "Tony",
+    "Charles",
+)
+_THINGS = (
+    "games",
+    "films",
+    "phones",
+    "points",
+    "shares",
+    "jobs",
+    "files",
+    "names",
+    "words",
+    "keys",
+    "items",
+    "lines",
+    "bytes",
+    "numbers",
+    "shows",
+    "awards",
+    "devices",
+    "messages",
 )
 _SUBTRACT = ("gives {b} to {other}", "loses {b}", "sells {b}", "throws {b} away")
 _ADD = ("buys {b} more", "finds {b} more", "gets {b} from {other}", "takes {b} more")

@@ -6,7 +6,20 @@ import random
 
 from evatune.finetune.tasks.generation.base import GenerationTask, Pair, Pairs, drawn
 
-_HOURS_SAID = tuple("twelve one two three four five six seven eight nine ten eleven".split())
+_HOURS_SAID = (
+    "twelve",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+)
 
 
 def examples(train: int, test: int) -> Pairs:
