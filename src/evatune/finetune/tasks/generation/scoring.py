@@ -28,7 +28,7 @@ def token_losses(logits: Any, labels: Tensor) -> Tensor:
     counted = labels[:, 1:] != IGNORED
     scores = logits[:, :-1][counted].float()  # prompts and padding are most of a batch
     targets = labels[:, 1:][counted]
-    found = scores.new_zeros(*labels.shape, 2)
+    found: Tensor = scores.new_zeros(*labels.shape, 2)
     losses = torch.nn.functional.cross_entropy(scores, targets, reduction="none")
     found[:, 1:][counted] = torch.stack([losses, (scores.argmax(-1) == targets).float()], dim=-1)
     return found
