@@ -54,21 +54,26 @@ def run_calls(
     processes: dict[Connection, BaseProcess] = {}
     idle: list[Connection] = []
     current: dict[Connection, int] = {}
+
+    def begin() -> None:
+        """Give calls to as many workers as may work."""
+        while len(current) < max(1, workers) and (call := next(waiting, None)) is not None:
+            if idle:
+                connection = idle.pop()
+            else:
+                connection, worker_end = context.Pipe()
+                arguments = (worker_end, function)
+                processes[connection] = context.Process(target=_serve, args=arguments)
+                with _start_settings():
+                    processes[connection].start()
+                worker_end.close()
+            with suppress(OSError):  # it is dead, and no answer will come
+                connection.send(call)
+            current[connection] = next(numbers)
+
     try:
         while True:
-            while len(current) < max(1, workers) and (call := next(waiting, None)) is not None:
-                if idle:
-                    connection = idle.pop()
-                else:
-                    connection, worker_end = context.Pipe()
-                    arguments = (worker_end, function)
-                    processes[connection] = context.Process(target=_serve, args=arguments)
-                    with _start_settings():
-                        processes[connection].start()
-                    worker_end.close()
-                with suppress(OSError):  # it is dead, and no answer will come
-                    connection.send(call)
-                current[connection] = next(numbers)
+            begin()
             if not current:
                 return
             for ready in cast("list[Connection]", wait(list(current))):
@@ -79,6 +84,7 @@ def run_calls(
                 except (EOFError, OSError):
                     answer = Answer(number, died=True)
                     _end([processes[ready]])
+                begin()  # whoever takes the answer may take long
                 yield answer
     finally:
         _end(processes.values())
