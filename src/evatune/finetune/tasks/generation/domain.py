@@ -169,4 +169,4 @@ def _pair(texts: list[str]) -> Pair:
     return Pair(f"{texts[0]}\n", texts[1]) if len(texts) == 2 else Pair("", texts[0])
 
 
-DOMAIN = Domain("generation", prepare)
+DOMAIN = Domain("generation", prepare, version=2)
