@@ -38,17 +38,60 @@ def _plurals(nouns: str) -> Iterator[str]:
 ERRORS: dict[str, _Rivals] = {  # task → word → what it is replaced by
     "agreement": _rivals("is/are", "was/were", "has/have"),
     "pronoun": _rivals(
-        *"he/him she/her they/them we/us I/me their/them our/us his/him".split(),
+        *["he/him", "she/her", "they/them", "we/us", "I/me", "their/them", "our/us", "his/him"],
     ),
     "preposition": _rivals("in/on/at/for/of/with/by/from/to"),
     "form": _rivals(
-        *"""be/been be/being make/making make/made take/taking take/taken go/going get/getting
-        give/given see/seen do/done do/doing come/coming work/working play/playing win/winning
-        use/using say/saying become/becoming show/shown know/known help/helping look/looking
-        set/setting run/running lead/leading pay/paying buy/buying sell/selling try/trying
-        find/finding keep/keeping put/putting start/starting meet/meeting lose/losing face/facing
-        call/called call/calling need/needed want/wanted add/added hit/hitting leave/leaving
-        build/building hold/holding bring/bringing provide/providing""".split()
+        *[
+            "be/been",
+            "be/being",
+            "make/making",
+            "make/made",
+            "take/taking",
+            "take/taken",
+            "go/going",
+            "get/getting",
+            "give/given",
+            "see/seen",
+            "do/done",
+            "do/doing",
+            "come/coming",
+            "work/working",
+            "play/playing",
+            "win/winning",
+            "use/using",
+            "say/saying",
+            "become/becoming",
+            "show/shown",
+            "know/known",
+            "help/helping",
+            "look/looking",
+            "set/setting",
+            "run/running",
+            "lead/leading",
+            "pay/paying",
+            "buy/buying",
+            "sell/selling",
+            "try/trying",
+            "find/finding",
+            "keep/keeping",
+            "put/putting",
+            "start/starting",
+            "meet/meeting",
+            "lose/losing",
+            "face/facing",
+            "call/called",
+            "call/calling",
+            "need/needed",
+            "want/wanted",
+            "add/added",
+            "hit/hitting",
+            "leave/leaving",
+            "build/building",
+            "hold/holding",
+            "bring/bringing",
+            "provide/providing",
+        ]
     ),
     "number": _rivals(
         *_plurals(
@@ -58,8 +101,14 @@ ERRORS: dict[str, _Rivals] = {  # task → word → what it is replaced by
             share bank cost tax figure number thing part side hour minute goal title match show
             programme club device customer consumer worker voter issue way"""
         ),
-        *"""company/companies country/countries city/cities man/men woman/women
-        child/children""".split(),
+        *[
+            "company/companies",
+            "country/countries",
+            "city/cities",
+            "man/men",
+            "woman/women",
+            "child/children",
+        ],
     ),
 }
 KIND = "kind"
