@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
+import tokenizers
 import transformers
 
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.base import Domain, Task, accuracy
 from evatune.finetune.tasks.splits import Split, draw_split
+from evatune.finetune.tasks.understanding import grammar
 from evatune.finetune.tasks.user_data import encode_labels, load_examples, require_task
+from evatune.loading.assets import asset
 from evatune.loading.corpora import SENTIMENT, bbc, sentiment
 from evatune.loading.demo import demo_model
 from evatune.loading.hub import reading, require_path
 from evatune.loading.models import make_ready
 from evatune.loading.texts import truncate_texts
 
-TASKS = (*SENTIMENT, "bbc")
+TASKS = (*SENTIMENT, "bbc", *grammar.TASKS)
 _INSTEAD = (
     "a local folder with config.json, weights and tokenizer, or model=demo as in the recipe"
     " understanding-movie"
@@ -62,7 +66,7 @@ def prepare(recipe: Recipe) -> Task:
 
 def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any]:
     """Return a classifier with a new head, and its tokenizer."""
-    source = demo_model() if recipe.model == "demo" else recipe.model
+    source = _demo_model(recipe) if recipe.model == "demo" else recipe.model
     require_path(source, "model")
     with reading(source, "a model and tokenizer", _INSTEAD):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -72,8 +76,31 @@ def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any]:
             source, num_labels=classes, trust_remote_code=recipe.trust_remote_code
         )
     make_ready(model, tokenizer)
+    if recipe.model == "demo" and _is_grammar(recipe):
+        _add_ends(tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def _demo_model(recipe: Recipe) -> Path:
+    """Return the small model for a task.
+
+    MiniLM was trained to compare what texts are about and sees little of their grammar.
+    """
+    return asset("llama-small") if _is_grammar(recipe) else demo_model()
+
+
+def _is_grammar(recipe: Recipe) -> bool:
+    return recipe.data.source is None and recipe.task in grammar.TASKS
+
+
+def _add_ends(tokenizer: Any) -> None:
+    """Put texts between the tokens that the model saw around texts; it is read off the last one."""
+    start, end = tokenizer.bos_token, tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{start} $A {end}",
+        special_tokens=[(start, tokenizer.bos_token_id), (end, tokenizer.eos_token_id)],
+    )
 
 
 def _encode(examples: _Labeled, tokenizer: Any, longest: int) -> Any:
@@ -101,9 +128,11 @@ def _bundled_examples(recipe: Recipe) -> tuple[Split[_Labeled], int]:
     """Return the examples of one of our tasks, and the number of classes."""
     task = recipe.task
     require_task(task, TASKS, "language understanding")
-    texts, labels = bbc() if task == "bbc" else sentiment(task)
+    texts, labels = sentiment(task) if task in SENTIMENT else bbc()
     # Some texts occur twice; one that is tested must not be one that was learned.
     unique = _first_occurrences(texts)
+    if task in grammar.TASKS:
+        return _grammar_examples(recipe, [texts[i] for i in unique])
     split = draw_split(len(unique), recipe.data, task)
 
     def select(indices: list[int]) -> _Labeled:
@@ -111,6 +140,29 @@ def _bundled_examples(recipe: Recipe) -> tuple[Split[_Labeled], int]:
         return _Labeled([(texts[i],) for i in chosen], [labels[i] for i in chosen])
 
     return split.map(select), len({labels[i] for i in unique})
+
+
+def _grammar_examples(recipe: Recipe, articles: list[str]) -> tuple[Split[_Labeled], int]:
+    """Return sentences with and without errors, and the number of classes."""
+    data = recipe.data
+    parts = grammar.sentences(recipe.task, articles)
+
+    def first(part: str, count: int) -> _Labeled:
+        found = parts[part]
+        if count > len(found.texts):
+            raise ConfigError(
+                f"data.{part} is {count}, but task {recipe.task!r} has {len(found.texts)} such"
+                " examples; lower it"
+            )
+        return _Labeled([(text,) for text in found.texts[:count]], found.labels[:count])
+
+    classes = len(grammar.ERRORS) if recipe.task == grammar.KIND else 2
+    split = Split(
+        first("train", data.train),
+        first("validation", data.validation),
+        first("test", data.test),
+    )
+    return split, classes
 
 
 def _first_occurrences(texts: Sequence[str]) -> list[int]:

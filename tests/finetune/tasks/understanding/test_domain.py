@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from evatune.finetune.tasks import Task, understanding
+from evatune.finetune.tasks import Task
+from evatune.finetune.tasks.understanding import domain
 from tests.finetune.helpers import small
 
 torch.set_num_threads(1)
@@ -17,8 +18,8 @@ torch.set_num_threads(1)
 def _prepared(texts: list[str], monkeypatch: pytest.MonkeyPatch, model: Path) -> Task:
     """The word "w7" is in the texts of class 2."""
     labels = [2 if "w7" in text.lower().split() else i % 2 for i, text in enumerate(texts)]
-    monkeypatch.setattr(understanding, "bbc", lambda: (texts, labels))
-    return understanding.prepare(small(model, "data.train=20", "data.test=10"))
+    monkeypatch.setattr(domain, "bbc", lambda: (texts, labels))
+    return domain.prepare(small(model, "data.train=20", "data.test=10"))
 
 
 def _inputs(rows: Any) -> list[list[int]]:

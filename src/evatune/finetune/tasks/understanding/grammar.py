@@ -1,0 +1,201 @@
+"""Errors of grammar that code puts into real sentences: is there one, or of which kind is it?
+
+Windows of ten words of BBC news. In half of them one word is replaced by another form of it, or by
+its rival, such as "is" by "are". Which word it is, is not said. Training, validation and test come
+from different articles.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+_WORDS = 10  # of a window
+_FIRST = 2  # no word before this one is replaced: what it depends on is often cut off
+_SHARES = {"train": 0.6, "validation": 0.15, "test": 0.25}  # of the articles
+
+_Rivals = Mapping[str, list[str]]
+
+
+def _rivals(*groups: str) -> dict[str, list[str]]:
+    """Return for each word the others of its groups."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for group in groups:
+        words = group.split("/")
+        for word in words:
+            found[word] += [other for other in words if other != word]
+    return dict(found)
+
+
+def _plurals(nouns: str) -> Iterator[str]:
+    return (f"{noun}/{noun}s" for noun in nouns.split())
+
+
+ERRORS: dict[str, _Rivals] = {  # task → word → what it is replaced by
+    "agreement": _rivals("is/are", "was/were", "has/have"),
+    "pronoun": _rivals(
+        *["he/him", "she/her", "they/them", "we/us", "I/me", "their/them", "our/us", "his/him"],
+    ),
+    "preposition": _rivals("in/on/at/for/of/with/by/from/to"),
+    "form": _rivals(
+        *[
+            "be/been",
+            "be/being",
+            "make/making",
+            "make/made",
+            "take/taking",
+            "take/taken",
+            "go/going",
+            "get/getting",
+            "give/given",
+            "see/seen",
+            "do/done",
+            "do/doing",
+            "come/coming",
+            "work/working",
+            "play/playing",
+            "win/winning",
+            "use/using",
+            "say/saying",
+            "become/becoming",
+            "show/shown",
+            "know/known",
+            "help/helping",
+            "look/looking",
+            "set/setting",
+            "run/running",
+            "lead/leading",
+            "pay/paying",
+            "buy/buying",
+            "sell/selling",
+            "try/trying",
+            "find/finding",
+            "keep/keeping",
+            "put/putting",
+            "start/starting",
+            "meet/meeting",
+            "lose/losing",
+            "face/facing",
+            "call/called",
+            "call/calling",
+            "need/needed",
+            "want/wanted",
+            "add/added",
+            "hit/hitting",
+            "leave/leaving",
+            "build/building",
+            "hold/holding",
+            "bring/bringing",
+            "provide/providing",
+        ]
+    ),
+    "number": _rivals(
+        *_plurals(
+            """year day month week player game film point minister government party group firm
+            service sale price system user member artist actor star award result problem rule plan
+            job team fan song record right law leader report site phone computer network market
+            share bank cost tax figure number thing part side hour minute goal title match show
+            programme club device customer consumer worker voter issue way"""
+        ),
+        *[
+            "company/companies",
+            "country/countries",
+            "city/cities",
+            "man/men",
+            "woman/women",
+            "child/children",
+        ],
+    ),
+}
+KIND = "kind"
+"""The task whose windows all hold an error, and whose classes are the keys of ERRORS."""
+TASKS = (*ERRORS, KIND)
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Texts with their classes."""
+
+    texts: list[str]
+    labels: list[int]
+
+
+def sentences(task: str, articles: Iterable[str]) -> dict[str, Sentences]:
+    """Return all examples of a task by part: train, validation, test.
+
+    Classes are 0, no error, and 1; of the task "kind", the number of the error. They are as
+    frequent as each other, but for chance or the last round. It is all fixed by the articles.
+    """
+    parts = {}
+    for part, windows in _windows(list(articles)).items():
+        draw = random.Random(f"{task} {part}")
+        draw.shuffle(windows)
+        parts[part] = _kinds(windows, draw) if task == KIND else _judged(task, windows, draw)
+    return parts
+
+
+def _windows(articles: list[str]) -> dict[str, list[list[str]]]:
+    """Return the windows of each part, each once, which are of articles of its own."""
+    order = np.random.default_rng(0).permutation(len(articles)).tolist()
+    parts: dict[str, list[list[str]]] = {}
+    seen: set[str] = set()  # agencies' sentences are in several articles
+    start, share_before = 0, 0.0
+    for part, share in _SHARES.items():
+        share_before += share
+        end = round(share_before * len(articles))
+        parts[part] = []
+        for window in (window for i in order[start:end] for window in _cut(articles[i])):
+            key = " ".join(window).lower()
+            if key not in seen:
+                seen.add(key)
+                parts[part].append(window)
+        start = end
+    return parts
+
+
+def _cut(article: str) -> Iterator[list[str]]:
+    words = article.split()
+    for start in range(0, len(words) - _WORDS + 1, _WORDS):
+        yield words[start : start + _WORDS]
+
+
+def _judged(task: str, windows: list[list[str]], draw: random.Random) -> Sentences:
+    """Return windows with a word that can be replaced; by chance it is, or is not."""
+    found = Sentences([], [])
+    for window in windows:
+        if _places(window, ERRORS[task]):
+            label = draw.randrange(2)
+            words = _spoiled(window, ERRORS[task], draw) if label else window
+            found.texts.append(" ".join(words))
+            found.labels.append(label)
+    return found
+
+
+def _kinds(windows: list[list[str]], draw: random.Random) -> Sentences:
+    """Return windows that could hold errors of three kinds or more, with that of the rarest."""
+    found = Sentences([], [])
+    counts = [0] * len(ERRORS)
+    tables = list(ERRORS.values())
+    for window in windows:
+        possible = [kind for kind, table in enumerate(tables) if _places(window, table)]
+        if len(possible) >= 3:
+            label = min(possible, key=lambda kind: (counts[kind], draw.random()))
+            counts[label] += 1
+            found.texts.append(" ".join(_spoiled(window, tables[label], draw)))
+            found.labels.append(label)
+    return found
+
+
+def _places(window: list[str], table: _Rivals) -> list[int]:
+    """Return where a window has a word that the table can replace."""
+    return [place for place in range(_FIRST, len(window)) if window[place] in table]
+
+
+def _spoiled(window: list[str], table: _Rivals, draw: random.Random) -> list[str]:
+    """Return the window with one word replaced."""
+    place = draw.choice(_places(window, table))
+    return [*window[:place], draw.choice(table[window[place]]), *window[place + 1 :]]
