@@ -46,12 +46,17 @@ def read_lines(paths: Iterable[Path]) -> list[RunLine]:
     return list(lines.values())
 
 
-def append_line(path: Path, line: dict[str, Any]) -> None:
+def append_line(path: Path, fields: dict[str, Any]) -> RunLine:
     """Append a run in one write, in place of one that a killed process left half written.
 
     Numbers that are not finite are written as null.
+
+    Returns:
+        The run as it is read again.
     """
-    text = json.dumps(_finite(line), allow_nan=False) + "\n"
+    finite = _finite(fields)
+    line = RunLine.model_validate(finite)
+    text = json.dumps(finite, allow_nan=False) + "\n"
     with path.open("a+b") as file:
         file.seek(0)
         head, line_break, _ = file.read().rpartition(b"\n")
@@ -59,6 +64,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
+    return line
 
 
 def _finite(value: Any) -> Any:

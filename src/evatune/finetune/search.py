@@ -185,10 +185,10 @@ class _TunedComparison:
             return
         if problem is None:
             data, code = self.origins[recipe.task]
-            line = {"id": settings_digest(recipe), "settings": as_tree(recipe), "data": data}
-            line |= {"code": code, "tested": trial.tested} | result["line"]
-            append_line(self.path, line)
-            search.losses[trial.position, trial.seed] = _loss(RunLine.model_validate(line))
+            settings = {"id": settings_digest(recipe), "settings": as_tree(recipe)}
+            origin = {"data": data, "code": code, "tested": trial.tested}
+            line = append_line(self.path, settings | origin | result["line"])
+            search.losses[trial.position, trial.seed] = _loss(line)
             search.running.discard(trial)
         elif search.problem is None:
             search.problem = problem
