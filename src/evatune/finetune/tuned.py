@@ -14,6 +14,8 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
+import numpy as np
+
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import as_tree, flat, load, ours
 from evatune.schemas.tuned import RunLine
@@ -433,13 +435,11 @@ def steps_until(curve: Sequence[Point], loss: float) -> float:
 
 def _mean_loss(curve: Sequence[Point]) -> float | None:
     """Return the area under a curve over its length; None where a loss is missing."""
-    if len(curve) < 2 or any(loss is None for _, loss, _ in curve):
+    steps = [step for step, _, _ in curve]
+    losses = [loss for _, loss, _ in curve if loss is not None]
+    if len(losses) < max(2, len(curve)):
         return None
-    area = sum(
-        (after[0] - before[0]) * ((before[1] or 0.0) + (after[1] or 0.0)) / 2
-        for before, after in pairwise(curve)
-    )
-    return area / (curve[-1][0] - curve[0][0])
+    return float(np.trapezoid(losses, steps)) / (steps[-1] - steps[0])
 
 
 def _mean_curve(
@@ -449,16 +449,18 @@ def _mean_curve(
     common = sorted(set.intersection(*map(set, by_step))) if by_step else []
     points = []
     for step in common:
-        losses = [points[step][0] for points in by_step]
-        scores = [points[step][1] for points in by_step]
-        if None not in losses:
-            score = None if None in scores else fmean(filter(_is_number, scores))
-            points.append((step, fmean(filter(_is_number, losses)), score))
+        losses = [points_of[step][0] for points_of in by_step]
+        scores = [points_of[step][1] for points_of in by_step]
+        loss = _mean(losses)
+        if loss is not None:
+            points.append((step, loss, _mean(scores)))
     return points
 
 
-def _is_number(value: float | None) -> bool:
-    return value is not None
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None where a value is missing."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
 
 
 def _median(values: Iterable[float | None]) -> float | None:

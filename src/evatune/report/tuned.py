@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from evatune.errors import ConfigError
-from evatune.finetune.statistics import DomainComparison, PairedDifference
+from evatune.finetune.statistics import DomainDifference, PairedDifference, TTest
 from evatune.finetune.tuned import Cell, Group, TunedSummary
 from evatune.report.plots import save_figure
 from evatune.report.tables import plain
@@ -22,9 +22,10 @@ from evatune.report.tuned_plots import curves_plot, forest_plot, ranks_plot, rat
 from evatune.report.verdicts import (
     SUBJECT,
     Verdict,
-    all_tasks,
     compared,
     interval_text,
+    score_differences,
+    signed,
     verdicts,
 )
 from evatune.utils.atomic import write_text
@@ -42,10 +43,10 @@ _CELL_HEADINGS = (
 )  # fmt: skip
 _LEGEND = (
     "Scores in points (hundredths), ± the standard deviation over seeds. Differences to LoRA are"
-    " paired by seed, with 95 % intervals: on these tasks (t over seeds), on tasks like these (t over"
-    " tasks), and by a hierarchical bootstrap over tasks and seeds, which is too narrow with few"
-    " tasks. p is that of these tasks. Mean rank: 1 is the best. Steps: median over seeds, of a run;"
-    " – where more than half never get there. Area saved: how much more of LoRA's improvement is"
+    " paired by seed, with 95 % intervals: on these tasks (t over seeds), on tasks like these (t"
+    " over tasks), and by a hierarchical bootstrap over tasks and seeds, which is too narrow with few"
+    " tasks. p is that of these tasks. Mean rank: 1 is the best. Steps: median over seeds,"
+    " of a run; – where more than half never get there. Area saved: how much more of LoRA's improvement is"
     " there, mean over the steps. Seconds and memory are medians, and of a machine that did other"
     " work beside."
 )
@@ -64,6 +65,8 @@ def write_pages(summary: TunedSummary, folder: Path, command: str) -> list[Path]
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in _figures(summary):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # it is laid out, once for both files
         for kind in ("svg", "png"):
             save_figure(figure, folder / f"{name}.{kind}")
             written.append(folder / f"{name}.{kind}")
@@ -81,7 +84,7 @@ def _slug(group: Group) -> str:
 
 def _figures(summary: TunedSummary) -> Iterable[tuple[str, Figure]]:
     for group in summary.groups:
-        found = compared(group.test_scores())
+        found = score_differences([group])
         if found is not None:
             yield f"{_slug(group)}-forest", forest_plot(found, group.domain)
         yield f"{_slug(group)}-curves", curves_plot(group, summary.methods)
@@ -100,7 +103,12 @@ def overview_page(summary: TunedSummary, command: str) -> str:
         lines += ["", f"## {_title(condition)}", "", *_verdict_lines(verdicts(groups))]
         lines += ["", *_domains_table(groups), ""]
         for group in groups:
-            lines += [f"### [{group.domain}]({group.domain}.md)", "", *_picture(group, "forest"), ""]
+            lines += [
+                f"### [{group.domain}]({group.domain}.md)",
+                "",
+                *_picture(group, "forest"),
+                "",
+            ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -149,9 +157,9 @@ def _verdict_lines(found: Iterable[Verdict]) -> list[str]:
 
 def _domains_table(groups: Sequence[Group]) -> list[str]:
     """Return mean differences to LoRA, a row per method and a column per domain."""
-    columns = {group.domain: compared(group.test_scores()) for group in groups}
+    columns = {group.domain: score_differences([group]) for group in groups}
     if len(groups) > 1:
-        columns["all"] = compared(all_tasks(groups, Group.test_scores))
+        columns["all"] = score_differences(groups)
     by_column = {
         name: {line.method: line for line in found.methods} if found else {}
         for name, found in columns.items()
@@ -162,7 +170,10 @@ def _domains_table(groups: Sequence[Group]) -> list[str]:
         lines = [by_method.get(method) for by_method in by_column.values()]
         if any(lines):
             rows.append(
-                [method, *(_difference(one.mean, one.fixed_tasks) if one else _NONE for one in lines)]
+                [
+                    method,
+                    *(_difference(one.mean, one.fixed_tasks) if one else _NONE for one in lines),
+                ]
             )
     if not rows:
         return ["Nothing can be held against LoRA yet."]
@@ -172,9 +183,8 @@ def _domains_table(groups: Sequence[Group]) -> list[str]:
 def domain_page(summary: TunedSummary, domain: str, command: str) -> str:
     """Return the page of a domain."""
     groups = [group for group in summary.groups if group.domain == domain]
-    own = TunedSummary(tuple(groups), summary.runs)
     lines = [f"# {domain}", "", _made_by(command), "[Summary](README.md)."]
-    lines += ["", *_protocol(TunedSummary(own.groups, _runs(groups)))]
+    lines += ["", *_protocol(TunedSummary(tuple(groups), _runs(groups)))]
     for group in groups:
         lines += ["", f"## {_title(group.condition)}", "", *_verdict_lines(verdicts([group]))]
         lines += ["", *_table(_METHOD_HEADINGS, method_rows(group)), "", *_rank_lines(group)]
@@ -182,7 +192,7 @@ def domain_page(summary: TunedSummary, domain: str, command: str) -> str:
         for kind, words in _PICTURES.items():
             lines += [f"### {words}", "", *_picture(group, kind), ""]
         lines += ["### By task", "", *_table(_CELL_HEADINGS, cell_rows(group)), ""]
-        lines += ["* at the edge of the grid of rates.", "", *_commands(group)]
+        lines += [r"\* at the edge of the grid of rates.", "", *_commands(group)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -205,7 +215,7 @@ def _runs(groups: Iterable[Group]) -> int:
 
 def _picture(group: Group, kind: str) -> list[str]:
     known = {
-        "forest": compared(group.test_scores()) is not None,
+        "forest": score_differences([group]) is not None,
         "ranks": any(cell.ranks for cell in group.of(SUBJECT)),
     }
     if not known.get(kind, True):
@@ -215,7 +225,7 @@ def _picture(group: Group, kind: str) -> list[str]:
 
 
 def _rank_lines(group: Group) -> list[str]:
-    found = compared(group.test_scores())
+    found = score_differences([group])
     if found is None or found.ranks.critical_difference is None:
         return []
     text = (
@@ -233,41 +243,43 @@ def _rank_lines(group: Group) -> list[str]:
 
 def method_rows(group: Group) -> list[list[str]]:
     """Return a row per method over the tasks of a domain, the best score first."""
-    scores = compared(group.test_scores())
+    scores = score_differences([group])
     areas = compared(group.area_saved())
     differences = {line.method: line for line in (scores.methods if scores else ())}
     areas_by_method = {line.method: line.mean for line in (areas.methods if areas else ())}
     rows = []
     for method in sorted(group.methods, key=lambda name: -_mean_score(group, name)):
         cells = group.of(method)
-        line = differences.get(method)
         score = _mean_score(group, method)
         row = [method, _NONE if math.isinf(score) else f"{100 * score:.1f}"]
-        if line is None:
-            row += [_NONE] * 5
-        else:
-            bootstrap = line.bootstrap
-            row += [
-                _difference(line.mean, line.fixed_tasks),
-                interval_text(line.random_tasks).strip() or _NONE,
-                f"[{100 * bootstrap.low:+.1f}, {100 * bootstrap.high:+.1f}]" if bootstrap else _NONE,
-                _NONE if line.fixed_tasks_holm is None else f"{line.fixed_tasks_holm:.2g}",
-                f"{line.wins}, {line.ties}, {line.losses}",
-            ]
+        row += _difference_cells(differences.get(method))
         rank = scores.ranks.ranks.get(method) if scores else None
         area = areas_by_method.get(method)
         row += [
             _NONE if rank is None else f"{rank:.1f}",
             _share(cells, lambda cell: cell.to_reference),
             _share(cells, lambda cell: cell.to_full),
-            _NONE if area is None else f"{100 * area:+.1f}",
-            _median(cells, lambda cell: _count(cell), ",.0f"),
+            _NONE if area is None else signed(area),
+            _median(cells, _count, ",.0f"),
             _median(cells, lambda cell: cell.init_seconds, ".1f"),
             _median(cells, lambda cell: cell.train_seconds, ".1f"),
             _median(cells, lambda cell: (cell.peak_memory_bytes or 0) / 2**20 or None, ".0f"),
         ]
         rows.append(row)
     return rows
+
+
+def _difference_cells(line: DomainDifference | None) -> list[str]:
+    if line is None:
+        return [_NONE] * 5
+    bootstrap = line.bootstrap
+    return [
+        _difference(line.mean, line.fixed_tasks),
+        interval_text(line.random_tasks).strip() or _NONE,
+        f"[{signed(bootstrap.low)}, {signed(bootstrap.high)}]" if bootstrap else _NONE,
+        _NONE if line.fixed_tasks_holm is None else f"{line.fixed_tasks_holm:.2g}",
+        f"{line.wins}, {line.ties}, {line.losses}",
+    ]
 
 
 def _mean_score(group: Group, method: str) -> float:
@@ -279,7 +291,7 @@ def _mean_score(group: Group, method: str) -> float:
 
 def cell_rows(group: Group) -> list[list[str]]:
     """Return a row per task and method, the best score of a task first."""
-    found = compared(group.test_scores())
+    found = score_differences([group])
     paired = {(one.task, one.method): one for one in (found.paired if found else ())}
     cells = sorted(
         group.cells, key=lambda cell: (group.tasks.index(cell.task), -_or(cell.score, -1.0))
@@ -315,11 +327,8 @@ def _or(value: float | None, other: float) -> float:
     return other if value is None else value
 
 
-def _difference(mean: float, test: object) -> str:
-    from evatune.finetune.statistics import TTest
-
-    interval = interval_text(test) if isinstance(test, TTest) else ""
-    return f"{100 * mean:+.1f}".replace("-", "−") + interval
+def _difference(mean: float, test: TTest | None) -> str:
+    return signed(mean) + interval_text(test)
 
 
 def _spread(values: Sequence[float], form: str) -> str:

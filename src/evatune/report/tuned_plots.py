@@ -121,9 +121,7 @@ def _forest_row(
     for test, width in ((line.random_tasks, 1.0), (line.fixed_tasks, 3.2)):
         if test is not None:
             ends = [100 * test.interval.low, 100 * test.interval.high]
-            axes.plot(
-                ends, [place, place], color=style.color, lw=width, solid_capstyle="butt"
-            )
+            axes.plot(ends, [place, place], color=style.color, lw=width, solid_capstyle="butt")
     mean, (low, high) = 100 * line.mean, axes.get_xlim()
     if mean < low:
         axes.text(low, place, f" ← {mean:.1f}", ha="left", va="center", fontsize=8)
@@ -172,8 +170,8 @@ def curves_plot(group: Group, methods: Sequence[str]) -> Figure:
     """
 
     def panel(axes: Axes, task: str, styles: dict[str, LineStyle]) -> None:
-        ends = []
-        starts = []
+        ends: list[float] = []
+        starts: list[float] = []
         for method in group.methods:
             cell = group.cell(task, method)
             points = cell.curve if cell else []

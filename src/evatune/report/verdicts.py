@@ -6,7 +6,7 @@ A win is an interval above 0, a loss one below, a tie one that holds 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -33,6 +33,11 @@ class Verdict:
     text: str
 
 
+def score_differences(groups: Sequence[Group]) -> DomainComparison | None:
+    """Return the statistics of the test scores of one or several domains."""
+    return compared(all_tasks(groups, Group.test_scores))
+
+
 def compared(values: Values, reference: str = REFERENCE) -> DomainComparison | None:
     """Return the statistics of the values; None where nothing shares a seed with the reference."""
     try:
@@ -41,16 +46,20 @@ def compared(values: Values, reference: str = REFERENCE) -> DomainComparison | N
         return None
 
 
-def all_tasks(groups: Iterable[Group], of: Callable[[Group], Values]) -> Values:
+def all_tasks(groups: Sequence[Group], of: Callable[[Group], Values]) -> Values:
     """Return the values of several domains as those of one."""
     return {
-        f"{group.domain}/{task}": by_method
+        _task_name(group, task, groups): by_method
         for group in groups
         for task, by_method in of(group).items()
     }
 
 
-def verdicts(groups: list[Group]) -> list[Verdict]:
+def _task_name(group: Group, task: str, groups: Sequence[Group]) -> str:
+    return task if len(groups) == 1 else f"{group.domain}/{task}"
+
+
+def verdicts(groups: Sequence[Group]) -> list[Verdict]:
     """Return the verdicts on the paper's claims over the tasks of one or several domains."""
     return [
         _claim(groups, "Faster convergence?", Group.steps_saved, _saved_text),
@@ -63,7 +72,7 @@ def verdicts(groups: list[Group]) -> list[Verdict]:
 
 
 def _claim(
-    groups: list[Group],
+    groups: Sequence[Group],
     claim: str,
     of: Callable[[Group], Values],
     told: Callable[[float], str],
@@ -82,21 +91,31 @@ def _missing() -> str:
 
 
 def _saved_text(mean: float) -> str:
+    side = "sooner" if mean >= 0 else "later"
     return (
-        f"{SUBJECT} reaches {REFERENCE}'s final validation loss with {_percent(mean)} of the steps"
-        f" left, less what {REFERENCE} itself has left."
+        f"{SUBJECT} reaches {REFERENCE}'s final validation loss {_size(mean)} % of a run {side}"
+        f" than {REFERENCE} does."
     )
 
 
 def _score_text(mean: float) -> str:
-    return f"{SUBJECT} scores {_percent(mean, 'points')} more than {REFERENCE} on test examples."
+    return f"{SUBJECT} is {_apart(mean)} {REFERENCE} in score on test examples."
 
 
 def _parameters_text(mean: float) -> str:
-    return f"{SUBJECT} trains {_percent(mean)} fewer parameters than {REFERENCE}."
+    side = "fewer" if mean >= 0 else "more"
+    return f"{SUBJECT} trains {_size(mean)} % {side} parameters than {REFERENCE}."
 
 
-def _against_best(groups: list[Group]) -> Verdict:
+def _apart(mean: float) -> str:
+    return f"{_size(mean)} points {'above' if mean >= 0 else 'below'}"
+
+
+def _size(share: float) -> str:
+    return f"{100 * abs(share):.1f}"
+
+
+def _against_best(groups: Sequence[Group]) -> Verdict:
     claim = "Above the best competitor?"
     scores = all_tasks(groups, Group.test_scores)
     found = compared(scores)
@@ -112,8 +131,8 @@ def _against_best(groups: list[Group]) -> Verdict:
     if line is None:
         return Verdict(claim, "unknown", f"{SUBJECT} and {best} have no seed in common.")
     text = (
-        f"{SUBJECT} scores {_percent(line.mean, 'points')} more than {best}, the competitor with the"
-        " highest mean on these same test examples, a choice in that one's favor."
+        f"{SUBJECT} is {_apart(line.mean)} {best}, the competitor with the highest mean score on"
+        " these same test examples, a choice in that one's favor."
     )
     return Verdict(claim, _outcome(line.fixed_tasks), f"{text} {_evidence(line)}")
 
@@ -137,22 +156,19 @@ def interval_text(test: TTest | None) -> str:
     """Return a 95 % interval in hundredths: " [−0.4, +1.2]"; nothing without one."""
     if test is None:
         return ""
-    return f" [{_signed(test.interval.low)}, {_signed(test.interval.high)}]"
+    return f" [{signed(test.interval.low)}, {signed(test.interval.high)}]"
 
 
 def _outcome(test: TTest | None) -> str:
     return "unknown (one seed)" if test is None else test.interval.outcome
 
 
-def _percent(share: float, unit: str = "%") -> str:
-    return f"{_signed(share)} {unit}"
-
-
-def _signed(share: float) -> str:
+def signed(share: float) -> str:
+    """Return a share in hundredths: "−0.4"."""
     return f"{100 * share:+.1f}".replace("-", "−")
 
 
-def kappa_verdict(groups: list[Group]) -> Verdict:
+def kappa_verdict(groups: Sequence[Group]) -> Verdict:
     """Return whether κ is by how much the best rate is below LoRA's."""
     claim = "Does κ predict the ratio of best rates?"
     pairs = []
@@ -182,15 +198,15 @@ def kappa_verdict(groups: list[Group]) -> Verdict:
     )
 
 
-def participation_verdict(groups: list[Group]) -> Verdict:
+def participation_verdict(groups: Sequence[Group]) -> Verdict:
     """Return whether the inputs' participation ratio tells where EVA gains."""
     claim = "Does PR predict the gain?"
-    found = compared(all_tasks(groups, Group.test_scores))
+    found = score_differences(groups)
     gains = {one.task: one.mean for one in (found.paired if found else ()) if one.method == SUBJECT}
     pairs = []
     for group in groups:
         for cell in group.of(SUBJECT):
-            gain = gains.get(f"{group.domain}/{cell.task}")
+            gain = gains.get(_task_name(group, cell.task, groups))
             if cell.participation is not None and gain is not None:
                 pairs.append((cell.participation, gain))
     correlation = _correlation(pairs)
