@@ -44,11 +44,11 @@ _CELL_HEADINGS = (
 _LEGEND = (
     "Scores in points (hundredths), ± the standard deviation over seeds. Differences to LoRA are"
     " paired by seed, with 95 % intervals: on these tasks (t over seeds), on tasks like these (t"
-    " over tasks), and by a hierarchical bootstrap over tasks and seeds, which is too narrow with few"
-    " tasks. p is that of these tasks. Mean rank: 1 is the best. Steps: median over seeds,"
-    " of a run; – where more than half never get there. Area saved: how much more of LoRA's improvement is"
-    " there, mean over the steps. Seconds and memory are medians, and of a machine that did other"
-    " work beside."
+    " over tasks), and by a hierarchical bootstrap over tasks and seeds, which is too narrow with"
+    " few tasks. p is that of these tasks. Mean rank: 1 is the best. Steps: median over seeds, of a"
+    " run; – where more than half never get there. Area saved: how much more of LoRA's improvement"
+    " is there, mean over the steps. Seconds and memory are medians, and of a machine that did"
+    " other work beside."
 )
 
 
@@ -199,7 +199,7 @@ def domain_page(summary: TunedSummary, domain: str, command: str) -> str:
 _PICTURES = {
     "forest": "Differences to LoRA: thick on these tasks, thin on tasks like these, small by task",
     "curves": "Validation loss over steps, at tuned rates",
-    "loss-by-rate": "Validation loss against the learning rate",
+    "loss-by-rate": "Validation loss against the learning rate; what is far worse lies outside",
     "score-by-rate": "Validation score against the learning rate",
     "ranks": "Ranks of EVA",
 }

@@ -12,12 +12,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FormatStrFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from evatune.finetune.statistics import DomainComparison, DomainDifference
 from evatune.finetune.tuned import FULL, REFERENCE, Cell, Group, RatePoint
 from evatune.report.plots import STYLE
 from evatune.report.summary import split_name
+from evatune.report.verdicts import signed
 from evatune.utils.markup import plot_text
 
 _WIDTH = 4.2  # inches; 403 pixels of CSS, at which the text has its size
@@ -25,6 +26,7 @@ _LEGEND_COLUMNS = 3
 _FOREGROUND = (REFERENCE, "eva", FULL)
 _FAR = ("untouched", "head")  # from LoRA, on purpose: they do not stretch an axis
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+_TICKS = (1, 1.5, 2, 3, 5, 7)  # of a decade
 _TASK_MARKERS = "osDv^<>PXp*h"
 # Okabe and Ito's colors but for their yellow, which is too pale for a line, and grays.
 _BLACK, _DARK, _LIGHT = "#000000", "#666666", "#a6a6a6"
@@ -124,9 +126,9 @@ def _forest_row(
             axes.plot(ends, [place, place], color=style.color, lw=width, solid_capstyle="butt")
     mean, (low, high) = 100 * line.mean, axes.get_xlim()
     if mean < low:
-        axes.text(low, place, f" ← {mean:.1f}", ha="left", va="center", fontsize=8)
+        axes.text(low, place, f" ← {signed(line.mean)}", ha="left", va="center", fontsize=8)
     elif mean > high:
-        axes.text(high, place, f"{mean:+.1f} → ", ha="right", va="center", fontsize=8)
+        axes.text(high, place, f"{signed(line.mean)} → ", ha="right", va="center", fontsize=8)
     else:
         axes.plot(mean, place, "D", color=style.color, ms=5.5, zorder=3)
     for one in compared.paired:
@@ -185,9 +187,9 @@ def curves_plot(group: Group, methods: Sequence[str]) -> Figure:
             low, high = min(ends), float(np.quantile(starts, 0.75))
             axes.set_yscale("log")  # late in a run the methods are close
             axes.set_ylim(low * (low / high) ** 0.05, high * (high / low) ** 0.05)
+            axes.yaxis.set_major_locator(LogLocator(subs=_TICKS))
             axes.yaxis.set_major_formatter(FormatStrFormatter("%.3g"))
-            axes.yaxis.set_minor_formatter(FormatStrFormatter("%.2g"))
-            axes.tick_params(axis="y", which="minor", labelsize=7)
+            axes.yaxis.set_minor_locator(NullLocator())
         axes.set_ylabel("validation loss")
 
     return _panels(group, methods, panel, "step")
