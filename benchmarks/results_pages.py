@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from evatune.finetune.tuned import read_lines, summarize
+from evatune.finetune.run_lines import read_lines
+from evatune.finetune.tuned import summarize
 from evatune.report.tuned import write_pages
 
 _ROOT = Path(__file__).resolve().parents[1]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from evatune.errors import ConfigError
-from evatune.finetune.tuned import Source, read_lines, steps_until, summarize
+from evatune.finetune.run_lines import read_lines
+from evatune.finetune.tuned import Source, steps_until, summarize
 from tests.tuned_lines import FACTOR, STEPS, line_of, tuned_lines
 
 TWO = ("lora", "eva")

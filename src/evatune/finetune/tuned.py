@@ -7,6 +7,7 @@ convergence and cost, come from the runs of other seeds at the chosen rate.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ import numpy as np
 
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import as_tree, flat, load, ours
+from evatune.finetune.tuning import best_position
 from evatune.schemas.tuned import RunLine
 
 REFERENCE = "lora"
@@ -371,11 +373,19 @@ def _final_runs(
 
 
 def _chosen(rates: Sequence[RatePoint]) -> float | None:
-    """Return the rate of the smallest mean loss among those with most seeds; three are enough."""
-    enough = min(_TUNING_SEEDS, max((len(point.losses) for point in rates), default=0))
-    candidates = [point for point in rates if len(point.losses) >= enough]
-    best = min(candidates, key=lambda point: point.loss, default=None)
-    return None if best is None or math.isinf(best.loss) else best.rate
+    """Return the rate that the search chose, or what the first seed would, while it is not done."""
+    losses = {
+        (place, seed): loss
+        for place, point in enumerate(rates)
+        for seed, loss in point.losses.items()
+    }
+    counts = Counter(seed for _, seed in losses)
+    seeds = sorted(counts, key=lambda seed: (-counts[seed], seed))
+    if not seeds:
+        return None
+    done = any(len(point.losses) == len(seeds) for point in rates)
+    place = best_position(losses, seeds if done else seeds[:1])
+    return None if place is None else rates[place].rate
 
 
 def _final_loss(line: RunLine) -> float:

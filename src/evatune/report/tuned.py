@@ -6,8 +6,10 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median, stdev
+from typing import Any
 
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
@@ -110,6 +112,16 @@ def overview_page(summary: TunedSummary, command: str) -> str:
                 "",
             ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def overview_lines(summary: TunedSummary) -> list[str]:
+    """Return the verdicts as lines for the terminal."""
+    return [
+        f"{' '.join(filter(None, (group.domain, group.condition)))}: {one.claim}"
+        f" {one.outcome.capitalize()}. {one.text}"
+        for group in summary.groups
+        for one in verdicts([group])
+    ]
 
 
 def _title(condition: str) -> str:
@@ -415,3 +427,29 @@ def tuned_tables(summary: TunedSummary) -> list[Table]:
             table.add_row(*map(plain, row))
         tables.append(table)
     return tables
+
+
+def tuned_facts(summary: TunedSummary) -> dict[str, Any]:
+    """Return verdicts and cells for `--json`; what is not finite is None."""
+    return {
+        "verdicts": [
+            {"domain": group.domain, "condition": group.condition} | asdict(one)
+            for group in summary.groups
+            for one in verdicts([group])
+        ],
+        "cells": [
+            {
+                "domain": group.domain,
+                "condition": group.condition,
+                "task": cell.task,
+                "method": cell.method,
+                "learning_rate": cell.rate,
+                "inside": cell.inside,
+                "score": cell.score,
+                "scores": dict(cell.scores),
+                "command": command_of(cell),
+            }
+            for group in summary.groups
+            for cell in group.cells
+        ],
+    }
