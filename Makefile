@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SOURCES = pyproject.toml constraints.txt
 
-.PHONY: run test bench gpu clean-install clean
+.PHONY: run test bench results gpu clean-install clean
 
 run: .venv/.run
 	$(BIN)/evatune init --out runs/demo --overwrite
@@ -16,6 +16,10 @@ test: .venv/.test
 
 bench: .venv/.run
 	$(BIN)/python benchmarks/init.py --output benchmarks/results/init.json
+
+# docs/results, from the committed lines of the comparison.
+results: .venv/.run
+	$(BIN)/python benchmarks/results_pages.py
 
 # On a machine with a GPU: the figures there, and the tests that `make test` skips.
 gpu: .venv/.test

@@ -59,8 +59,8 @@ def line_of(
     gain, kappa = METHODS[method]
     noise = random.Random(f"{domain}{task}{seed}{method}").gauss(0, 0.004)
     off = math.log10(rate * (kappa or 1.0) / 0.01)
-    level = 0.7 + gain + noise + 0.01 * len(task) - 0.2 * off * off
-    speed = 0.05 * (1 + 10 * gain)
+    level = 0.7 + gain + noise + 0.01 * len(task) - 0.1 * off * off
+    speed = 0.05 * math.exp(5 * gain)
     curve = [
         (step, 2.5 * math.exp(-speed * step) + 1 - level, min(1.0, level * step / STEPS))
         for step in range(0, STEPS + 1, 5)

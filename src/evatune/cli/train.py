@@ -170,7 +170,7 @@ def compare(
                 " --target-loss"
             )
         split_seeds = Seeds(tuple(chosen_seeds), tuple(_numbers(test_seeds, int, "--test-seeds")))
-        _compare_tuned(settings, names, split_seeds, folder, count, executor, as_json, log)
+        _compare_tuned(sources, settings, names, split_seeds, folder, count, executor, as_json, log)
         return
     runs = grid(settings, names, chosen_seeds, rates, folder / "cells")
     _require_comparison(folder)
@@ -193,6 +193,7 @@ def compare(
 
 
 def _compare_tuned(
+    sources: list[str],
     settings: list[Recipe],
     methods: list[str],
     seeds: Seeds,
@@ -204,9 +205,7 @@ def _compare_tuned(
 ) -> None:
     """Search, test, write tables and pictures, and print them."""
     from evatune.errors import EvatuneError
-    from evatune.finetune.run_lines import read_lines
     from evatune.finetune.search import tune
-    from evatune.finetune.tuned import summarize
     from evatune.utils.lock import held
 
     path = folder / "runs.jsonl"
@@ -214,15 +213,44 @@ def _compare_tuned(
     with held(folder):
         with libraries_on_stderr(), _search_bar(log) as tell:
             searches = tune(settings, methods, seeds, path, workers, tell, executor)
-        summary = summarize(read_lines([path])) if path.exists() else None
+        if path.exists():
+            _show_tuned(path, sources, as_json)
     failed = {search.name: search.problem for search in searches if search.problem}
     failed |= {search.name: "every run diverged" for search in searches if search.diverged}
-    typer.echo(str(summary))
     if failed:
         name, why = next(iter(failed.items()))
         raise EvatuneError(
             f"{len(failed)} of {len(searches)} searches failed, for example that of {name}: {why}"
         )
+
+
+def _show_tuned(path: Path, sources: list[str], as_json: bool) -> None:
+    """Write the pages of a tuned comparison beside its lines, and print its tables."""
+    import shlex
+    import sys
+
+    from evatune.finetune.recipe import as_tree, flat, load
+    from evatune.finetune.run_lines import read_lines
+    from evatune.finetune.tuned import Source, summarize
+    from evatune.report.tables import console, say
+    from evatune.report.tuned import overview_lines, tuned_facts, tuned_tables, write_pages
+
+    recipes = {}
+    for source in sources:
+        recipe = load(source)
+        recipes[recipe.domain, recipe.task] = Source(source, flat(as_tree(recipe)))
+    summary = summarize(read_lines([path]), recipes)
+    written = write_pages(summary, path.parent / "tables", shlex.join(["evatune", *sys.argv[1:]]))
+    if as_json:
+        typer.echo(json.dumps({"pages": [str(page) for page in written]} | tuned_facts(summary)))
+        return
+    terminal = console()
+    for table in tuned_tables(summary):
+        terminal.print(table)
+    say(terminal, *overview_lines(summary))
+    for page in written:
+        if page.suffix == ".md":
+            typer.echo(printable(str(page)))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -425,6 +426,7 @@ def _friedman_p(means: Vector) -> float | None:  # (tasks, methods)
     return float(stats.friedmanchisquare(*means.T).pvalue)
 
 
+@cache  # half a second each
 def critical_difference(methods: int, tasks: int) -> float | None:
     """Return Nemenyi's critical difference of mean ranks at 5 %; None for fewer than two of either.
 

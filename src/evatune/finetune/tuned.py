@@ -7,6 +7,7 @@ convergence and cost, come from the runs of other seeds at the chosen rate.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +15,11 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
+import numpy as np
+
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import as_tree, flat, load, ours
+from evatune.finetune.tuning import best_position
 from evatune.schemas.tuned import RunLine
 
 REFERENCE = "lora"
@@ -369,11 +373,19 @@ def _final_runs(
 
 
 def _chosen(rates: Sequence[RatePoint]) -> float | None:
-    """Return the rate of the smallest mean loss among those with most seeds; three are enough."""
-    enough = min(_TUNING_SEEDS, max((len(point.losses) for point in rates), default=0))
-    candidates = [point for point in rates if len(point.losses) >= enough]
-    best = min(candidates, key=lambda point: point.loss, default=None)
-    return None if best is None or math.isinf(best.loss) else best.rate
+    """Return the rate that the search chose, or what the first seed would, while it is not done."""
+    losses = {
+        (place, seed): loss
+        for place, point in enumerate(rates)
+        for seed, loss in point.losses.items()
+    }
+    counts = Counter(seed for _, seed in losses)
+    seeds = sorted(counts, key=lambda seed: (-counts[seed], seed))
+    if not seeds:
+        return None
+    done = any(len(point.losses) == len(seeds) for point in rates)
+    place = best_position(losses, seeds if done else seeds[:1])
+    return None if place is None else rates[place].rate
 
 
 def _final_loss(line: RunLine) -> float:
@@ -433,13 +445,11 @@ def steps_until(curve: Sequence[Point], loss: float) -> float:
 
 def _mean_loss(curve: Sequence[Point]) -> float | None:
     """Return the area under a curve over its length; None where a loss is missing."""
-    if len(curve) < 2 or any(loss is None for _, loss, _ in curve):
+    steps = [step for step, _, _ in curve]
+    losses = [loss for _, loss, _ in curve if loss is not None]
+    if len(losses) < max(2, len(curve)):
         return None
-    area = sum(
-        (after[0] - before[0]) * ((before[1] or 0.0) + (after[1] or 0.0)) / 2
-        for before, after in pairwise(curve)
-    )
-    return area / (curve[-1][0] - curve[0][0])
+    return float(np.trapezoid(losses, steps)) / (steps[-1] - steps[0])
 
 
 def _mean_curve(
@@ -449,16 +459,18 @@ def _mean_curve(
     common = sorted(set.intersection(*map(set, by_step))) if by_step else []
     points = []
     for step in common:
-        losses = [points[step][0] for points in by_step]
-        scores = [points[step][1] for points in by_step]
-        if None not in losses:
-            score = None if None in scores else fmean(filter(_is_number, scores))
-            points.append((step, fmean(filter(_is_number, losses)), score))
+        losses = [points_of[step][0] for points_of in by_step]
+        scores = [points_of[step][1] for points_of in by_step]
+        loss = _mean(losses)
+        if loss is not None:
+            points.append((step, loss, _mean(scores)))
     return points
 
 
-def _is_number(value: float | None) -> bool:
-    return value is not None
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None where a value is missing."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
 
 
 def _median(values: Iterable[float | None]) -> float | None:

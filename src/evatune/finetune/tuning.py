@@ -91,7 +91,7 @@ def chosen(losses: Losses, seeds: Seeds) -> Choice | None:
 
     It is None also where every trial has diverged.
     """
-    best = _best(losses, seeds)
+    best = best_position(losses, seeds.tuning)
     if best is None or _to_tune(losses, seeds):
         return None
     tried = _tried(losses, seeds.tuning[0])
@@ -128,12 +128,18 @@ def _grid(losses: Losses, first: int) -> list[tuple[int, int]]:
     return [(tried[-1] + 1, first)] if ordered[0] == tried[-1] else []
 
 
-def _best(losses: Losses, seeds: Seeds) -> int | None:
-    """Return the best finalist by its mean over all tuning seeds; None without one."""
-    finalists = _ordered(losses, seeds.tuning[0])[:_FINALISTS]
+def best_position(losses: Losses, seeds: Sequence[int]) -> int | None:
+    """Return the best finalist by its mean over all tuning seeds.
+
+    None while no finalist has them all, or where each has diverged.
+
+    Args:
+        seeds: to tune with, that of the whole grid first.
+    """
+    finalists = _ordered(losses, seeds[0])[:_FINALISTS]
     means = {}
     for position in finalists:
-        trials = [(position, seed) for seed in seeds.tuning]
+        trials = [(position, seed) for seed in seeds]
         if all(trial in losses for trial in trials):
             means[position] = sum(losses[trial] for trial in trials)
     best = min(means, key=means.__getitem__, default=None)
@@ -143,7 +149,7 @@ def _best(losses: Losses, seeds: Seeds) -> int | None:
 def _beyond(losses: Losses, seeds: Seeds) -> list[int]:
     """Return the position that is missing beside a best one at the edge of the grid."""
     tried = _tried(losses, seeds.tuning[0])
-    best = _best(losses, seeds)
+    best = best_position(losses, seeds.tuning)
     if best is None or len(tried) >= _MOST_POSITIONS:
         return []
     if best == tried[0]:

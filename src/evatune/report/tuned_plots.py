@@ -12,18 +12,21 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
-from evatune.finetune.statistics import DomainComparison, Interval
+from evatune.finetune.statistics import DomainComparison, DomainDifference
 from evatune.finetune.tuned import FULL, REFERENCE, Cell, Group, RatePoint
 from evatune.report.plots import STYLE
 from evatune.report.summary import split_name
+from evatune.report.verdicts import signed
 from evatune.utils.markup import plot_text
 
 _WIDTH = 4.2  # inches; 403 pixels of CSS, at which the text has its size
 _LEGEND_COLUMNS = 3
 _FOREGROUND = (REFERENCE, "eva", FULL)
-_SCALE_METHODS = ("untouched", "head", FULL)  # far from LoRA, and no competitors
+_FAR = ("untouched", "head")  # from LoRA, on purpose: they do not stretch an axis
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+_TICKS = (1, 1.5, 2, 3, 5, 7)  # of a decade
 _TASK_MARKERS = "osDv^<>PXp*h"
 # Okabe and Ito's colors but for their yellow, which is too pale for a line, and grays.
 _BLACK, _DARK, _LIGHT = "#000000", "#666666", "#a6a6a6"
@@ -103,33 +106,10 @@ def forest_plot(compared: DomainComparison, title: str) -> Figure:
         figure = Figure(figsize=(_WIDTH, 1.2 + 0.36 * len(lines)), layout="constrained")
         axes = figure.subplots()
         low, high = _forest_limits(compared)
-        for place, line in enumerate(lines):
-            style = styles[line.method]
-            random, fixed = (
-                test and test.interval for test in (line.random_tasks, line.fixed_tasks)
-            )
-            _bar(axes, place, random, color=style.color, lw=1)
-            _bar(axes, place, fixed, color=style.color, lw=3.2, solid_capstyle="butt")
-            if low <= 100 * line.mean <= high:
-                axes.plot(100 * line.mean, place, "D", color=style.color, ms=5.5, zorder=3)
-            else:
-                text = (
-                    f"← {100 * line.mean:.1f}"
-                    if 100 * line.mean < low
-                    else f"{100 * line.mean:+.1f} →"
-                )
-                side = "left" if 100 * line.mean < low else "right"
-                end = low if side == "left" else high
-                axes.text(end, place + 0.12, text, ha=side, va="bottom", fontsize=8)
-            for number, task in enumerate(compared.tasks):
-                of_task = [p for p in compared.paired if (p.task, p.method) == (task, line.method)]
-                marker = _TASK_MARKERS[number % len(_TASK_MARKERS)]
-                for one in of_task:
-                    axes.plot(
-                        100 * one.mean, place - 0.28, marker, color=style.color, ms=3.2, alpha=0.75
-                    )
-        axes.axvline(0, color=_BLACK, lw=0.8)
         axes.set_xlim(low, high)
+        for place, line in enumerate(lines):
+            _forest_row(axes, place, line, compared, styles[line.method])
+        axes.axvline(0, color=_BLACK, lw=0.8)
         axes.set_yticks(range(len(lines)), [plot_text(line.method) for line in lines])
         axes.set_xlabel(f"score less {plot_text(compared.reference)}'s, points")
         axes.set_title(plot_text(title), loc="left", fontsize=9)
@@ -137,8 +117,28 @@ def forest_plot(compared: DomainComparison, title: str) -> Figure:
     return figure
 
 
+def _forest_row(
+    axes: Axes, place: int, line: DomainDifference, compared: DomainComparison, style: LineStyle
+) -> None:
+    for test, width in ((line.random_tasks, 1.0), (line.fixed_tasks, 3.2)):
+        if test is not None:
+            ends = [100 * test.interval.low, 100 * test.interval.high]
+            axes.plot(ends, [place, place], color=style.color, lw=width, solid_capstyle="butt")
+    mean, (low, high) = 100 * line.mean, axes.get_xlim()
+    if mean < low:
+        axes.text(low, place, f" ← {signed(line.mean)}", ha="left", va="center", fontsize=8)
+    elif mean > high:
+        axes.text(high, place, f"{signed(line.mean)} → ", ha="right", va="center", fontsize=8)
+    else:
+        axes.plot(mean, place, "D", color=style.color, ms=5.5, zorder=3)
+    for one in compared.paired:
+        if one.method == line.method:
+            marker = _TASK_MARKERS[compared.tasks.index(one.task) % len(_TASK_MARKERS)]
+            axes.plot(100 * one.mean, place - 0.28, marker, color=style.color, ms=3.2, alpha=0.75)
+
+
 def _forest_limits(compared: DomainComparison) -> tuple[float, float]:
-    near = {line.method for line in compared.methods} - set(_SCALE_METHODS)
+    near = {line.method for line in compared.methods} - set(_FAR) - {FULL}
     near = near or {line.method for line in compared.methods}
     values = [0.0]
     for line in compared.methods:
@@ -150,11 +150,6 @@ def _forest_limits(compared: DomainComparison) -> tuple[float, float]:
     values += [100 * one.mean for one in compared.paired if one.method in near]
     margin = 0.06 * (max(values) - min(values)) or 1.0
     return min(values) - margin, max(values) + margin
-
-
-def _bar(axes: Axes, place: float, interval: Interval | None, **options: Any) -> None:
-    if interval is not None:
-        axes.plot([100 * interval.low, 100 * interval.high], [place, place], **options)
 
 
 def _task_legend(figure: Figure, tasks: Sequence[str]) -> None:
@@ -177,20 +172,24 @@ def curves_plot(group: Group, methods: Sequence[str]) -> Figure:
     """
 
     def panel(axes: Axes, task: str, styles: dict[str, LineStyle]) -> None:
-        ends = []
-        starts = []
+        ends: list[float] = []
+        starts: list[float] = []
         for method in group.methods:
             cell = group.cell(task, method)
             points = cell.curve if cell else []
             if points:
                 steps, losses, _ = zip(*points, strict=True)
                 axes.plot(steps, losses, **styles[method].line(zorder=2 + (method in _FOREGROUND)))
-                ends.append(min(losses))
-                starts.append(losses[min(1, len(losses) - 1)])
-        if ends:
+                if method not in _FAR or not ends:
+                    ends.append(min(losses))
+                    starts.append(losses[min(1, len(losses) - 1)])
+        if ends and 0 < min(ends) < max(starts):
             low, high = min(ends), float(np.quantile(starts, 0.75))
-            if high > low:
-                axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+            axes.set_yscale("log")  # late in a run the methods are close
+            axes.set_ylim(low * (low / high) ** 0.05, high * (high / low) ** 0.05)
+            axes.yaxis.set_major_locator(LogLocator(subs=_TICKS))
+            axes.yaxis.set_major_formatter(FormatStrFormatter("%.3g"))
+            axes.yaxis.set_minor_locator(NullLocator())
         axes.set_ylabel("validation loss")
 
     return _panels(group, methods, panel, "step")
@@ -221,7 +220,7 @@ def rates_plot(group: Group, methods: Sequence[str], measure: str) -> Figure:
             chosen = [(r, v) for r, v in zip(rates, values, strict=True) if r == cell.rate]
             for place in chosen:
                 axes.plot(*place, "o", color=style.color, ms=4.5, zorder=4)
-                best.append(place[1])
+                best += [place[1]] * (method not in _FAR)
             for rate, one in zip(rates, values, strict=True):
                 if math.isnan(one):
                     top = 0.97 if measure == "loss" else 0.03
@@ -233,7 +232,8 @@ def rates_plot(group: Group, methods: Sequence[str], measure: str) -> Figure:
                         ms=5,
                         transform=axes.get_xaxis_transform(),
                     )
-            seen += [one for one in values if math.isfinite(one)]
+            if method not in _FAR:
+                seen += [one for one in values if math.isfinite(one)]
         axes.set_xscale("log")
         axes.set_ylabel(f"validation {measure}")
         _zoom(axes, seen, best, measure)
@@ -243,7 +243,7 @@ def rates_plot(group: Group, methods: Sequence[str], measure: str) -> Figure:
 
 def _zoom(axes: Axes, seen: Sequence[float], best: Sequence[float], measure: str) -> None:
     """Show what is near the best rates; points far worse lie outside."""
-    if not best:
+    if not best or not seen:
         return
     sign = 1 if measure == "loss" else -1
     values = sorted(sign * value for value in seen)

@@ -1,0 +1,235 @@
+"""What a tuned comparison says of the paper's claims, in sentences made by rule.
+
+A win is an interval above 0, a loss one below, a tie one that holds 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from scipy.stats import spearmanr
+
+from evatune.errors import ConfigError
+from evatune.finetune.statistics import DomainComparison, DomainDifference, TTest, compare_domain
+from evatune.finetune.tuned import FULL, REFERENCE, Group, Values
+
+SUBJECT = "eva"
+_NO_COMPETITORS = ("untouched", "head", FULL, "lora-redist")  # and all of EVA's own
+_SIGNIFICANT = 0.05
+_FACTOR = 10**0.25  # between the rates of a grid
+_FEWEST_PAIRS = 4  # of a correlation
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An answer to one claim, with its figures."""
+
+    claim: str
+    outcome: str
+    text: str
+
+
+def score_differences(groups: Sequence[Group]) -> DomainComparison | None:
+    """Return the statistics of the test scores of one or several domains."""
+    return compared(all_tasks(groups, Group.test_scores))
+
+
+def compared(values: Values, reference: str = REFERENCE) -> DomainComparison | None:
+    """Return the statistics of the values; None where nothing shares a seed with the reference."""
+    try:
+        return compare_domain(values, reference)
+    except ConfigError:
+        return None
+
+
+def all_tasks(groups: Sequence[Group], of: Callable[[Group], Values]) -> Values:
+    """Return the values of several domains as those of one."""
+    return {
+        _task_name(group, task, groups): by_method
+        for group in groups
+        for task, by_method in of(group).items()
+    }
+
+
+def _task_name(group: Group, task: str, groups: Sequence[Group]) -> str:
+    return task if len(groups) == 1 else f"{group.domain}/{task}"
+
+
+def verdicts(groups: Sequence[Group]) -> list[Verdict]:
+    """Return the verdicts on the paper's claims over the tasks of one or several domains."""
+    return [
+        _claim(groups, "Faster convergence?", Group.steps_saved, _saved_text),
+        _claim(groups, "Higher average?", Group.test_scores, _score_text),
+        _against_best(groups),
+        _claim(groups, "Fewer parameters?", Group.parameters_saved, _parameters_text),
+        kappa_verdict(groups),
+        participation_verdict(groups),
+    ]
+
+
+def _claim(
+    groups: Sequence[Group],
+    claim: str,
+    of: Callable[[Group], Values],
+    told: Callable[[float], str],
+) -> Verdict:
+    line = _line(compared(all_tasks(groups, of)), SUBJECT)
+    if line is None:
+        return Verdict(claim, "unknown", _missing())
+    return Verdict(claim, _outcome(line.fixed_tasks), f"{told(line.mean)} {_evidence(line)}")
+
+
+def _missing() -> str:
+    return (
+        f"There are no tested runs of {SUBJECT} and of {REFERENCE} with a seed in common on every"
+        " task."
+    )
+
+
+def _saved_text(mean: float) -> str:
+    side = "sooner" if mean >= 0 else "later"
+    return (
+        f"{SUBJECT} reaches {REFERENCE}'s final validation loss {_size(mean)} % of a run {side}"
+        f" than {REFERENCE} does."
+    )
+
+
+def _score_text(mean: float) -> str:
+    return f"{SUBJECT} is {_apart(mean)} {REFERENCE} in score on test examples."
+
+
+def _parameters_text(mean: float) -> str:
+    side = "fewer" if mean >= 0 else "more"
+    return f"{SUBJECT} trains {_size(mean)} % {side} parameters than {REFERENCE}."
+
+
+def _apart(mean: float) -> str:
+    return f"{_size(mean)} points {'above' if mean >= 0 else 'below'}"
+
+
+def _size(share: float) -> str:
+    return f"{100 * abs(share):.1f}"
+
+
+def _against_best(groups: Sequence[Group]) -> Verdict:
+    claim = "Above the best competitor?"
+    scores = all_tasks(groups, Group.test_scores)
+    found = compared(scores)
+    rivals = [
+        line
+        for line in (found.methods if found else ())
+        if not line.method.startswith("eva") and line.method not in _NO_COMPETITORS
+    ]
+    if _line(found, SUBJECT) is None or not rivals:
+        return Verdict(claim, "unknown", "There is no competitor that has every task.")
+    best = max(rivals, key=lambda line: line.mean).method
+    line = _line(compared(scores, best), SUBJECT)
+    if line is None:
+        return Verdict(claim, "unknown", f"{SUBJECT} and {best} have no seed in common.")
+    text = (
+        f"{SUBJECT} is {_apart(line.mean)} {best}, the competitor with the highest mean score on"
+        " these same test examples, a choice in that one's favor."
+    )
+    return Verdict(claim, _outcome(line.fixed_tasks), f"{text} {_evidence(line)}")
+
+
+def _line(found: DomainComparison | None, method: str) -> DomainDifference | None:
+    lines = found.methods if found else ()
+    return next((line for line in lines if line.method == method), None)
+
+
+def _evidence(line: DomainDifference) -> str:
+    parts = [f"On these tasks: {_outcome(line.fixed_tasks)}{interval_text(line.fixed_tasks)}"]
+    if line.random_tasks is not None:
+        parts.append(
+            f"on other tasks like these: {_outcome(line.random_tasks)}"
+            f"{interval_text(line.random_tasks)}"
+        )
+    return f"{'; '.join(parts)}; of tasks {line.wins} won, {line.ties} tied, {line.losses} lost."
+
+
+def interval_text(test: TTest | None) -> str:
+    """Return a 95 % interval in hundredths: " [−0.4, +1.2]"; nothing without one."""
+    if test is None:
+        return ""
+    return f" [{signed(test.interval.low)}, {signed(test.interval.high)}]"
+
+
+def _outcome(test: TTest | None) -> str:
+    return "unknown (one seed)" if test is None else test.interval.outcome
+
+
+def signed(share: float) -> str:
+    """Return a share in hundredths: "−0.4"."""
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def kappa_verdict(groups: Sequence[Group]) -> Verdict:
+    """Return whether κ is by how much the best rate is below LoRA's."""
+    claim = "Does κ predict the ratio of best rates?"
+    pairs = []
+    for group in groups:
+        for cell in group.cells:
+            reference = group.cell(cell.task, REFERENCE)
+            if (
+                cell.method != REFERENCE
+                and cell.kappa
+                and cell.rate
+                and reference is not None
+                and reference.rate
+            ):
+                pairs.append((cell.kappa, reference.rate / cell.rate))
+    correlation = _correlation(pairs)
+    if correlation is None:
+        return Verdict(claim, "unknown", f"{len(pairs)} cells have a κ and a best rate.")
+    off = [ratio / kappa for kappa, ratio in pairs]
+    limit = _FACTOR * 1.001  # a step of the grid, to rounding
+    near = sum(1 / limit <= one <= limit for one in off)
+    return Verdict(
+        claim,
+        _predicts(correlation),
+        f"Over {len(pairs)} cells the rank correlation of κ with {REFERENCE}'s best rate over the"
+        f" method's is {correlation.statistic:+.2f} (p = {correlation.pvalue:.2g}); the ratio is"
+        f" {median(off):.2f} κ in the median, and within a step of the grid of κ in {near}.",
+    )
+
+
+def participation_verdict(groups: Sequence[Group]) -> Verdict:
+    """Return whether the inputs' participation ratio tells where EVA gains."""
+    claim = "Does PR predict the gain?"
+    found = score_differences(groups)
+    gains = {one.task: one.mean for one in (found.paired if found else ()) if one.method == SUBJECT}
+    pairs = []
+    for group in groups:
+        for cell in group.of(SUBJECT):
+            gain = gains.get(_task_name(group, cell.task, groups))
+            if cell.participation is not None and gain is not None:
+                pairs.append((cell.participation, gain))
+    correlation = _correlation(pairs)
+    if correlation is None:
+        return Verdict(claim, "unknown", f"{len(pairs)} tasks have a PR and a gain.")
+    return Verdict(
+        claim,
+        _predicts(correlation),
+        f"Over {len(pairs)} tasks the rank correlation of the inputs' participation ratio with"
+        f" {SUBJECT}'s gain over {REFERENCE} is {correlation.statistic:+.2f}"
+        f" (p = {correlation.pvalue:.2g}).",
+    )
+
+
+def _correlation(pairs: list[tuple[float, float]]) -> Any:
+    """Return Spearman's correlation; None for few pairs, or where one side is constant."""
+    if len(pairs) < _FEWEST_PAIRS or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
+        return None
+    found = spearmanr(*zip(*pairs, strict=True))
+    return found if math.isfinite(found.statistic) else None
+
+
+def _predicts(correlation: Any) -> str:
+    if correlation.pvalue >= _SIGNIFICANT:
+        return "no evidence"
+    return "yes" if correlation.statistic > 0 else "the other way round"

@@ -1,0 +1,93 @@
+"""From lines of runs to one summary."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from evatune.errors import ConfigError
+from evatune.finetune.run_lines import read_lines
+from evatune.finetune.tuned import Source, steps_until, summarize
+from tests.tuned_lines import FACTOR, STEPS, line_of, tuned_lines
+
+TWO = ("lora", "eva")
+
+
+def test_the_rate_is_chosen_on_tuning_seeds_and_tested_on_others() -> None:
+    lines = tuned_lines(methods=("full", *TWO), tasks=("digits",))
+    (group,) = summarize(lines).groups
+    assert (group.tuning_seeds, group.test_seeds) == ((0, 1, 2), (10, 11, 12, 13, 14))
+    cell = group.cell("digits", "eva")
+    assert cell is not None
+    assert cell.rate == pytest.approx(0.0025)
+    assert cell.inside
+    assert cell.settled
+    assert list(cell.scores) == [10, 11, 12, 13, 14]
+    assert [len(point.losses) for point in cell.rates] == [1, 3, 3, 3, 1]
+    assert 0 < cell.to_full[10] < cell.to_reference[10] < STEPS
+    reference = group.cell("digits", "lora")
+    assert reference is not None
+    assert set(reference.to_reference.values()) == {float(STEPS)}
+    assert cell.area[10] < reference.area[10] < 1
+    assert group.parameters_saved()["digits"]["eva"][10] == pytest.approx(0.04)
+
+
+def test_a_rate_with_one_seed_is_not_chosen_over_those_with_three() -> None:
+    lines = tuned_lines(methods=("lora",), tasks=("digits",))
+    lucky = line_of("images", "digits", "lora", 0.01 * FACTOR**3, 0, False)
+    measured = lucky.validation.model_copy(update={"loss": 0.0})
+    lines.append(lucky.model_copy(update={"validation": measured}))
+    (cell,) = summarize(lines).groups[0].cells
+    assert cell.rate == 0.01
+
+
+def test_a_search_that_diverged_everywhere_has_no_rate() -> None:
+    lines = [line_of("images", "digits", "lora", rate, 0, False, True) for rate in (0.1, 1.0)]
+    (cell,) = summarize(lines).groups[0].cells
+    assert cell.rate is None
+    assert cell.score is None
+    assert not cell.inside
+    assert all(math.isinf(point.loss) for point in cell.rates)
+
+
+def test_settings_that_differ_make_methods_and_conditions() -> None:
+    lines = tuned_lines(methods=TWO, tasks=("digits",))
+    lines += tuned_lines(methods=TWO, tasks=("digits",), rho=1)
+    lines += tuned_lines(methods=TWO, tasks=("digits",), rank=16)
+    settings = {"adapter.rank": 2, "adapter.rho": 2, "training.steps": STEPS}
+    groups = summarize(lines, {("images", "digits"): Source("mine.yaml", settings)}).groups
+    found = {group.condition: group.methods for group in groups}
+    assert found == {"": ["lora", "eva", "eva (rho 1)"], "rank 16": ["lora", "eva"]}
+    cell = groups[0].cell("digits", "eva (rho 1)")
+    assert cell is not None
+    assert cell.overrides == {"adapter.rho": 1}
+
+
+def test_steps_are_interpolated_between_evaluations() -> None:
+    curve = [(0, 4.0, None), (10, 2.0, None), (20, None, None), (30, 0.0, None)]
+    assert steps_until(curve, 3.0) == 5
+    assert steps_until(curve, 4.5) == 0
+    assert steps_until(curve, 1.0) == math.inf
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    line = line_of("images", "digits", "lora", 0.01, 0, False)
+    with pytest.raises(ConfigError, match="2 versions of its data or code"):
+        summarize([line, line.model_copy(update={"code": 2})])
+    with pytest.raises(ConfigError, match="seed 0 of 'lora' on 'digits' both chose"):
+        summarize([line, line_of("images", "digits", "lora", 0.01, 0, True)])
+    path = tmp_path / "runs.jsonl"
+    path.write_text(line.model_dump_json() + "\n" + '{"id": "x"}\n')
+    with pytest.raises(ConfigError, match=r"has a line 2 that does not fit: .*settings"):
+        read_lines([path])
+
+
+def test_a_line_that_two_files_have_comes_once(tmp_path: Path) -> None:
+    line = line_of("images", "digits", "lora", 0.01, 0, False)
+    facts = json.loads(line.model_dump_json()) | {"later": 1}
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(json.dumps(facts) + "\n")
+    assert read_lines(sorted(tmp_path.iterdir())) == [line]

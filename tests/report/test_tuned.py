@@ -1,0 +1,78 @@
+"""Pages of a tuned comparison, whole and in part."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from evatune.errors import ConfigError
+from evatune.finetune.recipe import load
+from evatune.finetune.tuned import TunedSummary, summarize
+from evatune.report.tuned import (
+    command_of,
+    domain_page,
+    overview_page,
+    tuned_tables,
+    write_pages,
+)
+from tests.helpers import wide_terminal
+from tests.tuned_lines import line_of, tuned_lines
+
+
+def test_pages_hold_their_pictures_and_are_the_same_each_time(tmp_path: Path) -> None:
+    summary = summarize(tuned_lines(tasks=("digits",), methods=("lora", "eva")))
+    written = write_pages(summary, tmp_path, "make results")
+    first = {path: path.read_bytes() for path in written}
+    page = (tmp_path / "images.md").read_text()
+    for kind in ("forest", "curves", "loss-by-rate", "score-by-rate", "ranks"):
+        assert f"(images-{kind}.svg)](images-{kind}.png)" in page
+        assert b"<text" in first[tmp_path / f"images-{kind}.svg"]
+    assert "[images](images.md)" in (tmp_path / "README.md").read_text()
+    again = [
+        path for path in write_pages(summary, tmp_path, "make results") if "forest" in path.name
+    ]
+    assert {path: path.read_bytes() for path in again}.items() <= first.items()
+
+
+def test_a_command_repeats_a_row() -> None:
+    summary = summarize(tuned_lines(tasks=("digits",), methods=("lora", "eva"), rho=1))
+    cell = summary.groups[0].cell("digits", "eva (rho 1)")
+    assert cell is not None
+    command = command_of(cell)
+    assert command is not None
+    evatune, train, recipe, *overrides = command.split()
+    assert (evatune, train, recipe) == ("evatune", "train", "images-digits")
+    settings = load(recipe, overrides)
+    assert (settings.method, settings.seed, settings.adapter.rho) == ("eva", 10, 1)
+    assert settings.training.learning_rate == cell.rate
+    assert settings.training.steps == cell.steps
+
+
+def test_every_row_of_a_table_has_as_many_cells() -> None:
+    summary = summarize(tuned_lines(tasks=("digits", "fonts")))
+    for text in (overview_page(summary, "make"), domain_page(summary, "images", "make")):
+        rows = [line.replace(r"\|", "") for line in text.splitlines()]
+        for before, row in itertools.pairwise(rows):
+            if before.startswith("|") and row.startswith("|"):
+                assert before.count("|") == row.count("|")
+    (table,) = tuned_tables(summary)
+    terminal = wide_terminal()
+    terminal.print(table)
+    assert "lora-orthogonal" in terminal.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    lines = [line_of("images", "digits", "lora", 0.1, 0, False, diverged=True)]
+    lines += [line for line in tuned_lines(tasks=("digits",), methods=("eva",)) if not line.tested]
+    summary = summarize(lines)
+    write_pages(summary, tmp_path, "make results")
+    page = (tmp_path / "images.md").read_text()
+    assert "**1 of 2 cells diverged at every rate, or have no run that chooses one**: lora" in page
+    assert "**1 of 2 cells have no test yet at the chosen rate**: eva on digits." in page
+    assert "Nothing to draw yet." in page
+    assert "no command repeats one" in page
+    assert "Nothing can be held against LoRA yet." in (tmp_path / "README.md").read_text()
+    with pytest.raises(ConfigError, match="no finished runs"):
+        write_pages(TunedSummary((), 0), tmp_path, "make results")

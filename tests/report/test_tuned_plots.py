@@ -1,0 +1,28 @@
+"""Pictures of a tuned comparison."""
+
+from __future__ import annotations
+
+from evatune.finetune.tuned import summarize
+from evatune.report.tuned_plots import line_styles, rates_plot
+from tests.tuned_lines import METHODS, line_of, tuned_lines
+
+
+def test_a_method_looks_the_same_beside_whatever_others() -> None:
+    styles = line_styles(tuple(METHODS))
+    assert len(set(styles.values())) == len(METHODS)
+    for method in METHODS:
+        assert line_styles([method]) == {method: styles[method]}
+    variants = line_styles(["eva", "eva (rho 1)", "theirs"])
+    assert variants["eva"].color == variants["eva (rho 1)"].color
+    assert variants["eva"].dashes != variants["eva (rho 1)"].dashes
+
+
+def test_a_rate_that_diverged_is_marked() -> None:
+    lines = tuned_lines(tasks=("digits",), methods=("lora",), test_seeds=0)
+    lines.append(line_of("images", "digits", "lora", 1.0, 0, False, diverged=True))
+    (group,) = summarize(lines).groups
+    (axes,) = rates_plot(group, group.methods, "loss").axes
+    crosses = [line.get_xdata() for line in axes.lines if line.get_marker() == "x"]
+    dots = [line.get_xdata() for line in axes.lines if line.get_marker() == "o"]
+    assert [list(place) for place in crosses] == [[1.0]]
+    assert [list(place) for place in dots] == [[0.01]]

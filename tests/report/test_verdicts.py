@@ -1,0 +1,36 @@
+"""Sentences that a rule makes of intervals."""
+
+from __future__ import annotations
+
+from evatune.finetune.tuned import summarize
+from evatune.report.verdicts import verdicts
+from tests.tuned_lines import tuned_lines
+
+
+def test_planted_differences_are_told() -> None:
+    groups = summarize(tuned_lines(methods=("lora", "eva", "lora-ga", "pissa"))).groups
+    faster, higher, best, fewer, kappa, _ = verdicts(groups)
+    assert [one.outcome for one in (faster, higher, fewer, kappa)] == ["win", "win", "win", "yes"]
+    assert "of a run sooner than lora does. On these tasks: win [+" in faster.text
+    assert "of tasks 4 won, 0 tied, 0 lost." in fewer.text
+    assert "trains 4.0 % fewer parameters" in fewer.text
+    assert "above lora-ga, the competitor" in best.text
+    assert "1.00 κ in the median" in kappa.text
+
+
+def test_a_loss_is_told_like_a_win() -> None:
+    lines = tuned_lines(methods=("lora", "pissa"), tasks=("digits", "fonts"))
+    swapped = []
+    for line in lines:
+        method = {"pissa": "eva"}.get(line.method, line.method)
+        settings = line.settings.model_copy(update={"method": method})
+        swapped.append(line.model_copy(update={"settings": settings}))
+    faster, higher, best, fewer, *_ = verdicts(summarize(swapped).groups)
+    assert [faster.outcome, higher.outcome, fewer.outcome] == ["tie", "loss", "tie"]
+    assert "points below lora in score" in higher.text
+    assert best.outcome == "unknown"
+
+
+def test_without_runs_to_compare_nothing_is_claimed() -> None:
+    groups = summarize(tuned_lines(methods=("eva",), tasks=("digits",))).groups
+    assert {one.outcome for one in verdicts(groups)} == {"unknown"}
