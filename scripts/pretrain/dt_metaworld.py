@@ -126,13 +126,9 @@ def main() -> None:
     trained.half().float()  # as it will be stored
     mse = error(trained, Windows(unseen, LENGTH))
     success = [
-<<<<<<< HEAD
-        play(trained, "test", None, task=task, episodes=10, length=LENGTH)["score"]
-=======
-        play(
-            trained, "test", None, tasks=[task], robot=SAWYER, episodes=10, length=LENGTH
-        )["success"]
->>>>>>> 4074f1f (Robot tasks: one world per task, time to success, several tasks at once, other robots)
+        play(trained, "test", None, tasks=[task], robot=SAWYER, episodes=10, length=LENGTH)[
+            "success"
+        ]
         for task in JUDGED
     ]
     told = ", ".join(f"{task} {share:.0%}" for task, share in zip(JUDGED, success, strict=True))

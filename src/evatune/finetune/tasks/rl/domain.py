@@ -27,8 +27,8 @@ _INSTEAD = "a local folder with config.json and weights"
 def prepare(recipe: Recipe) -> Task:
     """Load everything a run needs.
 
-    `data.train`, `data.validation` and `data.test` count episodes, at least one of each of Meta-World's tasks;
-    `data.max_length` counts steps of a window.
+    `data.train`, `data.validation` and `data.test` count episodes, at least one of each of
+    Meta-World's tasks; `data.max_length` counts steps of a window.
 
     Raises ConfigError for an unknown task or a model that does not fit, DataError where Meta-World
     is missing.
