@@ -10,8 +10,9 @@ import torch
 from evatune.finetune.tasks.rl.robots import SAWYER, Robot, of_frame, with_sensors_in_order
 from evatune.finetune.tasks.rl.simulator import CW10, STATES
 
-# Those of CW10 that the checkpoint's size can learn together.
-_SIX = ("faucet-close", "handle-press-side", "window-close", "push", "push-back", "push-wall")
+# Three of CW10 at which an untrained policy, or one with a new head alone, seldom succeeds. On faucet,
+# handle and window all methods score alike.
+_PUSHING = ("push", "push-back", "push-wall")
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ def _shuffled() -> Robot:
 
 SCENARIOS = {task: Scenario((task,)) for task in CW10} | {
     "cw10": Scenario(CW10),
-    "six": Scenario(_SIX),
-    "turned": Scenario(_SIX, _turned()),
-    "tilted": Scenario(_SIX, _tilted()),
-    "mirrored": Scenario(_SIX, of_frame(torch.diag(torch.tensor([-1.0, 1.0, 1.0])))),
-    "shuffled": Scenario(_SIX, _shuffled()),
+    "pushing": Scenario(_PUSHING),
+    "turned": Scenario(_PUSHING, _turned()),
+    "tilted": Scenario(_PUSHING, _tilted()),
+    "mirrored": Scenario(_PUSHING, of_frame(torch.diag(torch.tensor([-1.0, 1.0, 1.0])))),
+    "shuffled": Scenario(_PUSHING, _shuffled()),
 }
 TASKS = tuple(SCENARIOS)
