@@ -10,8 +10,8 @@ import torch
 from evatune.finetune.tasks.rl.robots import SAWYER, Robot, of_frame, with_sensors_in_order
 from evatune.finetune.tasks.rl.simulator import CW10, STATES
 
-# Three of CW10 at which a policy with a new head alone seldom succeeds. On faucet, handle and window
-# all methods score alike.
+# Three of CW10 at which a policy with a new head alone seldom succeeds. On faucet-close,
+# handle-press-side and window-close all methods score alike.
 _PUSHING = ("push", "push-back", "push-wall")
 
 
