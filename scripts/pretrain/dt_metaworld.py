@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from evatune.finetune.tasks.rl.demonstrations import demonstrations
 from evatune.finetune.tasks.rl.playing import play
 from evatune.finetune.tasks.rl.policy import Imitator, Windows
-from evatune.finetune.tasks.rl.simulator import ACTIONS, STATES, TASKS, TEST, TRAIN
+from evatune.finetune.tasks.rl.robots import SAWYER
+from evatune.finetune.tasks.rl.simulator import ACTIONS, CW10, STATES, TEST, TRAIN
 
 NAME, SEED = "dt-metaworld", 0
 PRETRAINING = (
@@ -75,7 +76,7 @@ def error(model: Imitator, windows: Windows) -> float:
 
 
 def main() -> None:
-    assert not set(PRETRAINING) & set(TASKS)
+    assert not set(PRETRAINING) & set(CW10)
     torch.set_num_threads(1)
     transformers.set_seed(SEED)
     model = Imitator(
@@ -125,7 +126,9 @@ def main() -> None:
     trained.half().float()  # as it will be stored
     mse = error(trained, Windows(unseen, LENGTH))
     success = [
-        play(trained, "test", None, task=task, episodes=10, length=LENGTH)["score"]
+        play(trained, "test", None, tasks=[task], robot=SAWYER, episodes=10, length=LENGTH)[
+            "success"
+        ]
         for task in JUDGED
     ]
     told = ", ".join(f"{task} {share:.0%}" for task, share in zip(JUDGED, success, strict=True))

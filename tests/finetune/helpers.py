@@ -253,7 +253,7 @@ def small_images(task: str, *more: str) -> Recipe:
 
 
 def small_rl(model: Path | str, *more: str) -> Recipe:
-    return load("rl-faucet-close", [*SMALL_RL, f"model={model}", *more])
+    return load("rl-push", ["task=faucet-close", *SMALL_RL, f"model={model}", *more])
 
 
 def planted_episodes(*lengths: int) -> dict[str, torch.Tensor]:

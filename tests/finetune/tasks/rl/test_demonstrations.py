@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 import torch
 
 from evatune.finetune.tasks.rl.demonstrations import demonstrations
-from evatune.finetune.tasks.rl.simulator import TRAIN, environment, seed_for
+from evatune.finetune.tasks.rl.simulator import TRAIN, Simulator, seed_for
 
 torch.set_num_threads(1)
 # Where MuJoCo cannot draw, its half-made objects complain when they are collected.
@@ -30,15 +32,14 @@ def test_demonstrations_are_successes_with_the_experts_own_actions_as_labels() -
     noise = found["actions"] - found["labels"]
     assert 0 < noise.std() < 0.3
     assert found["labels"].abs().max() <= 1
-    env = environment("faucet-close", seed_for(TRAIN, 0))
-    state, _ = env.reset()
-    infos = []
-    for expected, action in zip(
-        found["states"], found["actions"][: found["lengths"][0]], strict=False
-    ):
-        np.testing.assert_allclose(state, expected, atol=1e-5)
-        state, _, _, _, info = env.step(action.numpy())
-        infos.append(info["success"])
-    env.close()
+    with closing(Simulator("faucet-close")) as simulator:
+        episode = simulator.episode(seed_for(TRAIN, 0))
+        infos = []
+        for expected, action in zip(
+            found["states"], found["actions"][: found["lengths"][0]], strict=False
+        ):
+            np.testing.assert_allclose(episode.state, expected, atol=1e-5)
+            episode.step(action.numpy())
+            infos.append(episode.success)
     assert infos[-1]
     assert not any(infos[:-1])

@@ -15,6 +15,8 @@ from PIL import Image
 from evatune.finetune.run import run
 from evatune.finetune.tasks.rl.playing import play
 from evatune.finetune.tasks.rl.policy import Imitator
+from evatune.finetune.tasks.rl.robots import SAWYER, Robot
+from evatune.finetune.tasks.rl.scenarios import SCENARIOS
 from tests.finetune.helpers import small_rl as small
 
 torch.set_num_threads(1)
@@ -46,13 +48,42 @@ class Expert(torch.nn.Module):
 
 # the experts ask for more than the simulator takes
 @pytest.mark.filterwarnings("ignore:Constant:UserWarning")
-@pytest.mark.parametrize(("sign", "score"), [(1, 1.0), (-1, 0.0)])
-def test_the_judge_lets_an_expert_succeed_and_its_opposite_fail(sign: int, score: float) -> None:
+@pytest.mark.parametrize(("sign", "success"), [(1, 1.0), (-1, 0.0)])
+def test_the_judge_lets_an_expert_succeed_and_its_opposite_fail(sign: int, success: float) -> None:
     found = play(
-        Expert("faucet-close", sign), "test", None, task="faucet-close", episodes=3, length=4
+        Expert("faucet-close", sign),
+        "test",
+        None,
+        tasks=["faucet-close"],
+        robot=SAWYER,
+        episodes=3,
+        length=4,
     )
-    assert found["score"] == score
-    assert (found["steps"] < 100) == (score == 1)
+    assert found["success"] == success
+    assert (found["steps"] < 100) == (success == 1)
+    assert found["score"] == pytest.approx(success * (1 - found["steps"] / 200))
+    assert (found["score_error"] > 0) == (success == 1)
+
+
+class Seen(Expert):
+    """The expert behind a robot's eyes and hands: it is told, and tells, by the robot's frame."""
+
+    def __init__(self, task: str, robot: Robot) -> None:
+        super().__init__(task)
+        self.robot = robot
+
+    def forward(self, states: torch.Tensor, **_: Any) -> Any:
+        output = super().forward(states.double() @ self.robot.state.double())
+        return SimpleNamespace(action_preds=self.robot.wants(output.action_preds.clamp(-1, 1)))
+
+
+@pytest.mark.filterwarnings("ignore:Constant:UserWarning")
+@pytest.mark.parametrize("name", ["turned", "tilted", "mirrored", "shuffled"])
+def test_an_expert_that_knows_the_robot_succeeds_with_it(name: str) -> None:
+    robot = SCENARIOS[name].robot
+    options: Any = {"tasks": ["faucet-close"], "episodes": 2, "length": 2}
+    assert play(Seen("faucet-close", robot), "test", None, robot=robot, **options)["success"] == 1
+    assert play(Expert("faucet-close"), "test", None, robot=robot, **options)["success"] < 1
 
 
 @pytest.mark.usefixtures("no_drawing")
@@ -64,7 +95,8 @@ def test_where_mujoco_cannot_draw_the_judge_says_so_and_goes_on(
             Imitator.from_pretrained(small_folder).eval(),
             "test",
             tmp_path,
-            task="push",
+            tasks=["push"],
+            robot=SAWYER,
             episodes=1,
             length=4,
         )
@@ -76,7 +108,7 @@ def test_where_mujoco_cannot_draw_the_judge_says_so_and_goes_on(
 def test_a_run_is_judged_in_the_simulator_and_filmed(small_folder: Path, tmp_path: Path) -> None:
     result = run(small(small_folder, "method=eva"), tmp_path / "run", quiet=True)
     assert 0 <= result["score"] <= 1
-    assert result["measures"].keys() == {"return", "steps"}
+    assert result["measures"].keys() == {"score_error", "success", "steps"}
     assert (tmp_path / "run" / "calibration.safetensors").exists()
     film = tmp_path / "run" / "episode.gif"
     if not film.exists():

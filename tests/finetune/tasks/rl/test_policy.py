@@ -43,6 +43,14 @@ def test_a_window_ends_at_its_step_and_stays_within_its_episode() -> None:
                 assert not window[key][: 4 - real].any()
 
 
+def test_windows_apart_end_where_the_next_begins() -> None:
+    episodes = planted(3, 6)
+    apart, dense = Windows(episodes, 4, every=4), Windows(episodes, 4)
+    assert len(apart) == 2
+    for number, step in enumerate((3, 7)):
+        assert torch.equal(apart[number]["states"], dense[step]["states"])
+
+
 def test_rows_are_the_three_tokens_of_every_step_that_is_no_padding() -> None:
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
     for tokens in (3, 1):

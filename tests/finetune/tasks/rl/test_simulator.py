@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
+import numpy as np
 import pytest
 import torch
 
 from evatune.finetune.recipe import load, ours
 from evatune.finetune.tasks import rl
-from evatune.finetune.tasks.rl.simulator import PLAY, TEST, TRAIN, environment, seed_for
+from evatune.finetune.tasks.rl.simulator import (
+    PLAY,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    VALIDATION_PLAY,
+    Episode,
+    Simulator,
+    seed_for,
+)
 
 torch.set_num_threads(1)
 # Where MuJoCo cannot draw, its half-made objects complain when they are collected.
@@ -18,21 +30,40 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def test_a_seed_is_a_goal_and_purposes_share_none() -> None:
-    first: list[bytes] = []
-    for seed in (0, 0, 1, 2, 3):
-        env = environment("push", seed)
-        state, _ = env.reset()
-        first.append(state.tobytes())
-        env.close()
+    with closing(Simulator("push")) as simulator:
+        first = [simulator.episode(seed).state.tobytes() for seed in (0, 0, 1, 2, 3)]
     assert first[0] == first[1]
     assert len(set(first)) == 4
-    seeds = [
-        {seed_for(purpose, number) for number in range(100)} for purpose in (TRAIN, TEST, PLAY)
-    ]
-    assert len(set.union(*seeds)) == 300
+    purposes = (TRAIN, VALIDATION, TEST, VALIDATION_PLAY, PLAY)
+    seeds = [{seed_for(purpose, number) for number in range(100)} for purpose in purposes]
+    assert len(set.union(*seeds)) == 500
 
 
-def test_there_is_a_recipe_for_every_task() -> None:
+@pytest.mark.parametrize("task", ["push", "window-close"])
+def test_episodes_that_share_a_world_do_not_disturb_each_other(task: str) -> None:
+    actions = np.random.default_rng(0).uniform(-1, 1, (12, 2, 4)).astype(np.float32)
+
+    def alone(which: int) -> list[np.ndarray]:
+        with closing(Simulator(task)) as simulator:
+            episode = simulator.episode(which)
+            return [advance(episode, action) for action in actions[:, which]]
+
+    def advance(episode: Episode, action: np.ndarray) -> np.ndarray:
+        episode.step(action)
+        return episode.state
+
+    with closing(Simulator(task)) as simulator:
+        episodes = [simulator.episode(which) for which in (0, 1)]
+        together = [
+            [advance(episode, action) for episode, action in zip(episodes, pair, strict=True)]
+            for pair in actions
+        ]
+    for which in (0, 1):
+        np.testing.assert_array_equal([pair[which] for pair in together], alone(which))
+
+
+def test_every_recipe_names_a_task() -> None:
     found = [load(name) for name in ours() if name.startswith("rl-")]
-    assert {recipe.task for recipe in found} == set(rl.TASKS)
+    assert {recipe.task for recipe in found} <= set(rl.TASKS)
+    assert len({recipe.task for recipe in found}) == len(found)
     assert all(recipe.domain == "rl" for recipe in found)

@@ -5,6 +5,6 @@ simulator on goals that no demonstration had.
 """
 
 from evatune.finetune.tasks.rl.domain import DOMAIN, prepare
-from evatune.finetune.tasks.rl.simulator import TASKS
+from evatune.finetune.tasks.rl.scenarios import TASKS
 
 __all__ = ["DOMAIN", "TASKS", "prepare"]

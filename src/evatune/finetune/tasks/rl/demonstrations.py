@@ -14,7 +14,8 @@ from evatune.errors import DataError
 from evatune.finetune.tasks.rl.simulator import (
     ACTIONS,
     MAX_STEPS,
-    environment,
+    Episode,
+    Simulator,
     load_metaworld,
     seed_for,
 )
@@ -23,7 +24,7 @@ from evatune.loading.cache import build_once
 _NOISE = 0.2
 _KEYS = ("states", "actions", "labels")
 
-Episode = dict[str, np.ndarray]
+Steps = dict[str, np.ndarray]
 
 
 def demonstrations(task: str, purpose: int, count: int) -> dict[str, Tensor]:
@@ -39,7 +40,7 @@ def demonstrations(task: str, purpose: int, count: int) -> dict[str, Tensor]:
         states (steps, 39), actions (steps, 4), labels (steps, 4), lengths (episodes,).
     """
     library = load_metaworld()
-    settings = {"version": 1, "task": task, "purpose": purpose, "count": count, "noise": _NOISE}
+    settings = {"version": 3, "task": task, "purpose": purpose, "count": count, "noise": _NOISE}
 
     def build() -> dict[str, Tensor]:
         episodes = _successful_episodes(library, task, purpose, count)
@@ -53,38 +54,37 @@ def demonstrations(task: str, purpose: int, count: int) -> dict[str, Tensor]:
     return build_once(f"metaworld-{task}", settings, build)
 
 
-def _successful_episodes(library: Any, task: str, purpose: int, count: int) -> list[Episode]:
-    episodes: list[Episode] = []
+def _successful_episodes(library: Any, task: str, purpose: int, count: int) -> list[Steps]:
+    found: list[Steps] = []
     number = 0
-    while len(episodes) < count:
-        if number > 10 * count + 100:
-            raise DataError(
-                f"the expert of task {task!r} succeeds too seldom: {len(episodes)} of {number}"
-                " episodes"
-            )
-        episode = _expert_episode(library, task, seed_for(purpose, number))
-        number += 1
-        if episode is not None:
-            episodes.append(episode)
-    return episodes
+    with closing(Simulator(task)) as simulator:
+        while len(found) < count:
+            if number > 10 * count + 100:
+                raise DataError(
+                    f"the expert of task {task!r} succeeds too seldom: {len(found)} of {number}"
+                    " episodes"
+                )
+            seed = seed_for(purpose, number)
+            policy = library.policies.ENV_POLICY_MAP[f"{task}-v3"]()
+            steps = _expert_steps(policy, simulator.episode(seed), np.random.default_rng(seed))
+            number += 1
+            if steps is not None:
+                found.append(steps)
+    return found
 
 
-def _expert_episode(library: Any, task: str, seed: int) -> Episode | None:
-    """Return an episode of the expert; None for one that does not succeed."""
-    policy = library.policies.ENV_POLICY_MAP[f"{task}-v3"]()
-    noise = np.random.default_rng(seed)
+def _expert_steps(policy: Any, episode: Episode, noise: np.random.Generator) -> Steps | None:
+    """Return what the expert sees and does in the episode; None if it does not succeed."""
     steps: dict[str, list[np.ndarray]] = {key: [] for key in _KEYS}
-    with closing(environment(task, seed)) as env:
-        state, _ = env.reset()
-        for _ in range(MAX_STEPS):
-            with warnings.catch_warnings():
-                # of actions beyond ±1
-                warnings.filterwarnings("ignore", message="Constant", category=UserWarning)
-                label = np.clip(policy.get_action(state), -1, 1)
-            action = np.clip(label + noise.normal(0, _NOISE, ACTIONS), -1, 1)
-            for key, value in zip(_KEYS, (state, action, label), strict=True):
-                steps[key].append(value.astype(np.float32))
-            state, _, _, _, info = env.step(action.astype(np.float32))
-            if info["success"]:
-                return {key: np.stack(values) for key, values in steps.items()}
+    for _ in range(MAX_STEPS):
+        with warnings.catch_warnings():
+            # of actions beyond ±1
+            warnings.filterwarnings("ignore", message="Constant", category=UserWarning)
+            label = np.clip(policy.get_action(episode.state), -1, 1)
+        action = np.clip(label + noise.normal(0, _NOISE, ACTIONS), -1, 1)
+        for key, value in zip(_KEYS, (episode.state, action, label), strict=True):
+            steps[key].append(value.astype(np.float32))
+        episode.step(action.astype(np.float32))
+        if episode.success:
+            return {key: np.stack(values) for key, values in steps.items()}
     return None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import Recipe
@@ -15,7 +16,8 @@ from evatune.finetune.tasks.rl import simulator
 from evatune.finetune.tasks.rl.demonstrations import demonstrations
 from evatune.finetune.tasks.rl.playing import play
 from evatune.finetune.tasks.rl.policy import Imitator, Windows, rows_without_padding
-from evatune.finetune.tasks.rl.simulator import ACTIONS, STATES, TASKS, TEST, TRAIN, VALIDATION
+from evatune.finetune.tasks.rl.scenarios import SCENARIOS, TASKS, Scenario
+from evatune.finetune.tasks.rl.simulator import ACTIONS, STATES, TEST, TRAIN, VALIDATION
 from evatune.loading.assets import asset
 from evatune.loading.hub import reading, require_path
 
@@ -25,8 +27,8 @@ _INSTEAD = "a local folder with config.json and weights"
 def prepare(recipe: Recipe) -> Task:
     """Load everything a run needs.
 
-    `data.train`, `data.validation` and `data.test` count episodes, `data.max_length` steps of a
-    window.
+    `data.train`, `data.validation` and `data.test` count episodes, at least one of each of
+    Meta-World's tasks; `data.max_length` counts steps of a window.
 
     Raises ConfigError for an unknown task or a model that does not fit, DataError where Meta-World
     is missing.
@@ -44,22 +46,44 @@ def prepare(recipe: Recipe) -> Task:
             f"data.max_length is {data.max_length} steps, but this model sees {longest} at most;"
             " lower it"
         )
+    scenario = SCENARIOS[recipe.task]
 
-    def windows(purpose: int, count: int) -> Windows:
-        return Windows(demonstrations(recipe.task, purpose, count), data.max_length)
+    def apart(purpose: int, count: int) -> Windows:
+        """Return windows of which one ends where the next begins: actions are judged once."""
+        episodes = _episodes(scenario, purpose, count)
+        return Windows(episodes, data.max_length, every=data.max_length)
 
     return Task(
         model=model,
-        train=windows(TRAIN, data.train),
-        validation=None if data.validation == 0 else windows(VALIDATION, data.validation),
-        test=windows(TEST, data.test),
+        train=Windows(_episodes(scenario, TRAIN, data.train), data.max_length),
+        validation=None if data.validation == 0 else apart(VALIDATION, data.validation),
+        test=apart(TEST, data.test),
         collator=transformers.default_data_collator,
         head=["predict_action"],
         new_head=False,
         task_type=None,
-        evaluate=partial(play, task=recipe.task, episodes=data.episodes, length=data.max_length),
+        evaluate=partial(
+            play,
+            tasks=scenario.tasks,
+            robot=scenario.robot,
+            episodes=data.episodes,
+            length=data.max_length,
+        ),
         rows=rows_without_padding,
     )
+
+
+def _episodes(scenario: Scenario, purpose: int, count: int) -> dict[str, Tensor]:
+    """Return demonstrations as the scenario's robot sees them, as many of each task."""
+    each = max(1, count // len(scenario.tasks))
+    parts = [demonstrations(task, purpose, each) for task in scenario.tasks]
+    episodes = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    robot = scenario.robot
+    return episodes | {
+        "states": robot.sees(episodes["states"]),
+        "actions": robot.wants(episodes["actions"]),
+        "labels": robot.wants(episodes["labels"]),
+    }
 
 
 def _load_model(recipe: Recipe) -> Any:

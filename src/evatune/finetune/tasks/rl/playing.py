@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from evatune.finetune.tasks.base import Part
 from evatune.finetune.tasks.rl.policy import padded_window
+from evatune.finetune.tasks.rl.robots import Robot
 from evatune.finetune.tasks.rl.simulator import (
     ACTIONS,
     MAX_STEPS,
     PLAY,
     VALIDATION_PLAY,
-    environment,
+    Episode,
+    Simulator,
     seed_for,
 )
 from evatune.utils.atomic import atomic_file
@@ -31,9 +34,16 @@ _log = logging.getLogger(__name__)
 
 @torch.no_grad()
 def play(
-    model: Any, part: Part, folder: Path | None, *, task: str, episodes: int, length: int
+    model: Any,
+    part: Part,
+    folder: Path | None,
+    *,
+    tasks: Sequence[str],
+    robot: Robot,
+    episodes: int,
+    length: int,
 ) -> dict[str, float]:
-    """Play episodes with goals that no demonstration has.
+    """Play episodes with goals that no demonstration has, the tasks in turn.
 
     The first becomes `episode.gif`, where MuJoCo can draw. All episodes advance together, so that a
     step costs one forward pass. An episode ends with its first success.
@@ -44,42 +54,50 @@ def play(
         length: steps that the model looks back.
 
     Returns:
-        score: share of the episodes that succeed within 200 steps. return: the simulator's reward,
-            summed over an episode and averaged. steps: mean length.
+        score: share of the 200 steps that are left at the first success, 0 without one, averaged.
+            score_error: its standard error over the episodes. success: share of the episodes that
+            succeed. steps: mean length.
     """
+    purpose = VALIDATION_PLAY if part == "validation" else PLAY
     with ExitStack() as stack:
-        purpose = VALIDATION_PLAY if part == "validation" else PLAY
-        seeds = [seed_for(purpose, number) for number in range(episodes)]
-        envs = [stack.enter_context(closing(environment(task, seed))) for seed in seeds]
-        film = stack.enter_context(closing(_Film(envs[0]))) if folder else None
-        lengths, returns = np.zeros(episodes), np.zeros(episodes)
+        simulators = [stack.enter_context(closing(Simulator(task))) for task in tasks]
+        played = [
+            simulators[number % len(tasks)].episode(seed_for(purpose, number))
+            for number in range(episodes)
+        ]
+        film = stack.enter_context(closing(_Film(played[0].env))) if folder else None
+        lengths = np.zeros(episodes, dtype=int)
         success = np.zeros(episodes, dtype=bool)
-        # (E, t, 39)
-        states = torch.from_numpy(np.stack([env.reset()[0] for env in envs])).float()[:, None]
+        states = robot.sees(_states(played))[:, None]  # (E, t, 39)
         # the last one, still to come, is hidden from its own prediction
         actions = states.new_zeros(episodes, 1, ACTIONS)
         for step in range(MAX_STEPS):
-            actions[:, -1] = _choose(model, states, actions, length)
-            next_states = states[:, -1].clone()
-            for i in (~success).nonzero()[0]:
-                state, reward, _, _, info = envs[i].step(actions[i, -1].numpy())
-                next_states[i] = torch.from_numpy(state)
-                returns[i] += reward
-                lengths[i] += 1
-                success[i] = bool(info["success"])
-                if i == 0 and film and (step % _FRAME_EVERY == 0 or success[0]):
+            playing = (~success).nonzero()[0]
+            actions[playing, -1] = _choose(model, states[playing], actions[playing], length)
+            commands = robot.moves(actions[:, -1]).numpy()
+            for i in playing:
+                played[i].step(commands[i])
+                if i == 0 and film and (step % _FRAME_EVERY == 0 or played[0].success):
                     film.shoot()
+            lengths[playing] += 1
+            success = np.array([episode.success for episode in played])
             if success.all():
                 break
-            states = torch.cat([states, next_states[:, None]], 1)[:, -length:]
+            states = torch.cat([states, robot.sees(_states(played))[:, None]], 1)[:, -length:]
             actions = torch.cat([actions, torch.zeros_like(actions[:, :1])], 1)[:, -length:]
         if film and folder:
             film.save(folder / "episode.gif")
+    scores = np.where(success, 1 - lengths / MAX_STEPS, 0.0)
     return {
-        "score": float(success.mean()),
-        "return": float(returns.mean()),
+        "score": float(scores.mean()),
+        "score_error": float(scores.std(ddof=min(1, episodes - 1)) / np.sqrt(episodes)),
+        "success": float(success.mean()),
         "steps": float(lengths.mean()),
     }
+
+
+def _states(played: Sequence[Episode]) -> Tensor:
+    return torch.from_numpy(np.stack([episode.state for episode in played])).float()
 
 
 def _choose(model: Any, states: Tensor, actions: Tensor, length: int) -> Tensor:

@@ -56,7 +56,7 @@ class Imitator(transformers.DecisionTransformerModel):  # type: ignore[misc]
 
 
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """For each step of each episode, the steps up to it: at most `length`, padded on the left.
+    """For every so many steps of all episodes, the steps up to one: at most `length`, padded left.
 
     The return is 1 for a success and 0 otherwise, undiscounted, and demonstrations are successes:
     all of their returns to go are 1, and so is the return that the policy is asked for. The
@@ -65,17 +65,19 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
     may last longer than any demonstration.
     """
 
-    def __init__(self, episodes: dict[str, Tensor], length: int) -> None:
+    def __init__(self, episodes: dict[str, Tensor], length: int, every: int = 1) -> None:
         self.episodes = episodes
         self.length = length
+        self.every = every
         lengths = episodes["lengths"]
         starts = lengths.cumsum(0) - lengths
         self.first: list[int] = starts.repeat_interleave(lengths).tolist()  # of a step's episode
 
     def __len__(self) -> int:
-        return len(self.first)
+        return len(self.first) // self.every
 
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        step = self.every * (number + 1) - 1
         start = max(self.first[step], step + 1 - self.length)
         keys = ("states", "actions", "labels")
         steps = {key: self.episodes[key][start : step + 1] for key in keys}
