@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Generator, Iterable
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -54,11 +55,8 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], str]]:
     def answers(
         function: Callable[..., Any], calls: Iterable[Call | None], workers: int
     ) -> Generator[Answer]:
-        number = 0
-        for call in iter(calls):
-            if call is None:
-                return
-            tree, job = call
+        for number, call in enumerate(takewhile(bool, calls)):
+            tree, job = cast("Call", call)
             asked.append((tree, job))
             if tree["method"] == "dora":
                 yield Answer(number, {"problem": "out of luck"})
@@ -68,7 +66,6 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], str]]:
                 yield Answer(number, ORIGIN)
             else:
                 yield Answer(number, {"line": measured(tree, job)})
-            number += 1
 
     monkeypatch.setitem(compare.EXECUTORS, "process", answers)
     return asked
