@@ -21,19 +21,14 @@ from tests.helpers import wide_terminal
 from tests.tuned_lines import line_of, tuned_lines
 
 
-def test_pages_hold_their_pictures_and_are_the_same_each_time(tmp_path: Path) -> None:
+def test_pages_hold_their_pictures(tmp_path: Path) -> None:
     summary = summarize(tuned_lines(tasks=("digits",), methods=("lora", "eva")))
-    written = write_pages(summary, tmp_path, "make results")
-    first = {path: path.read_bytes() for path in written}
+    write_pages(summary, tmp_path, "make results")
     page = (tmp_path / "images.md").read_text()
     for kind in ("forest", "curves", "loss-by-rate", "score-by-rate", "ranks"):
         assert f"(images-{kind}.svg)](images-{kind}.png)" in page
-        assert b"<text" in first[tmp_path / f"images-{kind}.svg"]
+        assert "<text" in (tmp_path / f"images-{kind}.svg").read_text()
     assert "[images](images.md)" in (tmp_path / "README.md").read_text()
-    again = [
-        path for path in write_pages(summary, tmp_path, "make results") if "forest" in path.name
-    ]
-    assert {path: path.read_bytes() for path in again}.items() <= first.items()
 
 
 def test_a_command_repeats_a_row() -> None:
@@ -51,7 +46,8 @@ def test_a_command_repeats_a_row() -> None:
 
 
 def test_every_row_of_a_table_has_as_many_cells() -> None:
-    summary = summarize(tuned_lines(tasks=("digits", "fonts")))
+    methods = ("full", "lora", "eva", "lora-orthogonal")
+    summary = summarize(tuned_lines(tasks=("digits", "fonts"), methods=methods))
     for text in (overview_page(summary, "make"), domain_page(summary, "images", "make")):
         rows = [line.replace(r"\|", "") for line in text.splitlines()]
         for before, row in itertools.pairwise(rows):
@@ -67,12 +63,11 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     lines = [line_of("images", "digits", "lora", 0.1, 0, False, diverged=True)]
     lines += [line for line in tuned_lines(tasks=("digits",), methods=("eva",)) if not line.tested]
     summary = summarize(lines)
-    write_pages(summary, tmp_path, "make results")
-    page = (tmp_path / "images.md").read_text()
+    page = domain_page(summary, "images", "make results")
     assert "**1 of 2 cells diverged at every rate, or have no run that chooses one**: lora" in page
     assert "**1 of 2 cells have no test yet at the chosen rate**: eva on digits." in page
     assert "Nothing to draw yet." in page
     assert "no command repeats one" in page
-    assert "Nothing can be held against LoRA yet." in (tmp_path / "README.md").read_text()
+    assert "Nothing can be held against LoRA yet." in overview_page(summary, "make results")
     with pytest.raises(ConfigError, match="no finished runs"):
         write_pages(TunedSummary((), 0), tmp_path, "make results")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from evatune.finetune.tuned import summarize
-from evatune.report.tuned_plots import line_styles, rates_plot
+from evatune.report.plots import save_figure
+from evatune.report.tuned_plots import line_styles, ranks_plot, rates_plot
 from tests.tuned_lines import METHODS, line_of, tuned_lines
 
 
@@ -15,6 +18,18 @@ def test_a_method_looks_the_same_beside_whatever_others() -> None:
     variants = line_styles(["eva", "eva (rho 1)", "theirs"])
     assert variants["eva"].color == variants["eva (rho 1)"].color
     assert variants["eva"].dashes != variants["eva (rho 1)"].dashes
+
+
+def test_a_picture_has_the_same_bytes_each_time(tmp_path: Path) -> None:
+    (group,) = summarize(tuned_lines(tasks=("digits",), methods=("eva",))).groups
+    for kind in ("svg", "png"):
+        for name in ("a", "b"):
+            figure = ranks_plot(group, "eva")
+            assert figure is not None
+            save_figure(figure, tmp_path / f"{name}.{kind}")
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+    lora = summarize(tuned_lines(tasks=("digits",), methods=("lora",), test_seeds=0)).groups[0]
+    assert ranks_plot(lora, "eva") is None
 
 
 def test_a_rate_that_diverged_is_marked() -> None:
