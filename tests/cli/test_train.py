@@ -68,6 +68,7 @@ def test_the_command_compares_and_shows(
         "understanding-bbc",
         *SMALL,
         "training.steps=4",
+        "data.validation=10",
         f"model={bert_folder}",
         "--methods",
         "lora,eva",

@@ -29,15 +29,20 @@ RESULT_FIELDS: dict[str, Any] = {
 
 
 def finish(run: Run, score: float, losses: list[float]) -> None:
+    """Write a finished run, whose test loss is 9 where it had validation examples."""
     run.folder.mkdir(parents=True)
     result = RESULT_FIELDS | {"score": score, "eval_loss": losses[-1]}
+    if run.recipe.data.validation:
+        reached = {"loss": losses[-1], "score": score / 2}
+        result |= {"eval_loss": 9.0, "validation": reached}
     (run.folder / RESULT).write_text(json.dumps(result))
     lines = [{"step": step, "eval_loss": loss} for step, loss in enumerate(losses)]
     (run.folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def planted(folder: Path, rates: list[float]) -> list[Run]:
-    return grid([parse({"task": "bbc"})], ["lora", "eva"], [0, 1], rates, folder)
+    data = {"validation": 10 * (len(rates) > 1)}
+    return grid([parse({"task": "bbc", "data": data})], ["lora", "eva"], [0, 1], rates, folder)
 
 
 def test_means_deviations_and_steps_to_the_target_are_over_seeds(tmp_path: Path) -> None:
@@ -55,12 +60,25 @@ def test_means_deviations_and_steps_to_the_target_are_over_seeds(tmp_path: Path)
 def test_a_rate_at_which_a_run_diverged_is_not_the_best(tmp_path: Path) -> None:
     for run in planted(tmp_path, [1e-3, 1e-2]):
         diverged = run.recipe.training.learning_rate == 1e-2 and run.recipe.seed == 1
-        finish(run, math.nan if diverged else 0.5, [1.0])
+        finish(run, math.nan if diverged else 0.5, [math.nan if diverged else 1.0])
     lines = summarize(planted(tmp_path, [1e-3, 1e-2])).lines
     assert {line.learning_rate for line in lines if line.best} == {1e-3}
     diverged_line = next(line for line in lines if line.learning_rate == 1e-2)
     assert math.isnan(diverged_line.score.mean)
     assert math.isnan(diverged_line.score.deviation or 0)
+
+
+def test_the_best_rate_is_chosen_by_validation_and_not_by_the_score_that_is_reported(
+    tmp_path: Path,
+) -> None:
+    for run in planted(tmp_path, [1e-3, 1e-2]):
+        is_lower = run.recipe.training.learning_rate == 1e-3
+        finish(run, 0.4 if is_lower else 0.9, [2.0, 0.5 if is_lower else 1.0])
+    comparison = summarize(planted(tmp_path, [1e-3, 1e-2]))
+    (best,) = (line for line in comparison.lines if line.best and line.method == "lora")
+    assert (best.learning_rate, best.score.mean, best.eval_loss.mean) == (1e-3, 0.4, 9.0)
+    assert best.curve[-1] == (1, 0.5, 0.2)
+    assert comparison.targets == {"bbc": 0.5}
 
 
 def test_runs_that_are_not_done_are_left_out(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class MethodSummary:
     init_seconds: MeanStd
     train_seconds: MeanStd
     curve: list[Point]  # means
-    best: bool  # the method's learning rate of highest mean score on this task
+    best: bool  # the method's learning rate of smallest mean loss on this task
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,13 @@ class _FinishedRun:
     folder: Path
     result: dict[str, Any]
 
+    @property
+    def loss(self) -> float:
+        """After training, on the examples that were evaluated while training."""
+        validation = self.result["validation"]
+        loss: float = self.result["eval_loss"] if validation is None else validation["loss"]
+        return loss
+
 
 def summarize(runs: Sequence[Run], target_loss: float | None = None) -> Comparison:
     """Return one line per task, method and learning rate from the runs that are done.
@@ -86,7 +93,7 @@ def summarize(runs: Sequence[Run], target_loss: float | None = None) -> Comparis
     targets: dict[str, float] = {}
     for (task, method), rate in best.items():
         if task not in targets:  # the first method
-            losses = [run.result["eval_loss"] for run in groups[task, method, rate]]
+            losses = [run.loss for run in groups[task, method, rate]]
             targets[task] = max(losses) if target_loss is None else target_loss
     lines = []
     for key, group in groups.items():
@@ -108,20 +115,23 @@ def _finished_by_key(runs: Sequence[Run]) -> dict[Key, list[_FinishedRun]]:
 
 
 def _best_rates(groups: Mapping[Key, list[_FinishedRun]]) -> dict[tuple[str, str], float]:
-    """Return the learning rate of the highest mean score of each method on each task."""
+    """Return the learning rate of each method on each task with the smallest mean loss.
+
+    Of several rates, which `grid` allows with validation examples only, it is the loss on those.
+    """
     best: dict[tuple[str, str], float] = {}
-    highest: dict[tuple[str, str], float] = {}
+    smallest: dict[tuple[str, str], float] = {}
     for (task, method, rate), group in groups.items():
-        score = _comparable_score(group)
-        if (task, method) not in best or score > highest[task, method]:
-            best[task, method], highest[task, method] = rate, score
+        loss = _comparable_loss(group)
+        if (task, method) not in best or loss < smallest[task, method]:
+            best[task, method], smallest[task, method] = rate, loss
     return best
 
 
-def _comparable_score(group: Sequence[_FinishedRun]) -> float:
-    """Return the mean score, or −∞ where a run diverged: it is the worst."""
-    mean = _mean(run.result["score"] for run in group)
-    return -math.inf if math.isnan(mean) else mean
+def _comparable_loss(group: Sequence[_FinishedRun]) -> float:
+    """Return the mean loss, or ∞ where a run diverged: it is the worst."""
+    mean = _mean(run.loss for run in group)
+    return math.inf if math.isnan(mean) else mean
 
 
 def _summary(
@@ -176,7 +186,8 @@ def _curve(run: _FinishedRun) -> list[Point]:
     lines = [line for line in read_metrics(run.folder) if "eval_loss" in line]
     points: list[Point] = []
     for number, line in enumerate(lines, 1):
-        final_score = run.result["score"] if number == len(lines) else None
+        final = run.result["validation"] or run.result
+        final_score = final["score"] if number == len(lines) else None
         points.append((line["step"], line["eval_loss"], line.get("eval_score", final_score)))
     return points
 
