@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from evatune.finetune.recipe import keys, ours, text_of
+import pytest
+
+from evatune.finetune import search
+from evatune.finetune.recipe import keys, load, ours, text_of
+from evatune.finetune.search import Search
+from evatune.finetune.tuning import Seeds
 from evatune.utils.lock import held
 from tests.conftest import Command, refused
 from tests.finetune.helpers import SMALL
+from tests.tuned_lines import tuned_lines
 
 
 def test_the_main_run_on_minilm_writes_what_it_says(command: Command, tmp_path: Path) -> None:
@@ -139,3 +146,36 @@ def test_a_recipe_is_copied_as_it_is_and_onto_nothing(command: Command, tmp_path
         folder=tmp_path,
         left=frozenset({"mine.yaml"}),
     )
+
+
+def test_a_tuned_comparison_prints_its_tables_and_says_which_search_failed(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load("images-digits", ["data.validation=50"])
+    lora, eva = (Search(settings, method, Seeds()) for method in ("lora", "eva"))
+    eva.problem = "out of luck"
+
+    def tune(recipes: Any, methods: Any, seeds: Seeds, path: Path, *_: Any) -> list[Search]:
+        assert [recipe.task for recipe in recipes] == ["digits"]
+        assert (methods, seeds) == (["lora", "eva"], Seeds((4,), (5, 6)))
+        lines = tuned_lines(tasks=["digits"], methods=["lora", "eva"])
+        path.write_text("".join(line.model_dump_json() + "\n" for line in lines))
+        return [lora, eva]
+
+    monkeypatch.setattr(search, "tune", tune)
+    options = ["--tune", "--seeds", "4", "--test-seeds", "5,6", "--out", tmp_path / "t"]
+    found = command("compare", "images-digits", "data.validation=50", *options)
+    assert found.status == 2
+    assert "1 of 2 searches failed, for example that of digits, eva: out of luck" in found.err
+    assert "digits" in found.out
+    assert str(tmp_path / "t" / "tables" / "README.md") in found.out.replace("\n", "")
+    assert (tmp_path / "t" / "tables" / "images.md").is_file()
+
+
+def test_what_a_tuned_comparison_cannot_do_is_refused(command: Command, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = ["compare", "images-digits", "--tune", "--out", out]
+    refused(command(*asked), "no examples to choose a learning rate by; add some, such as")
+    refused(command(*asked, "--test-seeds", "2,3"), "share 2, so that what is tested would have")
+    refused(command(*asked, "--lrs", "1e-3"), "--tune chooses the learning rates")
+    assert list(tmp_path.iterdir()) == []
