@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from evatune.adapters.lora_layers import lora_layers
@@ -78,7 +78,7 @@ def _forward_some(model: nn.Module, task: Task) -> None:
 
 
 @contextmanager
-def _recorded_inputs(layers: dict[str, LoraLayer]) -> Iterator[dict[str, list[Tensor]]]:
+def _recorded_inputs(layers: Mapping[str, Any]) -> Iterator[dict[str, list[Tensor]]]:
     """Collect the inputs of linear layers inside, as rows of float32 by layer."""
     rows: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -94,15 +94,15 @@ def _recorded_inputs(layers: dict[str, LoraLayer]) -> Iterator[dict[str, list[Te
             hook.remove()
 
 
-def _matrix_a(layer: LoraLayer) -> Tensor | None:
+def _matrix_a(layer: Any) -> Tensor | None:
     """Return A (r, d) in float32; None where the layer is no linear one, or has rank 0."""
     if "default" not in layer.lora_A:
         return None
-    weight = layer.lora_A["default"].weight
+    weight: Tensor = layer.lora_A["default"].weight
     return weight.float() if weight.ndim == 2 else None
 
 
-def _redistributed(layers: dict[str, LoraLayer], rank: int) -> dict[str, int] | None:
+def _redistributed(layers: Mapping[str, Any], rank: int) -> dict[str, int] | None:
     ranks = {name: int(layer.r.get("default", 0)) for name, layer in layers.items()}
     return None if set(ranks.values()) == {rank} else ranks
 

@@ -25,7 +25,9 @@ class Scenario:
 
 def _turned() -> Robot:
     """Return a robot mounted at a right angle: its x is the simulator's -y."""
-    return of_frame(torch.tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]))
+    return of_frame(
+        torch.tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], device="cpu")
+    )
 
 
 def _tilted() -> Robot:
@@ -44,7 +46,9 @@ SCENARIOS = {task: Scenario((task,)) for task in CW10} | {
     "pushing": Scenario(_PUSHING),
     "turned": Scenario(_PUSHING, _turned()),
     "tilted": Scenario(_PUSHING, _tilted()),
-    "mirrored": Scenario(_PUSHING, of_frame(torch.diag(torch.tensor([-1.0, 1.0, 1.0])))),
+    "mirrored": Scenario(
+        _PUSHING, of_frame(torch.diag(torch.tensor([-1.0, 1.0, 1.0], device="cpu")))
+    ),
     "shuffled": Scenario(_PUSHING, _shuffled()),
 }
 TASKS = tuple(SCENARIOS)
