@@ -162,6 +162,8 @@ def test_a_line_that_is_none_is_refused_with_its_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("jobs")
-def test_without_validation_examples_nothing_is_tuned(tmp_path: Path) -> None:
+def test_without_validation_examples_or_without_a_rate_nothing_is_tuned(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no examples to choose a learning rate by; add some"):
         tuned(tmp_path / "runs.jsonl", ["lora"], load("images-digits"))
+    with pytest.raises(ConfigError, match="'untouched' trains nothing and has no rate to tune"):
+        tuned(tmp_path / "runs.jsonl", ["lora", "untouched"])

@@ -23,6 +23,7 @@ from evatune.finetune.compare import (
     require_executor,
     variant,
 )
+from evatune.finetune.methods import find_method
 from evatune.finetune.recipe import Recipe, as_tree, parse
 from evatune.finetune.run_lines import append_line, read_lines, settings_digest
 from evatune.finetune.tuning import Choice, Seeds, Trial, chosen, next_trials, positions, rate_at
@@ -116,11 +117,14 @@ def tune(
         The searches, method by method; those that failed have a `problem`.
 
     Raises:
-        ConfigError: a recipe without validation examples; a file of runs on other data or by other
-            code; another executor. See `grid`.
+        ConfigError: a method that trains nothing; a recipe without validation examples; a file of
+            runs on other data or by other code; another executor. See `grid`.
     """
     require_comparable(recipes, methods)
     require_executor(executor)
+    for method in methods:
+        if not find_method(method).trains:
+            raise ConfigError(f"method {method!r} trains nothing and has no rate to tune")
     for recipe in recipes:
         if not recipe.data.validation:
             raise ConfigError(
