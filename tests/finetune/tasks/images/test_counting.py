@@ -40,7 +40,7 @@ def test_there_is_one_shape_more_than_the_label_says_each_apart_and_whole(
 
 def test_the_labels_of_the_task_are_those_it_draws_by() -> None:
     drawings = counting.TASK.drawings()
-    for index in (0, 1, 7, 4999):
+    for index in (0, 1, 7, 199):
         image = drawings.draw(np.random.default_rng(index), index)
         expected = counting.draw(np.random.default_rng(index), drawings.labels[index])
         assert (image == expected).all()

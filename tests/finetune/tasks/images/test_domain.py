@@ -18,6 +18,7 @@ from evatune.finetune.recipe import Recipe, load
 from evatune.finetune.run import run
 from evatune.finetune.run_folder import RESULT
 from evatune.finetune.tasks import images
+from evatune.finetune.tasks.images import domain
 from tests.finetune.helpers import small_images as small
 
 torch.set_num_threads(1)
@@ -98,6 +99,29 @@ def test_the_split_is_the_same_for_every_seed_and_nothing_is_in_both_halves() ->
     assert not set(one.train.indices) & set(one.test.indices)
 
 
+def test_a_drawn_image_is_processed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    domain._processed.cache_clear()
+    seen = []
+    _, plain = domain._load_model(small("location"), 25)
+    processor = type(plain)
+    process = processor.__call__
+
+    def noted(self: Any, pictures: Any, **options: Any) -> Any:
+        seen.append(len(pictures))
+        return process(self, pictures, **options)
+
+    monkeypatch.setattr(processor, "__call__", noted)
+    first, second = (images.prepare(small("location", f"seed={seed}")) for seed in (0, 1))
+    pairs = [first.train[i] for i in (3, 0, 5)]
+    one = first.collator(pairs)
+    more = second.collator([*pairs[::-1], first.train[7]])
+    assert seen == [1, 3, 1]  # one tells the size
+    assert torch.equal(one["pixel_values"], more["pixel_values"][:3].flip(0))
+    picture = first.train.source.picture(first.train.indices[7]).convert("RGB")
+    alone = plain([picture], return_tensors="pt")["pixel_values"]
+    assert torch.equal(alone[0], more["pixel_values"][3])
+
+
 @pytest.mark.parametrize("kind", ["parquet", "saved", "splits", "imagefolder"])
 def test_data_of_the_user_are_read(kind: str, tmp_path: Path) -> None:
     datasets.disable_progress_bars()
@@ -163,7 +187,7 @@ def test_a_checkpoint_of_another_size_brings_its_own_processor(tmp_path: Path) -
             ConfigError,
             "is 1798, but task 'digits' has 1797 examples; lower them",
         ),
-        (["task=fonts", "data.train=99999"], ConfigError, "has 9000 examples"),
+        (["task=fonts", "data.train=99999"], ConfigError, "has 200 examples"),
         (["model=./nowhere"], DataError, "model './nowhere' does not exist"),
         (
             ["task=mine", "data.source=./nowhere"],

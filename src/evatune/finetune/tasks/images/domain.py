@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any
 
@@ -26,10 +26,16 @@ from evatune.loading.cache import build_once
 from evatune.loading.hub import reading, require_path
 
 _DRAWN_VERSION = 2  # of the code that draws
+_KEPT_TASKS = 2  # in memory: a comparison goes from task to task
+_KEPT_BYTES = 2**28  # of one task, beyond which images are processed again for each batch
 _INSTEAD = (
     "a local folder with config.json, weights and preprocessor_config.json, or model=demo as in"
     " the recipe images-digits"
 )
+
+
+# Indices of images → what the model takes.
+_Process = Callable[[Sequence[int]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,8 @@ class _Labeled:
 
 
 @dataclass(frozen=True)
-class _Examples(torch.utils.data.Dataset[tuple[Image.Image, int]]):
-    """Pairs of an image and its label, which Trainer hands to the collator as they are.
+class _Examples(torch.utils.data.Dataset[tuple[int, int]]):
+    """Pairs of an image's index and its label, which Trainer hands to the collator as they are.
 
     Of a dict it would drop what the model does not name.
     """
@@ -52,9 +58,19 @@ class _Examples(torch.utils.data.Dataset[tuple[Image.Image, int]]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, i: int) -> tuple[int, int]:
         index = self.indices[i]
-        return self.source.picture(index), self.source.labels[index]
+        return index, self.source.labels[index]
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Images of one of our tasks; equal ones are processed alike."""
+
+    task: str
+    count: int
+    settings: str
+    process: _Process = field(compare=False)
 
 
 def prepare(recipe: Recipe) -> Task:
@@ -71,10 +87,18 @@ def prepare(recipe: Recipe) -> Task:
         images, split = _user_images(recipe)
     model, processor = _load_model(recipe, images.classes)
 
-    def collate(examples: list[tuple[Image.Image, int]]) -> dict[str, Tensor]:
-        pictures, labels = zip(*examples, strict=True)
-        inputs = processor([picture.convert("RGB") for picture in pictures], return_tensors="pt")
-        return {**inputs, "labels": _label_tensor(labels)}
+    def process(indices: Sequence[int]) -> dict[str, Tensor]:
+        pictures = [images.picture(index).convert("RGB") for index in indices]
+        return dict(processor(pictures, return_tensors="pt"))
+
+    inputs: _Process = process
+    if data.source is None:
+        settings = processor.to_json_string()
+        inputs = _processed(_Drawn(recipe.task, len(images.labels), settings, process))
+
+    def collate(examples: list[tuple[int, int]]) -> dict[str, Tensor]:
+        indices, labels = zip(*examples, strict=True)
+        return {**inputs(indices), "labels": _label_tensor(labels)}
 
     return Task(
         model=model,
@@ -136,6 +160,29 @@ def _bundled_images(name: str) -> _Labeled:
     pixels = tensors["images"].numpy()
     labels = tensors["labels"].tolist()
     return _Labeled(lambda index: Image.fromarray(pixels[index]), labels, task.classes)
+
+
+@lru_cache(maxsize=_KEPT_TASKS)
+def _processed(drawn: _Drawn) -> _Process:
+    """Return the processing of images, which keeps what it has processed, for all later runs."""
+    kept = {
+        key: values.new_empty(drawn.count, *values.shape[1:])
+        for key, values in drawn.process([0]).items()
+    }
+    if sum(values.nbytes for values in kept.values()) > _KEPT_BYTES:
+        return drawn.process
+    done = np.zeros(drawn.count, dtype=bool)
+
+    def process(indices: Sequence[int]) -> dict[str, Tensor]:
+        wanted = np.asarray(indices)
+        missing = wanted[~done[wanted]]
+        if len(missing):
+            for key, values in drawn.process(missing.tolist()).items():
+                kept[key][missing] = values
+            done[missing] = True
+        return {key: values[wanted] for key, values in kept.items()}
+
+    return process
 
 
 def _user_images(recipe: Recipe) -> tuple[_Labeled, Split[list[int]]]:
