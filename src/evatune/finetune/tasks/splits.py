@@ -41,6 +41,20 @@ def draw_split(total: int, data: DataOptions, task: str) -> Split[list[int]]:
     return Split(*parts)
 
 
+def draw_from(parts: Split[range], data: DataOptions, task: str) -> Split[list[int]]:
+    """Return the indices of each part's examples, drawn with the seed 0 from that part's own.
+
+    Raises ConfigError if there are not enough examples.
+    """
+
+    def chosen(key: str, size: int) -> list[int]:
+        own = vars(parts)[key]
+        (drawn,) = draw(len(own), task, **{key: size})
+        return [own[i] for i in drawn]
+
+    return Split(*(chosen(key, vars(data)[key]) for key in vars(parts)))
+
+
 def draw(total: int, task: str, **sizes: int) -> list[list[int]]:
     """Return as many indices per key of `data` as it has examples, drawn with the seed 0.
 

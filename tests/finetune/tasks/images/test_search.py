@@ -52,7 +52,28 @@ def test_five_letters_lie_in_cells_apart_and_only_the_labels_cell_holds_an_a(
     assert [cell for cell, text in drawn if text == "A"] == [5]
 
 
-@pytest.mark.parametrize("draw", [search.draw_triangle, search.draw_letter])
+def test_four_rings_lie_in_cells_apart_and_only_the_labels_ring_is_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[tuple[int, float]] = []
+
+    class Noted:
+        def __init__(self, image: Any) -> None:
+            pass
+
+        def arc(self, corners: Any, start: float, end: float, **_: Any) -> None:
+            x, y = np.mean(corners, axis=0)
+            drawn.append((int(y // 32) * 4 + int(x // 32), end - start))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evatune.finetune.tasks.images.search.ImageDraw.Draw", Noted)
+        patch.setattr(search, "ground_and_ink", lambda _: (np.zeros((32, 32)), 0.9))
+        search.draw_ring(np.random.default_rng(0), 6)
+    assert len({cell for cell, _ in drawn}) == 4
+    assert [cell for cell, reach in drawn if reach < 359] == [6]
+
+
+@pytest.mark.parametrize("draw", [search.draw_triangle, search.draw_letter, search.draw_ring])
 def test_equal_random_numbers_draw_equal_images(draw: Any) -> None:
     one, other = (draw(np.random.default_rng(3), 2) for _ in range(2))
     assert one.shape == (drawing.SIDE, drawing.SIDE)

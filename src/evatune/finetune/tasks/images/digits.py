@@ -34,17 +34,26 @@ def draw(rng: np.random.Generator, picture: Image.Image) -> Any:
 
 
 def drawings() -> Drawings:
-    """Return the handwritten digits of scikit-learn, 8 × 8. DataError if it is not installed."""
+    """Return the handwritten digits of scikit-learn. DataError if it is not installed."""
+    pictures, labels = handwritten("digits")
+    return Drawings(labels, lambda rng, index: draw(rng, pictures[index]))
+
+
+def handwritten(task: str) -> tuple[list[Image.Image], list[int]]:
+    """Return scikit-learn's handwritten digits, 8 × 8, light on black, and which they are.
+
+    Raises DataError, in which `task` is named, if it is not installed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise DataError(
-            "task 'digits' reads the handwritten digits of scikit-learn, which is not installed; "
+            f"task {task!r} reads the handwritten digits of scikit-learn, which is not installed; "
             "install it with: pip install 'evatune[images]'"
         ) from error
     digits = load_digits()  # values from 0 to 16
     pictures = [Image.fromarray(np.uint8(image * (255 / 16))) for image in digits.images]
-    return Drawings(digits.target.tolist(), lambda rng, index: draw(rng, pictures[index]))
+    return pictures, digits.target.tolist()
 
 
 TASK = ImageTask("digits", 10, drawings)

@@ -19,7 +19,7 @@ from evatune.errors import DataError
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.base import Domain, Task, accuracy
 from evatune.finetune.tasks.images.tasks import TASKS
-from evatune.finetune.tasks.splits import Split, draw_split
+from evatune.finetune.tasks.splits import Split, draw_from, draw_split
 from evatune.finetune.tasks.user_data import encode_labels, load_examples, require_task
 from evatune.loading.assets import asset
 from evatune.loading.cache import build_once
@@ -80,11 +80,7 @@ def prepare(recipe: Recipe) -> Task:
     cannot be had.
     """
     data = recipe.data
-    if data.source is None:
-        images = _bundled_images(recipe.task)
-        split = draw_split(len(images.labels), data, recipe.task)
-    else:
-        images, split = _user_images(recipe)
+    images, split = _bundled_images(recipe) if data.source is None else _user_images(recipe)
     model, processor = _load_model(recipe, images.classes)
 
     def process(indices: Sequence[int]) -> dict[str, Tensor]:
@@ -140,11 +136,16 @@ def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any]:
     return model, processor
 
 
-def _bundled_images(name: str) -> _Labeled:
-    """Return the images of one of our tasks, drawn the first time."""
+def _bundled_images(recipe: Recipe) -> tuple[_Labeled, Split[list[int]]]:
+    """Return the images of one of our tasks, drawn the first time, and which are in which part."""
+    name = recipe.task
     require_task(name, tuple(TASKS), "image classification")
     task = TASKS[name]
     drawings = task.drawings()
+    if drawings.parts is None:
+        split = draw_split(len(drawings.labels), recipe.data, name)
+    else:
+        split = draw_from(drawings.parts, recipe.data, name)
 
     def build() -> dict[str, Tensor]:
         images = [
@@ -159,7 +160,7 @@ def _bundled_images(name: str) -> _Labeled:
     tensors = build_once(f"images-{name}", {"version": _DRAWN_VERSION}, build)
     pixels = tensors["images"].numpy()
     labels = tensors["labels"].tolist()
-    return _Labeled(lambda index: Image.fromarray(pixels[index]), labels, task.classes)
+    return _Labeled(lambda index: Image.fromarray(pixels[index]), labels, task.classes), split
 
 
 @lru_cache(maxsize=_KEPT_TASKS)

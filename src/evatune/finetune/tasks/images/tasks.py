@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from evatune.finetune.tasks.images import counting, digits, fonts, location, orientation, search
+from evatune.finetune.tasks.images import (
+    counting,
+    digits,
+    fonts,
+    location,
+    orientation,
+    search,
+    three,
+)
 from evatune.finetune.tasks.images.base import ImageTask
 
-_MODULES = (digits, location, orientation, counting, fonts)
-_ALL = (*(module.TASK for module in _MODULES), search.TRIANGLES, search.LETTERS)
+_MODULES = (digits, location, orientation, counting, fonts, three)
+_ALL = (*(module.TASK for module in _MODULES), search.TRIANGLES, search.LETTERS, search.RINGS)
 TASKS: dict[str, ImageTask] = {task.name: task for task in _ALL}
