@@ -224,7 +224,7 @@ SMALL_GENERATION = [
 ]
 SMALL_IMAGES = [
     "data.train=48",
-    "data.validation=16",
+    "data.validation=8",
     "data.test=24",
     "training.steps=4",
     "training.batch_size=8",
