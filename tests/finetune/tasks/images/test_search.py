@@ -1,4 +1,4 @@
-"""In which cell a shape or a letter lies."""
+"""In which cell a shape lies."""
 
 from __future__ import annotations
 
@@ -30,28 +30,6 @@ def test_one_triangle_lies_in_the_cell_of_the_label_and_other_shapes_elsewhere(
         assert [cell for cell, one in zip(cells, triangles, strict=True) if one] == [label]
 
 
-def test_five_letters_lie_in_cells_apart_and_only_the_labels_cell_holds_an_a(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    drawn: list[tuple[int, str]] = []
-
-    class Noted:
-        def __init__(self, image: Any) -> None:
-            pass
-
-        def text(self, corner: tuple[float, float], text: str, *, font: Any, **_: Any) -> None:
-            left, top, right, bottom = font.getbbox(text)
-            x, y = corner[0] + (left + right) / 2, corner[1] + (top + bottom) / 2
-            drawn.append((int(y // (64 / 3)) * 3 + int(x // (64 / 3)), text))
-
-    with monkeypatch.context() as patch:
-        patch.setattr("evatune.finetune.tasks.images.search.ImageDraw.Draw", Noted)
-        patch.setattr(search, "ground_and_ink", lambda _: (np.zeros((32, 32)), 0.9))
-        search.draw_letter(np.random.default_rng(0), 5)
-    assert len({cell for cell, _ in drawn}) == 5
-    assert [cell for cell, text in drawn if text == "A"] == [5]
-
-
 def test_four_rings_lie_in_cells_apart_and_only_the_labels_ring_is_open(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -73,7 +51,7 @@ def test_four_rings_lie_in_cells_apart_and_only_the_labels_ring_is_open(
     assert [cell for cell, reach in drawn if reach < 359] == [6]
 
 
-@pytest.mark.parametrize("draw", [search.draw_triangle, search.draw_letter, search.draw_ring])
+@pytest.mark.parametrize("draw", [search.draw_triangle, search.draw_ring])
 def test_equal_random_numbers_draw_equal_images(draw: Any) -> None:
     one, other = (draw(np.random.default_rng(3), 2) for _ in range(2))
     assert one.shape == (drawing.SIDE, drawing.SIDE)
