@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from evatune.finetune.tasks.images import drawing, search
+from evatune.finetune.tasks.images.base import ImageTask
 
 
+@pytest.mark.parametrize("wanted", [drawing.TRIANGLE, drawing.SQUARE])
 @pytest.mark.parametrize("label", [0, 6, 15])
-def test_one_triangle_lies_in_the_cell_of_the_label_and_other_shapes_elsewhere(
-    label: int, monkeypatch: pytest.MonkeyPatch
+def test_one_wanted_shape_lies_in_the_cell_of_the_label_and_others_elsewhere(
+    label: int, wanted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[tuple[Any, complex]] = []
 
@@ -23,11 +25,11 @@ def test_one_triangle_lies_in_the_cell_of_the_label_and_other_shapes_elsewhere(
     monkeypatch.setattr(search, "draw_shape", noted)
     for seed in range(10):
         drawn.clear()
-        search.draw_triangle(np.random.default_rng(seed), label)
+        search.draw_among_shapes(np.random.default_rng(seed), label, wanted)
         cells = [int(center.imag // 8) * 4 + int(center.real // 8) for _, center in drawn]
         assert len(set(cells)) == 4
-        triangles = [outline is drawing.TRIANGLE for outline, _ in drawn]
-        assert [cell for cell, one in zip(cells, triangles, strict=True) if one] == [label]
+        found = [outline is wanted for outline, _ in drawn]
+        assert [cell for cell, one in zip(cells, found, strict=True) if one] == [label]
 
 
 def test_four_rings_lie_in_cells_apart_and_only_the_labels_ring_is_open(
@@ -51,8 +53,9 @@ def test_four_rings_lie_in_cells_apart_and_only_the_labels_ring_is_open(
     assert [cell for cell, reach in drawn if reach < 359] == [6]
 
 
-@pytest.mark.parametrize("draw", [search.draw_triangle, search.draw_ring])
-def test_equal_random_numbers_draw_equal_images(draw: Any) -> None:
-    one, other = (draw(np.random.default_rng(3), 2) for _ in range(2))
+@pytest.mark.parametrize("task", [search.SQUARES, search.RINGS])
+def test_equal_random_numbers_draw_equal_images(task: ImageTask) -> None:
+    drawings = task.drawings()
+    one, other = (drawings.draw(np.random.default_rng(3), 2) for _ in range(2))
     assert one.shape == (drawing.SIDE, drawing.SIDE)
     assert (one == other).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,19 +24,23 @@ from evatune.finetune.tasks.images.drawing import (
 )
 
 CELLS = 4  # per row and per column
+SHAPES = (DISC, SQUARE, STAR, TRIANGLE)
 _FINE = 4  # rings are drawn this many times as large
 
 
-def draw_triangle(rng: np.random.Generator, label: int) -> Any:
-    """Return a triangle in cell `label` of 4 × 4, row by row, and three other shapes elsewhere.
+def draw_among_shapes(rng: np.random.Generator, label: int, wanted: Any) -> Any:
+    """Return the wanted shape in cell `label` of 4 × 4, row by row, and others in three cells.
+
+    Args:
+        wanted: its outline, one of `SHAPES`.
 
     Returns:
         uint8 (32, 32).
     """
+    others = [outline for outline in SHAPES if outline is not wanted]
     image, ink = ground_and_ink(rng)
     for cell in filled_cells(rng, label, CELLS, others=3):
-        others = (DISC, SQUARE, STAR)
-        outline = TRIANGLE if cell == label else others[rng.integers(len(others))]
+        outline = wanted if cell == label else others[rng.integers(len(others))]
         center = cell_middle(cell, CELLS) + complex(*rng.uniform(-0.8, 0.8, 2))
         radius, angle = rng.uniform(3, 4.2), rng.uniform(0, TURN)
         image = draw_shape(image, outline, center, radius, angle, ink)
@@ -77,5 +82,10 @@ def cell_middle(cell: int, side: int) -> complex:
     return SIDE / side * complex(column + 0.5, row + 0.5)
 
 
-TRIANGLES = ImageTask("triangle", CELLS**2, partial(balanced, draw_triangle, CELLS**2))
-RINGS = ImageTask("ring", CELLS**2, partial(balanced, draw_ring, CELLS**2))
+def _task(name: str, draw: Callable[[np.random.Generator, int], Any]) -> ImageTask:
+    return ImageTask(name, CELLS**2, partial(balanced, draw, CELLS**2))
+
+
+TRIANGLES = _task("triangle", partial(draw_among_shapes, wanted=TRIANGLE))
+SQUARES = _task("square", partial(draw_among_shapes, wanted=SQUARE))
+RINGS = _task("ring", draw_ring)

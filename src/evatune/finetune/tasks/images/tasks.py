@@ -14,5 +14,5 @@ from evatune.finetune.tasks.images import (
 from evatune.finetune.tasks.images.base import ImageTask
 
 _MODULES = (digits, location, orientation, counting, fonts, three)
-_ALL = (*(module.TASK for module in _MODULES), search.TRIANGLES, search.RINGS)
+_ALL = (*(module.TASK for module in _MODULES), search.TRIANGLES, search.SQUARES, search.RINGS)
 TASKS: dict[str, ImageTask] = {task.name: task for task in _ALL}
