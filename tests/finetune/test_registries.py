@@ -116,8 +116,8 @@ def test_a_toy_task_of_images_is_drawn_and_split(
     )
     task = find_domain("images").prepare(recipe)
     assert (len(task.train), len(task.test)) == (8, 4)
-    for picture, label in task.train:
-        assert picture.getpixel((0, 0)) == 100 * label
+    for index, label in task.train:
+        assert task.train.source.picture(index).getpixel((0, 0)) == 100 * label
 
 
 def test_names_that_no_registry_has_are_refused_with_those_that_there_are() -> None:
