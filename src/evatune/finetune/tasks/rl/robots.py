@@ -38,7 +38,10 @@ class Robot:
         return (actions @ self.action).clamp(-1, 1)
 
 
-SAWYER = Robot(torch.eye(STATES, device="cpu"), torch.eye(ACTIONS, device="cpu"))
+SAWYER = Robot(
+    torch.eye(STATES, dtype=torch.float32, device="cpu"),
+    torch.eye(ACTIONS, dtype=torch.float32, device="cpu"),
+)
 
 
 def of_frame(frame: Tensor) -> Robot:
@@ -48,7 +51,10 @@ def of_frame(frame: Tensor) -> Robot:
     three numbers of an action. What belongs to no direction in space stays: openings of the gripper
     and quaternions.
     """
-    state, action = torch.eye(STATES, device="cpu"), torch.eye(ACTIONS, device="cpu")
+    state, action = (
+        torch.eye(STATES, dtype=torch.float32, device="cpu"),
+        torch.eye(ACTIONS, dtype=torch.float32, device="cpu"),
+    )
     for first in _POSITIONS:
         state[first : first + 3, first : first + 3] = frame
     action[:3, :3] = frame
@@ -57,4 +63,7 @@ def of_frame(frame: Tensor) -> Robot:
 
 def with_sensors_in_order(order: Sequence[int]) -> Robot:
     """Return a robot that reports the numbers of the state in another order."""
-    return Robot(torch.eye(STATES, device="cpu")[list(order)], torch.eye(ACTIONS, device="cpu"))
+    return Robot(
+        torch.eye(STATES, dtype=torch.float32, device="cpu")[list(order)],
+        torch.eye(ACTIONS, dtype=torch.float32, device="cpu"),
+    )

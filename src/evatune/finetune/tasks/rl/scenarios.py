@@ -26,7 +26,9 @@ class Scenario:
 def _turned() -> Robot:
     """Return a robot mounted at a right angle: its x is the simulator's -y."""
     return of_frame(
-        torch.tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], device="cpu")
+        torch.tensor(
+            [[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float32, device="cpu"
+        )
     )
 
 
@@ -47,7 +49,8 @@ SCENARIOS = {task: Scenario((task,)) for task in CW10} | {
     "turned": Scenario(_PUSHING, _turned()),
     "tilted": Scenario(_PUSHING, _tilted()),
     "mirrored": Scenario(
-        _PUSHING, of_frame(torch.diag(torch.tensor([-1.0, 1.0, 1.0], device="cpu")))
+        _PUSHING,
+        of_frame(torch.diag(torch.tensor([-1.0, 1.0, 1.0], dtype=torch.float32, device="cpu"))),
     ),
     "shuffled": Scenario(_PUSHING, _shuffled()),
 }
