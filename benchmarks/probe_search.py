@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from evatune.utils.json_lines import append_json_line, whole_lines
 
 SEEDS = (0, 1, 2)
 STEPS_PER_DECADE = 4  # of the grid of rates: ×1.78
@@ -20,21 +21,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a file; what follows the last line break is of a killed run."""
     if not path.exists():
         return []
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    return [json.loads(line) for line in whole.decode().splitlines()]
+    return [json.loads(line) for line in whole_lines(path.read_text(encoding="utf-8"))]
 
 
-def append_line(path: Path, line: Mapping[str, Any]) -> None:
-    """Append one line in one write, in place of a torn last one."""
+def append_line(path: Path, line: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(line, allow_nan=False) + "\n"
-    with path.open("a+b") as file:
-        file.seek(0)
-        head, line_break, _ = file.read().rpartition(b"\n")
-        file.truncate(len(head + line_break))
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    append_json_line(path, line)
 
 
 def rate_at(position: int) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from evatune.schemas import telling
 from evatune.schemas.damage import Damage
 from evatune.schemas.text import read_text, validate_json
 from evatune.schemas.tuned import RunLine
+from evatune.utils.json_lines import append_json_line, whole_lines
 
 
 def settings_digest(recipe: Recipe) -> str:
@@ -34,8 +34,7 @@ def read_lines(paths: Iterable[Path]) -> list[RunLine]:
     lines: dict[str, RunLine] = {}
     for path in paths:
         with telling(path, "is it the runs.jsonl of `evatune compare --tune`?", ConfigError):
-            whole, _, _ = read_text(path).rpartition("\n")
-            for number, text in enumerate(whole.splitlines(), 1):
+            for number, text in enumerate(whole_lines(read_text(path)), 1):
                 try:
                     line = validate_json(RunLine, text)
                 except Damage as damage:
@@ -56,14 +55,7 @@ def append_line(path: Path, fields: dict[str, Any]) -> RunLine:
     """
     finite = _finite(fields)
     line = RunLine.model_validate(finite)
-    text = json.dumps(finite, allow_nan=False) + "\n"
-    with path.open("a+b") as file:
-        file.seek(0)
-        head, line_break, _ = file.read().rpartition(b"\n")
-        file.truncate(len(head + line_break))
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    append_json_line(path, finite)
     return line
 
 

@@ -83,13 +83,8 @@ class Search:
         trial = Trial(position, line.seed, tested=line.seed in self.seeds.test)
         is_own = settings_digest(self.recipe_of(trial)) == line.id
         if is_own and (line.tested or not trial.tested):
-            self.losses[position, line.seed] = _loss(line)
+            self.losses[position, line.seed] = line.final_loss
             self.running.discard(trial)
-
-
-def _loss(line: RunLine) -> float:
-    loss = line.validation.loss
-    return math.inf if line.diverged or loss is None else loss
 
 
 # Name of a search, what its run was, and what went wrong or None.
@@ -192,7 +187,7 @@ class _TunedComparison:
             settings = {"id": settings_digest(recipe), "settings": as_tree(recipe)}
             origin = {"data": data, "code": code, "tested": trial.tested}
             line = append_line(self.path, settings | origin | result["line"])
-            search.losses[trial.position, trial.seed] = _loss(line)
+            search.losses[trial.position, trial.seed] = line.final_loss
             search.running.discard(trial)
         elif search.problem is None:
             search.problem = problem

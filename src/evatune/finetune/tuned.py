@@ -229,9 +229,10 @@ def method_order(name: str) -> tuple[int, str]:
 
 
 _ORDER = (
-    "untouched", "head", "full", "lora", "eva", "eva-paper", "eva-dora", "eva-gradient",
+    "untouched", "head", "full", "lora", "eva", "eva-paper", "eva-dora",
+    "eva-gradients", "eva-regression",
     "lora-orthogonal", "lora-ga", "pissa", "dora", "loraplus", "rslora", "adalora", "milora",
-    "olora", "corda", "lora-one", "mica", "lora-redist", "eva-minor", "eva-shuffled",
+    "olora", "corda", "lora-one", "mica", "lora-redist", "eva-minor",
 )  # fmt: skip
 
 
@@ -362,7 +363,7 @@ def _final_runs(
     rates = tuple(
         RatePoint(
             rate,
-            {line.seed: _final_loss(line) for line in runs},
+            {line.seed: line.final_loss for line in runs},
             {line.seed: 0.0 if line.diverged else line.validation.score or 0.0 for line in runs},
         )
         for rate, runs in sorted(points.items())
@@ -386,11 +387,6 @@ def _chosen(rates: Sequence[RatePoint]) -> float | None:
     done = any(len(point.losses) == len(seeds) for point in rates)
     place = best_position(losses, seeds if done else seeds[:1])
     return None if place is None else rates[place].rate
-
-
-def _final_loss(line: RunLine) -> float:
-    loss = line.validation.loss
-    return math.inf if line.diverged or loss is None else loss
 
 
 def _test(line: RunLine, name: str) -> float | None:
@@ -424,7 +420,7 @@ def _ends(line: RunLine | None) -> tuple[float, float] | None:
     """Return the first and the last validation loss of a run; None where it diverged."""
     if line is None or line.diverged or not line.curve:
         return None
-    start, end = line.curve[0][1], _final_loss(line)
+    start, end = line.curve[0][1], line.final_loss
     return None if start is None or math.isinf(end) else (start, end)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -85,6 +86,12 @@ class RunLine(_Kept):
     @property
     def rate(self) -> float:
         return self.settings.training.learning_rate
+
+    @property
+    def final_loss(self) -> float:
+        """Return the loss on validation examples after training; infinite where it diverged."""
+        loss = self.validation.loss
+        return math.inf if self.diverged or loss is None else loss
 
     def tree(self) -> dict[str, Any]:
         """Return the settings as plain values."""

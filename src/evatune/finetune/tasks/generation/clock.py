@@ -5,21 +5,7 @@ from __future__ import annotations
 import random
 
 from evatune.finetune.tasks.generation.base import GenerationTask, Pair, Pairs, drawn
-
-_HOURS_SAID = (
-    "twelve",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-)
+from evatune.finetune.tasks.generation.numbers import words
 
 
 def examples(train: int, test: int) -> Pairs:
@@ -32,7 +18,8 @@ def _said(source: random.Random) -> Pair:
     hour, minute = source.randrange(24), source.randrange(60)
     late = minute > 30
     named = (hour + late) % 24
-    said = source.choice((str(named % 12 or 12), _HOURS_SAID[named % 12]))
+    on_the_dial = named % 12 or 12
+    said = source.choice((str(on_the_dial), words(on_the_dial)))
     side = f"{60 - minute} to" if late else f"{minute} past"
     half = source.choice(("am", "in the morning") if named < 12 else ("pm", "in the evening"))
     ask = source.choice(("{}", "at {}", "It is {}", "from {} on"))
