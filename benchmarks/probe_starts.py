@@ -24,8 +24,7 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from itertools import chain, product, repeat
@@ -34,7 +33,6 @@ from typing import Any
 
 import torch
 import transformers
-from peft.tuners.lora import LoraLayer
 from probe_search import (
     SEEDS,
     STEPS_PER_DECADE,
@@ -57,6 +55,7 @@ from evatune.calibration import CalibrationConfig
 from evatune.finetune import recipe as recipes
 from evatune.finetune.methods import METHODS, AdapterSetup, Method, Preparation
 from evatune.finetune.recipe import Recipe
+from evatune.finetune.start_facts import kappas_and_participation
 from evatune.finetune.tasks import Task, find_domain
 from evatune.finetune.training import build_trainer
 from evatune.trainers.hf import training_batches
@@ -65,7 +64,6 @@ RESULTS = Path(__file__).parent / "results" / "probe"
 PARTS = ("choose", "fixed", "grid")
 LORA_POSITION = -8  # 1e-2, where the search for LoRA's rate begins
 HEAD_RATE = 5e-3  # of a new head, for all starts: the rate of LoRA in the recipes that have one
-KAPPA_EXAMPLES = 24
 NOT_HERE = "not in this version"
 
 
@@ -317,41 +315,9 @@ def _with_head_rate(trainer: Any, head: Sequence[str], rate: float) -> Any:
     return kind([{"params": groups[0]}, {"params": groups[1], "lr": rate}], **options)
 
 
-@torch.no_grad()
 def measure_start(model: Any, task: Task, job: Job) -> dict[str, float | None]:
-    """Return κ, by which the first step is larger than LoRA's, and the inputs' participation ratio.
-
-    κ² = (s·r/α)² · E‖Ax‖² / (r·E‖x‖² / 3d) per layer, over tokens of some training examples, s the
-    adapter's scale; the denominator is what PEFT's default A gives at s = α/r.
-    PR = (tr C)² / tr C², C the second moments of the input.
-    """
-    rows: dict[str, list[Tensor]] = defaultdict(list)
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
-    }
-
-    def keep(name: str) -> Callable[..., None]:
-        return lambda _, inputs: rows[name].append(inputs[0].flatten(0, -2))
-
-    hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
-    was_training = model.training
-    model.eval()
-    for example in task.train[:KAPPA_EXAMPLES]:  # one by one: no padding
-        model(**task.collator([dict(example)]))
-    model.train(was_training)
-    for hook in hooks:
-        hook.remove()
-    kappas, ratios = [], []
-    for name, layer in layers.items():
-        x = torch.cat(rows[name])  # (n, d)
-        if not len(layer.lora_A):  # rank 0 after redistribution
-            continue
-        a = layer.lora_A["default"].weight
-        usual = job.rank * x.square().sum() / (3 * x.shape[1])
-        relative = (x @ a.T).square().sum() / usual
-        kappas.append(layer.scaling["default"] * job.rank / job.alpha * math.sqrt(relative))
-        second = x.T @ x
-        ratios.append(float(second.trace() ** 2 / second.square().sum()))
+    """Return κ and the inputs' participation ratio: the median, least and most over layers."""
+    kappas, ratios = kappas_and_participation(model, task, job.rank, job.alpha)
     return {
         "kappa": statistics.median(kappas),
         "kappa_least": min(kappas),

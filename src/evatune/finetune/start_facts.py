@@ -40,30 +40,42 @@ class StartFacts:
 NO_FACTS = StartFacts(None, None, None)
 
 
-@torch.no_grad()
 def start_facts(model: nn.Module, task: Task, recipe: Recipe) -> StartFacts:
     """Return what is true of the adapter's start, by a pass over some training examples.
 
+    r and α of κ are the recipe's; see `kappas_and_participation`.
+    """
+    rank = recipe.adapter.rank
+    kappas, ratios = kappas_and_participation(model, task, rank, recipe.adapter.alpha)
+    layers = lora_layers(model)
+    return StartFacts(_median(kappas), _median(ratios), _redistributed(layers, rank))
+
+
+@torch.no_grad()
+def kappas_and_participation(
+    model: nn.Module, task: Task, rank: int, alpha: float
+) -> tuple[list[float], list[float]]:
+    """Return κ and the input's participation ratio of each linear layer of the adapter.
+
     κ² = (s·r/α)² · E‖Ax‖² / (r·E‖x‖² / 3d) per layer, over the rows of its input, s the adapter's
-    scale, r and α the recipe's; the denominator is what PEFT's default A gives at s = α/r.
+    scale; the denominator is what PEFT's default A gives at s = α/r. Nothing without an adapter.
     """
     layers = lora_layers(model)
     if not layers:
-        return NO_FACTS
+        return [], []
     with _recorded_inputs(layers) as rows:
         _forward_some(model, task)
-    rank, alpha = recipe.adapter.rank, recipe.adapter.alpha
     kappas, ratios = [], []
     for name, parts in rows.items():
         layer = layers[name]
         x = torch.cat(parts)  # (n, d)
+        a = _matrix_a(layer)
+        assert a is not None  # others are not recorded
+        relative = (x @ a.T).square().sum() * 3 * x.shape[1] / (rank * x.square().sum())
+        kappas.append(layer.scaling["default"] * rank / alpha * math.sqrt(relative))
         second = x.T @ x
         ratios.append(float(second.trace() ** 2 / second.square().sum()))
-        a = _matrix_a(layer)
-        if a is not None:
-            relative = (x @ a.T).square().sum() * 3 * x.shape[1] / (rank * x.square().sum())
-            kappas.append(layer.scaling["default"] * rank / alpha * math.sqrt(relative))
-    return StartFacts(_median(kappas), _median(ratios), _redistributed(layers, rank))
+    return kappas, ratios
 
 
 def _forward_some(model: nn.Module, task: Task) -> None:
@@ -103,8 +115,9 @@ def _matrix_a(layer: Any) -> Tensor | None:
 
 
 def _redistributed(layers: Mapping[str, Any], rank: int) -> dict[str, int] | None:
+    """Return the ranks; None where all are the recipe's, or there are none."""
     ranks = {name: int(layer.r.get("default", 0)) for name, layer in layers.items()}
-    return None if set(ranks.values()) == {rank} else ranks
+    return None if set(ranks.values()) <= {rank} else ranks
 
 
 def _median(values: list[float]) -> float | None:
