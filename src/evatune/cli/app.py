@@ -6,12 +6,13 @@ from typing import Annotated, cast
 
 import typer
 
+from evatune.cli.compare import compare
 from evatune.cli.export import export
 from evatune.cli.init import init
 from evatune.cli.inspect import inspect
 from evatune.cli.interrupt import STATUS
 from evatune.cli.merge import merge
-from evatune.cli.train import compare, recipes, train
+from evatune.cli.train import recipes, train
 from evatune.version import __version__
 
 # Typer carries its own copy of click, or needs the package, depending on its version; this is

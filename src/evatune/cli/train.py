@@ -1,13 +1,11 @@
-"""`evatune train`, `compare` and `recipes`."""
+"""`evatune train` and `recipes`."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -15,15 +13,9 @@ from evatune.cli.libraries import TRUST_HELP, libraries_on_stderr, loading_libra
 from evatune.utils.markup import printable
 from evatune.utils.names import as_shown
 
-if TYPE_CHECKING:
-    from evatune.finetune.recipe import Recipe
-    from evatune.finetune.search import Progress
-    from evatune.finetune.summary import Comparison
-    from evatune.finetune.tuning import Seeds, Trial
-
-_RUNS = Path("runs")
-_Trust = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)]
-_TRUSTED = "trust_remote_code=true"
+RUNS = Path("runs")
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)]
+TRUSTED = "trust_remote_code=true"
 
 
 def train(
@@ -36,7 +28,7 @@ def train(
             help="Settings that replace the recipe's, such as method=lora training.steps=100."
         ),
     ] = None,
-    trust_remote_code: _Trust = False,
+    trust_remote_code: Trust = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run. Default: runs/RECIPE-METHOD-seedN.")
     ] = None,
@@ -46,8 +38,8 @@ def train(
     one."""
     from evatune.finetune.recipe import load
 
-    settings = load(recipe, [*(overrides or []), *([_TRUSTED] if trust_remote_code else [])])
-    folder = as_shown(out or _RUNS / f"{Path(recipe).stem}-{settings.method}-seed{settings.seed}")
+    settings = load(recipe, [*(overrides or []), *([TRUSTED] if trust_remote_code else [])])
+    folder = as_shown(out or RUNS / f"{Path(recipe).stem}-{settings.method}-seed{settings.seed}")
 
     from rich.console import Console
 
@@ -79,217 +71,6 @@ def train(
     for path in sorted(folder.iterdir()):
         if not path.name.startswith(".") and path.name != "checkpoints":
             typer.echo(printable(str(path)))
-
-
-def compare(
-    recipes: Annotated[
-        list[str],
-        typer.Argument(
-            help=(
-                "Recipes of ours, patterns of their names such as 'images-*', or YAML files; with"
-                " settings that replace "
-                "theirs, such as training.steps=100."
-            ),
-        ),
-    ],
-    methods: Annotated[str, typer.Option(help="Methods, with commas between.")] = "lora,eva",
-    seeds: Annotated[
-        str, typer.Option(help="Seeds, with commas between; with --tune, to tune with.")
-    ] = "0,1,2",
-    lrs: Annotated[
-        str, typer.Option(help="Learning rates, with commas between. Default: the recipe's.")
-    ] = "",
-    tuned: Annotated[
-        bool,
-        typer.Option(
-            "--tune",
-            help=(
-                "Search each method's learning rate around the recipe's on validation examples"
-                " (data.validation), then test it with other seeds."
-            ),
-        ),
-    ] = False,
-    test_seeds: Annotated[
-        str, typer.Option(help="With --tune: seeds to test with.")
-    ] = "10,11,12,13,14",
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Runs at a time, of one thread each. Default: one per core."),
-    ] = None,
-    executor: Annotated[
-        str, typer.Option(help="process, or ray: a cluster (RAY_ADDRESS), else this machine.")
-    ] = "process",
-    target_loss: Annotated[
-        float | None,
-        typer.Option(
-            help="Evaluation loss to reach. Default: what every seed of the first method reached."
-        ),
-    ] = None,
-    trust_remote_code: _Trust = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder. Default: runs/compare-RECIPE, or -DOMAIN.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Compare methods under equal conditions. Finished cells are kept: the same command again goes
-    on."""
-    from evatune.errors import EvatuneError
-    from evatune.finetune.recipe import expand, load
-
-    sources = expand(text for text in recipes if "=" not in text)
-    overrides = [text for text in recipes if "=" in text] + (
-        [_TRUSTED] if trust_remote_code else []
-    )
-    settings = [load(source, overrides) for source in sources]
-    shared = (
-        Path(sources[0]).stem
-        if len(sources) == 1
-        else "-".join(dict.fromkeys(one.domain for one in settings))
-    )
-    folder = as_shown(out or _RUNS / f"{'tuned' if tuned else 'compare'}-{shared}")
-    chosen_seeds, rates = _numbers(seeds, int, "--seeds"), _numbers(lrs, float, "--lrs")
-
-    from rich.console import Console
-
-    log = Console(stderr=True, quiet=as_json)
-    with loading_libraries(log):
-        from evatune.errors import ConfigError
-        from evatune.finetune.compare import grid, run_all
-        from evatune.finetune.summary import summarize
-        from evatune.finetune.tuning import Seeds
-        from evatune.report.runs import comparison_table
-        from evatune.report.tables import console
-        from evatune.utils.lock import held
-
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    count = workers or os.cpu_count() or 1
-    if tuned:
-        if rates or target_loss is not None:
-            raise ConfigError(
-                "--tune chooses the learning rates and the losses to reach; leave out --lrs and"
-                " --target-loss"
-            )
-        split_seeds = Seeds(tuple(chosen_seeds), tuple(_numbers(test_seeds, int, "--test-seeds")))
-        _compare_tuned(sources, settings, names, split_seeds, folder, count, executor, as_json, log)
-        return
-    runs = grid(settings, names, chosen_seeds, rates, folder / "cells")
-    _require_comparison(folder)
-    with held(folder):
-        with libraries_on_stderr():
-            failed = _with_bar(log, runs, lambda tell: run_all(runs, count, tell, executor))
-        found = summarize(runs, target_loss)
-        facts = _write_comparison(found, failed, folder)
-    if as_json:
-        typer.echo(json.dumps(facts))
-    elif found.lines:
-        console().print(comparison_table(found))
-        for name in ("comparison.json", "comparison.md", "curves.png"):
-            typer.echo(printable(str(folder / name)))
-    if failed:
-        path, why = next(iter(failed.items()))
-        raise EvatuneError(
-            f"{len(failed)} of {len(runs)} runs failed, for example {path.name}: {why}"
-        )
-
-
-def _compare_tuned(
-    sources: list[str],
-    settings: list[Recipe],
-    methods: list[str],
-    seeds: Seeds,
-    folder: Path,
-    workers: int,
-    executor: str,
-    as_json: bool,
-    log: Any,
-) -> None:
-    """Search, test, write tables and pictures, and print them."""
-    from evatune.errors import EvatuneError
-    from evatune.finetune.search import tune
-    from evatune.utils.lock import held
-
-    path = folder / "runs.jsonl"
-    _require_comparison(folder)
-    with held(folder):
-        with libraries_on_stderr(), _search_bar(log) as tell:
-            searches = tune(settings, methods, seeds, path, workers, tell, executor)
-        if path.exists():
-            _show_tuned(path, sources, as_json)
-    failed = {search.name: search.problem for search in searches if search.problem}
-    failed |= {search.name: "every run diverged" for search in searches if search.diverged}
-    if failed:
-        name, why = next(iter(failed.items()))
-        raise EvatuneError(
-            f"{len(failed)} of {len(searches)} searches failed, for example that of {name}: {why}"
-        )
-
-
-def _show_tuned(path: Path, sources: list[str], as_json: bool) -> None:
-    """Write the pages of a tuned comparison beside its lines, and print its tables."""
-    import shlex
-    import sys
-
-    from evatune.finetune.recipe import as_tree, flat, load
-    from evatune.finetune.run_lines import read_lines
-    from evatune.finetune.tuned import Source, summarize
-    from evatune.report.tables import console, say
-    from evatune.report.tuned import overview_lines, tuned_facts, tuned_tables, write_pages
-
-    recipes = {}
-    for source in sources:
-        recipe = load(source)
-        recipes[recipe.domain, recipe.task] = Source(source, flat(as_tree(recipe)))
-    summary = summarize(read_lines([path]), recipes)
-    written = write_pages(summary, path.parent / "tables", shlex.join(["evatune", *sys.argv[1:]]))
-    if as_json:
-        typer.echo(json.dumps({"pages": [str(page) for page in written]} | tuned_facts(summary)))
-        return
-    terminal = console()
-    for table in tuned_tables(summary):
-        terminal.print(table)
-    say(terminal, *overview_lines(summary))
-    for page in written:
-        if page.suffix == ".md":
-            typer.echo(printable(str(page)))
-
-
-@contextmanager
-def _search_bar(log: Any) -> Iterator[Progress]:
-    """Show how many runs of a tuned comparison have ended, and which was the last."""
-    with _bar(log) as bar:
-        task = bar.add_task("", total=None)
-
-        def tell(name: str, trial: Trial, problem: str | None) -> None:
-            aim = "test" if trial.tested else "tune"
-            state = "failed" if problem else "done"
-            text = f"{state}: {name}, {aim}, seed {trial.seed}"
-            bar.update(task, advance=1, description=printable(text))
-
-        yield tell
-
-
-def _write_comparison(found: Comparison, failed: dict[Path, str], folder: Path) -> dict[str, Any]:
-    """Write table and curves of a comparison, and return its facts, which are written too."""
-    import shlex
-    import sys
-    from dataclasses import asdict
-
-    from evatune.report.runs import comparison_markdown, comparison_plot
-    from evatune.utils.atomic import write_text
-
-    command = shlex.join(["evatune", *sys.argv[1:]])
-    facts: dict[str, Any] = {
-        "command": command,
-        "target_losses": found.targets,
-        "lines": [asdict(line) for line in found.lines],
-        "averages": found.averages(),
-        "failed": {str(path): why for path, why in failed.items()},
-    }
-    write_text(folder / "comparison.json", json.dumps(facts, indent=2) + "\n")
-    if found.lines:
-        comparison_plot(found, folder / "curves.png")
-        write_text(folder / "comparison.md", comparison_markdown(found, command))
-    return facts
 
 
 recipes = typer.Typer(help="List, show or copy recipes.")
@@ -359,64 +140,3 @@ def _rank_page(folder: Path, settings: Any) -> None:
         page = render(calibration, plan, flat(as_tree(settings)), scale)
         write_text(folder / "report.html", page)
         rank_plot(calibration, plan, folder / "ranks.png")
-
-
-def _require_comparison(folder: Path) -> None:
-    """Raise a ConfigError for a folder that is there and not empty, but holds no comparison."""
-    from evatune.errors import ConfigError
-
-    if (
-        folder.is_dir()
-        and not (folder / "cells").is_dir()
-        and not (folder / "runs.jsonl").is_file()
-        and any(not path.name.startswith(".") for path in folder.iterdir())
-    ):
-        raise ConfigError(
-            f"{str(folder)!r} exists and holds no comparison of evatune; name another --out"
-        )
-
-
-def _bar(log: Any) -> Any:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("runs"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    return Progress(*columns, console=log, transient=True, disable=not log.is_terminal)
-
-
-def _with_bar(log: Any, runs: Any, work: Any) -> dict[Path, str]:
-    with _bar(log) as bar:
-        task = bar.add_task("", total=len(runs))
-
-        def tell(run_: Any, problem: str | None) -> None:
-            state = "failed" if problem else "done"
-            text = printable(f"{state}: {run_.folder.name}")
-            bar.update(task, advance=1, description=text)
-
-        failed: dict[Path, str] = work(tell)
-        return failed
-
-
-def _numbers(text: str, kind: Any, option: str) -> list[Any]:
-    from evatune.errors import ConfigError
-
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ConfigError(
-            f"{option} is {text!r}; give numbers with commas between, such as {option} 0,1,2"
-        ) from None
