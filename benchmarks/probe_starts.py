@@ -284,6 +284,7 @@ def start_run(job: Job, folder: Path, head_rate: float | None) -> _Started:
     trainer = build_trainer(recipe, task, method, model, folder, resumed=False, quiet=True)
     preparation = Preparation(
         initialize=partial(evatune.initialize, trainer, rows=task.rows),
+        initialize_elsewhere=partial(evatune.initialize, trainer, rows=task.rows),
         batches=lambda size: training_batches(trainer, size, recipe.seed),
         rho=start.rho,
         seed=job.seed,

@@ -141,6 +141,7 @@ class MethodCase:
     ) -> None:
         preparation = Preparation(
             initialize=initialize or (lambda **_: None),
+            initialize_elsewhere=initialize or (lambda **_: None),
             batches=batches or self.of,
             rho=2,
             seed=0,
@@ -189,6 +190,7 @@ class PlantedGradient:
         model = METHODS[method].adapt(self.model, setup)
         preparation = Preparation(
             initialize=lambda **_: None,
+            initialize_elsewhere=lambda **_: None,
             batches=lambda size: self.batches,
             rho=2,
             seed=0,

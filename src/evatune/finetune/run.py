@@ -19,6 +19,7 @@ import transformers
 from evatune.api import initialize
 from evatune.calibration import Calibration
 from evatune.distributed.group import require_alone
+from evatune.finetune.another_task import another_task
 from evatune.finetune.methods import AdapterSetup, Method, Preparation, find_method
 from evatune.finetune.metrics import count_trainable, peak_memory, read_metrics
 from evatune.finetune.recipe import Recipe
@@ -234,8 +235,15 @@ def _initialize(
     trainer: Any, recipe: Recipe, task: Task, method: Method, folder: Path
 ) -> Calibration | None:
     """Start the adapter from data or weights, and return the calibration, where there is one."""
+
+    def initialize_elsewhere(**options: Any) -> Calibration:
+        other_recipe, other = another_task(recipe)
+        other_trainer = build_trainer(other_recipe, other, method, trainer.model, folder)
+        return initialize(other_trainer, rows=other.rows, **options)
+
     preparation = Preparation(
         initialize=lambda **options: initialize(trainer, rows=task.rows, **options),
+        initialize_elsewhere=initialize_elsewhere,
         batches=lambda size: training_batches(trainer, size, recipe.seed),
         rho=recipe.adapter.rho,
         budget=recipe.adapter.budget,

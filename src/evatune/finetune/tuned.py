@@ -229,10 +229,10 @@ def method_order(name: str) -> tuple[int, str]:
 
 
 _ORDER = (
-    "untouched", "head", "full", "lora", "eva", "eva-paper", "eva-dora",
-    "eva-gradients", "eva-regression",
+    "untouched", "head", "full", "lora", "eva", "eva-rho1", "eva-paper", "eva-paper-rho1",
+    "eva-dora", "eva-gradients", "eva-regression",
     "lora-orthogonal", "lora-ga", "pissa", "dora", "loraplus", "rslora", "adalora", "milora",
-    "olora", "corda", "lora-one", "mica", "lora-redist", "eva-minor",
+    "olora", "corda", "lora-one", "mica", "lora-redist", "eva-minor", "eva-shuffled",
 )  # fmt: skip
 
 

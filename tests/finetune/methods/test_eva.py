@@ -23,6 +23,7 @@ def test_the_recipes_scale_is_evas_and_its_variants_keep_their_own(tmp_path: Pat
     asked: dict[str, Any] = {}
     preparation = Preparation(
         initialize=lambda **options: asked.update(options),  # type: ignore[arg-type, return-value]
+        initialize_elsewhere=lambda **_: None,  # type: ignore[arg-type, return-value]
         batches=lambda size: [],
         rho=2,
         seed=0,

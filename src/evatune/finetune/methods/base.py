@@ -64,6 +64,7 @@ class Preparation:
 
     Attributes:
         initialize: `evatune.initialize`, bound to the run's model or trainer.
+        initialize_elsewhere: the same with the data of another task.
         batches: training batches of any size, for passes of other kinds.
         rho, budget: of EVA's redistribution. scale: of the rows of its A. seed: of the run.
         initial_adapter: folder in which a method that changes the base weights keeps its adapter
@@ -72,6 +73,7 @@ class Preparation:
     """
 
     initialize: Initialize
+    initialize_elsewhere: Initialize
     batches: Batches
     rho: float
     seed: int

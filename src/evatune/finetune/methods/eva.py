@@ -27,16 +27,28 @@ class Eva(Lora):
     initialize_options: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
+        return preparation.initialize(**self.options_of_run(preparation))
+
+    def options_of_run(self, preparation: Preparation) -> dict[str, Any]:
+        """Return the options of `evatune.initialize`: the run's, or the method's own."""
         usual = {
             "rho": preparation.rho,
             "budget": preparation.budget,
             "scale": preparation.scale,
         }
-        return preparation.initialize(**(usual | self.initialize_options))
+        return usual | self.initialize_options
 
     def scale(self, usual: str) -> str | None:
         scale: str = self.initialize_options.get("scale", usual)
         return scale
+
+
+@dataclass(frozen=True)
+class OtherData(Eva):
+    """EVA on the data of another task: the control of whether a task's own data matter."""
+
+    def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
+        return preparation.initialize_elsewhere(**self.options_of_run(preparation))
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,7 @@ METHODS = (
     replace(_EVA, name="eva-dora", options={"use_dora": True}),
     replace(_EVA, name="eva-whiten", initialize_options={"scale": "whiten"}),
     replace(_EVA, name="eva-paper", initialize_options={"scale": "paper"}),
+    replace(_EVA, name="eva-paper-rho1", initialize_options={"scale": "paper", "rho": 1}),
     # The directions in which the loss has gradients, where LoRA's own learning rate fits.
     replace(_EVA, name="eva-gradients", initialize_options=_of_objective("gradients", "matched")),
     replace(
@@ -111,4 +124,5 @@ METHODS = (
     # Its A is PEFT's in the end, which has the length of these rows.
     RanksOnly("lora-redist", initialize_options={"scale": "matched"}),
     MinorDirections("eva-minor"),
+    OtherData("eva-shuffled"),
 )

@@ -1,0 +1,67 @@
+"""Another task for the same checkpoint: the control of whether a task's own data matter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from evatune.errors import ConfigError
+from evatune.finetune.recipe import Recipe, load, ours
+from evatune.finetune.tasks import Task, find_domain
+
+
+def another_task(recipe: Recipe) -> tuple[Recipe, Task]:
+    """Return the next of our recipes for the same checkpoint, in the order of names, and its task.
+
+    All but the task and its data is the given recipe's. After the last name comes the first. Where
+    tasks have classes of their own the batches hold no labels, which the head may have no class
+    for.
+
+    Raises ConfigError where no other recipe of ours is for this domain and checkpoint.
+    """
+    domain = find_domain(recipe.domain)
+    shapes = _shapes_of_base(domain.prepare(recipe))
+    for other in _others(recipe):
+        candidate = replace(recipe, task=other.task, data=other.data)
+        task = domain.prepare(candidate)
+        if _shapes_of_base(task) == shapes:
+            return candidate, _without_classes(task)
+    raise ConfigError(
+        f"there is no other task of {recipe.domain} for the model of task {recipe.task!r}, whose"
+        " data this method starts from; choose another method"
+    )
+
+
+def _others(recipe: Recipe) -> list[Recipe]:
+    """Return our recipes of other tasks of the domain for the same model, those after it first."""
+    named = [(name, load(name)) for name in ours()]
+    same = [
+        (name, other)
+        for name, other in named
+        if (other.domain, other.model) == (recipe.domain, "demo") and other.task != recipe.task
+    ]
+    after = f"{recipe.domain}-{recipe.task}"
+    return [other for name, other in same if name > after] + [
+        other for name, other in same if name < after
+    ]
+
+
+def _without_classes(task: Task) -> Task:
+    """Return the task with no labels in its batches where its head, and so its classes, are new."""
+    if not task.new_head:
+        return task
+
+    def collate(examples: Any) -> Any:
+        batch = task.collator(examples)
+        return {key: value for key, value in batch.items() if key != "labels"}
+
+    return replace(task, collator=collate)
+
+
+def _shapes_of_base(task: Task) -> dict[str, Any]:
+    """Return the shapes of the parameters that come from the checkpoint."""
+    return {
+        name: tuple(parameter.shape)
+        for name, parameter in task.model.named_parameters()
+        if not any(name.startswith(f"{head}.") or f".{head}." in name for head in task.head)
+    }
