@@ -34,7 +34,9 @@ SMALL = [
 
 # To the tiny tokenizer every text is one unknown word over and over: the input of the pooler has
 # one direction, which is too few where every layer must keep its rank.
-NARROW_TARGETS = {"eva-rho1": ["adapter.targets=[query,key,value]"]}
+NARROW_TARGETS = {
+    method: ["adapter.targets=[query,key,value]"] for method in ("eva-rho1", "eva-paper-rho1")
+}
 
 
 def small(model: Path | str, *more: str) -> Recipe:
