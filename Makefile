@@ -1,7 +1,9 @@
 # make run: the main job, from nothing. make test: what CI runs.
 PYTHON ?= python3
 BIN = .venv/bin
-SOURCES = pyproject.toml constraints.txt
+SOURCES = pyproject.toml assets/pyproject.toml constraints.txt
+# Both packages from this tree, so that no index is asked for the second.
+INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable ./assets --editable
 
 .PHONY: run test bench results gpu clean-install clean
 
@@ -32,11 +34,11 @@ clean-install:
 
 .venv/.run: $(SOURCES)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	$(INSTALL) '.[demo]'
 	touch $@
 
 .venv/.test: .venv/.run
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(INSTALL) '.[demo,dev]'
 	touch $@
 
 clean:

@@ -66,14 +66,14 @@ def write_asset(
     licence: str = "Apache-2.0",
     tokenizer: Any = None,
 ) -> Path:
-    """Write assets/NAME: weights in float16, the tokenizer, and the card. The old folder stands
+    """Write assets/src/evatune_assets/NAME: weights in float16, the tokenizer, and the card. The old folder stands
     until the new one is whole.
 
     Args:
         data: what it was trained on, and what was left out. score: on data it has not seen, with
             its unit.
     """
-    folder = ROOT / "assets" / name
+    folder = ROOT / "assets" / "src" / "evatune_assets" / name
     temporary = folder.with_name(f".{name}")
     shutil.rmtree(temporary, ignore_errors=True)
     model.to(torch.float16).save_pretrained(temporary)

@@ -1,5 +1,5 @@
 """Pre-trains a Decision Transformer on tasks of Meta-World other than CW10, and writes
-assets/dt-metaworld.
+assets/src/evatune_assets/dt-metaworld.
 
     python scripts/pretrain/dt_metaworld.py
 

@@ -9,9 +9,11 @@
     ├── LayerError         layers whose activations give nothing to start an adapter from
     ├── RecordError        a calibration or adapter file is damaged, or not ours
     ├── AdapterError       a model or adapter is in a state that cannot be initialized
+    ├── MissingExtraError  a library that one of evatune's extras brings is not installed
     └── ProcessError       one of several processes failed, or was lost
 
-ProcessError is a RuntimeError as well, and all others that stand under the root are ValueErrors.
+MissingExtraError is a ModuleNotFoundError as well, ProcessError a RuntimeError, and all others that
+stand under the root are ValueErrors.
 Every message says what came, what is allowed and what to try, and names the layer or the option.
 """
 
@@ -52,6 +54,10 @@ class RecordError(EvatuneError, ValueError):
 
 class AdapterError(EvatuneError, ValueError):
     """The model or its adapter is in a state that cannot be initialized."""
+
+
+class MissingExtraError(EvatuneError, ModuleNotFoundError):
+    """A library that one of evatune's extras brings is not installed."""
 
 
 class ProcessError(EvatuneError, RuntimeError):

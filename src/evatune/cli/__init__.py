@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import signal
 import sys
+from typing import NoReturn
 
 from evatune.cli.interrupt import SENTENCE, STATUS, Interrupts, ends_at_once
+from evatune.errors import MissingExtraError
+from evatune.utils.extras import extras
 from evatune.utils.markup import printable
 
 
@@ -19,8 +22,11 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # signs that it cannot show become question marks
             stream.reconfigure(errors="replace")
-    with ends_at_once():
-        from evatune.cli.app import run
+    try:
+        with ends_at_once(), extras("the command line"):
+            from evatune.cli.app import run
+    except MissingExtraError as error:
+        _end(2, str(error))
     try:
         with interrupts.raised():
             status, message = run()
@@ -32,6 +38,10 @@ def main() -> None:
             # a second one would only tear the sentence
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         status, message = STATUS, SENTENCE
+    _end(status, message)
+
+
+def _end(status: int, message: str) -> NoReturn:
     if message:
         print(f"evatune: {printable(message)}", file=sys.stderr)
     sys.exit(status)

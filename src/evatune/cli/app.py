@@ -13,6 +13,7 @@ from evatune.cli.inspect import inspect
 from evatune.cli.interrupt import STATUS
 from evatune.cli.merge import merge
 from evatune.cli.train import recipes, train
+from evatune.utils.extras import extras
 from evatune.version import __version__
 
 # Typer carries its own copy of click, or needs the package, depending on its version; this is
@@ -55,7 +56,8 @@ def run() -> tuple[int, str]:
     try:
         # Typer on its own would draw a box of several lines, and end on an interrupt without a
         # word.
-        status = app(standalone_mode=False) or 0
+        with extras("this command"):
+            status = app(standalone_mode=False) or 0
     except EvatuneError as error:
         return 2, str(error)
     except _UsageMistake as error:

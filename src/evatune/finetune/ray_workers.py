@@ -7,8 +7,8 @@ from collections.abc import Callable, Generator, Iterable
 from itertools import count
 from typing import Any
 
-from evatune.errors import ConfigError
 from evatune.finetune.workers import Answer, Call
+from evatune.utils.extras import extras
 
 
 def run_calls_on_ray(
@@ -27,15 +27,11 @@ def run_calls_on_ray(
         workers: CPUs of a Ray that is started here: where RAY_ADDRESS names no cluster.
 
     Raises:
-        ConfigError: Ray is not installed.
+        MissingExtraError: Ray is not installed.
     """
     options = _options(workers)
-    try:
+    with extras("executor 'ray'"):
         import ray
-    except ImportError as error:
-        raise ConfigError(
-            "Ray is not installed; install it with: pip install 'evatune[ray]'"
-        ) from error
     started_here = not ray.is_initialized()
     numbers: dict[Any, int] = {}  # future → number of the call
     try:

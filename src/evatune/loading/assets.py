@@ -1,19 +1,37 @@
-"""Small checkpoints that come with evatune."""
+"""Small checkpoints of our own, from the package evatune-assets."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from evatune.errors import DataError
+from evatune.utils.extras import missing
+
+_PACKAGE = "evatune_assets"
 
 
 def asset(name: str) -> Path:
-    """Return a checkpoint's folder: in the installed package, or at the root of a checkout."""
-    package = Path(__file__).parents[1]
-    for folder in (package / "assets" / name, package.parents[1] / "assets" / name):
-        if folder.is_dir():
-            return folder
-    raise DataError(
-        f"the checkpoint {name!r} that comes with evatune is missing; install evatune again, or"
-        " name a model"
-    )
+    """Return a checkpoint's folder: in this checkout, or else in the installed package.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+        DataError: it is, and has no checkpoint of this name.
+    """
+    folder = _home() / name
+    if not folder.is_dir():
+        raise DataError(
+            f"evatune-assets has no checkpoint {name!r} in {str(folder.parent)!r}; install it again,"
+            " or name a model"
+        )
+    return folder
+
+
+def _home() -> Path:
+    in_checkout = Path(__file__).parents[3] / "assets" / "src" / _PACKAGE
+    if in_checkout.is_dir():
+        return in_checkout
+    spec = find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise missing(_PACKAGE, "a checkpoint of the recipes", "name a model with model=")
+    return Path(next(iter(spec.submodule_search_locations)))

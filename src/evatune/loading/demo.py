@@ -5,11 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from evatune.errors import DataError
-
-_HINT = (
-    "install them with: pip install 'evatune[demo]', or name a model and data: --model M --data D"
-)
+from evatune.utils.extras import missing
 
 
 def demo_model() -> Path:
@@ -25,7 +21,5 @@ def demo_data() -> Path:
 def _package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise DataError(
-            f"the demo model and data are not installed (no package {package}); {_HINT}"
-        )
+        raise missing(package, "the demo", "name a model and data: --model M --data D")
     return Path(next(iter(spec.submodule_search_locations)))

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from evatune.errors import DataError
 from evatune.finetune.tasks.images.base import Drawings, ImageTask
 from evatune.finetune.tasks.images.drawing import SIDE, finish, ground_and_ink, paint, stroke
+from evatune.utils.extras import extras
 
 
 def draw(rng: np.random.Generator, picture: Image.Image) -> Any:
@@ -34,7 +34,7 @@ def draw(rng: np.random.Generator, picture: Image.Image) -> Any:
 
 
 def drawings() -> Drawings:
-    """Return the handwritten digits of scikit-learn. DataError if it is not installed."""
+    """Return the handwritten digits of scikit-learn. MissingExtraError if it is not installed."""
     pictures, labels = handwritten("digits")
     return Drawings(labels, lambda rng, index: draw(rng, pictures[index]))
 
@@ -42,15 +42,10 @@ def drawings() -> Drawings:
 def handwritten(task: str) -> tuple[list[Image.Image], list[int]]:
     """Return scikit-learn's handwritten digits, 8 × 8, light on black, and which they are.
 
-    Raises DataError, in which `task` is named, if it is not installed.
+    Raises MissingExtraError, in which `task` is named, if it is not installed.
     """
-    try:
+    with extras(f"task {task!r}, which reads scikit-learn's handwritten digits,"):
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError(
-            f"task {task!r} reads the handwritten digits of scikit-learn, which is not installed; "
-            "install it with: pip install 'evatune[images]'"
-        ) from error
     digits = load_digits()  # values from 0 to 16
     pictures = [Image.fromarray(np.uint8(image * (255 / 16))) for image in digits.images]
     return pictures, digits.target.tolist()

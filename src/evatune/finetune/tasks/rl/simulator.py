@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from evatune.errors import DataError
+from evatune.errors import DataError, MissingExtraError
+from evatune.utils.extras import extras
 
 # CW10 of Continual World (Wołczyk et al. 2021); the checkpoint saw none of them.
 CW10 = (
@@ -47,18 +48,24 @@ def seed_for(purpose: int, number: int) -> int:
 
 
 def load_metaworld() -> Any:
-    """Return the package metaworld. Raises DataError where it is missing."""
+    """Return the package metaworld.
+
+    Raises MissingExtraError where it is missing, DataError where it cannot be imported.
+    """
     headless = sys.platform == "linux" and not os.environ.get("DISPLAY")
     if headless and ctypes.util.find_library("EGL"):
         # read when mujoco is imported; its own default needs a display
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
-        import metaworld
-        import metaworld.policies
-    except ImportError as error:
+        with extras("a robot task"):
+            import metaworld
+            import metaworld.policies
+    except MissingExtraError:
+        raise
+    except ImportError as error:  # such as a library of the system that MuJoCo wants
         raise DataError(
-            f"robot tasks need Meta-World, which cannot be imported ({error}); install it with: pip"
-            " install 'evatune[rl]'"
+            f"robot tasks need Meta-World, which cannot be imported ({error}); install it again"
+            " with: pip install --force-reinstall 'evatune[rl]'"
         ) from error
     return metaworld
 
