@@ -50,8 +50,9 @@ from probe_tables import choose_table, fixed_tables, report, rooms
 from torch import Tensor
 
 import evatune
-from evatune.adapters.scale import SCALES
 from evatune.calibration import CalibrationConfig
+from evatune.choices import SCALES, Objective
+from evatune.errors import ConfigError
 from evatune.finetune import recipe as recipes
 from evatune.finetune.methods import METHODS, AdapterSetup, Method, Preparation
 from evatune.finetune.recipe import Recipe
@@ -177,7 +178,7 @@ class Start:
 
     method: str
     scale: str | None = None
-    objective: str | None = None
+    objective: Objective | None = None
     rho: float = 1
 
     @property
@@ -215,8 +216,8 @@ def why_not(start: Start) -> str | None:
         if "objective" not in known:
             return NOT_HERE
         try:
-            CalibrationConfig(objective=start.objective)  # type: ignore[call-arg, unused-ignore]
-        except evatune.ConfigError:
+            CalibrationConfig(objective=start.objective)
+        except ConfigError:
             return NOT_HERE
     # Without lora-ga-peft beside it, lora-ga is still PEFT's, and lora-orthogonal too.
     former = start.method in ("lora-ga", "lora-orthogonal") and "lora-ga-peft" not in METHODS
@@ -229,7 +230,7 @@ def method_of(start: Start) -> Method:
         return method
     options: dict[str, Any] = {"scale": start.scale, "rho": start.rho}
     if start.objective not in (None, "activations"):
-        options["config"] = CalibrationConfig(objective=start.objective)  # type: ignore[call-arg, unused-ignore]
+        options["config"] = CalibrationConfig(objective=start.objective)
     return replace(method, initialize_options=options)  # type: ignore[call-arg]
 
 

@@ -39,6 +39,7 @@ from peft.tuners.lora import get_eva_state_dict
 from torch import Tensor, nn
 
 import evatune
+from evatune.modeling.forward import call_model
 
 RANK, RHO, BATCHES = 16, 2.0, 16
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -187,7 +188,7 @@ def over_forward(
             last watched layer.
     """
     config = all_of(len(batches), **options)
-    forward = evatune.modeling.forward.call_model if whole else None
+    forward = call_model if whole else None
     bare(model, batches[:1])
     evatune.calibrate(model, batches[:1], config, targets=targets)
     pairs = [

@@ -104,15 +104,16 @@ def test_each_library_is_imported_in_its_rooms_only(library: str, places: set[st
 
 
 # room → rooms of ours that it may import; the first ones are the numerical core
-BASE = {"errors", "version", "layers", "utils"}
+BASE = {"errors", "version", "choices", "layers", "utils"}
 CORE = {"sketch", "ranks"}
 ROOMS = {
     "errors": set(),
     "version": set(),
+    "choices": {"errors"},
     "layers": set(),
     "utils": {"errors", "version"},
-    "sketch": {"errors", "layers", "utils.text"},
-    "ranks": {"errors", "layers", "utils.text", "sketch"},
+    "sketch": {"errors", "choices", "layers", "utils.text"},
+    "ranks": {"errors", "choices", "layers", "utils.text", "sketch"},
     # What a file may hold is said in terms of what it is read into.
     "schemas": BASE | {"calibration.config", "calibration.status"},
     "modeling": BASE,

@@ -66,8 +66,9 @@ def write_asset(
     licence: str = "Apache-2.0",
     tokenizer: Any = None,
 ) -> Path:
-    """Write assets/src/evatune_assets/NAME: weights in float16, the tokenizer, and the card. The old folder stands
-    until the new one is whole.
+    """Write a folder of evatune-assets: weights in float16, the tokenizer, and the card.
+
+    The old folder stands until the new one is whole.
 
     Args:
         data: what it was trained on, and what was left out. score: on data it has not seen, with

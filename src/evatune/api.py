@@ -17,6 +17,7 @@ from evatune.calibration.result import Calibration
 from evatune.capture import find_target_layers
 from evatune.capture.recorder import RowsFunction
 from evatune.capture.targets import Targets
+from evatune.choices import Budget, Metric, OnUnsupported, Scale
 from evatune.distributed.group import ProcessGroup
 from evatune.errors import DataError
 from evatune.modeling.forward import ForwardFunction, model_device
@@ -122,9 +123,9 @@ def initialize(
     *,
     rank: int | None = None,
     rho: float | None = None,
-    budget: str | None = None,
-    metric: str | None = None,
-    scale: str | None = None,
+    budget: Budget | None = None,
+    metric: Metric | None = None,
+    scale: Scale | None = None,
     config: CalibrationConfig | None = None,
     forward: ForwardFunction | None = None,
     rows: RowsFunction | None = None,
@@ -133,7 +134,7 @@ def initialize(
     overwrite: bool = False,
     progress: ProgressFunction | None = None,
     checkpoint: Checkpoint | None = None,
-    on_unsupported: str = "error",
+    on_unsupported: OnUnsupported = "error",
 ) -> Calibration:
     """Calibrate, redistribute ranks and write the result into a model's LoRA layers, in place.
 

@@ -12,7 +12,8 @@ from torch import nn
 
 import evatune
 from evatune import Calibration, CalibrationConfig, Status
-from evatune.adapters.scale import SCALES, scaled_rows
+from evatune.adapters.scale import scaled_rows
+from evatune.choices import SCALES
 from evatune.errors import ConfigError, RecordError
 from tests.helpers import Toy, every_outcome, inputs
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import evatune
-from evatune.adapters.scale import SCALES
+from evatune.choices import SCALES
 from tests.conftest import Command, refused
 
 

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evatune.choices import METRICS
 from evatune.errors import BudgetError, ConfigError
 from evatune.layers import LayerSpec
-from evatune.ranks.allocation import METRICS, Candidate, RankPlan, allocate, worth_gained
+from evatune.ranks.allocation import Candidate, RankPlan, allocate, worth_gained
 from evatune.sketch.spectrum import InputMoments, Spectrum
 
 torch.set_num_threads(1)

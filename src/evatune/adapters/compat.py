@@ -52,6 +52,7 @@ from evatune.capture import RowSelector, TargetLayer, find_target_layers, select
 from evatune.capture.layer_types import is_linear, target_layers_of
 from evatune.capture.recorder import RowsFunction
 from evatune.capture.row_selection import batch_field
+from evatune.choices import Scale
 from evatune.distributed.group import ProcessGroup
 from evatune.errors import AdapterError, ConfigError, DataError, NoBatchError, TargetError
 from evatune.modeling.batches import iterate
@@ -162,7 +163,7 @@ def get_eva_state_dict(
                 " generator with data"
             ) from None
     calibration.require_usable()
-    scale = "whiten" if eva.whiten else "paper"
+    scale: Scale = "whiten" if eva.whiten else "paper"
     return {
         name: scaled_rows(calibration.spectra[name], rank, scale).to(device)
         for name, rank in calibration.allocate().ranks.items()

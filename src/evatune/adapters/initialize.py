@@ -21,6 +21,7 @@ from evatune.calibration.config import CalibrationConfig
 from evatune.calibration.loop import run
 from evatune.calibration.merge import same_model
 from evatune.calibration.result import Calibration
+from evatune.choices import OnUnsupported, Scale
 from evatune.distributed.group import ProcessGroup
 from evatune.errors import AdapterError, ConfigError, DataError, TargetError
 from evatune.modeling.sharding import is_sharded, is_sharded_parameter, require_weights
@@ -74,7 +75,7 @@ def initialize_model(
     return calibration
 
 
-def scale_in_force(lora: LoraConfig, scale: str | None) -> str:
+def scale_in_force(lora: LoraConfig, scale: Scale | None) -> Scale:
     """Return the scale that `evatune.initialize(scale=...)` writes into an adapter of this config.
 
     The config says it before the adapter is written, and not after.
@@ -83,7 +84,7 @@ def scale_in_force(lora: LoraConfig, scale: str | None) -> str:
     return choose_scale(scale, whiten)
 
 
-def _check_unsupported(adapter: LoraAdapter, on_unsupported: str) -> None:
+def _check_unsupported(adapter: LoraAdapter, on_unsupported: OnUnsupported) -> None:
     """Raise a TargetError that names the layers EVA cannot initialize, or with "skip" warn.
 
     Where there are no other layers there is nothing to skip to, and it is an error as well.
@@ -243,7 +244,7 @@ def _with_limits(
     return replace(calibration, layers=layers)
 
 
-def _write(adapter: LoraAdapter, calibration: Calibration, scale: str) -> None:
+def _write(adapter: LoraAdapter, calibration: Calibration, scale: Scale) -> None:
     """Write the calibration's directions into the adapter, at the ranks that its plan gives."""
     plan = calibration.allocate()
     rows_of_a = {}

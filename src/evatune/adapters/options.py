@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from evatune.calibration.config import CalibrationConfig
 from evatune.calibration.options import RunOptions
+from evatune.choices import Budget, Metric, OnUnsupported, Scale
 
 if TYPE_CHECKING:  # the door makes these objects, and `import evatune` loads no peft
     from peft import EvaConfig, LoraConfig
@@ -21,8 +22,8 @@ class RankOptions:
 
     rank: int | None = None
     rho: float | None = None
-    budget: str | None = None
-    metric: str | None = None
+    budget: Budget | None = None
+    metric: Metric | None = None
 
     def resolve(self, config: CalibrationConfig, lora: LoraConfig) -> CalibrationConfig:
         """Return `config` with the caller's word, else its own, else the adapter's."""
@@ -43,10 +44,10 @@ class InitializeOptions:
     ranks: RankOptions = field(default_factory=RankOptions)
     run: RunOptions = field(default_factory=RunOptions)
     config: CalibrationConfig | None = None
-    scale: str | None = None
+    scale: Scale | None = None
     adapter_name: str = "default"
     overwrite: bool = False
-    on_unsupported: str = "error"
+    on_unsupported: OnUnsupported = "error"
 
     @property
     def keeps_rank_pattern(self) -> bool:
@@ -72,7 +73,7 @@ class InitializeOptions:
 
 def with_label_mask(config: CalibrationConfig, eva: EvaConfig) -> CalibrationConfig:
     """Return `config` with the choice of tokens that `EvaConfig` makes."""
-    labels_only = "auto" if eva.use_label_mask else False
+    labels_only: Literal["auto", False] = "auto" if eva.use_label_mask else False
     return replace(config, labels_only=labels_only, ignore_index=eva.label_mask_value)
 
 

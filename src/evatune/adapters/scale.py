@@ -8,13 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from evatune.choices import DEFAULT_SCALE, SCALES, Scale, require_choice
 from evatune.errors import ConfigError
 from evatune.sketch.spectrum import Spectrum, fix_signs
-
-SCALES = ("paper", "whiten", "matched", "whiten-matched")
-# Of `evatune.initialize`, `evatune init` and the recipes: the one at which LoRA's usual α and rates
-# are as safe as in LoRA, whatever the width. See docs/learning-rate.md for what was measured.
-DEFAULT_SCALE = "matched"
 
 # A direction along which the input hardly varies would be blown up without bound by 1/σ.
 _SIGMA_FLOOR = 1e-3
@@ -25,7 +21,7 @@ _ENERGY_FLOOR = 1e-6
 _DEFAULT_LENGTH = 3**-0.5
 
 
-def completed(rows: Tensor, rank: int, scale: str, *, seed: int) -> Tensor:
+def completed(rows: Tensor, rank: int, scale: Scale, *, seed: int) -> Tensor:
     """Return `rank` rows: those given and random ones for the rest, orthogonal to all others.
 
     They are as long as PEFT's own where the scale matches those, for what few rows showed says
@@ -45,13 +41,7 @@ def completed(rows: Tensor, rank: int, scale: str, *, seed: int) -> Tensor:
     return torch.cat([rows, fix_signs(orthonormal[:, len(rows) :].T) * length])
 
 
-def require_scale(scale: str) -> None:
-    """Raise a ConfigError for a scale that does not exist."""
-    if scale not in SCALES:
-        raise ConfigError(f"scale is {scale!r}; choose one of {', '.join(SCALES)}")
-
-
-def choose_scale(scale: str | None, whiten: bool) -> str:
+def choose_scale(scale: Scale | None, whiten: bool) -> Scale:
     """Return the scale in force: the caller's, else what `EvaConfig.whiten` of the adapter says.
 
     Raises:
@@ -59,7 +49,7 @@ def choose_scale(scale: str | None, whiten: bool) -> str:
     """
     if scale is None:
         return "whiten" if whiten else DEFAULT_SCALE
-    require_scale(scale)
+    require_choice("scale", scale, SCALES)
     if whiten and scale != "whiten":
         raise ConfigError(
             f"scale is {scale!r} but the adapter's EvaConfig says whiten=True; leave out one of the"
@@ -68,7 +58,7 @@ def choose_scale(scale: str | None, whiten: bool) -> str:
     return scale
 
 
-def scaled_rows(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
+def scaled_rows(spectrum: Spectrum, rank: int, scale: Scale) -> Tensor:
     """Return the matrix A of a layer, (rank, d) float32, and no view of the spectrum.
 
     It has fewer rows where fewer directions have energy.
@@ -84,7 +74,7 @@ def scaled_rows(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
     return (directions * lengths[:, None]).float()
 
 
-def step_ratio(spectrum: Spectrum, rank: int, scale: str, usual_rank: int) -> float:
+def step_ratio(spectrum: Spectrum, rank: int, scale: Scale, usual_rank: int) -> float:
     """Return κ of a layer: how much more B's first Adam steps change its output than LoRA's would.
 
     With B = 0, C = E[x xᵀ] and a step of ±η in every entry of B, E‖Δy‖² grows with tr(A C Aᵀ), so
@@ -116,9 +106,9 @@ def step_ratio(spectrum: Spectrum, rank: int, scale: str, usual_rank: int) -> fl
     return (energy / usual) ** 0.5 if usual > 0 else float("nan")
 
 
-def _row_lengths(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
+def _row_lengths(spectrum: Spectrum, rank: int, scale: Scale) -> Tensor:
     """Return the length of every row of A, (rank,) float64; fewer where fewer have energy."""
-    require_scale(scale)
+    require_choice("scale", scale, SCALES)
     rank = min(rank, spectrum.usable)
     moments = spectrum.second_moments[:rank].double()
     if _has_own_rows(spectrum, scale):
@@ -142,7 +132,7 @@ def _row_lengths(spectrum: Spectrum, rank: int, scale: str) -> Tensor:
     return lengths if spectrum.inputs is None else lengths.clamp_max(1)
 
 
-def _has_own_rows(spectrum: Spectrum, scale: str) -> bool:
+def _has_own_rows(spectrum: Spectrum, scale: Scale) -> bool:
     """Return whether the rows at this scale are those of a regression, which whiten the input."""
     return spectrum.mixing is not None and scale in ("whiten", "whiten-matched")
 
@@ -153,7 +143,7 @@ def _own_rows(spectrum: Spectrum, count: int) -> Tensor:
     return spectrum.mixing[:count, :count].double() @ spectrum.directions[:count].double()
 
 
-def _length_of_random_rows(lengths: Tensor, scale: str) -> float:
+def _length_of_random_rows(lengths: Tensor, scale: Scale) -> float:
     """Return the length of random rows beside directions whose rows have these lengths, (n,)."""
     if scale in ("matched", "whiten-matched"):
         return _DEFAULT_LENGTH

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
+from evatune.choices import (
+    BUDGETS,
+    DEFAULT_RANK,
+    DEFAULT_RHO,
+    METRICS,
+    OBJECTIVES,
+    SKETCH_NAMES,
+    Budget,
+    Metric,
+    Objective,
+    SketchName,
+    require_choice,
+    require_rho,
+)
 from evatune.errors import ConfigError
-from evatune.ranks.allocation import BUDGETS, METRICS, require_rho
-from evatune.sketch import OBJECTIVES, SKETCHES
-
-DEFAULT_RANK, DEFAULT_RHO = 16, 2.0
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -24,8 +34,8 @@ class Redistribution:
 
     rank: int
     rho: float
-    budget: str
-    metric: str
+    budget: Budget
+    metric: Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +88,14 @@ class CalibrationConfig:
         None, "No layer gets more than rho times rank; 1: no redistribution."
     )
     components: int | None = None
-    budget: str = _setting("ranks", "What stays the same as in uniform LoRA: ranks or parameters.")
-    metric: str = _setting("ratio", "What components are ranked by: ratio, raw, max or sum.")
-    objective: str = _setting(
+    budget: Budget = _setting(
+        "ranks", "What stays the same as in uniform LoRA: ranks or parameters."
+    )
+    metric: Metric = _setting("ratio", "What components are ranked by: ratio, raw, max or sum.")
+    objective: Objective = _setting(
         "activations", "What directions are leading in: activations, gradients or regression."
     )
-    sketch: str = _setting("nystrom", "nystrom, exact or incremental.")
+    sketch: SketchName = _setting("nystrom", "nystrom, exact or incremental.")
     center: bool = _setting(False, "Subtract the mean (PCA, as the paper's code does).")
     oversampling: int = 16
     max_batches: int = _setting(64, "Bound on forward passes.")
@@ -92,7 +104,7 @@ class CalibrationConfig:
         "Stop when less than this share of energy is estimated to be missed; 0: not before"
         " --max-batches.",
     )
-    labels_only: bool | str | None = None
+    labels_only: bool | Literal["auto"] | None = None
     ignore_index: int = -100
     seed: int = _setting(0, "Of the order of texts, new weights and the sketch's start.")
     distributed: bool = True
@@ -138,14 +150,11 @@ class CalibrationConfig:
             )
         for name, allowed in (
             ("objective", OBJECTIVES),
-            ("sketch", tuple(SKETCHES)),
+            ("sketch", SKETCH_NAMES),
             ("budget", BUDGETS),
             ("metric", METRICS),
         ):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
-                )
+            require_choice(name, getattr(self, name), allowed)
 
         if self.needs_loss and (self.sketch != "nystrom" or self.center):
             setting = "center=True" if self.center else f"sketch={self.sketch!r}"

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from evatune.adapters.scale import DEFAULT_SCALE, require_scale, step_ratio
+from evatune.adapters.scale import step_ratio
 from evatune.calibration.data import CalibrationData
 from evatune.calibration.file import load_calibration, save_calibration
 from evatune.calibration.merge import merge_calibrations
 from evatune.calibration.status import Status
+from evatune.choices import DEFAULT_SCALE, SCALES, Budget, Metric, Scale, require_choice
 from evatune.errors import ConfigError, LayerError
 from evatune.ranks.allocation import Candidate, RankPlan, allocate
 from evatune.utils.text import shortened
@@ -27,8 +28,8 @@ class Calibration(CalibrationData):
         self,
         rank: int | None = None,
         rho: float | None = None,
-        budget: str | None = None,
-        metric: str | None = None,
+        budget: Budget | None = None,
+        metric: Metric | None = None,
         min_rank: int = 0,
     ) -> RankPlan:
         """Redistribute a rank budget; see `evatune.ranks.allocate`.
@@ -116,7 +117,7 @@ class Calibration(CalibrationData):
         return shares
 
     def step_ratios(
-        self, scale: str = DEFAULT_SCALE, plan: RankPlan | None = None
+        self, scale: Scale = DEFAULT_SCALE, plan: RankPlan | None = None
     ) -> dict[str, float]:
         """Return κ of each layer with a rank: how much more B's first steps do there than LoRA's.
 
@@ -132,7 +133,7 @@ class Calibration(CalibrationData):
         Raises:
             ConfigError: a scale that does not exist. BudgetError: as for `allocate`.
         """
-        require_scale(scale)
+        require_choice("scale", scale, SCALES)
         plan = plan or self.allocate()
         ratios: dict[str, float] = {}
         for name, rank in plan.ranks.items():
@@ -142,7 +143,7 @@ class Calibration(CalibrationData):
                 ratios[name] = ratio
         return ratios
 
-    def learning_rate(self, lora_rate: float, scale: str = DEFAULT_SCALE) -> float:
+    def learning_rate(self, lora_rate: float, scale: Scale = DEFAULT_SCALE) -> float:
         """Return the learning rate at which an adapter of this `scale` starts as LoRA at its own.
 
         It is `lora_rate` over the median κ of `step_ratios`: there B's first steps under Adam

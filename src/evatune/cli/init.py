@@ -10,12 +10,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
-from evatune.adapters.scale import DEFAULT_SCALE, SCALES
-from evatune.calibration.config import DEFAULT_RANK, DEFAULT_RHO, CalibrationConfig
+from evatune.calibration.config import CalibrationConfig
+from evatune.choices import (
+    DEFAULT_RANK,
+    DEFAULT_RHO,
+    DEFAULT_SCALE,
+    SCALES,
+    Scale,
+    require_choice,
+)
 from evatune.cli.libraries import (
     TRUST_HELP,
     libraries_on_stderr,
@@ -160,11 +167,10 @@ def init(options: InitOptions) -> None:
     config = config_of(CalibrationConfig, options)
     _require_sizes(options)
     require_apart(options.out, model=options.model, data=options.data)
-    from evatune.adapters.scale import require_scale
     from evatune.distributed.group import require_alone
 
     require_alone("evatune init")
-    require_scale(options.scale)
+    require_choice("scale", options.scale, SCALES)
 
     from rich.console import Console
 
@@ -183,7 +189,8 @@ def init(options: InitOptions) -> None:
         if checkpoint is not None:
             checkpoint = replace(checkpoint, about=_about(settings, job.texts))
         with libraries_on_stderr(), _progress_bar(log, job.batches, config) as progress:
-            calibration = _initialize(job, config, options.scale, progress, checkpoint)
+            scale = cast("Scale", options.scale)
+            calibration = _initialize(job, config, scale, progress, checkpoint)
         with output.whole() as folder:
             _write(folder, job.adapted, calibration, settings)
         if checkpoint is not None:
@@ -333,7 +340,7 @@ def _about(settings: dict[str, Any], texts: Any) -> dict[str, Any]:
 def _initialize(
     job: _Job,
     config: CalibrationConfig,
-    scale: str,
+    scale: Scale,
     progress: Callable[[Progress], None],
     checkpoint: Checkpoint | None,
 ) -> Calibration:

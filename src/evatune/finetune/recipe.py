@@ -16,7 +16,7 @@ from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, Val
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from evatune.adapters.scale import DEFAULT_SCALE, SCALES
+from evatune.choices import DEFAULT_SCALE, SCALES
 from evatune.errors import ConfigError
 from evatune.schemas import Damage, shown, telling
 from evatune.schemas.text import parse_yaml, read_text

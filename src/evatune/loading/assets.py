@@ -21,8 +21,8 @@ def asset(name: str) -> Path:
     folder = _home() / name
     if not folder.is_dir():
         raise DataError(
-            f"evatune-assets has no checkpoint {name!r} in {str(folder.parent)!r}; install it again,"
-            " or name a model"
+            f"evatune-assets has no checkpoint {name!r} in {str(folder.parent)!r}; install it"
+            " again, or name a model"
         )
     return folder
 

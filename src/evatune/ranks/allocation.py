@@ -11,14 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from evatune.choices import BUDGETS, METRICS, Budget, Metric, require_choice, require_rho
 from evatune.errors import BudgetError, ConfigError
 from evatune.layers import LayerSpec
 from evatune.ranks.knapsack import choose_counts
 from evatune.sketch.spectrum import Spectrum
 from evatune.utils.text import shortened
-
-METRICS = ("ratio", "raw", "max", "sum")
-BUDGETS = ("ranks", "parameters")
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,8 @@ class RankPlan:
     ranks: dict[str, int]  # every layer keeps its key, also with rank 0
     rank: int
     rho: float
-    budget: str  # "ranks" or "parameters"
-    metric: str
+    budget: Budget
+    metric: Metric
     limit: int  # the budget, in its unit
     spent: int  # what the ranks cost, in the same unit
     parameters: int  # trainable parameters of A and B together
@@ -59,8 +57,8 @@ def allocate(
     *,
     rank: int,
     rho: float = 2.0,
-    budget: str = "ranks",
-    metric: str = "ratio",
+    budget: Budget = "ranks",
+    metric: Metric = "ratio",
     min_rank: int = 0,
     caps: Mapping[str, int] | None = None,
     floors: Mapping[str, int] | None = None,
@@ -147,15 +145,6 @@ def allocate(
         parameters=_parameters(layers, ranks),
         uniform_parameters=_parameters(layers, usual),
     )
-
-
-def require_rho(rho: float) -> None:
-    """Raise a ConfigError unless 1 ≤ ρ < ∞."""
-    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 1 <= rho < math.inf:
-        raise ConfigError(
-            f"rho is {rho!r}; it must be a number of at least 1 (1 = no redistribution, 2 = the"
-            " usual choice)"
-        )
 
 
 def worth_gained(layers: Mapping[str, Candidate], old: RankPlan, new: RankPlan) -> float:
@@ -287,10 +276,8 @@ def _require_options(rank: int, rho: float, budget: str, metric: str, min_rank: 
     if rank < 1:
         raise ConfigError(f"rank is {rank}; it must be at least 1")
     require_rho(rho)
-    if metric not in METRICS:
-        raise ConfigError(f"metric is {metric!r}; choose one of {', '.join(METRICS)}")
-    if budget not in BUDGETS:
-        raise ConfigError(f"budget is {budget!r}; choose one of {', '.join(BUDGETS)}")
+    require_choice("metric", metric, METRICS)
+    require_choice("budget", budget, BUDGETS)
     if min_rank < 0 or min_rank > rank:
         raise ConfigError(f"min_rank is {min_rank}; it must lie between 0 and rank ({rank})")
 

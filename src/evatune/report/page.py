@@ -10,8 +10,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from evatune.adapters.scale import DEFAULT_SCALE
 from evatune.calibration.result import Calibration
+from evatune.choices import DEFAULT_SCALE
 from evatune.ranks.allocation import RankPlan
 from evatune.report import plots
 from evatune.report.summary import LayerRow, layer_rows, totals

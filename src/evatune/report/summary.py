@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from evatune.adapters.scale import SCALES
 from evatune.calibration.result import Calibration
 from evatune.calibration.status import Status
+from evatune.choices import SCALES
 from evatune.errors import BudgetError
 from evatune.layers import LayerSpec
 from evatune.ranks.allocation import RankPlan

@@ -13,8 +13,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from evatune.adapters.scale import SCALES
 from evatune.calibration.result import Calibration
+from evatune.choices import SCALES
 from evatune.ranks.allocation import RankPlan
 from evatune.report.summary import LayerRow, layer_rows, plan_of, totals
 from evatune.utils.markup import printable

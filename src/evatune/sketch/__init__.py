@@ -9,7 +9,6 @@ from evatune.sketch.examples import Examples, ExampleSketch
 from evatune.sketch.incremental import IncrementalSketch
 from evatune.sketch.nystrom import NystromSketch
 from evatune.sketch.registry import (
-    OBJECTIVES,
     SKETCHES,
     is_additive,
     make_example_sketch,
@@ -19,7 +18,6 @@ from evatune.sketch.registry import (
 from evatune.sketch.token_counts import CountSketch
 
 __all__ = [
-    "OBJECTIVES",
     "SKETCHES",
     "AdditiveSketch",
     "CountSketch",

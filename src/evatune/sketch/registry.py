@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from evatune.choices import OBJECTIVES
 from evatune.sketch.additive import AdditiveSketch
 from evatune.sketch.base import InputSketch, Sketch, SketchSettings
 from evatune.sketch.exact import ExactSketch
@@ -17,14 +18,12 @@ from evatune.sketch.regression import RegressionSketch
 from evatune.sketch.spectrum import Spectrum
 from evatune.sketch.token_counts import CountSketch
 
-# What `CalibrationConfig.sketch` may name.
+# What `CalibrationConfig.sketch` may name: a line here, and its name in `evatune.choices`.
 SKETCHES: dict[str, type[InputSketch]] = {
     "nystrom": NystromSketch,
     "exact": ExactSketch,
     "incremental": IncrementalSketch,
 }
-# What `CalibrationConfig.objective` may name; all but the first need a loss.
-OBJECTIVES = ("activations", "gradients", "regression")
 TOKEN_COUNTS = "counts"  # not a choice: the sketch of rows that come as token ids
 
 

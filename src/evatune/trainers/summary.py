@@ -6,10 +6,11 @@ from collections import Counter
 from statistics import median
 
 from evatune.calibration.result import Calibration
+from evatune.choices import Scale
 
 
 def summary(
-    calibration: Calibration, scale: str, learning_rate: float | None = None
+    calibration: Calibration, scale: Scale, learning_rate: float | None = None
 ) -> dict[str, float]:
     """Return figures by name, of the redistribution that the calibration's own settings give.
 

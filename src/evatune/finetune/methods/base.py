@@ -13,10 +13,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from evatune.adapters.lora_layers import find_lora_targets, lora_layers
-from evatune.adapters.scale import DEFAULT_SCALE
 from evatune.calibration import Calibration
 from evatune.capture.recorder import RowsFunction
 from evatune.capture.targets import find_target_layers
+from evatune.choices import DEFAULT_SCALE
 from evatune.errors import ConfigError
 
 # Examples per batch → one pass over the training data, on the model's device.

@@ -11,6 +11,7 @@ from torch import nn
 from evatune.adapters.lora_layers import lora_layers
 from evatune.api import calibrate
 from evatune.calibration import Calibration, CalibrationConfig
+from evatune.choices import Objective, Scale
 from evatune.finetune.methods.base import Lora, Preparation
 
 _MINOR_BATCHES, _MINOR_EXAMPLES = 16, 16
@@ -100,7 +101,7 @@ def _redraw(model: nn.Module, seed: int) -> None:
         a.copy_((2 * drawn - 1) / a.shape[1] ** 0.5)
 
 
-def _of_objective(objective: str, scale: str) -> dict[str, Any]:
+def _of_objective(objective: Objective, scale: Scale) -> dict[str, Any]:
     return {"config": CalibrationConfig(objective=objective), "scale": scale}
 
 
