@@ -10,7 +10,12 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Collection, Iterable
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import (
+    Distribution,
+    PackageNotFoundError,
+    distribution,
+    packages_distributions,
+)
 from pathlib import Path
 
 import pytest
@@ -18,9 +23,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import evatune
+from evatune.utils.extras import EXTRA_OF
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "evatune"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def test_the_public_names_are_these_and_no_more() -> None:
@@ -188,43 +195,96 @@ def installed_by(requirements: Iterable[str]) -> list[Distribution]:
     return list(found.values())
 
 
-CLEAN = """
+IMPORTS = """
 import importlib, pkgutil, sys
 import evatune
-from evatune.cli import main
+from evatune.errors import MissingExtraError
 
 missing = {}
-for module in pkgutil.walk_packages(evatune.__path__, "evatune."):
+for module in pkgutil.walk_packages(evatune.__path__, "evatune.", onerror=lambda name: None):
     if module.name != "evatune.__main__":
         try:
             importlib.import_module(module.name)
+        except MissingExtraError as error:
+            missing[module.name] = str(error)
         except ModuleNotFoundError as error:
-            missing[module.name] = error.name
-assert missing == {"evatune.trainers.lightning": "pytorch_lightning"}, missing
+            missing[module.name] = repr(error)
+"""
+LIBRARY = f"""
+import sys
+sys.modules |= dict.fromkeys(["typer", "rich", "jinja2"])  # some versions of transformers bring them
+{IMPORTS}
+for module, message in sorted(missing.items()):
+    print(module, message, sep="\\t")
+"""
+RECIPES = f"""{IMPORTS}
+from evatune.cli import main
+assert missing.keys() == {{"evatune.trainers.lightning"}}, missing
 main()
 """
 
 
-def test_the_libraries_that_pip_brings_are_all_that_is_imported(tmp_path: Path) -> None:
-    site = tmp_path / "site-packages"  # by whose name dill tells libraries from the caller's code
+def run_with(requirements: Iterable[str], folder: Path, code: str, *arguments: str) -> str:
+    """Run code where no other libraries are than those that pip brings; return its output."""
+    site = folder / "site-packages"  # by whose name dill tells libraries from the caller's code
     site.mkdir()
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for library in installed_by(project["dependencies"]):
+    for library in installed_by(requirements):
         for top in {path.parts[0] for path in library.files or ()} - {"..", "__pycache__"}:
             if not (site / top).exists():
                 (site / top).symlink_to(Path(str(library.locate_file(top))))
-    # CorDA, since PEFT imports for it what it does not ask for.
-    tiny = ["data.train=8", "data.test=4", "training.steps=1", "training.batch_size=4"]
-    out = str(tmp_path / "run")
-    arguments = ["train", "generation-arithmetic", "method=corda", *tiny, "--out", out]
     path = os.pathsep.join([str(ROOT / "src"), str(site)])
     done = subprocess.run(
-        [sys.executable, "-S", "-c", CLEAN, *arguments],
+        [sys.executable, "-S", "-c", code, *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def requirements(*extras: str) -> list[str]:
+    """Return what pyproject.toml asks for, of ourselves too."""
+    asked = list(PROJECT["dependencies"])
+    for extra in extras:
+        for text in PROJECT["optional-dependencies"][extra]:
+            ours = re.fullmatch(r"evatune\[(.*)\]", text)
+            asked += requirements(*ours[1].split(",")) if ours else [text]
+    return asked
+
+
+def test_what_the_recipes_extra_brings_is_all_that_is_imported(tmp_path: Path) -> None:
+    # CorDA, since PEFT imports for it what it does not ask for.
+    tiny = ["data.train=8", "data.test=4", "training.steps=1", "training.batch_size=4"]
+    arguments = ["train", "generation-arithmetic", "method=corda", *tiny]
+    out = str(tmp_path / "run")
+    run_with(requirements("recipes"), tmp_path, RECIPES, *arguments, "--out", out)
+
+
+def test_a_module_whose_extra_is_missing_says_which(tmp_path: Path) -> None:
+    lines = run_with(requirements(), tmp_path, LIBRARY).splitlines()
+    missing = dict(line.split("\t") for line in lines)
+    for module, message in missing.items():
+        assert re.search(r"needs \w+, which is not .* 'evatune\[\w+\]'$", message), module
+    rooms = {module.split(".")[1] for module in missing}
+    assert rooms <= {"cli", "finetune", "loading", "report", "trainers", "adapters"}
+    merged = {"evatune.adapters.export.merged"}
+    assert {name for name in missing if name.startswith("evatune.adapters")} <= merged
+
+
+def test_each_library_of_an_extra_is_in_the_table_of_extras() -> None:
+    named = {
+        canonicalize_name(Requirement(text).name): extra
+        for extra in ("cli", "recipes", "demo", "images", "rl", "ray", "lightning")
+        for text in PROJECT["optional-dependencies"][extra]
+    }
+    named.pop("evatune")
+    homes = packages_distributions()
+    table = {
+        canonicalize_name(homes.get(module, [module])[0]): extra
+        for module, extra in EXTRA_OF.items()
+    }
+    assert table.items() >= named.items()
 
 
 def test_the_clean_installation_runs_every_command_of_the_readme() -> None:

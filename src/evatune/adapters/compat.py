@@ -59,6 +59,7 @@ from evatune.modeling.batches import iterate
 from evatune.modeling.forward import model_device, to_device
 from evatune.modeling.state import require_trainable
 from evatune.modeling.wrappers import peft_name
+from evatune.utils.extras import extras
 
 ModelInputs = Callable[[Any, LoraConfig], Any]
 LayerInputs = Callable[[Any, Any, str], Tensor]
@@ -391,8 +392,9 @@ def _moved(batches: Iterable[Any], device: torch.device | None) -> Iterator[Any]
 
 @contextmanager
 def _bar(show: bool) -> Iterator[ProgressFunction]:
-    from rich.console import Console
-    from rich.progress import Progress as Bar
+    with extras("a progress bar"):
+        from rich.console import Console
+        from rich.progress import Progress as Bar
 
     console = Console(stderr=True)
     with Bar(console=console, transient=True, disable=not (show and console.is_terminal)) as bar:

@@ -14,9 +14,12 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from evatune.errors import ConfigError
+from evatune.utils.extras import extras
+
+with extras(__name__):
+    from scipy import stats
 
 Scores = Mapping[str, Mapping[str, Mapping[int, float | None]]]  # [task][method][seed]
 Vector = NDArray[np.float64]

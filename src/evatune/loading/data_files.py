@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets.data_files import DataFilesList
-
 from evatune.errors import DataError
 from evatune.loading.error_text import reason
 from evatune.loading.file_checks import require_records, require_utf8
+from evatune.utils.extras import extras
+
+with extras(__name__):
+    import datasets
+    from datasets.data_files import DataFilesList
 
 _KINDS = {
     ".txt": "text",

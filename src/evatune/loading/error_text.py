@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import datasets
+from evatune.utils.extras import extras
+
+with extras(__name__):
+    import datasets
 
 
 def reason(error: BaseException) -> str:

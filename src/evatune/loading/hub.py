@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import datasets
 import huggingface_hub
 
 from evatune.errors import DataError
 from evatune.loading.data_files import kind_of
 from evatune.loading.error_text import reason, root_cause
+from evatune.utils.extras import extras
+
+with extras(__name__):
+    import datasets
 
 _TIMEOUT = 5.0  # seconds for the hub to answer
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import warnings
 
-import datasets
 import transformers
+
+from evatune.utils.extras import extras
+
+with extras(__name__):
+    import datasets
 
 
 def quiet_libraries() -> None:

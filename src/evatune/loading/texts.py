@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from evatune.errors import ConfigError, DataError
 from evatune.loading.data_files import kind_of, read_data_files
 from evatune.loading.hub import reading, require_path
+from evatune.utils.extras import extras
+
+with extras(__name__):
+    import datasets
 
 CHARACTERS_PER_TOKEN = 64  # many more than texts have
 _NAMES_SHOWN, _NAME_LENGTH = 8, 40

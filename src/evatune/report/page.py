@@ -7,7 +7,6 @@ from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from evatune.calibration.result import Calibration
@@ -16,7 +15,11 @@ from evatune.ranks.allocation import RankPlan
 from evatune.report import plots
 from evatune.report.summary import LayerRow, layer_rows, totals
 from evatune.report.tables import effective, percent, summary_lines
+from evatune.utils.extras import extras
 from evatune.utils.markup import printable
+
+with extras(__name__):
+    import jinja2
 
 
 def render(

@@ -8,14 +8,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from evatune.calibration.result import Calibration
 from evatune.ranks.allocation import RankPlan
 from evatune.report.summary import LayerRow, split_name
 from evatune.utils.atomic import atomic_file
+from evatune.utils.extras import extras
 from evatune.utils.markup import plot_text
+
+with extras(__name__):
+    import matplotlib
+    from matplotlib.figure import Figure
 
 _DPI = 120
 STYLE = {  # also while a figure is saved: it fixes the ids inside an SVG

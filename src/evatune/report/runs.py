@@ -7,19 +7,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
-
 from evatune.calibration.result import Calibration
 from evatune.ranks.allocation import RankPlan
 from evatune.report.plots import STYLE, save_figure
 from evatune.report.summary import layer_rows
 from evatune.report.tables import plain
+from evatune.utils.extras import extras
 from evatune.utils.markup import markdown_code, markdown_text, plot_text
+
+with extras(__name__):
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
 
 if TYPE_CHECKING:
     from evatune.finetune.summary import Comparison, MeanStd, MethodSummary

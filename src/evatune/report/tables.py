@@ -7,18 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
-
 from evatune.calibration.result import Calibration
 from evatune.choices import SCALES
 from evatune.ranks.allocation import RankPlan
 from evatune.report.summary import LayerRow, layer_rows, plan_of, totals
+from evatune.utils.extras import extras
 from evatune.utils.markup import printable
 from evatune.utils.text import shortened
+
+with extras(__name__):
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
 
 _LONG = 80
 _PIPED_WIDTH = 250

@@ -11,10 +11,6 @@ from pathlib import Path
 from statistics import median, stdev
 from typing import Any
 
-from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from evatune.errors import ConfigError
 from evatune.finetune.statistics import DomainDifference, PairedDifference, TTest
 from evatune.finetune.tuned import Cell, Group, TunedSummary
@@ -31,7 +27,13 @@ from evatune.report.verdicts import (
     verdicts,
 )
 from evatune.utils.atomic import write_text
+from evatune.utils.extras import extras
 from evatune.utils.markup import markdown_code, markdown_text, printable
+
+with extras(__name__):
+    from matplotlib.figure import Figure
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
 
 _NONE = "–"
 _METHOD_HEADINGS = (

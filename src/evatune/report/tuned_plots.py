@@ -7,19 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from evatune.finetune.statistics import DomainComparison, DomainDifference
 from evatune.finetune.tuned import FULL, REFERENCE, Cell, Group, RatePoint
 from evatune.report.plots import STYLE
 from evatune.report.summary import split_name
 from evatune.report.verdicts import signed
+from evatune.utils.extras import extras
 from evatune.utils.markup import plot_text
+
+with extras(__name__):
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 _WIDTH = 4.2  # inches; 403 pixels of CSS, at which the text has its size
 _LEGEND_COLUMNS = 3

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from scipy.stats import spearmanr
-
 from evatune.errors import ConfigError
 from evatune.finetune.statistics import DomainComparison, DomainDifference, TTest, compare_domain
 from evatune.finetune.tuned import FULL, REFERENCE, Group, Values
+from evatune.utils.extras import extras
+
+with extras(__name__):
+    from scipy.stats import spearmanr
 
 SUBJECT = "eva"
 _NO_COMPETITORS = ("untouched", "head", FULL, "lora-redist")  # and all of EVA's own

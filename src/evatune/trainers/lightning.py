@@ -19,13 +19,15 @@ from evatune.modeling.batches import iterate
 from evatune.modeling.forward import ForwardFunction, call_model
 from evatune.modeling.wrappers import adapted, adapted_inside
 from evatune.trainers.summary import summary
+from evatune.utils.extras import extras
 
-try:
-    import lightning.pytorch as pl
-    from lightning.pytorch.utilities import CombinedLoader
-except ModuleNotFoundError:  # the same code, under the name that it had before version 2
-    import pytorch_lightning as pl
-    from pytorch_lightning.utilities import CombinedLoader
+with extras(__name__):
+    try:
+        import lightning.pytorch as pl
+        from lightning.pytorch.utilities import CombinedLoader
+    except ModuleNotFoundError:  # the same code, under the name that it had before version 2
+        import pytorch_lightning as pl
+        from pytorch_lightning.utilities import CombinedLoader
 
 
 class EvaCallback(pl.Callback):  # type: ignore[misc]  # not a type: its library is not followed

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.corda import preprocess_corda
 from torch import nn
 
 from evatune.adapters.lora_layers import lora_layers
 from evatune.finetune.methods.base import Batches
 from evatune.finetune.methods.weight_init import WeightInit, initialize_by_peft, peft_config
 from evatune.modeling.forward import call_model
+from evatune.utils.extras import extras
 
 _EXAMPLES = 256  # as PEFT's documentation has it
 
@@ -30,6 +30,9 @@ class Corda(WeightInit):
     """
 
     def apply(self, model: Any, batches: Batches) -> None:
+        with extras("method 'corda'"):
+            from peft.tuners.lora.corda import preprocess_corda
+
         config = peft_config(model, init_lora_weights="corda", corda_config=CordaConfig())
         layers = {name: layer.get_base_layer() for name, layer in lora_layers(model).items()}
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from evatune.errors import ConfigError
-from evatune.finetune.tasks import generation, images, rl, understanding
 from evatune.finetune.tasks.base import Domain, Part, Task
+from evatune.utils.extras import extras
+
+with extras(__name__):
+    from evatune.finetune.tasks import generation, images, rl, understanding
 
 _MODULES = (generation, understanding, images, rl)
 DOMAINS: dict[str, Domain] = {module.DOMAIN.name: module.DOMAIN for module in _MODULES}

@@ -1,0 +1,49 @@
+"""What named options may be: a type and a tuple of each, its default, and the check of a value.
+
+Nothing heavy loads here: `--help` lists these names.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+from evatune.errors import ConfigError
+
+# Length of the rows of A, see `evatune.adapters.scale`.
+Scale = Literal["paper", "whiten", "matched", "whiten-matched"]
+# What components are ranked by, and what stays as in uniform LoRA: see `evatune.ranks.allocation`.
+Metric = Literal["ratio", "raw", "max", "sum"]
+Budget = Literal["ranks", "parameters"]
+# What is kept of a layer's inputs: the keys of `evatune.sketch.SKETCHES`.
+SketchName = Literal["nystrom", "exact", "incremental"]
+# What directions are leading in; all but the first need a loss.
+Objective = Literal["activations", "gradients", "regression"]
+# What becomes of adapted layers that EVA does not initialize.
+OnUnsupported = Literal["error", "skip"]
+
+SCALES: tuple[Scale, ...] = get_args(Scale)
+METRICS: tuple[Metric, ...] = get_args(Metric)
+BUDGETS: tuple[Budget, ...] = get_args(Budget)
+SKETCH_NAMES: tuple[SketchName, ...] = get_args(SketchName)
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+
+# Of `evatune.initialize`, `evatune init` and the recipes: the one at which LoRA's usual α and rates
+# are as safe as in LoRA, whatever the width. See docs/learning-rate.md for what was measured.
+DEFAULT_SCALE: Scale = "matched"
+DEFAULT_RANK, DEFAULT_RHO = 16, 2.0
+
+
+def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise a ConfigError for a value of the option `name` that is not `allowed`."""
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+
+
+def require_rho(rho: float) -> None:
+    """Raise a ConfigError unless 1 ≤ ρ < ∞."""
+    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 1 <= rho < math.inf:
+        raise ConfigError(
+            f"rho is {rho!r}; it must be a number of at least 1 (1 = no redistribution, 2 = the"
+            " usual choice)"
+        )
