@@ -14,5 +14,7 @@ def test_every_error_has_the_same_root_and_is_drawn_in_the_tree() -> None:
 
 def test_every_error_but_a_process_s_is_a_value_error() -> None:
     leaves = set(errors.EvatuneError.__subclasses__())
-    assert {error for error in leaves if not issubclass(error, ValueError)} == {errors.ProcessError}
+    others = {errors.MissingExtraError, errors.ProcessError}
+    assert {error for error in leaves if not issubclass(error, ValueError)} == others
+    assert issubclass(errors.MissingExtraError, ModuleNotFoundError)
     assert issubclass(errors.ProcessError, RuntimeError)

@@ -19,6 +19,7 @@ from importlib.metadata import (
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -63,6 +64,21 @@ def test_importing_evatune_loads_no_heavy_library() -> None:
     code = f"import sys, evatune; print(sorted({heavy} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["init", "--help"]])
+def test_help_loads_no_heavy_library(arguments: list[str]) -> None:
+    heavy = {"torch", "numpy", "peft", "transformers", "datasets", "matplotlib", "accelerate"}
+    code = f"""
+import atexit, sys
+atexit.register(lambda: print(sorted({heavy} & set(sys.modules)), file=sys.stderr))
+from evatune.cli import main
+main()
+"""
+    command = [sys.executable, "-c", code, *arguments]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Usage" in shown.stdout
+    assert shown.stderr.strip() == "[]"
 
 
 def imports_of(file: Path) -> set[str]:
@@ -268,7 +284,7 @@ def test_a_module_whose_extra_is_missing_says_which(tmp_path: Path) -> None:
     for module, message in missing.items():
         if module.startswith("evatune.cli."):
             continue  # their one caller, `evatune.cli.main`, says it for them
-        assert re.search(r"needs \w+, which is not .* 'evatune\[\w+\]'$", message), module
+        assert re.search(r"\w+ is not installed, .* 'evatune\[\w+\]'$", message), module
     rooms = {module.split(".")[1] for module in missing}
     assert rooms <= {"cli", "finetune", "loading", "report", "trainers", "adapters"}
     merged = {"evatune.adapters.export.merged"}
@@ -309,6 +325,18 @@ def test_changelog_and_version_agree() -> None:
     )
     assert newest is not None
     assert newest.group(1) in (None, evatune.__version__)
+
+
+def test_the_citation_is_of_this_version_and_its_date() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == evatune.__version__
+    heading = f"## [{citation['version']}] - {citation['date-released']}"
+    assert heading in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_links_of_the_readme_lead_somewhere_on_the_package_index_too() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text())
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
 
 
 def test_nothing_unpickles() -> None:

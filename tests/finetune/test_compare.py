@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evatune.errors import ConfigError
+from evatune.errors import ConfigError, MissingExtraError
 from evatune.finetune.compare import grid, run_all
 from evatune.finetune.metrics import METRICS
 from evatune.finetune.run import run
@@ -95,5 +95,5 @@ def test_executors_are_named_and_ray_names_its_extra(
     with pytest.raises(ConfigError, match="executor is 'slurm'; choose one of process, ray"):
         run_all(runs, 1, lambda *_: None, "slurm")
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"pip install 'evatune\[ray\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'evatune\[ray\]'"):
         run_all(runs, 1, lambda *_: None, "ray")

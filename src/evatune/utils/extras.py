@@ -35,13 +35,13 @@ def missing(library: str, purpose: str, otherwise: str = "") -> MissingExtraErro
 
     Args:
         library: as it is imported; a key of `EXTRA_OF`.
-        purpose: what needs it, as the subject of a sentence.
+        purpose: what needs it.
         otherwise: what else would help, after an "or".
     """
     extra = EXTRA_OF[library]
     instead = f", or {otherwise}" if otherwise else ""
     return MissingExtraError(
-        f"{purpose} needs {library}, which is not installed; install it with: pip install"
+        f"{library} is not installed, which {purpose} needs; install it with: pip install"
         f" 'evatune[{extra}]'{instead}",
         name=library,
     )
@@ -52,7 +52,7 @@ def extras(purpose: str) -> Iterator[None]:
     """Raise a MissingExtraError where an import in the block finds a library of an extra missing.
 
     Args:
-        purpose: what needs it, as the subject of a sentence.
+        purpose: what needs it.
     """
     try:
         yield

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evatune.errors import DataError
+from evatune.errors import MissingExtraError
 from evatune.finetune.tasks import images
 from evatune.finetune.tasks.images import three
 from tests.finetune.helpers import small_images as small
@@ -55,5 +55,5 @@ def test_examples_are_drawn_from_the_images_of_their_part() -> None:
 
 def test_three_names_the_extra_that_it_comes_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match=r"'three' reads .* pip install 'evatune\[images\]'"):
+    with pytest.raises(MissingExtraError, match=r"'three' .*'evatune\[images\]'"):
         images.prepare(small("three"))

@@ -12,7 +12,7 @@ import torch
 import transformers
 from peft import PeftModel
 
-from evatune.errors import ConfigError, DataError, EvatuneError
+from evatune.errors import ConfigError, EvatuneError, MissingExtraError
 from evatune.finetune.compare import grid
 from evatune.finetune.metrics import read_metrics
 from evatune.finetune.run import run
@@ -132,5 +132,5 @@ def test_without_meta_world_the_extra_is_named(
     small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "metaworld", None)
-    with pytest.raises(DataError, match="pip install 'evatune\\[rl\\]'"):
+    with pytest.raises(MissingExtraError, match="pip install 'evatune\\[rl\\]'"):
         run(small(small_folder), tmp_path / "run", quiet=True)

@@ -44,7 +44,7 @@ def handwritten(task: str) -> tuple[list[Image.Image], list[int]]:
 
     Raises MissingExtraError, in which `task` is named, if it is not installed.
     """
-    with extras(f"task {task!r}, which reads scikit-learn's handwritten digits,"):
+    with extras(f"task {task!r}"):
         from sklearn.datasets import load_digits
     digits = load_digits()  # values from 0 to 16
     pictures = [Image.fromarray(np.uint8(image * (255 / 16))) for image in digits.images]
