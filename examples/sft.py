@@ -1,10 +1,10 @@
 """TRL's SFTTrainer, with a chat template and packing: a small Llama learns to work out word
 problems.
 
-    pip install 'evatune[trl]'
+    pip install 'evatune[recipes,trl]'
     python examples/sft.py
 
-The Llama comes with evatune. Loss and calibration look at the same tokens: those of the answers
+The Llama comes with evatune's recipes. Loss and calibration look at the same tokens: those of the answers
 only.
 """
 

@@ -1,11 +1,12 @@
-"""Install the wheel into empty environments, and run every command of the README there.
+"""Install the wheels into empty environments, and run every command of the README there.
 
     python scripts/clean_install.py [--only lowest] [--extras demo] [--torch 2.6.0]
 
-One environment gets the lowest versions that pyproject.toml allows, the other the newest. The wheel
-comes alone first, then extra after extra, each followed by the commands that need it, on small
+One environment gets the lowest versions that pyproject.toml allows, the other the newest. The
+library comes alone first, then extra after extra, each followed by the commands that need it, on small
 models and a few examples. torch is that of constraints.txt in both, since other versions are
-gigabytes; `--torch` names another. It prints a table, and ends with status 1 if a command failed.
+gigabytes; `--torch` names another. It prints the sizes of the wheels and a table, and ends with
+status 1 if a command failed or evatune's own wheel is too large.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 900  # for one command
+LARGEST = 500_000  # bytes of the wheel without the checkpoints
+ASSETS = ROOT / "assets"
 
 _TINY = "data.train=16 data.test=8 training.steps=2 training.batch_size=4 training.eval_every=2"
 _DATA = "--model MODEL --data my.jsonl --text-column text --rank 4 --batch-size 4 --max-batches 2"
@@ -35,9 +38,8 @@ _METHODS = "--methods lora,pissa,eva --seeds 0 --lrs 1e-3,3e-3"
 
 # Extra → commands that need nothing more than it. The first has none.
 COMMANDS: Mapping[str, tuple[str, ...]] = {
-    "": (
-        "evatune --version",
-        "evatune --help",
+    "": ("evatune --version", "evatune --help", "python README.py"),
+    "cli": (
         *(f"evatune {name} --help" for name in _HELP),
         f"evatune init {_DATA} --out adapter",
         f"evatune init {_DATA} --checkpoint-every 1 --out other",
@@ -45,13 +47,14 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
         "evatune merge adapter other -o all.safetensors",
         "evatune export adapter -o served",
         "evatune export adapter -o merged --format merged",
-        f"evatune train images-fonts method=eva seed=0 {_TINY} --out fonts",
-        f"evatune train generation-arithmetic method=corda {_TINY} --out arithmetic",
-        f"evatune compare 'generation-arith*' {_METHODS} {_TINY} --out compared",
         "evatune recipes ls",
         "evatune recipes show images-digits",
         "evatune recipes cp images-digits mine.yaml",
-        "python README.py",
+    ),
+    "recipes": (
+        f"evatune train images-fonts method=eva seed=0 {_TINY} --out fonts",
+        f"evatune train generation-arithmetic method=corda {_TINY} --out arithmetic",
+        f"evatune compare 'generation-arith*' {_METHODS} {_TINY} --out compared",
     ),
     "demo": (
         "evatune init --max-batches 2 --out demo",
@@ -115,7 +118,8 @@ class Environment:
         lines = [f"{library}=={version}\n" for library, version in versions.items()]
         self.constraints.write_text("".join(lines))
         what = f"[{extra}]" if extra else ""
-        command = f"pip install --quiet --constraint {self.constraints} '{wheel}{what}'"
+        options = f"--quiet --constraint {self.constraints} --find-links {wheel.parent}"
+        command = f"pip install {options} '{wheel}{what}'"
         return self.run(command, shown=f"pip install evatune{what}")
 
     def furnish(self) -> None:
@@ -152,9 +156,8 @@ class Environment:
         return Outcome(self.name, shown or command, time.monotonic() - begun, problem)
 
     def _filled(self, text: str) -> str:
-        """Return the text with the paths of the examples, and of the Llama in the wheel."""
-        packages = (self.folder / "venv").glob("lib/python*/site-packages")
-        model = next(packages) / "evatune" / "assets" / "llama-small"
+        """Return the text with the paths of the examples, and of the small Llama."""
+        model = ASSETS / "src" / "evatune_assets" / "llama-small"
         return text.replace("MODEL", str(model)).replace("EXAMPLES", str(ROOT / "examples"))
 
 
@@ -170,6 +173,9 @@ def main() -> None:
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="clean-install-") as name:
         wheel = built(Path(name) / "dist")
+        too_large = wheel.stat().st_size > LARGEST
+        for path in wheel.parent.iterdir():
+            print(f"{path.stat().st_size:>12,} bytes  {path.name}")
         for which in ("lowest", "newest"):
             if arguments.only in (None, which):
                 environment = Environment(which, Path(name) / which)
@@ -178,13 +184,13 @@ def main() -> None:
                     print(outcome, *outcome.problem.splitlines(), sep="\n", flush=True)
     failed = [outcome for outcome in outcomes if outcome.problem]
     print(f"\n{len(failed)} of {len(outcomes)} commands failed", *failed, sep="\n")
-    sys.exit(bool(failed))
+    sys.exit(bool(failed) or too_large)
 
 
 def built(folder: Path) -> Path:
-    """Return the wheel of this checkout."""
+    """Build the wheels of this checkout; return evatune's, beside which that of its assets is."""
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--wheel-dir", str(folder), str(ROOT)], check=True)
+    subprocess.run([*pip, "--wheel-dir", str(folder), str(ROOT), str(ASSETS)], check=True)
     (wheel,) = folder.glob("evatune-*.whl")
     return wheel
 
@@ -215,8 +221,13 @@ def lowest(extra: str) -> dict[str, str]:
     """Return the least versions that pyproject.toml names for an extra, or, for "", without one."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     texts = project["optional-dependencies"][extra] if extra else project["dependencies"]
-    bounds = (re.match(r"([\w-]+)>=([\w.]+)", text) for text in texts)
-    return {bound[1]: bound[2] for bound in bounds if bound is not None}
+    versions: dict[str, str] = {}
+    for text in texts:
+        if ours := re.fullmatch(r"evatune\[(\w+)\]", text):
+            versions |= lowest(ours[1])
+        elif bound := re.match(r"([\w-]+)>=([\w.]+)", text):
+            versions[bound[1]] = bound[2]
+    return versions
 
 
 def pinned(library: str) -> str:
