@@ -4,8 +4,8 @@ problems.
     pip install 'evatune[recipes,trl]'
     python examples/sft.py
 
-The Llama comes with evatune's recipes. Loss and calibration look at the same tokens: those of the answers
-only.
+The Llama comes with evatune's recipes. Loss and calibration look at the same tokens: those of the
+answers only.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python scripts/clean_install.py [--only lowest] [--extras demo] [--torch 2.6.0]
 
 One environment gets the lowest versions that pyproject.toml allows, the other the newest. The
-library comes alone first, then extra after extra, each followed by the commands that need it, on small
-models and a few examples. torch is that of constraints.txt in both, since other versions are
+library comes alone first, then extra after extra, each followed by the commands that need it, on
+small models and a few examples. torch is that of constraints.txt in both, since other versions are
 gigabytes; `--torch` names another. It prints the sizes of the wheels and a table, and ends with
 status 1 if a command failed or evatune's own wheel is too large.
 """
