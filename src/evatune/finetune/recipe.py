@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -41,6 +43,7 @@ def _require_scale(scale: str) -> str:
 
 Scale = Annotated[str, AfterValidator(_require_scale)]
 _RECIPES = files("evatune.finetune").joinpath("recipes")
+_NAME_LINE = re.compile(r"^--- # (.+)\n", re.MULTILINE)
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _Flag = Annotated[bool, Strict()]
 _Whole = Annotated[int, Strict()]
@@ -196,11 +199,23 @@ class Recipe:
 
 def ours() -> list[str]:
     """Return the names of the recipes that come with evatune."""
-    return sorted(
-        path.name.removesuffix(".yaml")
-        for path in _RECIPES.iterdir()
-        if path.name.endswith(".yaml")
-    )
+    return sorted(_our_texts())
+
+
+@cache
+def _our_texts() -> Mapping[str, str]:
+    """Return name → YAML text of the recipes that come with evatune.
+
+    A file holds those of a family, each below a line `--- # NAME`; or one, whose name is its own.
+    """
+    texts: dict[str, str] = {}
+    for file in _RECIPES.iterdir():
+        if file.name.endswith(".yaml"):
+            alone, *several = _NAME_LINE.split(file.read_text(encoding="utf-8"))
+            if alone:
+                texts[file.name.removesuffix(".yaml")] = alone
+            texts |= zip(several[::2], several[1::2], strict=True)
+    return texts
 
 
 def expand(sources: Iterable[str]) -> list[str]:
@@ -222,8 +237,8 @@ def expand(sources: Iterable[str]) -> list[str]:
 
 def text_of(source: str) -> str:
     """Return the YAML text behind a name of ours or a path. ConfigError if there is none."""
-    if source in ours():
-        return _RECIPES.joinpath(f"{source}.yaml").read_text(encoding="utf-8")
+    if source in _our_texts():
+        return _our_texts()[source]
     path = Path(source)
     if path.is_file():
         with telling(source, "give a YAML file; `evatune recipes show` shows one", ConfigError):
