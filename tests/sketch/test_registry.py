@@ -10,6 +10,7 @@ from torch import Tensor
 
 import evatune
 from evatune import CalibrationConfig
+from evatune.calibration import config
 from evatune.errors import ConfigError
 from evatune.sketch import SKETCHES, SketchUpdate, is_additive, make_sketch
 from evatune.sketch.base import InputSketch, SketchSettings
@@ -46,14 +47,15 @@ class AxisSketch(InputSketch):
 
 @pytest.fixture
 def axes(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a sketch that one line in the registry adds."""
+    """The name of a sketch that one line in the registry and one among the choices add."""
     monkeypatch.setitem(SKETCHES, "axes", AxisSketch)
+    monkeypatch.setattr(config, "SKETCH_NAMES", (*config.SKETCH_NAMES, "axes"))
     return "axes"
 
 
 def test_a_registered_sketch_is_used_by_calibrate(axes: str) -> None:
-    config = CalibrationConfig(rank=4, sketch=axes, tolerance=0)
-    calibration = evatune.calibrate(Toy(), inputs(), config)
+    settings = CalibrationConfig(rank=4, sketch=axes, tolerance=0)
+    calibration = evatune.calibrate(Toy(), inputs(), settings)
     exact = evatune.calibrate(
         Toy(), inputs(), CalibrationConfig(rank=4, sketch="exact", tolerance=0)
     )
