@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from evatune.adapters.export import FORMATS, ExportRequest, export_adapter
-from evatune.cli.libraries import TRUST_HELP, libraries_on_stderr
+from evatune.cli.libraries import TRUST_HELP, libraries_on_stderr, load_torch
 from evatune.utils.markup import printable
 from evatune.utils.names import as_shown
 
@@ -42,6 +42,7 @@ def export(
 ) -> None:
     """Write an adapter for servers that do not read rank_pattern (vLLM, SGLang, llama.cpp), or a
     merged model."""
+    load_torch()
     request = ExportRequest(adapter, out, overwrite, model, trust_remote_code)
     if kind in FORMATS and FORMATS[kind].loads_base_model and adapter.is_dir():
         from evatune.loading.quiet import quiet_libraries

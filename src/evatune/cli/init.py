@@ -26,6 +26,7 @@ from evatune.choices import (
 from evatune.cli.libraries import (
     TRUST_HELP,
     libraries_on_stderr,
+    load_torch,
     loading_libraries,
 )
 from evatune.cli.options import config_of, option, setting, takes_options
@@ -167,6 +168,7 @@ def init(options: InitOptions) -> None:
     config = config_of(CalibrationConfig, options)
     _require_sizes(options)
     require_apart(options.out, model=options.model, data=options.data)
+    load_torch()
     from evatune.distributed.group import require_alone
 
     require_alone("evatune init")

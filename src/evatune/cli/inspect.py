@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evatune.cli.libraries import load_torch
+
 if TYPE_CHECKING:
     from evatune.calibration.result import Calibration
 
@@ -22,6 +24,7 @@ def inspect(
     ] = False,
 ) -> None:
     """Print ranks, energies and statuses of a calibration, or ranks and scales of an adapter."""
+    load_torch()
     from evatune.adapters.saved import adapter_rows
     from evatune.calibration.result import Calibration
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from evatune.cli.interrupt import ends_at_once
@@ -21,6 +22,12 @@ def loading_libraries(log: Console) -> Iterator[None]:
     """Show a spinner while the block imports what a command needs, before it begins anything."""
     with log.status("loading libraries"), libraries_on_stderr(), ends_at_once():
         yield
+
+
+def load_torch() -> None:
+    """Import torch, where an interrupt ends the process: nothing is begun yet."""
+    with ends_at_once():
+        import_module("torch")
 
 
 @contextmanager

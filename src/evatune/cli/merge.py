@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evatune.cli.libraries import load_torch
 from evatune.utils.text import shortened
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def merge(
     ] = False,
 ) -> None:
     """Join calibrations of the same model that were computed apart on different data."""
+    load_torch()
     from evatune.calibration.merge import loss_bounds
     from evatune.calibration.result import Calibration
     from evatune.cli.inspect import calibration_facts

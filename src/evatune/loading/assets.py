@@ -33,5 +33,5 @@ def _home() -> Path:
         return in_checkout
     spec = find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise missing(_PACKAGE, "a checkpoint of the recipes", "name a model with model=")
+        raise missing(_PACKAGE, "this recipe", "name a model with model=")
     return Path(next(iter(spec.submodule_search_locations)))
