@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from evatune.errors import MissingExtraError
-from evatune.utils.extras import extras
+from evatune.utils.extras import extras, require
 
 
 def test_a_missing_library_of_an_extra_is_named_with_the_extra(
@@ -33,3 +33,12 @@ def test_an_error_that_names_its_extra_is_not_told_again(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(MissingExtraError, match="digits"), extras("this"), extras("digits"):
         import sklearn  # noqa: F401
+
+
+def test_a_command_asks_for_its_whole_extra_before_it_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    require("cli", "this command")
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingExtraError, match="jinja2 is not installed, which this command"):
+        require("cli", "this command")

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -144,6 +145,8 @@ def _compare_tuned(
     log: Any,
 ) -> None:
     """Search, test, write tables and pictures, and print them."""
+    import_module("evatune.report.tuned")  # which may lack an extra, and comes after hours
+
     from evatune.errors import EvatuneError
     from evatune.finetune.search import tune
     from evatune.utils.lock import held

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from evatune.cli.interrupt import ends_at_once
+from evatune.utils.extras import require
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +20,11 @@ TRUST_HELP = "Run Python code that comes with the model. Look at it first."
 
 @contextmanager
 def loading_libraries(log: Console) -> Iterator[None]:
-    """Show a spinner while the block imports what a command needs, before it begins anything."""
+    """Show a spinner while the block imports what a command needs, before it begins anything.
+
+    Raises MissingExtraError where it could not show its results in the end.
+    """
+    require("cli", "this command")
     with log.status("loading libraries"), libraries_on_stderr(), ends_at_once():
         yield
 

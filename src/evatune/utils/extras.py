@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from evatune.errors import MissingExtraError
 
@@ -45,6 +46,16 @@ def missing(library: str, purpose: str, otherwise: str = "") -> MissingExtraErro
         f" 'evatune[{extra}]'{instead}",
         name=library,
     )
+
+
+def require(extra: str, purpose: str) -> None:
+    """Raise a MissingExtraError unless every library of an extra is installed.
+
+    For what would miss one only after hours.
+    """
+    for library, home in EXTRA_OF.items():
+        if home == extra and find_spec(library) is None:
+            raise missing(library, purpose)
 
 
 @contextmanager
