@@ -42,6 +42,11 @@ class LayerRow:
         return self.spec.name
 
     @property
+    def random(self) -> float:
+        """Share of the energy that a random A of the same rank is expected to hold: r/d."""
+        return min(1.0, self.rank / self.spec.in_features)
+
+    @property
     def parameters(self) -> int:
         """Trainable parameters of the layer's A and B."""
         return self.rank * self.spec.parameters_per_rank
@@ -60,6 +65,7 @@ class LayerRow:
             "participation_ratio": self.participation_ratio,
             "explained": self.explained,
             "captured": self.captured,
+            "random": self.random,
             "estimated_missed": self.estimated_missed,
             "status": self.status,
             "advice": self.advice,
@@ -168,6 +174,7 @@ def totals(calibration: Calibration, plan: RankPlan) -> dict[str, Any]:
         "uniform_parameters": plan.uniform_parameters,
         "captured_mean": sum(captured) / len(captured) if captured else None,
         "captured_worst": min(captured) if captured else None,
+        "random_mean": sum(row.random for row in rows) / len(rows) if rows else None,
         "estimated_missed": calibration.estimated_missed,
         "of_achievable_mean": sum(ratios) / len(ratios) if ratios else None,
         "of_achievable_worst": min(ratios) if ratios else None,

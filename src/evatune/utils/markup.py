@@ -7,6 +7,8 @@ HTML is escaped by Jinja, and YAML by its own writer.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 
 def printable(text: str) -> str:
@@ -14,6 +16,17 @@ def printable(text: str) -> str:
     return "".join(
         sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
     )
+
+
+def printable_in(value: Any) -> Any:
+    """Return plain values, as JSON holds them, with all text in them as `printable` has it."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {key: printable_in(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [printable_in(inner) for inner in value]
+    return value
 
 
 def plot_text(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 _NAME_BYTES = 255  # of a name, on nearly every file system
@@ -46,3 +47,21 @@ def beside(path: Path, before: str, after: str) -> Path:
     if len(name) + len(before) + len(after) > _NAME_BYTES:
         name = name[:150] + hashlib.sha256(name).hexdigest()[:16].encode()
     return path.with_name(before + os.fsdecode(name) + after)
+
+
+def hub_id(source: str | Path) -> str | None:
+    """Return the id on the model hub that a model or data set was loaded by; None for a local path.
+
+    A snapshot in the hub's cache folder is known by its folder's name.
+    """
+    text = str(source)
+    cached = re.search(r"(?:models|datasets)--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]", text)
+    if cached is not None:
+        return f"{cached[1]}/{cached[2]}"
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", text) is not None
+    return text if is_id and not Path(text).exists() else None
+
+
+def short_name(source: str | Path) -> str:
+    """Return what a model or data set is called: its hub id, or the last part of its path."""
+    return hub_id(source) or Path(source).name or str(source)

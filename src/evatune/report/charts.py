@@ -1,0 +1,362 @@
+"""Plots as Vega-Lite: heat maps of layers, spectra, and curves of training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evatune.calibration.result import Calibration
+from evatune.ranks.allocation import RankPlan
+from evatune.report.summary import LayerRow, split_name
+from evatune.report.vega import SCHEMA, Spec
+
+# Less than uniform, the same, more. Orange and blue are told apart by all eyes.
+_LESS, _SAME, _MORE = "#b35806", "#f2f4f6", "#1f5fa8"
+# From the first block to the last; each with contrast on white and on a dark page.
+_DEPTHS = ["#e0701a", "#c8378f", "#4f74e6"]
+COLORS = ["#3f7fd1", "#e0701a", "#2f9e63", "#c8378f", "#8a6fd1", "#a8842c", "#3aa0ad", "#d15b5b"]
+_CHANCE = "#8a939c"
+_POINTS = 28  # of a spectrum, more of which no eye sees
+
+
+@dataclass(frozen=True)
+class HeatCell:
+    """A layer in a heat map: the figure that stands there, and by how much it is above uniform."""
+
+    row: LayerRow
+    text: str
+    difference: float
+
+
+# What the pointer shows of a layer: title, field of `LayerRow`, and format where it is a number.
+_FACTS = (
+    ("rank", "rank", "d"),
+    ("captured", "captured", ".1%"),
+    ("random A", "random", ".1%"),
+    ("PR", "participation_ratio", ".1f"),
+    ("parameters", "parameters", ",d"),
+    ("status", "status", ""),
+)
+
+
+def heat_map(cells: Sequence[HeatCell], legend: str) -> Spec:
+    """Return a map of layers, blocks across and layer types down, colored by the difference.
+
+    Args:
+        legend: what the difference is.
+    """
+    largest = max((abs(cell.difference) for cell in cells), default=0) or 1
+    values = [
+        {
+            "layer": cell.row.name,
+            "block": cell.row.block or "–",
+            "type": cell.row.type,
+            "text": cell.text,
+            "difference": round(cell.difference, 4),
+            "ink": ink_on(heat_color(cell.difference / largest)),
+        }
+        | {what: _rounded(getattr(cell.row, name)) for what, name, _ in _FACTS}
+        for cell in cells
+    ]
+    blocks = list(dict.fromkeys(value["block"] for value in values))
+    types = list(dict.fromkeys(value["type"] for value in values))
+    color = {
+        "field": "difference",
+        "type": "quantitative",
+        "scale": {
+            "domain": [-largest, 0, largest],
+            "range": [_LESS, _SAME, _MORE],
+            "interpolate": "rgb",
+        },
+        "legend": {"title": legend, "orient": "bottom", "gradientLength": 180, "titleLimit": 400},
+    }
+    return {
+        "$schema": SCHEMA,
+        "usermeta": {
+            "fit": "heat",
+            "across": len(blocks),
+            "down": len(types),
+            "letters": max(map(len, types), default=0),
+        },
+        "data": {"values": values},
+        "width": {"step": 26},
+        "height": {"step": 22},
+        "resolve": {"scale": {"color": "independent"}},
+        "encoding": {
+            "x": _place("block", blocks, "top"),
+            "y": _place("type", types, "left"),
+            "tooltip": [_shown("layer"), *(_shown(what, form) for what, _, form in _FACTS)],
+        },
+        "layer": [
+            {"mark": {"type": "rect", "cornerRadius": 2}, "encoding": {"color": color}},
+            {
+                "mark": {"type": "text", "fontSize": 10.5},
+                "encoding": {
+                    "text": {"field": "text"},
+                    "color": {"field": "ink", "type": "nominal", "scale": None},
+                },
+            },
+        ],
+    }
+
+
+def _shown(field: str, form: str = "") -> dict[str, str]:
+    """Return what a tooltip shows of a field, a number in D3's `form`."""
+    return {"field": field} | ({"format": form, "type": "quantitative"} if form else {})
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _place(name: str, order: Sequence[str], side: str) -> dict[str, Any]:
+    axis = {"title": None, "orient": side, "labelAngle": 0, "labelLimit": 220, "ticks": False}
+    axis |= {"domain": False, "labelOverlap": True}
+    scale = {"paddingInner": 0.08}
+    return {"field": name, "type": "nominal", "sort": order, "axis": axis, "scale": scale}
+
+
+def heat_color(share: float) -> tuple[int, int, int]:
+    """Return the color of a difference from −1 to 1, as the plot makes it: linear in RGB."""
+    ends = _rgb(_SAME), _rgb(_MORE if share > 0 else _LESS)
+    red, green, blue = (
+        round(same + abs(share) * (end - same)) for same, end in zip(*ends, strict=True)
+    )
+    return red, green, blue
+
+
+def ink_on(color: tuple[int, int, int]) -> str:
+    """Return black or white, whichever has more contrast: at least 4.5 on any color (WCAG AA)."""
+    return (
+        "#000000" if contrast(color, (0, 0, 0)) >= contrast(color, (255, 255, 255)) else "#ffffff"
+    )
+
+
+def contrast(one: tuple[int, int, int], other: tuple[int, int, int]) -> float:
+    """Return WCAG's contrast ratio of two colors, from 1 to 21."""
+    darker, lighter = sorted((_luminance(one), _luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def _luminance(color: tuple[int, int, int]) -> float:
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+        for part in (channel / 255 for channel in color)
+    ]
+    red, green, blue = linear
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _rgb(color: str) -> tuple[int, int, int]:
+    red, green, blue = bytes.fromhex(color.removeprefix("#"))
+    return red, green, blue
+
+
+def spectra(calibration: Calibration, plan: RankPlan) -> Spec:
+    """Return the cumulative shares of energy: a panel per layer type, a line per distinct input.
+
+    Types with the same inputs share a panel. A dot is where the largest rank of an input ends, the
+    dashed line what random directions would hold.
+    """
+    depths: dict[str, int] = {}
+    panels: dict[int, list[str]] = {}  # input → layers
+    for name, layer in calibration.layers.items():
+        if layer.input is not None and calibration.spectra[name].rows:
+            panels.setdefault(layer.input, []).append(name)
+            depths.setdefault(split_name(name)[0], len(depths))
+    titles = {number: _panel_title(names) for number, names in panels.items()}
+    values: list[dict[str, Any]] = []
+    for number, names in panels.items():
+        block = split_name(names[0])[0]
+        about = {"panel": titles[number], "layer": names[0], "depth": depths[block]}
+        shares = calibration.spectra[names[0]].explained_variance_ratio.double().cumsum(0).tolist()
+        width = calibration.layers[names[0]].in_features
+        rank = min(max(plan.ranks[name] for name in names), len(shares))
+        kept = {*_spread_out(len(shares)), rank} - {0}
+        values += [
+            about
+            | {
+                "directions": count,
+                "share": round(shares[count - 1], 4),
+                "random": round(count / width, 4),
+            }
+            | ({"rank": rank} if count == rank else {})
+            for count in sorted(kept)
+        ]
+    return _spectra_spec(values, list(dict.fromkeys(titles.values())))
+
+
+def _panel_title(names: Sequence[str]) -> str:
+    types = list(dict.fromkeys(split_name(name)[1] for name in names))
+    heads, tails = zip(*(name.rpartition(".")[::2] for name in types), strict=True)
+    if len(set(heads)) == 1:
+        types = [f"{heads[0]}.{tails[0]}".strip("."), *tails[1:]]
+    return ", ".join(types)
+
+
+def _spread_out(count: int) -> list[int]:
+    """Return numbers from 1 to `count`, the first ones dense."""
+    if count <= _POINTS:
+        return list(range(1, count + 1))
+    return sorted({round(count ** (step / (_POINTS - 1))) for step in range(_POINTS)})
+
+
+def _spectra_spec(values: Sequence[Mapping[str, Any]], panels: Sequence[str]) -> Spec:
+    blocks = len({value["depth"] for value in values})
+    across = {"field": "directions", "type": "quantitative", "title": "directions"}
+    up = {"field": "share", "type": "quantitative", "title": None}
+    top = max((value["share"] for value in values), default=1.0)
+    up |= {"axis": {"format": "%", "tickCount": 4}}
+    up |= {"scale": {"domain": [0, min(1.0, math.ceil(20 * top) / 20)]}}
+    depth = {
+        "field": "depth",
+        "type": "quantitative",
+        "scale": {"range": _DEPTHS, "interpolate": "rgb"},
+        "legend": {"title": "block", "tickMinStep": 1} if blocks > 1 else None,
+    }
+    by_layer = {"x": across, "y": up, "color": depth, "detail": {"field": "layer"}}
+    shown = [_shown("layer"), _shown("directions", "d")]
+    shown += [_shown("share", ".1%"), _shown("random", ".1%")]
+    layers = [
+        {
+            "mark": {"type": "line", "strokeDash": [4, 3], "color": _CHANCE, "strokeWidth": 1.2},
+            "encoding": {"x": across, "y": up | {"field": "random", "aggregate": "mean"}},
+        },
+        {"mark": {"type": "line", "strokeWidth": 1.3, "opacity": 0.85}, "encoding": by_layer},
+        {
+            "transform": [{"filter": "isValid(datum.rank)"}],
+            "mark": {"type": "point", "filled": True, "size": 26, "opacity": 1},
+            "encoding": by_layer,
+        },
+        {
+            "mark": {"type": "point", "size": 90, "opacity": 0},
+            "encoding": by_layer | {"tooltip": shown},
+        },
+    ]
+    header = {"labelFontSize": 11, "labelLimit": 230}
+    panel = {"field": "panel", "type": "nominal", "sort": panels, "title": None, "header": header}
+    return {
+        "$schema": SCHEMA,
+        "usermeta": {"fit": "facet", "panels": len(panels)},
+        "data": {"values": values},
+        "facet": panel,
+        "columns": 4,
+        "spec": {"width": 190, "height": 120, "layer": layers},
+        "resolve": {"scale": {"x": "independent"}},
+    }
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A figure over the steps of training, of one method."""
+
+    method: str
+    points: Sequence[tuple[int, float]]
+    panel: str = ""
+
+
+def curves(
+    lines: Iterable[Curve], title: str, methods: Sequence[str], *, log: bool = False
+) -> Spec:
+    """Return curves over steps, a color per method; a panel each where the lines name panels.
+
+    Args:
+        methods: in the order of their colors, which other plots of the page share.
+        log: the axis is logarithmic, where nothing is 0 or below.
+    """
+    lines = list(lines)
+    values = [
+        {"step": step, "value": float(f"{value:.6g}"), "method": line.method, "panel": line.panel}
+        for line in lines
+        for step, value in line.points
+        if math.isfinite(value)
+    ]
+    panels = list(dict.fromkeys(value["panel"] for value in values))
+    log = log and all(value["value"] > 0 for value in values)
+    scale = {"type": "log"} if log else {"zero": False}
+    up = {"field": "value", "type": "quantitative", "title": title, "scale": scale}
+    if log:
+        up |= {"axis": {"tickCount": 5, "format": "~g"}}
+    color = {
+        "field": "method",
+        "type": "nominal",
+        "sort": None,
+        "scale": {"domain": methods, "range": colors_of(methods)},
+        "legend": {"title": None, "orient": "top"} if len(methods) > 1 else None,
+    }
+    across = {"field": "step", "type": "quantitative", "axis": {"tickMinStep": 1}}
+    encoding = {"x": across, "y": up, "color": color}
+    encoding["tooltip"] = [_shown("method"), _shown("step", "d"), _shown("value", ".4~g")]
+    mark = {"type": "line", "point": {"size": 22}, "strokeWidth": 1.6}
+    spec: Spec = {"$schema": SCHEMA, "data": {"values": values}}
+    if len(panels) < 2:
+        meta = {"usermeta": {"fit": "plain"}, "height": 190, "width": 360}
+        return spec | meta | {"mark": mark, "encoding": encoding}
+    facet = {"field": "panel", "type": "nominal", "sort": panels, "title": None}
+    return spec | {
+        "usermeta": {"fit": "facet", "panels": len(panels)},
+        "facet": facet,
+        "columns": 3,
+        "spec": {"width": 240, "height": 150, "mark": mark, "encoding": encoding},
+        "resolve": {"scale": {"y": "independent"}},
+    }
+
+
+def colors_of(methods: Sequence[str]) -> list[str]:
+    """Return a color per method, told apart up to eight."""
+    return [COLORS[place % len(COLORS)] for place in range(len(methods))]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A method's mean score on a task, and its deviation over seeds; None for a single seed."""
+
+    task: str
+    method: str
+    mean: float
+    deviation: float | None
+
+
+def scores(found: Sequence[Score], methods: Sequence[str]) -> Spec:
+    """Return a row per task and method, a dot at the mean and a line of a deviation each way."""
+    values = [
+        {"task": one.task, "method": one.method, "score": one.mean, "deviation": one.deviation}
+        | {"low": one.mean - (one.deviation or 0), "high": one.mean + (one.deviation or 0)}
+        for one in found
+        if math.isfinite(one.mean)
+    ]
+    tasks = list(dict.fromkeys(value["task"] for value in values))
+    color = {
+        "field": "method",
+        "type": "nominal",
+        "scale": {"domain": methods, "range": colors_of(methods)},
+        "legend": None,
+    }
+    zero = {"zero": False, "padding": 12}
+    across = {"type": "quantitative", "title": "score", "scale": zero}
+    down = {"field": "method", "type": "nominal", "sort": methods, "title": None}
+    encoding = {"y": down, "color": color}
+    encoding["tooltip"] = [_shown("task"), _shown("method")]
+    encoding["tooltip"] += [_shown("score", ".4f"), _shown("deviation", ".4f")]
+    spread = {"x": across | {"field": "low"}, "x2": {"field": "high"}}
+    layers = [
+        {"mark": {"type": "rule", "strokeWidth": 1.6}, "encoding": encoding | spread},
+        {
+            "mark": {"type": "point", "filled": True, "size": 55, "opacity": 1},
+            "encoding": encoding | {"x": across | {"field": "score"}},
+        },
+    ]
+    spec: Spec = {"$schema": SCHEMA, "data": {"values": values}}
+    if len(tasks) < 2:
+        meta = {"usermeta": {"fit": "plain"}, "width": 360, "height": {"step": 22}}
+        return spec | meta | {"layer": layers}
+    facet = {"field": "task", "type": "nominal", "sort": tasks, "title": None}
+    return spec | {
+        "usermeta": {"fit": "facet", "panels": len(tasks)},
+        "facet": facet,
+        "columns": 3,
+        "spec": {"width": 240, "height": {"step": 20}, "layer": layers},
+        "resolve": {"scale": {"x": "independent"}},
+    }

@@ -1,0 +1,1 @@
+"""HTML pages, one per thing: a calibration, a training run, a comparison."""

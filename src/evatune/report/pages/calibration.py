@@ -1,0 +1,285 @@
+"""The page of a calibration: ranks, energies and spectra, against a uniform and a random start."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from statistics import fmean, median
+from typing import Any
+
+from evatune.adapters.scale import DEFAULT_SCALE
+from evatune.calibration.result import Calibration
+from evatune.ranks.allocation import RankPlan
+from evatune.report.charts import HeatCell, heat_map, spectra
+from evatune.report.pages.base import (
+    Cell,
+    Chart,
+    Page,
+    Table,
+    Tile,
+    document,
+    number_cell,
+    text_cell,
+)
+from evatune.report.summary import LayerRow, layer_rows, plan_of, totals
+from evatune.report.tables import effective, percent, rate_text, summary_lines
+from evatune.utils.names import short_name
+
+_LORA_RATE = 2e-4  # that many users of LoRA bring
+_LITTLE = 2.0  # times a random A, below which there is little that data could say
+_SETTLED = 0.01  # estimated miss at which the default rule stops
+
+_MEANING = (
+    "Captured: share of the energy of unseen rows inside a layer's directions, those known before"
+    " the rows came. Explained: the same of the rows that chose the directions. Random: what as many"
+    " random directions of that width would hold, r/d.",
+    "PR, the participation ratio: over how many directions an input's energy is spread in effect."
+    " What no direction holds counts as spread evenly over the rest, so PR is an upper bound.",
+    "Missed: of the energy that the best directions would capture of fresh data, the share that"
+    " these are expected to miss, by what the second half of the data changed.",
+)
+
+
+def render(
+    calibration: Calibration,
+    plan: RankPlan,
+    settings: Mapping[str, Any],
+    scale: str | None = DEFAULT_SCALE,
+    command: str = "",
+) -> str:
+    """Return the page of a calibration as one HTML document.
+
+    Args:
+        settings: what the run was called with, shown as is at the end; model, data, method and α
+            stand in the header too.
+        scale: of the rows of A, for what is said about learning rates; None: nothing is said.
+        command: what to do next, shown to be copied.
+    """
+    model = short_name(settings.get("model") or calibration.model)
+    facts = {
+        "model": model,
+        "data": _data(settings),
+        "method": str(settings.get("method", "eva")),
+        "r / ρ / α": adapter_facts(plan.rank, plan.rho, settings.get("alpha")),
+        "batches": str(calibration.batches),
+    }
+    page = Page(
+        title=f"EVA start for {model}",
+        facts={name: value for name, value in facts.items() if value},
+        verdict=verdict(calibration, plan),
+        command=command,
+        tiles=tiles(calibration, plan, scale),
+        charts=charts(calibration, plan),
+        tables=tables(calibration, plan),
+        notes=[*summary_lines(calibration, plan, [scale] if scale else []), *_MEANING],
+        settings=settings_of(calibration, settings),
+    )
+    return document(page)
+
+
+def adapter_facts(rank: int, rho: float | None, alpha: Any) -> str:
+    """Return "16 / 2 / 32"; a dash for what is not known."""
+    known = ("–" if value is None else f"{value:g}" for value in (rank, rho, alpha))
+    return " / ".join(known)
+
+
+def settings_of(calibration: Calibration, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run and its calibration, and the versions of what made it."""
+    versions = {f"{name} version": value for name, value in calibration.versions.items()}
+    return {**settings, **asdict(calibration.config), **versions}
+
+
+def verdict(calibration: Calibration, plan: RankPlan) -> str:
+    """Return the result in one sentence."""
+    problem = plan_of(calibration)[1] if not plan.spent else None
+    if problem:
+        return f"No ranks can be given: {problem}."
+    figures = totals(calibration, plan)
+    share, of_random = _captured(calibration, plan), figures["random_mean"]
+    if share is None or not of_random:
+        return "Nothing is known of what the directions hold: no row was seen."
+    times = share / of_random
+    held = (
+        f"The chosen directions hold {percent(share)} of the energy, {_times(times)} what a random A"
+        f" of the same ranks would ({percent(of_random)})"
+    )
+    if times < _LITTLE:
+        return f"{held}: there is little to gain over LoRA's own start here."
+    missed = calibration.estimated_missed
+    if missed is not None and missed > max(_SETTLED, calibration.config.tolerance):
+        return f"{held}; they may miss {percent(missed)} of the best ones: read more batches."
+    return f"{held}: ready to train."
+
+
+def is_settled(calibration: Calibration) -> bool:
+    """Return whether more batches are expected to change little."""
+    missed = calibration.estimated_missed
+    return missed is None or missed <= max(_SETTLED, calibration.config.tolerance)
+
+
+def tiles(calibration: Calibration, plan: RankPlan, scale: str | None) -> list[Tile]:
+    """Return the figures below the header."""
+    t = totals(calibration, plan)
+    share, of_random = _captured(calibration, plan), t["random_mean"]
+    change = t["parameters"] / t["uniform_parameters"] - 1 if t["uniform_parameters"] else 0.0
+    seen = "unseen rows'" if t["captured_mean"] is not None else "the rows'"
+    found = [
+        Tile(percent(share), f"of {seen} energy captured, mean over layers"),
+        Tile(
+            _times(share / of_random) if share is not None and of_random else "–",
+            f"a random A of the same ranks ({percent(of_random)})",
+        ),
+        Tile(percent(t["captured_worst"]), "captured in the worst layer"),
+        Tile(
+            f"{t['parameters']:,}", f"trainable parameters, {change:+.1%} against rank {plan.rank}"
+        ),
+        Tile(percent(t["estimated_missed"]), "estimated miss against the best directions"),
+    ]
+    steps = t["step_ratio"].get(scale)
+    if steps:
+        rate = rate_text(_LORA_RATE / steps["median"])
+        found.append(Tile(rate, f"learning rate for LoRA's {rate_text(_LORA_RATE)} ({scale})"))
+    return found
+
+
+def charts(calibration: Calibration, plan: RankPlan) -> list[Chart]:
+    """Return rank and energy of every layer as maps, and the spectra."""
+    rows = [row for row in layer_rows(calibration, plan)]
+    if not rows:
+        return []
+    ranks = [
+        HeatCell(row, str(row.rank), float(row.rank - _usual(calibration, plan, row)))
+        for row in rows
+    ]
+    energies = [
+        HeatCell(
+            row, "–" if share is None else f"{100 * share:.0f}", _gained(calibration, plan, row)
+        )
+        for row in rows
+        for share in [_share(row)]
+    ]
+    uniform = f"Uniform LoRA gives {plan.rank} to every layer."
+    found = [
+        Chart(
+            "ranks",
+            "Rank of each layer",
+            heat_map(ranks, f"ranks more or fewer than uniform ({plan.rank})"),
+            f"{uniform} {plan.spent:,} of {plan.limit:,} {plan.budget} are spent.",
+        ),
+        Chart(
+            "energy",
+            "Energy captured in each layer, %",
+            heat_map(energies, f"points of energy more or fewer than at rank {plan.rank}"),
+            "The figure is the share at the layer's rank, the color what redistribution changed.",
+        ),
+    ]
+    if any(calibration.spectra[row.name].rows for row in rows):
+        note = (
+            "Share of the energy in the leading directions, a line per distinct input, from the"
+            " first block (orange) to the last (blue). A dot is where the rank ends; dashed: as many"
+            " random directions."
+        )
+        found.append(Chart("spectra", "Spectra, cumulative", spectra(calibration, plan), note))
+    return found
+
+
+def tables(calibration: Calibration, plan: RankPlan) -> list[Table]:
+    """Return a table of layer types, and one of all layers."""
+    rows = layer_rows(calibration, plan)
+    return [_by_type(rows), _by_layer(rows)]
+
+
+def _by_type(rows: Sequence[LayerRow]) -> Table:
+    headings = ("layer type", "layers", "rank min", "mean", "max", "captured", "random", "times")
+    headings += ("PR median", "parameters", "status")
+    lines = []
+    for kind in dict.fromkeys(row.type for row in rows):
+        members = [row for row in rows if row.type == kind]
+        ranks = [row.rank for row in members]
+        shares = [share for row in members if (share := _share(row)) is not None]
+        of_random = fmean(row.random for row in members)
+        share = fmean(shares) if shares else None
+        ratios = [row.participation_ratio for row in members if row.participation_ratio]
+        statuses = Counter(row.status for row in members)
+        lines.append(
+            (
+                text_cell(kind),
+                number_cell(len(members), "d"),
+                number_cell(min(ranks), "d"),
+                number_cell(fmean(ranks), ".1f"),
+                number_cell(max(ranks), "d"),
+                number_cell(share, ".1%"),
+                number_cell(of_random, ".1%"),
+                number_cell(share / of_random if share and of_random else None, ".1f"),
+                number_cell(median(ratios) if ratios else None, ".1f"),
+                number_cell(sum(row.parameters for row in members), ",d"),
+                text_cell(", ".join(f"{count} {status}" for status, count in statuses.items())),
+            )
+        )
+    return Table("layer-types", "Layer types", headings, lines)
+
+
+def _by_layer(rows: Sequence[LayerRow]) -> Table:
+    headings = ("layer", "in", "out", "rank", "PR", "parameters", "rows", "explained", "captured")
+    headings += ("random", "missed", "status")
+    lines = [
+        (
+            text_cell(row.name),
+            number_cell(row.spec.in_features, "d"),
+            number_cell(row.spec.out_features, "d"),
+            number_cell(row.rank, "d"),
+            Cell(row.participation_ratio, effective(row.participation_ratio)),
+            number_cell(row.parameters, ",d"),
+            number_cell(row.rows, ",d"),
+            number_cell(row.explained, ".1%"),
+            number_cell(row.captured, ".1%"),
+            number_cell(row.random, ".1%"),
+            number_cell(row.estimated_missed, ".1%"),
+            text_cell(row.status, row.advice),
+        )
+        for row in rows
+    ]
+    marked = {number for number, row in enumerate(rows) if row.attention}
+    return Table("layers", f"All {len(rows)} layers", headings, lines, marked=marked)
+
+
+def _share(row: LayerRow) -> float | None:
+    """Return what is known of the energy in a layer's directions, on unseen rows if any were."""
+    return row.explained if row.captured is None else row.captured
+
+
+def _captured(calibration: Calibration, plan: RankPlan) -> float | None:
+    rows = [row for row in layer_rows(calibration, plan) if row.rank]
+    shares = [share for row in rows if (share := _share(row)) is not None]
+    return fmean(shares) if shares else None
+
+
+def _usual(calibration: Calibration, plan: RankPlan, row: LayerRow) -> int:
+    """Return the rank that uniform LoRA would give a layer."""
+    cap = calibration.layers[row.name].cap
+    return plan.rank if cap is None else cap
+
+
+def _gained(calibration: Calibration, plan: RankPlan, row: LayerRow) -> float:
+    """Return the points of energy that a layer holds more than at the uniform rank."""
+    spectrum = calibration.spectra[row.name]
+    usual = _usual(calibration, plan, row)
+    if spectrum.certificate is not None:
+        held = [spectrum.certificate.captured(rank) for rank in (row.rank, usual)]
+    else:
+        shares = spectrum.explained_variance_ratio
+        held = [float(shares[:rank].sum()) for rank in (row.rank, usual)]
+    return 100 * (held[0] - held[1])
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.0f} times" if ratio >= 10 else f"{ratio:.1f} times"
+
+
+def _data(settings: Mapping[str, Any]) -> str:
+    data = settings.get("data")
+    if not data:
+        return ""
+    count = settings.get("texts")
+    return short_name(data) + (f" ({count:,} texts)" if isinstance(count, int) else "")

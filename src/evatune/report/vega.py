@@ -1,0 +1,72 @@
+"""Vega-Lite: the library that a page carries, and pictures of its plots."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import zlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import vl_convert
+
+from evatune.errors import ConfigError
+from evatune.loading.cache import cache_folder
+from evatune.utils.atomic import atomic_file
+from evatune.utils.markup import printable_in
+
+Spec = dict[str, Any]  # of Vega-Lite; its `usermeta` says how a page fits it to the width
+
+_VERSION = "6.1"  # of Vega-Lite
+SCHEMA = f"https://vega.github.io/schema/vega-lite/v{_VERSION.partition('.')[0]}.json"
+_SCALE = 2.0  # pixels of a picture per unit of a plot
+
+
+@cache
+def library() -> str:
+    """Return Vega, Vega-Lite and Vega-Embed in one script, compressed by gzip, as base64.
+
+    That is 0.4 MB in place of 0.9. Joining them takes seconds, so the script is kept in the cache
+    folder where that can be written.
+    """
+    name = f"vega-{vl_convert.get_vega_version()}-lite-{_VERSION}.js.gz"
+    path = cache_folder() / name
+    packed = _whole(path)
+    if packed is None:
+        script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed", vl_version=_VERSION)
+        packed = gzip.compress(script.encode("utf-8"), mtime=0)
+        _keep(path, packed)
+    return base64.b64encode(packed).decode("ascii")
+
+
+def save_picture(spec: Spec, path: Path) -> None:
+    """Write a plot as PNG or SVG, by the name's end, on white."""
+    plot = {**spec, "background": "white"}
+    text = json.dumps(printable_in(plot))
+    with atomic_file(path) as temporary:
+        if path.suffix == ".svg":
+            temporary.write_text(vl_convert.vegalite_to_svg(text, _VERSION), encoding="utf-8")
+        else:
+            png = vl_convert.vegalite_to_png(text, _VERSION, scale=_SCALE)
+            temporary.write_bytes(png)
+
+
+def _whole(path: Path) -> bytes | None:
+    """Return what is in the cache; None where nothing is, or it is damaged."""
+    try:
+        packed = path.read_bytes()
+        gzip.decompress(packed)
+    except (OSError, EOFError, zlib.error):
+        return None
+    return packed
+
+
+def _keep(path: Path, packed: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(packed)
+    except (OSError, ConfigError):  # a cache that cannot be written costs the next page seconds
+        return
