@@ -114,6 +114,7 @@ def is_in(module: str, places: Collection[str]) -> bool:
         ("datasets", {"loading", "finetune"}),
         ("matplotlib", {"report", "finetune.tasks"}),  # whose fonts are drawn
         ("jinja2", {"report"}),
+        ("vl_convert", {"report.vega"}),
         ("typer", {"cli"}),
     ],
 )
@@ -156,7 +157,9 @@ ROOMS = {
     | CORE
     | {"schemas", "modeling", "capture", "distributed", "calibration", "adapters"}
     | {"trainers", "loading", "api"},
-    "report": BASE | {"ranks", "calibration", "adapters.scale", "finetune"},
+    "report": BASE
+    | {"ranks", "calibration", "adapters.scale", "adapters.saved", "finetune"}
+    | {"loading.cache", "loading.demo"},
 }
 
 

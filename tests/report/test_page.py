@@ -6,8 +6,9 @@ import html.parser
 import re
 from pathlib import Path
 
-import evatune
 from evatune.report.page import render
+
+import evatune
 from evatune.report.tables import percent, rate_text
 
 

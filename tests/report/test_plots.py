@@ -5,9 +5,10 @@ from __future__ import annotations
 import xml.etree.ElementTree
 from pathlib import Path
 
+from evatune.report.page import render
+
 import evatune
 from evatune.report import plots
-from evatune.report.page import render
 from evatune.report.runs import rank_plot
 from evatune.utils.markup import plot_text, printable
 from tests.helpers import NAMES

@@ -12,6 +12,7 @@ from evatune.cli.init import init
 from evatune.cli.inspect import inspect
 from evatune.cli.interrupt import STATUS
 from evatune.cli.merge import merge
+from evatune.cli.push import push
 from evatune.cli.train import recipes, train
 from evatune.utils.extras import extras
 from evatune.version import __version__
@@ -32,6 +33,7 @@ app.command()(merge)
 app.command()(train)
 app.command()(compare)
 app.command()(export)
+app.command()(push)
 app.add_typer(recipes, name="recipes")
 
 

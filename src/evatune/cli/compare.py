@@ -76,6 +76,8 @@ def compare(
 ) -> None:
     """Compare methods under equal conditions. Finished cells are kept: the same command again goes
     on."""
+    import shlex
+
     from evatune.errors import EvatuneError
     from evatune.finetune.recipe import expand, load
 
@@ -98,8 +100,10 @@ def compare(
         from evatune.finetune.compare import grid, run_all
         from evatune.finetune.summary import summarize
         from evatune.finetune.tuning import Seeds
+        from evatune.report.pages.comparison import render
         from evatune.report.runs import comparison_table
         from evatune.report.tables import console
+        from evatune.utils.atomic import write_text
         from evatune.utils.lock import held
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
@@ -120,11 +124,15 @@ def compare(
             failed = _with_bar(log, runs, lambda tell: run_all(runs, count, tell, executor))
         found = summarize(runs, target_loss)
         facts = _write_comparison(found, failed, folder)
+        if found.lines:
+            following = shlex.join(["evatune", "compare", *recipes, "--methods", methods, "--tune"])
+            page = render(found, settings, facts["command"], following, len(failed))
+            write_text(folder / "report.html", page)
     if as_json:
         typer.echo(json.dumps(facts))
     elif found.lines:
         console().print(comparison_table(found))
-        for name in ("comparison.json", "comparison.md", "curves.png"):
+        for name in ("report.html", "comparison.json", "comparison.md"):
             typer.echo(printable(str(folder / name)))
     if failed:
         path, why = next(iter(failed.items()))
@@ -217,7 +225,7 @@ def _write_comparison(found: Comparison, failed: dict[Path, str], folder: Path) 
     import sys
     from dataclasses import asdict
 
-    from evatune.report.runs import comparison_markdown, comparison_plot
+    from evatune.report.runs import comparison_markdown
     from evatune.utils.atomic import write_text
 
     command = shlex.join(["evatune", *sys.argv[1:]])
@@ -230,7 +238,6 @@ def _write_comparison(found: Comparison, failed: dict[Path, str], folder: Path) 
     }
     write_text(folder / "comparison.json", json.dumps(facts, indent=2) + "\n")
     if found.lines:
-        comparison_plot(found, folder / "curves.png")
         write_text(folder / "comparison.md", comparison_markdown(found, command))
     return facts
 

@@ -303,6 +303,7 @@ def _recorded(options: InitOptions, job: _Job) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_length": job.length,
         "texts": len(job.texts),
+        "data_fingerprint": _digest(job.texts)[:16],
         "random_weights": list(job.loaded.fresh),
     }
 
@@ -328,15 +329,19 @@ def _checkpoint(options: InitOptions, output: Output, log: Console) -> Checkpoin
 
 def _about(settings: dict[str, Any], texts: Any) -> dict[str, Any]:
     """Return what must be the same for a checkpoint to fit: the model and the texts."""
+    same = {
+        key: settings[key] for key in ("model", "task", "dtype", "batch_size", "max_length", "seed")
+    }
+    return same | {"texts": _digest(texts)}
+
+
+def _digest(texts: Any) -> str:
     import hashlib
 
     digest = hashlib.sha256()
     for text in texts["text"]:
         digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
-    same = {
-        key: settings[key] for key in ("model", "task", "dtype", "batch_size", "max_length", "seed")
-    }
-    return same | {"texts": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def _initialize(
@@ -400,14 +405,43 @@ def _progress_bar(
 
 
 def _write(folder: Path, adapted: Any, calibration: Calibration, settings: dict[str, Any]) -> None:
-    from evatune.report.page import render
+    from evatune.report.cards import CardFacts, write_card
+    from evatune.report.pages.calibration import render
 
     adapted.save_pretrained(folder)
     calibration.save(folder / _RECORD)
-    page = render(calibration, calibration.allocate(), settings, settings["scale"])
+    facts = CardFacts(
+        base_model=_hub_id(settings["model"]),
+        data=settings["data"],
+        fingerprint=settings["data_fingerprint"],
+        scale=settings["scale"],
+    )
+    write_card(folder, facts, calibration)
+    following = _next_command(calibration, settings)
+    page = render(calibration, calibration.allocate(), settings, settings["scale"], following)
     (folder / "report.html").write_text(page, encoding="utf-8")
     record = {"settings": settings, "versions": calibration.versions | _library_versions()}
     (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _hub_id(model: str) -> str | None:
+    from evatune.loading.demo import DEMO_MODEL, demo_model
+    from evatune.utils.names import hub_id
+
+    return hub_id(model) or (DEMO_MODEL if model == str(demo_model()) else None)
+
+
+def _next_command(calibration: Calibration, settings: dict[str, Any]) -> str:
+    """Return what the report advises: training from this start, or more batches first."""
+    import shlex
+    import sys
+
+    from evatune.report.pages.calibration import is_settled
+
+    if not is_settled(calibration) and calibration.batches >= settings["max_batches"]:
+        more = ["--max-batches", str(2 * settings["max_batches"]), "--overwrite"]
+        return shlex.join(["evatune", *sys.argv[1:], *more])
+    return f'model = PeftModel.from_pretrained(model, "{settings["out"]}", is_trainable=True)'
 
 
 def _show(calibration: Calibration, out: Path, settings: dict[str, Any], as_json: bool) -> None:

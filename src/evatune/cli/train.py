@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -45,16 +45,17 @@ def train(
 
     log = Console(stderr=True, quiet=as_json)
     with loading_libraries(log):
-        from evatune.finetune.metrics import read_metrics
         from evatune.finetune.run import run
         from evatune.loading.quiet import quiet_libraries
-        from evatune.report.runs import run_plot
+        from evatune.report.cards import write_run_card
+        from evatune.report.pages.run import render
+        from evatune.utils.atomic import write_text
 
         quiet_libraries()
     with libraries_on_stderr():
         result = run(settings, folder, quiet=as_json)
-    run_plot(read_metrics(folder), folder / "curves.png")
-    _rank_page(folder, settings)
+    write_text(folder / "report.html", render(folder, settings, recipe))
+    write_run_card(folder, settings, result)
     if as_json:
         typer.echo(json.dumps({"out": str(folder)} | result))
         return
@@ -121,22 +122,3 @@ def cp(
     ):
         temporary.write_text(text, encoding="utf-8")
     typer.echo(printable(str(file)))
-
-
-def _rank_page(folder: Path, settings: Any) -> None:
-    """Write the report page and the rank map of a run that has a calibration."""
-    from evatune.calibration.result import Calibration
-    from evatune.finetune.methods import find_method
-    from evatune.finetune.recipe import as_tree, flat
-    from evatune.report.page import render
-    from evatune.report.runs import rank_plot
-    from evatune.utils.atomic import write_text
-
-    path = folder / "calibration.safetensors"
-    if path.is_file():
-        calibration = Calibration.load(path)
-        plan = calibration.allocate()
-        scale = find_method(settings.method).scale(settings.adapter.scale)
-        page = render(calibration, plan, flat(as_tree(settings)), scale)
-        write_text(folder / "report.html", page)
-        rank_plot(calibration, plan, folder / "ranks.png")

@@ -25,6 +25,20 @@ def fingerprint(recipe: Recipe) -> str:
     transformers.set_seed(0)
     task = find_domain(recipe.domain).prepare(recipe)
     digest = hashlib.sha256()
+    _add_examples(digest, task)
+    for name, weight in _own_weights(task):
+        digest.update(name.encode() + _bytes(weight.detach().flatten()[:_VALUES]))
+    return digest.hexdigest()[:16]
+
+
+def data_fingerprint(task: Task) -> str:
+    """Return a digest of some examples of each part, and of their number."""
+    digest = hashlib.sha256()
+    _add_examples(digest, task)
+    return digest.hexdigest()[:16]
+
+
+def _add_examples(digest: Any, task: Task) -> None:
     for part in (task.train, task.validation, task.test):
         count = 0 if part is None else len(part)
         digest.update(str(count).encode())
@@ -32,9 +46,6 @@ def fingerprint(recipe: Recipe) -> str:
             batch = task.collator([part[index]])
             for key in sorted(batch):
                 digest.update(key.encode() + _bytes(batch[key]))
-    for name, weight in _own_weights(task):
-        digest.update(name.encode() + _bytes(weight.detach().flatten()[:_VALUES]))
-    return digest.hexdigest()[:16]
 
 
 def _own_weights(task: Task) -> Iterator[tuple[str, Tensor]]:

@@ -42,6 +42,7 @@ def _require_scale(scale: str) -> str:
 
 
 Scale = Annotated[str, AfterValidator(_require_scale)]
+REFERENCE = "lora"  # the method that others are held against
 _RECIPES = files("evatune.finetune").joinpath("recipes")
 _NAME_LINE = re.compile(r"^--- # (.+)\n", re.MULTILINE)
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)

@@ -20,6 +20,7 @@ from evatune.api import initialize
 from evatune.calibration import Calibration
 from evatune.distributed.group import require_alone
 from evatune.finetune.another_task import another_task
+from evatune.finetune.fingerprint import data_fingerprint
 from evatune.finetune.methods import AdapterSetup, Method, Preparation, find_method
 from evatune.finetune.metrics import count_trainable, peak_memory, read_metrics
 from evatune.finetune.recipe import Recipe
@@ -101,6 +102,7 @@ def _run(recipe: Recipe, folder: Path, quiet: bool) -> dict[str, Any]:
         "steps": recipe.training.steps,
         "peak_memory_bytes": peak_memory(),
         "versions": library_versions(),
+        "data_fingerprint": data_fingerprint(trained.task),
     }
     write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
     # of a thousand runs they would fill the disk

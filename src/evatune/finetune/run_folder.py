@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from evatune.errors import ConfigError
+from evatune.errors import ConfigError, EvatuneError
 from evatune.finetune.metrics import METRICS
-from evatune.finetune.recipe import Recipe, as_tree, parse
+from evatune.finetune.recipe import REFERENCE, Recipe, as_tree, parse
 from evatune.schemas import Damage, telling
 from evatune.schemas.run import Result
 from evatune.schemas.text import parse_json, read_text, validate_json
@@ -41,6 +41,31 @@ def finished_result(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     """
     require_own_run(folder, as_tree(recipe))
     return read_result(folder)
+
+
+def reference_run(recipe: Recipe, folder: Path) -> Path | None:
+    """Return the folder of a finished run of LoRA beside this one; None where there is none.
+
+    It differs in method and learning rate alone. Of several rates, the one of the smallest loss: a
+    choice in LoRA's favor.
+    """
+    if recipe.method == REFERENCE:
+        return None
+    own = _without_method(as_tree(recipe))
+    losses: dict[Path, float] = {}
+    for path in sorted(folder.absolute().parent.glob(f"*/{RESULT}")):
+        try:
+            tree, result = _read_recipe(path.parent / RECIPE), read_result(path.parent)
+        except EvatuneError:  # what lies beside this run is no part of it
+            continue
+        if tree["method"] == REFERENCE and _without_method(tree) == own and result is not None:
+            losses[path.parent] = result["eval_loss"]
+    return min(losses, key=lambda path: losses[path], default=None)
+
+
+def _without_method(tree: dict[str, Any]) -> dict[str, Any]:
+    training = {key: value for key, value in tree["training"].items() if key != "learning_rate"}
+    return {**tree, "method": None, "training": training}
 
 
 def require_own_run(folder: Path, tree: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ class MethodSummary:
     init_seconds: MeanStd
     train_seconds: MeanStd
     curve: list[Point]  # means
+    scores: dict[int, float]  # by seed
     best: bool  # the method's learning rate of smallest mean loss on this task
 
 
@@ -71,6 +72,7 @@ class Comparison:
 @dataclass(frozen=True)
 class _FinishedRun:
     folder: Path
+    seed: int
     result: dict[str, Any]
 
     @property
@@ -110,7 +112,7 @@ def _finished_by_key(runs: Sequence[Run]) -> dict[Key, list[_FinishedRun]]:
         if result is not None:
             recipe = run.recipe
             key = recipe.task, recipe.method, recipe.training.learning_rate
-            groups.setdefault(key, []).append(_FinishedRun(run.folder, result))
+            groups.setdefault(key, []).append(_FinishedRun(run.folder, recipe.seed, result))
     return groups
 
 
@@ -150,6 +152,7 @@ def _summary(
         first_gradient_b=_mean_std_of_all(gradients),
         steps_to_target=_mean_std_of_all(steps),
         curve=_mean_curve(curves),
+        scores={run.seed: run.result["score"] for run in group},
         best=best,
         **measured,
     )

@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 
 from evatune.errors import ConfigError
-from evatune.finetune.recipe import as_tree, flat, load, ours
+from evatune.finetune.recipe import REFERENCE, as_tree, flat, load, ours
 from evatune.finetune.tuning import best_position
 from evatune.schemas.tuned import RunLine
 
-REFERENCE = "lora"
 FULL = "full"
 _TUNING_SEEDS = 3  # of a rate that can be chosen
 _SHARE_OF_FULL = 0.9  # of full fine-tuning's improvement

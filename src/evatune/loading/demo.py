@@ -7,6 +7,8 @@ from pathlib import Path
 
 from evatune.utils.extras import missing
 
+DEMO_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # its id on the model hub
+
 
 def demo_model() -> Path:
     """Return the folder of MiniLM-L6-v2 (22M parameters)."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from evatune.calibration.result import Calibration
 from evatune.ranks.allocation import RankPlan
-from evatune.report.summary import LayerRow, split_name
+from evatune.report.summary import split_name
 from evatune.report.vega import SCHEMA, Spec
 
 # Less than uniform, the same, more. Orange and blue are told apart by all eyes.
@@ -23,22 +23,28 @@ _POINTS = 28  # of a spectrum, more of which no eye sees
 
 @dataclass(frozen=True)
 class HeatCell:
-    """A layer in a heat map: the figure that stands there, and by how much it is above uniform."""
+    """A layer in a heat map: the figure that stands there, and by how much it is above uniform.
 
-    row: LayerRow
+    Attributes:
+        facts: what the pointer shows, by the names of `_FACTS`.
+    """
+
+    name: str
     text: str
     difference: float
+    facts: Mapping[str, Any]
 
 
-# What the pointer shows of a layer: title, field of `LayerRow`, and format where it is a number.
-_FACTS = (
-    ("rank", "rank", "d"),
-    ("captured", "captured", ".1%"),
-    ("random A", "random", ".1%"),
-    ("PR", "participation_ratio", ".1f"),
-    ("parameters", "parameters", ",d"),
-    ("status", "status", ""),
-)
+# Formats of the facts about a layer that are numbers.
+_FACTS = {
+    "rank": "d",
+    "captured": ".1%",
+    "random A": ".1%",
+    "PR": ".1f",
+    "alpha": "~g",
+    "parameters": ",d",
+    "status": "",
+}
 
 
 def heat_map(cells: Sequence[HeatCell], legend: str) -> Spec:
@@ -48,18 +54,17 @@ def heat_map(cells: Sequence[HeatCell], legend: str) -> Spec:
         legend: what the difference is.
     """
     largest = max((abs(cell.difference) for cell in cells), default=0) or 1
-    values = [
-        {
-            "layer": cell.row.name,
-            "block": cell.row.block or "–",
-            "type": cell.row.type,
+    values: list[dict[str, Any]] = []
+    for cell in cells:
+        block, kind = split_name(cell.name)
+        place = {"layer": cell.name, "block": block or "–", "type": kind}
+        drawn = {
             "text": cell.text,
             "difference": round(cell.difference, 4),
             "ink": ink_on(heat_color(cell.difference / largest)),
         }
-        | {what: _rounded(getattr(cell.row, name)) for what, name, _ in _FACTS}
-        for cell in cells
-    ]
+        values.append(place | drawn | {key: _rounded(value) for key, value in cell.facts.items()})
+    shown = [key for key in _FACTS if any(key in cell.facts for cell in cells)]
     blocks = list(dict.fromkeys(value["block"] for value in values))
     types = list(dict.fromkeys(value["type"] for value in values))
     color = {
@@ -87,7 +92,7 @@ def heat_map(cells: Sequence[HeatCell], legend: str) -> Spec:
         "encoding": {
             "x": _place("block", blocks, "top"),
             "y": _place("type", types, "left"),
-            "tooltip": [_shown("layer"), *(_shown(what, form) for what, _, form in _FACTS)],
+            "tooltip": [_shown("layer"), *(_shown(key, _FACTS[key]) for key in shown)],
         },
         "layer": [
             {"mark": {"type": "rect", "cornerRadius": 2}, "encoding": {"color": color}},
@@ -205,8 +210,8 @@ def _spread_out(count: int) -> list[int]:
 
 def _spectra_spec(values: Sequence[Mapping[str, Any]], panels: Sequence[str]) -> Spec:
     blocks = len({value["depth"] for value in values})
-    across = {"field": "directions", "type": "quantitative", "title": "directions"}
-    up = {"field": "share", "type": "quantitative", "title": None}
+    across: Spec = {"field": "directions", "type": "quantitative", "title": "directions"}
+    up: Spec = {"field": "share", "type": "quantitative", "title": None}
     top = max((value["share"] for value in values), default=1.0)
     up |= {"axis": {"format": "%", "tickCount": 4}}
     up |= {"scale": {"domain": [0, min(1.0, math.ceil(20 * top) / 20)]}}
@@ -267,7 +272,7 @@ def curves(
         log: the axis is logarithmic, where nothing is 0 or below.
     """
     lines = list(lines)
-    values = [
+    values: list[dict[str, Any]] = [
         {"step": step, "value": float(f"{value:.6g}"), "method": line.method, "panel": line.panel}
         for line in lines
         for step, value in line.points
@@ -276,7 +281,7 @@ def curves(
     panels = list(dict.fromkeys(value["panel"] for value in values))
     log = log and all(value["value"] > 0 for value in values)
     scale = {"type": "log"} if log else {"zero": False}
-    up = {"field": "value", "type": "quantitative", "title": title, "scale": scale}
+    up: Spec = {"field": "value", "type": "quantitative", "title": title, "scale": scale}
     if log:
         up |= {"axis": {"tickCount": 5, "format": "~g"}}
     color = {
@@ -287,7 +292,7 @@ def curves(
         "legend": {"title": None, "orient": "top"} if len(methods) > 1 else None,
     }
     across = {"field": "step", "type": "quantitative", "axis": {"tickMinStep": 1}}
-    encoding = {"x": across, "y": up, "color": color}
+    encoding: Spec = {"x": across, "y": up, "color": color}
     encoding["tooltip"] = [_shown("method"), _shown("step", "d"), _shown("value", ".4~g")]
     mark = {"type": "line", "point": {"size": 22}, "strokeWidth": 1.6}
     spec: Spec = {"$schema": SCHEMA, "data": {"values": values}}
@@ -337,7 +342,7 @@ def scores(found: Sequence[Score], methods: Sequence[str]) -> Spec:
     zero = {"zero": False, "padding": 12}
     across = {"type": "quantitative", "title": "score", "scale": zero}
     down = {"field": "method", "type": "nominal", "sort": methods, "title": None}
-    encoding = {"y": down, "color": color}
+    encoding: Spec = {"y": down, "color": color}
     encoding["tooltip"] = [_shown("task"), _shown("method")]
     encoding["tooltip"] += [_shown("score", ".4f"), _shown("deviation", ".4f")]
     spread = {"x": across | {"field": "low"}, "x2": {"field": "high"}}

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from evatune.finetune.recipe import REFERENCE
 from evatune.finetune.statistics import DomainComparison, DomainDifference
-from evatune.finetune.tuned import FULL, REFERENCE, Cell, Group, RatePoint
+from evatune.finetune.tuned import FULL, Cell, Group, RatePoint
 from evatune.report.plots import STYLE
 from evatune.report.summary import split_name
 from evatune.report.verdicts import signed

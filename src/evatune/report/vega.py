@@ -41,16 +41,12 @@ def library() -> str:
     return base64.b64encode(packed).decode("ascii")
 
 
-def save_picture(spec: Spec, path: Path) -> None:
-    """Write a plot as PNG or SVG, by the name's end, on white."""
-    plot = {**spec, "background": "white"}
-    text = json.dumps(printable_in(plot))
-    with atomic_file(path) as temporary:
-        if path.suffix == ".svg":
-            temporary.write_text(vl_convert.vegalite_to_svg(text, _VERSION), encoding="utf-8")
-        else:
-            png = vl_convert.vegalite_to_png(text, _VERSION, scale=_SCALE)
-            temporary.write_bytes(png)
+def picture(spec: Spec, kind: str = "png") -> bytes:
+    """Return a plot as a file of the kind "png" or "svg", on white."""
+    text = json.dumps(printable_in({**spec, "background": "white"}))
+    if kind == "svg":
+        return vl_convert.vegalite_to_svg(text, _VERSION).encode("utf-8")
+    return vl_convert.vegalite_to_png(text, _VERSION, scale=_SCALE)
 
 
 def _whole(path: Path) -> bytes | None:

@@ -12,8 +12,9 @@ from statistics import median
 from typing import Any
 
 from evatune.errors import ConfigError
+from evatune.finetune.recipe import REFERENCE
 from evatune.finetune.statistics import DomainComparison, DomainDifference, TTest, compare_domain
-from evatune.finetune.tuned import FULL, REFERENCE, Group, Values
+from evatune.finetune.tuned import FULL, Group, Values
 from evatune.utils.extras import extras
 
 with extras(__name__):

@@ -38,6 +38,7 @@ class Result(Strict):
     steps: Count
     peak_memory_bytes: Count
     versions: dict[Name, Name]
+    data_fingerprint: Name | None = None  # unknown in files of older versions
 
 
 class MetricsLine(Strict):

@@ -24,6 +24,7 @@ from evatune.report.pages.base import (
 )
 from evatune.report.summary import LayerRow, layer_rows, plan_of, totals
 from evatune.report.tables import effective, percent, rate_text, summary_lines
+from evatune.report.vega import Spec
 from evatune.utils.names import short_name
 
 _LORA_RATE = 2e-4  # that many users of LoRA bring
@@ -32,8 +33,8 @@ _SETTLED = 0.01  # estimated miss at which the default rule stops
 
 _MEANING = (
     "Captured: share of the energy of unseen rows inside a layer's directions, those known before"
-    " the rows came. Explained: the same of the rows that chose the directions. Random: what as many"
-    " random directions of that width would hold, r/d.",
+    " the rows came. Explained: the same of the rows that chose the directions. Random: what as"
+    " many random directions of that width would hold, r/d.",
     "PR, the participation ratio: over how many directions an input's energy is spread in effect."
     " What no direction holds counts as spread evenly over the rest, so PR is an upper bound.",
     "Missed: of the energy that the best directions would capture of fresh data, the share that"
@@ -72,10 +73,15 @@ def render(
         tiles=tiles(calibration, plan, scale),
         charts=charts(calibration, plan),
         tables=tables(calibration, plan),
-        notes=[*summary_lines(calibration, plan, [scale] if scale else []), *_MEANING],
+        notes=notes(calibration, plan, scale),
         settings=settings_of(calibration, settings),
     )
     return document(page)
+
+
+def notes(calibration: Calibration, plan: RankPlan, scale: str | None) -> list[str]:
+    """Return what a calibration says in sentences, and what its figures mean."""
+    return [*summary_lines(calibration, plan, [scale] if scale else []), *_MEANING]
 
 
 def adapter_facts(rank: int, rho: float | None, alpha: Any) -> str:
@@ -101,8 +107,8 @@ def verdict(calibration: Calibration, plan: RankPlan) -> str:
         return "Nothing is known of what the directions hold: no row was seen."
     times = share / of_random
     held = (
-        f"The chosen directions hold {percent(share)} of the energy, {_times(times)} what a random A"
-        f" of the same ranks would ({percent(of_random)})"
+        f"The chosen directions hold {percent(share)} of the energy, {_times(times)} what a random"
+        f" A of the same ranks would ({percent(of_random)})"
     )
     if times < _LITTLE:
         return f"{held}: there is little to gain over LoRA's own start here."
@@ -145,26 +151,16 @@ def tiles(calibration: Calibration, plan: RankPlan, scale: str | None) -> list[T
 
 def charts(calibration: Calibration, plan: RankPlan) -> list[Chart]:
     """Return rank and energy of every layer as maps, and the spectra."""
-    rows = [row for row in layer_rows(calibration, plan)]
+    rows = layer_rows(calibration, plan)
     if not rows:
         return []
-    ranks = [
-        HeatCell(row, str(row.rank), float(row.rank - _usual(calibration, plan, row)))
-        for row in rows
-    ]
-    energies = [
-        HeatCell(
-            row, "–" if share is None else f"{100 * share:.0f}", _gained(calibration, plan, row)
-        )
-        for row in rows
-        for share in [_share(row)]
-    ]
     uniform = f"Uniform LoRA gives {plan.rank} to every layer."
+    energies = [_energy_cell(calibration, plan, row) for row in rows]
     found = [
         Chart(
             "ranks",
             "Rank of each layer",
-            heat_map(ranks, f"ranks more or fewer than uniform ({plan.rank})"),
+            rank_map(calibration, plan),
             f"{uniform} {plan.spent:,} of {plan.limit:,} {plan.budget} are spent.",
         ),
         Chart(
@@ -177,11 +173,42 @@ def charts(calibration: Calibration, plan: RankPlan) -> list[Chart]:
     if any(calibration.spectra[row.name].rows for row in rows):
         note = (
             "Share of the energy in the leading directions, a line per distinct input, from the"
-            " first block (orange) to the last (blue). A dot is where the rank ends; dashed: as many"
-            " random directions."
+            " first block (orange) to the last (blue). A dot is where the rank ends; dashed: as"
+            " many random directions."
         )
         found.append(Chart("spectra", "Spectra, cumulative", spectra(calibration, plan), note))
     return found
+
+
+def rank_map(calibration: Calibration, plan: RankPlan) -> Spec:
+    """Return the rank of every layer as a map."""
+    cells = [
+        HeatCell(
+            row.name,
+            str(row.rank),
+            row.rank - _usual(calibration, plan, row),
+            _layer_facts(row),
+        )
+        for row in layer_rows(calibration, plan)
+    ]
+    return heat_map(cells, f"ranks more or fewer than uniform ({plan.rank})")
+
+
+def _energy_cell(calibration: Calibration, plan: RankPlan, row: LayerRow) -> HeatCell:
+    share = _share(row)
+    text = "–" if share is None else f"{100 * share:.0f}"
+    return HeatCell(row.name, text, _gained(calibration, plan, row), _layer_facts(row))
+
+
+def _layer_facts(row: LayerRow) -> dict[str, Any]:
+    return {
+        "rank": row.rank,
+        "captured": row.captured,
+        "random A": row.random,
+        "PR": row.participation_ratio,
+        "parameters": row.parameters,
+        "status": row.status,
+    }
 
 
 def tables(calibration: Calibration, plan: RankPlan) -> list[Table]:
@@ -191,8 +218,8 @@ def tables(calibration: Calibration, plan: RankPlan) -> list[Table]:
 
 
 def _by_type(rows: Sequence[LayerRow]) -> Table:
-    headings = ("layer type", "layers", "rank min", "mean", "max", "captured", "random", "times")
-    headings += ("PR median", "parameters", "status")
+    headings = ["layer type", "layers", "rank min", "mean", "max", "captured", "random", "times"]
+    headings += ["PR median", "parameters", "status"]
     lines = []
     for kind in dict.fromkeys(row.type for row in rows):
         members = [row for row in rows if row.type == kind]
@@ -221,8 +248,8 @@ def _by_type(rows: Sequence[LayerRow]) -> Table:
 
 
 def _by_layer(rows: Sequence[LayerRow]) -> Table:
-    headings = ("layer", "in", "out", "rank", "PR", "parameters", "rows", "explained", "captured")
-    headings += ("random", "missed", "status")
+    headings = ["layer", "in", "out", "rank", "PR", "parameters", "rows", "explained", "captured"]
+    headings += ["random", "missed", "status"]
     lines = [
         (
             text_cell(row.name),

@@ -1,0 +1,308 @@
+"""Model cards of adapters, as the model hub reads them: metadata, ranks, energy, how to load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
+
+from evatune.adapters.saved import adapter_rows, read_config
+from evatune.calibration.result import Calibration
+from evatune.errors import RecordError
+from evatune.finetune.methods import find_method
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.run_folder import CALIBRATION
+from evatune.loading.demo import DEMO_MODEL
+from evatune.report.charts import HeatCell, heat_map
+from evatune.report.summary import split_name, totals
+from evatune.report.tables import percent, rate_text
+from evatune.report.vega import picture
+from evatune.utils.markup import markdown_code, markdown_text
+from evatune.utils.names import hub_id
+from evatune.version import __version__
+
+WEIGHTS = "adapter_model.safetensors"
+CARD, PICTURE = "README.md", "ranks.png"
+REPOSITORY = "YOUR-NAME/REPOSITORY"  # stands in a card until it is pushed
+_EMPTY_FORM = "[More Information Needed]"  # in what PEFT writes beside every adapter
+_LORA_RATE = 2e-4
+# PEFT's kind of task → the hub's, and transformers' class
+_TASKS = {
+    "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
+    "SEQ_2_SEQ_LM": (None, "AutoModelForSeq2SeqLM"),
+    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
+    "TOKEN_CLS": ("token-classification", "AutoModelForTokenClassification"),
+    "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
+}
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM offers
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What an adapter's own files do not say.
+
+    Attributes:
+        base_model: hub id. data: what it was calibrated or trained on; its hub id, or a name.
+        fingerprint: of the data. method: of fine-tuning. scale: of the rows of A.
+        results: of training, by name.
+    """
+
+    base_model: str | None = None
+    data: str | None = None
+    fingerprint: str | None = None
+    method: str = "eva"
+    scale: str | None = None
+    results: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_card(folder: Path, facts: CardFacts, calibration: Calibration | None = None) -> None:
+    """Write `README.md` and the picture of the ranks beside a saved adapter.
+
+    Raises RecordError for a folder that holds no LoRA adapter, or a damaged one.
+    """
+    for name, content in card_files(folder, facts, calibration).items():
+        (folder / name).write_bytes(content)
+
+
+def write_run_card(folder: Path, recipe: Recipe, result: Mapping[str, Any]) -> None:
+    """Write the card of a finished run's adapter; nothing where the method has no LoRA adapter."""
+    method = find_method(recipe.method)
+    adapter = folder / method.saved_as
+    if not (adapter / WEIGHTS).is_file():
+        return
+    record = folder / CALIBRATION
+    calibration = Calibration.load(record) if record.is_file() else None
+    facts = CardFacts(
+        base_model=base_id(recipe),
+        data=recipe.data.source or f"{recipe.domain} / {recipe.task}",
+        fingerprint=result["data_fingerprint"],
+        method=recipe.method,
+        scale=method.scale(recipe.adapter.scale),
+        results={
+            "score on unseen examples": f"{result['score']:.3f}",
+            "evaluation loss": f"{result['eval_loss']:.3f}",
+            "trained for": f"{result['steps']:,} steps at {recipe.training.learning_rate:g}",
+        },
+    )
+    with suppress(RecordError):  # of another kind than LoRA, such as AdaLoRA's: PEFT's card stays
+        write_card(adapter, facts, calibration)
+
+
+def base_id(recipe: Recipe) -> str | None:
+    """Return the hub id of the model that a recipe fine-tunes; None for one of our own."""
+    if recipe.model != "demo":
+        return hub_id(recipe.model)
+    return DEMO_MODEL if recipe.domain == "understanding" else None
+
+
+def card_files(
+    folder: Path, facts: CardFacts, calibration: Calibration | None = None
+) -> dict[str, bytes]:
+    """Return the model card of a saved adapter and the picture in it, by the names of their files.
+
+    Raises RecordError for a folder that holds no LoRA adapter, or a damaged one.
+    """
+    rows = adapter_rows(folder / WEIGHTS)
+    config = read_config(folder)
+    card = _card(rows, config, facts, calibration)
+    return {
+        CARD: f"{card.content.rstrip()}\n".encode(),
+        PICTURE: picture(_rank_map(rows, config.r)),
+    }
+
+
+def own_card(folder: Path) -> ModelCard | None:
+    """Return the card in an adapter's folder; None where there is none, or PEFT's empty form.
+
+    Raises RecordError for a damaged one.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        return None
+    try:
+        card = ModelCard.load(path)
+    except (ValueError, UnicodeDecodeError, YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RecordError(
+            f"{str(path)!r} is no model card ({reason}); mend the lines between its first two ---,"
+            " or remove it, and a new one is written"
+        ) from error
+    return None if _EMPTY_FORM in card.text else card
+
+
+def pushed_card(folder: Path, repository: str, base_model: str) -> dict[str, bytes]:
+    """Return the card that goes with an adapter into a repository, by the names of its files.
+
+    It is the folder's own, with the base model's hub id, or a new one.
+    """
+    card = own_card(folder)
+    if card is None:
+        record = folder / "calibration.safetensors"
+        calibration = Calibration.load(record) if record.is_file() else None
+        files = card_files(folder, CardFacts(base_model=base_model), calibration)
+    else:
+        card.data["base_model"] = base_model
+        files = {CARD: str(card).encode()}
+    text = files[CARD].decode("utf-8").replace(REPOSITORY, repository)
+    return files | {CARD: text.encode("utf-8")}
+
+
+def _card(
+    rows: Sequence[Mapping[str, Any]],
+    config: Any,
+    facts: CardFacts,
+    calibration: Calibration | None,
+) -> ModelCard:
+    pipeline, model_class = _TASKS.get(str(config.task_type or ""), (None, "AutoModel"))
+    base = facts.base_model or hub_id(config.base_model_name_or_path or "")
+    metadata = ModelCardData(
+        base_model=base,
+        base_model_relation="adapter" if base else None,
+        library_name="peft",
+        pipeline_tag=pipeline,
+        datasets=[facts.data] if facts.data and hub_id(facts.data) and "/" in facts.data else None,
+        tags=["evatune", "lora", facts.method],
+    )
+    ranks = [row["rank"] for row in rows]
+    largest = max(ranks)
+    card: ModelCard = ModelCard.from_template(
+        metadata,
+        template_str=files("evatune.report").joinpath("card.md.j2").read_text(encoding="utf-8"),
+        title=f"{facts.method} adapter for {markdown_text(base or 'a model of your own')}",
+        about=_about(rows, facts, calibration),
+        facts=_facts(rows, config, facts, calibration),
+        ranks_text=_ranks_text(ranks, config.r),
+        headings=_HEADINGS,
+        rows=_types(rows, calibration),
+        picture=PICTURE,
+        loading=_loading(base, model_class),
+        serving=pipeline == "text-generation",
+        largest=largest,
+        vllm_rank=next((size for size in _VLLM_RANKS if size >= largest), largest),
+        base=base or "BASE_MODEL",
+        repository=REPOSITORY,
+        version=__version__,
+    )
+    return card
+
+
+def _about(
+    rows: Sequence[Mapping[str, Any]], facts: CardFacts, calibration: Calibration | None
+) -> str:
+    trained = any(row["b_norm"] for row in rows)
+    if not trained and calibration is not None:
+        return (
+            "A LoRA adapter that is initialized and not yet trained (B = 0): the model answers as"
+            " its base does. EVA (explained variance adaptation) took A from the leading directions"
+            " of what each input carries on the data, and gave ranks to the layers where they"
+            " explain most."
+        )
+    if not trained:
+        return "A LoRA adapter that is not trained (B = 0): the model answers as its base does."
+    start = " EVA chose its directions and ranks from the data." if calibration is not None else ""
+    return f"A LoRA adapter, fine-tuned by the method {markdown_code(facts.method)}.{start}"
+
+
+def _facts(
+    rows: Sequence[Mapping[str, Any]],
+    config: Any,
+    facts: CardFacts,
+    calibration: Calibration | None,
+) -> dict[str, str]:
+    found = {
+        "base model": facts.base_model or hub_id(config.base_model_name_or_path or ""),
+        "data": facts.data,
+        "data fingerprint": facts.fingerprint and f"`{facts.fingerprint}`",
+        "method": facts.method,
+        "r, α": f"{config.r}, {config.lora_alpha:g}",
+        "scale of every layer": ", ".join(f"{value:g}" for value in _scales(rows)),
+        "trainable parameters": f"{sum(row['parameters'] for row in rows):,}",
+    }
+    if calibration is not None:
+        plan = calibration.allocate()
+        t = totals(calibration, plan)
+        found["ρ"] = f"{plan.rho:g}"
+        found["calibrated on"] = f"{calibration.batches} batches"
+        if t["captured_mean"] is not None:
+            times = t["captured_mean"] / t["random_mean"]
+            found["energy of unseen rows captured"] = (
+                f"{percent(t['captured_mean'])}, {times:.1f} times a random A of the same ranks"
+                f" ({percent(t['random_mean'])})"
+            )
+        if facts.scale is not None:
+            rate = rate_text(calibration.learning_rate(_LORA_RATE, scale=facts.scale))
+            found["length of A's rows"] = facts.scale
+            found["learning rate"] = f"{rate} does what {rate_text(_LORA_RATE)} does in LoRA"
+    found |= facts.results
+    return {
+        name: value if value.startswith("`") else markdown_text(value)
+        for name, value in found.items()
+        if value
+    }
+
+
+def _scales(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    return sorted({round(row["scale"], 6) for row in rows})[:4]
+
+
+def _ranks_text(ranks: Sequence[int], usual: int) -> str:
+    if set(ranks) == {usual}:
+        return f"Every layer has rank {usual}."
+    return (
+        f"{sum(ranks):,} ranks in {len(ranks)} layers, from {min(ranks)} to {max(ranks)}, where"
+        f" uniform LoRA gives {usual} to each. Layers that got none are not listed."
+    )
+
+
+_HEADINGS = ("layer type", "layers", "rank min", "mean", "max", "energy captured", "random A")
+
+
+def _types(rows: Sequence[Mapping[str, Any]], calibration: Calibration | None) -> list[list[str]]:
+    """Return a line per layer type, with the energy where a calibration knows it."""
+    ranks = {row["layer"]: row["rank"] for row in rows}
+    known = {} if calibration is None else calibration.layers
+    captured = {}
+    if calibration is not None:
+        captured = calibration.captured({name: ranks[name] for name in ranks if name in known})
+    lines = []
+    for kind in dict.fromkeys(split_name(name)[1] for name in ranks):
+        names = [name for name in ranks if split_name(name)[1] == kind]
+        values = [ranks[name] for name in names]
+        shares = [captured[name] for name in names if name in captured]
+        chance = [ranks[name] / known[name].in_features for name in names if name in known]
+        lines.append(
+            [
+                markdown_text(kind),
+                str(len(names)),
+                str(min(values)),
+                f"{fmean(values):.1f}",
+                str(max(values)),
+                percent(fmean(shares) if shares else None),
+                percent(fmean(chance) if chance else None),
+            ]
+        )
+    return lines
+
+
+def _rank_map(rows: Sequence[Mapping[str, Any]], usual: int) -> dict[str, Any]:
+    cells = [
+        HeatCell(row["layer"], str(row["rank"]), row["rank"] - usual, {"rank": row["rank"]})
+        for row in rows
+    ]
+    return heat_map(cells, f"ranks more or fewer than uniform ({usual})")
+
+
+def _loading(base: str | None, model_class: str) -> str:
+    source = f'"{base}"' if base else "BASE_MODEL"
+    return (
+        f"from peft import PeftModel\nfrom transformers import {model_class}\n\n"
+        f"base = {model_class}.from_pretrained({source})\n"
+        f'model = PeftModel.from_pretrained(base, "{REPOSITORY}")'
+    )

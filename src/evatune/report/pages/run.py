@@ -1,0 +1,202 @@
+"""The page of a training run of any method: what it reached, beside LoRA where that was run too."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evatune.calibration.result import Calibration
+from evatune.finetune.methods import find_method
+from evatune.finetune.metrics import read_metrics
+from evatune.finetune.recipe import REFERENCE, Recipe, as_tree, flat
+from evatune.finetune.run_folder import CALIBRATION, read_result, reference_run
+from evatune.report.charts import Curve, curves
+from evatune.report.pages import calibration as start
+from evatune.report.pages.base import Chart, Page, Table, Tile, document, number_cell
+from evatune.report.tables import rate_text
+from evatune.utils.names import short_name
+
+_MEGABYTE = 1e6
+# title, name of the plot, keys of a line of metrics with what each adds to the method's name, and
+# by what its figures are divided
+_PLOTS: tuple[tuple[str, str, dict[str, str], float], ...] = (
+    ("Evaluation loss", "eval-loss", {"eval_loss": ""}, 1),
+    ("Score on unseen examples", "score", {"eval_score": ""}, 1),
+    ("Training loss", "loss", {"loss": ""}, 1),
+    ("Gradient norm", "gradients", {"grad_norm_A": " A", "grad_norm_B": " B"}, 1),
+    ("Seconds", "seconds", {"seconds": ""}, 1),
+    ("Peak memory, MB", "memory", {"peak_memory_bytes": ""}, _MEGABYTE),
+)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run has written.
+
+    Attributes:
+        name: of its method, and of its learning rate where that tells it from another run.
+    """
+
+    name: str
+    result: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+
+
+def render(folder: Path, recipe: Recipe, source: str) -> str:
+    """Return the page of the finished run in a folder as one HTML document.
+
+    Args:
+        source: what the recipe is called on the command line.
+    """
+    result = read_result(folder)
+    assert result is not None
+    run = FinishedRun(recipe.method, result, read_metrics(folder))
+    reference = _reference(recipe, folder)
+    calibration = None
+    if (folder / CALIBRATION).is_file():
+        calibration = Calibration.load(folder / CALIBRATION)
+    page = Page(
+        title=f"{recipe.method} on {recipe.task}",
+        facts=_facts(recipe, calibration),
+        verdict=verdict(run, reference, recipe.data.test),
+        command=_command(recipe, source, folder, reference),
+        tiles=_tiles(run),
+        charts=charts([run] if reference is None else [run, reference]),
+        tables=[_metrics_table(run.metrics)],
+        settings={**flat(as_tree(recipe)), **_versions(result)},
+    )
+    return document(page if calibration is None else _with_start(page, calibration, recipe))
+
+
+def _with_start(page: Page, calibration: Calibration, recipe: Recipe) -> Page:
+    """Return the page with what the calibration found below what the training reached."""
+    plan = calibration.allocate()
+    scale = find_method(recipe.method).scale(recipe.adapter.scale)
+    notes = [start.verdict(calibration, plan), *start.notes(calibration, plan, scale)]
+    return Page(
+        title=page.title,
+        facts=page.facts,
+        verdict=page.verdict,
+        command=page.command,
+        tiles=page.tiles,
+        charts=[*page.charts, *start.charts(calibration, plan)],
+        tables=[*page.tables, *start.tables(calibration, plan)],
+        notes=notes,
+        settings=start.settings_of(calibration, page.settings),
+    )
+
+
+def _reference(recipe: Recipe, folder: Path) -> FinishedRun | None:
+    beside = reference_run(recipe, folder)
+    result = None if beside is None else read_result(beside)
+    if beside is None or result is None:
+        return None
+    return FinishedRun(REFERENCE, result, read_metrics(beside))
+
+
+def _facts(recipe: Recipe, calibration: Calibration | None) -> dict[str, str]:
+    adapter = recipe.adapter
+    rho = None if calibration is None else calibration.config.rho
+    has_adapter = find_method(recipe.method).saved_as == "adapter"
+    shape = start.adapter_facts(adapter.rank, rho, adapter.alpha) if has_adapter else "no adapter"
+    model = (
+        f"small model of {recipe.domain}" if recipe.model == "demo" else short_name(recipe.model)
+    )
+    source = recipe.data.source
+    return {
+        "model": model,
+        "data": f"{recipe.domain} / {recipe.task}" if source is None else short_name(source),
+        "method": recipe.method,
+        "r / ρ / α": shape,
+        "learning rate": rate_text(recipe.training.learning_rate),
+        "steps": str(recipe.training.steps),
+        "seed": str(recipe.seed),
+    }
+
+
+def verdict(run: FinishedRun, reference: FinishedRun | None, examples: int) -> str:
+    """Return what the run reached, in one sentence.
+
+    Args:
+        examples: on which the score was measured, at most.
+    """
+    score, loss = run.result["score"], run.result["eval_loss"]
+    if not math.isfinite(loss):
+        return "The run diverged: its evaluation loss is no number; try a smaller learning rate."
+    reached = f"Score {score:.3f} on up to {examples:,} unseen examples"
+    if reference is None:
+        return f"{reached}, evaluation loss {loss:.3f}; no run of LoRA lies beside it."
+    other = reference.result["score"]
+    points = 100 * (score - other)
+    if not math.isfinite(points):
+        return f"{reached}; LoRA's run beside it diverged."
+    side = "above" if points >= 0 else "below"
+    return (
+        f"{reached}, {abs(points):.1f} points {side} LoRA's {other:.3f} with the same seed: one run"
+        " each, so no evidence of a difference."
+    )
+
+
+def _command(recipe: Recipe, source: str, folder: Path, reference: FinishedRun | None) -> str:
+    method = find_method(recipe.method)
+    if reference is None and recipe.method != REFERENCE and method.trains:
+        return f"evatune compare {shlex.quote(source)} --methods {REFERENCE},{recipe.method}"
+    if method.trains and method.saved_as == "adapter":
+        return f"evatune push {shlex.quote(str(folder / method.saved_as))} YOUR-NAME/{recipe.task}"
+    return ""
+
+
+def _tiles(run: FinishedRun) -> list[Tile]:
+    result = run.result
+    found = [
+        Tile(f"{result['score']:.3f}", "score on unseen examples"),
+        Tile(f"{result['eval_loss']:.3f}", "evaluation loss"),
+        Tile(f"{result['trainable_parameters']:,}", "trainable parameters"),
+        Tile(f"{result['init_seconds']:.1f} s", "to initialize"),
+        Tile(f"{result['train_seconds']:.1f} s", f"to train {result['steps']:,} steps"),
+        Tile(f"{result['peak_memory_bytes'] / _MEGABYTE:,.0f} MB", "peak memory"),
+    ]
+    if result["first_gradient_b"] is not None:
+        found.append(Tile(f"{result['first_gradient_b']:.3g}", "gradient norm of B at step 1"))
+    return found
+
+
+def charts(runs: Sequence[FinishedRun]) -> list[Chart]:
+    """Return curves of one or several runs over their steps; without empty ones."""
+    found = []
+    for title, name, keys, unit in _PLOTS:
+        lines = [
+            Curve(run.name + suffix, points)
+            for run in runs
+            for key, suffix in keys.items()
+            if (points := _points(run.metrics, key, unit))
+        ]
+        if lines:
+            names = [line.method for line in lines]
+            spec = curves(lines, "", names, log=name == "gradients")
+            found.append(Chart(name, title, spec))
+    return found
+
+
+def _points(metrics: Sequence[Mapping[str, Any]], key: str, unit: float) -> list[tuple[int, float]]:
+    return [(line["step"], line[key] / unit) for line in metrics if key in line]
+
+
+def _metrics_table(metrics: Sequence[Mapping[str, Any]]) -> Table:
+    keys = list(dict.fromkeys(key for line in metrics for key in line))
+    rows = [
+        [number_cell(line.get(key), ",.0f" if key in _WHOLE else ".4g") for key in keys]
+        for line in metrics
+    ]
+    return Table("metrics", "All metrics", keys, rows)
+
+
+_WHOLE = ("step", "peak_memory_bytes", "trainable_parameters")
+
+
+def _versions(result: Mapping[str, Any]) -> dict[str, str]:
+    return {f"{name} version": version for name, version in result["versions"].items()}
