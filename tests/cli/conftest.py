@@ -16,6 +16,7 @@ FILES = {
     "adapter_model.safetensors",
     "calibration.safetensors",
     "evatune.json",
+    "ranks.png",
     "report.html",
     "run.json",
 }

@@ -47,7 +47,8 @@ def test_the_command_compares_and_shows(
     table = (tmp_path / "c" / "comparison.md").read_text()
     assert table.count("| bbc |") == 4
     assert "`evatune compare understanding-bbc" in table
-    assert (tmp_path / "c" / "curves.png").stat().st_size > 1000
+    page = (tmp_path / "c" / "report.html").read_text()
+    assert "--methods lora,eva --tune</code>" in page
 
 
 def test_numbers_that_are_none_and_a_folder_of_something_else_are_refused(

@@ -18,13 +18,14 @@ def test_the_main_run_on_minilm_writes_what_it_says(command: Command, tmp_path: 
     for name in (
         "adapter",
         "calibration.safetensors",
-        "curves.png",
         "metrics.jsonl",
-        "ranks.png",
         "report.html",
     ):
         assert (tmp_path / "run" / name).exists()
         assert name in found.out
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "base_model: sentence-transformers/all-MiniLM-L6-v2" in card
+    assert "fine-tuned by the method `eva`" in card
 
 
 def test_mistakes_have_one_sentence_and_status_2(command: Command, tmp_path: Path) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from evatune.finetune.summary import Comparison, MeanStd, MethodSummary
-from evatune.report.runs import comparison_markdown, comparison_plot, comparison_table
+from evatune.report.runs import comparison_markdown, comparison_table
 from evatune.utils.markup import printable
 from tests.helpers import NAMES, wide_terminal
 
 
-def test_a_comparison_shows_every_name_as_it_is(tmp_path: Path) -> None:
+def test_a_comparison_shows_every_name_as_it_is() -> None:
     def line(task: str) -> MethodSummary:
         values: dict[str, Any] = {field.name: MeanStd(1.0, None) for field in fields(MethodSummary)}
         return MethodSummary(
@@ -32,7 +31,6 @@ def test_a_comparison_shows_every_name_as_it_is(tmp_path: Path) -> None:
     shown = wide_terminal()
     shown.print(comparison_table(comparison))
     assert all(printable(name) in shown.file.getvalue() for name in names)  # type: ignore[attr-defined]
-    comparison_plot(Comparison([line(name) for name in NAMES[:4]], {}), tmp_path / "curves.png")
     text = comparison_markdown(comparison, "evatune compare 'a`b'")
     assert text.startswith("`` evatune compare 'a`b' ``\n")
     rows = [row for row in text.splitlines() if row.startswith("|")]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from evatune.utils.atomic import write_text
+from evatune.utils.names import hub_id, short_name
 from evatune.utils.outputs import claimed_folder
 from tests.helpers import texts_below, write_folder
 
@@ -46,3 +47,23 @@ def test_names_as_long_as_the_system_allows_are_written(length: int) -> None:
     write_folder(name, "new")
     write_text(Path(f"{name[:-1]}y"), "text")
     assert len(os.listdir()) == 2
+
+
+def test_a_hub_id_is_told_from_a_path() -> None:
+    Path("org").mkdir()
+    Path("org/local").touch()
+    cached = "/x/hub/models--org--name/snapshots/0a1b/"
+    for source, known in (
+        ("org/name", "org/name"),
+        ("bert-base-uncased", "bert-base-uncased"),
+        (cached, "org/name"),
+        ("org/local", None),
+        ("./org/name", None),
+        ("/home/me/model", None),
+        ("a/b/c", None),
+        ("BBC news", None),
+        ("", None),
+    ):
+        assert hub_id(source) == known
+    assert short_name("/home/me/model") == "model"
+    assert short_name(cached) == "org/name"

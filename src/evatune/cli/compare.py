@@ -125,7 +125,7 @@ def compare(
         found = summarize(runs, target_loss)
         facts = _write_comparison(found, failed, folder)
         if found.lines:
-            following = shlex.join(["evatune", "compare", *recipes, "--methods", methods, "--tune"])
+            following = shlex.join(_tuned_command(recipes, methods, settings))
             page = render(found, settings, facts["command"], following, len(failed))
             write_text(folder / "report.html", page)
     if as_json:
@@ -240,6 +240,13 @@ def _write_comparison(found: Comparison, failed: dict[Path, str], folder: Path) 
     if found.lines:
         write_text(folder / "comparison.md", comparison_markdown(found, command))
     return facts
+
+
+def _tuned_command(recipes: list[str], methods: str, settings: list[Recipe]) -> list[str]:
+    """Return the fair comparison of the same methods, which searches their rates."""
+    validated = all(recipe.data.validation for recipe in settings)
+    examples = [] if validated else ["data.validation=200"]
+    return ["evatune", "compare", *recipes, *examples, "--methods", methods, "--tune"]
 
 
 def _require_comparison(folder: Path) -> None:

@@ -211,6 +211,7 @@ def _spread_out(count: int) -> list[int]:
 def _spectra_spec(values: Sequence[Mapping[str, Any]], panels: Sequence[str]) -> Spec:
     blocks = len({value["depth"] for value in values})
     across: Spec = {"field": "directions", "type": "quantitative", "title": "directions"}
+    across |= {"axis": {"tickMinStep": 1, "format": "d"}}
     up: Spec = {"field": "share", "type": "quantitative", "title": None}
     top = max((value["share"] for value in values), default=1.0)
     up |= {"axis": {"format": "%", "tickCount": 4}}
@@ -244,7 +245,7 @@ def _spectra_spec(values: Sequence[Mapping[str, Any]], panels: Sequence[str]) ->
     panel = {"field": "panel", "type": "nominal", "sort": panels, "title": None, "header": header}
     return {
         "$schema": SCHEMA,
-        "usermeta": {"fit": "facet", "panels": len(panels)},
+        "usermeta": {"fit": "facet", "panels": len(panels), "legend": True},
         "data": {"values": values},
         "facet": panel,
         "columns": 4,

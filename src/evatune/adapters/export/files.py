@@ -14,14 +14,21 @@ from evatune.adapters.saved import (
     read_weights,
 )
 from evatune.errors import RecordError
+from evatune.utils.names import hub_id
 from evatune.version import __version__
 
 RECORD = "export.json"
 
 
 def write_card(folder: Path, about: str, base: str | None, library: str) -> None:
-    """Write a model card, as hubs read it."""
-    facts = ({"base_model": base} if base else {}) | {"library_name": library, "tags": ["lora"]}
+    """Write a model card, as hubs read it.
+
+    Args:
+        base: model, which the metadata name by its id on the hub, and never by a path.
+    """
+    known = hub_id(base) if base else None
+    facts = {"base_model": known} if known else {}
+    facts |= {"library_name": library, "tags": ["lora"]}  # type: ignore[dict-item]
     head = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
     (folder / "README.md").write_text(f"---\n{head}---\n\n{about}\n", encoding="utf-8")
 

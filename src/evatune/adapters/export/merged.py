@@ -27,6 +27,7 @@ from evatune.adapters.saved import (
 from evatune.errors import AdapterError, DataError, RecordError
 from evatune.loading import models
 from evatune.utils.markup import markdown_code
+from evatune.utils.names import short_name
 from evatune.utils.outputs import claimed_folder, require_apart
 
 _PREFIX = "base_model.model."
@@ -50,7 +51,9 @@ def write(request: ExportRequest) -> Exported:
         with output.whole() as folder:
             unchecked = write_merged(base.model, adapter, folder, batch)
             tokenizer.save_pretrained(folder)
-            about = f"{markdown_code(source)} with a LoRA adapter merged into its weights."
+            about = (
+                f"{markdown_code(short_name(source))} with a LoRA adapter merged into its weights."
+            )
             write_card(folder, about, source, library="transformers")
             write_record(
                 folder, {"format": "merged", "base_model": source, "adapter": str(adapter)}

@@ -36,6 +36,7 @@ from evatune.adapters.saved import (
 )
 from evatune.errors import AdapterError, RecordError
 from evatune.utils.markup import markdown_code
+from evatune.utils.names import short_name
 from evatune.utils.outputs import claimed_folder, require_apart
 
 _PREFIX = "base_model.model."
@@ -148,9 +149,9 @@ def _write(folder: Path, state: dict[str, Tensor], config: LoraConfig, uniform: 
     _write_config(folder, config, uniform, _layers(state))
     base = config.base_model_name_or_path
     about = (
-        f"LoRA adapter for {markdown_code(base or 'its base model')}: rank {uniform.rank} and scale"
-        f" {uniform.alpha:g}/{uniform.rank} in every layer. Exported by evatune from an adapter"
-        " whose ranks may differ; the update of the weights is the same.\n\nvLLM needs a"
+        f"LoRA adapter for {markdown_code(short_name(base or 'its base model'))}: rank"
+        f" {uniform.rank} and scale {uniform.alpha:g}/{uniform.rank} in every layer. Exported by evatune"
+        " from an adapter whose ranks may differ; the update of the weights is the same.\n\nvLLM needs a"
         f" `--max-lora-rank` of at least {uniform.rank}."
     )
     write_card(folder, about, base, library="peft")

@@ -62,10 +62,10 @@
   }
 
   function facet(shape, width) {
-    const count = shape.usermeta.panels;
+    const { panels: count, legend } = shape.usermeta;
     const columns = Math.max(1, Math.min(count, Math.floor((width - 70) / 230)));
     shape.columns = columns;
-    const beside = width < 600 ? 60 : 130; // axis, and the legend where it stands beside
+    const beside = width < 600 || !legend ? 60 : 130; // axis, and a legend
     shape.spec.width = Math.max(120, Math.floor((width - beside) / columns - 34));
   }
 
@@ -116,7 +116,7 @@
     const text = rows.map((row) => row.map((value) => quoted(String(value ?? ""))).join(",")).join("\n");
     const link = URL.createObjectURL(new Blob([text + "\n"], { type: "text/csv" }));
     save(link, `${name}.csv`);
-    URL.revokeObjectURL(link);
+    setTimeout(() => URL.revokeObjectURL(link), 10000);
   }
 
   function rowsOf(spec) {

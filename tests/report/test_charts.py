@@ -1,0 +1,68 @@
+"""Plots: colors that can be read, data that is small, and names as they are."""
+
+from __future__ import annotations
+
+import pytest
+
+import evatune
+from evatune.report.charts import (
+    COLORS,
+    Curve,
+    HeatCell,
+    contrast,
+    curves,
+    heat_color,
+    heat_map,
+    ink_on,
+    spectra,
+)
+from evatune.report.vega import picture
+
+WHITE, DARK = (255, 255, 255), (0x14, 0x18, 0x1D)
+
+
+def rgb(color: str) -> tuple[int, int, int]:
+    return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)
+
+
+def test_figures_in_a_heat_map_have_the_contrast_of_wcag_aa() -> None:
+    for step in range(-20, 21):
+        color = heat_color(step / 20)
+        assert contrast(color, rgb(ink_on(color))) >= 4.5
+    assert contrast((0, 0, 0), WHITE) == pytest.approx(21)
+
+
+@pytest.mark.parametrize("ground", [WHITE, DARK])
+def test_lines_have_contrast_on_light_and_dark_pages(ground: tuple[int, int, int]) -> None:
+    assert min(contrast(rgb(color), ground) for color in COLORS) >= 3
+
+
+def test_a_heat_map_is_centered_on_uniform_and_keeps_the_models_order() -> None:
+    names = ["h.1.up", "h.0.up", "h.0.down", "head"]
+    cells = [HeatCell(name, "5", place - 1.0, {"rank": 5}) for place, name in enumerate(names)]
+    spec = heat_map(cells, "more or fewer")
+    color = spec["layer"][0]["encoding"]["color"]
+    assert color["scale"]["domain"] == [-2, 0, 2]
+    assert color["legend"]["title"] == "more or fewer"
+    assert spec["encoding"]["x"]["sort"] == ["1", "0", "–"]
+    assert spec["encoding"]["y"]["sort"] == ["up", "down", "head"]
+    assert picture(spec).startswith(b"\x89PNG")
+
+
+def test_a_spectrum_is_cumulative_and_ends_at_its_rank(calibration: evatune.Calibration) -> None:
+    plan = calibration.allocate()
+    values = spectra(calibration, plan)["data"]["values"]
+    name = next(iter(calibration.layers))
+    of_layer = [value for value in values if value["layer"] == name]
+    shares = calibration.spectra[name].explained_variance_ratio.cumsum(0).tolist()
+    assert [value["share"] for value in of_layer] == pytest.approx(shares, abs=1e-4)
+    assert [value["rank"] for value in of_layer if "rank" in value] == [plan.ranks[name]]
+    assert of_layer[0]["random"] == pytest.approx(1 / 8)
+
+
+def test_curves_of_several_tasks_have_panels_and_no_numbers_that_are_none() -> None:
+    lines = [Curve("eva", [(1, 1.0), (2, float("nan"))], "a"), Curve("eva", [(1, 2.0)], "b")]
+    spec = curves(lines, "", ["eva"])
+    assert [value["step"] for value in spec["data"]["values"]] == [1, 1]
+    assert spec["usermeta"] == {"fit": "facet", "panels": 2}
+    assert picture(spec, "svg").startswith(b"<svg")
