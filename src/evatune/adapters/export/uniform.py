@@ -148,11 +148,11 @@ def _write(folder: Path, state: dict[str, Tensor], config: LoraConfig, uniform: 
     save_file(state, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     _write_config(folder, config, uniform, _layers(state))
     base = config.base_model_name_or_path
+    name = markdown_code(short_name(base or "its base model"))
     about = (
-        f"LoRA adapter for {markdown_code(short_name(base or 'its base model'))}: rank"
-        f" {uniform.rank} and scale {uniform.alpha:g}/{uniform.rank} in every layer. Exported by evatune"
-        " from an adapter whose ranks may differ; the update of the weights is the same.\n\nvLLM needs a"
-        f" `--max-lora-rank` of at least {uniform.rank}."
+        f"LoRA adapter for {name}: rank {uniform.rank} and scale {uniform.alpha:g}/{uniform.rank} in"
+        " every layer. Exported by evatune from an adapter whose ranks may differ; the update of the"
+        f" weights is the same.\n\nvLLM needs a `--max-lora-rank` of at least {uniform.rank}."
     )
     write_card(folder, about, base, library="peft")
     write_record(folder, {"format": "uniform", "rank": uniform.rank, "alpha": uniform.alpha})
