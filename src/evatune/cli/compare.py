@@ -183,15 +183,21 @@ def _show_tuned(path: Path, sources: list[str], as_json: bool) -> None:
     from evatune.finetune.recipe import as_tree, flat, load
     from evatune.finetune.run_lines import read_lines
     from evatune.finetune.tuned import Source, summarize
+    from evatune.report.pages.tuned import render
     from evatune.report.tables import console, say
     from evatune.report.tuned import overview_lines, tuned_facts, tuned_tables, write_pages
+    from evatune.utils.atomic import write_text
 
     recipes = {}
     for source in sources:
         recipe = load(source)
         recipes[recipe.domain, recipe.task] = Source(source, flat(as_tree(recipe)))
     summary = summarize(read_lines([path]), recipes)
-    written = write_pages(summary, path.parent / "tables", shlex.join(["evatune", *sys.argv[1:]]))
+    command = shlex.join(["evatune", *sys.argv[1:]])
+    written = write_pages(summary, path.parent / "tables", command)
+    report = path.parent / "report.html"
+    write_text(report, render(summary, command))
+    written.append(report)
     if as_json:
         typer.echo(json.dumps({"pages": [str(page) for page in written]} | tuned_facts(summary)))
         return
@@ -200,7 +206,7 @@ def _show_tuned(path: Path, sources: list[str], as_json: bool) -> None:
         terminal.print(table)
     say(terminal, *overview_lines(summary))
     for page in written:
-        if page.suffix == ".md":
+        if page.suffix in (".md", ".html"):
             typer.echo(printable(str(page)))
 
 

@@ -36,16 +36,16 @@ with extras(__name__):
     from rich.table import Table
 
 _NONE = "–"
-_METHOD_HEADINGS = (
+METHOD_HEADINGS = (
     "method", "score", "less LoRA's: these tasks", "tasks like these", "bootstrap", "p (Holm)",
     "won, tied, lost", "mean rank", "steps to LoRA's loss", "steps to 90 % of full", "area saved",
     "parameters", "init s", "train s", "memory MB",
 )  # fmt: skip
-_CELL_HEADINGS = (
+CELL_HEADINGS = (
     "task", "method", "rate", "score", "less LoRA's", "loss", "steps to LoRA's loss",
     "steps to 90 % of full", "parameters", "train s", "κ", "PR",
 )  # fmt: skip
-_LEGEND = (
+LEGEND = (
     "Scores in points (hundredths), ± the standard deviation over seeds. Differences to LoRA are"
     " paired by seed, with 95 % intervals: on these tasks (t over seeds), on tasks like these (t"
     " over tasks), and by a hierarchical bootstrap over tasks and seeds, which is too narrow with"
@@ -101,7 +101,7 @@ def _figures(summary: TunedSummary) -> Iterable[tuple[str, Figure]]:
 
 def overview_page(summary: TunedSummary, command: str) -> str:
     """Return the summary: the verdicts, by domain and over all, and a table per condition."""
-    lines = ["# Methods at tuned learning rates", "", _made_by(command), "", *_protocol(summary)]
+    lines = ["# Methods at tuned learning rates", "", _made_by(command), "", *protocol(summary)]
     for condition in dict.fromkeys(group.condition for group in summary.groups):
         groups = [group for group in summary.groups if group.condition == condition]
         lines += ["", f"## {_title(condition)}", "", *_verdict_lines(verdicts(groups))]
@@ -134,7 +134,8 @@ def _made_by(command: str) -> str:
     return f"Made by {markdown_code(command)} from the lines of finished runs."
 
 
-def _protocol(summary: TunedSummary) -> list[str]:
+def protocol(summary: TunedSummary) -> list[str]:
+    """Return how rates were chosen and tested, and where not all is there; lines of Markdown."""
     tuning = sorted({seed for group in summary.groups for seed in group.tuning_seeds})
     tests = sorted({seed for group in summary.groups for seed in group.test_seeds})
     cells = [cell for group in summary.groups for cell in group.cells]
@@ -198,14 +199,14 @@ def domain_page(summary: TunedSummary, domain: str, command: str) -> str:
     """Return the page of a domain."""
     groups = [group for group in summary.groups if group.domain == domain]
     lines = [f"# {domain}", "", _made_by(command), "[Summary](README.md)."]
-    lines += ["", *_protocol(TunedSummary(tuple(groups), _runs(groups)))]
+    lines += ["", *protocol(TunedSummary(tuple(groups), _runs(groups)))]
     for group in groups:
         lines += ["", f"## {_title(group.condition)}", "", *_verdict_lines(verdicts([group]))]
-        lines += ["", *_table(_METHOD_HEADINGS, method_rows(group)), "", *_rank_lines(group)]
-        lines += [_LEGEND, ""]
+        lines += ["", *_table(METHOD_HEADINGS, method_rows(group)), "", *_rank_lines(group)]
+        lines += [LEGEND, ""]
         for kind, words in _PICTURES.items():
             lines += [f"### {words}", "", *_picture(group, kind), ""]
-        lines += ["### By task", "", *_table(_CELL_HEADINGS, cell_rows(group)), ""]
+        lines += ["### By task", "", *_table(CELL_HEADINGS, cell_rows(group)), ""]
         lines += [r"\* at the edge of the grid of rates.", "", *_commands(group)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -422,7 +423,7 @@ def tuned_tables(summary: TunedSummary) -> list[Table]:
             title=f"{group.domain} {group.condition}".strip(), title_justify="left",
             box=SIMPLE_HEAD, pad_edge=False,
         )  # fmt: skip
-        for heading in _CELL_HEADINGS:
+        for heading in CELL_HEADINGS:
             side = "left" if heading in ("task", "method") else "right"
             table.add_column(heading, justify=side, no_wrap=True)  # type: ignore[arg-type]
         for row in cell_rows(group):

@@ -150,9 +150,10 @@ def _write(folder: Path, state: dict[str, Tensor], config: LoraConfig, uniform: 
     base = config.base_model_name_or_path
     name = markdown_code(short_name(base or "its base model"))
     about = (
-        f"LoRA adapter for {name}: rank {uniform.rank} and scale {uniform.alpha:g}/{uniform.rank} in"
-        " every layer. Exported by evatune from an adapter whose ranks may differ; the update of the"
-        f" weights is the same.\n\nvLLM needs a `--max-lora-rank` of at least {uniform.rank}."
+        f"LoRA adapter for {name}: rank {uniform.rank} and scale {uniform.alpha:g}/{uniform.rank}"
+        " in every layer. Exported by evatune from an adapter whose ranks may differ; the update"
+        " of the weights is the same.\n\n"
+        f"vLLM needs a `--max-lora-rank` of at least {uniform.rank}."
     )
     write_card(folder, about, base, library="peft")
     write_record(folder, {"format": "uniform", "rank": uniform.rank, "alpha": uniform.alpha})

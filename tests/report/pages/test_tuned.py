@@ -1,0 +1,24 @@
+"""The page of a tuned comparison."""
+
+from __future__ import annotations
+
+from evatune.finetune.tuned import summarize
+from evatune.report.pages.tuned import render
+from tests.report.pages.helpers import Document, specs
+from tests.tuned_lines import tuned_lines
+
+
+def test_the_page_begins_with_the_verdict_and_has_every_group() -> None:
+    lines = tuned_lines(("images", "rl"), ("digits", "fonts"), ("lora", "eva", "pissa"))
+    text = render(summarize(lines), "evatune compare x --tune")
+    page = Document(text)
+    assert text.partition('class="verdict">')[2].startswith("Win: eva is 1.9 points above lora")
+    assert "evatune train images-digits method=eva seed=10" in page.text
+    assert specs(text)["scores"]["usermeta"]["panels"] == 4
+    assert specs(text).keys() >= {"scores", "loss"}
+    assert all(
+        f"{domain}: {kind}" in page.text
+        for domain in ("images", "rl")
+        for kind in ("methods", "cells")
+    )
+    assert page.text.endswith("evatune compare x --tune")
