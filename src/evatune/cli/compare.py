@@ -76,8 +76,6 @@ def compare(
 ) -> None:
     """Compare methods under equal conditions. Finished cells are kept: the same command again goes
     on."""
-    import shlex
-
     from evatune.errors import EvatuneError
     from evatune.finetune.recipe import expand, load
 
@@ -100,10 +98,8 @@ def compare(
         from evatune.finetune.compare import grid, run_all
         from evatune.finetune.summary import summarize
         from evatune.finetune.tuning import Seeds
-        from evatune.report.pages.comparison import render
         from evatune.report.runs import comparison_table
         from evatune.report.tables import console
-        from evatune.utils.atomic import write_text
         from evatune.utils.lock import held
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
@@ -123,11 +119,8 @@ def compare(
         with libraries_on_stderr():
             failed = _with_bar(log, runs, lambda tell: run_all(runs, count, tell, executor))
         found = summarize(runs, target_loss)
-        facts = _write_comparison(found, failed, folder)
-        if found.lines:
-            following = shlex.join(_tuned_command(recipes, methods, settings))
-            page = render(found, settings, facts["command"], following, len(failed))
-            write_text(folder / "report.html", page)
+        following = _tuned_command(recipes, methods, settings)
+        facts = _write_comparison(found, failed, folder, settings, following)
     if as_json:
         typer.echo(json.dumps(facts))
     elif found.lines:
@@ -225,12 +218,23 @@ def _search_bar(log: Any) -> Iterator[Progress]:
         yield tell
 
 
-def _write_comparison(found: Comparison, failed: dict[Path, str], folder: Path) -> dict[str, Any]:
-    """Write table and curves of a comparison, and return its facts, which are written too."""
+def _write_comparison(
+    found: Comparison,
+    failed: dict[Path, str],
+    folder: Path,
+    recipes: list[Recipe],
+    following: str,
+) -> dict[str, Any]:
+    """Write table and page of a comparison, and return its facts, which are written too.
+
+    Args:
+        following: the command that the page advises next.
+    """
     import shlex
     import sys
     from dataclasses import asdict
 
+    from evatune.report.pages.comparison import render
     from evatune.report.runs import comparison_markdown
     from evatune.utils.atomic import write_text
 
@@ -245,14 +249,18 @@ def _write_comparison(found: Comparison, failed: dict[Path, str], folder: Path) 
     write_text(folder / "comparison.json", json.dumps(facts, indent=2) + "\n")
     if found.lines:
         write_text(folder / "comparison.md", comparison_markdown(found, command))
+        page = render(found, recipes, command, following, len(failed))
+        write_text(folder / "report.html", page)
     return facts
 
 
-def _tuned_command(recipes: list[str], methods: str, settings: list[Recipe]) -> list[str]:
-    """Return the fair comparison of the same methods, which searches their rates."""
+def _tuned_command(recipes: list[str], methods: str, settings: list[Recipe]) -> str:
+    """Return the command of the fair comparison of the same methods, which searches their rates."""
+    import shlex
+
     validated = all(recipe.data.validation for recipe in settings)
     examples = [] if validated else ["data.validation=200"]
-    return ["evatune", "compare", *recipes, *examples, "--methods", methods, "--tune"]
+    return shlex.join(["evatune", "compare", *recipes, *examples, "--methods", methods, "--tune"])
 
 
 def _require_comparison(folder: Path) -> None:

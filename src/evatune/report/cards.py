@@ -109,13 +109,18 @@ def card_files(
 
     Raises RecordError for a folder that holds no LoRA adapter, or a damaged one.
     """
-    rows = adapter_rows(folder / WEIGHTS)
+    rows = sorted(adapter_rows(folder / WEIGHTS), key=_place)
     config = read_config(folder)
     card = _card(rows, config, facts, calibration)
     return {
         CARD: f"{card.content.rstrip()}\n".encode(),
         PICTURE: picture(_rank_map(rows, config.r)),
     }
+
+
+def _place(row: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """Return what sorts layers by their names, block 2 before block 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in row["layer"].split(".")]
 
 
 def own_card(folder: Path) -> ModelCard | None:

@@ -21,6 +21,11 @@ Spec = dict[str, Any]  # of Vega-Lite; its `usermeta` says how a page fits it to
 
 _VERSION = "6.1"  # of Vega-Lite
 SCHEMA = f"https://vega.github.io/schema/vega-lite/v{_VERSION.partition('.')[0]}.json"
+_PLAIN = {
+    "view": {"stroke": None},
+    "axis": {"titleFontWeight": "normal"},
+    "legend": {"titleFontWeight": "normal"},
+}
 _SCALE = 2.0  # pixels of a picture per unit of a plot
 
 
@@ -43,7 +48,7 @@ def library() -> str:
 
 def picture(spec: Spec, kind: str = "png") -> bytes:
     """Return a plot as a file of the kind "png" or "svg", on white."""
-    text = json.dumps(printable_in({**spec, "background": "white"}))
+    text = json.dumps(printable_in({**spec, "background": "white", "config": _PLAIN}))
     if kind == "svg":
         return vl_convert.vegalite_to_svg(text, _VERSION).encode("utf-8")
     return vl_convert.vegalite_to_png(text, _VERSION, scale=_SCALE)
