@@ -12,9 +12,9 @@ import huggingface_hub
 
 from evatune.adapters.saved import read_config
 from evatune.errors import ConfigError
+from evatune.loading.demo import model_id
 from evatune.schemas import telling
 from evatune.schemas.text import parse_json, read_text
-from evatune.utils.names import hub_id
 
 _CONFIG = "adapter_config.json"
 # What a loader or a reader needs. Records, pages and optimizers hold paths and settings of this
@@ -63,7 +63,7 @@ def base_model_of(folder: Path, given: str | None, of_card: str | None) -> str:
     """
     named = read_config(folder).base_model_name_or_path
     for source in (given, of_card, named):
-        found = hub_id(source) if source else None
+        found = model_id(source) if source else None
         if found is not None:
             return found
         if source is given and given is not None:

@@ -411,7 +411,6 @@ def _write(folder: Path, adapted: Any, calibration: Calibration, settings: dict[
     adapted.save_pretrained(folder)
     calibration.save(folder / _RECORD)
     facts = CardFacts(
-        base_model=_hub_id(settings["model"]),
         data=settings["data"],
         fingerprint=settings["data_fingerprint"],
         scale=settings["scale"],
@@ -422,13 +421,6 @@ def _write(folder: Path, adapted: Any, calibration: Calibration, settings: dict[
     (folder / "report.html").write_text(page, encoding="utf-8")
     record = {"settings": settings, "versions": calibration.versions | _library_versions()}
     (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def _hub_id(model: str) -> str | None:
-    from evatune.loading.demo import DEMO_MODEL, demo_model
-    from evatune.utils.names import hub_id
-
-    return hub_id(model) or (DEMO_MODEL if model == str(demo_model()) else None)
 
 
 def _next_command(calibration: Calibration, settings: dict[str, Any]) -> str:

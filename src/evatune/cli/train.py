@@ -47,8 +47,8 @@ def train(
     with loading_libraries(log):
         from evatune.finetune.run import run
         from evatune.loading.quiet import quiet_libraries
-        from evatune.report.cards import write_run_card
         from evatune.report.pages.run import render
+        from evatune.report.run_cards import write_run_card
         from evatune.utils.atomic import write_text
 
         quiet_libraries()

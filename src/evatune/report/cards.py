@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -16,10 +15,7 @@ from yaml import YAMLError
 from evatune.adapters.saved import adapter_rows, read_config
 from evatune.calibration.result import Calibration
 from evatune.errors import RecordError
-from evatune.finetune.methods import find_method
-from evatune.finetune.recipe import Recipe
-from evatune.finetune.run_folder import CALIBRATION
-from evatune.loading.demo import DEMO_MODEL
+from evatune.loading.demo import model_id
 from evatune.report.charts import HeatCell, heat_map
 from evatune.report.summary import split_name, totals
 from evatune.report.tables import percent, rate_text
@@ -69,37 +65,6 @@ def write_card(folder: Path, facts: CardFacts, calibration: Calibration | None =
     """
     for name, content in card_files(folder, facts, calibration).items():
         (folder / name).write_bytes(content)
-
-
-def write_run_card(folder: Path, recipe: Recipe, result: Mapping[str, Any]) -> None:
-    """Write the card of a finished run's adapter; nothing where the method has no LoRA adapter."""
-    method = find_method(recipe.method)
-    adapter = folder / method.saved_as
-    if not (adapter / WEIGHTS).is_file():
-        return
-    record = folder / CALIBRATION
-    calibration = Calibration.load(record) if record.is_file() else None
-    facts = CardFacts(
-        base_model=base_id(recipe),
-        data=recipe.data.source or f"{recipe.domain} / {recipe.task}",
-        fingerprint=result["data_fingerprint"],
-        method=recipe.method,
-        scale=method.scale(recipe.adapter.scale),
-        results={
-            "score on unseen examples": f"{result['score']:.3f}",
-            "evaluation loss": f"{result['eval_loss']:.3f}",
-            "trained for": f"{result['steps']:,} steps at {recipe.training.learning_rate:g}",
-        },
-    )
-    with suppress(RecordError):  # of another kind than LoRA, such as AdaLoRA's: PEFT's card stays
-        write_card(adapter, facts, calibration)
-
-
-def base_id(recipe: Recipe) -> str | None:
-    """Return the hub id of the model that a recipe fine-tunes; None for one of our own."""
-    if recipe.model != "demo":
-        return hub_id(recipe.model)
-    return DEMO_MODEL if recipe.domain == "understanding" else None
 
 
 def card_files(
@@ -166,7 +131,7 @@ def _card(
     calibration: Calibration | None,
 ) -> ModelCard:
     pipeline, model_class = _TASKS.get(str(config.task_type or ""), (None, "AutoModel"))
-    base = facts.base_model or hub_id(config.base_model_name_or_path or "")
+    base = facts.base_model or model_id(config.base_model_name_or_path or "")
     metadata = ModelCardData(
         base_model=base,
         base_model_relation="adapter" if base else None,
@@ -222,7 +187,7 @@ def _facts(
     calibration: Calibration | None,
 ) -> dict[str, str]:
     found = {
-        "base model": facts.base_model or hub_id(config.base_model_name_or_path or ""),
+        "base model": facts.base_model or model_id(config.base_model_name_or_path or ""),
         "data": facts.data,
         "data fingerprint": facts.fingerprint and f"`{facts.fingerprint}`",
         "method": facts.method,

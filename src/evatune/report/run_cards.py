@@ -1,0 +1,38 @@
+"""Model cards of the adapters that training runs wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from evatune.calibration.result import Calibration
+from evatune.errors import RecordError
+from evatune.finetune.methods import find_method
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.run_folder import CALIBRATION
+from evatune.report.cards import WEIGHTS, CardFacts, write_card
+
+
+def write_run_card(folder: Path, recipe: Recipe, result: Mapping[str, Any]) -> None:
+    """Write the card of a finished run's adapter; nothing where the method has no LoRA adapter."""
+    method = find_method(recipe.method)
+    adapter = folder / method.saved_as
+    if not (adapter / WEIGHTS).is_file():
+        return
+    record = folder / CALIBRATION
+    calibration = Calibration.load(record) if record.is_file() else None
+    facts = CardFacts(
+        data=recipe.data.source or f"{recipe.domain} / {recipe.task}",
+        fingerprint=result["data_fingerprint"],
+        method=recipe.method,
+        scale=method.scale(recipe.adapter.scale),
+        results={
+            "score on unseen examples": f"{result['score']:.3f}",
+            "evaluation loss": f"{result['eval_loss']:.3f}",
+            "trained for": f"{result['steps']:,} steps at {recipe.training.learning_rate:g}",
+        },
+    )
+    with suppress(RecordError):  # of another kind than LoRA, such as AdaLoRA's: PEFT's card stays
+        write_card(adapter, facts, calibration)
