@@ -49,6 +49,16 @@ def test_a_heat_map_is_centered_on_uniform_and_keeps_the_models_order() -> None:
     assert picture(spec).startswith(b"\x89PNG")
 
 
+def test_experts_share_a_cell_with_their_means() -> None:
+    names = [f"h.{block}.experts.{expert}.up" for block in range(4) for expert in range(50)]
+    cells = [HeatCell(name, str(place % 2), place % 2, {}) for place, name in enumerate(names)]
+    values = heat_map([*cells, HeatCell("head", "–", 0, {})], "")["data"]["values"]
+    assert [value["block"] for value in values] == ["0", "1", "2", "3", "–"]
+    assert [value["difference"] for value in values] == [0.5, 0.5, 0.5, 0.5, 0]
+    assert values[0]["layers"] == 50
+    assert values[0]["type"] == "experts.up"
+
+
 def test_a_spectrum_is_cumulative_and_ends_at_its_rank(calibration: evatune.Calibration) -> None:
     plan = calibration.allocate()
     values = spectra(calibration, plan)["data"]["values"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from evatune.calibration.result import Calibration
@@ -18,6 +19,8 @@ _LESS, _SAME, _MORE = "#b35806", "#f2f4f6", "#1f5fa8"
 _DEPTHS = ["#e0701a", "#c8378f", "#4f74e6"]
 COLORS = ["#3f7fd1", "#e0701a", "#2f9e63", "#c8378f", "#8a6fd1", "#a8842c", "#3aa0ad", "#d15b5b"]
 _CHANCE = "#8a939c"
+_MOST_BLOCKS = 150  # across a map, and lines of a kind in a panel
+UNKNOWN = "–"
 _POINTS = 28  # of a spectrum, more of which no eye sees
 
 
@@ -37,6 +40,7 @@ class HeatCell:
 
 # Formats of the facts about a layer that are numbers.
 _FACTS = {
+    "layers": ",d",
     "rank": "d",
     "captured": ".1%",
     "random A": ".1%",
@@ -53,6 +57,7 @@ def heat_map(cells: Sequence[HeatCell], legend: str) -> Spec:
     Args:
         legend: what the difference is.
     """
+    cells = _by_place(cells)
     largest = max((abs(cell.difference) for cell in cells), default=0) or 1
     values: list[dict[str, Any]] = []
     for cell in cells:
@@ -105,6 +110,29 @@ def heat_map(cells: Sequence[HeatCell], legend: str) -> Spec:
             },
         ],
     }
+
+
+def _by_place(cells: Sequence[HeatCell]) -> list[HeatCell]:
+    """Return the cells; where experts make too many, one per block and type with the means."""
+    blocks = {split_name(cell.name)[0] for cell in cells}
+    if len(blocks) <= _MOST_BLOCKS:
+        return list(cells)
+    groups: dict[str, list[HeatCell]] = {}
+    for cell in cells:
+        groups.setdefault(_without_expert(cell.name), []).append(cell)
+    merged = []
+    for name, members in groups.items():
+        figures = [float(cell.text) for cell in members if cell.text != UNKNOWN]
+        text = f"{fmean(figures):.0f}" if figures else UNKNOWN
+        difference = fmean(cell.difference for cell in members)
+        merged.append(HeatCell(name, text, difference, {"layers": len(members)}))
+    return merged
+
+
+def _without_expert(name: str) -> str:
+    """Return a layer's name without the numbers after that of its block."""
+    block, kind = split_name(name)
+    return f"{block.partition('.')[0]}.{kind}" if block else name
 
 
 def _shown(field: str, form: str = "") -> dict[str, str]:
@@ -171,6 +199,11 @@ def spectra(calibration: Calibration, plan: RankPlan) -> Spec:
         if layer.input is not None and calibration.spectra[name].rows:
             panels.setdefault(layer.input, []).append(name)
             depths.setdefault(split_name(name)[0], len(depths))
+    if len(depths) > _MOST_BLOCKS:  # of experts, the first of each block
+        first = {_without_expert(names[0]): number for number, names in reversed(panels.items())}
+        panels = {number: panels[number] for number in sorted(first.values())}
+        outer = dict.fromkeys(block.partition(".")[0] for block in depths)
+        depths = {block: list(outer).index(block.partition(".")[0]) for block in depths}
     titles = {number: _panel_title(names) for number, names in panels.items()}
     values: list[dict[str, Any]] = []
     for number, names in panels.items():

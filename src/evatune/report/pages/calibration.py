@@ -11,7 +11,7 @@ from typing import Any
 from evatune.adapters.scale import DEFAULT_SCALE
 from evatune.calibration.result import Calibration
 from evatune.ranks.allocation import RankPlan
-from evatune.report.charts import HeatCell, heat_map, spectra
+from evatune.report.charts import UNKNOWN, HeatCell, heat_map, spectra
 from evatune.report.pages.base import (
     Cell,
     Chart,
@@ -29,6 +29,7 @@ from evatune.utils.names import short_name
 
 _LORA_RATE = 2e-4  # that many users of LoRA bring
 _LITTLE = 2.0  # times a random A, below which there is little that data could say
+_MOST_ROWS = 2000  # of the table of layers, which is half a megabyte
 _SETTLED = 0.01  # estimated miss at which the default rule stops
 
 _MEANING = (
@@ -154,13 +155,16 @@ def charts(calibration: Calibration, plan: RankPlan) -> list[Chart]:
     rows = layer_rows(calibration, plan)
     if not rows:
         return []
-    uniform = f"Uniform LoRA gives {plan.rank} to every layer."
+    of_ranks = rank_map(calibration, plan)
+    merged = any("layers" in value for value in of_ranks["data"]["values"])
+    experts = " Experts of a block share a cell, with their means." if merged else ""
+    uniform = f"Uniform LoRA gives {plan.rank} to every layer.{experts}"
     energies = [_energy_cell(calibration, plan, row) for row in rows]
     found = [
         Chart(
             "ranks",
             "Rank of each layer",
-            rank_map(calibration, plan),
+            of_ranks,
             f"{uniform} {plan.spent:,} of {plan.limit:,} {plan.budget} are spent.",
         ),
         Chart(
@@ -196,7 +200,7 @@ def rank_map(calibration: Calibration, plan: RankPlan) -> Spec:
 
 def _energy_cell(calibration: Calibration, plan: RankPlan, row: LayerRow) -> HeatCell:
     share = _share(row)
-    text = "–" if share is None else f"{100 * share:.0f}"
+    text = UNKNOWN if share is None else f"{100 * share:.0f}"
     return HeatCell(row.name, text, _gained(calibration, plan, row), _layer_facts(row))
 
 
@@ -268,7 +272,9 @@ def _by_layer(rows: Sequence[LayerRow]) -> Table:
         for row in rows
     ]
     marked = {number for number, row in enumerate(rows) if row.attention}
-    return Table("layers", f"All {len(rows)} layers", headings, lines, marked=marked)
+    shown = lines[:_MOST_ROWS]
+    note = f"The first {len(shown):,}; evatune inspect --json has all." if shown != lines else ""
+    return Table("layers", f"All {len(rows):,} layers", headings, shown, note, marked)
 
 
 def _share(row: LayerRow) -> float | None:
