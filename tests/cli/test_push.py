@@ -58,7 +58,9 @@ def test_push_sends_what_others_need_and_no_path_of_this_machine(
     assert not any(str(bert_folder).encode() in content for content in files.values())
     card = huggingface_hub.ModelCard(files["README.md"].decode())
     assert card.data.base_model == "org/bert"
-    assert '"me/mine"' in card.text
+    assert 'PeftModel.from_pretrained(base, "me/mine")' in card.text
+    assert 'AutoModel.from_pretrained("org/bert")' in card.text
+    assert "# eva adapter for org/bert" in card.text
     assert str(bert_folder) in (written / "adapter_config.json").read_text()  # which stays
 
 

@@ -26,7 +26,8 @@ from evatune.version import __version__
 
 WEIGHTS = "adapter_model.safetensors"
 CARD, PICTURE = "README.md", "ranks.png"
-REPOSITORY = "YOUR-NAME/REPOSITORY"  # stands in a card until it is pushed
+# Stand in a card until it is pushed, or its base model is known.
+REPOSITORY, _BASE, _UNNAMED = "YOUR-NAME/REPOSITORY", "BASE_MODEL", "a model of your own"
 _EMPTY_FORM = "[More Information Needed]"  # in what PEFT writes beside every adapter
 _LORA_RATE = 2e-4
 # PEFT's kind of task → the hub's, and transformers' class
@@ -121,6 +122,8 @@ def pushed_card(folder: Path, repository: str, base_model: str) -> dict[str, byt
         card.data["base_model"] = base_model
         files = {CARD: str(card).encode()}
     text = files[CARD].decode("utf-8").replace(REPOSITORY, repository)
+    text = text.replace(f"({_BASE})", f'("{base_model}")').replace(_BASE, base_model)
+    text = text.replace(_UNNAMED, base_model)
     return files | {CARD: text.encode("utf-8")}
 
 
@@ -145,7 +148,7 @@ def _card(
     card: ModelCard = ModelCard.from_template(
         metadata,
         template_str=files("evatune.report").joinpath("card.md.j2").read_text(encoding="utf-8"),
-        title=f"{facts.method} adapter for {markdown_text(base or 'a model of your own')}",
+        title=f"{facts.method} adapter for {markdown_text(base or _UNNAMED)}",
         about=_about(rows, facts, calibration),
         facts=_facts(rows, config, facts, calibration),
         ranks_text=_ranks_text(ranks, config.r),
@@ -156,7 +159,7 @@ def _card(
         serving=pipeline == "text-generation",
         largest=largest,
         vllm_rank=next((size for size in _VLLM_RANKS if size >= largest), largest),
-        base=base or "BASE_MODEL",
+        base=base or _BASE,
         repository=REPOSITORY,
         version=__version__,
     )
@@ -270,7 +273,7 @@ def _rank_map(rows: Sequence[Mapping[str, Any]], usual: int) -> dict[str, Any]:
 
 
 def _loading(base: str | None, model_class: str) -> str:
-    source = f'"{base}"' if base else "BASE_MODEL"
+    source = f'"{base}"' if base else _BASE
     return (
         f"from peft import PeftModel\nfrom transformers import {model_class}\n\n"
         f"base = {model_class}.from_pretrained({source})\n"
