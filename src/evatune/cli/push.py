@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from evatune.cli.libraries import libraries_on_stderr
+from evatune.cli.libraries import libraries_on_stderr, load_torch
 from evatune.utils.markup import printable
 
 
@@ -30,6 +30,7 @@ def push(
 
     A card that you wrote stays as it is, but for the base model it names.
     """
+    load_torch()
     from evatune.adapters.publish import (
         base_model_of,
         published_files,

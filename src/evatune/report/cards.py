@@ -10,7 +10,6 @@ from statistics import fmean
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from yaml import YAMLError
 
 from evatune.adapters.saved import adapter_rows, read_config
 from evatune.calibration.result import Calibration
@@ -20,9 +19,13 @@ from evatune.report.charts import HeatCell, heat_map
 from evatune.report.summary import split_name, totals
 from evatune.report.tables import percent, rate_text
 from evatune.report.vega import picture
+from evatune.utils.extras import extras
 from evatune.utils.markup import markdown_code, markdown_text
 from evatune.utils.names import hub_id
 from evatune.version import __version__
+
+with extras(__name__):
+    from yaml import YAMLError
 
 WEIGHTS = "adapter_model.safetensors"
 CARD, PICTURE = "README.md", "ranks.png"
@@ -209,8 +212,9 @@ def _facts(
                 f"{percent(t['captured_mean'])}, {times:.1f} times a random A of the same ranks"
                 f" ({percent(t['random_mean'])})"
             )
-        if facts.scale is not None:
-            rate = rate_text(calibration.learning_rate(_LORA_RATE, scale=facts.scale))
+        steps = t["step_ratio"].get(facts.scale)
+        if facts.scale is not None and steps is not None:
+            rate = rate_text(_LORA_RATE / steps["median"])
             found["length of A's rows"] = facts.scale
             found["learning rate"] = f"{rate} does what {rate_text(_LORA_RATE)} does in LoRA"
     found |= facts.results

@@ -10,12 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import vl_convert
-
 from evatune.errors import ConfigError
 from evatune.loading.cache import cache_folder
 from evatune.utils.atomic import atomic_file
+from evatune.utils.extras import extras
 from evatune.utils.markup import printable_in
+
+with extras(__name__):
+    import vl_convert
 
 Spec = dict[str, Any]  # of Vega-Lite; its `usermeta` says how a page fits it to the width
 

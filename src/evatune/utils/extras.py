@@ -13,6 +13,7 @@ EXTRA_OF = {
     "typer": "cli",
     "rich": "cli",
     "jinja2": "cli",
+    "vl_convert": "cli",
     "matplotlib": "cli",
     "datasets": "cli",
     "PIL": "cli",

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
 from evatune.report.vega import Spec, library
+from evatune.utils.extras import extras
 from evatune.utils.markup import printable, printable_in
 from evatune.version import __version__
+
+with extras(__name__):
+    import jinja2
+    from markupsafe import Markup
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from statistics import fmean, median
 from typing import Any
 
-from evatune.adapters.scale import DEFAULT_SCALE
 from evatune.calibration.result import Calibration
+from evatune.choices import DEFAULT_SCALE
 from evatune.ranks.allocation import RankPlan
 from evatune.report.charts import UNKNOWN, HeatCell, heat_map, spectra
 from evatune.report.pages.base import (
