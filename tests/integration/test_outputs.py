@@ -79,16 +79,16 @@ def test_init_leaves_what_came_to_out_while_it_ran(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    from evatune.report import page
+    from evatune.report.pages import calibration
 
-    render = page.render
+    render = calibration.render
 
     def late(*arguments: Any) -> str:
         Path("out").mkdir()
         Path("out/thesis.tex").write_text("years")
         return render(*arguments)
 
-    monkeypatch.setattr(page, "render", late)
+    monkeypatch.setattr(calibration, "render", late)
     answer = command(
         "init",
         "--model",
