@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Collection, Iterable
+from functools import cache
 from importlib.metadata import (
     Distribution,
     PackageNotFoundError,
@@ -81,6 +82,7 @@ main()
     assert shown.stderr.strip() == "[]"
 
 
+@cache
 def imports_of(file: Path) -> set[str]:
     """Return the modules that a file imports, wherever the import stands."""
     names: set[str] = set()
@@ -112,9 +114,11 @@ def is_in(module: str, places: Collection[str]) -> bool:
         ("pytorch_lightning", {"trainers.lightning"}),
         ("trl", set()),
         ("datasets", {"loading", "finetune"}),
-        ("matplotlib", {"report", "finetune.tasks"}),  # whose fonts are drawn
+        ("matplotlib", {"report", "finetune.tasks", "utils.shown"}),  # fonts are drawn, types named
         ("jinja2", {"report"}),
         ("vl_convert", {"report.vega"}),
+        ("pandas", {"report", "utils.shown"}),  # there for the type checker
+        ("IPython", {"utils.progress"}),
         ("typer", {"cli"}),
     ],
 )
@@ -136,8 +140,8 @@ ROOMS = {
     "choices": {"errors"},
     "layers": set(),
     "utils": {"errors", "version"},
-    "sketch": {"errors", "choices", "layers", "utils.text"},
-    "ranks": {"errors", "choices", "layers", "utils.text", "sketch"},
+    "sketch": {"errors", "choices", "layers", "utils.shown", "utils.text"},
+    "ranks": {"errors", "choices", "layers", "utils.shown", "utils.text", "sketch"},
     # What a file may hold is said in terms of what it is read into.
     "schemas": BASE | {"calibration.config", "calibration.status"},
     "modeling": BASE,
@@ -158,7 +162,7 @@ ROOMS = {
     | {"schemas", "modeling", "capture", "distributed", "calibration", "adapters"}
     | {"trainers", "loading", "api"},
     "report": BASE
-    | {"ranks", "calibration", "adapters.scale", "adapters.saved", "finetune"}
+    | {"sketch.spectrum", "ranks", "calibration", "adapters.scale", "adapters.saved", "finetune"}
     | {"loading.cache", "loading.demo"},
 }
 

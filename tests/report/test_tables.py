@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 import evatune
-from evatune.report.tables import adapter_table, rate_text, show_calibration
+from evatune.report.tables import adapter_table, show_calibration
 from evatune.utils.markup import printable
 from tests.helpers import NAMES, wide_terminal
 
@@ -35,6 +35,11 @@ def test_a_narrow_terminal_gets_fewer_columns_and_whole_names(written: Path, wid
     assert ("Left out for want of room: in→out" in text) == (width == 80)
 
 
-def test_rates_are_shown_as_they_are_written() -> None:
-    rates = [2e-4, 8.06e-6, 1e-3, 9.99e-5, 0.5]
-    assert [rate_text(rate) for rate in rates] == ["2e-4", "8.1e-6", "1e-3", "1e-4", "5e-1"]
+def test_where_layers_are_too_wide_their_types_are_shown(written: Path) -> None:
+    calibration = evatune.Calibration.load(written / "calibration.safetensors")
+    terminal = Console(file=io.StringIO(), width=40, force_terminal=True, color_system=None)
+    show_calibration(terminal, calibration)
+    text = terminal.file.getvalue()
+    assert all(len(line) <= 40 for line in text.splitlines())
+    assert all(f" {kind} " in text for kind in ("layer type", "attention.self.query"))
+    assert "encoder.layer.0.attention" not in text

@@ -17,11 +17,12 @@ from evatune.calibration.status import Status
 from evatune.choices import DEFAULT_SCALE, SCALES, Budget, Metric, Scale, require_choice
 from evatune.errors import ConfigError, LayerError
 from evatune.ranks.allocation import Candidate, RankPlan, allocate
+from evatune.utils.shown import Shown
 from evatune.utils.text import shortened
 
 
 @dataclass(frozen=True)
-class Calibration(CalibrationData):
+class Calibration(CalibrationData, Shown):
     """Spectra and statuses of layers, by their names in the base model, in model order."""
 
     def allocate(

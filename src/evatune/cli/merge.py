@@ -86,7 +86,7 @@ def merge(
 
 
 def _loss(bounds: Collection[LossBound], sketch: str) -> str:
-    from evatune.report.tables import percent
+    from evatune.report.text import percent
 
     proven, given_best = (
         f"{percent(sum(shares) / len(shares))} on average and {percent(max(shares))} in the worst"

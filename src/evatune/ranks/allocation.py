@@ -16,6 +16,7 @@ from evatune.errors import BudgetError, ConfigError
 from evatune.layers import LayerSpec
 from evatune.ranks.knapsack import choose_counts
 from evatune.sketch.spectrum import Spectrum
+from evatune.utils.shown import Shown
 from evatune.utils.text import shortened
 
 
@@ -28,7 +29,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class RankPlan:
+class RankPlan(Shown):
     """The rank of every layer, and the budget and options they were found with."""
 
     ranks: dict[str, int]  # every layer keeps its key, also with rank 0

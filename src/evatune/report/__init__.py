@@ -1,1 +1,5 @@
-"""Tables, plots and one HTML page from results. A leaf: nothing but the command line imports it."""
+"""Tables, plots and pages from results.
+
+A leaf: the command line imports it, and `evatune.utils.shown` loads it by name for a result's
+`summary`, `to_pandas` and `plot`.
+"""

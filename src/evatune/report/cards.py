@@ -17,7 +17,7 @@ from evatune.errors import RecordError
 from evatune.loading.demo import model_id
 from evatune.report.charts import HeatCell, heat_map
 from evatune.report.summary import split_name, totals
-from evatune.report.tables import percent, rate_text
+from evatune.report.text import percent, rate_text
 from evatune.report.vega import picture
 from evatune.utils.extras import extras
 from evatune.utils.markup import markdown_code, markdown_text

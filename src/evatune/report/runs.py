@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evatune.report.tables import plain
+from evatune.report.tables import fitted_table
 from evatune.utils.extras import extras
 from evatune.utils.markup import markdown_code, markdown_text
 
 with extras(__name__):
-    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
 if TYPE_CHECKING:
     from evatune.finetune.summary import Comparison, MeanStd, MethodSummary
@@ -21,48 +21,45 @@ if TYPE_CHECKING:
 _HEADINGS = (
     "task",
     "method",
-    "learning rate",
-    "seeds",
     "score",
     "loss",
+    "learning rate",
+    "seeds",
     "steps to target",
     "parameters",
     "grad B",
     "init s",
     "train s",
 )
+# What a narrow terminal does without, the first first.
+_SPARE = (
+    *("grad B", "init s", "parameters", "steps to target", "train s"),
+    *("seeds", "loss", "learning rate"),
+)
 
 
-def comparison_table(comparison: Comparison) -> Table:
+def comparison_table(terminal: Console, comparison: Comparison) -> Table:
     """Return a table with a line per task, method and learning rate, the best rate marked.
 
     Several tasks end with averages.
     """
-    table = Table(
-        title="Comparison",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        caption_justify="left",
+    lines, styles, sections = [], [], []
+    for task in comparison.targets:
+        for line in _members(comparison, task):
+            lines.append(_cells(line))
+            styles.append("" if line.best else "dim")
+        sections.append(len(lines) - 1)
+    averages = _averages(comparison)
+    return fitted_table(
+        terminal,
+        "Comparison",
+        _HEADINGS,
+        [*lines, *averages],
+        styles=[*styles, *("" for _ in averages)],
+        spare=_SPARE,
+        sections=sections,
+        notes=["comparison.md has them.", *_caption(comparison)],
     )
-    for heading in _HEADINGS:
-        table.add_column(
-            heading, justify="left" if heading in ("task", "method") else "right", no_wrap=True
-        )
-    tasks = list(comparison.targets)
-    for task in tasks:
-        members = sorted((line for line in comparison.lines if line.task == task), key=_worst_last)
-        for line in members:
-            table.add_row(
-                *map(plain, _cells(line)),
-                style="" if line.best else "dim",
-                end_section=line is members[-1],
-            )
-    if len(tasks) > 1:
-        for method, score in sorted(comparison.averages().items(), key=lambda item: -item[1]):
-            table.add_row(f"all {len(tasks)}", method, "best", "", f"{score:.3f}")
-    table.caption = Text("\n").join(map(plain, _caption(comparison)))
-    return table
 
 
 def comparison_markdown(comparison: Comparison, command: str) -> str:
@@ -74,15 +71,29 @@ def comparison_markdown(comparison: Comparison, command: str) -> str:
         "|---|---" + "|---:" * (len(_HEADINGS) - 2) + "|",
     ]
     for task in comparison.targets:
-        members = sorted((line for line in comparison.lines if line.task == task), key=_worst_last)
-        lines += ["| " + " | ".join(map(markdown_text, _cells(line))) + " |" for line in members]
-    if len(comparison.targets) > 1:
-        empty = " |" * (len(_HEADINGS) - 5)
-        for method, score in sorted(comparison.averages().items(), key=lambda item: -item[1]):
-            lines.append(
-                f"| all {len(comparison.targets)} | {method} | best |  | {score:.3f} |{empty}"
-            )
+        lines += [_markdown_row(_cells(line)) for line in _members(comparison, task)]
+    lines += map(_markdown_row, _averages(comparison))
     return "\n".join([*lines, "", *map(markdown_text, _caption(comparison))]) + "\n"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(map(markdown_text, cells)) + " |"
+
+
+def _members(comparison: Comparison, task: str) -> list[MethodSummary]:
+    """Return the lines of a task, the best score first."""
+    return sorted((line for line in comparison.lines if line.task == task), key=_worst_last)
+
+
+def _averages(comparison: Comparison) -> list[list[str]]:
+    """Return a row per method with its mean over several tasks, the best first."""
+    if len(comparison.targets) < 2:
+        return []
+    empty = [""] * (len(_HEADINGS) - 5)
+    return [
+        [f"all {len(comparison.targets)}", method, f"{score:.3f}", "", "best", *empty]
+        for method, score in sorted(comparison.averages().items(), key=lambda item: -item[1])
+    ]
 
 
 def _caption(comparison: Comparison) -> list[str]:
@@ -104,10 +115,10 @@ def _cells(line: MethodSummary) -> list[str]:
     return [
         line.task,
         line.method,
-        f"{line.learning_rate:g}{' *' if line.best else '  '}",
-        str(line.seeds),
         _spread(line.score, ".3f"),
         _spread(line.eval_loss, ".3f"),
+        f"{line.learning_rate:g}{' *' if line.best else '  '}",
+        str(line.seeds),
         "–" if line.steps_to_target is None else _spread(line.steps_to_target, ".0f"),
         _spread(line.trainable_parameters, ",.0f"),
         "–" if line.first_gradient_b is None else _spread(line.first_gradient_b, ".3g"),

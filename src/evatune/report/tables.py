@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from evatune.calibration.result import Calibration
 from evatune.choices import SCALES
 from evatune.ranks.allocation import RankPlan
-from evatune.report.summary import LayerRow, layer_rows, plan_of, totals
+from evatune.report.summary import LayerRow, layer_rows, plan_of
+from evatune.report.text import (
+    LAYER_HEADINGS,
+    TYPE_HEADINGS,
+    is_number,
+    layer_cells,
+    summary_lines,
+    type_cells,
+)
 from evatune.utils.extras import extras
 from evatune.utils.markup import printable
-from evatune.utils.text import shortened
 
 with extras(__name__):
     from rich.box import SIMPLE_HEAD
@@ -25,7 +30,7 @@ with extras(__name__):
 _LONG = 80
 _PIPED_WIDTH = 250
 _NO_LIMIT = 10_000
-_LORA_RATE = 2e-4  # that many users of LoRA bring
+_IN_JSON = "--json has them."
 
 
 def console() -> Console:
@@ -60,99 +65,61 @@ def plain(text: str) -> Text:
 
 
 def calibration_table(terminal: Console, calibration: Calibration, plan: RankPlan) -> Table:
-    """Return a table of layers, or of layer types where that would be more than a screen or two."""
+    """Return a table of layers, or of layer types where layers are too many or too wide."""
     rows = layer_rows(calibration, plan)
-    return _per_layer(terminal, rows) if len(rows) <= _LONG else _per_type(terminal, rows)
+    by_layer = _per_layer(terminal, rows)
+    has_types = len({row.type for row in rows}) < len(rows)
+    too_wide = has_types and _width(terminal, by_layer) > terminal.width
+    return _per_type(terminal, rows) if len(rows) > _LONG or too_wide else by_layer
 
 
 def _per_layer(terminal: Console, rows: list[LayerRow]) -> Table:
-    headings = (
-        *("layer", "in→out", "rank", "PR"),
-        *("parameters", "rows", "explained", "captured", "missed", "status"),
-    )
-    lines = [
-        (
-            row.name,
-            f"{row.spec.in_features}→{row.spec.out_features}",
-            str(row.rank),
-            effective(row.participation_ratio),
-            f"{row.parameters:,}",
-            f"{row.rows:,}",
-            percent(row.explained),
-            percent(row.captured),
-            percent(row.estimated_missed),
-            row.status,
-        )
-        for row in rows
-    ]
     styles = ["yellow" if row.attention else "" for row in rows]
-    return _fitted(
+    spare = ("in→out", "rows", "parameters", "explained", "PR", "missed")
+    return fitted_table(
         terminal,
         "What each layer got",
-        headings,
-        lines,
-        styles,
-        spare=("in→out", "rows", "parameters", "explained", "PR", "missed"),
+        LAYER_HEADINGS,
+        layer_cells(rows),
+        styles=styles,
+        spare=spare,
     )
 
 
 def _per_type(terminal: Console, rows: list[LayerRow]) -> Table:
-    headings = (
-        "layer type",
-        "layers",
-        "rank min",
-        "mean",
-        "max",
-        "PR median",
-        "parameters",
-        "captured mean",
-        "worst",
-        "missed worst",
-        "statuses",
+    lines = type_cells(rows)
+    spare = (
+        *("parameters", "layers", "worst", "PR median", "missed worst"),
+        *("statuses", "captured mean", "mean"),
     )
-    lines = []
-    for layer_type in dict.fromkeys(row.type for row in rows):
-        members = [row for row in rows if row.type == layer_type]
-        ranks = [row.rank for row in members]
-        captured = [row.captured for row in members if row.captured is not None]
-        missed = [row.estimated_missed for row in members if row.estimated_missed is not None]
-        participation = [row.participation_ratio for row in members if row.participation_ratio]
-        counts = Counter(row.status for row in members)
-        lines.append(
-            (
-                layer_type,
-                str(len(members)),
-                str(min(ranks)),
-                f"{sum(ranks) / len(ranks):.1f}",
-                str(max(ranks)),
-                effective(median(participation) if participation else None),
-                f"{sum(row.parameters for row in members):,}",
-                percent(sum(captured) / len(captured) if captured else None),
-                percent(min(captured, default=None)),
-                percent(max(missed, default=None)),
-                ", ".join(f"{n} {status}" for status, n in counts.items()),
-            )
-        )
-    spare = ("parameters", "layers", "captured mean", "PR median", "missed worst")
-    return _fitted(terminal, "What each layer type got", headings, lines, [""] * len(lines), spare)
+    return fitted_table(terminal, "What each layer type got", TYPE_HEADINGS, lines, spare=spare)
 
 
-def _fitted(
+def fitted_table(
     terminal: Console,
     title: str,
     headings: Sequence[str],
     lines: Sequence[Sequence[str]],
-    styles: Sequence[str],
-    spare: Sequence[str],
+    *,
+    styles: Sequence[str] = (),
+    spare: Sequence[str] = (),
+    sections: Collection[int] = (),
+    notes: Sequence[str] = (_IN_JSON,),
 ) -> Table:
     """Return a table without as many of the `spare` columns as a narrow terminal asks for.
 
-    A line below it names those.
+    A line below it names those. Where even the others have no room, words are folded and numbers
+    stay whole.
+
+    Args:
+        styles: of each line. spare: headings, the most dispensable first.
+        sections: places of the lines under which a rule is drawn.
+        notes: lines below the table, of which the first says where columns left out are.
     """
     for dropped in range(len(spare) + 1):
         gone = spare[:dropped]
         table = Table(
-            title=title,
+            title=title or None,
             title_justify="left",
             box=SIMPLE_HEAD,
             pad_edge=False,
@@ -160,85 +127,30 @@ def _fitted(
         )
         kept = [index for index, heading in enumerate(headings) if heading not in gone]
         for index in kept:
-            # The first column holds names and the last statuses; what stands between are numbers.
-            number = index > 0 and not headings[index].startswith("status")
+            number = is_number(headings[index])
             table.add_column(
                 headings[index],
                 justify="right" if number else "left",
                 no_wrap=number,
                 overflow="fold",
             )
-        for line, style in zip(lines, styles, strict=True):
-            table.add_row(*(plain(line[index]) for index in kept), style=style)
-        if gone:
-            table.caption = f"Left out for want of room: {', '.join(gone)}. --json has them."
-        if (
-            Measurement.get(terminal, terminal.options.update(max_width=_NO_LIMIT), table).maximum
-            <= terminal.width
-        ):
+        for place, line in enumerate(lines):
+            table.add_row(
+                *(plain(line[index]) for index in kept),
+                style=styles[place] if styles else "",
+                end_section=place in sections,
+            )
+        left_out = [f"Left out for want of room: {', '.join(gone)}. {notes[0]}"] if gone else []
+        table.caption = Text("\n").join(map(plain, [*left_out, *notes[1:]]))
+        if _width(terminal, table) <= terminal.width:
             break
     return table
 
 
-def summary_lines(calibration: Calibration, plan: RankPlan, scales: Sequence[str]) -> list[str]:
-    """Return the lines below the table; one has the learning rates that belong to `scales`."""
-    t = totals(calibration, plan)
-    change = t["parameters"] / t["uniform_parameters"] - 1 if t["uniform_parameters"] else 0.0
-    lines = [
-        (
-            f"{t['layers']} layers with {t['distinct_inputs']} distinct inputs, {t['batches']}"
-            f" batches; {t['ranks']} ranks, {t['parameters']:,} parameters ({change:+.1%} against"
-            f" LoRA of rank {plan.rank} everywhere)"
-        ),
-    ]
-    if t["captured_mean"] is not None:
-        lines.append(
-            f"Energy of unseen rows inside the chosen directions: {percent(t['captured_mean'])} on"
-            f" average, {percent(t['captured_worst'])} in the worst layer;"
-            f" {percent(t['of_achievable_mean'])} and {percent(t['of_achievable_worst'])} of what"
-            " the same ranks explain of the rows that chose them"
-        )
-    if t["estimated_missed"] is not None:
-        lines.append(
-            f"Estimated miss: {percent(t['estimated_missed'])} of the energy that the best"
-            " directions would capture of fresh data, as a mean over the ranks"
-        )
-    lines += _lines_of_steps(t, scales)
-    for status in dict.fromkeys(calibration.status.values()):
-        if status != "converged":
-            names = [name for name, other in calibration.status.items() if other == status]
-            advice = status.advice[0].upper() + status.advice[1:]
-            lines.append(f"{status}: {shortened(names, 3)}. {advice}.")
-    return lines
-
-
-def _lines_of_steps(figures: Mapping[str, Any], scales: Sequence[str]) -> list[str]:
-    """Return what the spectra say about the learning rate, and about what there is to gain."""
-    steps = {scale: figures["step_ratio"][scale] for scale in scales}
-    rates = [
-        f"{rate_text(_LORA_RATE / spread['median'])} at scale={scale}, where κ is"
-        f" {_in_words(spread)}"
-        for scale, spread in steps.items()
-        if spread is not None
-    ]
-    lines = []
-    if rates:
-        lines.append(
-            f"A LoRA rate of {rate_text(_LORA_RATE)} corresponds to {'; '.join(rates)}. B's first"
-            " steps change the outputs κ times as much as LoRA's"
-        )
-    participation = figures["participation_ratio"]
-    if participation is not None:
-        lines.append(
-            "Participation ratio PR, the effective number of directions that an input has:"
-            f" {_in_words(participation)}; the rank is above it in {figures['layers_above_pr']} of"
-            f" {figures['layers_with_rank']} layers"
-        )
-    return lines
-
-
-def _in_words(spread: Mapping[str, float]) -> str:
-    return "{median:.3g} (median; {least:.3g} to {largest:.3g})".format(**spread)
+def _width(terminal: Console, table: Table) -> int:
+    """Return how wide a table is that nothing bounds."""
+    options = terminal.options.update(max_width=_NO_LIMIT)
+    return Measurement.get(terminal, options, table).maximum
 
 
 def adapter_table(terminal: Console, rows: Iterable[dict[str, Any]]) -> Table:
@@ -257,20 +169,4 @@ def adapter_table(terminal: Console, rows: Iterable[dict[str, Any]]) -> Table:
         for row in rows
     ]
     spare = ("parameters", "mean row norm of A", "alpha")
-    return _fitted(terminal, "Adapter", headings, lines, [""] * len(lines), spare)
-
-
-def rate_text(rate: float) -> str:
-    """Return a learning rate for people: "2e-4", "8.1e-6"."""
-    digits, exponent = f"{rate:.1e}".split("e")
-    return f"{digits.removesuffix('.0')}e{int(exponent)}"
-
-
-def effective(number: float | None) -> str:
-    """Return an effective number of directions for people; a dash where there is none."""
-    return "–" if number is None else f"{number:.1f}"
-
-
-def percent(share: float | None) -> str:
-    """Return a share in [0, 1] for people; a dash where there is none."""
-    return "–" if share is None else f"{share:.1%}"
+    return fitted_table(terminal, "Adapter", headings, lines, spare=spare)

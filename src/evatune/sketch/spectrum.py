@@ -9,6 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from evatune.utils.shown import Shown
+
 # By how much a spectrum from a file may miss its own laws. Sketches were seen to miss them by 4e-5
 # at most, on steep energies beside a mean a thousand and a sink ten thousand times as large.
 _RTOL = 1e-3
@@ -69,7 +71,7 @@ class InputMoments:
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class Spectrum(Shown):
     """Leading eigenpairs of the second moment of the rows that entered a layer.
 
     With `centered` the moment is that of `x - mean` (the covariance), otherwise that of `x` itself.

@@ -10,7 +10,7 @@ import pytest
 import evatune
 from evatune.report.pages.calibration import render, verdict
 from evatune.report.summary import totals
-from evatune.report.tables import percent, rate_text
+from evatune.report.text import percent, rate_text
 from tests.report.pages.helpers import Document, specs
 
 

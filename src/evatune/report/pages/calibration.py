@@ -23,7 +23,7 @@ from evatune.report.pages.base import (
     text_cell,
 )
 from evatune.report.summary import LayerRow, layer_rows, plan_of, totals
-from evatune.report.tables import effective, percent, rate_text, summary_lines
+from evatune.report.text import effective, percent, rate_text, summary_lines
 from evatune.report.vega import Spec
 from evatune.utils.names import short_name
 

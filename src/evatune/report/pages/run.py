@@ -17,7 +17,7 @@ from evatune.finetune.run_folder import CALIBRATION, read_result, reference_run
 from evatune.report.charts import Curve, curves
 from evatune.report.pages import calibration as start
 from evatune.report.pages.base import Chart, Page, Table, Tile, document, number_cell
-from evatune.report.tables import rate_text
+from evatune.report.text import rate_text
 from evatune.utils.names import short_name
 
 _MEGABYTE = 1e6

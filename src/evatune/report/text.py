@@ -1,0 +1,155 @@
+"""What a calibration says, as cells and sentences of plain text; needs no other library."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from evatune.calibration.result import Calibration
+from evatune.ranks.allocation import RankPlan
+from evatune.report.summary import LayerRow, totals
+from evatune.utils.text import shortened
+
+_LORA_RATE = 2e-4  # that many users of LoRA bring
+
+LAYER_HEADINGS = (
+    *("layer", "in→out", "rank", "PR"),
+    *("parameters", "rows", "explained", "captured", "missed", "status"),
+)
+TYPE_HEADINGS = (
+    *("layer type", "layers", "rank min", "mean", "max", "PR median"),
+    *("parameters", "captured mean", "worst", "missed worst", "statuses"),
+)
+
+_WORDS = {"layer", "layer type", "task", "method", "what it does", "source", "status", "statuses"}
+
+
+def is_number(heading: str) -> bool:
+    """Return whether a column of this heading holds numbers, which stand to the right."""
+    return heading not in _WORDS
+
+
+def layer_cells(rows: Sequence[LayerRow]) -> list[tuple[str, ...]]:
+    """Return a line of cells per layer, in the order of `LAYER_HEADINGS`."""
+    return [
+        (
+            row.name,
+            f"{row.spec.in_features}→{row.spec.out_features}",
+            str(row.rank),
+            effective(row.participation_ratio),
+            f"{row.parameters:,}",
+            f"{row.rows:,}",
+            percent(row.explained),
+            percent(row.captured),
+            percent(row.estimated_missed),
+            row.status,
+        )
+        for row in rows
+    ]
+
+
+def type_cells(rows: Sequence[LayerRow]) -> list[tuple[str, ...]]:
+    """Return a line of cells per layer type, in the order of `TYPE_HEADINGS`."""
+    lines: list[tuple[str, ...]] = []
+    for layer_type in dict.fromkeys(row.type for row in rows):
+        members = [row for row in rows if row.type == layer_type]
+        ranks = [row.rank for row in members]
+        captured = [row.captured for row in members if row.captured is not None]
+        missed = [row.estimated_missed for row in members if row.estimated_missed is not None]
+        participation = [row.participation_ratio for row in members if row.participation_ratio]
+        counts = Counter(row.status for row in members)
+        lines.append(
+            (
+                layer_type,
+                str(len(members)),
+                str(min(ranks)),
+                f"{sum(ranks) / len(ranks):.1f}",
+                str(max(ranks)),
+                effective(median(participation) if participation else None),
+                f"{sum(row.parameters for row in members):,}",
+                percent(sum(captured) / len(captured) if captured else None),
+                percent(min(captured, default=None)),
+                percent(max(missed, default=None)),
+                ", ".join(f"{n} {status}" for status, n in counts.items()),
+            )
+        )
+    return lines
+
+
+def summary_lines(calibration: Calibration, plan: RankPlan, scales: Sequence[str]) -> list[str]:
+    """Return the lines below the table; one has the learning rates that belong to `scales`."""
+    t = totals(calibration, plan)
+    change = t["parameters"] / t["uniform_parameters"] - 1 if t["uniform_parameters"] else 0.0
+    lines = [
+        (
+            f"{t['layers']} layers with {t['distinct_inputs']} distinct inputs, {t['batches']}"
+            f" batches; {t['ranks']} ranks, {t['parameters']:,} parameters ({change:+.1%} against"
+            f" LoRA of rank {plan.rank} everywhere)"
+        ),
+    ]
+    if t["captured_mean"] is not None:
+        lines.append(
+            f"Energy of unseen rows inside the chosen directions: {percent(t['captured_mean'])} on"
+            f" average, {percent(t['captured_worst'])} in the worst layer;"
+            f" {percent(t['of_achievable_mean'])} and {percent(t['of_achievable_worst'])} of what"
+            " the same ranks explain of the rows that chose them"
+        )
+    if t["estimated_missed"] is not None:
+        lines.append(
+            f"Estimated miss: {percent(t['estimated_missed'])} of the energy that the best"
+            " directions would capture of fresh data, as a mean over the ranks"
+        )
+    lines += _lines_of_steps(t, scales)
+    for status in dict.fromkeys(calibration.status.values()):
+        if status != "converged":
+            names = [name for name, other in calibration.status.items() if other == status]
+            advice = status.advice[0].upper() + status.advice[1:]
+            lines.append(f"{status}: {shortened(names, 3)}. {advice}.")
+    return lines
+
+
+def _lines_of_steps(figures: Mapping[str, Any], scales: Sequence[str]) -> list[str]:
+    """Return what the spectra say about the learning rate, and about what there is to gain."""
+    steps = {scale: figures["step_ratio"][scale] for scale in scales}
+    rates = [
+        f"{rate_text(_LORA_RATE / spread['median'])} at scale={scale}, where κ is"
+        f" {_in_words(spread)}"
+        for scale, spread in steps.items()
+        if spread is not None
+    ]
+    lines = []
+    if rates:
+        lines.append(
+            f"A LoRA rate of {rate_text(_LORA_RATE)} corresponds to {'; '.join(rates)}. B's first"
+            " steps change the outputs κ times as much as LoRA's"
+        )
+    participation = figures["participation_ratio"]
+    if participation is not None:
+        lines.append(
+            "Participation ratio PR, the effective number of directions that an input has:"
+            f" {_in_words(participation)}; the rank is above it in {figures['layers_above_pr']} of"
+            f" {figures['layers_with_rank']} layers"
+        )
+    return lines
+
+
+def _in_words(spread: Mapping[str, float]) -> str:
+    return "{median:.3g} (median; {least:.3g} to {largest:.3g})".format(**spread)
+
+
+def rate_text(rate: float) -> str:
+    """Return a learning rate for people: "2e-4", "8.1e-6"."""
+    digits, exponent = f"{rate:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
+
+
+def effective(number: float | None) -> str:
+    """Return an effective number of directions for people; a dash where there is none."""
+    return "–" if number is None else f"{number:.1f}"
+
+
+def percent(share: float | None) -> str:
+    """Return a share in [0, 1] for people; a dash where there is none."""
+    return "–" if share is None else f"{share:.1%}"
