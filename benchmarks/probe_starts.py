@@ -282,7 +282,7 @@ def start_run(job: Job, folder: Path, head_rate: float | None) -> _Started:
         steps=recipe.training.steps,
     )
     model = method.adapt(task.model, setup)
-    trainer = build_trainer(recipe, task, method, model, folder, resumed=False, quiet=True)
+    trainer = build_trainer(recipe, task, method, model, folder, resumed=False)
     preparation = Preparation(
         initialize=partial(evatune.initialize, trainer, rows=task.rows),
         initialize_elsewhere=partial(evatune.initialize, trainer, rows=task.rows),

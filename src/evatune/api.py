@@ -12,7 +12,8 @@ from evatune.adapters.options import InitializeOptions, RankOptions
 from evatune.calibration.checkpoint import Checkpoint
 from evatune.calibration.config import CalibrationConfig
 from evatune.calibration.loop import run
-from evatune.calibration.options import ProgressFunction, RunOptions
+from evatune.calibration.options import ProgressOption, RunOptions
+from evatune.calibration.progress import reported
 from evatune.calibration.result import Calibration
 from evatune.capture import find_target_layers
 from evatune.capture.recorder import RowsFunction
@@ -35,7 +36,7 @@ def calibrate(
     forward: ForwardFunction | None = None,
     rows: RowsFunction | None = None,
     loss: LossFunction | None = None,
-    progress: ProgressFunction | None = None,
+    progress: ProgressOption = "auto",
     checkpoint: Checkpoint | None = None,
 ) -> Calibration:
     """Find the leading directions of what each layer's input carries on this data.
@@ -73,7 +74,11 @@ def calibrate(
             batch with labels. `rows` then chooses tokens, the same of inputs and of gradients: it
             is handed a number for each token's place in place of the activation, and so can neither
             look at values nor compute rows of its own; layers share no sketches.
-        progress: called with a `Progress` after each batch.
+        progress: "auto" shows how far a run is that takes longer than a moment: as a bar in a
+            terminal (on stderr) or a notebook, elsewhere as a line every few seconds of the logger
+            "evatune", level INFO; before a run of more than 5 s one line says what it will take. Of
+            several processes the first alone shows it. None shows nothing. Or a function, called
+            with a `Progress` after each batch.
         checkpoint: a file to go on from after an interruption, see
             `evatune.calibration.Checkpoint`. One process only.
 
@@ -108,10 +113,13 @@ def calibrate(
     model = unwrapped(model)
     config = config or CalibrationConfig()
     device, patience = model_device(model), config.rendezvous_timeout
-    options = RunOptions(
-        forward=forward, rows=rows, loss=loss, progress=progress, checkpoint=checkpoint
-    )
-    with ProcessGroup.create(config.distributed, device, patience) as process_group:
+    with (
+        ProcessGroup.create(config.distributed, device, patience) as process_group,
+        reported(progress, config) as report,
+    ):
+        options = RunOptions(
+            forward=forward, rows=rows, loss=loss, progress=report, checkpoint=checkpoint
+        )
         target_layers = find_target_layers(adapted(model), targets)
         return run(model, target_layers, batches, config, process_group, options)
 
@@ -132,7 +140,7 @@ def initialize(
     loss: LossFunction | None = None,
     adapter_name: str = "default",
     overwrite: bool = False,
-    progress: ProgressFunction | None = None,
+    progress: ProgressOption = "auto",
     checkpoint: Checkpoint | None = None,
     on_unsupported: OnUnsupported = "error",
 ) -> Calibration:
@@ -220,36 +228,43 @@ def initialize(
             `torch.inference_mode()` and cannot be trained.
         The model is unchanged in every case.
     """
-    options = InitializeOptions(
-        ranks=RankOptions(rank=rank, rho=rho, budget=budget, metric=metric),
-        run=RunOptions(
-            forward=forward, rows=rows, loss=loss, progress=progress, checkpoint=checkpoint
-        ),
-        config=config,
-        scale=scale,
-        adapter_name=adapter_name,
-        overwrite=overwrite,
-        on_unsupported=on_unsupported,
-    )
     settings = config or CalibrationConfig()
-    together = settings.distributed and not isinstance(batches, Calibration)
-    patience = settings.rendezvous_timeout
-    if hasattr(model, "get_train_dataloader"):
-        if batches is not None and not isinstance(batches, Calibration):
-            raise DataError(
-                "initialize(trainer) takes its batches from the trainer; leave out the second"
-                " argument, or give a Calibration"
-            )
-        from evatune.trainers.hf import initialize_trainer
-
-        with ProcessGroup.create(together, model_device(model.model), patience) as process_group:
-            return initialize_trainer(model, batches, options, process_group)
-    if batches is None:
+    finished = batches if isinstance(batches, Calibration) else None
+    if finished is not None and progress == "auto":
+        progress = None
+    is_trainer = hasattr(model, "get_train_dataloader")
+    if is_trainer and batches is not finished:
+        raise DataError(
+            "initialize(trainer) takes its batches from the trainer; leave out the second argument,"
+            " or give a Calibration"
+        )
+    if not is_trainer and batches is None:
         raise DataError(
             "initialize(model, batches) needs batches: a DataLoader, list or generator of model"
             " inputs, or a Calibration"
         )
-    from evatune.adapters.initialize import initialize_model
+    device = model_device(model.model if is_trainer else model)
+    together = settings.distributed and finished is None
+    with (
+        ProcessGroup.create(together, device, settings.rendezvous_timeout) as process_group,
+        reported(progress, settings) as report,
+    ):
+        options = InitializeOptions(
+            ranks=RankOptions(rank=rank, rho=rho, budget=budget, metric=metric),
+            run=RunOptions(
+                forward=forward, rows=rows, loss=loss, progress=report, checkpoint=checkpoint
+            ),
+            config=config,
+            scale=scale,
+            adapter_name=adapter_name,
+            overwrite=overwrite,
+            on_unsupported=on_unsupported,
+        )
+        if is_trainer:
+            from evatune.trainers.hf import initialize_trainer
 
-    with ProcessGroup.create(together, model_device(model), patience) as process_group:
+            return initialize_trainer(model, finished, options, process_group)
+        from evatune.adapters.initialize import initialize_model
+
+        assert batches is not None  # a trainer alone may do without
         return initialize_model(model, batches, options, process_group)

@@ -26,7 +26,8 @@ def test_without_arguments_init_runs_the_demo(command: Command, work: Path) -> N
     assert {path.name for path in (work / "evatune-adapter").iterdir()} == FILES
     assert "encoder.layer.5.output.dense" in answer.out
     assert "evatune-adapter/report.html" in answer.out
-    assert answer.err == ""
+    # nothing but how far it is, where that takes long
+    assert all(" batches" in line for line in answer.err.splitlines())
     record = json.loads((work / "evatune-adapter" / "run.json").read_text())
     assert record["settings"]["texts"] == 2225
     assert record["settings"]["max_length"] == 128

@@ -51,7 +51,7 @@ def _trainer(method: Lora, folder: Path, *overrides: str) -> Any:
     )
     model = case.adapted("lora")
     recipe = small("demo", *overrides)
-    return build_trainer(recipe, task, method, model, folder, resumed=True, quiet=True)
+    return build_trainer(recipe, task, method, model, folder, resumed=True)
 
 
 def test_the_methods_hook_comes_after_each_step_with_the_gradients_still_there(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from evatune.utils.text import ABSENT, first_difference, shortened
+from evatune.utils.text import ABSENT, duration, first_difference, shortened, size
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,12 @@ def test_the_first_difference_is_named_by_its_keys(
     first: Any, second: Any, difference: Any
 ) -> None:
     assert first_difference(first, second) == difference
+
+
+def test_durations_and_sizes_are_short() -> None:
+    assert [duration(seconds) for seconds in (0.2, 9.4, 99, 240, 9000)] == (
+        ["0 s", "9 s", "99 s", "4 min", "2.5 h"]
+    )
+    assert [size(count) for count in (0, 900, 35e6, 999.6e3, 1.24e9)] == (
+        ["0 B", "900 B", "35 MB", "1 MB", "1.2 GB"]
+    )

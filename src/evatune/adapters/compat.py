@@ -25,7 +25,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +46,8 @@ from evatune.adapters.variants import active_positions, require_known_variant
 from evatune.adapters.write import usual_start, write_rows
 from evatune.calibration.config import CalibrationConfig
 from evatune.calibration.loop import run
-from evatune.calibration.options import ProgressFunction, RunOptions
+from evatune.calibration.options import RunOptions
+from evatune.calibration.progress import reported
 from evatune.capture import RowSelector, TargetLayer, find_target_layers, selector_for
 from evatune.capture.layer_types import is_linear, target_layers_of
 from evatune.capture.recorder import RowsFunction
@@ -59,7 +59,6 @@ from evatune.modeling.batches import iterate
 from evatune.modeling.forward import model_device, to_device
 from evatune.modeling.state import require_trainable
 from evatune.modeling.wrappers import peft_name
-from evatune.utils.extras import extras
 
 ModelInputs = Callable[[Any, LoraConfig], Any]
 LayerInputs = Callable[[Any, Any, str], Tensor]
@@ -102,7 +101,7 @@ def get_eva_state_dict(
         gather_distributed_inputs: with torch.distributed, the processes calibrate together, each on
             batches of its own, and get the same result; sums travel, inputs do not. False: each
             process for itself.
-        show_progress_bar: draw one on stderr.
+        show_progress_bar: as `progress="auto"` of `evatune.initialize`; False: nothing is shown.
 
     Returns:
         Name of the layer in `model` (in a `PeftModel` with its prefix) → (rank, in) float32 on the
@@ -147,11 +146,9 @@ def get_eva_state_dict(
     forward = None if forward_fn is forward_fn_dict else forward_fn
     device = model_device(model)
     batches = dataloader if forward is None else _moved(dataloader, device)
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    show = show_progress_bar and not (distributed and torch.distributed.get_rank())
     with (
         ProcessGroup.create(config.distributed, device, config.rendezvous_timeout) as process_group,
-        _bar(show) as progress,
+        reported("auto" if show_progress_bar else None, config) as progress,
     ):
         options = RunOptions(
             forward=forward, rows=rows, progress=progress, active=active_positions(peft_config)
@@ -388,15 +385,3 @@ def _once_per_batch(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _moved(batches: Iterable[Any], device: torch.device | None) -> Iterator[Any]:
     for batch in iterate(batches):
         yield to_device(batch, device)
-
-
-@contextmanager
-def _bar(show: bool) -> Iterator[ProgressFunction]:
-    with extras("a progress bar"):
-        from rich.console import Console
-        from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    with Bar(console=console, transient=True, disable=not (show and console.is_terminal)) as bar:
-        task = bar.add_task("EVA", total=None)
-        yield lambda now: bar.update(task, completed=now.batch, total=now.max_batches)

@@ -9,7 +9,7 @@ from typing import Any
 from evatune.calibration.convergence import is_due, is_refresh
 from evatune.distributed.group import ProcessGroup
 from evatune.errors import DataError, NoBatchError
-from evatune.modeling.batches import iterate
+from evatune.modeling.batches import iterate, length_of
 
 _NO_DATA = "batches is empty: not one batch came; give a DataLoader, list or generator with data"
 _END = object()
@@ -65,6 +65,7 @@ class BatchSource:
         in_lockstep: bool = False,
     ) -> None:
         self._data = iterate(batches)
+        self._length = length_of(batches)
         self._process_group = process_group
         self._in_lockstep = in_lockstep
         self._max_batches = max_batches
@@ -79,6 +80,16 @@ class BatchSource:
     def total(self) -> int:
         """Batches of all processes, as of the last `synchronize`."""
         return self.count if self._process_group.size == 1 else self._total
+
+    @property
+    def most(self) -> int:
+        """The most batches that can come: `limit`, or fewer where the data says its length.
+
+        Of several processes, each is taken to have as many as this one.
+        """
+        if self._length is None:
+            return self.limit
+        return min(self.limit, self._length * self._process_group.size)
 
     @property
     def reached_bound(self) -> bool:

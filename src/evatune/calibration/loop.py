@@ -109,10 +109,12 @@ def _report(step: Step, state: CalibrationState, source: BatchSource, options: R
     if options.progress is not None:
         progress = Progress(
             batch=step.batches_done,
-            max_batches=source.limit,
+            max_batches=max(source.most, step.batches_done),
             rows=state.refresher.rows,
             settled=len(state.convergence.settled),
             layers=len(state.target_layers),
+            inputs=len(state.shared_inputs.groups),
+            sketch_bytes=sum(group.sketch.nbytes for group in state.shared_inputs.groups),
         )
         options.progress(progress)
 

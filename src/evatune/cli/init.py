@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +18,6 @@ from evatune.choices import (
     DEFAULT_RHO,
     DEFAULT_SCALE,
     SCALES,
-    Scale,
     require_choice,
 )
 from evatune.cli.libraries import (
@@ -28,6 +25,7 @@ from evatune.cli.libraries import (
     libraries_on_stderr,
     load_torch,
     loading_libraries,
+    progress_on_stderr,
 )
 from evatune.cli.options import config_of, option, setting, takes_options
 from evatune.utils.outputs import Output, claimed_folder, require_apart
@@ -36,9 +34,9 @@ from evatune.utils.text import shortened
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from evatune import Progress
     from evatune.calibration.checkpoint import Checkpoint
     from evatune.calibration.result import Calibration
+    from evatune.choices import Scale
     from evatune.loading.models import TextModel
     from evatune.loading.texts import TextBatches
 
@@ -128,7 +126,7 @@ class InitOptions:
         help="Go on from OUT.checkpoint, if an interrupted run left one.",
         panel=_CALIBRATION,
     )
-    out: Path = option(default=_DEFAULT_OUT, help="Folder to write.", panel=_OUTPUT)
+    out: Path = option("--out", "-o", default=_DEFAULT_OUT, help="Folder to write.", panel=_OUTPUT)
     overwrite: bool = option(
         "--overwrite", default=False, help="Replace a folder that evatune wrote.", panel=_OUTPUT
     )
@@ -160,8 +158,7 @@ class _Job:
 
 @takes_options(InitOptions)
 def init(options: InitOptions) -> None:
-    """Write an EVA-initialized LoRA adapter that plain PEFT loads, a calibration record and a
-    report.
+    """Write an EVA-initialized LoRA adapter that plain PEFT loads, its record and a report.
 
     Without options: MiniLM on BBC news, into evatune-adapter.
     """
@@ -190,9 +187,8 @@ def init(options: InitOptions) -> None:
         settings = _recorded(options, job)
         if checkpoint is not None:
             checkpoint = replace(checkpoint, about=_about(settings, job.texts))
-        with libraries_on_stderr(), _progress_bar(log, job.batches, config) as progress:
-            scale = cast("Scale", options.scale)
-            calibration = _initialize(job, config, scale, progress, checkpoint)
+        with libraries_on_stderr(), progress_on_stderr(options.as_json):
+            calibration = _initialize(options, job, config, checkpoint)
         with output.whole() as folder:
             _write(folder, job.adapted, calibration, settings)
         if checkpoint is not None:
@@ -345,10 +341,9 @@ def _digest(texts: Any) -> str:
 
 
 def _initialize(
+    options: InitOptions,
     job: _Job,
     config: CalibrationConfig,
-    scale: Scale,
-    progress: Callable[[Progress], None],
     checkpoint: Checkpoint | None,
 ) -> Calibration:
     """Initialize the adapter, and say what to try where the model does not run on the data."""
@@ -361,9 +356,9 @@ def _initialize(
             job.adapted,
             job.batches,
             config=config,
-            scale=scale,
+            scale=cast("Scale", options.scale),
             forward=forward_for(job.loaded.task),
-            progress=progress,
+            progress=None if options.as_json else "auto",
             checkpoint=checkpoint,
         )
     except EvatuneError:
@@ -375,33 +370,6 @@ def _initialize(
             f" {' '.join(str(error).split())[:300]}); try another --task, --dtype or --device, a"
             " smaller --batch-size or --max-length, or a tokenizer that fits"
         ) from error
-
-
-@contextmanager
-def _progress_bar(
-    log: Console, batches: TextBatches, config: CalibrationConfig
-) -> Iterator[Callable[[Progress], None]]:
-    """Draw a bar during the block, which is given what moves it."""
-    from rich import progress
-
-    columns = (
-        progress.TextColumn("calibrating"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("batches at most"),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("{task.fields[settled]}"),
-    )
-    # Where there is no terminal to draw on, a transient bar still leaves an empty line.
-    hidden = not log.is_terminal
-    with progress.Progress(*columns, console=log, transient=True, disable=hidden) as bar:
-        task = bar.add_task("", total=min(config.max_batches, len(batches)), settled="")
-
-        def move(now: Progress) -> None:
-            settled = f"{now.settled} of {now.layers} layers settled"
-            bar.update(task, completed=now.batch, settled=settled)
-
-        yield move
 
 
 def _write(folder: Path, adapted: Any, calibration: Calibration, settings: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,23 @@ def load_torch() -> None:
     """Import torch, where an interrupt ends the process: nothing is begun yet."""
     with ends_at_once():
         import_module("torch")
+
+
+@contextmanager
+def progress_on_stderr(quiet: bool) -> Iterator[None]:
+    """Send the lines that a long run logs to stderr meanwhile, where no bar is drawn."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("evatune")
+    level = logger.level
+    if not quiet:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import transformers
 
 from evatune.api import initialize
 from evatune.calibration import Calibration
+from evatune.calibration.options import ProgressOption
 from evatune.distributed.group import require_alone
 from evatune.finetune.another_task import another_task
 from evatune.finetune.fingerprint import data_fingerprint
@@ -36,7 +37,7 @@ from evatune.finetune.run_folder import (
 )
 from evatune.finetune.start_facts import NO_FACTS, StartFacts, start_facts
 from evatune.finetune.tasks import Part, Task, find_domain
-from evatune.finetune.training import build_trainer
+from evatune.finetune.training import build_trainer, training_shown
 from evatune.trainers.hf import training_batches
 from evatune.utils.atomic import write_text, writing
 from evatune.utils.lock import held
@@ -201,10 +202,8 @@ def _trained(
 
     start = time.perf_counter()
     model = method.adapt(task.model, _adapter_setup(recipe, task))
-    trainer = build_trainer(
-        recipe, task, method, model, folder, resumed=resumed, quiet=quiet, checkpoints=kept
-    )
-    calibration = _initialize(trainer, recipe, task, method, folder)
+    trainer = build_trainer(recipe, task, method, model, folder, resumed=resumed, checkpoints=kept)
+    calibration = _initialize(trainer, recipe, task, method, folder, quiet)
     init_seconds = time.perf_counter() - start
     if kept:
         facts = NO_FACTS
@@ -216,7 +215,8 @@ def _trained(
     transformers.set_seed(recipe.seed)  # whatever a method drew, all see the same batches
     start = time.perf_counter()
     if method.trains:
-        _train(trainer, checkpoint, recipe.training.steps)
+        with training_shown(trainer, quiet):
+            _train(trainer, checkpoint, recipe.training.steps)
     train_seconds = time.perf_counter() - start
     return _Trained(trainer, task, method, folder, facts, init_seconds, train_seconds)
 
@@ -234,17 +234,20 @@ def _adapter_setup(recipe: Recipe, task: Task) -> AdapterSetup:
 
 
 def _initialize(
-    trainer: Any, recipe: Recipe, task: Task, method: Method, folder: Path
+    trainer: Any, recipe: Recipe, task: Task, method: Method, folder: Path, quiet: bool
 ) -> Calibration | None:
     """Start the adapter from data or weights, and return the calibration, where there is one."""
+    progress: ProgressOption = None if quiet else "auto"
 
     def initialize_elsewhere(**options: Any) -> Calibration:
         other_recipe, other = another_task(recipe)
         other_trainer = build_trainer(other_recipe, other, method, trainer.model, folder)
-        return initialize(other_trainer, rows=other.rows, **options)
+        return initialize(other_trainer, rows=other.rows, progress=progress, **options)
 
     preparation = Preparation(
-        initialize=lambda **options: initialize(trainer, rows=task.rows, **options),
+        initialize=lambda **options: initialize(
+            trainer, rows=task.rows, progress=progress, **options
+        ),
         initialize_elsewhere=initialize_elsewhere,
         batches=lambda size: training_batches(trainer, size, recipe.seed),
         rho=recipe.adapter.rho,
@@ -253,6 +256,7 @@ def _initialize(
         seed=recipe.seed,
         initial_adapter=folder / INITIAL_ADAPTER,
         rows=task.rows,
+        progress=progress,
     )
     return method.prepare(trainer.model, preparation)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from torch import nn
 from evatune.errors import ConfigError
 from evatune.finetune.methods import Method, OptimizerOptions
 from evatune.finetune.metrics import METRICS, MetricsCallback
-from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe import SCHEDULES, Recipe
 from evatune.finetune.run_folder import CHECKPOINTS, MAKE_ROOM
 from evatune.finetune.tasks import Task
 from evatune.utils.atomic import writing
+from evatune.utils.progress import Display, display
+from evatune.utils.text import duration
 
-# need no more settings
-_SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+# Logged by Trainer → as it is shown.
+_SHOWN = {"loss": "loss", "eval_score": "score"}
 
 
 def build_trainer(
@@ -30,7 +33,6 @@ def build_trainer(
     folder: Path,
     *,
     resumed: bool = False,
-    quiet: bool = True,
     checkpoints: bool = True,
 ) -> Any:
     """Return the Trainer of a run, which writes metrics and checkpoints into the folder.
@@ -47,7 +49,7 @@ def build_trainer(
     )
     batch_size = training.batch_size * training.accumulate
     saves = checkpoints and method.resumable
-    arguments = _arguments(recipe, folder, resumed=resumed, quiet=quiet, saves=saves)
+    arguments = _arguments(recipe, folder, resumed=resumed, saves=saves)
     try:
         trainer = _Trainer(
             model=model,
@@ -69,12 +71,12 @@ def build_trainer(
 
 
 def _arguments(
-    recipe: Recipe, folder: Path, *, resumed: bool, quiet: bool, saves: bool
+    recipe: Recipe, folder: Path, *, resumed: bool, saves: bool
 ) -> transformers.TrainingArguments:
     training = recipe.training
-    if training.schedule not in _SCHEDULES:
+    if training.schedule not in SCHEDULES:
         raise ConfigError(
-            f"training.schedule is {training.schedule!r}; choose one of {', '.join(_SCHEDULES)}"
+            f"training.schedule is {training.schedule!r}; choose one of {', '.join(SCHEDULES)}"
         )
     return transformers.TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
@@ -99,9 +101,47 @@ def _arguments(
         save_steps=training.save_every,
         save_total_limit=1,
         report_to=training.report_to,
-        disable_tqdm=quiet or not sys.stderr.isatty(),
+        disable_tqdm=True,  # `training_shown` has a bar
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+@contextmanager
+def training_shown(trainer: Any, quiet: bool) -> Iterator[None]:
+    """Show how far the block's training is, unless `quiet`."""
+    with display("training", "steps", shown=not quiet) as shown:
+        callback = _Shown(shown)
+        trainer.add_callback(callback)
+        try:
+            yield
+        finally:
+            trainer.remove_callback(callback)
+        steps = trainer.state.global_step
+        shown.end(f"trained for {steps} steps in {duration(shown.seconds)}{callback.note}")
+
+
+class _Shown(transformers.TrainerCallback):  # type: ignore[misc]
+    """Tells a display of the steps, and of the newest loss and score."""
+
+    def __init__(self, shown: Display) -> None:
+        self._display = shown
+        self._newest: dict[str, float] = {}
+
+    @property
+    def note(self) -> str:
+        """The newest figures, with a comma before each."""
+        return "".join(f", {name} {value:.3g}" for name, value in self._newest.items())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        expected = self._display.forecast(state.global_step, state.max_steps)
+        if expected is not None:
+            self._display.say(f"{state.max_steps} steps, about {duration(expected)}")
+        self._display.update(state.global_step, state.max_steps, self.note.removeprefix(", "))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        for key, name in _SHOWN.items():
+            if key in logs:
+                self._newest[name] = logs[key]
 
 
 class _Trainer(transformers.Trainer):  # type: ignore[misc]

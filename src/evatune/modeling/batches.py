@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import length_hint
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,6 +65,14 @@ def iterate(batches: Iterable[Any]) -> Iterator[Any]:
             f"batches is of type {kind}, which cannot be iterated over; give a DataLoader, a list"
             " or a generator of batches"
         ) from None
+
+
+def length_of(batches: Iterable[Any]) -> int | None:
+    """Return how many batches there are, where they say so."""
+    try:
+        return length_hint(batches) or None
+    except NotImplementedError:  # of a loader of a stream
+        return None
 
 
 def fault_of(batch: Any, model: nn.Module) -> str | None:

@@ -101,6 +101,12 @@ class Sketch(ABC):
         return torch.isfinite(self.watched_energy)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors, as they are now."""
+        values = (getattr(self, name) for name in self._STATE)
+        return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+    @property
     def watched_energy(self) -> Tensor:
         """() a sum that is not finite if any row was not."""
         return self.energy

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -86,10 +87,10 @@ def _in_training_precision(trainer: Any, options: InitializeOptions) -> Initiali
     return replace(options, run=replace(options.run, forward=forward, loss=loss))
 
 
-def _own_batches(trainer: Any, process_group: ProcessGroup) -> Iterator[Any]:
+def _own_batches(trainer: Any, process_group: ProcessGroup) -> Iterable[Any]:
     """Return the trainer's batches; of several processes, this one's share of them."""
     if trainer.accelerator.num_processes == 1:
-        return _prepared(trainer, _loader(trainer))
+        return _Prepared(trainer, _loader(trainer))
     size, seed = trainer.args.per_device_train_batch_size, trainer.args.seed
     return training_batches(trainer, size, seed, process_group.rank, process_group.size)
 
@@ -143,17 +144,28 @@ def training_batches(
         order = RandomSampler(data, generator=torch.Generator("cpu").manual_seed(seed))
         share = islice(BatchSampler(order, size, drop_last=False), process, None, processes)
         loader = (inner.collate_fn([data[place] for place in places]) for places in share)
-    yield from _prepared(trainer, loader)
+    yield from _Prepared(trainer, loader)
 
 
-def _prepared(trainer: Any, loader: Iterable[Any]) -> Iterator[Any]:
-    """Yield batches on the trainer's own device.
+class _Prepared:
+    """Batches on the trainer's own device.
 
     A loader draws its seed when this is first asked, which is where random states are kept.
     """
-    for batch in loader:
-        inputs = trainer._prepare_inputs(batch)
-        yield from _features(trainer, inputs) if hasattr(trainer, "collect_features") else [inputs]
+
+    def __init__(self, trainer: Any, loader: Iterable[Any]) -> None:
+        self._trainer, self._loader = trainer, loader
+
+    def __iter__(self) -> Iterator[Any]:
+        trainer = self._trainer
+        has_features = hasattr(trainer, "collect_features")
+        for batch in self._loader:
+            inputs = trainer._prepare_inputs(batch)
+            yield from _features(trainer, inputs) if has_features else [inputs]
+
+    def __length_hint__(self) -> int:
+        """Return how many batches of the loader there are; 0 where it does not say so."""
+        return length_hint(self._loader)
 
 
 def _features(trainer: Any, inputs: Any) -> list[Any]:

@@ -37,3 +37,20 @@ def first_difference(first: Any, second: Any) -> Difference | None:
         if inner is not None:
             return inner._replace(where=f"{key} {inner.where}".strip())
     return None
+
+
+def duration(seconds: float) -> str:
+    """Return a duration for people: "9 s", "4 min", "2.5 h"."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 99.5 else f"{minutes / 60:.1f} h"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for people: "900 B", "35 MB", "1.2 GB"."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

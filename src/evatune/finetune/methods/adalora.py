@@ -58,4 +58,8 @@ def _keep_penalty_out_of_evaluation(model: Any) -> None:
     model.register_forward_hook(after)
 
 
-METHODS = (AdaLora("adalora", source="Zhang et al. 2023"),)
+METHODS = (
+    AdaLora(
+        "adalora", about="starts wide and is pruned while it trains", source="Zhang et al. 2023"
+    ),
+)

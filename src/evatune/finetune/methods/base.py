@@ -14,6 +14,7 @@ from torch import nn
 
 from evatune.adapters.lora_layers import find_lora_targets, lora_layers
 from evatune.calibration import Calibration
+from evatune.calibration.options import ProgressOption
 from evatune.capture.recorder import RowsFunction
 from evatune.capture.targets import find_target_layers
 from evatune.choices import DEFAULT_SCALE
@@ -69,7 +70,7 @@ class Preparation:
         rho, budget: of EVA's redistribution. scale: of the rows of its A. seed: of the run.
         initial_adapter: folder in which a method that changes the base weights keeps its adapter
             as it was before training.
-        rows: the task's choice of rows.
+        rows: the task's choice of rows. progress: as for `evatune.initialize`.
     """
 
     initialize: Initialize
@@ -81,6 +82,7 @@ class Preparation:
     budget: str = "ranks"
     scale: str = DEFAULT_SCALE
     rows: RowsFunction | None = None
+    progress: ProgressOption = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +101,11 @@ class Method:
     All else is equal between methods.
 
     Attributes:
-        name: in recipes. source: paper and year.
+        name: in recipes. about: what it does, in a few words. source: paper and year.
     """
 
     name: str
+    about: str = field(default="", kw_only=True)
     source: str = field(default="", kw_only=True)
 
     # The folder of a run in which the result is saved.

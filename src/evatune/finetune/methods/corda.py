@@ -79,4 +79,11 @@ def _rows_of_one_sample(
             handle.remove()
 
 
-METHODS = (Corda("corda", least_width=1, source="Yang et al. 2024"),)
+METHODS = (
+    Corda(
+        "corda",
+        least_width=1,
+        about="A·B is a part of W by the inputs' covariance",
+        source="Yang et al. 2024",
+    ),
+)

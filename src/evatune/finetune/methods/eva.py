@@ -83,7 +83,9 @@ class MinorDirections(Lora):
             tolerance=0,
         )
         batches = preparation.batches(_MINOR_EXAMPLES)
-        calibration = calibrate(model, batches, config, rows=preparation.rows)
+        calibration = calibrate(
+            model, batches, config, rows=preparation.rows, progress=preparation.progress
+        )
         for path, layer in layers.items():
             a = layer.lora_A["default"].weight
             a.copy_(calibration.spectra[path].directions[-len(a) :])
@@ -105,25 +107,59 @@ def _of_objective(objective: Objective, scale: Scale) -> dict[str, Any]:
     return {"config": CalibrationConfig(objective=objective), "scale": scale}
 
 
-_EVA = Eva("eva", source="Paischer et al. 2024")
+_EVA = Eva(
+    "eva",
+    about="A on the inputs' leading directions, ranks by what they explain",
+    source="Paischer et al. 2024",
+)
 
 METHODS = (
     _EVA,
     # The directions alone: every layer keeps its rank.
-    replace(_EVA, name="eva-rho1", initialize_options={"rho": 1}),
-    replace(_EVA, name="eva-dora", options={"use_dora": True}),
-    replace(_EVA, name="eva-whiten", initialize_options={"scale": "whiten"}),
-    replace(_EVA, name="eva-paper", initialize_options={"scale": "paper"}),
-    replace(_EVA, name="eva-paper-rho1", initialize_options={"scale": "paper", "rho": 1}),
+    replace(
+        _EVA,
+        name="eva-rho1",
+        about="EVA with the same rank everywhere",
+        initialize_options={"rho": 1},
+    ),
+    replace(_EVA, name="eva-dora", about="EVA with DoRA", options={"use_dora": True}),
+    replace(
+        _EVA,
+        name="eva-whiten",
+        about="EVA with rows of A that whiten",
+        initialize_options={"scale": "whiten"},
+    ),
+    replace(
+        _EVA,
+        name="eva-paper",
+        about="EVA with unit rows of A, as in the paper",
+        initialize_options={"scale": "paper"},
+    ),
+    replace(
+        _EVA,
+        name="eva-paper-rho1",
+        about="eva-paper with the same rank everywhere",
+        initialize_options={"scale": "paper", "rho": 1},
+    ),
     # The directions in which the loss has gradients, where LoRA's own learning rate fits.
-    replace(_EVA, name="eva-gradients", initialize_options=_of_objective("gradients", "matched")),
+    replace(
+        _EVA,
+        name="eva-gradients",
+        about="EVA by the directions of the gradients",
+        initialize_options=_of_objective("gradients", "matched"),
+    ),
     replace(
         _EVA,
         name="eva-regression",
+        about="EVA by the regression of gradients on inputs",
         initialize_options=_of_objective("regression", "whiten-matched"),
     ),
     # Its A is PEFT's in the end, which has the length of these rows.
-    RanksOnly("lora-redist", initialize_options={"scale": "matched"}),
-    MinorDirections("eva-minor"),
-    OtherData("eva-shuffled"),
+    RanksOnly(
+        "lora-redist",
+        about="control: EVA's ranks, random A",
+        initialize_options={"scale": "matched"},
+    ),
+    MinorDirections("eva-minor", about="control: directions with the least energy"),
+    OtherData("eva-shuffled", about="control: EVA on the data of another task"),
 )

@@ -5,8 +5,23 @@ from __future__ import annotations
 from evatune.finetune.methods.base import Lora
 
 METHODS = (
-    Lora("lora", source="Hu et al. 2021"),
-    Lora("rslora", {"use_rslora": True}, source="Kalajdzievski 2023"),
-    Lora("dora", {"use_dora": True}, source="Liu et al. 2024"),
-    Lora("mica", {"init_lora_weights": "mica"}, source="arXiv 2604.01694"),
+    Lora("lora", about="random A, B = 0", source="Hu et al. 2021"),
+    Lora(
+        "rslora",
+        {"use_rslora": True},
+        about="LoRA with α/√r in place of α/r",
+        source="Kalajdzievski 2023",
+    ),
+    Lora(
+        "dora",
+        {"use_dora": True},
+        about="LoRA of directions, magnitudes apart",
+        source="Liu et al. 2024",
+    ),
+    Lora(
+        "mica",
+        {"init_lora_weights": "mica"},
+        about="A on minor singular vectors of W, kept",
+        source="arXiv 2604.01694",
+    ),
 )

@@ -84,8 +84,15 @@ METHODS = (
         "lora-ga",
         {"use_rslora": True},
         least_width=2,
+        about="A and B from singular vectors of the gradient",
         source="Wang et al. 2024, arXiv 2407.05000",
     ),
     # On Conv1D PEFT takes the width of the input for that of the output in the length of B.
-    PeftLoraGA("lora-ga-peft", least_width=2, conv1d=False, source="PEFT 0.21.2"),
+    PeftLoraGA(
+        "lora-ga-peft",
+        least_width=2,
+        conv1d=False,
+        about="LoRA-GA as PEFT has it",
+        source="PEFT 0.21.2",
+    ),
 )

@@ -67,6 +67,7 @@ METHODS = (
         "lora-one",
         {"use_rslora": True},
         least_width=1,
+        about="A·B as one step of gradient descent",
         source="Zhang et al. 2025, arXiv 2502.01235",
     ),
 )

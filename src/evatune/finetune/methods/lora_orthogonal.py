@@ -37,4 +37,4 @@ class LoraOrthogonal(Lora):
         return None
 
 
-METHODS = (LoraOrthogonal("lora-orthogonal", least_width=1),)
+METHODS = (LoraOrthogonal("lora-orthogonal", least_width=1, about="LoRA with random orthogonal A"),)

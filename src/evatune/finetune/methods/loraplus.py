@@ -26,4 +26,4 @@ class LoraPlus(Lora):
         )
 
 
-METHODS = (LoraPlus("loraplus", source="Hayou et al. 2024"),)
+METHODS = (LoraPlus("loraplus", about="LoRA with a larger rate for B", source="Hayou et al. 2024"),)

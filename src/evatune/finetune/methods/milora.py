@@ -48,4 +48,11 @@ def _minor_triplets(
     return u[:, -rank:] * signs, values[-rank:], fixed
 
 
-METHODS = (Milora("milora", least_width=1, source="Wang et al. 2024, arXiv 2406.09044"),)
+METHODS = (
+    Milora(
+        "milora",
+        least_width=1,
+        about="A·B is the smallest singular triplets of W",
+        source="Wang et al. 2024, arXiv 2406.09044",
+    ),
+)

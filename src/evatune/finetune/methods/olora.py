@@ -17,4 +17,12 @@ class Olora(WeightInit):
         initialize_by_peft(model, peft_config(model, init_lora_weights="olora"))
 
 
-METHODS = (Olora("olora", least_width=1, conv1d=False, source="Büyükakyüz 2024"),)
+METHODS = (
+    Olora(
+        "olora",
+        least_width=1,
+        conv1d=False,
+        about="A·B is a part of W by its QR",
+        source="Büyükakyüz 2024",
+    ),
+)

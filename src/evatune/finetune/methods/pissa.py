@@ -17,4 +17,11 @@ class Pissa(WeightInit):
         initialize_by_peft(model, peft_config(model, init_lora_weights="pissa"))
 
 
-METHODS = (Pissa("pissa", least_width=1, source="Meng et al. 2024"),)
+METHODS = (
+    Pissa(
+        "pissa",
+        least_width=1,
+        about="A·B is the largest singular triplets of W",
+        source="Meng et al. 2024",
+    ),
+)

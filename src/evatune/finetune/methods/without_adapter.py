@@ -57,4 +57,8 @@ class Untouched(Full):
         """Write nothing: the checkpoint is there already."""
 
 
-METHODS = (Full("full"), Head("head"), Untouched("untouched"))
+METHODS = (
+    Full("full", about="every weight is trained"),
+    Head("head", about="the head alone is trained"),
+    Untouched("untouched", about="nothing is trained"),
+)
