@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,55 @@ def test_what_a_user_writes_reaches_no_terminal_as_a_command(
         printable(ESCAPE),
     )
     refused(command("recipes", "ls", f"[/b]{ESCAPE}\nmore"), "[/b]", printable(ESCAPE))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            ["train", "x", "--method", "eva"],
+            "no option --method; give a setting of the recipe as method=…, without dashes;"
+            " evatune train --help lists the options",
+        ),
+        (
+            ["train", "x", "--lr=1e-3"],
+            "no option --lr; give a setting of the recipe as training.learning_rate=…, without",
+        ),
+        (["compare", "x", "--method", "eva"], "no option --method (did you mean --methods?);"),
+        (["compare", "x", "--seed", "3"], "no option --seed (did you mean --seeds?);"),
+        (["compare", "x", "--steps", "3"], "no option --steps; give a setting of the recipe as"),
+        (["init", "--modl", "x"], "no option --modl (did you mean --model?); evatune init --help"),
+    ],
+)
+def test_an_option_that_is_none_gets_the_right_hint(
+    command: Command, arguments: list[str], text: str
+) -> None:
+    refused(command(*arguments), text)
+
+
+@pytest.mark.parametrize("name", ["init", "inspect", "merge", "train", "compare", "export"])
+def test_short_options_are_the_usual_ones(command: Command, name: str) -> None:
+    answer = command(name, "-h")
+    assert answer.status == 0
+    assert answer.out == command(name, "--help").out
+    assert name == "inspect" or re.search(r"--out +-o", answer.out)
+
+
+def test_the_shell_completes_names_of_recipes(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_EVATUNE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "evatune train images-d")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    assert command().out.split() == ["images-digits"]
+
+
+@pytest.mark.parametrize("name", ["inspect", "recipes"])
+def test_a_pipe_and_no_color_get_plain_text(
+    command: Command, written: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    arguments = ["inspect", written] if name == "inspect" else ["recipes", "ls"]
+    assert "\x1b" not in command(*arguments).out
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not re.search(r"\x1b\[[\d;]*3\d", command(*arguments).out)

@@ -95,6 +95,22 @@ def test_a_tuned_comparison_prints_its_tables_and_says_which_search_failed(
     assert (tmp_path / "t" / "tables" / "images.md").is_file()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["seed=3"], "'seed=3' does not fit: a comparison sets seed itself"),
+        (["method=eva"], "give --methods eva, with commas between several"),
+        (["training.learning_rate=1e-3", "--lrs", "1e-3"], "give --lrs 1e-3, with commas"),
+    ],
+)
+def test_a_setting_of_which_a_comparison_has_several_is_refused(
+    command: Command, tmp_path: Path, arguments: list[str], text: str
+) -> None:
+    out = tmp_path / "out"
+    refused(command("compare", "images-digits", *arguments, "--out", out), text)
+    assert not out.exists()
+
+
 def test_what_a_tuned_comparison_cannot_do_is_refused(command: Command, tmp_path: Path) -> None:
     out = tmp_path / "out"
     asked = ["compare", "images-digits", "--tune", "--out", out]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from evatune.errors import ConfigError
-from evatune.finetune.recipe import as_tree, expand, keys, load, ours, parse, text_of
+from evatune.finetune.recipe import as_tree, expand, load, ours, parse, recipe_keys, text_of
 
 
 @pytest.mark.parametrize("name", ours())
@@ -36,7 +36,7 @@ def test_a_recipe_survives_its_plain_values() -> None:
 
 
 def test_every_key_has_a_help_text() -> None:
-    assert all(keys().values())
+    assert all(key.meaning and key.type for key in recipe_keys())
 
 
 def test_all_mistakes_are_told_at_once_with_the_nearest_key() -> None:

@@ -28,7 +28,7 @@ def test_a_finished_run_is_read_and_not_run_again(bert_folder: Path, tmp_path: P
 
 def test_a_folder_with_another_run_is_left_alone(bert_folder: Path, tmp_path: Path) -> None:
     run(small(bert_folder, "method=head"), tmp_path / "run", quiet=True)
-    with pytest.raises(ConfigError, match="other settings \\(they differ in method\\)"):
+    with pytest.raises(ConfigError, match="method is 'head' there, not 'lora'; name another"):
         run(small(bert_folder, "method=lora"), tmp_path / "run", quiet=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")

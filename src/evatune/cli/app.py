@@ -8,10 +8,12 @@ import typer
 
 from evatune.cli.compare import compare
 from evatune.cli.export import export
+from evatune.cli.hints import sentence
 from evatune.cli.init import init
 from evatune.cli.inspect import inspect
 from evatune.cli.interrupt import STATUS
 from evatune.cli.merge import merge
+from evatune.cli.methods import methods
 from evatune.cli.push import push
 from evatune.cli.train import recipes, train
 from evatune.utils.extras import extras
@@ -23,7 +25,7 @@ _UsageMistake = cast("type[Exception]", typer.BadParameter.__mro__[2])
 
 app = typer.Typer(
     help="Start a LoRA adapter from what your data says.",
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -34,6 +36,7 @@ app.command()(train)
 app.command()(compare)
 app.command()(export)
 app.command()(push)
+app.command()(methods)
 app.add_typer(recipes, name="recipes")
 
 
@@ -59,11 +62,11 @@ def run() -> tuple[int, str]:
         # Typer on its own would draw a box of several lines, and end on an interrupt without a
         # word.
         with extras("this command"):
-            status = app(standalone_mode=False) or 0
+            status = app(prog_name="evatune", standalone_mode=False) or 0
     except EvatuneError as error:
         return 2, str(error)
     except _UsageMistake as error:
-        return 2, f"{_sentence(error)}; {_help_of(error)} lists the options"
+        return 2, sentence(error)
     except OSError as error:
         what = f" {str(error.filename)!r}" if error.filename else ""
         reason = error.strerror or error
@@ -74,13 +77,3 @@ def run() -> tuple[int, str]:
     if status == STATUS:  # and others
         raise KeyboardInterrupt
     return status, ""
-
-
-def _sentence(error: BaseException) -> str:
-    text: str = error.format_message() if hasattr(error, "format_message") else str(error)
-    return " ".join(text.split()).rstrip(".")
-
-
-def _help_of(error: BaseException) -> str:
-    context = getattr(error, "ctx", None)
-    return f"{context.command_path if context else 'evatune'} --help"

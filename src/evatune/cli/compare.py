@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evatune.cli.libraries import libraries_on_stderr, loading_libraries
+from evatune.cli.completion import recipe_names
+from evatune.cli.hints import AXES
+from evatune.cli.libraries import libraries_on_stderr, loading_libraries, progress_on_stderr
 from evatune.cli.train import RUNS, TRUSTED, Trust
 from evatune.utils.markup import printable
 from evatune.utils.names import as_shown
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from evatune.finetune.search import Progress
     from evatune.finetune.summary import Comparison
     from evatune.finetune.tuning import Seeds, Trial
+    from evatune.utils.progress import Display
 
 
 def compare(
@@ -33,6 +36,7 @@ def compare(
                 " settings that replace "
                 "theirs, such as training.steps=100."
             ),
+            autocompletion=recipe_names,
         ),
     ],
     methods: Annotated[str, typer.Option(help="Methods, with commas between.")] = "lora,eva",
@@ -70,17 +74,19 @@ def compare(
     ] = None,
     trust_remote_code: Trust = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder. Default: runs/compare-RECIPE, or -DOMAIN.")
+        Path | None,
+        typer.Option("--out", "-o", help="Folder. Default: runs/compare-RECIPE, or -DOMAIN."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compare methods under equal conditions. Finished cells are kept: the same command again goes
-    on."""
+    """Compare methods under equal conditions; the same command again goes on."""
     from evatune.errors import EvatuneError
     from evatune.finetune.recipe import expand, load
 
     sources = expand(text for text in recipes if "=" not in text)
-    overrides = [text for text in recipes if "=" in text] + ([TRUSTED] if trust_remote_code else [])
+    overrides = [text for text in recipes if "=" in text]
+    _require_no_axis(overrides, lrs)
+    overrides += [TRUSTED] if trust_remote_code else []
     settings = [load(source, overrides) for source in sources]
     shared = (
         Path(sources[0]).stem
@@ -111,20 +117,21 @@ def compare(
                 " --target-loss"
             )
         split_seeds = Seeds(tuple(chosen_seeds), tuple(_numbers(test_seeds, int, "--test-seeds")))
-        _compare_tuned(sources, settings, names, split_seeds, folder, count, executor, as_json, log)
+        _compare_tuned(sources, settings, names, split_seeds, folder, count, executor, as_json)
         return
     runs = grid(settings, names, chosen_seeds, rates, folder / "cells")
     _require_comparison(folder)
     with held(folder):
         with libraries_on_stderr():
-            failed = _with_bar(log, runs, lambda tell: run_all(runs, count, tell, executor))
+            failed = _with_bar(as_json, runs, lambda tell: run_all(runs, count, tell, executor))
         found = summarize(runs, target_loss)
         following = _tuned_command(recipes, methods, settings)
         facts = _write_comparison(found, failed, folder, settings, following)
     if as_json:
         typer.echo(json.dumps(facts))
     elif found.lines:
-        console().print(comparison_table(found))
+        terminal = console()
+        terminal.print(comparison_table(terminal, found))
         for name in ("report.html", "comparison.json", "comparison.md"):
             typer.echo(printable(str(folder / name)))
     if failed:
@@ -132,6 +139,20 @@ def compare(
         raise EvatuneError(
             f"{len(failed)} of {len(runs)} runs failed, for example {path.name}: {why}"
         )
+
+
+def _require_no_axis(overrides: list[str], lrs: str) -> None:
+    """Raise a ConfigError for settings of which a comparison has several, by an option."""
+    from evatune.errors import ConfigError
+
+    options = AXES | ({"training.learning_rate": "--lrs"} if lrs else {})
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in options:
+            raise ConfigError(
+                f"{override!r} does not fit: a comparison sets {key} itself, by its option; give"
+                f" {options[key]} {value}, with commas between several"
+            )
 
 
 def _compare_tuned(
@@ -143,7 +164,6 @@ def _compare_tuned(
     workers: int,
     executor: str,
     as_json: bool,
-    log: Any,
 ) -> None:
     """Search, test, write tables and pictures, and print them."""
     import_module("evatune.report.tuned")  # which may lack an extra, and comes after hours
@@ -155,7 +175,7 @@ def _compare_tuned(
     path = folder / "runs.jsonl"
     _require_comparison(folder)
     with held(folder):
-        with libraries_on_stderr(), _search_bar(log) as tell:
+        with libraries_on_stderr(), _search_bar(as_json) as tell:
             searches = tune(settings, methods, seeds, path, workers, tell, executor)
         if path.exists():
             _show_tuned(path, sources, as_json)
@@ -204,16 +224,18 @@ def _show_tuned(path: Path, sources: list[str], as_json: bool) -> None:
 
 
 @contextmanager
-def _search_bar(log: Any) -> Iterator[Progress]:
+def _search_bar(quiet: bool) -> Iterator[Progress]:
     """Show how many runs of a tuned comparison have ended, and which was the last."""
-    with _bar(log) as bar:
-        task = bar.add_task("", total=None)
+    with _bar(quiet) as bar:
+        bar.begin(None)
+        done = 0
 
         def tell(name: str, trial: Trial, problem: str | None) -> None:
+            nonlocal done
+            done += 1
             aim = "test" if trial.tested else "tune"
             state = "failed" if problem else "done"
-            text = f"{state}: {name}, {aim}, seed {trial.seed}"
-            bar.update(task, advance=1, description=printable(text))
+            bar.update(done, None, f"{state}: {name}, {aim}, seed {trial.seed}")
 
         yield tell
 
@@ -278,36 +300,25 @@ def _require_comparison(folder: Path) -> None:
         )
 
 
-def _bar(log: Any) -> Any:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+@contextmanager
+def _bar(quiet: bool) -> Iterator[Display]:
+    """Yield the display of runs that have ended; it is no one's where nothing is to be shown."""
+    from evatune.utils.progress import display
 
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("runs"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    return Progress(*columns, console=log, transient=True, disable=not log.is_terminal)
+    with progress_on_stderr(quiet), display("comparing", "runs", shown=not quiet) as bar:
+        yield bar
 
 
-def _with_bar(log: Any, runs: Any, work: Any) -> dict[Path, str]:
-    with _bar(log) as bar:
-        task = bar.add_task("", total=len(runs))
+def _with_bar(quiet: bool, runs: Any, work: Any) -> dict[Path, str]:
+    with _bar(quiet) as bar:
+        bar.begin(len(runs))
+        done = 0
 
         def tell(run_: Any, problem: str | None) -> None:
+            nonlocal done
+            done += 1
             state = "failed" if problem else "done"
-            text = printable(f"{state}: {run_.folder.name}")
-            bar.update(task, advance=1, description=text)
+            bar.update(done, len(runs), f"{state}: {run_.folder.name}")
 
         failed: dict[Path, str] = work(tell)
         return failed

@@ -40,8 +40,7 @@ def export(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write an adapter for servers that do not read rank_pattern (vLLM, SGLang, llama.cpp), or a
-    merged model."""
+    """Write an adapter for servers without rank_pattern (vLLM, llama.cpp), or a merged model."""
     load_torch()
     request = ExportRequest(adapter, out, overwrite, model, trust_remote_code)
     if kind in FORMATS and FORMATS[kind].loads_base_model and adapter.is_dir():

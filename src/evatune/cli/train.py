@@ -9,7 +9,13 @@ from typing import Annotated
 
 import typer
 
-from evatune.cli.libraries import TRUST_HELP, libraries_on_stderr, loading_libraries
+from evatune.cli.completion import recipe_names
+from evatune.cli.libraries import (
+    TRUST_HELP,
+    libraries_on_stderr,
+    loading_libraries,
+    progress_on_stderr,
+)
 from evatune.utils.markup import printable
 from evatune.utils.names import as_shown
 
@@ -20,7 +26,11 @@ TRUSTED = "trust_remote_code=true"
 
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="A recipe of ours (evatune recipes ls) or a YAML file.")
+        str,
+        typer.Argument(
+            help="A recipe of ours (evatune recipes ls) or a YAML file.",
+            autocompletion=recipe_names,
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -30,12 +40,12 @@ def train(
     ] = None,
     trust_remote_code: Trust = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the run. Default: runs/RECIPE-METHOD-seedN.")
+        Path | None,
+        typer.Option("--out", "-o", help="Folder of the run. Default: runs/RECIPE-METHOD-seedN."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Fine-tune by a recipe. The same command again resumes a killed run, and reads a finished
-    one."""
+    """Fine-tune by a recipe; again, it resumes a killed run or reads a finished one."""
     from evatune.finetune.recipe import load
 
     settings = load(recipe, [*(overrides or []), *([TRUSTED] if trust_remote_code else [])])
@@ -52,7 +62,7 @@ def train(
         from evatune.utils.atomic import write_text
 
         quiet_libraries()
-    with libraries_on_stderr():
+    with libraries_on_stderr(), progress_on_stderr(as_json):
         result = run(settings, folder, quiet=as_json)
     write_text(folder / "report.html", render(folder, settings, recipe))
     write_run_card(folder, settings, result)
@@ -78,29 +88,64 @@ recipes = typer.Typer(help="List, show or copy recipes.")
 
 
 @recipes.command()
-def ls() -> None:
+def ls(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
     """List the recipes that come with evatune."""
-    from evatune.finetune.recipe import ours, text_of
+    from evatune.finetune.recipe import load, ours, text_of
 
-    for name in ours():
-        first = text_of(name).splitlines()[0].removeprefix("#").strip()
-        typer.echo(f"{name:24} {first}")
+    about = {name: text_of(name).splitlines()[0].removeprefix("#").strip() for name in ours()}
+    if not as_json:
+        for name, text in about.items():
+            typer.echo(f"{name:24} {text}")
+        return
+    facts = []
+    for name, text in about.items():
+        recipe = load(name)
+        facts.append(
+            {
+                "name": name,
+                "about": text,
+                "domain": recipe.domain,
+                "task": recipe.task,
+                "model": recipe.model,
+            }
+        )
+    typer.echo(json.dumps({"recipes": facts}))
 
 
 @recipes.command()
-def show(recipe: Annotated[str, typer.Argument(help="Name or file.")]) -> None:
-    """Print a recipe, and every key it may have with what it means."""
-    from evatune.finetune.recipe import as_tree, flat, keys, load, text_of
+def show(
+    recipe: Annotated[str, typer.Argument(help="Name or file.", autocompletion=recipe_names)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print a recipe, and every key it may have: its value here, type, default and meaning."""
+    from evatune.finetune.recipe import as_tree, flat, load, recipe_keys, text_of
 
+    settings = load(recipe)
+    values = {key.name: False for key in recipe_keys()} | flat(as_tree(settings))
+    if as_json:
+        keys = [key.facts() | {"value": values[key.name]} for key in recipe_keys()]
+        typer.echo(json.dumps({"recipe": as_tree(settings), "keys": keys}))
+        return
     typer.echo("\n".join(map(printable, text_of(recipe).rstrip().split("\n"))) + "\n")
-    values = flat(as_tree(load(recipe)))
-    for key, meaning in keys().items():
-        typer.echo(printable(f"# {key} = {values.get(key, False)}    {meaning}"))
+    for key in recipe_keys():
+        default = "must be given" if key.required else f"default {_as_written(key.default)}"
+        typer.echo(printable(f"# {key.name} = {_as_written(values[key.name])}"))
+        typer.echo(printable(f"#     {key.meaning}"))
+        typer.echo(printable(f"#     {key.kind}; {default}"))
+
+
+def _as_written(value: Any) -> str:
+    """Return a value as YAML has it in one line."""
+    return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
 
 
 @recipes.command()
 def cp(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe of ours.")],
+    recipe: Annotated[
+        str, typer.Argument(help="Name of a recipe of ours.", autocompletion=recipe_names)
+    ],
     file: Annotated[Path, typer.Argument(help="Where to.")],
 ) -> None:
     """Copy a recipe, to change it."""

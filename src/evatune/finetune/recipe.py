@@ -8,7 +8,6 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from evatune.choices import DEFAULT_SCALE, SCALES
 from evatune.errors import ConfigError
+from evatune.finetune.recipe_keys import RecipeKey, keys_of, nearest_key
 from evatune.schemas import Damage, shown, telling
 from evatune.schemas.text import parse_yaml, read_text
 from evatune.utils.names import name_problem
@@ -52,6 +52,8 @@ _Real = Annotated[float, Strict(), Field(le=1e9)]
 _Text = Annotated[str, Field(max_length=4096)]
 _Texts = Annotated[list[_Text], Field(max_length=10_000)]
 _MISTAKES_TOLD = 10
+# Schedules of transformers that need no more settings.
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 _MOST = 10**9  # of steps and examples
 _MOST_AT_ONCE = 2**20  # tokens of a text, examples of a batch
 
@@ -118,7 +120,9 @@ class AdapterOptions:
     )
     alpha: _Real = Field(default=8, gt=0, description="LoRA's alpha; default: the rank")
     scale: Scale = Field(
-        default=DEFAULT_SCALE, description=f"EVA: length of the rows of A: {', '.join(SCALES)}"
+        default=DEFAULT_SCALE,
+        description="EVA: length of the rows of A",
+        json_schema_extra={"enum": list(SCALES)},
     )
     rho: _Real = Field(
         default=2,
@@ -150,7 +154,9 @@ class TrainingOptions:
         default=0.06, ge=0, lt=1, description="share of the steps in which the learning rate rises"
     )
     schedule: _Text = Field(
-        default="linear", description="learning rate after warm-up, as transformers names it"
+        default="linear",
+        description="learning rate after warm-up, as transformers names it",
+        json_schema_extra={"enum": list(SCHEDULES)},
     )
     weight_decay: _Real = Field(default=0.0, ge=0, description="AdamW's weight decay")
     lora_plus_ratio: _Real = Field(
@@ -315,15 +321,9 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def keys(kind: Any = Recipe, prefix: str = "") -> dict[str, str]:
-    """Return every key with its help text: {"training.steps": "optimizer steps", …}."""
-    helps: dict[str, str] = {}
-    for field in fields(kind):
-        if is_dataclass(field.default):
-            helps |= keys(field.default, f"{prefix}{field.name}.")
-        else:
-            helps[prefix + field.name] = getattr(field.default, "description", None) or ""
-    return helps
+def recipe_keys() -> list[RecipeKey]:
+    """Return every key that a recipe may have."""
+    return list(keys_of(Recipe))
 
 
 def _put(tree: dict[str, Any], key: str, text: str) -> None:
@@ -370,14 +370,8 @@ def _with_alpha(tree: Mapping[str, Any]) -> Mapping[str, Any]:
 def _explain(key: str, item: Mapping[str, Any]) -> str:
     """Return what is wrong with a key, from pydantic's account of it."""
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        valid = list(keys())
-        by_last_part = {name.rsplit(".", 1)[-1]: name for name in valid}
-        nearest = difflib.get_close_matches(key, valid, n=1)
-        if not nearest:
-            last_part = key.rsplit(".", 1)[-1]
-            similar = difflib.get_close_matches(last_part, by_last_part, n=1)
-            nearest = [by_last_part[name] for name in similar]
-        return f"unknown key {shown(key)}" + (f" (nearest: {nearest[0]})" if nearest else "")
+        nearest = nearest_key(key, [each.name for each in recipe_keys()])
+        return f"unknown key {shown(key)}" + (f" (nearest: {nearest})" if nearest else "")
     if item["type"] in ("missing", "missing_argument"):
         return f"key {shown(key)} is missing"
     return f"{key} is {shown(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"

@@ -11,11 +11,12 @@ from typing import Any
 
 from evatune.errors import ConfigError, EvatuneError
 from evatune.finetune.metrics import METRICS
-from evatune.finetune.recipe import REFERENCE, Recipe, as_tree, parse
-from evatune.schemas import Damage, telling
+from evatune.finetune.recipe import REFERENCE, Recipe, as_tree, flat, parse
+from evatune.schemas import Damage, shown, telling
 from evatune.schemas.run import Result
 from evatune.schemas.text import parse_json, read_text, validate_json
 from evatune.utils.atomic import write_text
+from evatune.utils.text import ABSENT, shortened
 
 RESULT, RECIPE = "result.json", "recipe.json"
 CALIBRATION, INITIAL_ADAPTER, CHECKPOINTS = "calibration.safetensors", "start", "checkpoints"
@@ -71,11 +72,11 @@ def _without_method(tree: dict[str, Any]) -> dict[str, Any]:
 def require_own_run(folder: Path, tree: dict[str, Any]) -> None:
     """Raise a ConfigError unless the folder holds this recipe's run, or is free."""
     if (folder / RECIPE).is_file():
-        changed = _changed_keys(_read_recipe(folder / RECIPE), tree)
+        changed = _changes(_read_recipe(folder / RECIPE), tree)
         if changed:
             raise ConfigError(
-                f"{str(folder)!r} holds a run with other settings (they differ in"
-                f" {', '.join(changed)}); name another --out"
+                f"{str(folder)!r} holds a run with other settings: {shortened(changed)}; name"
+                " another --out, or give the settings that it has"
             )
     elif not _is_free(folder):
         raise ConfigError(f"{str(folder)!r} exists and holds no run of evatune; name another --out")
@@ -89,9 +90,19 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return as_tree(parse(fields, f"{str(path)!r}, whose run cannot go on,"))
 
 
-def _changed_keys(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    keys = sorted({*before, *after})
-    return [key for key in keys if before.get(key) != after.get(key)]
+def _changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return the keys whose values differ, each with both: "training.steps is 60 there, not 20"."""
+    there, here = flat(before), flat(after)
+    names = sorted({*there, *here})
+    return [
+        f"{name} is {_value(there, name)} there, not {_value(here, name)}"
+        for name in names
+        if there.get(name, ABSENT) != here.get(name, ABSENT)
+    ]
+
+
+def _value(values: dict[str, Any], name: str) -> str:
+    return shown(values[name]) if name in values else "missing"
 
 
 def _is_free(folder: Path) -> bool:
