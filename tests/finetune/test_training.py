@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 from evatune.errors import ConfigError
 from evatune.finetune.methods.base import Lora
 from evatune.finetune.tasks import Task
-from evatune.finetune.training import build_trainer
+from evatune.finetune.training import build_trainer, training_shown
+from evatune.utils import progress
 from tests.finetune.helpers import MethodCase, small
 
 torch.set_num_threads(1)
@@ -88,3 +91,33 @@ def test_the_learning_rate_rises_over_the_share_of_warmup_and_falls_to_zero(
 def test_a_tracker_that_is_not_known_is_told_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^Trainer refuses these settings: [^\n]*nobody[^\n]*$"):
         _trainer(Lora("lora"), tmp_path, "training.report_to=[nobody]")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_training_tells_of_its_steps_loss_and_score(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, quiet: bool
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    state = SimpleNamespace(global_step=0, max_steps=20)
+    callbacks: list[Any] = []
+    trainer = SimpleNamespace(
+        state=state, add_callback=callbacks.append, remove_callback=callbacks.remove
+    )
+    with caplog.at_level(logging.INFO, "evatune"), training_shown(trainer, quiet):
+        (callback,) = callbacks
+        callback.on_log(None, state, None, {"loss": 1.234, "grad_norm": 3})
+        callback.on_log(None, state, None, {"eval_loss": 1.1, "eval_score": 0.5})
+        for state.global_step in (1, 2, 3, 4):
+            now += 2
+            callback.on_step_end(None, state, None)
+    assert callbacks == []
+    said = [record.message for record in caplog.records]
+    assert said == ([] if quiet else SAID)
+
+
+SAID = [
+    "20 steps, about 40 s",
+    "training: 3 of 20 steps, 6 s, loss 1.23, score 0.5",
+    "trained for 4 steps in 8 s, loss 1.23, score 0.5",
+]
