@@ -28,9 +28,10 @@ from peft.tuners.lora import LoraLayer, get_eva_state_dict
 from torch import Tensor, nn
 
 import evatune
+from evatune.loading.batches import TextBatches
 from evatune.loading.demo import demo_data, demo_model
 from evatune.loading.models import load_model
-from evatune.loading.texts import TextBatches, load_texts
+from evatune.loading.texts import load_texts
 from evatune.sketch import NystromSketch, SketchSettings
 from evatune.sketch.spectrum import principal_angles
 

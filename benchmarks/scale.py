@@ -86,9 +86,10 @@ def load(name: str, count: int) -> tuple[nn.Module, list[Any]]:
     """A model and batches for it."""
     if name == "llm":
         return llama(), tokens(count)
+    from evatune.loading.batches import TextBatches
     from evatune.loading.demo import demo_data, demo_model
     from evatune.loading.models import load_model
-    from evatune.loading.texts import TextBatches, load_texts
+    from evatune.loading.texts import load_texts
 
     loaded = load_model(demo_model(), device="cpu")
     return (

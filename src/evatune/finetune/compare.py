@@ -57,7 +57,7 @@ def grid(
         rates: learning rates; without any, that of the recipe. parent: of the folders.
     """
     require_comparable(recipes, methods)
-    if len(_unique(rates)) > 1 and not all(recipe.data.validation for recipe in recipes):
+    if len(_unique(rates)) > 1 and not all(recipe.data.has_validation for recipe in recipes):
         raise ConfigError(
             "of several learning rates the best would be chosen on the scores that are reported;"
             " add examples to choose by, such as data.validation=200, or give one rate"

@@ -54,6 +54,8 @@ _Texts = Annotated[list[_Text], Field(max_length=10_000)]
 _MISTAKES_TOLD = 10
 # Schedules of transformers that need no more settings.
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+_OWN_DATA, _SIZES = "data.source", ("train", "validation", "test")
+_TASK_BYTES = 80  # of the part of a task's name that comes from a file's
 _MOST = 10**9  # of steps and examples
 _MOST_AT_ONCE = 2**20  # tokens of a text, examples of a batch
 
@@ -64,9 +66,12 @@ class DataOptions:
 
     train: _Whole = Field(
         default=1000,
-        ge=1,
+        ge=0,
         le=_MOST,
-        description="examples to train on, drawn with the seed 0 whatever the run's seed is",
+        description=(
+            "examples to train on, drawn with the seed 0 whatever the run's seed is; 0, the default"
+            " with data.source: all that the other parts leave"
+        ),
     )
     validation: _Whole = Field(
         default=0,
@@ -74,11 +79,18 @@ class DataOptions:
         le=_MOST,
         description=(
             "examples to evaluate on while training and to choose settings by, in neither of the"
-            " other parts; 0: the test examples are evaluated while training"
+            " other parts; 0: the test examples are evaluated while training, but a tenth of the"
+            " data, at most 500, where data.train is 0"
         ),
     )
     test: _Whole = Field(
-        default=500, ge=1, le=_MOST, description="examples to evaluate on, none of them trained on"
+        default=500,
+        ge=0,
+        le=_MOST,
+        description=(
+            "examples to evaluate on, none of them trained on; 0, the default with data.source: a"
+            " tenth of the data and at most 500"
+        ),
     )
     max_length: _Whole = Field(
         default=48,
@@ -99,8 +111,14 @@ class DataOptions:
     columns: _Texts = Field(
         default_factory=list,
         description=(
-            "columns of data.source: text, or a pair of texts; generation: prompt and answer;"
-            " images: the image. Default: text, or image"
+            "columns of data.source: text, or a pair of texts; generation: of chats, or prompt and"
+            " completion, or instruction, input and output; images: the image. Default: recognized"
+        ),
+    )
+    chat_template: _Text | None = Field(
+        default=None,
+        description=(
+            "template for chats: a Jinja file, or a model that has one; default: the tokenizer's"
         ),
     )
     label_column: _Text = Field(
@@ -109,6 +127,11 @@ class DataOptions:
     episodes: _Whole = Field(
         default=20, ge=1, le=_MOST, description="rl: episodes in the simulator"
     )
+
+    @property
+    def has_validation(self) -> bool:
+        """True if there are examples to choose settings by."""
+        return self.validation > 0 or self.train == 0
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -278,18 +301,24 @@ def load(source: str, overrides: Iterable[str] = ()) -> Recipe:
             " model's code"
         )
     tree: dict[str, Any] = raw
+    settings = []
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign or not key:
             raise ConfigError(f"{override!r} is not key=value, such as training.steps=100")
+        settings.append((key, value))
+    if _OWN_DATA in dict(settings):
+        _leave_own_task(tree)
+    for key, value in settings:
         _put(tree, key, value)
     return parse(tree, source)
 
 
 def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """Return a recipe from a tree of plain values; see `load` for errors."""
+    tree = _with_own_data(_with_alpha(_with_numbers(tree)))
     try:
-        return TypeAdapter(Recipe).validate_python(_with_alpha(_with_numbers(tree)))
+        recipe = TypeAdapter(Recipe).validate_python(tree)
     except ValidationError as error:
         mistakes = [
             _explain(".".join(map(str, item["loc"])), item)
@@ -298,16 +327,25 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
         count = "1 mistake" if error.error_count() == 1 else f"{error.error_count()} mistakes"
         more = "; …" if error.error_count() > len(mistakes) else ""
         raise ConfigError(f"{source} has {count}: {'; '.join(mistakes)}{more}") from error
+    for name in ("train", "test"):
+        if recipe.data.source is None and getattr(recipe.data, name) == 0:
+            raise ConfigError(
+                f"{source} has 1 mistake: data.{name} is 0, which is for data.source; give at least"
+                " 1"
+            )
+    return recipe
 
 
 def as_tree(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as plain values, as YAML and JSON hold them.
 
-    A permission that is not given is no part of them.
+    A permission or a chat template that is not given is no part of them.
     """
     tree = dataclasses.asdict(recipe)
     if not recipe.trust_remote_code:
         del tree["trust_remote_code"]
+    if recipe.data.chat_template is None:  # what identifies runs that were made before it existed
+        del tree["data"]["chat_template"]
     return tree
 
 
@@ -365,6 +403,28 @@ def _with_alpha(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         return tree  # which is told as a mistake of the rank
     return {**tree, "adapter": {**adapter, "alpha": rank}}
+
+
+def _leave_own_task(tree: dict[str, Any]) -> None:
+    """Take out of a recipe for data of ours what is about them, so that the user's data decide."""
+    data = tree.get("data")
+    if isinstance(data, dict) and data.get("source") is not None:
+        return  # a recipe for such data: another copy of them
+    tree.pop("task", None)
+    if isinstance(data, dict):
+        for size in _SIZES:
+            data.pop(size, None)
+
+
+def _with_own_data(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the tree with a task's name and sizes, where data of the user's are to imply them."""
+    data = tree.get("data")
+    if not isinstance(data, Mapping) or not isinstance(data.get("source"), str):
+        return tree
+    stem = Path(data["source"]).stem
+    name = "".join(sign if sign.isprintable() else "_" for sign in stem) or "data"
+    implied = {"task": f"own-{name.encode()[:_TASK_BYTES].decode(errors='ignore')}"}
+    return {**implied, **tree, "data": {**dict.fromkeys(_SIZES, 0), **data}}
 
 
 def _explain(key: str, item: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import json
 import platform
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,21 @@ from evatune.utils.names import resolved
 _ABOUT_SPEED = ("runtime", "per_second", "model_preparation_time")
 
 
-def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
+def _unheard(sentence: str) -> None:
+    """Tell nobody."""
+
+
+def run(
+    recipe: Recipe, folder: Path, *, quiet: bool = False, say: Callable[[str], object] = _unheard
+) -> dict[str, Any]:
     """Train and evaluate, and write the results into the folder.
 
     A folder with a finished run of the same recipe is read instead, an unfinished one resumed.
     Written are `recipe.json`, `metrics.jsonl`, `adapter/` (or `model/`), `calibration.safetensors`
     where the method has one, Trainer's checkpoints while it runs, and last of all `result.json`.
+
+    Args:
+        quiet: draw no bar. say: is told in a sentence what data of the user's were taken for.
 
     Returns:
         What `result.json` holds: score in [0, 1] (higher is better), eval_loss, measures (what else
@@ -77,13 +87,13 @@ def run(recipe: Recipe, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         if result is not None:
             return result
         with claimed_run(recipe, folder):
-            return _run(recipe, folder, quiet)
+            return _run(recipe, folder, quiet, say)
 
 
-def _run(recipe: Recipe, folder: Path, quiet: bool) -> dict[str, Any]:
+def _run(recipe: Recipe, folder: Path, quiet: bool, say: Callable[[str], object]) -> dict[str, Any]:
     """Begin the run, or go on with it, and return its result."""
     checkpoint = newest_whole(folder / CHECKPOINTS)
-    trained = _trained(recipe, folder, checkpoint, quiet=quiet)
+    trained = _trained(recipe, folder, checkpoint, quiet=quiet, say=say)
     validation = None if trained.task.validation is None else trained.measures("validation")
     measures = trained.measures("test")
     method, model = trained.method, trained.trainer.model
@@ -188,7 +198,13 @@ class _Trained:
 
 
 def _trained(
-    recipe: Recipe, folder: Path, checkpoint: Path | None, *, quiet: bool, kept: bool = True
+    recipe: Recipe,
+    folder: Path,
+    checkpoint: Path | None,
+    *,
+    quiet: bool,
+    kept: bool = True,
+    say: Callable[[str], object] = _unheard,
 ) -> _Trained:
     """Do everything of a run up to its last step.
 
@@ -198,6 +214,8 @@ def _trained(
     transformers.set_seed(recipe.seed)
     method = find_method(recipe.method)
     task = find_domain(recipe.domain).prepare(recipe)
+    if task.about:
+        say(task.about)
     resumed = checkpoint is not None
 
     start = time.perf_counter()

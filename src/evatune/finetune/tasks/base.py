@@ -33,6 +33,7 @@ class Task:
             are no function of the logits on that part: generated answers, episodes in a simulator.
             It gives "score", in [0, 1], higher is better, and may write files.
         rows: evatune's choice of rows, where the model's masks do not say it.
+        about: a sentence on data of the user's: what was recognized, and how they were split.
     """
 
     model: Any
@@ -47,6 +48,7 @@ class Task:
     reduce: Callable[[Any, Any], Any] | None = None
     evaluate: Callable[[Any, Part, Path], dict[str, float]] | None = None
     rows: RowsFunction | None = None
+    about: str = ""
 
     def examples(self, part: Part) -> Any:
         """Return the examples of one of the parts to evaluate on."""

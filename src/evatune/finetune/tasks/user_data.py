@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import datasets
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, Self, TypeVar
 
 from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import DataOptions, Recipe
-from evatune.finetune.tasks.splits import Split, draw, draw_split
-from evatune.loading.data_files import is_saved_by_datasets, read_data_files
+from evatune.finetune.tasks.splits import Split, draw
 from evatune.loading.hub import reading, require_path
-from evatune.loading.texts import require_no_chat
+from evatune.loading.labels import LabelColumn
+from evatune.loading.tables import load_split
+
+_MOST_HELD_OUT = 500
+
+
+class _Selectable(Protocol):
+    """A table, or records in one."""
+
+    def __len__(self) -> int: ...
+
+    def select(self, indices: Sequence[int]) -> Self: ...
+
+
+_Examples = TypeVar("_Examples", bound=_Selectable)
 
 
 def require_task(task: str, tasks: Sequence[str], domain: str) -> None:
@@ -26,15 +37,17 @@ def require_task(task: str, tasks: Sequence[str], domain: str) -> None:
 
 
 def load_examples(
-    recipe: Recipe, columns: Sequence[str], tasks: Sequence[str], example: str
-) -> Split[Any]:
+    recipe: Recipe, usable: Callable[[Any], _Examples], tasks: Sequence[str], example: str
+) -> Split[_Examples]:
     """Return as many examples of `data.source` for each part as the recipe says.
 
-    They are drawn with the seed 0; those to validate on come from the split to train on.
+    They are drawn with the seed 0; those to validate on come from the split to train on. Sizes that
+    are left open are a tenth of the data to validate and to test on, at most 500, and the rest to
+    train on.
 
     Args:
-        columns: that must be there. tasks: names that are taken. example: a recipe that needs no
-            network.
+        usable: from a table to the examples in it; raises DataError where they cannot be read.
+        tasks: names that are taken. example: a recipe that needs no network.
 
     Raises:
         ConfigError: a task's name that has data of its own; sizes beyond the data. DataError:
@@ -44,30 +57,46 @@ def load_examples(
     source = str(data.source)
     if recipe.task in tasks:
         raise ConfigError(
-            f"task {recipe.task!r} has data of its own; with data.source, give the task another"
-            " name"
+            f"task {recipe.task!r} has data of its own; with data.source, leave the task out or"
+            " give it another name"
         )
     require_path(source, "data.source")
     instead = f"a folder or file of such data, or run the recipe {example}, which needs no network"
     with reading(source, "data", instead):
-        train = _read_split(data, data.train_split)
-        test = train if data.test_split is None else _read_split(data, data.test_split)
-    for column in columns:
-        for table in (train, test):
-            _require_column(table, column, source)
-    if test is train:
-        return draw_split(len(train), data, recipe.task).map(train.select)
+        table = load_split(source, data.train_split, data.subset)
+        tests = data.test_split and load_split(source, data.test_split, data.subset)
+    train = usable(table)
+    if data.test_split is None:
+        data = _sized(data, len(train), len(train))
+        sizes = {"train": data.train, "validation": data.validation, "test": data.test}
+        return Split(*(train.select(part) for part in draw(len(train), recipe.task, **sizes)))
+    test = usable(tests)
+    data = _sized(replace(data, test=data.test or _tenth(len(test))), len(train), 0)
     learned, chosen_by = draw(len(train), recipe.task, train=data.train, validation=data.validation)
     (tested,) = draw(len(test), recipe.task, test=data.test)
     return Split(train.select(learned), train.select(chosen_by), test.select(tested))
 
 
-def _require_column(table: Any, column: str, source: str) -> None:
-    if column not in table.column_names:
-        raise DataError(
-            f"{source!r} has no column {column!r}; it has {', '.join(table.column_names)}"
-        )
-    require_no_chat(table, column, source)
+def checked(find: Callable[[Any], object]) -> Callable[[Any], Any]:
+    """Return the function that returns a table in which `find` finds what it needs, or raises."""
+
+    def usable(table: Any) -> Any:
+        find(table)
+        return table
+
+    return usable
+
+
+def describe_parts(split: Split[Any], data: DataOptions) -> str:
+    """Return how many examples each part has, as the end of a sentence."""
+    cut = "cut off " if data.train == 0 else ""
+    validation = f"{len(split.validation):,} {cut}for validation, " if len(split.validation) else ""
+    return f"{len(split.train):,} to train on, {validation}{len(split.test):,} {cut}for the test"
+
+
+def label_column(data: DataOptions) -> LabelColumn:
+    """Return the column with the classes of `data.source`."""
+    return LabelColumn(data.label_column, str(data.source), "data.label_column")
 
 
 def encode_labels(examples: Split[Any], data: DataOptions) -> tuple[Split[list[int]], int]:
@@ -75,40 +104,32 @@ def encode_labels(examples: Split[Any], data: DataOptions) -> tuple[Split[list[i
 
     There are as many classes as the column declares, else as many as occur.
     """
-    column = data.label_column
-    feature = examples.train.features[column]
-    labels = examples.map(lambda table: list(table[column]))
+    labels = examples.map(lambda table: list(table[data.label_column]))
     values = [*labels.train, *labels.validation, *labels.test]
-    if all(isinstance(label, str) for label in values):
-        numbers = {name: number for number, name in enumerate(sorted(set(values)))}
-        labels = labels.map(lambda part: [numbers[label] for label in part])
-        values = [numbers[label] for label in values]
-    declared = isinstance(feature, datasets.ClassLabel)
-    classes: int = feature.num_classes if declared else len(set(values))
-    for label in values:
-        if not isinstance(label, int) or not 0 <= label < classes:
-            raise DataError(
-                f"column {column!r} of {str(data.source)!r} holds the label {label!r}; its"
-                f" {classes} classes must be names, or numbers from 0 to {classes - 1}; name"
-                " another column with data.label_column"
-            )
-    if classes < 2:
-        raise DataError(
-            f"column {column!r} of {str(data.source)!r} holds one class only; give at least two"
-        )
-    return labels, classes
+    numbers, names = label_column(data).numbers(examples.train, values)
+    coming = iter(numbers)
+    return labels.map(lambda part: [next(coming) for _ in part]), len(names)
 
 
-def _read_split(data: DataOptions, split: str) -> Any:
-    path = Path(str(data.source))
-    if path.is_file() or is_saved_by_datasets(path):
-        return read_data_files(path, split)
-    if path.is_dir() and any(sign in str(path) for sign in "*?["):
+def _sized(data: DataOptions, total: int, with_test: int) -> DataOptions:
+    """Return the options with a size in place of each that is left open.
+
+    Args:
+        total: examples to draw from. with_test: the same if the test examples are among them, else
+            0.
+    """
+    test = data.test or _tenth(with_test)
+    validation = data.validation
+    if data.train == 0 and validation == 0:
+        validation = _tenth(total)
+    train = data.train or total - validation - (test if with_test else 0)
+    if train < 1:
         raise DataError(
-            f"folder {str(path)!r} has one of the signs *?[ in its name, which `datasets` reads as"
-            " a pattern; rename it"
+            f"{str(data.source)!r} has {total} examples; give at least 3: to train on, to validate"
+            " and to test"
         )
-    splits = datasets.load_dataset(str(data.source), data.subset)
-    if split not in splits:
-        raise DataError(f"{str(data.source)!r} has no split {split!r}; it has {', '.join(splits)}")
-    return splits[split]
+    return replace(data, train=train, validation=validation, test=test)
+
+
+def _tenth(total: int) -> int:
+    return min(_MOST_HELD_OUT, max(1, total // 10))

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from evatune.finetune.tasks.generation.encoding import encode
 
 from evatune.finetune.tasks.generation.base import Pair
-from evatune.finetune.tasks.generation.encoding import encode
 from evatune.loading.assets import asset
 
 torch.set_num_threads(1)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from evatune.finetune.tasks.generation.encoding import encode
 
 from evatune.finetune.tasks.generation import scoring
 from evatune.finetune.tasks.generation.base import Pair
-from evatune.finetune.tasks.generation.encoding import encode
 from evatune.loading.assets import asset
 
 torch.set_num_threads(1)

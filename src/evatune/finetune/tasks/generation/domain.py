@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,10 @@ import datasets
 import torch
 import transformers
 
-from evatune.errors import ConfigError
+from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.base import Domain, Part, Task
 from evatune.finetune.tasks.generation.base import Pair
-from evatune.finetune.tasks.generation.encoding import encode
 from evatune.finetune.tasks.generation.scoring import (
     measures,
     scored_measures,
@@ -25,13 +25,17 @@ from evatune.finetune.tasks.generation.scoring import (
 )
 from evatune.finetune.tasks.generation.tasks import TASKS
 from evatune.finetune.tasks.splits import Split
-from evatune.finetune.tasks.user_data import load_examples, require_task
+from evatune.finetune.tasks.user_data import describe_parts, load_examples, require_task
 from evatune.loading.assets import asset
+from evatune.loading.chats import load_template, require_template
+from evatune.loading.encoding import Encoder, Row, encode_answer
 from evatune.loading.hub import reading, require_path
+from evatune.loading.records import Origin, Records, find_records
 
+_OFFLINE = "generation-code"
 _INSTEAD = (
     "a local folder with config.json, weights and tokenizer, or model=demo as in the recipe"
-    " generation-code"
+    f" {_OFFLINE}"
 )
 
 
@@ -47,22 +51,55 @@ def prepare(recipe: Recipe) -> Task:
     Raises ConfigError for an unknown task or sizes beyond the data, DataError where model or data
     cannot be had.
     """
-    pairs = _bundled_pairs(recipe) if recipe.data.source is None else _user_pairs(recipe)
+    if recipe.data.source is not None:
+        return _of_the_user(recipe)
+    pairs = _bundled_pairs(recipe)
     model, tokenizer = _load_model(recipe)
     longest = recipe.data.max_length
+
+    def encoded(part: list[Pair]) -> list[Row]:
+        return [encode_answer(tokenizer, pair.prompt, pair.answer, longest) for pair in part]
+
     evaluate = _evaluation(recipe, tokenizer, pairs)
+    task = _task(model, tokenizer, pairs.map(encoded))
+    return replace(
+        task,
+        metric=_metric(recipe, tokenizer, has_choices=evaluate is not None),
+        evaluate=evaluate,
+    )
+
+
+def _of_the_user(recipe: Recipe) -> Task:
+    """Return the task of `data.source`: to answer as it does, or to write such texts."""
+    data = recipe.data
+    template = None if data.chat_template is None else load_template(data.chat_template)
+    records = _user_records(recipe)
+    model, tokenizer = _load_model(recipe)
+    if template is not None:
+        tokenizer.chat_template = template
+    train = records.train
+    if train.layout.kind == "chat":
+        require_template(tokenizer, train.origin)
+    encoder = Encoder(tokenizer, data.max_length, train.origin)
+    rows = records.map(lambda part: encoder.rows(part) if len(part) else [])
+    count = len(records.train) + len(records.validation) + len(records.test)
+    what = train.describe(count, template=bool(tokenizer.chat_template))
+    return replace(_task(model, tokenizer, rows), about=f"{what}; {describe_parts(rows, data)}")
+
+
+def _task(model: Any, tokenizer: Any, rows: Split[list[Row]]) -> Task:
+    """Return the task of encoded examples, scored by how likely their answers are."""
     return Task(
         model=model,
-        train=_encode(pairs.train, tokenizer, longest),
-        validation=_to_evaluate(pairs.validation, tokenizer, longest),
-        test=_to_evaluate(pairs.test, tokenizer, longest),
+        train=datasets.Dataset.from_list(rows.train),
+        validation=_to_evaluate(rows.validation),
+        test=_to_evaluate(rows.test),
         collator=transformers.DataCollatorForSeq2Seq(tokenizer),
         head=["lm_head"],
         new_head=False,
         task_type="CAUSAL_LM",
-        metric=_metric(recipe, tokenizer, has_choices=evaluate is not None),
+        metric=partial(scored_measures, tokenizer=tokenizer),
         reduce=token_losses,
-        evaluate=evaluate,
     )
 
 
@@ -87,20 +124,14 @@ def _load_model(recipe: Recipe) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _encode(pairs: list[Pair], tokenizer: Any, longest: int) -> Any:
-    """Return a `datasets.Dataset` of tokens and labels."""
-    return datasets.Dataset.from_list([encode(tokenizer, pair, longest) for pair in pairs])
-
-
-def _to_evaluate(pairs: list[Pair], tokenizer: Any, longest: int) -> Any:
-    """Return the encoded pairs, or None of no pairs.
+def _to_evaluate(rows: list[Row]) -> Any:
+    """Return encoded examples as a `datasets.Dataset`, or None of no examples.
 
     They are in the order of their lengths, so that little of a batch is padding; no measure sees
     it.
     """
-    if not pairs:
+    if not rows:
         return None
-    rows = [encode(tokenizer, pair, longest) for pair in pairs]
     return datasets.Dataset.from_list(sorted(rows, key=lambda row: len(row["input_ids"])))
 
 
@@ -149,24 +180,20 @@ def _bundled_pairs(recipe: Recipe) -> Split[list[Pair]]:
     return Split(pairs.train, pairs.test[: data.validation], pairs.test[data.validation :])
 
 
-def _user_pairs(recipe: Recipe) -> Split[list[Pair]]:
-    """Return prompts and answers of the user's data, or texts without a prompt."""
-    columns = recipe.data.columns or ["text"]
-    if len(columns) > 2:
-        raise ConfigError(
-            f"data.columns is {columns}; give the prompt's and the answer's column, or the text's"
-            " alone"
+def _user_records(recipe: Recipe) -> Split[Records]:
+    """Return the records of `data.source`, of one layout in all parts."""
+    data = recipe.data
+    origin = Origin(str(data.source), "data.columns", "data.chat_template")
+    records: Split[Records] = load_examples(
+        recipe, lambda table: find_records(table, data.columns, origin), tuple(TASKS), _OFFLINE
+    )
+    if records.train.layout != records.test.layout:
+        raise DataError(
+            f"{origin.source!r} mixes shapes: its split {data.train_split!r} holds"
+            f" {', '.join(records.train.layout.columns)}, and {data.test_split!r}"
+            f" {', '.join(records.test.layout.columns)}; name those to read with data.columns"
         )
-    tables = load_examples(recipe, columns, tuple(TASKS), "generation-code")
-
-    def pairs(table: Any) -> list[Pair]:
-        return [_pair([str(row[column]) for column in columns]) for row in table]
-
-    return tables.map(pairs)
-
-
-def _pair(texts: list[str]) -> Pair:
-    return Pair(f"{texts[0]}\n", texts[1]) if len(texts) == 2 else Pair("", texts[0])
+    return records
 
 
 DOMAIN = Domain("generation", prepare, version=2)

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from evatune.finetune.tasks.generation.base import Pair
-from evatune.finetune.tasks.generation.encoding import IGNORED, encode
+from evatune.loading.encoding import IGNORED, encode_answer
 
 _BATCH_SIZE = 100  # sequences
 _LARGEST_LOSS = 100.0  # of a run that diverged; its exponential is still a number
@@ -71,7 +71,7 @@ def share_of_tokens(prediction: Any) -> dict[str, float]:
 def share_chosen(model: Any, tokenizer: Any, pairs: list[Pair], longest: int) -> float:
     """Return the share of questions whose right choice has the largest likelihood."""
     candidates = [
-        (number, choice, encode(tokenizer, Pair(pair.prompt, choice), longest))
+        (number, choice, encode_answer(tokenizer, pair.prompt, choice, longest))
         for number, pair in enumerate(pairs)
         for choice in pair.choices
     ]

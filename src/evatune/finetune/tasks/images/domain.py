@@ -20,10 +20,17 @@ from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.base import Domain, Task, accuracy
 from evatune.finetune.tasks.images.tasks import TASKS
 from evatune.finetune.tasks.splits import Split, draw_from, draw_split
-from evatune.finetune.tasks.user_data import encode_labels, load_examples, require_task
+from evatune.finetune.tasks.user_data import (
+    checked,
+    describe_parts,
+    encode_labels,
+    load_examples,
+    require_task,
+)
 from evatune.loading.assets import asset
 from evatune.loading.cache import build_once
 from evatune.loading.hub import reading, require_path
+from evatune.loading.records import Origin, image_column, require_column
 
 _DRAWN_VERSION = 2  # of the code that draws
 _KEPT_TASKS = 2  # in memory: a comparison goes from task to task
@@ -80,7 +87,11 @@ def prepare(recipe: Recipe) -> Task:
     cannot be had.
     """
     data = recipe.data
-    images, split = _bundled_images(recipe) if data.source is None else _user_images(recipe)
+    about = ""
+    if data.source is None:
+        images, split = _bundled_images(recipe)
+    else:
+        images, split, about = _user_images(recipe)
     model, processor = _load_model(recipe, images.classes)
 
     def process(indices: Sequence[int]) -> dict[str, Tensor]:
@@ -99,13 +110,14 @@ def prepare(recipe: Recipe) -> Task:
     return Task(
         model=model,
         train=_Examples(images, split.train),
-        validation=_Examples(images, split.validation) if data.validation else None,
+        validation=_Examples(images, split.validation) if split.validation else None,
         test=_Examples(images, split.test),
         collator=collate,
         metric=accuracy,
         head=["classifier"],
         new_head=True,
         task_type=None,  # PEFT has none for images
+        about=about,
     )
 
 
@@ -186,18 +198,19 @@ def _processed(drawn: _Drawn) -> _Process:
     return process
 
 
-def _user_images(recipe: Recipe) -> tuple[_Labeled, Split[list[int]]]:
-    """Return the images of `data.source`, and which are in which part."""
+def _user_images(recipe: Recipe) -> tuple[_Labeled, Split[list[int]], str]:
+    """Return the images of `data.source`, which are in which part, and what they are."""
     data = recipe.data
-    column = (data.columns or ["image"])[0]
-    needed = [column, data.label_column]
-    tables = load_examples(recipe, needed, tuple(TASKS), "images-digits")
-    if not isinstance(tables.train.features[column], datasets.Image):
-        raise DataError(
-            f"column {column!r} of {str(data.source)!r} holds no images; name another with"
-            " data.columns"
-        )
+    origin = Origin(str(data.source), "data.columns")
+
+    def find(table: Any) -> str:
+        require_column(table, data.label_column, origin.source)
+        return image_column(table, data.columns, origin)
+
+    tables = load_examples(recipe, checked(find), tuple(TASKS), "images-digits")
+    column = find(tables.train)
     labels, classes = encode_labels(tables, data)
+    what = f"{origin.source}: images in {column} with {classes} classes in {data.label_column}"
     rows = datasets.concatenate_datasets([tables.train, tables.validation, tables.test])
 
     def picture(index: int) -> Image.Image:
@@ -206,7 +219,8 @@ def _user_images(recipe: Recipe) -> tuple[_Labeled, Split[list[int]]]:
 
     numbers = iter(range(len(rows)))
     split = labels.map(lambda part: list(islice(numbers, len(part))))
-    return _Labeled(picture, [*labels.train, *labels.validation, *labels.test], classes), split
+    everything = [*labels.train, *labels.validation, *labels.test]
+    return _Labeled(picture, everything, classes), split, f"{what}; {describe_parts(tables, data)}"
 
 
 def _label_tensor(labels: Sequence[int]) -> Tensor:

@@ -16,12 +16,19 @@ from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.base import Domain, Task, accuracy
 from evatune.finetune.tasks.splits import Split, draw_split
 from evatune.finetune.tasks.understanding import grammar
-from evatune.finetune.tasks.user_data import encode_labels, load_examples, require_task
+from evatune.finetune.tasks.user_data import (
+    checked,
+    describe_parts,
+    encode_labels,
+    load_examples,
+    require_task,
+)
 from evatune.loading.assets import asset
 from evatune.loading.corpora import SENTIMENT, bbc, sentiment
 from evatune.loading.demo import demo_model
 from evatune.loading.hub import reading, require_path
 from evatune.loading.models import make_ready
+from evatune.loading.records import Origin, text_columns
 from evatune.loading.texts import truncate_texts
 
 TASKS = (*SENTIMENT, "bbc", *grammar.TASKS)
@@ -45,10 +52,11 @@ def prepare(recipe: Recipe) -> Task:
     Raises ConfigError for an unknown task or sizes beyond the data, DataError where data cannot be
     had.
     """
+    about = ""
     if recipe.data.source is None:
         examples, classes = _bundled_examples(recipe)
     else:
-        examples, classes = _user_examples(recipe)
+        examples, classes, about = _user_examples(recipe)
     model, tokenizer = _load_model(recipe, classes)
     longest = min(recipe.data.max_length, tokenizer.model_max_length)
     return Task(
@@ -61,6 +69,7 @@ def prepare(recipe: Recipe) -> Task:
         head=["classifier" if hasattr(model, "classifier") else "score"],
         new_head=True,
         task_type="SEQ_CLS",
+        about=about,
     )
 
 
@@ -173,28 +182,27 @@ def _first_occurrences(texts: Sequence[str]) -> list[int]:
     return sorted(first.values())
 
 
-def _user_examples(recipe: Recipe) -> tuple[Split[_Labeled], int]:
-    """Return the examples of `data.source`, and the number of classes."""
+def _user_examples(recipe: Recipe) -> tuple[Split[_Labeled], int, str]:
+    """Return the examples of `data.source`, the number of classes, and what they are."""
     data = recipe.data
-    columns = data.columns or ["text"]
-    if len(columns) > 2:
-        raise ConfigError(
-            f"data.columns is {columns}; give one column of text, or two for pairs of texts"
-        )
-    needed = [*columns, data.label_column]
-    tables = load_examples(recipe, needed, TASKS, "understanding-movie")
+    origin = Origin(str(data.source), "data.columns")
+
+    def columns(table: Any) -> tuple[str, ...]:
+        return text_columns(table, data.columns, origin, data.label_column)
+
+    def texts(table: Any) -> list[tuple[str, ...]]:
+        return list(zip(*(map(str, table[column]) for column in columns(table)), strict=True))
+
+    tables = load_examples(recipe, checked(columns), TASKS, "understanding-movie")
     labels, classes = encode_labels(tables, data)
-    texts = tables.map(lambda table: _texts(table, columns))
     examples = Split(
-        _Labeled(texts.train, labels.train),
-        _Labeled(texts.validation, labels.validation),
-        _Labeled(texts.test, labels.test),
+        _Labeled(texts(tables.train), labels.train),
+        _Labeled(texts(tables.validation), labels.validation),
+        _Labeled(texts(tables.test), labels.test),
     )
-    return examples, classes
-
-
-def _texts(table: Any, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    return [tuple(str(row[column]) for column in columns) for row in table]
+    names = ", ".join(columns(tables.train))
+    what = f"{origin.source}: {names} with {classes} classes in column {data.label_column}"
+    return examples, classes, f"{what}; {describe_parts(tables, data)}"
 
 
 DOMAIN = Domain("understanding", prepare)

@@ -1,0 +1,219 @@
+"""Batches for a calibration: of tokens of texts, of answers with their questions, of images."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+import transformers
+
+from evatune.errors import ConfigError
+from evatune.loading.encoding import IGNORED, Encoder, as_completion, has_loss, require_rows
+from evatune.loading.records import Chat, Records
+from evatune.loading.texts import truncate_texts
+
+
+class ShuffledBatches(ABC):
+    """Batches of a table's rows in random order; iterable any number of times, the same each time.
+
+    Attributes:
+        batch_size: rows of a batch. seed: of their order.
+    """
+
+    batch_size: int
+    seed: int
+
+    @property
+    @abstractmethod
+    def table(self) -> Any:
+        """The `datasets.Dataset`."""
+
+    @abstractmethod
+    def collate(self, rows: dict[str, list[Any]]) -> Any:
+        """Return the batch of some rows, given by columns; None where nothing of them counts."""
+
+    def require_sizes(self, *names: str) -> None:
+        """Raise a ConfigError for a size or a seed out of its range."""
+        for name in ("batch_size", *names):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(
+                f"seed is {self.seed}; it must be at least 0 and below 2 to the power 63"
+            )
+
+    def digest(self) -> str:
+        """Return a hash of what the rows hold, by which a run that goes on knows its data."""
+        digest = hashlib.sha256()
+        for row in self.undecoded():
+            digest.update(repr(row).encode("utf-8", "surrogatepass") + b"\0")
+        return digest.hexdigest()
+
+    def undecoded(self) -> Any:
+        """Return the table with what its files hold, before it is made images of."""
+        return self.table
+
+    def __len__(self) -> int:
+        return -(-len(self.table) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        shuffled = self.table.shuffle(seed=self.seed, keep_in_memory=True)
+        for start in range(0, len(shuffled), self.batch_size):
+            batch = self.collate(shuffled[start : start + self.batch_size])
+            if batch is not None:
+                yield batch
+
+
+@dataclass(frozen=True)
+class TextBatches(ShuffledBatches):
+    """Tokenized batches of shuffled texts, or of pairs of texts.
+
+    Attributes:
+        texts: a `datasets.Dataset` with a column "text".
+        labels: add those of a language model, each token's own id, and -100 for padding.
+        columns: of the text, or of both texts of a pair.
+        classes: column of numbers that are the labels, in place of tokens' own.
+    """
+
+    tokenizer: Any
+    texts: Any
+    batch_size: int
+    max_length: int
+    seed: int
+    labels: bool = False
+    columns: tuple[str, ...] = ("text",)
+    classes: str | None = None
+
+    def __post_init__(self) -> None:
+        self.require_sizes("max_length")
+
+    @property
+    def table(self) -> Any:
+        return self.texts
+
+    def collate(self, rows: dict[str, list[Any]]) -> Any:
+        limit = min(self.max_length, self.tokenizer.model_max_length)
+        texts = [
+            truncate_texts([text or "" for text in rows[column]], self.tokenizer, limit)
+            for column in self.columns
+        ]
+        batch = self.tokenizer(
+            *texts, truncation=True, max_length=limit, padding=True, return_tensors="pt"
+        )
+        if self.classes is not None:
+            batch["labels"] = torch.tensor(rows[self.classes], dtype=torch.int64, device="cpu")
+        elif self.labels:
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+        return batch
+
+
+@dataclass(frozen=True)
+class AnswerBatches(ShuffledBatches):
+    """Tokenized batches of shuffled records, with a label for each token that is to be learned.
+
+    Attributes:
+        labels: False: without labels, for models that learn in another way.
+    """
+
+    encoder: Encoder
+    records: Records
+    batch_size: int
+    seed: int
+    labels: bool = True
+
+    def __post_init__(self) -> None:
+        self.require_sizes()
+
+    @property
+    def table(self) -> Any:
+        return self.records.table
+
+    def collate(self, rows: dict[str, list[Any]]) -> Any:
+        encoded = [self.encoder(self.records.record(row)) for row in _by_row(rows)]
+        learned = [row for row in encoded if has_loss(row) or not self.labels]
+        if not learned:
+            return None
+        batch = transformers.DataCollatorForSeq2Seq(self.encoder.tokenizer)(learned)
+        if not self.labels:
+            del batch["labels"]
+        return batch
+
+    def __iter__(self) -> Iterator[Any]:
+        batch = None
+        for batch in super().__iter__():
+            yield batch
+        require_rows([] if batch is None else [batch], self.encoder.origin)
+
+
+@dataclass(frozen=True)
+class TargetBatches(ShuffledBatches):
+    """Tokenized batches for encoder-decoder models: prompts to read, answers to write as labels."""
+
+    encoder: Encoder
+    records: Records
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.require_sizes()
+
+    @property
+    def table(self) -> Any:
+        return self.records.table
+
+    def collate(self, rows: dict[str, list[Any]]) -> Any:
+        records = [self.records.record(row) for row in _by_row(rows)]
+        pairs = [as_completion(record) for record in records if not isinstance(record, Chat)]
+        tokenizer, longest = self.encoder.tokenizer, self.encoder.longest
+        prompts = truncate_texts([pair.prompt.rstrip() for pair in pairs], tokenizer, longest)
+        answers = truncate_texts([pair.answer for pair in pairs], tokenizer, longest)
+        sizes = {"truncation": True, "max_length": longest}
+        encoded = tokenizer(prompts, text_target=answers, **sizes)
+        return transformers.DataCollatorForSeq2Seq(tokenizer)(_by_row(encoded))
+
+
+@dataclass(frozen=True)
+class ImageBatches(ShuffledBatches):
+    """Batches of shuffled images, as the model's processor prepares them.
+
+    Attributes:
+        images: a `datasets.Dataset`. column: of the images.
+        classes: column of numbers that are the labels; None: without labels.
+    """
+
+    processor: Any
+    images: Any
+    column: str
+    batch_size: int
+    seed: int
+    classes: str | None = None
+
+    def __post_init__(self) -> None:
+        self.require_sizes()
+
+    @property
+    def table(self) -> Any:
+        return self.images
+
+    def undecoded(self) -> Any:
+        return self.images.cast_column(self.column, datasets.Image(decode=False))
+
+    def collate(self, rows: dict[str, list[Any]]) -> Any:
+        pictures = [picture.convert("RGB") for picture in rows[self.column]]
+        batch = dict(self.processor(pictures, return_tensors="pt"))
+        if self.classes is not None:
+            batch["labels"] = torch.tensor(rows[self.classes], dtype=torch.int64, device="cpu")
+        return batch
+
+
+def _by_row(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a table that is given by columns."""
+    return [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]

@@ -1,0 +1,120 @@
+"""Chats as tokens: a chat template renders them, and what the assistant says has a loss."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import transformers
+
+from evatune.errors import DataError
+from evatune.loading.hub import reading, require_path
+from evatune.loading.records import Chat, Origin
+from evatune.schemas.text import read_text
+
+# What templates put around the assistant's words, for trainers that learn no others.
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
+
+
+def load_template(source: str) -> str:
+    """Return a chat template: a file's text, or that of a model by hub id or folder.
+
+    Raises DataError where there is none.
+    """
+    path = Path(source)
+    if path.is_file():
+        return read_text(path)
+    if path.suffix in _SUFFIXES:
+        raise DataError(f"chat template {source!r} does not exist; name a Jinja file or a model")
+    require_path(source, "chat template")
+    with reading(source, "a tokenizer", "a Jinja file"):
+        found = transformers.AutoTokenizer.from_pretrained(source).chat_template
+    if not isinstance(found, str):
+        raise DataError(
+            f"the tokenizer of {source!r} has no chat template; name a model made for chats, or a"
+            " Jinja file"
+        )
+    return found
+
+
+def require_template(tokenizer: Any, origin: Origin) -> None:
+    """Raise a DataError for a tokenizer that cannot render chats."""
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{origin.source!r} holds chats, and the model's tokenizer has no chat template; give"
+            f" {origin.template} a Jinja file, or the hub id or folder of a model that has one,"
+            " such as the chat version of this one"
+        )
+
+
+def tokens_of(tokenizer: Any, chat: Chat, origin: Origin) -> tuple[list[int], list[bool]]:
+    """Return a chat's tokens, and for each whether the assistant says it after `chat.given`.
+
+    A template's own marks ({% generation %}) decide where it has them; else an answer is what the
+    rendered chat has beyond the one that stops before it and asks for an answer.
+
+    Raises:
+        DataError: the template refuses the chat, or the tokenizer cannot tell where tokens lie.
+    """
+    require_template(tokenizer, origin)
+    try:
+        if _MARKED.search(str(tokenizer.chat_template)):
+            return _marked(tokenizer, chat)
+        text = _rendered(tokenizer, chat.messages)
+        spans = _answers(tokenizer, chat, text)
+    except (jinja2.TemplateError, TypeError) as error:
+        raise DataError(
+            f"the chat template refuses a chat of {origin.source!r} ({error}); mend the chat, or"
+            f" give another template with {origin.template}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"{type(tokenizer).__name__} does not say which part of a text a token is, so answers"
+            f" cannot be told from questions; give {origin.template} a template with"
+            " {% generation %} marks"
+        )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    places = encoded["offset_mapping"]
+    said = [any(start < end and a <= start < b for a, b in spans) for start, end in places]
+    return encoded["input_ids"], said
+
+
+def _marked(tokenizer: Any, chat: Chat) -> tuple[list[int], list[bool]]:
+    """Return a chat's tokens and which are the assistant's, by the marks of the template."""
+    encoded = tokenizer.apply_chat_template(
+        chat.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    skipped = sum(message["role"] == "assistant" for message in chat.messages[: chat.given])
+    said, turn, before = [], 0, 0
+    for mark in encoded["assistant_masks"]:
+        turn += mark > before
+        said.append(bool(mark) and turn > skipped)
+        before = mark
+    return encoded["input_ids"], said
+
+
+def _answers(tokenizer: Any, chat: Chat, text: str) -> list[tuple[int, int]]:
+    """Return where the assistant's messages begin and end in the rendered chat.
+
+    Templates may render a message in another way when others follow, such as without its thoughts;
+    an answer that cannot be found for this is left out.
+    """
+    spans = []
+    for number, message in enumerate(chat.messages):
+        if message["role"] != "assistant" or number < chat.given:
+            continue
+        before = _rendered(tokenizer, chat.messages[:number], add_generation_prompt=True)
+        until = _rendered(tokenizer, chat.messages[: number + 1])
+        if text.startswith(before) and text.startswith(until):
+            spans.append((len(before), len(until)))
+    return spans
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+    if not messages:
+        return ""
+    rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    return rendered
