@@ -103,7 +103,7 @@ def test_a_bad_option_is_named_with_what_is_allowed(
         ("empty.txt", b"", ["empty.txt' is empty", "at least one text"]),
         ("blank.txt", b"\n\n  \n\t\n", ["blank.txt' holds no text", "give data"]),
         ("blank.csv", b"text,label\n,1\n , 2\n", ["blank.csv' holds no text", "'text'"]),
-        ("two.csv", b"a,b\nx,y\n", ["2 columns of strings (a, b)", "--text-column"]),
+        ("two.csv", b"a,b\nx,y\n", ["2 columns of strings (a, b)", "--columns"]),
         ("numbers.csv", b"a,b\n1,2\n", ["no column 'text'", "0 columns of strings"]),
         ("torn.jsonl", b'{"text": "a"}\n{"text"', ["torn.jsonl'", "JSON"]),
         ("quote.csv", b'text,b\n"a,2\n3,4\n', ["quote.csv'", "EOF inside string"]),

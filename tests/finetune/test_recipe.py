@@ -13,7 +13,7 @@ from evatune.finetune.recipe import as_tree, expand, load, ours, parse, recipe_k
 @pytest.mark.parametrize("name", ours())
 def test_each_of_ours_loads_and_names_its_command(name: str) -> None:
     recipe = load(name)
-    assert name.startswith((recipe.domain, "paper-"))
+    assert name.startswith((recipe.domain, "paper-", "own-"))
     assert f"evatune train {name}" in text_of(name)
 
 

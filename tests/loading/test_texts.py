@@ -12,8 +12,6 @@ import torch
 import transformers
 
 from evatune.errors import ConfigError, DataError
-from evatune.finetune.recipe import parse
-from evatune.finetune.tasks.user_data import load_examples
 from evatune.loading.batches import TextBatches
 from evatune.loading.texts import load_texts
 from tests.conftest import sentences, tiny_tokenizer
@@ -86,30 +84,6 @@ def test_a_text_column_without_strings_is_said_to_be_that(tmp_path: Path) -> Non
         DataError, match=r"column 'text' .* does not hold strings; columns that do: b"
     ):
         load_texts(path)
-
-
-@pytest.mark.parametrize(
-    ("column", "message"),
-    [
-        ("messages", {"role": "user", "content": "hi"}),
-        ("conversations", {"from": "human", "value": "hi"}),
-    ],
-)
-def test_chats_are_said_to_need_flattening(
-    tmp_path: Path, column: str, message: dict[str, str]
-) -> None:
-    path = write(tmp_path / "chat.jsonl", json.dumps({column: [message, message]}) + "\n")
-    for named in (None, column):
-        with pytest.raises(
-            DataError, match=f"column '{column}' .* holds chats.*apply_chat_template"
-        ) as raised:
-            load_texts(path, named)
-        assert "--text-column" not in str(raised.value)
-    recipe = parse(
-        {"task": "mine", "data": {"source": str(path), "columns": [column], "label_column": column}}
-    )
-    with pytest.raises(DataError, match="holds chats"):
-        load_examples(recipe, [column], [], "understanding-movie")
 
 
 def some_batches(**options: Any) -> TextBatches:

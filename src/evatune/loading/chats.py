@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 import transformers
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from evatune.errors import DataError
 from evatune.loading.hub import reading, require_path
@@ -16,6 +17,7 @@ from evatune.schemas.text import read_text
 
 # What templates put around the assistant's words, for trainers that learn no others.
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Spans = list[tuple[int, int]]  # beginnings and ends, in characters
 _SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
 
 
@@ -60,49 +62,45 @@ def tokens_of(tokenizer: Any, chat: Chat, origin: Origin) -> tuple[list[int], li
         DataError: the template refuses the chat, or the tokenizer cannot tell where tokens lie.
     """
     require_template(tokenizer, origin)
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"{type(tokenizer).__name__} does not say which part of a text a token is, so answers"
+            " cannot be told from questions; take a model with a tokenizer.json"
+        )
     try:
-        if _MARKED.search(str(tokenizer.chat_template)):
-            return _marked(tokenizer, chat)
-        text = _rendered(tokenizer, chat.messages)
-        spans = _answers(tokenizer, chat, text)
+        marked = bool(_MARKED.search(str(tokenizer.chat_template)))
+        text, spans = (_marked if marked else _compared)(tokenizer, chat)
     except (jinja2.TemplateError, TypeError) as error:
         raise DataError(
             f"the chat template refuses a chat of {origin.source!r} ({error}); mend the chat, or"
             f" give another template with {origin.template}"
         ) from error
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"{type(tokenizer).__name__} does not say which part of a text a token is, so answers"
-            f" cannot be told from questions; give {origin.template} a template with"
-            " {% generation %} marks"
-        )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    places = encoded["offset_mapping"]
-    said = [any(start < end and a <= start < b for a, b in spans) for start, end in places]
+    # By its last character: a word's token may begin with the space before it.
+    ends = [end for _, end in encoded["offset_mapping"]]
+    said = [any(start < end <= stop for start, stop in spans) for end in ends]
     return encoded["input_ids"], said
 
 
-def _marked(tokenizer: Any, chat: Chat) -> tuple[list[int], list[bool]]:
-    """Return a chat's tokens and which are the assistant's, by the marks of the template."""
-    encoded = tokenizer.apply_chat_template(
-        chat.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+def _marked(tokenizer: Any, chat: Chat) -> tuple[str, Spans]:
+    """Return the rendered chat, and where its template marks what the assistant says."""
+    texts, spans = render_jinja_template(
+        conversations=[chat.messages],
+        chat_template=tokenizer.chat_template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
     )
-    skipped = sum(message["role"] == "assistant" for message in chat.messages[: chat.given])
-    said, turn, before = [], 0, 0
-    for mark in encoded["assistant_masks"]:
-        turn += mark > before
-        said.append(bool(mark) and turn > skipped)
-        before = mark
-    return encoded["input_ids"], said
+    given = sum(message["role"] == "assistant" for message in chat.messages[: chat.given])
+    return texts[0], spans[0][given:]
 
 
-def _answers(tokenizer: Any, chat: Chat, text: str) -> list[tuple[int, int]]:
-    """Return where the assistant's messages begin and end in the rendered chat.
+def _compared(tokenizer: Any, chat: Chat) -> tuple[str, Spans]:
+    """Return the rendered chat, and what it has beyond the one before each of its answers.
 
     Templates may render a message in another way when others follow, such as without its thoughts;
     an answer that cannot be found for this is left out.
     """
-    spans = []
+    text, spans = _rendered(tokenizer, chat.messages), []
     for number, message in enumerate(chat.messages):
         if message["role"] != "assistant" or number < chat.given:
             continue
@@ -110,7 +108,7 @@ def _answers(tokenizer: Any, chat: Chat, text: str) -> list[tuple[int, int]]:
         until = _rendered(tokenizer, chat.messages[: number + 1])
         if text.startswith(before) and text.startswith(until):
             spans.append((len(before), len(until)))
-    return spans
+    return text, spans
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:

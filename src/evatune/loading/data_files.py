@@ -94,7 +94,7 @@ def _common_kind(path: Path, files: Sequence[Path]) -> str:
     if not files:
         raise DataError(
             f"folder {str(path)!r} holds no file that ends in {endings}; give one that does, or a"
-            " file"
+            " file (images go to --images)"
         )
     if "::" in str(path.absolute()):
         raise DataError(

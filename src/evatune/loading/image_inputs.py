@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from evatune.errors import ConfigError
+from evatune.errors import ConfigError, DataError
 from evatune.loading.batches import ImageBatches
 from evatune.loading.hub import reading, require_path
 from evatune.loading.inputs import InputOptions, Inputs, Loading
@@ -34,6 +34,11 @@ def image_inputs(options: InputOptions, loading: Loading) -> Inputs:
     if task == "auto":
         with reading(options.model, "a model", "a local folder with config.json and weights"):
             task = task_of(options.model, options.trust_remote_code)
+    if task not in IMAGE_TASKS:
+        raise DataError(
+            f"{str(options.model)!r} is no model of images ({task}); give it texts with --data, or"
+            " name another --model"
+        )
     require_path(options.data, "images")
     with loading(f"images {options.shown}"), reading(options.data, "images", _INSTEAD):
         table = load_split(options.data, options.split)

@@ -132,8 +132,6 @@ def load_image_model(
     require_loadable(source, task, device, dtype, IMAGE_TASKS)
     with reading(source, "a model of images", f"{_IMAGE_FOLDER}, or a text model with --data"):
         task = task_of(source, trust_remote_code) if task == "auto" else task
-        if task not in IMAGE_TASKS:
-            task = "feature-extraction"
         processor = transformers.AutoImageProcessor.from_pretrained(
             source, trust_remote_code=trust_remote_code
         )

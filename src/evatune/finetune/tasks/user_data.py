@@ -89,9 +89,9 @@ def checked(find: Callable[[Any], object]) -> Callable[[Any], Any]:
 
 def describe_parts(split: Split[Any], data: DataOptions) -> str:
     """Return how many examples each part has, as the end of a sentence."""
+    validation = f"{len(split.validation):,} for validation, " if len(split.validation) else ""
     cut = "cut off " if data.train == 0 else ""
-    validation = f"{len(split.validation):,} {cut}for validation, " if len(split.validation) else ""
-    return f"{len(split.train):,} to train on, {validation}{len(split.test):,} {cut}for the test"
+    return f"{len(split.train):,} to train on, {cut}{validation}{len(split.test):,} for the test"
 
 
 def label_column(data: DataOptions) -> LabelColumn:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from evatune.finetune.tasks.generation.encoding import encode
 
 from evatune.finetune.tasks.generation import scoring
 from evatune.finetune.tasks.generation.base import Pair
 from evatune.loading.assets import asset
+from evatune.loading.encoding import encode_answer
 
 torch.set_num_threads(1)
 
@@ -28,7 +28,7 @@ def llama() -> tuple[Any, Any]:
 def test_the_measures_are_those_of_the_definition(llama: tuple[Any, Any]) -> None:
     model, tokenizer = llama
     pairs = [Pair("2 + 2 =", " 4"), Pair("", "import os"), Pair("x", " y z w")]
-    rows = [encode(tokenizer, pair, 32) for pair in pairs]
+    rows = [encode_answer(tokenizer, pair.prompt, pair.answer, 32) for pair in pairs]
     batch = transformers.DataCollatorForSeq2Seq(tokenizer)([dict(row) for row in rows])
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
