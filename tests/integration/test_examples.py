@@ -110,6 +110,14 @@ def test_sft(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ) == trained_layers(left["trainer"].model)
 
 
+def test_dpo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    left = run(monkeypatch, "dpo.py", "--out", tmp_path, "--steps", 2)
+    base = AutoModelForCausalLM.from_pretrained(asset("llama-small"), dtype="float32")
+    assert trained_layers(
+        PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    ) == trained_layers(left["trainer"].model)
+
+
 @demo
 def test_lightning_callback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run(monkeypatch, "lightning_callback.py", "--out", tmp_path, "--steps", 6)

@@ -102,7 +102,7 @@ def test_instructions_take_the_template_or_alpacas_words() -> None:
 
 
 def test_a_chat_without_a_template_names_the_option() -> None:
-    with pytest.raises(DataError, match="holds chats.*no chat template; give --chat-"):
+    with pytest.raises(DataError, match=r"holds chats.*no chat template; give --chat-"):
         encoder()(Chat(CHAT))
 
 

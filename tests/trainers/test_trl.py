@@ -1,4 +1,4 @@
-"""The one line for TRL's SFTTrainer: chat template, packing, and which tokens count."""
+"""The one line for TRL's trainers: chat template, packing, preferences, and which tokens count."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import transformers
 from peft import EvaConfig, LoraConfig, PeftModel
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 import evatune
-from evatune.errors import AdapterError
+from evatune.errors import AdapterError, DataError
 from tests.conftest import sentences, tiny_tokenizer
 from tests.helpers import lora_layers, output, tiny_llama, tokens
 
@@ -154,28 +155,45 @@ def test_a_peft_model_that_comes_with_an_adapter_needs_no_config_of_the_trainers
         evatune.initialize(run)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_")
-def test_an_adapter_that_the_trainer_clones_as_its_reference_stays_what_it_was(
-    tmp_path: Path,
-) -> None:
-    from peft import get_peft_model
-    from trl import DPOConfig, DPOTrainer
+SIDES = {"prompt": slice(0, 4), "chosen": slice(4, 7), "rejected": slice(7, 12)}
+WORDS = {"DPO": 4 + 3 + 4 + 5 + 2, "KTO": 4 + 3 + 4 + 5 + 2, "Reward": 7 + 9 + 2, "GRPO": 4}
+EXAMPLES = 16
 
-    batch = tokens()[0]
-    before = output(tiny_llama(), batch)
-    words = [text.split() for text in sentences(16, words=12)]
-    sides = {"prompt": slice(0, 4), "chosen": slice(4, 7), "rejected": slice(7, 12)}
-    rows = [
-        {side: "".join(f"{word} " for word in text[part]) for side, part in sides.items()}
-        for text in words
-    ]
-    run = DPOTrainer(
-        model=get_peft_model(
-            tiny_llama(),
-            LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
-        ),
-        args=DPOConfig(
-            str(tmp_path),
+
+def preferences() -> datasets.Dataset:
+    """Prompts of 4 words with a chosen answer of 3 words and a rejected one of 5."""
+    words = [text.split() for text in sentences(EXAMPLES, words=12)]
+    return datasets.Dataset.from_list(
+        [
+            {side: "".join(f"{word} " for word in text[part]) for side, part in SIDES.items()}
+            for text in words
+        ]
+    )
+
+
+def preference_trainer(kind: str, folder: Path, **adapter: Any) -> Any:
+    """A trainer of TRL on preferences, or on rewards of what its model answers."""
+    import trl
+    from peft import get_peft_model
+
+    more: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
+    data = preferences()
+    model = tiny_llama()
+    if kind == "Reward":
+        config = model.config
+        config.num_labels, config.pad_token_id = 1, 0
+        model = transformers.LlamaForSequenceClassification(config).eval()
+    if kind == "GRPO":
+        more["reward_funcs"] = lambda completions, **_: [float(i) for i in range(len(completions))]
+        arguments |= {"num_generations": 2, "max_completion_length": 3}
+        data = data.select_columns(["prompt"])
+    lora = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    task = "SEQ_CLS" if kind == "Reward" else "CAUSAL_LM"
+    run = getattr(trl, f"{kind}Trainer")(
+        model=get_peft_model(model, LoraConfig(**lora, task_type=task, **adapter)),
+        args=getattr(trl, f"{kind}Config")(
+            str(folder),
             use_cpu=True,
             report_to=[],
             max_steps=1,
@@ -185,17 +203,64 @@ def test_an_adapter_that_the_trainer_clones_as_its_reference_stays_what_it_was(
             save_strategy="no",
             learning_rate=1e-2,
             dataloader_pin_memory=False,
+            **arguments,
         ),
-        train_dataset=datasets.Dataset.from_list(rows),
+        train_dataset=data,
         processing_class=tokenizer(),
+        **more,
     )
     run.remove_callback(PrinterCallback)
-    assert list(run.model.peft_config) == ["default", "ref"]
+    return run
+
+
+preferring = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_", "ignore:.*experimental")
+
+
+@preferring
+@pytest.mark.parametrize("kind", WORDS)
+def test_both_sides_of_a_preference_count_and_prompts_where_answers_are_to_come(
+    tmp_path: Path, kind: str
+) -> None:
+    run = preference_trainer(kind, tmp_path)
     calibration = evatune.initialize(run, scale="paper")
+    assert {spectrum.rows for spectrum in calibration.spectra.values()} == {EXAMPLES * WORDS[kind]}
     for name, layer in lora_layers(run.model).items():
         a = layer.lora_A["default"].weight
         assert torch.equal(a, calibration.spectra[name].directions[: len(a)])
     run.train()
+    assert all(layer.lora_B["default"].weight.any() for layer in lora_layers(run.model).values())
+
+
+@preferring
+@pytest.mark.parametrize("kind", ["DPO", "KTO"])
+def test_with_evas_label_mask_completions_count_and_prompts_do_not(
+    tmp_path: Path, kind: str
+) -> None:
+    run = preference_trainer(kind, tmp_path, init_lora_weights="eva", eva_config=EvaConfig(rho=1))
+    calibration = evatune.initialize(run)
+    assert {spectrum.rows for spectrum in calibration.spectra.values()} == {
+        EXAMPLES * (WORDS[kind] - 2 * 4)
+    }
+
+
+@preferring
+def test_an_adapter_that_the_trainer_clones_as_its_reference_stays_what_it_was(
+    tmp_path: Path,
+) -> None:
+    batch = tokens()[0]
+    before = output(tiny_llama(), batch)
+    run = preference_trainer("DPO", tmp_path)
+    assert list(run.model.peft_config) == ["default", "ref"]
+    evatune.initialize(run, scale="paper")
+    run.train()
     assert not torch.allclose(output(run.model, batch), before, atol=1e-5)
     run.model.set_adapter("ref")
     assert torch.allclose(output(run.model, batch), before, atol=1e-6)
+
+
+@preferring
+def test_prompts_with_images_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    run = preference_trainer("GRPO", tmp_path)
+    run.train_dataset = run.train_dataset.add_column("image", ["x"] * EXAMPLES)
+    with pytest.raises(DataError, match="prompts of GRPOTrainer hold images, which are not read"):
+        evatune.initialize(run)

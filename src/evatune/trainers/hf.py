@@ -22,6 +22,7 @@ from evatune.errors import AdapterError, DataError
 from evatune.modeling.forward import call_model, model_device, to_device
 from evatune.modeling.wrappers import adapted, unwrapped
 from evatune.trainers.summary import summary
+from evatune.trainers.trl import generates, is_prompts, model_inputs, prompt_inputs
 
 
 def initialize_trainer(
@@ -43,7 +44,8 @@ def initialize_trainer(
         batches = calibration
     else:
         options = _in_training_precision(trainer, options)
-        batches = _own_batches(trainer, process_group)
+        needs_loss = options.config is not None and options.config.needs_loss
+        batches = _own_batches(trainer, process_group, labels=not needs_loss)
     calibration = initialize_model(trainer.model, batches, options, process_group)
     _log_at_start(trainer, summary(calibration, scale, trainer.args.learning_rate))
     return calibration
@@ -87,12 +89,19 @@ def _in_training_precision(trainer: Any, options: InitializeOptions) -> Initiali
     return replace(options, run=replace(options.run, forward=forward, loss=loss))
 
 
-def _own_batches(trainer: Any, process_group: ProcessGroup) -> Iterable[Any]:
-    """Return the trainer's batches; of several processes, this one's share of them."""
-    if trainer.accelerator.num_processes == 1:
-        return _Prepared(trainer, _loader(trainer))
+def _own_batches(trainer: Any, process_group: ProcessGroup, *, labels: bool) -> Iterable[Any]:
+    """Return the trainer's batches; of several processes, this one's share of them.
+
+    Args:
+        labels: whether completions get labels where TRL marks them in another way: those of a
+            language model, which are not what a trainer on preferences minimizes.
+    """
+    if trainer.accelerator.num_processes == 1 and not generates(trainer):
+        return _Prepared(trainer, _loader(trainer), labels)
     size, seed = trainer.args.per_device_train_batch_size, trainer.args.seed
-    return training_batches(trainer, size, seed, process_group.rank, process_group.size)
+    return training_batches(
+        trainer, size, seed, process_group.rank, process_group.size, labels=labels
+    )
 
 
 def _log_at_start(trainer: Any, figures: dict[str, float]) -> None:
@@ -125,7 +134,13 @@ class _LogAtStart(TrainerCallback):  # type: ignore[misc]  # transformers ships 
 
 
 def training_batches(
-    trainer: Any, size: int, seed: int, process: int = 0, processes: int = 1
+    trainer: Any,
+    size: int,
+    seed: int,
+    process: int = 0,
+    processes: int = 1,
+    *,
+    labels: bool = False,
 ) -> Iterator[Any]:
     """Yield one pass over the trainer's training examples, `size` at a time.
 
@@ -144,7 +159,7 @@ def training_batches(
         order = RandomSampler(data, generator=torch.Generator("cpu").manual_seed(seed))
         share = islice(BatchSampler(order, size, drop_last=False), process, None, processes)
         loader = (inner.collate_fn([data[place] for place in places]) for places in share)
-    yield from _Prepared(trainer, loader)
+    yield from _Prepared(trainer, loader, labels)
 
 
 class _Prepared:
@@ -153,14 +168,17 @@ class _Prepared:
     A loader draws its seed when this is first asked, which is where random states are kept.
     """
 
-    def __init__(self, trainer: Any, loader: Iterable[Any]) -> None:
-        self._trainer, self._loader = trainer, loader
+    def __init__(self, trainer: Any, loader: Iterable[Any], labels: bool = False) -> None:
+        self._trainer, self._loader, self._labels = trainer, loader, labels
 
     def __iter__(self) -> Iterator[Any]:
         trainer = self._trainer
         has_features = hasattr(trainer, "collect_features")
         for batch in self._loader:
-            inputs = trainer._prepare_inputs(batch)
+            if is_prompts(batch):
+                yield prompt_inputs(trainer, batch)
+                continue
+            inputs = model_inputs(trainer._prepare_inputs(batch), labels=self._labels)
             yield from _features(trainer, inputs) if has_features else [inputs]
 
     def __length_hint__(self) -> int:
