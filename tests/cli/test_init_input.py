@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
+from safetensors.torch import load_file
 
+from evatune.loading.assets import asset
 from tests.conftest import Command, refused, save_model, sentences
 
 
@@ -44,6 +48,84 @@ def test_the_text_column_can_be_named(init: Command, tmp_path: Path) -> None:
     path = tmp_path / "two.csv"
     path.write_text("question,answer\n" + "".join(f"{text},{text}\n" for text in sentences(32)))
     assert init(data=path, text_column="answer", max_batches=2).status == 0
+
+
+def rows_file(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_of_chats_the_answers_tokens_count(
+    init: Command, llama_folder: Path, tmp_path: Path, work: Path
+) -> None:
+    chats = [
+        {
+            "conversations": [
+                {"from": "human", "value": text},
+                {"from": "gpt", "value": "w1 w2 w3"},
+            ]
+        }
+        for text in sentences(16)
+    ]
+    path = rows_file(tmp_path / "chats.jsonl", chats)
+    options = {"model": llama_folder, "data": path, "rank": 2, "rho": 1, "targets": "q_proj"}
+    refused(init(**options), "no chat template; give --chat-template a Jinja file", folder=work)
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    )
+    answer = init(**options, chat_template=tmp_path / "chat.jinja", json=True)
+    assert answer.status == 0, answer.err
+    facts = json.loads(answer.out)
+    said = "16 chats in column conversations, read by the chat template; only the assistant's"
+    assert said in facts["settings"]["recognized"]
+    assert facts["config"]["labels_only"] is True
+    # the position before each token of an answer
+    assert {layer["rows"] for layer in facts["layers"]} == {16 * 3}
+
+
+def test_a_classifier_gets_a_head_for_the_classes_of_its_data(
+    init: Command, tmp_path: Path, work: Path
+) -> None:
+    rows = [
+        {"review": text, "label": "abc"[number % 3]} for number, text in enumerate(sentences(24))
+    ]
+    path = rows_file(tmp_path / "reviews.jsonl", rows)
+    options = {"data": path, "task": "sequence-classification", "max_batches": 2}
+    answer = init(**options, targets="query", objective="gradients", rank=2)
+    assert answer.status == 0, answer.err
+    assert "24 texts in review, of 3 classes in column label" in answer.out
+    head = load_file(work / "out" / "adapter_model.safetensors")
+    assert [len(weight) for name, weight in head.items() if "classifier" in name] == [3, 3]
+    rows_file(path, [{"review": "w1", "label": "a"}] * 4)
+    refused(init(**options, overwrite=True), "holds one class only", left=frozenset({"out"}))
+
+
+def test_images_are_calibrated_on_by_a_model_of_images(
+    command: Command, tmp_path: Path, work: Path
+) -> None:
+    source = np.random.default_rng(0)
+    for kind in ("cat", "dog"):
+        (tmp_path / "photos" / kind).mkdir(parents=True)
+        for number in range(6):
+            pixels = source.integers(0, 255, (40, 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / kind / f"{number}.png")
+    options = ["--images", tmp_path / "photos", "--rank", 2, "--batch-size", 4, "--out", "out"]
+    answer = command("init", *options, "--max-batches", 2)
+    assert answer.status == 0, answer.err
+    assert "12 images in column image, of 2 classes in column label" in answer.out
+    config = json.loads((work / "out" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["classifier"]
+    assert "classifier" in str(list(load_file(work / "out" / "adapter_model.safetensors")))
+
+
+def test_a_model_and_data_of_other_kinds_are_refused(
+    init: Command, text_file: Path, work: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    refused(init(model=asset("vit-glyphs")), "is a model of images", "--images", folder=work)
+    refused(init(data=None, images=tmp_path / "photos", model=None), "images", folder=work)
+    refused(init(images=tmp_path / "photos"), "--images and --data were both given", folder=work)
+    refused(init(objective="gradients"), "--objective needs a loss", "causal-lm", folder=work)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +163,8 @@ def test_the_text_column_can_be_named(init: Command, tmp_path: Path) -> None:
         ({"seed": -1}, ["seed is -1", "at least 0"]),
         ({"split": "test"}, ['Unknown split "test"', "'train'"]),
         ({"text_column": "body"}, ["no column 'body'", "text"]),
+        ({"columns": "a,b,c,d"}, ["--columns names 4 columns", "instruction, input and output"]),
+        ({"chat_template": "no.jinja"}, ["chat template 'no.jinja' does not exist", "Jinja"]),
         ({"data": "missing.csv"}, ["data 'missing.csv' does not exist"]),
         ({"data": "./missing"}, ["data './missing' does not exist"]),
         ({"model": "./missing"}, ["model './missing' does not exist", "hub id"]),

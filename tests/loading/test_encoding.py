@@ -73,6 +73,16 @@ def test_an_answer_that_the_template_rewrites_later_is_left_out() -> None:
     assert learned(encoder(thoughtful)(Chat(CHAT))) == "w40 w21 w22 w3"
 
 
+def test_a_question_that_holds_more_than_is_kept_of_it_does_not_hide_the_answer() -> None:
+    thinking = PLAIN.replace("prompt %}w2 {%", "prompt %}w2 w41 {%")
+    assert learned(encoder(thinking)(Chat(CHAT))) == "w20 w3 w21 w22 w3"
+
+
+def test_a_template_that_renders_no_chat_by_its_beginning_leaves_all_out() -> None:
+    backwards = "{% for m in messages | reverse %}{{ m['content'] }} {% endfor %}"
+    assert learned(encoder(backwards)(Chat(CHAT))) == ""
+
+
 def test_a_chat_that_is_too_long_keeps_an_answer() -> None:
     long = [{"role": "user", "content": " ".join(["w5"] * 40)}, *CHAT[1:2]]
     row = encoder(PLAIN, longest=8)(Chat(long))

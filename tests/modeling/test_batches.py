@@ -64,7 +64,7 @@ NO_BATCHES: dict[str, tuple[Callable[[], Any], str]] = {
             {"prompt_ids": torch.tensor(some_ids()), "completion_ids": torch.tensor(some_ids())}
         ],
         (
-            r"GRPOTrainer and its like; give tokenized prompts: evatune.initialize\(trainer.model,"
+            r"GRPOTrainer and its like; call evatune.initialize\(trainer\)"
             r" batches\)"
         ),
     ),

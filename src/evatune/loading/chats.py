@@ -97,8 +97,9 @@ def _marked(tokenizer: Any, chat: Chat) -> tuple[str, Spans]:
 def _compared(tokenizer: Any, chat: Chat) -> tuple[str, Spans]:
     """Return the rendered chat, and what it has beyond the one before each of its answers.
 
-    Templates may render a message in another way when others follow, such as without its thoughts;
-    an answer that cannot be found for this is left out.
+    Templates may ask for an answer by more than they keep of it, such as the start of a thought,
+    and render a message in another way when others follow, such as without its thoughts: what the
+    renderings have in common counts, and an answer of which nothing is left does not.
     """
     text, spans = _rendered(tokenizer, chat.messages), []
     for number, message in enumerate(chat.messages):
@@ -106,9 +107,19 @@ def _compared(tokenizer: Any, chat: Chat) -> tuple[str, Spans]:
             continue
         before = _rendered(tokenizer, chat.messages[:number], add_generation_prompt=True)
         until = _rendered(tokenizer, chat.messages[: number + 1])
-        if text.startswith(before) and text.startswith(until):
-            spans.append((len(before), len(until)))
+        start, stop = _common(text, before), _common(text, until)
+        asked = chat.messages[number - 1]["content"].strip() if number else ""
+        if start < stop and asked in text[:start]:
+            spans.append((start, stop))
     return text, spans
+
+
+def _common(text: str, other: str) -> int:
+    """Return how many characters two texts have in common from their start."""
+    if text.startswith(other):  # quick, and so it is as a rule
+        return len(other)
+    pairs = zip(text, other, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:

@@ -94,8 +94,8 @@ def fault_of(batch: Any, model: nn.Module) -> str | None:
     if isinstance(batch, Mapping) and {"prompt_ids", "completion_ids"} <= batch.keys():
         return (
             "each batch holds prompts and what the model has made of them (prompt_ids,"
-            " completion_ids), as of TRL's GRPOTrainer and its like; give tokenized prompts:"
-            " evatune.initialize(trainer.model, batches)"
+            " completion_ids), as of TRL's GRPOTrainer and its like; call"
+            " evatune.initialize(trainer), which reads its prompts, or give tokenized prompts"
         )
     single = _single_example(batch, model)
     if single is not None:

@@ -1,15 +1,18 @@
-"""The user's own data."""
+"""The user's own data: what is implied, what is cut off, and what is refused."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from evatune.errors import DataError
-from evatune.finetune.tasks import understanding
+from evatune.errors import ConfigError, DataError
+from evatune.finetune.recipe import as_tree, load, parse
+from evatune.finetune.tasks import generation, understanding
 from tests.finetune.helpers import small
 
 torch.set_num_threads(1)
@@ -59,3 +62,96 @@ def test_mistakes_in_data_of_the_user_name_the_column(
                 *more,
             )
         )
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"w{i} w1"},
+            {"role": "assistant", "content": f"w{i}"},
+        ]
+    }
+    for i in range(30)
+]
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}w50 {% else %}w51 {% endif %}"
+    "{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w51 {% endif %}"
+)
+
+
+def test_data_of_the_user_imply_the_tasks_name_and_its_sizes(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "talks.jsonl", CHATS)
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    recipe = load(
+        "generation-reviews",
+        [
+            f"data.source={path}",
+            f"data.chat_template={tmp_path / 'chat.jinja'}",
+            f"model={llama_folder}",
+        ],
+    )
+    assert recipe.task == "own-talks"
+    assert parse(as_tree(recipe)) == recipe
+    task = generation.prepare(recipe)
+    assert [len(part) for part in (task.train, task.validation, task.test)] == [24, 3, 3]
+    for row in task.train:
+        (number,) = (label for label in row["labels"] if label != -100)
+        assert row["input_ids"] == [52, number, 3, 53, number]
+    assert task.about == (
+        f"{path}: 30 chats in column messages, read by the chat template; only the assistant's"
+        " tokens count (data.columns reads other columns); 24 to train on, cut off 3 for"
+        " validation, 3 for the test"
+    )
+    with pytest.raises(DataError, match=r"no chat template; give data\.chat_template a Jinja file"):
+        generation.prepare(replace(recipe, data=replace(recipe.data, chat_template=None)))
+
+
+def test_sizes_that_are_given_hold_and_the_rest_is_trained_on(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.jsonl", [{"text": f"text {i}"} for i in range(40)])
+
+    def sizes(*more: str) -> list[int | None]:
+        task = generation.prepare(load("own-generation", [f"data.source={path}", *more]))
+        parts = (task.train, task.validation, task.test)
+        return [None if part is None else len(part) for part in parts]
+
+    assert sizes("data.test=10") == [26, 4, 10]
+    assert sizes("data.train=5") == [5, None, 4]
+    assert sizes("data.train=5", "data.validation=6", "data.test=7") == [5, 6, 7]
+
+
+def test_a_recipe_for_data_of_its_own_keeps_its_task_when_their_place_changes() -> None:
+    recipe = load("paper-metamath", ["data.source=./mirror"])
+    assert (recipe.task, recipe.data.train) == (
+        load("paper-metamath").task,
+        load("paper-metamath").data.train,
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "text"),
+    [
+        (CHATS, ["data.columns=[messages, other]"], "has no column 'other'; it has messages"),
+        ([{"n": 1}] * 9, ["data.columns=[n]"], "column 'n' .* does not hold strings"),
+        ([{"text": "a"}] * 2, [], "has 2 examples; give at least 3: to train on"),
+        ([*CHATS, {"text": "a"}], [], "mixes shapes: 1 of its 31 rows hold text and no messages"),
+    ],
+    ids=range(4),
+)
+def test_data_that_cannot_be_read_are_refused(
+    tmp_path: Path, rows: list[dict[str, Any]], more: list[str], text: str
+) -> None:
+    path = write(tmp_path / "mine.jsonl", rows)
+    with pytest.raises(DataError, match=text):
+        generation.prepare(load("own-generation", [f"data.source={path}", *more]))
+
+
+def test_a_size_of_0_is_for_data_of_the_user() -> None:
+    with pytest.raises(ConfigError, match=r"data\.train is 0, which is for data\.source"):
+        load("generation-reviews", ["data.train=0"])

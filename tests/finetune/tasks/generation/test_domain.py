@@ -109,11 +109,6 @@ def _decoded(examples: Any) -> list[str]:
             DataError,
             "data.source './nowhere' does not exist",
         ),
-        (
-            ["task=mine", "data.source=x/y", "data.columns=[a,b,c]"],
-            ConfigError,
-            "give the prompt's and the answer's column",
-        ),
     ],
 )
 def test_a_mistake_in_the_recipe_says_what_is_allowed(
