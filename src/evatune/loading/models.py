@@ -32,12 +32,49 @@ _TASK_OF_SUFFIX = {  # ending of the architecture's name → task; any other is 
     "ForSequenceClassification": "sequence-classification",
     "ForTokenClassification": "token-classification",
     "ForImageClassification": "image-classification",
+    "ForAudioClassification": "audio-classification",
+    "ForCTC": "ctc",
 }
-IMAGE_TASKS: dict[str, tuple[str, str]] = {  # the same for models of images
-    "image-classification": ("AutoModelForImageClassification", ""),
-    "feature-extraction": ("AutoModel", ""),  # PEFT's type of that name wants tokens
-}
-_IMAGE_FOLDER = "a local folder with config.json, weights and preprocessor_config.json"
+
+
+@dataclass(frozen=True)
+class Medium:
+    """What models look at or listen to in place of texts.
+
+    Attributes:
+        name: for messages, and of the option that gives it.
+        tasks: name → transformers' auto class. PEFT has no task type for them: that for feature
+            extraction wants tokens.
+        processor: transformers' auto class for what prepares the model's inputs.
+        classifies: the task that has classes.
+    """
+
+    name: str
+    tasks: Mapping[str, str]
+    processor: str
+    classifies: str
+
+
+IMAGES = Medium(
+    "images",
+    {
+        "image-classification": "AutoModelForImageClassification",
+        "feature-extraction": "AutoModel",
+    },
+    "AutoImageProcessor",
+    "image-classification",
+)
+AUDIO = Medium(
+    "audio",
+    {
+        "audio-classification": "AutoModelForAudioClassification",
+        "ctc": "AutoModelForCTC",
+        "feature-extraction": "AutoModel",
+    },
+    "AutoFeatureExtractor",
+    "audio-classification",
+)
+_MEDIA_FOLDER = "a local folder with config.json, weights and preprocessor_config.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -57,17 +94,13 @@ class TextModel:
 
 
 @dataclass(frozen=True)
-class ImageModel:
-    """A model of images ready to run, its image processor, and what it is loaded as."""
+class MediaModel:
+    """A model of images or audio ready to run, what prepares its inputs, and its task."""
 
     model: nn.Module
     processor: Any
     task: str
     fresh: tuple[str, ...] = ()
-
-    @property
-    def peft_task(self) -> str | None:
-        return IMAGE_TASKS[self.task][1] or None
 
 
 def require_loadable(
@@ -119,27 +152,43 @@ def load_model(
     return loaded
 
 
-def load_image_model(
+def media_task(
+    source: str | Path, medium: Medium, task: str = "auto", trust_remote_code: bool = False
+) -> str:
+    """Return what a model of images or audio is loaded as. DataError for one of something else."""
+    if task == "auto":
+        with reading(source, f"a model of {medium.name}", _MEDIA_FOLDER):
+            task = task_of(source, trust_remote_code)
+    if medium is AUDIO and task == "sequence-classification":
+        task = medium.classifies  # as transformers names classifiers of speech
+    if task not in medium.tasks:
+        raise DataError(
+            f"{str(source)!r} is no model of {medium.name} ({task}); give it texts with --data, or"
+            " name another --model"
+        )
+    return task
+
+
+def load_media_model(
     source: str | Path,
-    task: str = "auto",
+    medium: Medium,
+    task: str,
     device: str = "auto",
     dtype: str = "auto",
     *,
     trust_remote_code: bool = False,
     **options: Any,
-) -> ImageModel:
-    """Load a model of images by hub id or from a folder; see `load_model`."""
-    require_loadable(source, task, device, dtype, IMAGE_TASKS)
-    with reading(source, "a model of images", f"{_IMAGE_FOLDER}, or a text model with --data"):
-        task = task_of(source, trust_remote_code) if task == "auto" else task
-        processor = transformers.AutoImageProcessor.from_pretrained(
+) -> MediaModel:
+    """Load a model of images or audio by hub id or from a folder; see `load_model`."""
+    with reading(source, f"a model of {medium.name}", _MEDIA_FOLDER):
+        processor = getattr(transformers, medium.processor).from_pretrained(
             source, trust_remote_code=trust_remote_code
         )
         model, info = _from_pretrained(
-            IMAGE_TASKS[task][0], source, dtype, trust_remote_code, options
+            medium.tasks[task], source, dtype, trust_remote_code, options
         )
     _place(model, device)
-    return ImageModel(model.eval(), processor, task, _fresh(info))
+    return MediaModel(model.eval(), processor, task, _fresh(info))
 
 
 def task_of(source: str | Path, trust_remote_code: bool = False) -> str:
@@ -219,11 +268,11 @@ def read_model(
 
 
 def require_texts(source: str | Path, task: str) -> None:
-    """Raise a DataError for a checkpoint whose task, by its architecture, is one of images."""
+    """Raise a DataError for a checkpoint whose task, by its architecture, is none of texts."""
     if task not in TASKS:
         raise DataError(
-            f"{str(source)!r} is a model of images ({task}); give it images with --images, a folder"
-            " or a hub id"
+            f"{str(source)!r} is no model of texts ({task}); give it images with --images or sounds"
+            " with --audio, a folder or a hub id"
         )
 
 

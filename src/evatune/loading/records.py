@@ -30,6 +30,7 @@ _PAIRS = (  # prompt and completion, as data sets call them
     ("instruction", "response"),
 )
 _INSTRUCTION = ("instruction", "input", "output")  # Alpaca's, the second may be missing
+_MEDIA = {"images": (datasets.Image, "image"), "audio": (datasets.Audio, "audio")}
 _PREFERENCE = {"chosen", "rejected"}
 _NAMES_SHOWN, _NAME_LENGTH = 8, 40
 _ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
@@ -236,23 +237,22 @@ def text_columns(table: Any, columns: Sequence[str], origin: Origin, label: str)
     return tuple(columns) or (text_column(table, origin, (label,)),)
 
 
-def image_column(table: Any, columns: Sequence[str], origin: Origin) -> str:
-    """Return the column of images: the one given, "image", or the first one.
+def media_column(table: Any, columns: Sequence[str], origin: Origin, medium: str = "images") -> str:
+    """Return the column of images or audio: the one given, the usual one, or the first one.
 
     Raises:
-        DataError: it is missing, or holds no images. ConfigError: more than one.
+        DataError: it is missing, or holds none. ConfigError: more than one is given.
     """
     if len(columns) > 1:
-        raise ConfigError(f"{origin.columns} is {list(columns)}; images are in one column")
-    found = [
-        name for name, feature in table.features.items() if isinstance(feature, datasets.Image)
-    ]
-    column = columns[0] if columns else (["image"] if "image" in found else [*found, "image"])[0]
+        raise ConfigError(f"{origin.columns} is {list(columns)}; {medium} are in one column")
+    kind, usual = _MEDIA[medium]
+    found = [name for name, feature in table.features.items() if isinstance(feature, kind)]
+    column = columns[0] if columns else ([usual] if usual in found else [*found, usual])[0]
     require_column(table, column, origin.source)
     if column not in found:
         raise DataError(
-            f"column {column!r} of {origin.source!r} holds no images; name another with"
-            f" {origin.columns}, or give a folder of images"
+            f"column {column!r} of {origin.source!r} holds no {medium}; name another with"
+            f" {origin.columns}, or give a folder of {medium}"
         )
     return column
 

@@ -180,7 +180,7 @@ def test_a_checkpoint_of_another_size_brings_its_own_processor(tmp_path: Path) -
         (
             ["task=digits", "data.source=x/y"],
             ConfigError,
-            "has data of its own; with data.source, give the task another",
+            "has data of its own; with data.source, leave the task out or give it another",
         ),
         (
             ["data.train=1700", "data.test=98"],

@@ -30,7 +30,7 @@ from evatune.finetune.tasks.user_data import (
 from evatune.loading.assets import asset
 from evatune.loading.cache import build_once
 from evatune.loading.hub import reading, require_path
-from evatune.loading.records import Origin, image_column, require_column
+from evatune.loading.records import Origin, media_column, require_column
 
 _DRAWN_VERSION = 2  # of the code that draws
 _KEPT_TASKS = 2  # in memory: a comparison goes from task to task
@@ -205,7 +205,7 @@ def _user_images(recipe: Recipe) -> tuple[_Labeled, Split[list[int]], str]:
 
     def find(table: Any) -> str:
         require_column(table, data.label_column, origin.source)
-        return image_column(table, data.columns, origin)
+        return media_column(table, data.columns, origin)
 
     tables = load_examples(recipe, checked(find), tuple(TASKS), "images-digits")
     column = find(tables.train)
