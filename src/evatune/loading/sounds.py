@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def read_wave(sound: Mapping[str, Any], rate: int) -> Any:
     try:
         file: Any = io.BytesIO(sound["bytes"]) if sound["bytes"] is not None else sound["path"]
         found, samples = _read(file)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, struct.error) as error:
         raise DataError(
             f"{name!r} cannot be read as a sound ({' '.join(str(error).split())[:200]}); give WAV"
             " files, or for others: pip install soundfile"
