@@ -3,7 +3,7 @@
     pip install 'evatune[trl]'
     python examples/dpo.py
 
-A small Llama, which comes with evatune, learns to work word problems out rather than to shirk them.
+A small Llama, of evatune-assets, learns to work word problems out rather than to shirk them.
 KTOTrainer and RewardTrainer take the same line; for GRPOTrainer the start sees the prompts.
 """
 

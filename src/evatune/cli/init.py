@@ -71,7 +71,7 @@ class InitOptions:
     images: str | None = option(
         default=None,
         help="Images in place of --data: a folder, with a subfolder per class or without, or a hub"
-        " id. Default model: a small DINOv2 that comes with evatune.",
+        " id. Default model: a small DINOv2, from evatune-assets.",
         panel=_INPUT,
     )
     audio: str | None = option(

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import torch
 import transformers
 
@@ -17,6 +16,10 @@ from evatune.loading.encoding import IGNORED, Encoder, as_completion, has_loss, 
 from evatune.loading.records import Chat, Records
 from evatune.loading.sounds import read_wave
 from evatune.loading.texts import truncate_texts
+from evatune.utils.extras import extras
+
+with extras(__name__):
+    import datasets
 
 
 class ShuffledBatches(ABC):

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import transformers
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -14,6 +13,10 @@ from evatune.errors import DataError
 from evatune.loading.hub import reading, require_path
 from evatune.loading.records import Chat, Origin
 from evatune.schemas.text import read_text
+from evatune.utils.extras import extras
+
+with extras(__name__):
+    import jinja2
 
 # What templates put around the assistant's words, for trainers that learn no others.
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")

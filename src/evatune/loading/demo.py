@@ -24,8 +24,8 @@ def demo_data() -> Path:
 
 
 def demo_image_model() -> Path:
-    """Return the folder of vit-glyphs (1M parameters), which comes with evatune."""
-    return asset("vit-glyphs")
+    """Return the folder of vit-glyphs (1M parameters), of evatune-assets."""
+    return asset("vit-glyphs", "--images without a model", "name one with --model")
 
 
 def model_id(source: str | Path) -> str | None:

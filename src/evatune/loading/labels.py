@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
-
 from evatune.errors import DataError
 from evatune.loading.records import LABEL_COLUMNS, require_column
+from evatune.utils.extras import extras
+
+with extras(__name__):
+    import datasets
 
 
 @dataclass(frozen=True)

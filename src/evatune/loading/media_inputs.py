@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from evatune.errors import ConfigError
 from evatune.loading.batches import AudioBatches, ImageBatches
 from evatune.loading.data_files import is_saved_by_datasets
@@ -25,6 +23,10 @@ from evatune.loading.records import Origin, media_column
 from evatune.loading.sounds import load_sounds
 from evatune.loading.tables import load_split
 from evatune.loading.text_inputs import CLASSES, head_options
+from evatune.utils.extras import extras
+
+with extras(__name__):
+    import datasets
 
 
 def media_inputs(options: InputOptions, medium: Medium, loading: Loading) -> Inputs:

@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
-import pyarrow.compute as pc
-
 from evatune.errors import ConfigError, DataError
 from evatune.loading.data_files import kind_of
+from evatune.utils.extras import extras
+
+with extras(__name__):
+    import datasets
+    import pyarrow.compute as pc
 
 Kind = Literal["chat", "completion", "instruction", "text"]
 

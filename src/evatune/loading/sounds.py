@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 
 from evatune.errors import DataError
+from evatune.utils.extras import extras
+
+with extras(__name__):
+    import datasets
 
 _SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 _LONGEST = 30  # seconds of a sound that count
@@ -60,7 +63,8 @@ def read_wave(sound: Mapping[str, Any], rate: int) -> Any:
     mono = samples.mean(-1) if samples.ndim > 1 else samples
     mono = mono[: _LONGEST * found]
     if found != rate:
-        from scipy.signal import resample_poly  # takes half a second to import
+        with extras("--audio"):
+            from scipy.signal import resample_poly  # takes half a second to import
 
         common = math.gcd(found, rate)
         mono = resample_poly(mono, rate // common, found // common)
@@ -72,7 +76,8 @@ def _read(file: Any) -> tuple[int, Any]:
     try:
         import soundfile
     except ImportError:
-        from scipy.io import wavfile
+        with extras("--audio"):
+            from scipy.io import wavfile
 
         rate, samples = wavfile.read(file)
         if samples.dtype.kind == "u":  # 8 bits

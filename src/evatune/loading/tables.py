@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from evatune.errors import DataError
 from evatune.loading.data_files import is_saved_by_datasets, read_data_files
 from evatune.loading.hub import reading, require_path
+from evatune.utils.extras import extras
+
+with extras(__name__):
+    import datasets
 
 
 def load_table(source: str | Path, split: str = "train") -> Any:
