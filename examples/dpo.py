@@ -1,9 +1,9 @@
 """TRL's DPOTrainer: the start sees what is chosen and what is rejected, as the loss does.
 
-    pip install 'evatune[trl]'
+    pip install 'evatune[recipes,trl]'
     python examples/dpo.py
 
-A small Llama, of evatune-assets, learns to work word problems out rather than to shirk them.
+A small Llama of evatune's recipes learns to work word problems out rather than to shirk them.
 KTOTrainer and RewardTrainer take the same line; for GRPOTrainer the start sees the prompts.
 """
 

@@ -64,7 +64,10 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
         "python EXAMPLES/trainer.py --steps 2 --out trained",
     ),
     "images": (f"evatune train images-digits method=eva seed=0 {_TINY} --out digits",),
-    "trl": ("python EXAMPLES/sft.py --steps 2 --out sft",),
+    "trl": (
+        "python EXAMPLES/sft.py --steps 2 --out sft",
+        "python EXAMPLES/dpo.py --steps 2 --out dpo",
+    ),
     "lightning": ("python EXAMPLES/lightning_callback.py --steps 2 --out lightning",),
     "ray": (
         "python EXAMPLES/shards_ray.py --batches 1 --out shards",

@@ -115,7 +115,7 @@ def is_in(module: str, places: Collection[str]) -> bool:
         ("trl", set()),
         ("datasets", {"loading", "finetune"}),
         ("matplotlib", {"report", "finetune.tasks", "utils.shown"}),  # fonts are drawn, types named
-        ("jinja2", {"report"}),
+        ("jinja2", {"report", "loading"}),  # loading: the errors of chat templates
         ("vl_convert", {"report.vega"}),
         ("pandas", {"report", "utils.shown"}),  # there for the type checker
         ("IPython", {"utils.progress"}),

@@ -173,7 +173,7 @@ def test_language_models_can_be_calibrated_by_their_gradients(
 def test_gradients_without_a_loss_on_texts_are_refused(init: Command, work: Path) -> None:
     answer = init(objective="gradients")
     assert answer.status == 2
-    assert "on plain text only causal-lm has one, not feature-extraction" in answer.err
+    assert "--task causal-lm has one on texts" in answer.err
     assert not (work / "out").exists()
 
 

@@ -63,10 +63,7 @@ NO_BATCHES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: [
             {"prompt_ids": torch.tensor(some_ids()), "completion_ids": torch.tensor(some_ids())}
         ],
-        (
-            r"GRPOTrainer and its like; call evatune.initialize\(trainer\)"
-            r" batches\)"
-        ),
+        r"GRPOTrainer and its like; call evatune.initialize\(trainer\), which reads its prompts",
     ),
     "splits": (lambda: DatasetDict(train=Dataset.from_dict({"a": [1]})), r"batches\['train'\]"),
     "a file's name": (lambda: "data.jsonl", r"batches is a str, 'data.jsonl', which is not opened"),
