@@ -164,7 +164,7 @@ def test_a_model_and_data_of_other_kinds_are_refused(
     (tmp_path / "photos").mkdir()
     refused(init(model=asset("vit-glyphs")), "is no model of texts", "--images", folder=work)
     refused(init(data=None, images=tmp_path / "photos", model=None), "images", folder=work)
-    refused(init(images=tmp_path / "photos"), "--images and --data were both given", folder=work)
+    refused(init(images=tmp_path / "photos"), "--data and --images were both given", folder=work)
     refused(init(objective="gradients"), "--objective needs a loss", "causal-lm", folder=work)
 
 

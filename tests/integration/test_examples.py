@@ -111,7 +111,7 @@ def test_sft(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_dpo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    left = run(monkeypatch, "dpo.py", "--out", tmp_path, "--steps", 2)
+    left = run(monkeypatch, "dpo.py", "--out", tmp_path, "--steps", 1)
     base = AutoModelForCausalLM.from_pretrained(asset("llama-small"), dtype="float32")
     assert trained_layers(
         PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
