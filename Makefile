@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SOURCES = pyproject.toml constraints.txt
 
-.PHONY: run test bench results gpu clean-install clean
+.PHONY: run test docs bench results gpu clean-install clean
 
 run: .venv/.run
 	$(BIN)/evatune init --out runs/demo --overwrite
@@ -13,6 +13,10 @@ test: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# The documentation, into site/; a link that leads nowhere is an error.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: .venv/.run
 	$(BIN)/python benchmarks/init.py --output benchmarks/results/init.json
@@ -39,5 +43,9 @@ clean-install:
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
 	touch $@
 
+.venv/.docs: .venv/.run
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv runs dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv runs dist site .mypy_cache .ruff_cache .pytest_cache

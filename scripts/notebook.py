@@ -1,6 +1,6 @@
 """Run the notebooks of docs/notebooks from top to bottom and keep what they show.
 
-    python scripts/notebook.py
+python scripts/notebook.py
 """
 
 from __future__ import annotations
