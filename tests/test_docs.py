@@ -22,7 +22,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import evatune
+from evatune.adapters.scale import SCALES
 from evatune.cli.app import app
+from evatune.finetune.methods import METHODS
 from evatune.finetune.recipe import load
 from evatune.loading.assets import asset
 
@@ -156,6 +158,19 @@ def test_messages_are_those_of_the_code() -> None:
     page = " ".join((ROOT / "docs/troubleshooting.md").read_text().split())
     parts = [part.strip() for text in _MESSAGE.findall(page) for part in text.split("…")]
     assert [part for part in parts if len(part) > 3 and part not in code] == []
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("docs/recipes.md", list(METHODS)),
+        ("docs/troubleshooting.md", [str(status) for status in evatune.Status]),
+        ("docs/settings.md", list(SCALES)),
+    ],
+)
+def test_tables_name_all(page: str, names: list[str]) -> None:
+    text = (ROOT / page).read_text()
+    assert [name for name in names if f"`{name}`" not in text and f'`"{name}"`' not in text] == []
 
 
 @pytest.mark.filterwarnings("ignore")
