@@ -5,10 +5,15 @@ python scripts/pictures.py
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import matplotlib as mpl
 import torch
+from PIL import Image
 
 import evatune
 from evatune.loading.demo import demo_data, demo_model
@@ -26,6 +31,8 @@ _SHOWN = {
     "encoder.layer.4.output.dense": "layer 4, MLP down",
     "encoder.layer.5.attention.output.dense": "layer 5, attention output",
 }
+_WIDTH, _HEIGHT = 1100, 720  # of the part of the report page that is shown
+_COLORS = 64
 _ROLES = {
     "attention.self.query": "query",
     "attention.self.key": "key",
@@ -47,6 +54,9 @@ def main() -> None:
             _FOLDER / f"{name}.svg", bbox_inches="tight", metadata={"Date": None}, facecolor="white"
         )
         plt.close(figure)
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser:
+        report(browser, _FOLDER / "report.png")
 
 
 def captured(calibration: evatune.Calibration) -> plt.Figure:
@@ -84,6 +94,23 @@ def ranks(calibration: evatune.Calibration) -> plt.Figure:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return figure
+
+
+def report(browser: str, picture: Path) -> None:
+    """The first screen of the page that `evatune init` writes, as a browser shows it."""
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        model, data = work / "all-MiniLM-L6-v2", work / "bbc-news"  # as the page shall name them
+        model.symlink_to(demo_model())
+        data.symlink_to(demo_data())
+        init = [sys.executable, "-m", "evatune", "init", "--model", model.name, "--data", data.name]
+        subprocess.run([*init, "--max-length", "128", "--out", "adapter"], cwd=work, check=True)
+        shot = work / "report.png"
+        options = ["--headless", "--no-sandbox", "--hide-scrollbars", "--virtual-time-budget=8000"]
+        size = f"--window-size={_WIDTH},{_HEIGHT}"
+        page = (work / "adapter" / "report.html").as_uri()
+        subprocess.run([browser, *options, size, f"--screenshot={shot}", page], check=True)
+        Image.open(shot).convert("RGB").quantize(_COLORS).save(picture, optimize=True)
 
 
 if __name__ == "__main__":
