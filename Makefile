@@ -14,9 +14,9 @@ test: .venv/.test
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist worksteal
 
-# The documentation, into site/; a link that leads nowhere is an error.
+# The documentation, into site/; a link that leads nowhere is an error (with --quiet, it would not be).
 docs: .venv/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/.run
 	$(BIN)/python benchmarks/init.py --output benchmarks/results/init.json

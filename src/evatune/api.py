@@ -95,8 +95,9 @@ def calibrate(
             engine gathers; or, for an objective that sees gradients, made in inference mode.
         ProcessError: another process failed, is lost, or has another model, other weights, targets
             or settings.
-        Whatever the model itself raises. In every case the model, its modes, hooks, gradients and
-        the random number generators are left as they were.
+
+    What the model itself raises passes through. In every case the model, its modes, hooks,
+    gradients and the random number generators are left as they were.
 
     The first forward pass runs to its end. The later ones of a transformers model may end at the
     last watched layer, where nothing is lost by it: see `evatune.modeling.state.may_stop_early`.
@@ -216,7 +217,8 @@ def initialize(
         DataError, TargetError: as for `calibrate`.
         AdapterError: a model without weights (on the meta device), or one that was made under
             `torch.inference_mode()` and cannot be trained.
-        The model is unchanged in every case.
+
+    The model is unchanged in every case.
     """
     options = InitializeOptions(
         ranks=RankOptions(rank=rank, rho=rho, budget=budget, metric=metric),
