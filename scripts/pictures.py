@@ -32,7 +32,7 @@ _SHOWN = {
     "encoder.layer.5.attention.output.dense": "layer 5, attention output",
 }
 _WIDTH, _HEIGHT = 1100, 720  # of the part of the report page that is shown
-_COLORS = 64
+_COLORS = 128
 _ROLES = {
     "attention.self.query": "query",
     "attention.self.key": "key",
