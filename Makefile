@@ -5,7 +5,7 @@ SOURCES = pyproject.toml assets/pyproject.toml constraints.txt
 # Both packages from this tree, so that no index is asked for the second.
 INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable ./assets --editable
 
-.PHONY: run test bench results gpu clean-install clean
+.PHONY: run test docs bench results gpu clean-install clean
 
 run: .venv/.run
 	$(BIN)/evatune init --out runs/demo --overwrite
@@ -15,6 +15,10 @@ test: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# The documentation, into site/; a link that leads nowhere is an error (with --quiet, it would not be).
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/.run
 	$(BIN)/python benchmarks/init.py --output benchmarks/results/init.json
@@ -41,5 +45,9 @@ clean-install:
 	$(INSTALL) '.[demo,dev]'
 	touch $@
 
+.venv/.docs: .venv/.run
+	$(INSTALL) '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv runs dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv runs dist site .mypy_cache .ruff_cache .pytest_cache

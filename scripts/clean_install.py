@@ -76,10 +76,10 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
     "rl": (f"evatune train rl-push {_TINY} data.episodes=1 --out push",),
 }
 
-# What the README's block of Python takes for granted.
+# What the README's block of Python takes for granted, and its model, for which a small one stands.
+_HUB_MODEL = "meta-llama/Llama-3.2-1B"
 _BEFORE = """
-import torch, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained("MODEL")
+import torch
 batches = [{"input_ids": torch.randint(0, 100, (4, 16))} for _ in range(2)]
 """
 
@@ -131,7 +131,8 @@ class Environment:
         (self.work / "my.jsonl").write_text("".join(lines))
         block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
         assert block is not None
-        (self.work / "README.py").write_text(self._filled(_BEFORE) + block[1])
+        code = _BEFORE + block[1].replace(_HUB_MODEL, "MODEL")
+        (self.work / "README.py").write_text(self._filled(code))
 
     def run(self, command: str, shown: str | None = None) -> Outcome:
         variables = os.environ | {

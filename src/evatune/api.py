@@ -101,8 +101,9 @@ def calibrate(
             engine gathers; or, for an objective that sees gradients, made in inference mode.
         ProcessError: another process failed, is lost, or has another model, other weights, targets
             or settings.
-        Whatever the model itself raises. In every case the model, its modes, hooks, gradients and
-        the random number generators are left as they were.
+
+    What the model itself raises passes through. In every case the model, its modes, hooks,
+    gradients and the random number generators are left as they were.
 
     The first forward pass runs to its end. The later ones of a transformers model may end at the
     last watched layer, where nothing is lost by it: see `evatune.modeling.state.may_stop_early`.
@@ -174,18 +175,17 @@ def initialize(
             "matched". With v_j the j-th direction, λ_j = E[(v_j·x)²], r_l the layer's rank, `in`
             its width:
 
-            "paper"    a_j = v_j, orthonormal rows. LoRA's usual α and rate may then be too large;
-                       a warning says so where α/r is 0.5 or more.
-            "whiten"   a_j = v_j / σ_j, σ_j the standard deviation of v_j·x over tokens, so that
-                       every component of Ax has variance 1. σ_j is taken no smaller than
-                       0.001·√λ_j.
-            "matched"  a_j = c·v_j, c² = (r_l / (3·in)) · E‖x‖² / Σ_j λ_j, so that E‖Ax‖² is what it
-                       is for PEFT's default initialization (uniform on ±1/√in) at the layer's rank:
-                       a learning rate tuned for LoRA carries over.
-            "whiten-matched"  a_j = v_j · √(E‖x‖² / (3·in·λ_j)), so that every component of Ax has
-                       the mean square that it has for PEFT's default: where the v_j are
-                       eigenvectors of E[x xᵀ], which they are unless centered, E[Ax (Ax)ᵀ] is that
-                       number times the identity. λ_j is taken no smaller than E‖x‖² / 10⁶.
+            - "paper": a_j = v_j, orthonormal rows. LoRA's usual α and rate may then be too large; a
+              warning says so where α/r is 0.5 or more.
+            - "whiten": a_j = v_j / σ_j, σ_j the standard deviation of v_j·x over tokens, so that
+              every component of Ax has variance 1. σ_j is taken no smaller than 0.001·√λ_j.
+            - "matched": a_j = c·v_j, c² = (r_l / (3·in)) · E‖x‖² / Σ_j λ_j, so that E‖Ax‖² is what
+              it is for PEFT's default initialization (uniform on ±1/√in) at the layer's rank: a
+              learning rate tuned for LoRA carries over.
+            - "whiten-matched": a_j = v_j · √(E‖x‖² / (3·in·λ_j)), so that every component of Ax has
+              the mean square that it has for PEFT's default: where the v_j are eigenvectors of
+              E[x xᵀ], which they are unless centered, E[Ax (Ax)ᵀ] is that number times the
+              identity. λ_j is taken no smaller than E‖x‖² / 10⁶.
 
             With an objective that sees gradients no row of the last two is longer than 1.
 
@@ -226,7 +226,8 @@ def initialize(
         DataError, TargetError: as for `calibrate`.
         AdapterError: a model without weights (on the meta device), or one that was made under
             `torch.inference_mode()` and cannot be trained.
-        The model is unchanged in every case.
+
+    The model is unchanged in every case.
     """
     settings = config or CalibrationConfig()
     finished = batches if isinstance(batches, Calibration) else None

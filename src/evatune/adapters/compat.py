@@ -114,7 +114,8 @@ def get_eva_state_dict(
         ConfigError: a mapping with names that are not there.
         DataError: no batch. TargetError: no layer.
         LayerError, BudgetError: as for `evatune.initialize`.
-        All of these are ValueErrors.
+
+    All of these are ValueErrors.
     """
     if peft_config is None:
         if not hasattr(model, "peft_config"):
@@ -195,13 +196,15 @@ def initialize_lora_eva_weights(
             or without PEFT's prefix → (rank, in). No rows: the layer carries the adapter no more.
             Layers that are not in it keep rank and α, start as PEFT's default does, and are named
             in a warning. Nothing is taken out of the dict.
-        The rest: as for `get_eva_state_dict`.
+
+    All other arguments are as for `get_eva_state_dict`.
 
     Raises:
         AdapterError: no PeftModel, another `init_lora_weights`, B ≠ 0, or a state dict that does
             not fit.
         DataError: neither batches nor a state dict. All else as for `get_eva_state_dict`.
-        The model is unchanged in every case.
+
+    The model is unchanged in every case.
     """
     if not hasattr(model, "peft_config"):
         raise AdapterError(
