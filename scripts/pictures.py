@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 import evatune
-from evatune.loading.batches import TextBatches, load_texts
+from evatune.loading.batches import TextBatches
 from evatune.loading.demo import demo_data, demo_model
 from evatune.loading.models import load_model
+from evatune.loading.texts import load_texts
 
 mpl.use("svg")
 mpl.rcParams |= {"svg.hashsalt": "evatune", "svg.fonttype": "none", "font.size": 10}

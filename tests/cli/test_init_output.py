@@ -62,7 +62,7 @@ def test_a_failure_while_writing_leaves_the_earlier_results(
     def fail(*_: Any) -> str:
         raise error
 
-    monkeypatch.setattr("evatune.report.page.render", fail)
+    monkeypatch.setattr("evatune.report.pages.calibration.render", fail)
     assert init(max_batches=2, overwrite=True).status == status
     assert contents(work / "out") == before
     answer = init(out="new/deep/out", max_batches=2)

@@ -34,7 +34,8 @@ def another_task(recipe: Recipe) -> tuple[Recipe, Task]:
 
 def _others(recipe: Recipe) -> list[Recipe]:
     """Return our recipes of other tasks of the domain for the same model, those after it first."""
-    named = [(name, load(name)) for name in ours()]
+    # Recipes for the user's own data, which are none of ours, have no data to look at.
+    named = [(name, load(name)) for name in ours() if not name.startswith("own-")]
     same = [
         (name, other)
         for name, other in named
