@@ -10,6 +10,7 @@ from typing import Any
 
 from evatune.calibration.result import Calibration
 from evatune.choices import DEFAULT_SCALE
+from evatune.loading.demo import model_id
 from evatune.ranks.allocation import RankPlan
 from evatune.report.charts import UNKNOWN, HeatCell, heat_map, spectra
 from evatune.report.pages.base import (
@@ -58,7 +59,8 @@ def render(
         scale: of the rows of A, for what is said about learning rates; None: nothing is said.
         command: what to do next, shown to be copied.
     """
-    model = short_name(settings.get("model") or calibration.model)
+    source = settings.get("model") or calibration.model
+    model = short_name(model_id(source) or source)
     facts = {
         "model": model,
         "data": _data(settings),
