@@ -29,6 +29,10 @@ _Examples = TypeVar("_Examples", bound=_Selectable)
 
 def require_task(task: str, tasks: Sequence[str], domain: str) -> None:
     """Raise a ConfigError for a task that the domain does not have."""
+    if task == "own":
+        raise ConfigError(
+            "recipes for your own data need them: give data.source=FILE, a folder or a hub id"
+        )
     if task not in tasks:
         raise ConfigError(
             f"task is {task!r}; tasks of {domain} are {', '.join(tasks)}, or any other name with"

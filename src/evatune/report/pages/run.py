@@ -122,12 +122,13 @@ def verdict(run: FinishedRun, reference: FinishedRun | None, examples: int) -> s
     """Return what the run reached, in one sentence.
 
     Args:
-        examples: on which the score was measured, at most.
+        examples: on which the score was measured, at most; 0: a share of the user's data.
     """
     score, loss = run.result["score"], run.result["eval_loss"]
     if not math.isfinite(loss):
         return "The run diverged: its evaluation loss is no number; try a smaller learning rate."
-    reached = f"Score {score:.3f} on up to {examples:,} unseen examples"
+    many = f"up to {examples:,} " if examples else ""
+    reached = f"Score {score:.3f} on {many}unseen examples"
     if reference is None:
         return f"{reached}, evaluation loss {loss:.3f}; no run of LoRA lies beside it."
     other = reference.result["score"]
@@ -143,7 +144,9 @@ def verdict(run: FinishedRun, reference: FinishedRun | None, examples: int) -> s
 
 def _command(recipe: Recipe, source: str, folder: Path, reference: FinishedRun | None) -> str:
     method = find_method(recipe.method)
-    if reference is None and recipe.method != REFERENCE and method.trains:
+    # With data of the user's the recipe's name alone is no command that repeats the run.
+    ours = recipe.data.source is None
+    if ours and reference is None and recipe.method != REFERENCE and method.trains:
         return f"evatune compare {shlex.quote(source)} --methods {REFERENCE},{recipe.method}"
     if method.trains and method.saved_as == "adapter":
         return f"evatune push {shlex.quote(str(folder / method.saved_as))} YOUR-NAME/{recipe.task}"
