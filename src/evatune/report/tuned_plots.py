@@ -31,6 +31,7 @@ _FOREGROUND = (REFERENCE, "eva", FULL)
 _FAR = ("untouched", "head")  # from LoRA, on purpose: they do not stretch an axis
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 _TICKS = (1, 1.5, 2, 3, 5, 7)  # of a decade
+_RATE_TICKS = (1, 2, 5)
 _TASK_MARKERS = "osDv^<>PXp*h"
 # Okabe and Ito's colors but for their yellow, which is too pale for a line, and grays.
 _BLACK, _DARK, _LIGHT = "#000000", "#666666", "#a6a6a6"
@@ -108,10 +109,11 @@ def forest_plot(compared: DomainComparison, title: str) -> Figure:
     lines = sorted(compared.methods, key=lambda line: line.mean)
     styles = line_styles([line.method for line in lines])
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(_WIDTH, 1.2 + 0.36 * len(lines)), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, 1.4 + 0.4 * len(lines)), layout="constrained")
         axes = figure.subplots()
         low, high = _forest_limits(compared)
         axes.set_xlim(low, high)
+        axes.set_ylim(-0.6, len(lines) - 0.4)
         for place, line in enumerate(lines):
             _forest_row(axes, place, line, compared, styles[line.method])
         axes.axvline(0, color=_BLACK, lw=0.8)
@@ -240,6 +242,9 @@ def rates_plot(group: Group, methods: Sequence[str], measure: str) -> Figure:
             if method not in _FAR:
                 seen += [one for one in values if math.isfinite(one)]
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=_RATE_TICKS))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylabel(f"validation {measure}")
         _zoom(axes, seen, best, measure)
 
