@@ -183,16 +183,16 @@ class TargetBatches(ShuffledBatches):
 
 
 @dataclass(frozen=True)
-class ImageBatches(ShuffledBatches):
-    """Batches of shuffled images, as the model's processor prepares them.
+class MediaBatches(ShuffledBatches):
+    """Batches of shuffled images or sounds, as the model's processor prepares them.
 
     Attributes:
-        images: a `datasets.Dataset`. column: of the images.
+        rows: the `datasets.Dataset`. column: of the images or sounds.
         classes: column of numbers that are the labels; None: without labels.
     """
 
     processor: Any
-    images: Any
+    rows: Any
     column: str
     batch_size: int
     seed: int
@@ -203,49 +203,37 @@ class ImageBatches(ShuffledBatches):
 
     @property
     def table(self) -> Any:
-        return self.images
+        return self.rows
+
+    def collate(self, rows: dict[str, list[Any]]) -> Any:
+        batch = self.prepared(rows[self.column])
+        if self.classes is not None:
+            batch["labels"] = torch.tensor(rows[self.classes], dtype=torch.int64, device="cpu")
+        return batch
+
+    @abstractmethod
+    def prepared(self, media: list[Any]) -> dict[str, Any]:
+        """Return the model's inputs for some images or sounds."""
+
+
+class ImageBatches(MediaBatches):
+    """Batches of images."""
 
     def undecoded(self) -> Any:
-        return self.images.cast_column(self.column, datasets.Image(decode=False))
+        return self.rows.cast_column(self.column, datasets.Image(decode=False))
 
-    def collate(self, rows: dict[str, list[Any]]) -> Any:
-        pictures = [picture.convert("RGB") for picture in rows[self.column]]
-        batch = dict(self.processor(pictures, return_tensors="pt"))
-        if self.classes is not None:
-            batch["labels"] = torch.tensor(rows[self.classes], dtype=torch.int64, device="cpu")
-        return batch
+    def prepared(self, media: list[Any]) -> dict[str, Any]:
+        pictures = [picture.convert("RGB") for picture in media]
+        return dict(self.processor(pictures, return_tensors="pt"))
 
 
-@dataclass(frozen=True)
-class AudioBatches(ShuffledBatches):
-    """Batches of shuffled sounds, as the model's feature extractor prepares them.
+class AudioBatches(MediaBatches):
+    """Batches of sounds, whose column is not decoded."""
 
-    Attributes:
-        sounds: a `datasets.Dataset`. column: of the sounds, not decoded.
-        classes: column of numbers that are the labels; None: without labels.
-    """
-
-    processor: Any
-    sounds: Any
-    column: str
-    batch_size: int
-    seed: int
-    classes: str | None = None
-
-    def __post_init__(self) -> None:
-        self.require_sizes()
-
-    @property
-    def table(self) -> Any:
-        return self.sounds
-
-    def collate(self, rows: dict[str, list[Any]]) -> Any:
+    def prepared(self, media: list[Any]) -> dict[str, Any]:
         rate = self.processor.sampling_rate
-        waves = [read_wave(sound, rate) for sound in rows[self.column]]
-        batch = dict(self.processor(waves, sampling_rate=rate, padding=True, return_tensors="pt"))
-        if self.classes is not None:
-            batch["labels"] = torch.tensor(rows[self.classes], dtype=torch.int64, device="cpu")
-        return batch
+        waves = [read_wave(sound, rate) for sound in media]
+        return dict(self.processor(waves, sampling_rate=rate, padding=True, return_tensors="pt"))
 
 
 def _by_row(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
