@@ -41,15 +41,22 @@ def train(
     trust_remote_code: Trust = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder of the run. Default: runs/RECIPE-METHOD-seedN."),
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder of the run. Default: runs/RECIPE-METHOD-seedN, or with your own data"
+            " runs/RECIPE-DATA-METHOD-seedN.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Fine-tune by a recipe; again, it resumes a killed run or reads a finished one."""
-    from evatune.finetune.recipe import load
+    from evatune.finetune.recipe import OWN_TASK, load
 
     settings = load(recipe, [*(overrides or []), *([TRUSTED] if trust_remote_code else [])])
-    name = Path(recipe).stem if settings.data.source is None else settings.task
+    name = Path(recipe).stem
+    if settings.data.source is not None:  # one recipe is for all of the user's data
+        name += f"-{settings.task.removeprefix(f'{OWN_TASK}-')}"
     folder = as_shown(out or RUNS / f"{name}-{settings.method}-seed{settings.seed}")
 
     from rich.console import Console

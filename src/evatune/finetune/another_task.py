@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from evatune.errors import ConfigError
-from evatune.finetune.recipe import Recipe, load, ours
+from evatune.finetune.recipe import OWN_TASK, Recipe, load, ours
 from evatune.finetune.tasks import Task, find_domain
 
 
@@ -34,12 +34,12 @@ def another_task(recipe: Recipe) -> tuple[Recipe, Task]:
 
 def _others(recipe: Recipe) -> list[Recipe]:
     """Return our recipes of other tasks of the domain for the same model, those after it first."""
-    # Recipes for the user's own data, which are none of ours, have no data to look at.
-    named = [(name, load(name)) for name in ours() if not name.startswith("own-")]
+    named = [(name, load(name)) for name in ours()]
     same = [
         (name, other)
         for name, other in named
-        if (other.domain, other.model) == (recipe.domain, "demo") and other.task != recipe.task
+        if (other.domain, other.model) == (recipe.domain, "demo")
+        and other.task not in (recipe.task, OWN_TASK)
     ]
     after = f"{recipe.domain}-{recipe.task}"
     return [other for name, other in same if name > after] + [

@@ -54,6 +54,9 @@ _Texts = Annotated[list[_Text], Field(max_length=10_000)]
 _MISTAKES_TOLD = 10
 # Schedules of transformers that need no more settings.
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+OWN_TASK = (
+    "own"  # in recipes that wait for the user's data, and the beginning of such a task's name
+)
 _OWN_DATA, _SIZES = "data.source", ("train", "validation", "test")
 _TASK_BYTES = 80  # of the part of a task's name that comes from a file's
 _MOST = 10**9  # of steps and examples
@@ -423,7 +426,7 @@ def _with_own_data(tree: Mapping[str, Any]) -> Mapping[str, Any]:
         return tree
     stem = Path(data["source"]).stem
     name = "".join(sign if sign.isprintable() else "_" for sign in stem) or "data"
-    implied = {"task": f"own-{name.encode()[:_TASK_BYTES].decode(errors='ignore')}"}
+    implied = {"task": f"{OWN_TASK}-{name.encode()[:_TASK_BYTES].decode(errors='ignore')}"}
     return {**implied, **tree, "data": {**dict.fromkeys(_SIZES, 0), **data}}
 
 

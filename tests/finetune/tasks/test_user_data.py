@@ -113,6 +113,13 @@ def test_data_of_the_user_imply_the_tasks_name_and_its_sizes(
         generation.prepare(replace(recipe, data=replace(recipe.data, chat_template=None)))
 
 
+def test_a_recipe_for_own_data_asks_for_them() -> None:
+    with pytest.raises(
+        ConfigError, match=r"recipes for your own data need them: give data\.source"
+    ):
+        generation.prepare(load("own-generation"))
+
+
 def test_sizes_that_are_given_hold_and_the_rest_is_trained_on(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.jsonl", [{"text": f"text {i}"} for i in range(40)])
 

@@ -69,6 +69,13 @@ def test_loras_run_beside_it_is_drawn_beside_it(tmp_path: Path) -> None:
     assert f"evatune push {tmp_path / 'run' / 'adapter'} YOUR-NAME/bbc" in page.text
 
 
+def test_a_run_on_the_users_data_has_no_size_to_say_and_no_short_command(tmp_path: Path) -> None:
+    recipe = finished(tmp_path / "run", 0.75, data={"source": "mine.csv"})
+    page = Document(render(tmp_path / "run", recipe, "own-understanding"))
+    assert "Score 0.750 on unseen examples, evaluation loss 0.500" in page.text
+    assert "evatune compare" not in page.text
+
+
 def test_a_run_that_diverged_says_so(tmp_path: Path) -> None:
     recipe = finished(tmp_path / "run", 0.1, float("nan"), method="full")
     page = Document(render(tmp_path / "run", recipe, "understanding-bbc"))

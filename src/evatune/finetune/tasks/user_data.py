@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Protocol, Self, TypeVar
 
 from evatune.errors import ConfigError, DataError
-from evatune.finetune.recipe import DataOptions, Recipe
+from evatune.finetune.recipe import OWN_TASK, DataOptions, Recipe
 from evatune.finetune.tasks.splits import Split, draw
 from evatune.loading.hub import reading, require_path
 from evatune.loading.labels import LabelColumn
@@ -29,7 +29,7 @@ _Examples = TypeVar("_Examples", bound=_Selectable)
 
 def require_task(task: str, tasks: Sequence[str], domain: str) -> None:
     """Raise a ConfigError for a task that the domain does not have."""
-    if task == "own":
+    if task == OWN_TASK:
         raise ConfigError(
             "recipes for your own data need them: give data.source=FILE, a folder or a hub id"
         )
