@@ -48,12 +48,16 @@ from evatune.utils.names import resolved
 _ABOUT_SPEED = ("runtime", "per_second", "model_preparation_time")
 
 
-def _unheard(sentence: str) -> None:
+def _say_nothing(sentence: str) -> None:
     """Tell nobody."""
 
 
 def run(
-    recipe: Recipe, folder: Path, *, quiet: bool = False, say: Callable[[str], object] = _unheard
+    recipe: Recipe,
+    folder: Path,
+    *,
+    quiet: bool = False,
+    say: Callable[[str], object] = _say_nothing,
 ) -> dict[str, Any]:
     """Train and evaluate, and write the results into the folder.
 
@@ -204,7 +208,7 @@ def _trained(
     *,
     quiet: bool,
     kept: bool = True,
-    say: Callable[[str], object] = _unheard,
+    say: Callable[[str], object] = _say_nothing,
 ) -> _Trained:
     """Do everything of a run up to its last step.
 

@@ -26,7 +26,7 @@ _BESIDE_NOTE = 50  # columns that the bar and its figures take
 _NARROW = 60  # columns up to which a terminal has no room for words beside the bar
 
 
-class Face(Protocol):
+class Renderer(Protocol):
     """Draws the state of a run in one of the places where it may be looked at.
 
     Attributes:
@@ -48,10 +48,10 @@ class Face(Protocol):
 
 
 class Display:
-    """The state of one run, drawn no more often than can be seen."""
+    """The state of one run, drawn at most as often as an eye can follow."""
 
-    def __init__(self, face: Face) -> None:
-        self._face = face
+    def __init__(self, renderer: Renderer) -> None:
+        self._renderer = renderer
         self._start = self._drawn = time.monotonic()
         self._shown = False
         self._announced = False
@@ -65,15 +65,15 @@ class Display:
     def update(self, done: int, total: int | None, note: str = "") -> None:
         """Tell how many steps of how many are done, and a few words beside."""
         now = time.monotonic()
-        if now - self._start < self._face.delay or now - self._drawn < self._face.pause:
+        if now - self._start < self._renderer.delay or now - self._drawn < self._renderer.pause:
             return
         self._drawn, self._shown = now, True
-        self._face.draw(done, total, note)
+        self._renderer.draw(done, total, note)
 
     def begin(self, total: int | None) -> None:
         """Draw the bar of a run whose first step may take long; a log has its lines in time."""
-        if self._face.delay < LONG:
-            self._face.draw(0, total, "")
+        if self._renderer.delay < LONG:
+            self._renderer.draw(0, total, "")
 
     def forecast(self, done: int, total: int) -> float | None:
         """Return how many seconds the run takes in all, as steps so far suggest.
@@ -97,17 +97,17 @@ class Display:
 
     def say(self, line: str) -> None:
         """Show a line that stays."""
-        self._face.say(printable(line))
+        self._renderer.say(printable(line))
 
     def end(self, line: str) -> None:
         """Take the bar away; of a run that was shown, leave a line."""
-        self._face.close()
+        self._renderer.close()
         if self._shown or self._announced:
             self.say(line)
 
     def close(self) -> None:
         """Take the bar away."""
-        self._face.close()
+        self._renderer.close()
 
 
 @contextmanager
@@ -118,14 +118,14 @@ def display(title: str, unit: str, *, shown: bool = True) -> Iterator[Display]:
         title: what is done: "calibrating". unit: what is counted: "batches".
         shown: False for one that shows nothing.
     """
-    one = Display(_face(title, unit) if shown else Nothing())
+    one = Display(_renderer(title, unit) if shown else NoRenderer())
     try:
         yield one
     finally:
         one.close()
 
 
-def _face(title: str, unit: str) -> Face:
+def _renderer(title: str, unit: str) -> Renderer:
     if in_notebook():
         return NotebookBar(title, unit)
     return TerminalBar(title, unit) if in_terminal() else LogLines(title, unit)
@@ -266,7 +266,7 @@ class LogLines:
         """Do nothing: lines stay."""
 
 
-class Nothing:
+class NoRenderer:
     """Shows nothing."""
 
     delay = pause = math.inf
