@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from evatune.finetune.recipe import load
 from evatune.finetune.tasks import Task
 from evatune.finetune.tasks.understanding import domain
 from tests.finetune.helpers import small
@@ -51,3 +52,9 @@ def test_what_is_tested_goes_by_length(monkeypatch: pytest.MonkeyPatch, bert_fol
     lengths = [len(row) for row in _inputs(_prepared(texts, monkeypatch, bert_folder).test)]
     assert lengths == sorted(lengths)
     assert len(set(lengths)) == 10
+
+
+def test_a_model_is_of_float32_though_its_checkpoint_is_of_float16() -> None:
+    sizes = ("data.train=8", "data.test=8", "data.validation=0")
+    model = domain.prepare(load("understanding-agreement", sizes)).model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

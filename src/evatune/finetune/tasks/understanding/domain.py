@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import tokenizers
+import torch
 import transformers
 
 from evatune.errors import ConfigError
@@ -82,7 +83,10 @@ def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any]:
             source, trust_remote_code=recipe.trust_remote_code
         )
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=classes, trust_remote_code=recipe.trust_remote_code
+            source,
+            num_labels=classes,
+            dtype=torch.float32,  # whatever the checkpoint's is; mixed precision is the trainer's
+            trust_remote_code=recipe.trust_remote_code,
         )
     make_ready(model, tokenizer)
     if recipe.model == "demo" and _is_grammar(recipe):
@@ -205,4 +209,4 @@ def _user_examples(recipe: Recipe) -> tuple[Split[_Labeled], int, str]:
     return examples, classes, f"{what}; {describe_parts(tables, data)}"
 
 
-DOMAIN = Domain("understanding", prepare)
+DOMAIN = Domain("understanding", prepare, version=2)
