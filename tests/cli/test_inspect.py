@@ -97,7 +97,7 @@ def test_inspect_shows_the_statuses_of_a_calibration_that_went_wrong(
     assert answer.status == 0, answer.err
     for name, status in (("idle", "never_called"), ("zero", "no_signal"), ("nan", "non_finite")):
         assert re.search(rf"{name} .* {status}", answer.out)
-    assert "No ranks: the budget of 8 ranks" in answer.out
+    assert "No ranks can be given: the budget of 8 ranks" in answer.out
     assert "exclude_modules" in answer.out
 
 

@@ -81,7 +81,7 @@ def test_what_saw_nothing_is_shown_as_well() -> None:
         config=evatune.CalibrationConfig(rank=2),
         batches=1,
     )
-    assert "No ranks: the budget of 2 ranks" in calibration.summary()
+    assert "No ranks can be given: the budget of 2 ranks" in calibration.summary()
     assert "never_called: a. " in calibration.summary()
     assert math.isnan(calibration.to_pandas()["captured"].astype(float)["a"])
     assert "Spectrum of 0 rows" in nothing.summary()

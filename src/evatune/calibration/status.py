@@ -39,7 +39,7 @@ class Status(StrEnum):
 _ADVICE = {
     Status.CONVERGED: "directions and ranks have settled; nothing to do",
     Status.UNSETTLED: (
-        "usable; all layers together have settled, this one would gain from a smaller tolerance"
+        "usable: the mean over all layers has settled; a smaller tolerance settles single ones too"
     ),
     Status.MAX_BATCHES: (
         "usable, but still moving at max_batches; raise max_batches if the captured energy matters"
@@ -51,8 +51,8 @@ _ADVICE = {
         " before they become batches"
     ),
     Status.SELDOM_ROUTED: (
-        "usable; fewer tokens than components were routed to this expert, so the rest of its rows"
-        " of A is random (orthonormal); give more data if the expert matters"
+        "usable; fewer tokens than components were routed here, so the other rows of A are"
+        " random (orthonormal); give more data if such an expert matters"
     ),
     Status.TOO_FEW_ROWS: (
         "fewer rows than components came; give more data, or lower rank, rho or components"
@@ -66,7 +66,7 @@ _ADVICE = {
         " bfloat16 instead of float16"
     ),
     Status.NEVER_CALLED: (
-        "the forward pass never reached it; leave it out with exclude_modules, or pass forward="
+        "never reached by the forward pass; leave out with exclude_modules, or pass forward="
     ),
 }
 

@@ -452,7 +452,7 @@ def _next_command(calibration: Calibration, settings: dict[str, Any]) -> str:
     import shlex
     import sys
 
-    from evatune.report.pages.calibration import is_settled
+    from evatune.report.text import is_settled
 
     if not is_settled(calibration) and calibration.batches >= settings["max_batches"]:
         more = ["--max-batches", str(2 * settings["max_batches"]), "--overwrite"]

@@ -42,6 +42,11 @@ class LayerRow:
         return self.spec.name
 
     @property
+    def known(self) -> float | None:
+        """What is known of the energy in the directions, by unseen rows if there were any."""
+        return self.explained if self.captured is None else self.captured
+
+    @property
     def random(self) -> float:
         """Share of the energy that a random A of the same rank is expected to hold: r/d."""
         return min(1.0, self.rank / self.spec.in_features)

@@ -16,6 +16,7 @@ from evatune.report.text import (
     layer_cells,
     summary_lines,
     type_cells,
+    verdict,
 )
 from evatune.utils.extras import extras
 from evatune.utils.markup import printable
@@ -42,12 +43,17 @@ def console() -> Console:
 def show_calibration(
     terminal: Console, calibration: Calibration, scales: Sequence[str] = SCALES
 ) -> None:
-    """Print the table, and the lines below it, with the learning rates that belong to `scales`."""
-    plan, problem = plan_of(calibration)
+    """Print the table, the result in a sentence, and what else there is to say.
+
+    Args:
+        scales: for which the learning rates are told.
+    """
+    plan, _ = plan_of(calibration)
     terminal.print(calibration_table(terminal, calibration, plan))
+    terminal.print(
+        plain(verdict(calibration, plan)), style="bold", soft_wrap=not terminal.is_terminal
+    )
     say(terminal, *summary_lines(calibration, plan, scales))
-    if problem:
-        say(terminal, f"No ranks: {problem}.")
 
 
 def say(terminal: Console, *lines: str) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from evatune.calibration.result import Calibration
 from evatune.ranks.allocation import RankPlan
-from evatune.report.summary import LayerRow, totals
+from evatune.report.summary import LayerRow, layer_rows, plan_of, totals
 from evatune.utils.text import shortened
 
 _LORA_RATE = 2e-4  # that many users of LoRA bring
+_LITTLE = 2.0  # times a random A, below which there is little that data could say
+_SETTLED = 0.01  # estimated miss at which the default rule stops
 
 LAYER_HEADINGS = (
     *("layer", "in→out", "rank", "PR"),
@@ -76,6 +78,41 @@ def type_cells(rows: Sequence[LayerRow]) -> list[tuple[str, ...]]:
             )
         )
     return lines
+
+
+def verdict(calibration: Calibration, plan: RankPlan) -> str:
+    """Return the result in one sentence."""
+    problem = plan_of(calibration)[1] if not plan.spent else None
+    if problem:
+        return f"No ranks can be given: {problem}."
+    figures = totals(calibration, plan)
+    share, of_random = mean_captured(calibration, plan), figures["random_mean"]
+    if share is None or not of_random:
+        return "Nothing is known of what the directions hold: no row was seen."
+    ratio = share / of_random
+    held = (
+        f"The chosen directions hold {percent(share)} of the energy, {times(ratio)} what a random"
+        f" A of the same ranks would ({percent(of_random)})"
+    )
+    if ratio < _LITTLE:
+        return f"{held}: there is little to gain over LoRA's own start here."
+    if not is_settled(calibration):
+        missed = percent(calibration.estimated_missed)
+        return f"{held}; they may miss {missed} of what the best ones hold: read more batches."
+    return f"{held}: ready to train."
+
+
+def is_settled(calibration: Calibration) -> bool:
+    """Return whether more batches are expected to change little."""
+    missed = calibration.estimated_missed
+    return missed is None or missed <= max(_SETTLED, calibration.config.tolerance)
+
+
+def mean_captured(calibration: Calibration, plan: RankPlan) -> float | None:
+    """Return what the ranks' directions hold of the energy, mean over layers; None unknown."""
+    rows = [row for row in layer_rows(calibration, plan) if row.rank]
+    shares = [share for row in rows if (share := row.known) is not None]
+    return fmean(shares) if shares else None
 
 
 def summary_lines(calibration: Calibration, plan: RankPlan, scales: Sequence[str]) -> list[str]:
@@ -153,3 +190,8 @@ def effective(number: float | None) -> str:
 def percent(share: float | None) -> str:
     """Return a share in [0, 1] for people; a dash where there is none."""
     return "–" if share is None else f"{share:.1%}"
+
+
+def times(ratio: float) -> str:
+    """Return a ratio for people: "2.5 times", "13 times"."""
+    return f"{ratio:.0f} times" if ratio >= 10 else f"{ratio:.1f} times"

@@ -23,6 +23,7 @@ from evatune.report.text import (
     percent,
     summary_lines,
     type_cells,
+    verdict,
 )
 from evatune.sketch.spectrum import Spectrum
 from evatune.utils.markup import printable
@@ -90,15 +91,13 @@ def view_of(value: Any) -> View:
 
 @view_of.register(Calibration)
 def _(calibration: Calibration) -> View:
-    plan, problem = plan_of(calibration)
+    plan, _ = plan_of(calibration)
     rows = layer_rows(calibration, plan)
     if len(rows) <= _FEW:
         headings, cells = _chosen(_OF_LAYERS, LAYER_HEADINGS, layer_cells(rows))
     else:
         headings, cells = _chosen(_OF_TYPES, TYPE_HEADINGS, type_cells(rows))
-    lines = summary_lines(calibration, plan, ["matched"])
-    if problem:
-        lines.append(f"No ranks: {problem}.")
+    lines = [verdict(calibration, plan), *summary_lines(calibration, plan, ["matched"])]
     return View(repr(calibration).strip("<>"), headings, cells, lines)
 
 

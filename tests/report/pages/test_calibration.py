@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import evatune
-from evatune.report.pages.calibration import render, verdict
+from evatune.report.pages.calibration import render
 from evatune.report.summary import totals
-from evatune.report.text import percent, rate_text
+from evatune.report.text import percent, rate_text, verdict
 from tests.report.pages.helpers import Document, specs
 
 

@@ -23,15 +23,21 @@ from evatune.report.pages.base import (
     number_cell,
     text_cell,
 )
-from evatune.report.summary import LayerRow, layer_rows, plan_of, totals
-from evatune.report.text import effective, percent, rate_text, summary_lines
+from evatune.report.summary import LayerRow, layer_rows, totals
+from evatune.report.text import (
+    effective,
+    mean_captured,
+    percent,
+    rate_text,
+    summary_lines,
+    times,
+    verdict,
+)
 from evatune.report.vega import Spec
 from evatune.utils.names import short_name
 
 _LORA_RATE = 2e-4  # that many users of LoRA bring
-_LITTLE = 2.0  # times a random A, below which there is little that data could say
 _MOST_ROWS = 2000  # of the table of layers, which is half a megabyte
-_SETTLED = 0.01  # estimated miss at which the default rule stops
 
 _MEANING = (
     "Captured: share of the energy of unseen rows inside a layer's directions, those known before"
@@ -99,44 +105,16 @@ def settings_of(calibration: Calibration, settings: Mapping[str, Any]) -> dict[s
     return {**settings, **asdict(calibration.config), **versions}
 
 
-def verdict(calibration: Calibration, plan: RankPlan) -> str:
-    """Return the result in one sentence."""
-    problem = plan_of(calibration)[1] if not plan.spent else None
-    if problem:
-        return f"No ranks can be given: {problem}."
-    figures = totals(calibration, plan)
-    share, of_random = _captured(calibration, plan), figures["random_mean"]
-    if share is None or not of_random:
-        return "Nothing is known of what the directions hold: no row was seen."
-    times = share / of_random
-    held = (
-        f"The chosen directions hold {percent(share)} of the energy, {_times(times)} what a random"
-        f" A of the same ranks would ({percent(of_random)})"
-    )
-    if times < _LITTLE:
-        return f"{held}: there is little to gain over LoRA's own start here."
-    missed = calibration.estimated_missed
-    if missed is not None and missed > max(_SETTLED, calibration.config.tolerance):
-        return f"{held}; they may miss {percent(missed)} of the best ones: read more batches."
-    return f"{held}: ready to train."
-
-
-def is_settled(calibration: Calibration) -> bool:
-    """Return whether more batches are expected to change little."""
-    missed = calibration.estimated_missed
-    return missed is None or missed <= max(_SETTLED, calibration.config.tolerance)
-
-
 def tiles(calibration: Calibration, plan: RankPlan, scale: str | None) -> list[Tile]:
     """Return the figures below the header."""
     t = totals(calibration, plan)
-    share, of_random = _captured(calibration, plan), t["random_mean"]
+    share, of_random = mean_captured(calibration, plan), t["random_mean"]
     change = t["parameters"] / t["uniform_parameters"] - 1 if t["uniform_parameters"] else 0.0
     seen = "unseen rows'" if t["captured_mean"] is not None else "the rows'"
     found = [
         Tile(percent(share), f"of {seen} energy captured, mean over layers"),
         Tile(
-            _times(share / of_random) if share is not None and of_random else "–",
+            times(share / of_random) if share is not None and of_random else "–",
             f"a random A of the same ranks ({percent(of_random)})",
         ),
         Tile(percent(t["captured_worst"]), "captured in the worst layer"),
@@ -201,7 +179,7 @@ def rank_map(calibration: Calibration, plan: RankPlan) -> Spec:
 
 
 def _energy_cell(calibration: Calibration, plan: RankPlan, row: LayerRow) -> HeatCell:
-    share = _share(row)
+    share = row.known
     text = UNKNOWN if share is None else f"{100 * share:.0f}"
     return HeatCell(row.name, text, _gained(calibration, plan, row), _layer_facts(row))
 
@@ -230,7 +208,7 @@ def _by_type(rows: Sequence[LayerRow]) -> Table:
     for kind in dict.fromkeys(row.type for row in rows):
         members = [row for row in rows if row.type == kind]
         ranks = [row.rank for row in members]
-        shares = [share for row in members if (share := _share(row)) is not None]
+        shares = [share for row in members if (share := row.known) is not None]
         of_random = fmean(row.random for row in members)
         share = fmean(shares) if shares else None
         ratios = [row.participation_ratio for row in members if row.participation_ratio]
@@ -279,17 +257,6 @@ def _by_layer(rows: Sequence[LayerRow]) -> Table:
     return Table("layers", f"All {len(rows):,} layers", headings, shown, note, marked)
 
 
-def _share(row: LayerRow) -> float | None:
-    """Return what is known of the energy in a layer's directions, on unseen rows if any were."""
-    return row.explained if row.captured is None else row.captured
-
-
-def _captured(calibration: Calibration, plan: RankPlan) -> float | None:
-    rows = [row for row in layer_rows(calibration, plan) if row.rank]
-    shares = [share for row in rows if (share := _share(row)) is not None]
-    return fmean(shares) if shares else None
-
-
 def _usual(calibration: Calibration, plan: RankPlan, row: LayerRow) -> int:
     """Return the rank that uniform LoRA would give a layer."""
     cap = calibration.layers[row.name].cap
@@ -306,10 +273,6 @@ def _gained(calibration: Calibration, plan: RankPlan, row: LayerRow) -> float:
         shares = spectrum.explained_variance_ratio
         held = [float(shares[:rank].sum()) for rank in (row.rank, usual)]
     return 100 * (held[0] - held[1])
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.0f} times" if ratio >= 10 else f"{ratio:.1f} times"
 
 
 def _data(settings: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from evatune.report.charts import Curve, curves
 from evatune.report.pages import calibration as start
 from evatune.report.pages.base import Chart, Page, Table, Tile, document, number_cell
 from evatune.report.text import rate_text
+from evatune.report.text import verdict as start_verdict
 from evatune.utils.names import short_name
 
 _MEGABYTE = 1e6
@@ -76,7 +77,7 @@ def _with_start(page: Page, calibration: Calibration, recipe: Recipe) -> Page:
     """Return the page with what the calibration found below what the training reached."""
     plan = calibration.allocate()
     scale = find_method(recipe.method).scale(recipe.adapter.scale)
-    notes = [start.verdict(calibration, plan), *start.notes(calibration, plan, scale)]
+    notes = [start_verdict(calibration, plan), *start.notes(calibration, plan, scale)]
     return Page(
         title=page.title,
         facts=page.facts,
