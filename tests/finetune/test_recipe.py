@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,15 @@ def test_a_file_that_is_no_recipe_says_so(content: str, text: str, tmp_path: Pat
     (tmp_path / "mine.yaml").write_text(content)
     with pytest.raises(ConfigError, match=text):
         load(str(tmp_path / "mine.yaml"))
+
+
+def test_data_in_place_of_a_recipe_name_the_one_that_trains_on_them(tmp_path: Path) -> None:
+    (tmp_path / "my chats.jsonl").write_text("{}")
+    (tmp_path / "records.json").write_text("[{}]")
+    for source in (tmp_path, tmp_path / "my chats.jsonl", tmp_path / "records.json"):
+        command = f"own-generation data.source={shlex.quote(str(source))}"
+        with pytest.raises(ConfigError, match=re.escape(command)):
+            load(str(source))
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,9 @@ def test_a_chat_without_a_template_names_the_option() -> None:
 
 def test_a_template_that_refuses_a_chat_is_quoted() -> None:
     strict = "{{ raise_exception('roles must alternate') }}"
+    for template in (PLAIN + "\n{% if", "{% for m in messages %}"):
+        with pytest.raises(DataError, match=r"no whole Jinja \(line \d: .*--chat-template"):
+            encoder(template)(Chat(CHAT))
     with pytest.raises(DataError, match=r"refuses a chat of .*\(roles must alternate\)"):
         encoder(strict)(Chat(CHAT))
 

@@ -11,7 +11,15 @@ from evatune.finetune.recipe import parse
 from evatune.report.run_cards import write_run_card
 from tests.helpers import lora, tiny_bert
 
-RESULT = {"score": 0.75, "eval_loss": 0.5, "steps": 60, "data_fingerprint": "abc"}
+RESULT = {
+    "score": 0.75,
+    "score_name": "accuracy",
+    "scored": 500,
+    "eval_loss": 0.5,
+    "steps": 60,
+    "data_fingerprint": "abc",
+}
+SCORE = "| result on unseen examples | score 0.750 (accuracy, n = 500) |"
 
 
 def test_the_card_tells_method_data_and_what_was_reached(tmp_path: Path) -> None:
@@ -26,7 +34,7 @@ def test_the_card_tells_method_data_and_what_was_reached(tmp_path: Path) -> None
     card = huggingface_hub.ModelCard.load(tmp_path / "adapter" / "README.md")
     assert card.data.to_dict()["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
     assert "pissa" in card.data.to_dict()["tags"]
-    for row in ("| data | understanding / bbc |", "| score on unseen examples | 0.750 |"):
+    for row in ("| data | understanding / bbc |", SCORE):
         assert row in card.text
     assert "| data fingerprint | `abc` |" in card.text
     assert "/x/" not in card.content

@@ -45,6 +45,7 @@ def test_a_terminal_of_any_width_shows_task_method_and_score_whole(width: int) -
     # the narrowest folds names, and cuts nothing
     assert width == 40 or all(f" {name} " in text for name in (*tasks, *methods))
     assert ("Left out for want of room: grad B, init s" in " ".join(text.split())) == (width < 250)
+    assert "best" not in text  # as every method has one rate
     assert ("comparison.md has them" in " ".join(text.split())) == (width < 250)
 
 

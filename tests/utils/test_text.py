@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from evatune.utils.text import ABSENT, duration, first_difference, shortened, size
+from evatune.utils.text import ABSENT, duration, first_difference, folded, shortened, size
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,15 @@ def test_the_first_difference_is_named_by_its_keys(
     first: Any, second: Any, difference: Any
 ) -> None:
     assert first_difference(first, second) == difference
+
+
+def test_a_line_is_folded_on_a_terminal_and_whole_in_a_pipe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert folded("a line of several words", "  ") == "a line of several words"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "12")
+    assert folded("a line of several words", "  ") == "a line of\n  several\n  words"
 
 
 def test_durations_and_sizes_are_short() -> None:

@@ -18,6 +18,7 @@ from evatune.cli.libraries import (
 )
 from evatune.utils.markup import printable
 from evatune.utils.names import as_shown
+from evatune.utils.text import folded
 
 RUNS = Path("runs")
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)]
@@ -68,6 +69,7 @@ def train(
         from evatune.report.pages.run import render
         from evatune.report.run_cards import write_run_card
         from evatune.report.tables import plain
+        from evatune.report.text import caution, score_text
         from evatune.utils.atomic import write_text
 
         quiet_libraries()
@@ -83,7 +85,7 @@ def train(
         typer.echo(json.dumps({"out": str(folder)} | result))
         return
     typer.echo(
-        f"{settings.method} on {printable(settings.task)}: score {result['score']:.3f}, evaluation"
+        f"{settings.method} on {printable(settings.task)}: {score_text(result)}, evaluation"
         f" loss {result['eval_loss']:.3f}; {result['trainable_parameters']:,} trainable parameters;"
         f" {result['init_seconds']:.1f} s to initialize, {result['train_seconds']:.1f} s to train"
         + (
@@ -92,6 +94,8 @@ def train(
             else f"; gradient of B at step 1: {result['first_gradient_b']:.3g}"
         )
     )
+    if doubt := caution(result):
+        typer.echo(doubt)
     for path in sorted(folder.iterdir()):
         if not path.name.startswith(".") and path.name != "checkpoints":
             typer.echo(printable(str(path)))
@@ -110,7 +114,7 @@ def ls(
     about = {name: text_of(name).splitlines()[0].removeprefix("#").strip() for name in ours()}
     if not as_json:
         for name, text in about.items():
-            typer.echo(f"{name:24} {text}")
+            typer.echo(folded(f"{name:24} {text}", " " * 4))
         return
     facts = []
     for name, text in about.items():
@@ -145,8 +149,8 @@ def show(
     for key in recipe_keys():
         default = "must be given" if key.required else f"default {_as_written(key.default)}"
         typer.echo(printable(f"# {key.name} = {_as_written(values[key.name])}"))
-        typer.echo(printable(f"#     {key.meaning}"))
-        typer.echo(printable(f"#     {key.kind}; {default}"))
+        for line in (key.meaning, f"{key.kind}; {default}"):
+            typer.echo(folded(printable(f"#     {line}"), "#     "))
 
 
 def _as_written(value: Any) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import fnmatch
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cache
@@ -51,6 +52,7 @@ _Whole = Annotated[int, Strict()]
 _Real = Annotated[float, Strict(), Field(le=1e9)]
 _Text = Annotated[str, Field(max_length=4096)]
 _Texts = Annotated[list[_Text], Field(max_length=10_000)]
+_SUFFIXES = (".yaml", ".yml", ".json", "")  # of recipes
 _MISTAKES_TOLD = 10
 # Schedules of transformers that need no more settings.
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
@@ -273,12 +275,19 @@ def text_of(source: str) -> str:
     if source in _our_texts():
         return _our_texts()[source]
     path = Path(source)
+    if path.is_dir() or (path.is_file() and path.suffix.lower() not in _SUFFIXES):
+        raise ConfigError(f"{source!r} is no recipe, which is a YAML file; {_for_data(source)}")
     if path.is_file():
         with telling(source, "give a YAML file; `evatune recipes show` shows one", ConfigError):
             return read_text(path)
     near = difflib.get_close_matches(source, ours(), n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(f"there is no recipe or file {source!r}; {hint}ours are {', '.join(ours())}")
+
+
+def _for_data(source: str) -> str:
+    name = f"{OWN_TASK}-generation"
+    return f"if it is data to train on: {name} data.source={shlex.quote(source)}"
 
 
 def load(source: str, overrides: Iterable[str] = ()) -> Recipe:
@@ -295,7 +304,7 @@ def load(source: str, overrides: Iterable[str] = ()) -> Recipe:
     if not isinstance(raw, dict):
         raise ConfigError(
             f"recipe {source!r} holds {type(raw).__name__}, not keys with values; `evatune recipes"
-            " show` shows one"
+            f" show` shows one; {_for_data(source)}"
         )
     if raw.get("trust_remote_code"):
         raise ConfigError(

@@ -69,9 +69,10 @@ def run(
         quiet: draw no bar. say: is told in a sentence what data of the user's were taken for.
 
     Returns:
-        What `result.json` holds: score in [0, 1] (higher is better), eval_loss, measures (what else
-            the task measures), all three of the test examples; validation, the same of the
-            validation examples, None without; trainable_parameters; first_gradient_b (norm of the
+        What `result.json` holds: score in [0, 1] (higher is better), score_name (what it is),
+            scored (on how many examples or episodes), eval_loss, measures (what else the task
+            measures), all of the test examples; validation, the same of the validation examples,
+            None without; trainable_parameters; first_gradient_b (norm of the
             gradient of all B at step 1, None without an adapter); init_seconds, train_seconds,
             steps.
 
@@ -104,8 +105,11 @@ def _run(recipe: Recipe, folder: Path, quiet: bool, say: Callable[[str], object]
     if method.trains:
         with writing(folder / method.saved_as, MAKE_ROOM):
             method.save(model, folder / method.saved_as, folder / INITIAL_ADAPTER)
+    task = trained.task
     result = {
         "score": measures.pop("score"),
+        "score_name": task.score_name,
+        "scored": task.episodes or len(task.test),
         "eval_loss": measures.pop("loss"),
         "measures": measures,
         "validation": validation,
@@ -117,7 +121,7 @@ def _run(recipe: Recipe, folder: Path, quiet: bool, say: Callable[[str], object]
         "steps": recipe.training.steps,
         "peak_memory_bytes": peak_memory(),
         "versions": library_versions(),
-        "data_fingerprint": data_fingerprint(trained.task),
+        "data_fingerprint": data_fingerprint(task),
     }
     write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
     # of a thousand runs they would fill the disk

@@ -73,6 +73,11 @@ def tokens_of(tokenizer: Any, chat: Chat, origin: Origin) -> tuple[list[int], li
     try:
         marked = bool(_MARKED.search(str(tokenizer.chat_template)))
         text, spans = (_marked if marked else _compared)(tokenizer, chat)
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(
+            f"the chat template is no whole Jinja (line {error.lineno}: {error.message}); mend it,"
+            f" or give another with {origin.template}"
+        ) from error
     except (jinja2.TemplateError, TypeError) as error:
         raise DataError(
             f"the chat template refuses a chat of {origin.source!r} ({error}); mend the chat, or"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evatune.errors import DataError
-from evatune.loading.records import LABEL_COLUMNS, require_column
+from evatune.loading.records import LABEL_COLUMNS, Origin, require_labels
 from evatune.utils.extras import extras
 
 with extras(__name__):
@@ -69,7 +69,7 @@ def find_label_column(table: Any, name: str | None, source: str) -> LabelColumn 
     Raises DataError for a name that the table does not have.
     """
     if name is not None:
-        require_column(table, name, source)
+        require_labels(table, name, Origin(source))
         return LabelColumn(name, source)
     found = next((each for each in LABEL_COLUMNS if each in table.column_names), None)
     return None if found is None else LabelColumn(found, source)

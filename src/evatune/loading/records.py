@@ -46,6 +46,7 @@ class Origin:
     source: str
     columns: str = "--columns"
     template: str = "--chat-template"
+    labels: str = "--label-column"
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def text_columns(table: Any, columns: Sequence[str], origin: Origin, label: str)
             f"{origin.columns} is {list(columns)}; give one column of text, or two for pairs of"
             " texts"
         )
-    require_column(table, label, origin.source)
+    require_labels(table, label, origin)
     for column in columns:
         require_strings(table, column, origin.source)
     return tuple(columns) or (text_column(table, origin, (label,)),)
@@ -279,6 +280,15 @@ def require_column(table: Any, column: str, source: str | Path) -> None:
     if column not in table.column_names:
         raise DataError(
             f"{str(source)!r} has no column {column!r}; it has {_listed(table.column_names)}"
+        )
+
+
+def require_labels(table: Any, column: str, origin: Origin) -> None:
+    """Raise a DataError unless the table has the column of classes."""
+    if column not in table.column_names:
+        raise DataError(
+            f"{origin.source!r} has no column {column!r} with the classes; it has"
+            f" {_listed(table.column_names)}: name the right one with {origin.labels}"
         )
 
 

@@ -13,6 +13,7 @@ from evatune.finetune.methods import find_method
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.run_folder import CALIBRATION
 from evatune.report.cards import WEIGHTS, CardFacts, write_card
+from evatune.report.text import score_text
 
 
 def write_run_card(folder: Path, recipe: Recipe, result: Mapping[str, Any]) -> None:
@@ -29,7 +30,7 @@ def write_run_card(folder: Path, recipe: Recipe, result: Mapping[str, Any]) -> N
         method=recipe.method,
         scale=method.scale(recipe.adapter.scale),
         results={
-            "score on unseen examples": f"{result['score']:.3f}",
+            "result on unseen examples": score_text(result),
             "evaluation loss": f"{result['eval_loss']:.3f}",
             "trained for": f"{result['steps']:,} steps at {recipe.training.learning_rate:g}",
         },

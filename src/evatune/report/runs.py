@@ -43,11 +43,12 @@ def comparison_table(terminal: Console, comparison: Comparison) -> Table:
 
     Several tasks end with averages.
     """
-    lines, styles, sections = [], [], []
+    lines: list[list[str]] = []
+    styles: list[str] = []
+    sections = []
     for task in comparison.targets:
-        for line in _members(comparison, task):
-            lines.append(_cells(line))
-            styles.append("" if line.best else "dim")
+        lines += _rows(comparison, task)
+        styles += ["" if line.best else "dim" for line in _members(comparison, task)]
         sections.append(len(lines) - 1)
     averages = _averages(comparison)
     return fitted_table(
@@ -71,13 +72,19 @@ def comparison_markdown(comparison: Comparison, command: str) -> str:
         "|---|---" + "|---:" * (len(_HEADINGS) - 2) + "|",
     ]
     for task in comparison.targets:
-        lines += [_markdown_row(_cells(line)) for line in _members(comparison, task)]
+        lines += map(_markdown_row, _rows(comparison, task))
     lines += map(_markdown_row, _averages(comparison))
     return "\n".join([*lines, "", *map(markdown_text, _caption(comparison))]) + "\n"
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(map(markdown_text, cells)) + " |"
+
+
+def _rows(comparison: Comparison, task: str) -> list[list[str]]:
+    """Return the cells of a task's lines; the best of several rates is marked."""
+    marked = _has_rates(comparison)
+    return [_cells(line, line.best and marked) for line in _members(comparison, task)]
 
 
 def _members(comparison: Comparison, task: str) -> list[MethodSummary]:
@@ -90,34 +97,39 @@ def _averages(comparison: Comparison) -> list[list[str]]:
     if len(comparison.targets) < 2:
         return []
     empty = [""] * (len(_HEADINGS) - 5)
+    best = "best" if _has_rates(comparison) else ""
     return [
-        [f"all {len(comparison.targets)}", method, f"{score:.3f}", "", "best", *empty]
+        [f"all {len(comparison.targets)}", method, f"{score:.3f}", "", best, *empty]
         for method, score in sorted(comparison.averages().items(), key=lambda item: -item[1])
     ]
 
 
 def _caption(comparison: Comparison) -> list[str]:
     goals = ", ".join(f"{task} {loss:.3f}" for task, loss in comparison.targets.items())
+    chosen = "* the method's best rate, chosen on these very scores. "
     return [
-        (
-            "* the method's best rate, chosen on these very scores. ± is the standard deviation"
-            " over seeds."
-        ),
+        f"{chosen if _has_rates(comparison) else ''}± is the standard deviation over seeds.",
         f"Target, an evaluation loss: {goals}. grad B: norm of the gradient of all B at step 1.",
     ]
+
+
+def _has_rates(comparison: Comparison) -> bool:
+    """Return whether a method was run at several rates, so that one of them is its best."""
+    methods = {(line.task, line.method) for line in comparison.lines}
+    return len(methods) < len(comparison.lines)
 
 
 def _worst_last(line: MethodSummary) -> float:
     return math.inf if math.isnan(line.score.mean) else -line.score.mean
 
 
-def _cells(line: MethodSummary) -> list[str]:
+def _cells(line: MethodSummary, chosen: bool) -> list[str]:
     return [
         line.task,
         line.method,
         _spread(line.score, ".3f"),
         _spread(line.eval_loss, ".3f"),
-        f"{line.learning_rate:g}{' *' if line.best else '  '}",
+        f"{line.learning_rate:g}{' *' if chosen else '  '}",
         str(line.seeds),
         "–" if line.steps_to_target is None else _spread(line.steps_to_target, ".0f"),
         _spread(line.trainable_parameters, ",.0f"),

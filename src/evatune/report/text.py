@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median
@@ -14,6 +15,7 @@ from evatune.utils.text import shortened
 
 _LORA_RATE = 2e-4  # that many users of LoRA bring
 _LITTLE = 2.0  # times a random A, below which there is little that data could say
+_FEW = 100  # examples, below which chance alone moves a score by ten points
 _SETTLED = 0.01  # estimated miss at which the default rule stops
 
 LAYER_HEADINGS = (
@@ -174,6 +176,26 @@ def _lines_of_steps(figures: Mapping[str, Any], scales: Sequence[str]) -> list[s
 
 def _in_words(spread: Mapping[str, float]) -> str:
     return "{median:.3g} (median; {least:.3g} to {largest:.3g})".format(**spread)
+
+
+def score_text(result: Mapping[str, Any]) -> str:
+    """Return a run's score for people: "score 0.833 (accuracy, n = 6)"."""
+    number = f"score {result['score']:.3f}"
+    if result["scored"] is None:  # a run of an older version
+        return number
+    return f"{number} ({result['score_name']}, n = {result['scored']:,})"
+
+
+def caution(result: Mapping[str, Any]) -> str:
+    """Return that a score was measured on too few examples; nothing where they are enough."""
+    count = result["scored"]
+    if not count or count >= _FEW:
+        return ""
+    points = 100 / math.sqrt(count)  # two standard errors of a share near a half
+    return (
+        f"n = {count} says little: by chance alone such a score moves by ±{points:.0f} points; test"
+        " on hundreds to compare runs"
+    )
 
 
 def rate_text(rate: float) -> str:

@@ -27,6 +27,8 @@ class Result(Strict):
     """`result.json`; see `evatune.finetune.run.run` for what the keys mean."""
 
     score: _Measure
+    score_name: Name = "score"  # unknown in files of older versions, as is the number
+    scored: Count | None = None
     eval_loss: _Measure
     measures: dict[Name, _Measure]
     validation: dict[Name, _Measure] | None = None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -21,6 +24,18 @@ def shortened(names: Sequence[str], limit: int = 5) -> str:
     shown = ", ".join(names[:limit])
     hidden = len(names) - limit
     return f"{shown} and {hidden} more" if hidden > 0 else shown
+
+
+def folded(text: str, indent: str) -> str:
+    """Return a line folded at words on a terminal, whole in a pipe.
+
+    Args:
+        indent: of the lines after the first.
+    """
+    if not sys.stdout.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(text, width, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def first_difference(first: Any, second: Any) -> Difference | None:

@@ -41,7 +41,11 @@ def test_texts_of_the_user_are_read(columns: list[str], bert_folder: Path, tmp_p
     ("label", "more", "text"),
     [
         (7, [], "holds the label 7; its 2 classes must be names, or numbers from 0 to 1"),
-        (1, ["data.label_column=class"], "has no column 'class'; it has text, label"),
+        (
+            1,
+            ["data.label_column=class"],
+            "no column 'class' with the classes; it has text, label: name .* data.label_column",
+        ),
         (1, ["data.columns=[words]"], "has no column 'words'; it has text, label"),
         (1, ["data.train_split=first"], "first"),
     ],

@@ -42,6 +42,12 @@ def verdict(lines: list[Any], failed: int = 0) -> str:
     return text.partition('<p class="verdict">')[2].partition("</p>")[0]
 
 
+def test_wins_are_counted_only_where_several_seeds_can_tell() -> None:
+    for scores, counted in (([0.5, 0.6], True), ([0.5], False)):
+        text = page_of([line("bbc", method, scores) for method in ("lora", "eva")])
+        assert ("tasks eva won / tied / lost" in text) == counted
+
+
 def test_the_verdict_tells_a_win_from_scatter() -> None:
     lora = line("bbc", "lora", [0.5, 0.51, 0.52])
     apart = verdict([lora, line("bbc", "eva", [0.6, 0.61, 0.621])])

@@ -25,12 +25,15 @@ RESULT_FIELDS: dict[str, Any] = {
 }
 
 
-def finished(folder: Path, score: float, loss: float = 0.5, **settings: Any) -> Recipe:
+def finished(
+    folder: Path, score: float, loss: float = 0.5, scored: int | None = None, **settings: Any
+) -> Recipe:
     """A folder of a finished run, without its adapter."""
     folder.mkdir()
     recipe = parse({"task": "bbc"} | settings)
     (folder / RECIPE).write_text(json.dumps(as_tree(recipe)))
-    (folder / RESULT).write_text(json.dumps(RESULT_FIELDS | {"score": score, "eval_loss": loss}))
+    result = {"score": score, "score_name": "accuracy", "scored": scored, "eval_loss": loss}
+    (folder / RESULT).write_text(json.dumps(RESULT_FIELDS | result))
     lines = [
         {"step": 0, "eval_loss": 2.0, "eval_score": 0.1, "seconds": 0.1},
         {"step": 1, "loss": 1.0, "grad_norm_B": 1.0, "peak_memory_bytes": 5_000_000},
@@ -41,10 +44,11 @@ def finished(folder: Path, score: float, loss: float = 0.5, **settings: Any) -> 
 
 
 def test_a_run_alone_shows_its_curves_and_names_the_comparison_as_next(tmp_path: Path) -> None:
-    recipe = finished(tmp_path / "run", 0.75, method="pissa")
+    recipe = finished(tmp_path / "run", 0.75, scored=16, method="pissa")
     text = render(tmp_path / "run", recipe, "my recipe.yaml")
     page = Document(text)
-    assert "Score 0.750 on up to 500 unseen examples, evaluation loss 0.500; no run" in page.text
+    assert "Score 0.750 (accuracy, n = 16), evaluation loss 0.500; no run" in page.text
+    assert "n = 16 says little: by chance alone such a score moves by ±25 points" in page.text
     assert "evatune compare 'my recipe.yaml' --methods lora,pissa" in page.text
     assert "1,234 trainable parameters" in page.text
     plots = specs(text)
@@ -72,7 +76,7 @@ def test_loras_run_beside_it_is_drawn_beside_it(tmp_path: Path) -> None:
 def test_a_run_on_the_users_data_has_no_size_to_say_and_no_short_command(tmp_path: Path) -> None:
     recipe = finished(tmp_path / "run", 0.75, data={"source": "mine.csv"})
     page = Document(render(tmp_path / "run", recipe, "own-understanding"))
-    assert "Score 0.750 on unseen examples, evaluation loss 0.500" in page.text
+    assert "Score 0.750, evaluation loss 0.500" in page.text
     assert "evatune compare" not in page.text
 
 

@@ -32,6 +32,8 @@ class Task:
         evaluate: model, part ("validation" or "test"), run folder → measures after training that
             are no function of the logits on that part: generated answers, episodes in a simulator.
             It gives "score", in [0, 1], higher is better, and may write files.
+        score_name: what the score is, in a few words.
+        episodes: over which the score is a mean, where it is not one over examples.
         rows: evatune's choice of rows, where the model's masks do not say it.
         about: a sentence on data of the user's: what was recognized, and how they were split.
     """
@@ -47,6 +49,8 @@ class Task:
     metric: Callable[[Any], dict[str, float]] | None = None
     reduce: Callable[[Any, Any], Any] | None = None
     evaluate: Callable[[Any, Part, Path], dict[str, float]] | None = None
+    score_name: str = "accuracy"
+    episodes: int | None = None
     rows: RowsFunction | None = None
     about: str = ""
 

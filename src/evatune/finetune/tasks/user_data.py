@@ -11,6 +11,7 @@ from evatune.finetune.recipe import OWN_TASK, DataOptions, Recipe
 from evatune.finetune.tasks.splits import Split, draw
 from evatune.loading.hub import reading, require_path
 from evatune.loading.labels import LabelColumn
+from evatune.loading.records import Origin
 from evatune.loading.tables import load_split
 
 _MOST_HELD_OUT = 500
@@ -96,6 +97,12 @@ def describe_parts(split: Split[Any], data: DataOptions) -> str:
     validation = f"{len(split.validation):,} for validation, " if len(split.validation) else ""
     cut = "cut off " if data.train == 0 else ""
     return f"{len(split.train):,} to train on, {cut}{validation}{len(split.test):,} for the test"
+
+
+def own_origin(data: DataOptions) -> Origin:
+    """Return where `data.source` is, and which keys of a recipe read it in another way."""
+    keys = ("data.columns", "data.chat_template", "data.label_column")
+    return Origin(str(data.source), *keys)
 
 
 def label_column(data: DataOptions) -> LabelColumn:

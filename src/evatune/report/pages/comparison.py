@@ -20,8 +20,8 @@ from evatune.report.pages.base import (
     text_cell,
 )
 from evatune.report.pages.calibration import adapter_facts
+from evatune.report.pages.run import model_name
 from evatune.report.verdicts import SUBJECT, compared, interval_text, signed
-from evatune.utils.names import short_name
 
 _HEADINGS = ["task", "method", "learning rate", "seeds", "score", "±", "loss", "steps to target"]
 _HEADINGS += ["parameters", "gradient of B", "seconds to initialize", "to train"]
@@ -74,10 +74,7 @@ def _facts(
     adapters = {
         adapter_facts(one.adapter.rank, one.adapter.rho, one.adapter.alpha) for one in recipes
     }
-    models = {
-        f"small model of {one.domain}" if one.model == "demo" else short_name(one.model)
-        for one in recipes
-    }
+    models = {model_name(one) for one in recipes}
     rates = sorted({line.learning_rate for line in comparison.lines})
     seeds = sorted({seed for line in comparison.lines for seed in line.scores})
     return {
@@ -131,7 +128,7 @@ def _tiles(comparison: Comparison, found: DomainComparison | None) -> list[Tile]
     tiles = [Tile(f"{averages[name]:.3f}", f"score of {name}, mean") for name in order[:6]]
     if found is not None:
         line = next((one for one in found.methods if one.method == SUBJECT), None)
-        if line is not None:
+        if line is not None and line.wins + line.ties + line.losses:  # none of a single seed
             counts = f"{line.wins} / {line.ties} / {line.losses}"
             tiles.append(
                 Tile(counts, f"tasks {SUBJECT} won / tied / lost against {found.reference}")

@@ -17,7 +17,7 @@ from evatune.finetune.run_folder import CALIBRATION, read_result, reference_run
 from evatune.report.charts import Curve, curves
 from evatune.report.pages import calibration as start
 from evatune.report.pages.base import Chart, Page, Table, Tile, document, number_cell
-from evatune.report.text import rate_text
+from evatune.report.text import caution, rate_text, score_text
 from evatune.report.text import verdict as start_verdict
 from evatune.utils.names import short_name
 
@@ -63,7 +63,7 @@ def render(folder: Path, recipe: Recipe, source: str) -> str:
     page = Page(
         title=f"{recipe.method} on {recipe.task}",
         facts=_facts(recipe, calibration),
-        verdict=verdict(run, reference, recipe.data.test),
+        verdict=verdict(run, reference),
         command=_command(recipe, source, folder, reference),
         tiles=_tiles(run),
         charts=charts([run] if reference is None else [run, reference]),
@@ -99,17 +99,21 @@ def _reference(recipe: Recipe, folder: Path) -> FinishedRun | None:
     return FinishedRun(REFERENCE, result, read_metrics(beside))
 
 
+def model_name(recipe: Recipe) -> str:
+    """Return the name of the model that a recipe begins with, for a header."""
+    if recipe.model == "demo":
+        return f"evatune's small model for {recipe.domain}"
+    return short_name(recipe.model)
+
+
 def _facts(recipe: Recipe, calibration: Calibration | None) -> dict[str, str]:
     adapter = recipe.adapter
     rho = None if calibration is None else calibration.config.rho
     has_adapter = find_method(recipe.method).saved_as == "adapter"
     shape = start.adapter_facts(adapter.rank, rho, adapter.alpha) if has_adapter else "no adapter"
-    model = (
-        f"small model of {recipe.domain}" if recipe.model == "demo" else short_name(recipe.model)
-    )
     source = recipe.data.source
     return {
-        "model": model,
+        "model": model_name(recipe),
         "data": f"{recipe.domain} / {recipe.task}" if source is None else short_name(source),
         "method": recipe.method,
         "r / ρ / α": shape,
@@ -119,27 +123,23 @@ def _facts(recipe: Recipe, calibration: Calibration | None) -> dict[str, str]:
     }
 
 
-def verdict(run: FinishedRun, reference: FinishedRun | None, examples: int) -> str:
-    """Return what the run reached, in one sentence.
-
-    Args:
-        examples: on which the score was measured, at most; 0: a share of the user's data.
-    """
+def verdict(run: FinishedRun, reference: FinishedRun | None) -> str:
+    """Return what the run reached, in a sentence, and whether it was measured on too little."""
     score, loss = run.result["score"], run.result["eval_loss"]
     if not math.isfinite(loss):
         return "The run diverged: its evaluation loss is no number; try a smaller learning rate."
-    many = f"up to {examples:,} " if examples else ""
-    reached = f"Score {score:.3f} on {many}unseen examples"
+    reached = score_text(run.result).capitalize()
+    few = f" {doubt}." if (doubt := caution(run.result)) else ""
     if reference is None:
-        return f"{reached}, evaluation loss {loss:.3f}; no run of LoRA lies beside it."
+        return f"{reached}, evaluation loss {loss:.3f}; no run of LoRA lies beside it.{few}"
     other = reference.result["score"]
     points = 100 * (score - other)
     if not math.isfinite(points):
-        return f"{reached}; LoRA's run beside it diverged."
+        return f"{reached}; LoRA's run beside it diverged.{few}"
     side = "above" if points >= 0 else "below"
     return (
         f"{reached}, {abs(points):.1f} points {side} LoRA's {other:.3f} with the same seed: one run"
-        " each, so no evidence of a difference."
+        " each, so no evidence of a difference.{few}"
     )
 
 
@@ -157,7 +157,7 @@ def _command(recipe: Recipe, source: str, folder: Path, reference: FinishedRun |
 def _tiles(run: FinishedRun) -> list[Tile]:
     result = run.result
     found = [
-        Tile(f"{result['score']:.3f}", "score on unseen examples"),
+        Tile(f"{result['score']:.3f}", result["score_name"]),
         Tile(f"{result['eval_loss']:.3f}", "evaluation loss"),
         Tile(f"{result['trainable_parameters']:,}", "trainable parameters"),
         Tile(f"{result['init_seconds']:.1f} s", "to initialize"),

@@ -210,7 +210,7 @@ def test_a_mistake_in_the_recipe_says_what_is_allowed(
         (
             [0, 1] * 4,
             ["data.label_column=kind"],
-            "has no column 'kind'; it has image, label, extra",
+            "has no column 'kind' with the classes; it has image, label, extra: name",
         ),
         ([0, 1] * 4, ["data.columns=[extra]"], "column 'extra' of .* holds no images"),
         ([-1] * 8, [], "column 'label' of .* holds the label -1; its 1 classes"),

@@ -25,12 +25,17 @@ from evatune.finetune.tasks.generation.scoring import (
 )
 from evatune.finetune.tasks.generation.tasks import TASKS
 from evatune.finetune.tasks.splits import Split
-from evatune.finetune.tasks.user_data import describe_parts, load_examples, require_task
+from evatune.finetune.tasks.user_data import (
+    describe_parts,
+    load_examples,
+    own_origin,
+    require_task,
+)
 from evatune.loading.assets import asset
 from evatune.loading.chats import load_template, require_template
 from evatune.loading.encoding import Encoder, Row, encode_answer
 from evatune.loading.hub import reading, require_path
-from evatune.loading.records import Origin, Records, find_records
+from evatune.loading.records import Records, find_records
 
 _OFFLINE = "generation-code"
 _INSTEAD = (
@@ -60,13 +65,14 @@ def prepare(recipe: Recipe) -> Task:
     def encoded(part: list[Pair]) -> list[Row]:
         return [encode_answer(tokenizer, pair.prompt, pair.answer, longest) for pair in part]
 
-    evaluate = _evaluation(recipe, tokenizer, pairs)
     task = _task(model, tokenizer, pairs.map(encoded))
-    return replace(
-        task,
-        metric=_metric(recipe, tokenizer, has_choices=evaluate is not None),
-        evaluate=evaluate,
-    )
+    evaluate = _evaluation(recipe, tokenizer, pairs)
+    if evaluate is not None:
+        return replace(task, metric=measures, evaluate=evaluate, score_name="accuracy")
+    if TASKS[recipe.task].one_right:
+        share = "mean share of an answer's tokens that are right"
+        return replace(task, metric=share_of_tokens, score_name=share)
+    return task
 
 
 def _of_the_user(recipe: Recipe) -> Task:
@@ -100,6 +106,7 @@ def _task(model: Any, tokenizer: Any, rows: Split[list[Row]]) -> Task:
         task_type="CAUSAL_LM",
         metric=partial(scored_measures, tokenizer=tokenizer),
         reduce=token_losses,
+        score_name="one over the perplexity per character",
     )
 
 
@@ -150,18 +157,6 @@ def _evaluation(
     return share
 
 
-def _metric(
-    recipe: Recipe, tokenizer: Any, *, has_choices: bool
-) -> Callable[[Any], dict[str, float]]:
-    """Return the metric of the logits, with a score unless choices give it."""
-    if has_choices:
-        return measures
-    task = TASKS.get(recipe.task)
-    if task is not None and task.one_right:
-        return share_of_tokens
-    return partial(scored_measures, tokenizer=tokenizer)
-
-
 def _bundled_pairs(recipe: Recipe) -> Split[list[Pair]]:
     """Return prompts and answers of one of our tasks.
 
@@ -183,7 +178,7 @@ def _bundled_pairs(recipe: Recipe) -> Split[list[Pair]]:
 def _user_records(recipe: Recipe) -> Split[Records]:
     """Return the records of `data.source`, of one layout in all parts."""
     data = recipe.data
-    origin = Origin(str(data.source), "data.columns", "data.chat_template")
+    origin = own_origin(data)
     records: Split[Records] = load_examples(
         recipe, lambda table: find_records(table, data.columns, origin), tuple(TASKS), _OFFLINE
     )

@@ -25,12 +25,13 @@ from evatune.finetune.tasks.user_data import (
     describe_parts,
     encode_labels,
     load_examples,
+    own_origin,
     require_task,
 )
 from evatune.loading.assets import asset
 from evatune.loading.cache import build_once
 from evatune.loading.hub import reading, require_path
-from evatune.loading.records import Origin, media_column, require_column
+from evatune.loading.records import media_column, require_labels
 
 _DRAWN_VERSION = 2  # of the code that draws
 _KEPT_TASKS = 2  # in memory: a comparison goes from task to task
@@ -201,10 +202,10 @@ def _processed(drawn: _Drawn) -> _Process:
 def _user_images(recipe: Recipe) -> tuple[_Labeled, Split[list[int]], str]:
     """Return the images of `data.source`, which are in which part, and what they are."""
     data = recipe.data
-    origin = Origin(str(data.source), "data.columns")
+    origin = own_origin(data)
 
     def find(table: Any) -> str:
-        require_column(table, data.label_column, origin.source)
+        require_labels(table, data.label_column, origin)
         return media_column(table, data.columns, origin)
 
     tables = load_examples(recipe, checked(find), tuple(TASKS), "images-digits")

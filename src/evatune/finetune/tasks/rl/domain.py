@@ -70,6 +70,8 @@ def prepare(recipe: Recipe) -> Task:
             length=data.max_length,
         ),
         rows=rows_without_padding,
+        score_name="mean share of the steps left at success",
+        episodes=data.episodes,
     )
 
 

@@ -22,6 +22,7 @@ from evatune.finetune.tasks.user_data import (
     describe_parts,
     encode_labels,
     load_examples,
+    own_origin,
     require_task,
 )
 from evatune.loading.assets import asset
@@ -29,7 +30,7 @@ from evatune.loading.corpora import SENTIMENT, bbc, sentiment
 from evatune.loading.demo import demo_model
 from evatune.loading.hub import reading, require_path
 from evatune.loading.models import make_ready
-from evatune.loading.records import Origin, text_columns
+from evatune.loading.records import text_columns
 from evatune.loading.texts import truncate_texts
 
 TASKS = (*SENTIMENT, "bbc", *grammar.TASKS)
@@ -189,7 +190,7 @@ def _first_occurrences(texts: Sequence[str]) -> list[int]:
 def _user_examples(recipe: Recipe) -> tuple[Split[_Labeled], int, str]:
     """Return the examples of `data.source`, the number of classes, and what they are."""
     data = recipe.data
-    origin = Origin(str(data.source), "data.columns")
+    origin = own_origin(data)
 
     def columns(table: Any) -> tuple[str, ...]:
         return text_columns(table, data.columns, origin, data.label_column)
