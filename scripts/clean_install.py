@@ -78,12 +78,6 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
 
 # What the README's block of Python takes for granted, and its model, for which a small one stands.
 _HUB_MODEL = "meta-llama/Llama-3.2-1B"
-_BEFORE = """
-import torch
-batches = [{"input_ids": torch.randint(0, 100, (4, 16))} for _ in range(2)]
-"""
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What became of one command."""
@@ -127,11 +121,13 @@ class Environment:
 
     def furnish(self) -> None:
         """Write what the commands take for granted: texts, and the README's Python."""
-        lines = [json.dumps({"text": f"{n} plus {n} is {2 * n}"}) + "\n" for n in range(64)]
-        (self.work / "my.jsonl").write_text("".join(lines))
+        texts = [f"{n} plus {n} is {2 * n}" for n in range(64)]
+        records = [json.dumps({"text": text}) + "\n" for text in texts]
+        (self.work / "my.jsonl").write_text("".join(records))
+        (self.work / "my.txt").write_text("\n".join(texts))
         block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
         assert block is not None
-        code = _BEFORE + block[1].replace(_HUB_MODEL, "MODEL")
+        code = block[1].replace(_HUB_MODEL, "MODEL")
         (self.work / "README.py").write_text(self._filled(code))
 
     def run(self, command: str, shown: str | None = None) -> Outcome:

@@ -101,6 +101,7 @@ def test_python_blocks_run(
     page: str, hub_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("my.txt").write_text("".join(f"{n} plus {n} is {2 * n}\n" for n in range(16)))
     scope = names(hub_model)
     for number, block in enumerate(blocks(page, "python"), 1):
         code = block.replace(HUB, str(hub_model))

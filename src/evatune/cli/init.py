@@ -478,6 +478,8 @@ def _show(calibration: Calibration, out: Path, settings: dict[str, Any], as_json
         " folder",
         f"{out / 'calibration.safetensors'}  the record; evatune inspect prints it",
         f"{out / 'report.html'}  open it in a browser",
+        "",
+        f"Next: {_next_command(calibration, settings)}",
     )
 
 

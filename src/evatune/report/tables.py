@@ -53,6 +53,7 @@ def show_calibration(
     terminal.print(
         plain(verdict(calibration, plan)), style="bold", soft_wrap=not terminal.is_terminal
     )
+    terminal.print()
     say(terminal, *summary_lines(calibration, plan, scales))
 
 
