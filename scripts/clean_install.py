@@ -78,6 +78,8 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
 
 # What the README's block of Python takes for granted, and its model, for which a small one stands.
 _HUB_MODEL = "meta-llama/Llama-3.2-1B"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of one command."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -131,6 +132,30 @@ def _in_group(work: Work, rank: int, folder: str, count: int) -> None:
     meeting = f"file://{folder}/meet"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
     work(rank, folder)
+    leave()
+
+
+def launched(work: Callable[..., None], *arguments: Any) -> list[int | None]:
+    """Run `work` on two processes with what a launcher says to each; return their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [FORKS.Process(target=_launched, args=(work, rank, port, arguments)) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(timeout=120)
+        if process.is_alive():
+            process.kill()
+    return [process.exitcode for process in both]
+
+
+def _launched(work: Callable[..., None], rank: int, port: int, arguments: Any) -> None:
+    torch.set_num_threads(1)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    numbers = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ.update(place | numbers | {"OMP_NUM_THREADS": "1"})
+    work(*arguments)
     leave()
 
 

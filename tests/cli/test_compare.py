@@ -118,3 +118,11 @@ def test_what_a_tuned_comparison_cannot_do_is_refused(command: Command, tmp_path
     refused(command(*asked, "--test-seeds", "2,3"), "share 2, so that what is tested would have")
     refused(command(*asked, "--lrs", "1e-3"), "--tune chooses the learning rates")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_of_several_processes_is_refused(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    answer = command("compare", "understanding-bbc", "--out", tmp_path / "out")
+    refused(answer, "this is one of 4 processes, and evatune compare is for one", folder=tmp_path)

@@ -98,10 +98,3 @@ def test_nothing_to_resume_is_said(init: Command, work: Path) -> None:
 
 def test_checkpoints_come_after_whole_batches(init: Command, work: Path) -> None:
     refused(init(checkpoint_every=0), "checkpoint_every is 0; it must be at least 1", folder=work)
-
-
-def test_one_of_several_processes_is_refused(
-    init: Command, work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    refused(init(), "this is one of 4 processes, and evatune init is for one", folder=work)

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from evatune.errors import ConfigError
+from evatune.errors import ProcessError
 from evatune.finetune.methods import METHODS
 from evatune.finetune.methods.eva import Eva, MinorDirections
 from evatune.finetune.metrics import read_metrics
@@ -87,13 +87,11 @@ def test_equal_seeds_give_equal_runs(bert_folder: Path, tmp_path: Path) -> None:
     assert first["eval_loss"] == second["eval_loss"]
 
 
-def test_one_of_several_processes_is_refused(
+def test_a_process_whose_others_cannot_be_found_says_so(
     bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        ConfigError, match="this is one of 2 processes, and evatune train is for one"
-    ):
+    with pytest.raises(ProcessError, match="one of 2 processes, but RANK is not set"):
         run(small(bert_folder), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 

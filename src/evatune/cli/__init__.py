@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
+import time
 from typing import NoReturn
 
 from evatune.cli.interrupt import SENTENCE, STATUS, Interrupts, ends_at_once
 from evatune.errors import MissingExtraError
 from evatune.utils.extras import extras
+from evatune.utils.launcher import is_first
 from evatune.utils.markup import printable
+
+_GRACE_SECONDS = 5.0
 
 
 def main() -> None:
@@ -44,4 +49,14 @@ def main() -> None:
 def _end(status: int, message: str) -> NoReturn:
     if message:
         print(f"evatune: {printable(message)}", file=sys.stderr)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        if status and not is_first():
+            # The launcher ends all with the first that ends: not before that one has tidied up.
+            time.sleep(_GRACE_SECONDS)
+        # A thread of gloo, which DDP holds on to, may take the interpreter's end for a crash
+        # (pytorch/pytorch#190489).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)

@@ -16,6 +16,7 @@ from evatune.cli.completion import recipe_names
 from evatune.cli.hints import AXES
 from evatune.cli.libraries import libraries_on_stderr, loading_libraries, progress_on_stderr
 from evatune.cli.train import RUNS, TRUSTED, Trust
+from evatune.utils.launcher import require_alone
 from evatune.utils.markup import printable
 from evatune.utils.names import as_shown
 
@@ -85,6 +86,7 @@ def compare(
 
     sources = expand(text for text in recipes if "=" not in text)
     overrides = [text for text in recipes if "=" in text]
+    require_alone("evatune compare")
     _require_no_axis(overrides, lrs)
     overrides += [TRUSTED] if trust_remote_code else []
     settings = [load(source, overrides) for source in sources]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,6 +31,7 @@ from evatune.cli.libraries import (
     progress_on_stderr,
 )
 from evatune.cli.options import config_of, option, setting, takes_options
+from evatune.utils.launcher import is_first
 from evatune.utils.markup import printable
 from evatune.utils.outputs import Output, claimed_folder, require_apart
 from evatune.utils.text import shortened
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from evatune.calibration.checkpoint import Checkpoint
     from evatune.calibration.result import Calibration
     from evatune.choices import Scale
+    from evatune.distributed.group import ProcessGroup
     from evatune.loading.batches import ShuffledBatches
     from evatune.loading.inputs import InputOptions, Inputs
 
@@ -204,29 +208,34 @@ def init(options: InitOptions) -> None:
         audio=options.audio,
     )
     load_torch()
-    from evatune.distributed.group import require_alone
-
-    require_alone("evatune init")
     require_choice("scale", options.scale, SCALES)
 
     from rich.console import Console
 
-    log = Console(stderr=True, quiet=options.as_json)
+    log = Console(stderr=True, quiet=options.as_json or not is_first())
     with loading_libraries(log):
+        from evatune.distributed.launch import launched
         from evatune.loading.quiet import quiet_libraries
 
         for module in ("text_inputs", "media_inputs"):
             import_module(f"evatune.loading.{module}")
         import_module("evatune.report.tables")
         quiet_libraries()
-    with claimed_folder(options.out, options.overwrite) as output:
-        checkpoint = _checkpoint(options, output, log)
-        job = _load(options, log)
-        settings = _recorded(options, job)
-        if checkpoint is not None:
-            checkpoint = replace(checkpoint, about=_about(settings, job.inputs.batches))
-        with libraries_on_stderr(), progress_on_stderr(options.as_json):
-            calibration = _initialize(options, job, config, checkpoint)
+    with launched() as processes, ExitStack() as held:
+        output = checkpoint = None
+        if processes.rank == 0:
+            output = held.enter_context(claimed_folder(options.out, options.overwrite))
+            checkpoint = _checkpoint(options, output, log)
+        processes.gather(None)  # the others begin where the first one can write
+        with processes.library_messages():
+            job = _load(options, log)
+            settings = _recorded(options, job)
+            if checkpoint is not None:
+                checkpoint = replace(checkpoint, about=_about(settings, job.inputs.batches))
+            with libraries_on_stderr(), progress_on_stderr(options.as_json):
+                calibration = _initialize(options, job, config, checkpoint, processes)
+        if output is None:
+            return
         with output.whole() as folder:
             _write(folder, job.adapted, calibration, settings)
         if checkpoint is not None:
@@ -398,8 +407,12 @@ def _initialize(
     job: _Job,
     config: CalibrationConfig,
     checkpoint: Checkpoint | None,
+    processes: ProcessGroup,
 ) -> Calibration:
-    """Initialize the adapter, and say what to try where the model does not run on the data."""
+    """Initialize the adapter, and say what to try where the model does not run on the data.
+
+    Of several processes each takes every so many-th batch.
+    """
     from evatune.api import initialize
     from evatune.errors import DataError, EvatuneError
     from evatune.loading.models import forward_for
@@ -407,10 +420,13 @@ def _initialize(
     inputs = job.inputs
     if inputs.labels_only:
         config = replace(config, labels_only=True)
+    batches: Iterable[Any] = inputs.batches
+    if processes.size > 1:
+        batches = islice(batches, processes.rank, None, processes.size)
     try:
         return initialize(
             job.adapted,
-            inputs.batches,
+            batches,
             config=config,
             scale=cast("Scale", options.scale),
             forward=forward_for(inputs.task),

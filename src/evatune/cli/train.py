@@ -62,7 +62,9 @@ def train(
 
     from rich.console import Console
 
-    log = Console(stderr=True, quiet=as_json)
+    from evatune.utils.launcher import is_first
+
+    log = Console(stderr=True, quiet=as_json or not is_first())
     with loading_libraries(log):
         from evatune.finetune.run import run
         from evatune.loading.quiet import quiet_libraries
@@ -79,6 +81,8 @@ def train(
 
     with libraries_on_stderr(), progress_on_stderr(as_json):
         result = run(settings, folder, quiet=as_json, say=say)
+    if not is_first():
+        return
     write_text(folder / "report.html", render(folder, settings, recipe))
     write_run_card(folder, settings, result)
     if as_json:

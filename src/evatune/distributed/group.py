@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from evatune.errors import ConfigError, ProcessError
+from evatune.errors import ProcessError
 from evatune.utils.text import ABSENT, Difference, first_difference
 
 # A process that is not heard of for this long is given up; torch's own default for gloo is three
@@ -92,8 +91,22 @@ class ProcessGroup:
         """Enclose messages that belong together; between them no process can say why it failed."""
         yield
 
-    def require_equal(self, facts: Mapping[str, Any]) -> None:
-        """Raise ProcessError on every process, naming a difference, unless `facts` are equal."""
+    @contextmanager
+    def library_messages(self) -> Iterator[None]:
+        """Enclose what sends messages of its own, such as training; here only errors are told.
+
+        Raises ProcessError where another process is lost meanwhile.
+        """
+        yield
+
+    def require_equal(
+        self, facts: Mapping[str, Any], what: str = "calibrate the same thing"
+    ) -> None:
+        """Raise ProcessError on every process, naming a difference, unless `facts` are equal.
+
+        Args:
+            what: that the processes do not do otherwise.
+        """
         text = json.dumps(facts, sort_keys=True)
         hashes = self.gather(hashlib.sha256(text.encode()).hexdigest())
         if len(set(hashes)) == 1:
@@ -105,10 +118,9 @@ class ProcessGroup:
             "the whole", everyone[0], everyone[rank]
         )
         raise ProcessError(
-            "the processes do not calibrate the same thing:"
-            f" {_in_words(difference, rank)}; start all of them with the same"
-            " model, weights, targets and settings, or set distributed=False to let each work"
-            " alone"
+            f"the processes do not {what}: {_in_words(difference, rank)}; start all of them with"
+            " the same libraries, model, weights, targets and settings, or set distributed=False to"
+            " let each work alone"
         )
 
 
@@ -218,6 +230,16 @@ class _DistributedGroup(ProcessGroup):
         yield
         self._busy = False
 
+    @contextmanager
+    def library_messages(self) -> Iterator[None]:
+        with self.exchange():
+            try:
+                yield
+            except RuntimeError as error:
+                if isinstance(error, dist.DistError) or "gloo" in str(error):
+                    raise ProcessError(self._explain_loss()) from error
+                raise
+
     def _gather_text(self, text: str) -> list[Any]:
         """Return the JSON text of every process, by rank, as values."""
         sent = text.encode()
@@ -272,17 +294,6 @@ class _DistributedGroup(ProcessGroup):
     def _messages_of(self, rank: int) -> int:
         key = f"{self._name}/{rank}"
         return int(self._store.get(key)) if self._store.check([key]) else 0
-
-
-def require_alone(command: str) -> None:
-    """Raise a ConfigError in a process that a launcher started as one of several."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise ConfigError(
-            f"this is one of {processes} processes, and {command} is for one; start it without"
-            " torchrun or accelerate launch, or call evatune.initialize in a script of your own,"
-            " which works on any number"
-        )
 
 
 def _has_several_processes() -> bool:

@@ -14,7 +14,8 @@ from evatune.schemas.tensors import read_header
 from evatune.schemas.text import read_text, validate_json
 
 _STATE = "trainer_state.json"  # written last
-_PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+_PICKLES = ("optimizer.pt", "scheduler.pt")
+_RANDOM_STATES = "rng_state*.pth"  # one of each process
 
 # NotImplementedError and RuntimeError: a method or an encryption that a flipped bit makes up.
 _ZIP_ERRORS = (
@@ -62,13 +63,16 @@ def _step(path: Path) -> int:
 
 def _require_whole(path: Path) -> None:
     """Raise Damage unless every file that Trainer reads is there and is what was written."""
+    states = sorted(state.name for state in path.glob(_RANDOM_STATES))
     missing = [name for name in (_STATE, *_PICKLES) if not (path / name).is_file()]
+    if not states:
+        missing.append(_RANDOM_STATES)
     if missing:
         raise Damage(f"lacks {missing[0]}")
     state = validate_json(TrainerState, read_text(path / _STATE))
     if state.global_step != _step(path):
         raise Damage(f"is of step {state.global_step} by its {_STATE}")
-    for name in _PICKLES:
+    for name in (*_PICKLES, *states):
         _require_whole_archive(path / name)
     weights = [path / name for name in _WEIGHTS if (path / name).is_file()]
     if not weights:

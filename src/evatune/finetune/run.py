@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ import transformers
 from evatune.api import initialize
 from evatune.calibration import Calibration
 from evatune.calibration.options import ProgressOption
-from evatune.distributed.group import require_alone
+from evatune.distributed.group import ProcessGroup
+from evatune.distributed.launch import launched
 from evatune.finetune.another_task import another_task
 from evatune.finetune.fingerprint import data_fingerprint
 from evatune.finetune.methods import AdapterSetup, Method, Preparation, find_method
@@ -82,22 +85,60 @@ def run(
     """
     find_domain(recipe.domain)
     find_method(recipe.method)
-    require_alone("evatune train")
     folder = resolved(folder)  # what is checked here and what is written later are the same place
+    with launched() as processes, _claimed(recipe, folder, processes) as finished:
+        if finished is not None:
+            return finished
+        newest = newest_whole(folder / CHECKPOINTS) if processes.rank == 0 else None
+        shared = processes.gather(newest and str(newest))[0]
+        checkpoint = None if shared is None else Path(shared)
+        result: dict[str, Any] = {}
+        with processes.library_messages():
+            if processes.rank == 0:
+                result = _run(recipe, folder, checkpoint, quiet, say)
+            else:
+                _take_part(recipe, folder, checkpoint)
+        return dict(processes.gather(result)[0])
+
+
+@contextmanager
+def _claimed(
+    recipe: Recipe, folder: Path, processes: ProcessGroup
+) -> Iterator[dict[str, Any] | None]:
+    """Yield what a finished run has written; else None, with the folder held for this run."""
+    if processes.rank > 0:  # the first one looks after it
+        yield processes.gather(None)[0]
+        return
     result = finished_result(recipe, folder)
     if result is not None:
-        return result
+        yield processes.gather(result)[0]
+        return
     with held(folder):
         result = finished_result(recipe, folder)  # by whoever held the folder until now
         if result is not None:
-            return result
+            yield processes.gather(result)[0]
+            return
         with claimed_run(recipe, folder):
-            return _run(recipe, folder, quiet, say)
+            yield processes.gather(None)[0]
 
 
-def _run(recipe: Recipe, folder: Path, quiet: bool, say: Callable[[str], object]) -> dict[str, Any]:
+def _take_part(recipe: Recipe, folder: Path, checkpoint: Path | None) -> None:
+    """Do this process's share of a run that the first process writes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        trained = _trained(recipe, folder, checkpoint, quiet=True, own=Path(scratch))
+        for part in ("validation", "test"):
+            if part == "test" or trained.task.validation is not None:
+                trained.measures(part)
+
+
+def _run(
+    recipe: Recipe,
+    folder: Path,
+    checkpoint: Path | None,
+    quiet: bool,
+    say: Callable[[str], object],
+) -> dict[str, Any]:
     """Begin the run, or go on with it, and return its result."""
-    checkpoint = newest_whole(folder / CHECKPOINTS)
     trained = _trained(recipe, folder, checkpoint, quiet=quiet, say=say)
     validation = None if trained.task.validation is None else trained.measures("validation")
     measures = trained.measures("test")
@@ -211,14 +252,17 @@ def _trained(
     checkpoint: Path | None,
     *,
     quiet: bool,
+    own: Path | None = None,
     kept: bool = True,
     say: Callable[[str], object] = _say_nothing,
 ) -> _Trained:
     """Do everything of a run up to its last step.
 
     Args:
+        own: folder for what every process of a run writes; default: the run's.
         kept: whether checkpoints and the calibration are written, instead of facts being measured.
     """
+    own = own or folder
     transformers.set_seed(recipe.seed)
     method = find_method(recipe.method)
     task = find_domain(recipe.domain).prepare(recipe)
@@ -229,12 +273,12 @@ def _trained(
     start = time.perf_counter()
     model = method.adapt(task.model, _adapter_setup(recipe, task))
     trainer = build_trainer(recipe, task, method, model, folder, resumed=resumed, checkpoints=kept)
-    calibration = _initialize(trainer, recipe, task, method, folder, quiet)
+    calibration = _initialize(trainer, recipe, task, method, own, quiet)
     init_seconds = time.perf_counter() - start
     if kept:
         facts = NO_FACTS
         if calibration is not None:
-            calibration.save(folder / CALIBRATION)
+            calibration.save(own / CALIBRATION)
     else:
         facts = start_facts(trainer.model, task, recipe)
 
@@ -244,7 +288,7 @@ def _trained(
         with training_shown(trainer, quiet):
             _train(trainer, checkpoint, recipe.training.steps)
     train_seconds = time.perf_counter() - start
-    return _Trained(trainer, task, method, folder, facts, init_seconds, train_seconds)
+    return _Trained(trainer, task, method, own, facts, init_seconds, train_seconds)
 
 
 def _adapter_setup(recipe: Recipe, task: Task) -> AdapterSetup:

@@ -18,6 +18,7 @@ from evatune.finetune.recipe import SCHEDULES, Recipe
 from evatune.finetune.run_folder import CHECKPOINTS, MAKE_ROOM
 from evatune.finetune.tasks import Task
 from evatune.utils.atomic import writing
+from evatune.utils.launcher import is_first, processes
 from evatune.utils.progress import Display, display
 from evatune.utils.text import duration
 
@@ -48,6 +49,9 @@ def build_trainer(
         lora_plus_ratio=training.lora_plus_ratio,
     )
     batch_size = training.batch_size * training.accumulate
+    callbacks: list[Any] = [_AfterStep(method)]
+    if is_first():
+        callbacks.append(MetricsCallback(folder / METRICS, batch_size))
     saves = checkpoints and method.resumable
     arguments = _arguments(recipe, folder, resumed=resumed, saves=saves)
     try:
@@ -60,13 +64,17 @@ def build_trainer(
             compute_metrics=task.metric,
             preprocess_logits_for_metrics=task.reduce,
             optimizers=(method.optimizer(model, optimizer_options), None),
-            callbacks=[_AfterStep(method), MetricsCallback(folder / METRICS, batch_size)],
+            callbacks=callbacks,
         )
     # such as a tracker that is not installed
     except (ValueError, RuntimeError, ImportError) as error:
         message = " ".join(str(error).split())
         raise ConfigError(f"Trainer refuses these settings: {message}") from error
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)  # metrics go to the file
+    # Trainer takes every model that has keyword arguments for one that divides its loss by a count
+    # of tokens that it is given; classifiers, such as Bert's, take the mean over their own batch,
+    # which Trainer would multiply by the number of processes, and not divide by the accumulated.
+    trainer.model_accepts_loss_kwargs &= task.task_type == "CAUSAL_LM"
     return trainer
 
 
@@ -78,13 +86,19 @@ def _arguments(
         raise ConfigError(
             f"training.schedule is {training.schedule!r}; choose one of {', '.join(SCHEDULES)}"
         )
+    share, rest = divmod(training.batch_size, processes())
+    if rest:
+        raise ConfigError(
+            f"training.batch_size is {training.batch_size}, which {processes()} processes cannot"
+            f" share; give a multiple of {processes()}"
+        )
     return transformers.TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         seed=recipe.seed,
         learning_rate=training.learning_rate,
         max_steps=training.steps,
-        per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=4 * training.batch_size,
+        per_device_train_batch_size=share,
+        per_device_eval_batch_size=4 * share,
         gradient_accumulation_steps=training.accumulate,
         bf16=training.precision == "bf16",
         fp16=training.precision == "fp16",
