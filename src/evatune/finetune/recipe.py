@@ -161,6 +161,9 @@ class AdapterOptions:
         default="ranks", description="EVA: what redistribution keeps within that of uniform ranks"
     )
     targets: _Text | _Texts = Field(default="all-linear", description="layers, as PEFT names them")
+    bias: Literal["none", "all", "lora_only"] = Field(
+        default="none", description="biases that are trained, as PEFT names them"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -351,13 +354,15 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
 def as_tree(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as plain values, as YAML and JSON hold them.
 
-    A permission or a chat template that is not given is no part of them.
+    A permission, a chat template or biases that are not given are no part of them.
     """
     tree = dataclasses.asdict(recipe)
     if not recipe.trust_remote_code:
         del tree["trust_remote_code"]
     if recipe.data.chat_template is None:  # what identifies runs that were made before it existed
         del tree["data"]["chat_template"]
+    if recipe.adapter.bias == "none":  # and this
+        del tree["adapter"]["bias"]
     return tree
 
 

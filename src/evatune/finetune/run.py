@@ -296,6 +296,7 @@ def _adapter_setup(recipe: Recipe, task: Task) -> AdapterSetup:
         rank=recipe.adapter.rank,
         alpha=recipe.adapter.alpha,
         targets=recipe.adapter.targets,
+        bias=recipe.adapter.bias,
         task_type=task.task_type,
         head=task.head,
         new_head=task.new_head,

@@ -38,6 +38,7 @@ class AdapterSetup:
         head: endings of the names of the modules that make up the head.
         new_head: the head is not in the checkpoint, so every method trains it in full.
         steps: optimizer steps to come.
+        bias: biases to train, as PEFT names them.
     """
 
     rank: int
@@ -47,6 +48,7 @@ class AdapterSetup:
     head: list[str]
     new_head: bool
     steps: int
+    bias: str = "none"
 
     @property
     def lora_options(self) -> dict[str, Any]:
@@ -54,6 +56,7 @@ class AdapterSetup:
         return {
             "target_modules": self.targets,
             "lora_alpha": self.alpha,
+            "bias": self.bias,
             "modules_to_save": self.head if self.new_head else None,
             "task_type": TaskType(self.task_type) if self.task_type else None,
         }

@@ -19,6 +19,7 @@ from evatune.errors import DataError
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.base import Domain, Task, accuracy
 from evatune.finetune.tasks.images.tasks import TASKS
+from evatune.finetune.tasks.images.vtab import VTAB, VTAB_OPTIONS, vtab_images
 from evatune.finetune.tasks.splits import Split, draw_from, draw_split
 from evatune.finetune.tasks.user_data import (
     checked,
@@ -89,7 +90,11 @@ def prepare(recipe: Recipe) -> Task:
     """
     data = recipe.data
     about = ""
-    if data.source is None:
+    options: dict[str, Any] = {}
+    if recipe.task in VTAB:
+        images, split = _vtab_images(recipe)
+        options = VTAB_OPTIONS
+    elif data.source is None:
         images, split = _bundled_images(recipe)
     else:
         images, split, about = _user_images(recipe)
@@ -97,7 +102,7 @@ def prepare(recipe: Recipe) -> Task:
 
     def process(indices: Sequence[int]) -> dict[str, Tensor]:
         pictures = [images.picture(index).convert("RGB") for index in indices]
-        return dict(processor(pictures, return_tensors="pt"))
+        return dict(processor(pictures, return_tensors="pt", **options))
 
     inputs: _Process = process
     if data.source is None:
@@ -197,6 +202,17 @@ def _processed(drawn: _Drawn) -> _Process:
         return {key: values[wanted] for key, values in kept.items()}
 
     return process
+
+
+def _vtab_images(recipe: Recipe) -> tuple[_Labeled, Split[list[int]]]:
+    """Return the images of one of VTAB's tasks, and which are in which part."""
+    found = vtab_images(recipe.task, recipe.data)
+
+    def picture(index: int) -> Image.Image:
+        with Image.open(found.files[index]) as opened:
+            return opened.convert("RGB")
+
+    return _Labeled(picture, found.labels, VTAB[recipe.task].classes), found.parts
 
 
 def _user_images(recipe: Recipe) -> tuple[_Labeled, Split[list[int]], str]:

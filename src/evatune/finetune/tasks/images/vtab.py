@@ -1,0 +1,225 @@
+"""VTAB-1K: nineteen tasks of a thousand images each, from the bundle that most papers share.
+
+The bundle holds a folder per task, `vtab-1k/dtd`, with images and four lists: `train800.txt` and
+`val200.txt` to choose settings by, both together in `train800val200.txt`, and `test.txt`. A line of
+a list is a path below the folder and a class: `images/train800val200/000001.jpg 33`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError
+
+from evatune.errors import ConfigError, DataError
+from evatune.finetune.recipe import DataOptions
+from evatune.finetune.tasks.splits import Split
+from evatune.loading.cache import cache_folder
+from evatune.loading.hub import reading, require_path
+from evatune.schemas import telling
+from evatune.schemas.text import read_text
+from evatune.utils.outputs import claimed_folder
+
+VTAB_OPTIONS = {
+    "size": {"height": 224, "width": 224},
+    "do_resize": True,
+    "do_center_crop": False,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
+"""Of an image processor: 224 pixels square, whatever the shape, and ImageNet's statistics."""
+
+_TOP = "vtab-1k"
+_ARCHIVE = f"{_TOP}.zip"
+_TRAIN, _VALIDATION, _BOTH, _TEST = "train800", "val200", "train800val200", "test"
+_SIZES = {_TRAIN: 800, _VALIDATION: 200, _BOTH: 1000}
+
+
+@dataclass(frozen=True)
+class VtabTask:
+    """A task: its folder in the bundle, and how much the benchmark says is in it."""
+
+    folder: str
+    group: str
+    classes: int
+    test: int
+
+
+_ROWS: tuple[tuple[str, str, str, int, int], ...] = (
+    ("caltech101", "caltech101", "natural", 102, 6085),
+    ("cifar100", "cifar", "natural", 100, 10000),
+    ("dtd", "dtd", "natural", 47, 1880),
+    ("flowers102", "oxford_flowers102", "natural", 102, 6149),
+    ("pets", "oxford_iiit_pet", "natural", 37, 3669),
+    ("svhn", "svhn", "natural", 10, 26032),
+    ("sun397", "sun397", "natural", 397, 21750),
+    ("camelyon", "patch_camelyon", "specialized", 2, 32768),
+    ("eurosat", "eurosat", "specialized", 10, 5400),
+    ("resisc45", "resisc45", "specialized", 45, 6300),
+    ("retinopathy", "diabetic_retinopathy", "specialized", 5, 42670),
+    ("clevr-count", "clevr_count", "structured", 8, 15000),
+    ("clevr-distance", "clevr_dist", "structured", 6, 15000),
+    ("dmlab", "dmlab", "structured", 6, 22735),
+    ("kitti", "kitti", "structured", 4, 711),
+    ("dsprites-location", "dsprites_loc", "structured", 16, 73728),
+    ("dsprites-orientation", "dsprites_ori", "structured", 16, 73728),
+    ("smallnorb-azimuth", "smallnorb_azi", "structured", 18, 12150),
+    ("smallnorb-elevation", "smallnorb_ele", "structured", 9, 12150),
+)
+VTAB = {
+    f"vtab-{name}": VtabTask(folder, group, classes, test)
+    for name, folder, group, classes, test in _ROWS
+}
+"""Task of a recipe → what it is."""
+
+
+@dataclass(frozen=True)
+class VtabImages:
+    """Files and classes of a task's images, and which are in which part."""
+
+    files: list[Path]
+    labels: list[int]
+    parts: Split[list[int]]
+
+
+def vtab_images(name: str, data: DataOptions) -> VtabImages:
+    """Return the images of one of `VTAB`, by the benchmark's own lists.
+
+    With 200 examples to validate on the others are the 800 that the benchmark has for choosing
+    settings; without, all 1000 are trained on. The test is the whole of its own.
+
+    Args:
+        data: its source is the bundle, as a folder, the zip file, or the hub id of the latter.
+
+    Raises:
+        ConfigError: other sizes. DataError: the bundle cannot be had, or a list of it is not what
+            the benchmark says.
+    """
+    task = VTAB[name]
+    if (data.train, data.validation) not in ((800, 200), (1000, 0)) or data.test:
+        raise ConfigError(
+            f"{name} has data.train {data.train}, data.validation {data.validation} and data.test"
+            f" {data.test}; VTAB-1K is 800 and 200 to choose settings by, or 1000 and 0, and"
+            " data.test=0, which is all of its test"
+        )
+    folder = _folder_of(task, str(data.source))
+    lists = (_BOTH, None, _TEST) if data.validation == 0 else (_TRAIN, _VALIDATION, _TEST)
+    files: list[Path] = []
+    labels: list[int] = []
+    parts: list[list[int]] = []
+    for part in lists:
+        first = len(files)
+        for file, label in _listed(folder, part, task) if part else ():
+            files.append(file)
+            labels.append(label)
+        parts.append(list(range(first, len(files))))
+    return VtabImages(files, labels, Split(*parts))
+
+
+def _listed(folder: Path, part: str, task: VtabTask) -> Iterator[tuple[Path, int]]:
+    """Yield the images of a list, with their classes; DataError where it is not whole."""
+    path = folder / f"{part}.txt"
+    with telling(path, "get the bundle anew, or another copy of it", DataError):
+        lines = read_text(path).splitlines()
+    expected = _SIZES.get(part, task.test)
+    if len(lines) != expected:
+        raise DataError(
+            f"{str(path)!r} lists {len(lines)} images, and VTAB-1K has {expected} there; get the"
+            " bundle anew"
+        )
+    for number, line in enumerate(lines, 1):
+        name, _, label = line.rpartition(" ")
+        where = f"line {number} of {str(path)!r} is {line[:80]!r}"
+        if not label.isdecimal() or len(label) > 4 or int(label) >= task.classes:
+            raise DataError(
+                f"{where}; a path and a class below {task.classes} belong there: get the bundle"
+                " anew"
+            )
+        if not _stays_below(name):
+            raise DataError(f"{where}, a path that leads out of the folder; get the bundle anew")
+        file = folder / name
+        if not file.is_file():
+            raise DataError(f"{where}, and there is no such file; get the bundle anew")
+        yield file, int(label)
+
+
+def _folder_of(task: VtabTask, source: str) -> Path:
+    """Return the folder of a task, out of the zip file where it is in one."""
+    require_path(source, "data.source")
+    path = Path(source)
+    if not path.exists():
+        path = _download(source)
+    if path.is_file():
+        return _extracted(path, task.folder)
+    for folder in (path / task.folder, path / _TOP / task.folder, path):
+        if (folder / f"{_TEST}.txt").is_file():
+            return folder
+    raise DataError(
+        f"{source!r} has no folder {task.folder} with a {_TEST}.txt; give the folder {_TOP} of the"
+        f" bundle, or {_ARCHIVE}"
+    )
+
+
+def _download(source: str) -> Path:
+    """Return the zip file of a hub's repository, of data or of a model."""
+    instead = f"the folder {_TOP} of the bundle, or the file {_ARCHIVE}"
+    with reading(source, "VTAB-1K", instead):
+        try:
+            found = huggingface_hub.hf_hub_download(source, _ARCHIVE, repo_type="dataset")
+        except HfHubHTTPError:
+            found = huggingface_hub.hf_hub_download(source, _ARCHIVE)
+    return Path(found)
+
+
+def _extracted(archive: Path, name: str) -> Path:
+    """Return a task's folder, taken out of the zip file once."""
+    stamp = archive.stat()
+    target = cache_folder() / f"{_TOP}-{stamp.st_size}-{stamp.st_mtime_ns}" / name
+    if target.is_dir():
+        return target
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            everything = opened.infolist()
+            members = [one for one in everything if name in PurePosixPath(one.filename).parts]
+            for one in members:
+                if not _stays_below(one.filename) or stat.S_ISLNK(one.external_attr >> 16):
+                    raise DataError(
+                        f"{str(archive)!r} holds {one.filename[:80]!r}, which leads out of its"
+                        " folder; get the bundle from elsewhere"
+                    )
+            if not members:
+                raise DataError(f"{str(archive)!r} has no folder {name}; get the whole bundle")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with claimed_folder(target, overwrite=False) as output, output.whole() as temporary:
+                _extract(opened, members, name, temporary)
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError) as error:
+        raise DataError(
+            f"{str(archive)!r} is no whole zip file ({error}); get the bundle anew"
+        ) from error
+    return target
+
+
+def _extract(
+    opened: zipfile.ZipFile, members: list[zipfile.ZipInfo], name: str, folder: Path
+) -> None:
+    """Write the members of a task's folder below another one."""
+    for one in members:
+        parts = PurePosixPath(one.filename).parts
+        below = folder.joinpath(*parts[parts.index(name) + 1 :])
+        if one.is_dir():
+            below.mkdir(parents=True, exist_ok=True)
+            continue
+        below.parent.mkdir(parents=True, exist_ok=True)
+        with opened.open(one) as content, below.open("wb") as file:
+            shutil.copyfileobj(content, file)
+
+
+def _stays_below(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
