@@ -53,6 +53,7 @@ _Real = Annotated[float, Strict(), Field(le=1e9)]
 _Text = Annotated[str, Field(max_length=4096)]
 _Texts = Annotated[list[_Text], Field(max_length=10_000)]
 _SUFFIXES = (".yaml", ".yml", ".json", "")  # of recipes
+_LATER = {"data": ("chat_template", "metric", "more_test_splits"), "adapter": ("bias",)}
 _MISTAKES_TOLD = 10
 # Schedules of transformers that need no more settings.
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
@@ -128,6 +129,17 @@ class DataOptions:
     )
     label_column: _Text = Field(
         default="label", description="column of data.source that holds the classes"
+    )
+    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"] = Field(
+        default="accuracy",
+        description=(
+            "understanding: what the score is; for the last two labels are numbers, which the model"
+            " predicts by their squared error"
+        ),
+    )
+    more_test_splits: _Texts = Field(
+        default_factory=list,
+        description="understanding: other splits that a finished run is tested on as well",
     )
     episodes: _Whole = Field(
         default=20, ge=1, le=_MOST, description="rl: episodes in the simulator"
@@ -354,15 +366,15 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
 def as_tree(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as plain values, as YAML and JSON hold them.
 
-    A permission, a chat template or biases that are not given are no part of them.
+    What came later than the first runs, whom the tree identifies, is no part of it by default.
     """
     tree = dataclasses.asdict(recipe)
     if not recipe.trust_remote_code:
         del tree["trust_remote_code"]
-    if recipe.data.chat_template is None:  # what identifies runs that were made before it existed
-        del tree["data"]["chat_template"]
-    if recipe.adapter.bias == "none":  # and this
-        del tree["adapter"]["bias"]
+    for part, keys in _LATER.items():
+        for key in keys:
+            if tree[part][key] in (None, "none", "accuracy", []):
+                del tree[part][key]
     return tree
 
 

@@ -241,6 +241,10 @@ class _Trained:
         for key, value in final.items():
             if key.startswith(f"{prefix}_") and not key.endswith(_ABOUT_SPEED):
                 measures[key.removeprefix(f"{prefix}_")] = value
+        if part == "test":
+            for name, examples in self.task.more_tests.items():
+                found = self.trainer.evaluate(examples, metric_key_prefix=name)
+                measures[f"{name}_score"] = found[f"{name}_score"]
         if self.task.evaluate is not None:
             measures |= self.task.evaluate(self.trainer.model.eval(), part, self.folder)
         return measures

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ class Task:
             are no function of the logits on that part: generated answers, episodes in a simulator.
             It gives "score", in [0, 1], higher is better, and may write files.
         score_name: what the score is, in a few words.
+        more_tests: name → examples like `test`, on which the finished run is scored as well.
         episodes: over which the score is a mean, where it is not one over examples.
         rows: evatune's choice of rows, where the model's masks do not say it.
         about: a sentence on data of the user's: what was recognized, and how they were split.
@@ -51,6 +52,7 @@ class Task:
     evaluate: Callable[[Any, Part, Path], dict[str, float]] | None = None
     score_name: str = "accuracy"
     episodes: int | None = None
+    more_tests: Mapping[str, Any] = field(default_factory=dict)
     rows: RowsFunction | None = None
     about: str = ""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Protocol, Self, TypeVar
 
 from evatune.errors import ConfigError, DataError
@@ -110,16 +112,47 @@ def label_column(data: DataOptions) -> LabelColumn:
     return LabelColumn(data.label_column, str(data.source), "data.label_column")
 
 
-def encode_labels(examples: Split[Any], data: DataOptions) -> tuple[Split[list[int]], int]:
-    """Return the labels of all parts as numbers, and how many classes there are.
+def encode_labels(
+    examples: Split[Any], data: DataOptions, more: Mapping[str, Any] | None = None
+) -> tuple[Split[list[int]], dict[str, list[int]], int]:
+    """Return the labels of all parts as numbers, those of `more` parts, and the number of classes.
 
     There are as many classes as the column declares, else as many as occur.
     """
     labels = examples.map(lambda table: list(table[data.label_column]))
-    values = [*labels.train, *labels.validation, *labels.test]
+    others = {name: list(table[data.label_column]) for name, table in (more or {}).items()}
+    values = [*labels.train, *labels.validation, *labels.test, *chain(*others.values())]
     numbers, names = label_column(data).numbers(examples.train, values)
     coming = iter(numbers)
-    return labels.map(lambda part: [next(coming) for _ in part]), len(names)
+
+    def encoded(part: list[Any]) -> list[int]:
+        return [next(coming) for _ in part]
+
+    split = labels.map(encoded)
+    return split, {name: encoded(part) for name, part in others.items()}, len(names)
+
+
+def label_numbers(table: Any, data: DataOptions) -> list[float]:
+    """Return the labels as the numbers that they are; DataError for one that is none."""
+    values = list(table[data.label_column])
+    for value in values:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            raise DataError(
+                f"column {data.label_column!r} of {str(data.source)!r} holds {value!r}, and"
+                f" data.metric={data.metric} is for numbers; leave it out for classes, or name"
+                " another column with data.label_column"
+            )
+    return [float(value) for value in values]
+
+
+def more_tests(data: DataOptions, usable: Callable[[Any], _Examples]) -> dict[str, _Examples]:
+    """Return the examples of `data.more_test_splits`; raises what `load_examples` does."""
+    source, found = str(data.source), {}
+    for name in data.more_test_splits:
+        with reading(source, "data", "other splits, or none with data.more_test_splits=[]"):
+            found[name] = usable(load_split(source, name, data.subset))
+    return found
 
 
 def _sized(data: DataOptions, total: int, with_test: int) -> DataOptions:

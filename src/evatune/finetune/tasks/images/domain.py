@@ -226,7 +226,7 @@ def _user_images(recipe: Recipe) -> tuple[_Labeled, Split[list[int]], str]:
 
     tables = load_examples(recipe, checked(find), tuple(TASKS), "images-digits")
     column = find(tables.train)
-    labels, classes = encode_labels(tables, data)
+    labels, _, classes = encode_labels(tables, data)
     what = f"{origin.source}: images in {column} with {classes} classes in {data.label_column}"
     rows = datasets.concatenate_datasets([tables.train, tables.validation, tables.test])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,21 @@ import transformers
 
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import Recipe
-from evatune.finetune.tasks.base import Domain, Task, accuracy
+from evatune.finetune.tasks.base import Domain, Task
 from evatune.finetune.tasks.splits import Split, draw_split
 from evatune.finetune.tasks.understanding import grammar
+from evatune.finetune.tasks.understanding.scoring import (
+    OF_NUMBERS,
+    class_measures,
+    number_measures,
+)
 from evatune.finetune.tasks.user_data import (
     checked,
     describe_parts,
     encode_labels,
+    label_numbers,
     load_examples,
+    more_tests,
     own_origin,
     require_task,
 )
@@ -34,6 +42,13 @@ from evatune.loading.records import text_columns
 from evatune.loading.texts import truncate_texts
 
 TASKS = (*SENTIMENT, "bbc", *grammar.TASKS)
+_NAMES = {
+    "accuracy": "accuracy",
+    "f1": "F1 of the second class",
+    "matthews": "Matthews' correlation",
+    "pearson": "Pearson's correlation",
+    "spearman": "Spearman's correlation",
+}
 _INSTEAD = (
     "a local folder with config.json, weights and tokenizer, or model=demo as in the recipe"
     " understanding-movie"
@@ -45,7 +60,7 @@ class _Labeled:
     """Texts (one each, or a pair) with their classes."""
 
     texts: list[tuple[str, ...]]
-    labels: list[int]
+    labels: Sequence[float]  # of classes, whole numbers
 
 
 def prepare(recipe: Recipe) -> Task:
@@ -54,11 +69,17 @@ def prepare(recipe: Recipe) -> Task:
     Raises ConfigError for an unknown task or sizes beyond the data, DataError where data cannot be
     had.
     """
-    about = ""
+    about, metric = "", recipe.data.metric
+    more: dict[str, _Labeled] = {}
     if recipe.data.source is None:
         examples, classes = _bundled_examples(recipe)
     else:
-        examples, classes, about = _user_examples(recipe)
+        examples, more, classes, about = _user_examples(recipe)
+    if metric in ("f1", "matthews") and classes != 2:
+        raise ConfigError(
+            f"data.metric is {metric!r}, which is for two classes, and these are {classes}; choose"
+            " accuracy"
+        )
     model, tokenizer = _load_model(recipe, classes)
     longest = min(recipe.data.max_length, tokenizer.model_max_length)
     return Task(
@@ -67,11 +88,13 @@ def prepare(recipe: Recipe) -> Task:
         validation=_to_evaluate(examples.validation, tokenizer, longest),
         test=_to_evaluate(examples.test, tokenizer, longest),
         collator=transformers.DataCollatorWithPadding(tokenizer),
-        metric=accuracy,
+        metric=partial(number_measures if classes == 1 else class_measures, metric=metric),
         head=["classifier" if hasattr(model, "classifier") else "score"],
         new_head=True,
         task_type="SEQ_CLS",
         about=about,
+        score_name=_NAMES[metric],
+        more_tests={name: _to_evaluate(part, tokenizer, longest) for name, part in more.items()},
     )
 
 
@@ -86,6 +109,7 @@ def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any]:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             source,
             num_labels=classes,
+            **({"problem_type": "regression"} if classes == 1 else {}),
             dtype=torch.float32,  # whatever the checkpoint's is; mixed precision is the trainer's
             trust_remote_code=recipe.trust_remote_code,
         )
@@ -170,13 +194,12 @@ def _grammar_examples(recipe: Recipe, articles: list[str]) -> tuple[Split[_Label
             )
         return _Labeled([(text,) for text in found.texts[:count]], found.labels[:count])
 
-    classes = len(grammar.ERRORS) if recipe.task == grammar.KIND else 2
     split = Split(
         first("train", data.train),
         first("validation", data.validation),
         first("test", data.test),
     )
-    return split, classes
+    return split, grammar.CLASSES[recipe.task]
 
 
 def _first_occurrences(texts: Sequence[str]) -> list[int]:
@@ -187,8 +210,13 @@ def _first_occurrences(texts: Sequence[str]) -> list[int]:
     return sorted(first.values())
 
 
-def _user_examples(recipe: Recipe) -> tuple[Split[_Labeled], int, str]:
-    """Return the examples of `data.source`, the number of classes, and what they are."""
+def _user_examples(
+    recipe: Recipe,
+) -> tuple[Split[_Labeled], dict[str, _Labeled], int, str]:
+    """Return the examples of `data.source`, those of more tests, the classes, and what they are.
+
+    There is one class where the labels are numbers.
+    """
     data = recipe.data
     origin = own_origin(data)
 
@@ -199,15 +227,26 @@ def _user_examples(recipe: Recipe) -> tuple[Split[_Labeled], int, str]:
         return list(zip(*(map(str, table[column]) for column in columns(table)), strict=True))
 
     tables = load_examples(recipe, checked(columns), TASKS, "understanding-movie")
-    labels, classes = encode_labels(tables, data)
+    others = more_tests(data, checked(columns))
+    labels: Split[Any]
+    if data.metric in OF_NUMBERS:
+        labels, classes = tables.map(partial(label_numbers, data=data)), 1
+        of_others: dict[str, Any] = {
+            name: label_numbers(table, data) for name, table in others.items()
+        }
+        kinds = "numbers"
+    else:
+        labels, of_others, classes = encode_labels(tables, data, others)
+        kinds = f"{classes} classes"
     examples = Split(
         _Labeled(texts(tables.train), labels.train),
         _Labeled(texts(tables.validation), labels.validation),
         _Labeled(texts(tables.test), labels.test),
     )
     names = ", ".join(columns(tables.train))
-    what = f"{origin.source}: {names} with {classes} classes in column {data.label_column}"
-    return examples, classes, f"{what}; {describe_parts(tables, data)}"
+    what = f"{origin.source}: {names} with {kinds} in column {data.label_column}"
+    more = {name: _Labeled(texts(table), of_others[name]) for name, table in others.items()}
+    return examples, more, classes, f"{what}; {describe_parts(tables, data)}"
 
 
 DOMAIN = Domain("understanding", prepare, version=2)

@@ -1,8 +1,8 @@
-"""Errors of grammar that code puts into real sentences: is there one, or of which kind is it?
+"""Errors of grammar that code puts into real sentences: is there one, of which kind, how many?
 
-Windows of ten words of BBC news. In half of them one word is replaced by another form of it, or by
-its rival, such as "is" by "are". Which word it is, is not said. Training, validation and test come
-from different articles.
+Windows of ten words of BBC news, in some of which a word is replaced by another form of it, or by
+its rival, such as "is" by "are"; or several are. Which words they are is not said. Training,
+validation and test come from different articles.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ def _rivals(*groups: str) -> dict[str, list[str]]:
         words = group.split("/")
         for word in words:
             found[word] += [other for other in words if other != word]
+    return dict(found)
+
+
+def _union(tables: Iterable[_Rivals]) -> _Rivals:
+    found: dict[str, list[str]] = defaultdict(list)
+    for table in tables:
+        for word, others in table.items():
+            found[word] += others
     return dict(found)
 
 
@@ -111,9 +119,15 @@ ERRORS: dict[str, _Rivals] = {  # task → word → what it is replaced by
         ],
     ),
 }
+_ALL = _union(ERRORS.values())
 KIND = "kind"
 """The task whose windows all hold an error, and whose classes are the keys of ERRORS."""
-TASKS = (*ERRORS, KIND)
+ANY, COUNT = "any", "count"
+"""Whether there are errors, three of any kind or none; and how many there are, none to three."""
+TASKS = (*ERRORS, KIND, ANY, COUNT)
+_COUNTS = dict.fromkeys(ERRORS, (0, 1)) | {ANY: (0, 3), COUNT: (0, 1, 2, 3)}  # of errors, by class
+CLASSES = {KIND: len(ERRORS)} | {task: len(counts) for task, counts in _COUNTS.items()}
+"""How many classes a task has."""
 
 
 @dataclass(frozen=True)
@@ -127,14 +141,15 @@ class Sentences:
 def sentences(task: str, articles: Iterable[str]) -> dict[str, Sentences]:
     """Return all examples of a task by part: train, validation, test.
 
-    Classes are 0, no error, and 1; of the task "kind", the number of the error. They are as
-    frequent as each other, but for chance or the last round. It is all fixed by the articles.
+    Classes are 0, no error, and 1; of the task "kind", the number of the error's kind, and of
+    "count", how many there are. They are as frequent as each other, but for chance or the last
+    round. It is all fixed by the articles.
     """
     parts = {}
     for part, windows in _windows(list(articles)).items():
         draw = random.Random(f"{task} {part}")
         draw.shuffle(windows)
-        parts[part] = _kinds(windows, draw) if task == KIND else _judged(task, windows, draw)
+        parts[part] = _kinds(windows, draw) if task == KIND else _counted(task, windows, draw)
     return parts
 
 
@@ -163,14 +178,17 @@ def _cut(article: str) -> Iterator[list[str]]:
         yield words[start : start + _WORDS]
 
 
-def _judged(task: str, windows: list[list[str]], draw: random.Random) -> Sentences:
-    """Return windows with a word that can be replaced; by chance it is, or is not."""
+def _counted(task: str, windows: list[list[str]], draw: random.Random) -> Sentences:
+    """Return windows with as many words replaced as the class says, which is drawn.
+
+    All have as many words that can be replaced as any class wants.
+    """
     found = Sentences([], [])
+    table, counts = ERRORS.get(task, _ALL), _COUNTS[task]
     for window in windows:
-        if _places(window, ERRORS[task]):
-            label = draw.randrange(2)
-            words = _spoiled(window, ERRORS[task], draw) if label else window
-            found.texts.append(" ".join(words))
+        if len(_places(window, table)) >= max(counts):
+            label = draw.randrange(len(counts))
+            found.texts.append(" ".join(_spoiled(window, table, counts[label], draw)))
             found.labels.append(label)
     return found
 
@@ -185,7 +203,7 @@ def _kinds(windows: list[list[str]], draw: random.Random) -> Sentences:
         if len(possible) >= 3:
             label = min(possible, key=lambda kind: (counts[kind], draw.random()))
             counts[label] += 1
-            found.texts.append(" ".join(_spoiled(window, tables[label], draw)))
+            found.texts.append(" ".join(_spoiled(window, tables[label], 1, draw)))
             found.labels.append(label)
     return found
 
@@ -195,7 +213,11 @@ def _places(window: list[str], table: _Rivals) -> list[int]:
     return [place for place in range(_FIRST, len(window)) if window[place] in table]
 
 
-def _spoiled(window: list[str], table: _Rivals, draw: random.Random) -> list[str]:
-    """Return the window with one word replaced."""
-    place = draw.choice(_places(window, table))
-    return [*window[:place], draw.choice(table[window[place]]), *window[place + 1 :]]
+def _spoiled(window: list[str], table: _Rivals, count: int, draw: random.Random) -> list[str]:
+    """Return the window with so many words replaced."""
+    words, places = list(window), _places(window, table)
+    for _ in range(count):
+        place = draw.choice(places)
+        places.remove(place)
+        words[place] = draw.choice(table[window[place]])
+    return words
