@@ -1,4 +1,4 @@
-"""Errors of grammar that code puts into real sentences: is there one, of which kind, how many?
+"""Errors of grammar that code puts into real sentences: is there one, or of which kind is it?
 
 Windows of ten words of BBC news, in some of which a word is replaced by another form of it, or by
 its rival, such as "is" by "are"; or several are. Which words they are is not said. Training,
@@ -122,11 +122,10 @@ ERRORS: dict[str, _Rivals] = {  # task → word → what it is replaced by
 _ALL = _union(ERRORS.values())
 KIND = "kind"
 """The task whose windows all hold an error, and whose classes are the keys of ERRORS."""
-ANY, COUNT = "any", "count"
-"""Whether there are errors, three of any kind or none; and how many there are, none to three."""
-TASKS = (*ERRORS, KIND, ANY, COUNT)
-_COUNTS = dict.fromkeys(ERRORS, (0, 1)) | {ANY: (0, 3), COUNT: (0, 1, 2, 3)}  # of errors, by class
-CLASSES = {KIND: len(ERRORS)} | {task: len(counts) for task, counts in _COUNTS.items()}
+ANY = "any"
+"""The task in which half of the windows hold three errors, of any kind."""
+TASKS = (*ERRORS, KIND, ANY)
+CLASSES = dict.fromkeys(TASKS, 2) | {KIND: len(ERRORS)}
 """How many classes a task has."""
 
 
@@ -141,15 +140,19 @@ class Sentences:
 def sentences(task: str, articles: Iterable[str]) -> dict[str, Sentences]:
     """Return all examples of a task by part: train, validation, test.
 
-    Classes are 0, no error, and 1; of the task "kind", the number of the error's kind, and of
-    "count", how many there are. They are as frequent as each other, but for chance or the last
-    round. It is all fixed by the articles.
+    Classes are 0, no error, and 1; of the task "kind", the number of the error. They are as
+    frequent as each other, but for chance or the last round. It is all fixed by the articles.
     """
     parts = {}
     for part, windows in _windows(list(articles)).items():
         draw = random.Random(f"{task} {part}")
         draw.shuffle(windows)
-        parts[part] = _kinds(windows, draw) if task == KIND else _counted(task, windows, draw)
+        if task == KIND:
+            parts[part] = _kinds(windows, draw)
+        elif task == ANY:
+            parts[part] = _judged(_ALL, 3, windows, draw)
+        else:
+            parts[part] = _judged(ERRORS[task], 1, windows, draw)
     return parts
 
 
@@ -178,17 +181,15 @@ def _cut(article: str) -> Iterator[list[str]]:
         yield words[start : start + _WORDS]
 
 
-def _counted(task: str, windows: list[list[str]], draw: random.Random) -> Sentences:
-    """Return windows with as many words replaced as the class says, which is drawn.
-
-    All have as many words that can be replaced as any class wants.
-    """
+def _judged(
+    table: _Rivals, errors: int, windows: list[list[str]], draw: random.Random
+) -> Sentences:
+    """Return windows with so many words that can be replaced; by chance they are, or are not."""
     found = Sentences([], [])
-    table, counts = ERRORS.get(task, _ALL), _COUNTS[task]
     for window in windows:
-        if len(_places(window, table)) >= max(counts):
-            label = draw.randrange(len(counts))
-            found.texts.append(" ".join(_spoiled(window, table, counts[label], draw)))
+        if len(_places(window, table)) >= errors:
+            label = draw.randrange(2)
+            found.texts.append(" ".join(_spoiled(window, table, label * errors, draw)))
             found.labels.append(label)
     return found
 
