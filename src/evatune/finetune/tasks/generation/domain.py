@@ -15,6 +15,7 @@ import transformers
 from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.base import Domain, Part, Task
+from evatune.finetune.tasks.generation import question_sets
 from evatune.finetune.tasks.generation.base import Pair
 from evatune.finetune.tasks.generation.scoring import (
     measures,
@@ -56,6 +57,8 @@ def prepare(recipe: Recipe) -> Task:
     Raises ConfigError for an unknown task or sizes beyond the data, DataError where model or data
     cannot be had.
     """
+    if recipe.task == question_sets.TASK:
+        return _of_question_sets(recipe)
     if recipe.data.source is not None:
         return _of_the_user(recipe)
     pairs = _bundled_pairs(recipe)
@@ -73,6 +76,32 @@ def prepare(recipe: Recipe) -> Task:
         share = "mean share of an answer's tokens that are right"
         return replace(task, metric=share_of_tokens, score_name=share)
     return task
+
+
+def _of_question_sets(recipe: Recipe) -> Task:
+    """Return the task of eight sets of questions, scored by the mean over their accuracies."""
+    found = question_sets.question_sets(recipe.data)
+    model, tokenizer = _load_model(recipe)
+    longest = recipe.data.max_length
+    tested = [pair for pairs in found.tests.values() for pair in pairs]
+
+    def encoded(pairs: list[Pair]) -> list[Row]:
+        return [encode_answer(tokenizer, pair.prompt, pair.answer, longest) for pair in pairs]
+
+    def shares(model: Any, part: Part, _: Path) -> dict[str, float]:
+        parts = {"all": found.validation} if part == "validation" else found.tests
+        size = 4 * recipe.training.batch_size
+        share = {
+            name: share_chosen(model, tokenizer, pairs, longest, size)
+            for name, pairs in parts.items()
+        }
+        return {"score": sum(share.values()) / len(share), **share}
+
+    rows = Split(encoded(found.train), encoded(found.validation), encoded(tested))
+    task = _task(model, tokenizer, rows)
+    return replace(
+        task, metric=measures, evaluate=shares, score_name="accuracy, mean over eight sets"
+    )
 
 
 def _of_the_user(recipe: Recipe) -> Task:

@@ -13,7 +13,6 @@ from torch import Tensor
 from evatune.finetune.tasks.generation.base import Pair
 from evatune.loading.encoding import IGNORED, encode_answer
 
-_BATCH_SIZE = 100  # sequences
 _LARGEST_LOSS = 100.0  # of a run that diverged; its exponential is still a number
 
 
@@ -68,8 +67,14 @@ def share_of_tokens(prediction: Any) -> dict[str, float]:
 
 
 @torch.no_grad()
-def share_chosen(model: Any, tokenizer: Any, pairs: list[Pair], longest: int) -> float:
-    """Return the share of questions whose right choice has the largest likelihood."""
+def share_chosen(
+    model: Any, tokenizer: Any, pairs: list[Pair], longest: int, size: int = 400
+) -> float:
+    """Return the share of questions whose right choice has the largest likelihood.
+
+    Args:
+        longest: tokens of a question with a choice. size: of them that are run at once.
+    """
     candidates = [
         (number, choice, encode_answer(tokenizer, pair.prompt, choice, longest))
         for number, pair in enumerate(pairs)
@@ -77,8 +82,8 @@ def share_chosen(model: Any, tokenizer: Any, pairs: list[Pair], longest: int) ->
     ]
     collate = transformers.DataCollatorForSeq2Seq(tokenizer)
     best: dict[int, tuple[float, str]] = {}
-    for start in range(0, len(candidates), 4 * _BATCH_SIZE):
-        some = candidates[start : start + 4 * _BATCH_SIZE]
+    for start in range(0, len(candidates), size):
+        some = candidates[start : start + size]
         batch = collate([dict(encoded) for _, _, encoded in some]).to(model.device)
         for (number, choice, _), loss in zip(some, _answer_losses(model, batch), strict=True):
             best[number] = min(best.get(number, (math.inf, "")), (loss, choice))

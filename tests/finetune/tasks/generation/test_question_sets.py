@@ -1,0 +1,141 @@
+"""Eight sets of questions on a stand-in: their columns and splits, and a tiny Gemma 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+
+from evatune.errors import ConfigError, DataError
+from evatune.finetune.recipe import Recipe, load
+from evatune.finetune.run import run
+from evatune.finetune.tasks.generation.question_sets import SETS, question_sets
+from tests.conftest import tiny_tokenizer
+
+
+def rows(name: str, count: int = 6) -> list[dict[str, Any]]:
+    """Rows with the columns and label types of one of the sets."""
+    if name == "boolq":
+        return [
+            {"question": f"is w{n} so", "passage": f"w{n} w2", "idx": n, "label": n % 2}
+            for n in range(count)
+        ]
+    if name == "piqa":
+        return [
+            {"goal": f"w{n}", "sol1": "w1", "sol2": "w2 w3", "label": n % 2} for n in range(count)
+        ]
+    if name == "siqa":
+        answers = {"answerA": "w1", "answerB": "w2", "answerC": "w3"}
+        return [
+            {"context": f"w{n}", "question": "w4", **answers, "label": str(1 + n % 3)}
+            for n in range(count)
+        ]
+    if name == "hellaswag":
+        endings = ["w1", "w2", "w3", "w4"]
+        return [
+            {"activity_label": "w5", "ctx": f"w{n}", "endings": endings, "label": str(n % 4)}
+            for n in range(count)
+        ]
+    if name == "winogrande":
+        return [
+            {"sentence": f"w{n} _ w2", "option1": "w3", "option2": "w4", "answer": str(1 + n % 2)}
+            for n in range(count)
+        ]
+    asked = "question_stem" if name == "openbookqa" else "question"
+    choices = {"text": ["w1", "w2", "w3"], "label": ["A", "B", "C"]}
+    return [{asked: f"w{n}", "choices": choices, "answerKey": "ABC"[n % 3]} for n in range(count)]
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sets")
+    for name, one in SETS.items():
+        save(folder, name, {"train": rows(name), one.tested_on: rows(name, 4)})
+    return folder
+
+
+def save(folder: Path, name: str, parts: dict[str, list[dict[str, Any]]]) -> None:
+    one = SETS[name]
+    place = folder / one.source / (one.subset or "")
+    place.mkdir(parents=True, exist_ok=True)
+    tables = {part: datasets.Dataset.from_list(some) for part, some in parts.items()}
+    datasets.DatasetDict(tables).save_to_disk(place)
+
+
+def recipe(copies: Path, *more: str) -> Recipe:
+    return load("paper-commonsense", [f"data.source={copies}", "data.validation=8", *more])
+
+
+def test_all_sets_are_learned_together_and_each_is_tested(copies: Path) -> None:
+    found = question_sets(recipe(copies).data)
+    assert (len(found.train), len(found.validation)) == (8 * 6 - 8, 8)
+    assert {name: len(pairs) for name, pairs in found.tests.items()} == dict.fromkeys(SETS, 4)
+    first = {name: pairs[1] for name, pairs in found.tests.items()}
+    assert first["boolq"].prompt == "w1 w2\n\nIs w1 so?\n- no\n- yes\nAnswer:\n"
+    assert {name: pair.answer for name, pair in first.items()} == {
+        "boolq": "yes",
+        "piqa": "w2 w3",
+        "siqa": "w2",
+        "hellaswag": "w2",
+        "winogrande": "w4",
+        "arc_easy": "w2",
+        "arc_challenge": "w2",
+        "openbookqa": "w2",
+    }
+    assert all(pair.answer in pair.choices for pair in found.train)
+
+
+# PEFT's advice on merging; the paper adapts lm_head, whose weight Gemma's embedding shares.
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_a_tiny_gemma_learns_them_and_is_scored_on_each(copies: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    sizes = ["training.steps=2", "training.eval_every=2", "training.precision=float32"]
+    settings = [f"model={tmp_path / 'gemma'}", "data.max_length=48", "adapter.rank=2", *sizes]
+    result = run(recipe(copies, *settings), tmp_path / "run", quiet=True)
+    assert set(SETS) < set(result["measures"])
+    shares = [result["measures"][name] for name in SETS]
+    assert result["score"] == pytest.approx(sum(shares) / 8)
+    assert result["scored"] == 32
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gemma")
+    loaded = PeftModel.from_pretrained(model, tmp_path / "run" / "adapter")
+    assert any("lm_head" in name and "lora_A" in name for name, _ in loaded.named_parameters())
+
+
+def test_answers_that_are_kept_secret_are_refused(copies: Path, tmp_path: Path) -> None:
+    for name, column, value in (("piqa", "label", -1), ("hellaswag", "label", "")):
+        for other in SETS:
+            save(tmp_path, other, {"train": rows(other), SETS[other].tested_on: rows(other)})
+        secret = [row | {column: value} for row in rows(name)]
+        save(tmp_path, name, {"train": rows(name), "validation": secret})
+        with pytest.raises(DataError, match=r"row 0 of .* is no question with its right answer"):
+            question_sets(recipe(tmp_path).data)
+
+
+def test_a_folder_without_a_set_and_sizes_beyond_them_are_refused(
+    copies: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        DataError, match=r"there is no folder .*aps/super_glue.*; give data\.source=hub"
+    ):
+        question_sets(recipe(tmp_path).data)
+    with pytest.raises(ConfigError, match="the sets have 48 questions to train on"):
+        question_sets(recipe(copies, "data.validation=48").data)
