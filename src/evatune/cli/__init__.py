@@ -15,7 +15,7 @@ from evatune.utils.extras import extras
 from evatune.utils.launcher import is_first
 from evatune.utils.markup import printable
 
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 5.0  # for the first process of several, where another has failed
 
 
 def main() -> None:

@@ -185,7 +185,10 @@ class TrainingOptions:
     learning_rate: _Real = Field(default=1e-3, gt=0, description="largest learning rate")
     steps: _Whole = Field(default=60, ge=1, le=_MOST, description="optimizer steps")
     batch_size: _Whole = Field(
-        default=16, ge=1, le=_MOST_AT_ONCE, description="examples per batch and process"
+        default=16,
+        ge=1,
+        le=_MOST_AT_ONCE,
+        description="examples per batch, of all processes together",
     )
     accumulate: _Whole = Field(
         default=1, ge=1, le=_MOST_AT_ONCE, description="batches whose gradients make one step"

@@ -64,9 +64,11 @@ def run(
 ) -> dict[str, Any]:
     """Train and evaluate, and write the results into the folder.
 
-    A folder with a finished run of the same recipe is read instead, an unfinished one resumed.
-    Written are `recipe.json`, `metrics.jsonl`, `adapter/` (or `model/`), `calibration.safetensors`
-    where the method has one, Trainer's checkpoints while it runs, and last of all `result.json`.
+    A folder with a finished run of the same recipe is read instead, an unfinished one resumed. As
+    one of several processes that a launcher started it shares the work with the others, and the
+    first one writes. Written are `recipe.json`, `metrics.jsonl`, `adapter/` (or `model/`),
+    `calibration.safetensors` where the method has one, Trainer's checkpoints while it runs, and
+    last of all `result.json`.
 
     Args:
         quiet: draw no bar. say: is told in a sentence what data of the user's were taken for.
@@ -75,9 +77,8 @@ def run(
         What `result.json` holds: score in [0, 1] (higher is better), score_name (what it is),
             scored (on how many examples or episodes), eval_loss, measures (what else the task
             measures), all of the test examples; validation, the same of the validation examples,
-            None without; trainable_parameters; first_gradient_b (norm of the
-            gradient of all B at step 1, None without an adapter); init_seconds, train_seconds,
-            steps.
+            None without; trainable_parameters; first_gradient_b (norm of the gradient of all B at
+            step 1, None without an adapter); init_seconds, train_seconds, steps.
 
     Raises:
         ConfigError: an unknown domain, task or method; a folder that holds another run, or in which

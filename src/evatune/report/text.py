@@ -191,10 +191,12 @@ def caution(result: Mapping[str, Any]) -> str:
     count = result["scored"]
     if not count or count >= _FEW:
         return ""
+    advice = "test on hundreds to compare runs"
+    if result["score_name"] != "accuracy":
+        return f"n = {count} says little: {advice}"
     points = 100 / math.sqrt(count)  # two standard errors of a share near a half
     return (
-        f"n = {count} says little: by chance alone such a score moves by ±{points:.0f} points; test"
-        " on hundreds to compare runs"
+        f"n = {count} says little: by chance alone accuracy moves by ±{points:.0f} points; {advice}"
     )
 
 

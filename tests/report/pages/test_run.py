@@ -48,7 +48,7 @@ def test_a_run_alone_shows_its_curves_and_names_the_comparison_as_next(tmp_path:
     text = render(tmp_path / "run", recipe, "my recipe.yaml")
     page = Document(text)
     assert "Score 0.750 (accuracy, n = 16), evaluation loss 0.500; no run" in page.text
-    assert "n = 16 says little: by chance alone such a score moves by ±25 points" in page.text
+    assert "n = 16 says little: by chance alone accuracy moves by ±25 points" in page.text
     assert "evatune compare 'my recipe.yaml' --methods lora,pissa" in page.text
     assert "1,234 trainable parameters" in page.text
     plots = specs(text)
@@ -58,7 +58,7 @@ def test_a_run_alone_shows_its_curves_and_names_the_comparison_as_next(tmp_path:
 
 
 def test_loras_run_beside_it_is_drawn_beside_it(tmp_path: Path) -> None:
-    recipe = finished(tmp_path / "run", 0.75)
+    recipe = finished(tmp_path / "run", 0.75, scored=99)
     other = {"training": {"learning_rate": 1e-2}}
     finished(tmp_path / "lora", 0.72, method="lora")
     finished(tmp_path / "lora-better", 0.73, 0.4, method="lora", **other)
@@ -68,7 +68,8 @@ def test_loras_run_beside_it_is_drawn_beside_it(tmp_path: Path) -> None:
     assert reference_run(recipe, tmp_path / "run") == tmp_path / "lora-better"
     text = render(tmp_path / "run", recipe, "understanding-bbc")
     page = Document(text)
-    assert "2.0 points above LoRA's 0.730 with the same seed: one run each" in page.text
+    told = "2.0 points above LoRA's 0.730 with the same seed: one run each, so no evidence of a"
+    assert f"{told} difference. n = 99 says little" in page.text
     assert specs(text)["score"]["data"]["method"]["words"] == ["eva", "lora"]
     assert f"evatune push {tmp_path / 'run' / 'adapter'} YOUR-NAME/bbc" in page.text
 

@@ -128,7 +128,7 @@ def verdict(run: FinishedRun, reference: FinishedRun | None) -> str:
     score, loss = run.result["score"], run.result["eval_loss"]
     if not math.isfinite(loss):
         return "The run diverged: its evaluation loss is no number; try a smaller learning rate."
-    reached = score_text(run.result).capitalize()
+    reached = f"S{score_text(run.result)[1:]}"
     few = f" {doubt}." if (doubt := caution(run.result)) else ""
     if reference is None:
         return f"{reached}, evaluation loss {loss:.3f}; no run of LoRA lies beside it.{few}"
@@ -139,7 +139,7 @@ def verdict(run: FinishedRun, reference: FinishedRun | None) -> str:
     side = "above" if points >= 0 else "below"
     return (
         f"{reached}, {abs(points):.1f} points {side} LoRA's {other:.3f} with the same seed: one run"
-        " each, so no evidence of a difference.{few}"
+        f" each, so no evidence of a difference.{few}"
     )
 
 
