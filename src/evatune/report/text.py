@@ -195,7 +195,8 @@ def caution(result: Mapping[str, Any]) -> str:
     if result["score_name"] != "accuracy":
         return f"n = {count} says little: {advice}"
     points = 100 / math.sqrt(count)  # two standard errors of a share near a half
-    return (
+    chance = f"by chance alone accuracy moves by ±{points:.0f} points"
+    return f"n = {count} says little: {chance}; {advice}"
         f"n = {count} says little: by chance alone accuracy moves by ±{points:.0f} points; {advice}"
     )
 
