@@ -197,8 +197,6 @@ def caution(result: Mapping[str, Any]) -> str:
     points = 100 / math.sqrt(count)  # two standard errors of a share near a half
     chance = f"by chance alone accuracy moves by ±{points:.0f} points"
     return f"n = {count} says little: {chance}; {advice}"
-        f"n = {count} says little: by chance alone accuracy moves by ±{points:.0f} points; {advice}"
-    )
 
 
 def rate_text(rate: float) -> str:
