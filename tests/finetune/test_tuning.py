@@ -67,6 +67,17 @@ def test_rates_that_diverge_are_never_chosen_and_a_search_that_only_diverges_end
     assert len(nowhere) == 13 or len(nowhere) == 14  # two at a time
 
 
+def test_a_grid_that_ends_alike_everywhere_is_no_grid_with_a_best_rate_inside() -> None:
+    # Above a rate of -4 the model falls to chance, a loss of 2.77 but for noise.
+    def loss(position: int) -> float:
+        return 2.77 + 0.01 * (position % 3) if position > -4 else 0.5 + 0.1 * abs(position + 5)
+
+    losses = {(position, 0): loss(position) for position in range(-2, 3)}
+    while trials := next_trials(losses, SEEDS):
+        losses |= {(trial.position, trial.seed): loss(trial.position) for trial in trials}
+    assert chosen(losses, SEEDS) == Choice(-5, inside=True)
+
+
 def test_the_mean_over_seeds_decides_and_not_the_first_seed() -> None:
     losses = {(position, 0): abs(position) + 0.0 for position in range(-2, 3)}
     for seed in (1, 2):

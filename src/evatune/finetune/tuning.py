@@ -1,8 +1,9 @@
 """The search of a learning rate: which trials come next, and which rate is chosen.
 
 Successive halving over seeds (Jamieson and Talwalkar 2016): one seed over a grid of rates, which
-grows until the best of them lies inside; the best three with two more seeds; and the best of these
-with the seeds that are tested. What is compared is the loss on validation examples after training.
+grows until the best of them lies inside, and downward while all of them end alike; the best three
+with two more seeds; and the best of these with the seeds that are tested. What is compared is the
+loss on validation examples after training.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ STEPS_PER_DECADE = 4  # of the grid of rates: ×1.78
 _SPREAD = 2  # positions on both sides of the recipe's rate, to begin with
 _FINALISTS = 3
 _MOST_POSITIONS = 13
+_ALIKE = 0.03  # of the loss, within which no rate of a grid has learned more than another
 
 Losses = Mapping[tuple[int, int], float]  # (position in the grid, seed) → loss, inf if diverged
 
@@ -121,11 +123,16 @@ def _grid(losses: Losses, first: int) -> list[tuple[int, int]]:
     ordered = _ordered(losses, first)
     if len(tried) >= _MOST_POSITIONS:
         return []
-    if not ordered:  # all diverged
+    if not ordered or _are_alike([losses[position, first] for position in ordered]):
+        # All diverged, or fell to what the model says without looking: too high, all of them.
         return [(tried[0] - 1, first), (tried[0] - 2, first)]
     if ordered[0] == tried[0]:
         return [(tried[0] - 1, first)]
     return [(tried[-1] + 1, first)] if ordered[0] == tried[-1] else []
+
+
+def _are_alike(losses: Sequence[float]) -> bool:
+    return max(losses) - min(losses) < _ALIKE * min(losses)
 
 
 def best_position(losses: Losses, seeds: Sequence[int]) -> int | None:
