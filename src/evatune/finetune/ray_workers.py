@@ -18,8 +18,8 @@ def run_calls_on_ray(
 ) -> Generator[Answer]:
     """Yield an answer to each call, in the order in which they end.
 
-    Each call has one CPU and one thread of OpenMP. When the iterator is closed, the other calls are
-    cancelled.
+    Each call has one CPU, one thread of OpenMP, and a GPU where Ray has any. When the iterator is
+    closed, the other calls are cancelled.
 
     Args:
         function: raises nothing.
@@ -38,7 +38,8 @@ def run_calls_on_ray(
         if started_here:
             ray.init(**options)
         environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
-        task = ray.remote(num_cpus=1, runtime_env=environment)(function)
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        task = ray.remote(num_cpus=1, num_gpus=gpus, runtime_env=environment)(function)
         waiting, counted = iter(calls), count()
         while True:
             while (call := next(waiting, None)) is not None:
