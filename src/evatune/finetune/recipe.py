@@ -60,6 +60,7 @@ SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial
 OWN_TASK = (
     "own"  # in recipes that wait for the user's data, and the beginning of such a task's name
 )
+_WITH_METRICS = "understanding"
 _OWN_DATA, _SIZES = "data.source", ("train", "validation", "test")
 _TASK_BYTES = 80  # of the part of a task's name that comes from a file's
 _MOST = 10**9  # of steps and examples
@@ -357,6 +358,14 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
         count = "1 mistake" if error.error_count() == 1 else f"{error.error_count()} mistakes"
         more = "; …" if error.error_count() > len(mistakes) else ""
         raise ConfigError(f"{source} has {count}: {'; '.join(mistakes)}{more}") from error
+    for key in ("metric", "more_test_splits"):
+        if recipe.domain != _WITH_METRICS and getattr(recipe.data, key) != getattr(
+            DataOptions(), key
+        ):
+            raise ConfigError(
+                f"{source} has 1 mistake: data.{key} is for the domain {_WITH_METRICS}, and this is"
+                f" {recipe.domain}; leave it out"
+            )
     for name in ("train", "test"):
         if recipe.data.source is None and getattr(recipe.data, name) == 0:
             raise ConfigError(

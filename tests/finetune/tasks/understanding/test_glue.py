@@ -152,6 +152,7 @@ def test_measures_are_those_of_scikit_learn() -> None:
             "is for numbers",
         ),
         ("cola", ["data.more_test_splits=[other]"], DataError, "has no split 'other'"),
+        ("cola", ["domain=images"], ConfigError, "data.metric is for the domain understanding"),
         ("stsb", ["data.metric=accuracy"], DataError, "classes must be names, or numbers"),
     ],
 )
@@ -160,3 +161,8 @@ def test_a_metric_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(error, match=text):
         understanding.prepare(recipe(name, roberta, tmp_path, *more))
+
+
+def test_classes_of_ours_are_no_numbers() -> None:
+    with pytest.raises(ConfigError, match="is for numbers, and 'bbc' has classes"):
+        understanding.prepare(load("understanding-bbc", ["data.metric=pearson"]))

@@ -75,6 +75,11 @@ def prepare(recipe: Recipe) -> Task:
         examples, classes = _bundled_examples(recipe)
     else:
         examples, more, classes, about = _user_examples(recipe)
+    if recipe.data.source is None and metric in OF_NUMBERS:
+        raise ConfigError(
+            f"data.metric is {metric!r}, which is for numbers, and {recipe.task!r} has classes;"
+            " choose accuracy"
+        )
     if metric in ("f1", "matthews") and classes != 2:
         raise ConfigError(
             f"data.metric is {metric!r}, which is for two classes, and these are {classes}; choose"
