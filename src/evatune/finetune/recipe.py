@@ -358,10 +358,10 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
         count = "1 mistake" if error.error_count() == 1 else f"{error.error_count()} mistakes"
         more = "; …" if error.error_count() > len(mistakes) else ""
         raise ConfigError(f"{source} has {count}: {'; '.join(mistakes)}{more}") from error
+    usual = DataOptions()
     for key in ("metric", "more_test_splits"):
-        if recipe.domain != _WITH_METRICS and getattr(recipe.data, key) != getattr(
-            DataOptions(), key
-        ):
+        is_given = getattr(recipe.data, key) != getattr(usual, key)
+        if is_given and recipe.domain != _WITH_METRICS:
             raise ConfigError(
                 f"{source} has 1 mistake: data.{key} is for the domain {_WITH_METRICS}, and this is"
                 f" {recipe.domain}; leave it out"
