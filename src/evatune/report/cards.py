@@ -273,7 +273,7 @@ def _rank_map(rows: Sequence[Mapping[str, Any]], usual: int) -> dict[str, Any]:
         HeatCell(row["layer"], str(row["rank"]), row["rank"] - usual, {"rank": row["rank"]})
         for row in rows
     ]
-    return heat_map(cells, f"ranks more or fewer than uniform ({usual})")
+    return heat_map(cells, f"ranks against uniform ({usual})")
 
 
 def _loading(base: str | None, model_class: str) -> str:

@@ -150,7 +150,7 @@ def charts(calibration: Calibration, plan: RankPlan) -> list[Chart]:
         Chart(
             "energy",
             "Energy captured in each layer, %",
-            heat_map(energies, f"points of energy more or fewer than at rank {plan.rank}"),
+            heat_map(energies, f"points of energy against rank {plan.rank}"),
             "The figure is the share at the layer's rank, the color what redistribution changed.",
         ),
     ]
@@ -175,7 +175,7 @@ def rank_map(calibration: Calibration, plan: RankPlan) -> Spec:
         )
         for row in layer_rows(calibration, plan)
     ]
-    return heat_map(cells, f"ranks more or fewer than uniform ({plan.rank})")
+    return heat_map(cells, f"ranks against uniform ({plan.rank})")
 
 
 def _energy_cell(calibration: Calibration, plan: RankPlan, row: LayerRow) -> HeatCell:

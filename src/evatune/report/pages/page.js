@@ -81,7 +81,13 @@
       const shape = fitted(spec, place.clientWidth);
       if (place.clientWidth < 600) options.config.legend = { ...options.config.legend, orient: "top" };
       const before = views[name];
-      const { view } = await vegaEmbed(place, shape, options);
+      let { view } = await vegaEmbed(place, shape, options);
+      const over = place.scrollWidth - place.clientWidth; // of long names beside the panels
+      if (over > 0 && shape.columns) {
+        view.finalize();
+        shape.spec.width = Math.max(120, shape.spec.width - Math.ceil(over / shape.columns));
+        ({ view } = await vegaEmbed(place, shape, options));
+      }
       if (before) before.finalize();
       views[name] = view;
       if (mine !== turn) return;
