@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 
 import torch
-from accelerate.state import PartialState  # type: ignore[import-untyped]
+from accelerate.state import PartialState
 
 from evatune.distributed.group import ProcessGroup
 from evatune.errors import ProcessError

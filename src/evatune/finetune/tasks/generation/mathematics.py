@@ -1,0 +1,172 @@
+"""Word problems and competition problems: learned from MetaMathQA, tested on GSM8K and MATH.
+
+A test asks for an answer in the words of training, without examples, by greedy decoding. An answer
+counts if it equals the set's own as mathematics does: 1/2 is 0.5.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from evatune.errors import ConfigError
+from evatune.finetune.recipe import DataOptions
+from evatune.finetune.tasks.generation.base import Pair
+from evatune.finetune.tasks.generation.copies import read_rows
+from evatune.finetune.tasks.splits import draw
+from evatune.loading.encoding import as_completion
+from evatune.loading.records import Instruction
+from evatune.utils.atomic import atomic_file
+from evatune.utils.extras import extras
+
+TASK = "mathematics-hub"
+NEW_TOKENS = 512
+"""Of an answer, at most."""
+_SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+_SAID = "The answer is:"  # as MetaMathQA ends its answers
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with its right answer, in LaTeX or as a number."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Mathematics:
+    """What is learned and validated on, and the problems of each test."""
+
+    train: list[Pair]
+    validation: list[Pair]
+    tests: dict[str, list[Problem]]
+
+
+def mathematics(data: DataOptions) -> Mathematics:
+    """Return the problems, drawn with the seed 0 where not all are wanted.
+
+    Args:
+        data: `source` is "hub", or a folder with copies by the ids on the hub; `train` and
+            `validation` count problems of MetaMathQA, and 0 to train on is all that validation
+            leaves; `test` counts those of each test, and 0 is all.
+
+    Raises:
+        ConfigError: sizes beyond the data. DataError: a set cannot be had, or a row of it has no
+            answer.
+    """
+    learned = read_rows(data, "meta-math/MetaMathQA", None, "train", _learned)
+    count = data.train or len(learned) - data.validation
+    if count < 1:
+        raise ConfigError(
+            f"data.validation is {data.validation}, and MetaMathQA has {len(learned)} problems;"
+            " lower it"
+        )
+    parts = draw(len(learned), TASK, train=count, validation=data.validation)
+    train, validation = ([learned[i] for i in part] for part in parts)
+    tests = {
+        "gsm8k": read_rows(data, "openai/gsm8k", "main", "test", _word_problem),
+        "math": [
+            problem
+            for subject in _SUBJECTS
+            for problem in read_rows(
+                data, "EleutherAI/hendrycks_math", subject, "test", _competition_problem
+            )
+        ],
+    }
+    for name, problems in tests.items():
+        (chosen,) = draw(len(problems), name, test=data.test or len(problems))
+        tests[name] = [problems[i] for i in sorted(chosen)]
+    return Mathematics(train, validation, tests)
+
+
+def _asked(question: str) -> str:
+    return as_completion(Instruction(question, "", "")).prompt
+
+
+def _learned(row: Any) -> Pair:
+    return Pair(_asked(row["query"]), row["response"])
+
+
+def _word_problem(row: Any) -> Problem:
+    return Problem(_asked(row["question"]), row["answer"].split("####")[1].strip())
+
+
+def _competition_problem(row: Any) -> Problem:
+    boxed = row["solution"].rindex("\\boxed")  # raises ValueError where there is none
+    return Problem(_asked(row["problem"]), row["solution"][boxed:])
+
+
+def is_right(text: str, answer: str) -> bool:
+    """Return whether what a model wrote ends with the right answer.
+
+    That is what stands behind "The answer is:", else the last piece of mathematics.
+    """
+    with extras("the test of mathematics"):
+        from math_verify import parse, verify
+    said = text.rpartition(_SAID)[2].strip().rstrip(".")
+    if _SAID in text and not re.search(r"[$\\]", said):
+        said = f"${said}$"
+    return bool(verify(parse(answer), parse(said)))
+
+
+@torch.no_grad()
+def share_solved(
+    model: Any, tokenizer: Any, problems: list[Problem], size: int, file: Path
+) -> float:
+    """Return the share of problems that a model solves, and write what it wrote, a line each.
+
+    Args:
+        size: problems at once. file: of JSON lines, with prompt, written, answer and right.
+    """
+    solved = 0
+    with atomic_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
+        for start in range(0, len(problems), size):
+            some = problems[start : start + size]
+            for problem, text in zip(some, _written(model, tokenizer, some), strict=True):
+                right = is_right(text, problem.answer)
+                solved += right
+                fields = {"prompt": problem.prompt, "written": text}
+                lines.write(json.dumps(fields | {"answer": problem.answer, "right": right}) + "\n")
+    return solved / len(problems)
+
+
+def _written(model: Any, tokenizer: Any, problems: Iterable[Problem]) -> list[str]:
+    """Return the answers by greedy decoding."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    rows = [
+        start + tokenizer(problem.prompt, add_special_tokens=False)["input_ids"]
+        for problem in problems
+    ]
+    longest = max(map(len, rows))
+    filled = [[tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    device = model.device
+    options = transformers.GenerationConfig(
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    found = model.generate(
+        input_ids=torch.tensor(filled, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        generation_config=options,
+    )
+    texts: list[str] = tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
+    return texts

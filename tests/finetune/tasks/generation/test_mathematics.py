@@ -1,0 +1,112 @@
+"""Mathematics on a stand-in: the sets' columns, a tiny Llama, and answers of several forms."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import transformers
+
+from evatune.errors import ConfigError, DataError
+from evatune.finetune.recipe import Recipe, load
+from evatune.finetune.run import run
+from evatune.finetune.tasks.generation import mathematics
+from tests.conftest import tiny_tokenizer
+
+
+def save(place: Path, split: str, rows: list[dict[str, Any]]) -> None:
+    datasets.DatasetDict({split: datasets.Dataset.from_list(rows)}).save_to_disk(place)
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sets")
+    learned = [
+        {"query": f"w{n}", "response": f"w3 w{n} The answer is: {n}", "type": "GSM_SV"}
+        for n in range(24)
+    ]
+    save(folder / "meta-math" / "MetaMathQA", "train", learned)
+    asked = [{"question": f"w{n}", "answer": f"w2 <<1+1=2>> w3\n#### {n}"} for n in range(4)]
+    save(folder / "openai" / "gsm8k" / "main", "test", asked)
+    for subject in mathematics._SUBJECTS:
+        solved = {"problem": "w1", "solution": "So $w2$ is $\\boxed{\\frac{1}{2}}$.", "level": "1"}
+        save(folder / "EleutherAI" / "hendrycks_math" / subject, "test", [solved])
+    return folder
+
+
+def recipe(copies: Path, *more: str) -> Recipe:
+    return load("paper-metamath", [f"data.source={copies}", "data.validation=4", *more])
+
+
+def test_problems_are_asked_in_the_words_of_training(copies: Path) -> None:
+    found = mathematics.mathematics(recipe(copies).data)
+    assert (len(found.train), len(found.validation)) == (20, 4)
+    assert {name: len(problems) for name, problems in found.tests.items()} == {
+        "gsm8k": 4,
+        "math": 7,
+    }
+    problem = found.tests["gsm8k"][3]
+    assert problem.answer == "3"
+    assert problem.prompt in {pair.prompt for pair in [*found.train, *found.validation]}
+    assert found.tests["math"][0].answer == "\\boxed{\\frac{1}{2}}$."
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("She has 2 + 2 = 4. The answer is: 4", "4", True),
+        ("The answer is: $1,000.00", "1000", True),
+        ("The answer is: 3. The answer is: 5", "5", True),
+        ("We get $x=\\frac12$. The answer is: 0.5", "\\boxed{\\frac{1}{2}}", True),
+        ("The answer is: (1,2]", "\\boxed{(1,2]}", True),
+        ("so it is $\\boxed{7}$", "7", True),
+        ("The answer is: 5", "4", False),
+        ("no idea", "4", False),
+        ("", "4", False),
+    ],
+)
+def test_an_answer_is_right_if_it_is_equal_as_mathematics_is(
+    text: str, answer: str, right: bool
+) -> None:
+    assert mathematics.is_right(text, answer) == right
+
+
+# PEFT's word on lm_head, which the paper adapts.
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_a_tiny_llama_learns_them_and_its_answers_are_kept(
+    copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mathematics, "NEW_TOKENS", 4)
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    sizes = ["training.steps=2", "training.eval_every=2", "training.precision=float32"]
+    settings = [f"model={tmp_path / 'llama'}", "adapter.rank=2", "adapter.alpha=1", *sizes]
+    result = run(recipe(copies, *settings), tmp_path / "run", quiet=True)
+    assert (result["score"], result["measures"]["gsm8k"], result["scored"]) == (0, 0, 11)
+    lines = (tmp_path / "run" / "answers-gsm8k.jsonl").read_text().splitlines()
+    assert [json.loads(line)["answer"] for line in lines] == ["0", "1", "2", "3"]
+
+
+def test_rows_without_an_answer_and_sizes_beyond_the_data_are_refused(
+    copies: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="MetaMathQA has 24 problems; lower it"):
+        mathematics.mathematics(recipe(copies, "data.validation=24").data)
+    save(tmp_path / "meta-math" / "MetaMathQA", "train", [{"query": "w1", "response": "w2"}] * 9)
+    save(tmp_path / "openai" / "gsm8k", "test", [{"question": "w1", "answer": "w2"}])
+    with pytest.raises(DataError, match=r"row 0 of .*gsm8k.* is no question with its right answer"):
+        mathematics.mathematics(recipe(tmp_path).data)
