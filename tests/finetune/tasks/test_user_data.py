@@ -117,6 +117,16 @@ def test_data_of_the_user_imply_the_tasks_name_and_its_sizes(
         generation.prepare(replace(recipe, data=replace(recipe.data, chat_template=None)))
 
 
+def test_the_papers_code_is_learned_from_chats(llama_folder: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "code.jsonl", CHATS)
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    here = [f"data.source={path}", f"data.chat_template={tmp_path / 'chat.jinja'}"]
+    sizes = ["data.validation=3", "data.test=3", f"model={llama_folder}"]
+    task = generation.prepare(load("paper-code", [*here, *sizes]))
+    assert [len(part) for part in (task.train, task.validation, task.test)] == [24, 3, 3]
+    assert all(sum(label != -100 for label in row["labels"]) == 1 for row in task.train)
+
+
 def test_a_recipe_for_own_data_asks_for_them() -> None:
     with pytest.raises(
         ConfigError, match=r"recipes for your own data need them: give data\.source"
