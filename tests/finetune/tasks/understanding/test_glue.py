@@ -1,4 +1,4 @@
-"""GLUE on a stand-in: RoBERTa's class with its position offset, and data with GLUE's columns."""
+"""GLUE on stand-ins: RoBERTa's and DeBERTa's classes, and data with GLUE's columns."""
 
 from __future__ import annotations
 
@@ -50,6 +50,31 @@ def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def deberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model like DeBERTa-v3: disentangled attention, with one set of projections for both."""
+    folder = tmp_path_factory.mktemp("models") / "deberta"
+    tokenizer = tiny_tokenizer()
+    config = transformers.DebertaV2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        pad_token_id=tokenizer.pad_token_id,
+        relative_attention=True,
+        position_buckets=8,
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        type_vocab_size=0,
+    )
+    torch.manual_seed(0)
+    transformers.DebertaV2Model(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def glue(folder: Path, name: str) -> Path:
     """Data with the columns, splits and label types of one of GLUE's sets."""
     columns = load(f"paper-glue-{name}").data.columns
@@ -87,11 +112,14 @@ def test_glue_is_whole() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["cola", "mnli", "stsb"])
+@pytest.mark.parametrize(
+    ("name", "model"), [("cola", "roberta"), ("mnli", "deberta"), ("stsb", "roberta")]
+)
 def test_a_set_is_trained_and_judged_by_its_own_measures(
-    name: str, roberta: Path, tmp_path: Path
+    name: str, model: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    result = run(recipe(name, roberta, tmp_path), tmp_path / "run", quiet=True)
+    settings = recipe(name, request.getfixturevalue(model), tmp_path, "adapter.rank=2")
+    result = run(settings, tmp_path / "run", quiet=True)
     expected = {
         "cola": ("Matthews' correlation", {"accuracy", "f1"}),
         "mnli": ("accuracy", {"validation_mismatched_score"}),
