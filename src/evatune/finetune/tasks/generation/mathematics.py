@@ -164,8 +164,8 @@ def _written(model: Any, tokenizer: Any, problems: Iterable[Problem]) -> list[st
         pad_token_id=tokenizer.pad_token_id,
     )
     found = model.generate(
-        input_ids=torch.tensor(filled, device=device),
-        attention_mask=torch.tensor(mask, device=device),
+        input_ids=torch.tensor(filled, dtype=torch.int64, device=device),
+        attention_mask=torch.tensor(mask, dtype=torch.int64, device=device),
         generation_config=options,
     )
     texts: list[str] = tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
