@@ -383,9 +383,13 @@ def as_tree(recipe: Recipe) -> dict[str, Any]:
     tree = dataclasses.asdict(recipe)
     if not recipe.trust_remote_code:
         del tree["trust_remote_code"]
+    usual = {
+        "data": dataclasses.asdict(DataOptions()),
+        "adapter": dataclasses.asdict(AdapterOptions()),
+    }
     for part, keys in _LATER.items():
         for key in keys:
-            if tree[part][key] in (None, "none", "accuracy", []):
+            if tree[part][key] == usual[part][key]:
                 del tree[part][key]
     return tree
 

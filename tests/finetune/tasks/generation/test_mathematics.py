@@ -8,14 +8,11 @@ from typing import Any
 
 import datasets
 import pytest
-import torch
-import transformers
 
 from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import Recipe, load
 from evatune.finetune.run import run
 from evatune.finetune.tasks.generation import mathematics
-from tests.conftest import tiny_tokenizer
 
 
 def save(place: Path, split: str, rows: list[dict[str, Any]]) -> None:
@@ -78,23 +75,11 @@ def test_an_answer_is_right_if_it_is_equal_as_mathematics_is(
 # PEFT's word on lm_head, which the paper adapts.
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 def test_a_tiny_llama_learns_them_and_its_answers_are_kept(
-    copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    copies: Path, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mathematics, "NEW_TOKENS", 4)
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    tokenizer.save_pretrained(tmp_path / "llama")
     sizes = ["training.steps=2", "training.eval_every=2", "training.precision=float32"]
-    settings = [f"model={tmp_path / 'llama'}", "adapter.rank=2", "adapter.alpha=1", *sizes]
+    settings = [f"model={llama_folder}", "adapter.rank=2", "adapter.alpha=1", *sizes]
     result = run(recipe(copies, *settings), tmp_path / "run", quiet=True)
     assert (result["score"], result["measures"]["gsm8k"], result["scored"]) == (0, 0, 11)
     lines = (tmp_path / "run" / "answers-gsm8k.jsonl").read_text().splitlines()
@@ -104,7 +89,7 @@ def test_a_tiny_llama_learns_them_and_its_answers_are_kept(
 def test_rows_without_an_answer_and_sizes_beyond_the_data_are_refused(
     copies: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="MetaMathQA has 24 problems; lower it"):
+    with pytest.raises(ConfigError, match="'mathematics-hub' has 24 questions to train on"):
         mathematics.mathematics(recipe(copies, "data.validation=24").data)
     save(tmp_path / "meta-math" / "MetaMathQA", "train", [{"query": "w1", "response": "w2"}] * 9)
     save(tmp_path / "openai" / "gsm8k", "test", [{"question": "w1", "answer": "w2"}])

@@ -15,7 +15,7 @@ from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import Recipe, load
 from evatune.finetune.run import run
 from evatune.finetune.tasks.generation.question_sets import SETS, question_sets
-from tests.conftest import tiny_tokenizer
+from tests.conftest import save_model
 
 
 def rows(name: str, count: int = 6) -> list[dict[str, Any]]:
@@ -94,20 +94,17 @@ def test_all_sets_are_learned_together_and_each_is_tested(copies: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 def test_a_tiny_gemma_learns_them_and_is_scored_on_each(copies: Path, tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     config = transformers.Gemma2Config(
-        vocab_size=len(tokenizer),
+        vocab_size=60,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
-        pad_token_id=tokenizer.pad_token_id,
     )
-    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma")
-    tokenizer.save_pretrained(tmp_path / "gemma")
+    save_model(transformers.Gemma2ForCausalLM(config), tmp_path / "gemma")
     sizes = ["training.steps=2", "training.eval_every=2", "training.precision=float32"]
     settings = [f"model={tmp_path / 'gemma'}", "data.max_length=48", "adapter.rank=2", *sizes]
     result = run(recipe(copies, *settings), tmp_path / "run", quiet=True)
@@ -137,5 +134,5 @@ def test_a_folder_without_a_set_and_sizes_beyond_them_are_refused(
         DataError, match=r"there is no folder .*aps/super_glue.*; give data\.source=hub"
     ):
         question_sets(recipe(tmp_path).data)
-    with pytest.raises(ConfigError, match="the sets have 48 questions to train on"):
+    with pytest.raises(ConfigError, match="'commonsense-hub' has 48 questions to train on"):
         question_sets(recipe(copies, "data.validation=48").data)

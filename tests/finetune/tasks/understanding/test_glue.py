@@ -18,7 +18,7 @@ from evatune.finetune.recipe import Recipe, load, ours
 from evatune.finetune.run import run
 from evatune.finetune.tasks.understanding import domain as understanding
 from evatune.finetune.tasks.understanding.scoring import class_measures, number_measures
-from tests.conftest import tiny_tokenizer
+from tests.conftest import save_model, tiny_tokenizer
 
 TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
 SMALL = (
@@ -33,35 +33,31 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "roberta"
-    tokenizer = tiny_tokenizer()
     config = transformers.RobertaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=60,
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=66,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=tiny_tokenizer().pad_token_id,
     )
     torch.manual_seed(0)
-    transformers.RobertaModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(
+        transformers.RobertaModel(config), tmp_path_factory.mktemp("models") / "roberta"
+    )
 
 
 @pytest.fixture(scope="module")
 def deberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model like DeBERTa-v3: disentangled attention, with one set of projections for both."""
-    folder = tmp_path_factory.mktemp("models") / "deberta"
-    tokenizer = tiny_tokenizer()
     config = transformers.DebertaV2Config(
-        vocab_size=len(tokenizer),
+        vocab_size=60,
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=32,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=tiny_tokenizer().pad_token_id,
         relative_attention=True,
         position_buckets=8,
         share_att_key=True,
@@ -70,9 +66,9 @@ def deberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
         type_vocab_size=0,
     )
     torch.manual_seed(0)
-    transformers.DebertaV2Model(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(
+        transformers.DebertaV2Model(config), tmp_path_factory.mktemp("models") / "deberta"
+    )
 
 
 def glue(folder: Path, name: str) -> Path:

@@ -17,6 +17,7 @@ from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.base import Domain, Part, Task
 from evatune.finetune.tasks.generation import mathematics, question_sets
 from evatune.finetune.tasks.generation.base import Pair
+from evatune.finetune.tasks.generation.hub_sets import HubSets
 from evatune.finetune.tasks.generation.scoring import (
     measures,
     scored_measures,
@@ -66,12 +67,7 @@ def prepare(recipe: Recipe) -> Task:
         return _of_the_user(recipe)
     pairs = _bundled_pairs(recipe)
     model, tokenizer = _load_model(recipe)
-    longest = recipe.data.max_length
-
-    def encoded(part: list[Pair]) -> list[Row]:
-        return [encode_answer(tokenizer, pair.prompt, pair.answer, longest) for pair in part]
-
-    task = _task(model, tokenizer, pairs.map(encoded))
+    task = _task(model, tokenizer, _encoded(pairs, tokenizer, recipe.data.max_length))
     evaluate = _evaluation(recipe, tokenizer, pairs)
     if evaluate is not None:
         return replace(task, metric=measures, evaluate=evaluate, score_name="accuracy")
@@ -85,56 +81,65 @@ def _of_question_sets(recipe: Recipe) -> Task:
     """Return the task of eight sets of questions, scored by the mean over their accuracies."""
     found = question_sets.question_sets(recipe.data)
     model, tokenizer = _load_model(recipe)
-    longest = recipe.data.max_length
-    tested = [pair for pairs in found.tests.values() for pair in pairs]
-
-    def encoded(pairs: list[Pair]) -> list[Row]:
-        return [encode_answer(tokenizer, pair.prompt, pair.answer, longest) for pair in pairs]
+    longest, size = recipe.data.max_length, 4 * recipe.training.batch_size
 
     def shares(model: Any, part: Part, _: Path) -> dict[str, float]:
         parts = {"all": found.validation} if part == "validation" else found.tests
-        size = 4 * recipe.training.batch_size
-        share = {
-            name: share_chosen(model, tokenizer, pairs, longest, size)
-            for name, pairs in parts.items()
-        }
-        return {"score": sum(share.values()) / len(share), **share}
+        return _with_mean(
+            {
+                name: share_chosen(model, tokenizer, pairs, longest, size)
+                for name, pairs in parts.items()
+            }
+        )
 
-    rows = Split(encoded(found.train), encoded(found.validation), encoded(tested))
-    task = _task(model, tokenizer, rows)
-    return replace(
-        task, metric=measures, evaluate=shares, score_name="accuracy, mean over eight sets"
-    )
+    name = "accuracy, mean over eight sets"
+    task = _of_hub_sets(found, model, tokenizer, longest)
+    return replace(task, metric=measures, evaluate=shares, score_name=name)
 
 
 def _of_mathematics(recipe: Recipe) -> Task:
-    """Return the task of mathematical problems, scored by the mean share solved of two tests."""
+    """Return the task of mathematical problems, scored by the mean share solved of two tests.
+
+    Validation is scored by how likely its answers are.
+    """
     require("eval", "the test of mathematics")
     found = mathematics.mathematics(recipe.data)
     model, tokenizer = _load_model(recipe)
-    longest = recipe.data.max_length
-    tested = [Pair(one.prompt, one.answer) for part in found.tests.values() for one in part]
-
-    def encoded(pairs: list[Pair]) -> list[Row]:
-        return [encode_answer(tokenizer, pair.prompt, pair.answer, longest) for pair in pairs]
+    size = 4 * recipe.training.batch_size
 
     def shares(model: Any, part: Part, folder: Path) -> dict[str, float]:
         if part == "validation":
             return {}
-        size = 4 * recipe.training.batch_size
-        share = {
-            name: mathematics.share_solved(
-                model, tokenizer, problems, size, folder / f"answers-{name}.jsonl"
-            )
-            for name, problems in found.tests.items()
-        }
-        return {"score": sum(share.values()) / len(share), **share}
+        return _with_mean(
+            {
+                name: mathematics.share_solved(
+                    model, tokenizer, problems, size, folder / f"answers-{name}.jsonl"
+                )
+                for name, problems in found.tests.items()
+            }
+        )
 
-    rows = Split(encoded(found.train), encoded(found.validation), encoded(tested))
-    return replace(
-        _task(model, tokenizer, rows),
-        evaluate=shares,
-        score_name="mean share of GSM8K and of MATH solved",
+    name = "mean share of GSM8K and of MATH solved"
+    task = _of_hub_sets(found, model, tokenizer, recipe.data.max_length)
+    return replace(task, evaluate=shares, score_name=name)
+
+
+def _of_hub_sets(found: HubSets, model: Any, tokenizer: Any, longest: int) -> Task:
+    """Return the task of several tests, each still to be scored."""
+    tested = [pair for pairs in found.tests.values() for pair in pairs]
+    pairs = Split(found.train, found.validation, tested)
+    return _task(model, tokenizer, _encoded(pairs, tokenizer, longest))
+
+
+def _with_mean(shares: dict[str, float]) -> dict[str, float]:
+    """Return the shares by test, and their mean as the score."""
+    return {"score": sum(shares.values()) / len(shares), **shares}
+
+
+def _encoded(pairs: Split[list[Pair]], tokenizer: Any, longest: int) -> Split[list[Row]]:
+    """Return the tokens of prompts and answers."""
+    return pairs.map(
+        lambda part: [encode_answer(tokenizer, one.prompt, one.answer, longest) for one in part]
     )
 
 

@@ -9,18 +9,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from evatune.errors import ConfigError
 from evatune.finetune.recipe import DataOptions
 from evatune.finetune.tasks.generation.base import Pair
-from evatune.finetune.tasks.generation.copies import read_rows
-from evatune.finetune.tasks.splits import draw
+from evatune.finetune.tasks.generation.hub_sets import HubSets, drawn_sets, read_rows
 from evatune.loading.encoding import as_completion
 from evatune.loading.records import Instruction
 from evatune.utils.atomic import atomic_file
@@ -41,44 +38,17 @@ _SUBJECTS = (
 _SAID = "The answer is:"  # as MetaMathQA ends its answers
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A question with its right answer, in LaTeX or as a number."""
-
-    prompt: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Mathematics:
-    """What is learned and validated on, and the problems of each test."""
-
-    train: list[Pair]
-    validation: list[Pair]
-    tests: dict[str, list[Problem]]
-
-
-def mathematics(data: DataOptions) -> Mathematics:
-    """Return the problems, drawn with the seed 0 where not all are wanted.
+def mathematics(data: DataOptions) -> HubSets:
+    """Return the problems, as many as `drawn_sets` says; those to test on with the answer alone.
 
     Args:
-        data: `source` is "hub", or a folder with copies by the ids on the hub; `train` and
-            `validation` count problems of MetaMathQA, and 0 to train on is all that validation
-            leaves; `test` counts those of each test, and 0 is all.
+        data: its source is "hub", or a folder with copies, see `read_rows`.
 
     Raises:
         ConfigError: sizes beyond the data. DataError: a set cannot be had, or a row of it has no
             answer.
     """
     learned = read_rows(data, "meta-math/MetaMathQA", None, "train", _learned)
-    count = data.train or len(learned) - data.validation
-    if count < 1:
-        raise ConfigError(
-            f"data.validation is {data.validation}, and MetaMathQA has {len(learned)} problems;"
-            " lower it"
-        )
-    parts = draw(len(learned), TASK, train=count, validation=data.validation)
-    train, validation = ([learned[i] for i in part] for part in parts)
     tests = {
         "gsm8k": read_rows(data, "openai/gsm8k", "main", "test", _word_problem),
         "math": [
@@ -89,10 +59,7 @@ def mathematics(data: DataOptions) -> Mathematics:
             )
         ],
     }
-    for name, problems in tests.items():
-        (chosen,) = draw(len(problems), name, test=data.test or len(problems))
-        tests[name] = [problems[i] for i in sorted(chosen)]
-    return Mathematics(train, validation, tests)
+    return drawn_sets(data, learned, tests, TASK)
 
 
 def _asked(question: str) -> str:
@@ -103,13 +70,13 @@ def _learned(row: Any) -> Pair:
     return Pair(_asked(row["query"]), row["response"])
 
 
-def _word_problem(row: Any) -> Problem:
-    return Problem(_asked(row["question"]), row["answer"].split("####")[1].strip())
+def _word_problem(row: Any) -> Pair:
+    return Pair(_asked(row["question"]), row["answer"].split("####")[1].strip())
 
 
-def _competition_problem(row: Any) -> Problem:
+def _competition_problem(row: Any) -> Pair:
     boxed = row["solution"].rindex("\\boxed")  # raises ValueError where there is none
-    return Problem(_asked(row["problem"]), row["solution"][boxed:])
+    return Pair(_asked(row["problem"]), row["solution"][boxed:])
 
 
 def is_right(text: str, answer: str) -> bool:
@@ -126,9 +93,7 @@ def is_right(text: str, answer: str) -> bool:
 
 
 @torch.no_grad()
-def share_solved(
-    model: Any, tokenizer: Any, problems: list[Problem], size: int, file: Path
-) -> float:
+def share_solved(model: Any, tokenizer: Any, problems: list[Pair], size: int, file: Path) -> float:
     """Return the share of problems that a model solves, and write what it wrote, a line each.
 
     Args:
@@ -146,7 +111,7 @@ def share_solved(
     return solved / len(problems)
 
 
-def _written(model: Any, tokenizer: Any, problems: Iterable[Problem]) -> list[str]:
+def _written(model: Any, tokenizer: Any, problems: Iterable[Pair]) -> list[str]:
     """Return the answers by greedy decoding."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     rows = [

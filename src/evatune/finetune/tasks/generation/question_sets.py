@@ -11,11 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from evatune.errors import ConfigError
 from evatune.finetune.recipe import DataOptions
 from evatune.finetune.tasks.generation.base import Pair
-from evatune.finetune.tasks.generation.copies import read_rows
-from evatune.finetune.tasks.splits import draw
+from evatune.finetune.tasks.generation.hub_sets import HubSets, drawn_sets, read_rows
 
 TASK = "commonsense-hub"
 _Row = Mapping[str, Any]
@@ -34,15 +32,6 @@ class QuestionSet:
     subset: str | None
     pair: Callable[[_Row], Pair]
     tested_on: str = "validation"
-
-
-@dataclass(frozen=True)
-class QuestionSets:
-    """The questions of all sets to learn and to validate on, and those of each to be tested on."""
-
-    train: list[Pair]
-    validation: list[Pair]
-    tests: dict[str, list[Pair]]
 
 
 def _asked(question: str, choices: list[str], right: int) -> Pair:
@@ -110,13 +99,11 @@ SETS = {
 """Name → a set, in the order in which they are read."""
 
 
-def question_sets(data: DataOptions) -> QuestionSets:
-    """Return the questions of all sets, drawn with the seed 0 where not all are wanted.
+def question_sets(data: DataOptions) -> HubSets:
+    """Return the questions of all sets, as many as `drawn_sets` says.
 
     Args:
-        data: `source` is "hub", or a folder with a folder `ID` or `ID/SUBSET` for each set;
-            `train` and `validation` count questions of all sets together, and 0 to train on is all
-            that validation leaves; `test` counts those of each set, and 0 is all.
+        data: its source is "hub", or a folder with copies, see `read_rows`.
 
     Raises:
         ConfigError: sizes beyond the data. DataError: a set cannot be had, or a row of it is
@@ -126,15 +113,5 @@ def question_sets(data: DataOptions) -> QuestionSets:
     tests: dict[str, list[Pair]] = {}
     for name, one in SETS.items():
         learned += read_rows(data, one.source, one.subset, "train", one.pair)
-        tested = read_rows(data, one.source, one.subset, one.tested_on, one.pair)
-        (chosen,) = draw(len(tested), name, test=data.test or len(tested))
-        tests[name] = [tested[i] for i in sorted(chosen)]
-    count = data.train or len(learned) - data.validation
-    if count < 1:
-        raise ConfigError(
-            f"data.validation is {data.validation}, and the sets have {len(learned)} questions to"
-            " train on; lower it"
-        )
-    parts = draw(len(learned), TASK, train=count, validation=data.validation)
-    train, validation = ([learned[i] for i in part] for part in parts)
-    return QuestionSets(train, validation, tests)
+        tests[name] = read_rows(data, one.source, one.subset, one.tested_on, one.pair)
+    return drawn_sets(data, learned, tests, TASK)

@@ -1,19 +1,57 @@
-"""Rows of data sets of the hub, or of copies of them in a folder."""
+"""Data sets of the hub, or copies of them in a folder, learned together and tested apart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from evatune.errors import DataError
+from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import DataOptions
+from evatune.finetune.tasks.generation.base import Pair
+from evatune.finetune.tasks.splits import draw
 from evatune.loading.hub import reading
 from evatune.loading.tables import load_split
 
 HUB = "hub"  # as data.source: the hub's own
 _INSTEAD = "a folder with copies of the sets, as in data.source=FOLDER"
 _Read = TypeVar("_Read")
+
+
+@dataclass(frozen=True)
+class HubSets:
+    """What is learned and validated on, and the questions of each test by its name."""
+
+    train: list[Pair]
+    validation: list[Pair]
+    tests: dict[str, list[Pair]]
+
+
+def drawn_sets(
+    data: DataOptions, learned: list[Pair], tests: Mapping[str, list[Pair]], task: str
+) -> HubSets:
+    """Return as many questions as a recipe wants, drawn with the seed 0.
+
+    Args:
+        data: `train` and `validation` count the learned ones, and 0 to train on is all that
+            validation leaves; `test` counts those of each test, and 0 is all.
+
+    Raises ConfigError for sizes beyond the data.
+    """
+    count = data.train or len(learned) - data.validation
+    if count < 1:
+        raise ConfigError(
+            f"data.validation is {data.validation}, and {task!r} has {len(learned)} questions to"
+            " train on; lower it"
+        )
+    parts = draw(len(learned), task, train=count, validation=data.validation)
+    train, validation = ([learned[i] for i in part] for part in parts)
+    chosen = {}
+    for name, questions in tests.items():
+        (places,) = draw(len(questions), name, test=data.test or len(questions))
+        chosen[name] = [questions[i] for i in sorted(places)]
+    return HubSets(train, validation, chosen)
 
 
 def read_rows(
