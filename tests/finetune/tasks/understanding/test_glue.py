@@ -190,3 +190,5 @@ def test_a_metric_that_does_not_fit_is_refused(
 def test_classes_of_ours_are_no_numbers() -> None:
     with pytest.raises(ConfigError, match="is for numbers, and 'bbc' has classes"):
         understanding.prepare(load("understanding-bbc", ["data.metric=pearson"]))
+    with pytest.raises(ConfigError, match=r"are those of data\.source, and 'bbc' has none"):
+        understanding.prepare(load("understanding-bbc", ["data.more_test_splits=[other]"]))

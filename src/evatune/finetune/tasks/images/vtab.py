@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import huggingface_hub
+from filelock import FileLock
 from huggingface_hub.errors import HfHubHTTPError
 
 from evatune.errors import ConfigError, DataError
@@ -38,6 +39,7 @@ VTAB_OPTIONS = {
 _TOP = "vtab-1k"
 _ARCHIVE = f"{_TOP}.zip"
 _TRAIN, _VALIDATION, _BOTH, _TEST = "train800", "val200", "train800val200", "test"
+_PATIENCE = 1800.0  # seconds that a process waits for another to extract a task
 _SIZES = {_TRAIN: 800, _VALIDATION: 200, _BOTH: 1000}
 
 
@@ -183,6 +185,16 @@ def _extracted(archive: Path, name: str) -> Path:
     target = cache_folder() / f"{_TOP}-{stamp.st_size}-{stamp.st_mtime_ns}" / name
     if target.is_dir():
         return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes of a run come here together: the first one extracts, the others wait.
+    with FileLock(target.with_name(f".{name}.lock"), timeout=_PATIENCE):
+        if not target.is_dir():
+            _extract_task(archive, name, target)
+    return target
+
+
+def _extract_task(archive: Path, name: str, target: Path) -> None:
+    """Write a task's folder of the zip file; DataError for one that is not whole or climbs out."""
     try:
         with zipfile.ZipFile(archive) as opened:
             everything = opened.infolist()
@@ -195,14 +207,12 @@ def _extracted(archive: Path, name: str) -> Path:
                     )
             if not members:
                 raise DataError(f"{str(archive)!r} has no folder {name}; get the whole bundle")
-            target.parent.mkdir(parents=True, exist_ok=True)
             with claimed_folder(target, overwrite=False) as output, output.whole() as temporary:
                 _extract(opened, members, name, temporary)
     except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError) as error:
         raise DataError(
             f"{str(archive)!r} is no whole zip file ({error}); get the bundle anew"
         ) from error
-    return target
 
 
 def _extract(

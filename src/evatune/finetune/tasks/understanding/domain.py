@@ -80,6 +80,11 @@ def prepare(recipe: Recipe) -> Task:
             f"data.metric is {metric!r}, which is for numbers, and {recipe.task!r} has classes;"
             " choose accuracy"
         )
+    if recipe.data.source is None and recipe.data.more_test_splits:
+        raise ConfigError(
+            f"data.more_test_splits are those of data.source, and {recipe.task!r} has none; leave"
+            " them out"
+        )
     if metric in ("f1", "matthews") and classes != 2:
         raise ConfigError(
             f"data.metric is {metric!r}, which is for two classes, and these are {classes}; choose"
