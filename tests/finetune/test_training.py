@@ -121,3 +121,11 @@ SAID = [
     "training: 3 of 20 steps, 6 s, loss 1.23, score 0.5",
     "trained for 4 steps in 8 s, loss 1.23, score 0.5",
 ]
+
+
+def test_a_model_that_cannot_compute_activations_again_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.BertPreTrainedModel, "supports_gradient_checkpointing", False)
+    with pytest.raises(ConfigError, match=r"gradient_checkpointing is true, and the model 'demo'"):
+        _trainer(Lora("lora"), tmp_path, "training.gradient_checkpointing=true")

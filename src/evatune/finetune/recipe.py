@@ -53,7 +53,11 @@ _Real = Annotated[float, Strict(), Field(le=1e9)]
 _Text = Annotated[str, Field(max_length=4096)]
 _Texts = Annotated[list[_Text], Field(max_length=10_000)]
 _SUFFIXES = (".yaml", ".yml", ".json", "")  # of recipes
-_LATER = {"data": ("chat_template", "metric", "more_test_splits"), "adapter": ("bias",)}
+_LATER = {
+    "data": ("chat_template", "metric", "more_test_splits"),
+    "adapter": ("bias", "quantize"),
+    "training": ("gradient_checkpointing",),
+}
 _MISTAKES_TOLD = 10
 # Schedules of transformers that need no more settings.
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
@@ -177,6 +181,10 @@ class AdapterOptions:
     bias: Literal["none", "all", "lora_only"] = Field(
         default="none", description="biases that are trained, as PEFT names them"
     )
+    quantize: Literal["none", "nf4"] = Field(
+        default="none",
+        description="the frozen weights below the adapter; nf4: of 4 bits, by bitsandbytes (QLoRA)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -196,6 +204,10 @@ class TrainingOptions:
     )
     precision: Literal["float32", "bf16", "fp16"] = Field(
         default="float32", description="mixed precision, or none"
+    )
+    gradient_checkpointing: _Flag = Field(
+        default=False,
+        description="compute activations again for the gradient in place of keeping them",
     )
     warmup: _Real = Field(
         default=0.06, ge=0, lt=1, description="share of the steps in which the learning rate rises"
@@ -386,6 +398,7 @@ def as_tree(recipe: Recipe) -> dict[str, Any]:
     usual = {
         "data": dataclasses.asdict(DataOptions()),
         "adapter": dataclasses.asdict(AdapterOptions()),
+        "training": dataclasses.asdict(TrainingOptions()),
     }
     for part, keys in _LATER.items():
         for key in keys:

@@ -24,6 +24,7 @@ from evatune.calibration import Calibration
 from evatune.calibration.options import ProgressOption
 from evatune.distributed.group import ProcessGroup
 from evatune.distributed.launch import launched
+from evatune.errors import ConfigError
 from evatune.finetune.another_task import another_task
 from evatune.finetune.fingerprint import data_fingerprint
 from evatune.finetune.methods import AdapterSetup, Method, Preparation, find_method
@@ -85,7 +86,7 @@ def run(
             another process works. DataError: data cannot be had.
     """
     find_domain(recipe.domain)
-    find_method(recipe.method)
+    _require_fit(find_method(recipe.method), recipe)
     folder = resolved(folder)  # what is checked here and what is written later are the same place
     with launched() as processes, _claimed(recipe, folder, processes) as finished:
         if finished is not None:
@@ -270,6 +271,7 @@ def _trained(
     own = own or folder
     transformers.set_seed(recipe.seed)
     method = find_method(recipe.method)
+    _require_fit(method, recipe)
     task = find_domain(recipe.domain).prepare(recipe)
     if task.about:
         say(task.about)
@@ -294,6 +296,16 @@ def _trained(
             _train(trainer, checkpoint, recipe.training.steps)
     train_seconds = time.perf_counter() - start
     return _Trained(trainer, task, method, own, facts, init_seconds, train_seconds)
+
+
+def _require_fit(method: Method, recipe: Recipe) -> None:
+    """Raise a ConfigError for a method that a base of 4 bits does not allow."""
+    if recipe.adapter.quantize != "none" and not method.fits_quantized:
+        raise ConfigError(
+            f"method {method.name!r} cannot run above a base of 4 bits"
+            f" (adapter.quantize={recipe.adapter.quantize}); choose lora or eva, or"
+            " adapter.quantize=none"
+        )
 
 
 def _adapter_setup(recipe: Recipe, task: Task) -> AdapterSetup:

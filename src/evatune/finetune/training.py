@@ -43,6 +43,8 @@ def build_trainer(
     Raises ConfigError for settings that Trainer refuses.
     """
     training = recipe.training
+    if training.gradient_checkpointing:
+        _enable_checkpointing(model, recipe.model)
     optimizer_options = OptimizerOptions(
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
@@ -76,6 +78,18 @@ def build_trainer(
     # which Trainer would multiply by the number of processes, and not divide by the accumulated.
     trainer.model_accepts_loss_kwargs &= task.task_type == "CAUSAL_LM"
     return trainer
+
+
+def _enable_checkpointing(model: Any, source: str) -> None:
+    """Have activations computed again in training; ConfigError for a model that has no way to."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name since 5.23
+    try:
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(
+            f"training.gradient_checkpointing is true, and the model {source!r} cannot"
+            f" ({error}); leave it out"
+        ) from error
 
 
 def _arguments(

@@ -27,6 +27,7 @@ EXTRA_OF = {
     "math_verify": "eval",
     "metaworld": "rl",
     "mujoco": "rl",
+    "bitsandbytes": "quantized",
     "ray": "ray",
     "lightning": "lightning",
     "pytorch_lightning": "lightning",

@@ -43,8 +43,8 @@ METHODS: dict[str, Method] = {method.name: method for file in _FILES for method 
 # Known by name, and why no run has them.
 _REFUSED = {
     "loftq": "starts an adapter from the error of quantizing the base to 4 bits, for which PEFT "
-    "needs a GPU and bitsandbytes, and every base here is loaded unquantized; pissa, olora and "
-    "milora start from the weights too"
+    "needs a GPU; choose lora or eva with adapter.quantize=nf4, or pissa, olora or milora, which "
+    "start from the weights too"
 }
 
 

@@ -105,11 +105,14 @@ class Method:
 
     Attributes:
         name: in recipes. about: what it does, in a few words. source: paper and year.
+        fits_quantized: False where the base's weights are decomposed, change or have a gradient,
+            which those of 4 bits cannot.
     """
 
     name: str
     about: str = field(default="", kw_only=True)
     source: str = field(default="", kw_only=True)
+    fits_quantized: bool = field(default=True, kw_only=True)
 
     # The folder of a run in which the result is saved.
     saved_as: ClassVar[str] = "adapter"

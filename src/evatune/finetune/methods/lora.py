@@ -23,5 +23,6 @@ METHODS = (
         {"init_lora_weights": "mica"},
         about="A on minor singular vectors of W, kept",
         source="arXiv 2604.01694",
+        fits_quantized=False,
     ),
 )

@@ -33,6 +33,7 @@ class LoraOne(Lora):
     its defaults.
     """
 
+    fits_quantized: bool = field(default=False, kw_only=True)
     linear_only: bool = field(default=True, kw_only=True)
 
     @torch.no_grad()

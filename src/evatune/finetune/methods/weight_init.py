@@ -34,6 +34,7 @@ from evatune.utils.outputs import claimed_folder
 class WeightInit(Lora):
     """LoRA whose A and B start as a part of the base weights, which then lack it."""
 
+    fits_quantized: bool = field(default=False, kw_only=True)
     linear_only: bool = field(default=True, kw_only=True)
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +17,8 @@ class Full(Method):
     """Train every weight."""
 
     saved_as: ClassVar[str] = "model"
+
+    fits_quantized: bool = field(default=False, kw_only=True)
 
     def adapt(self, model: nn.Module, setup: AdapterSetup) -> Any:
         for name, parameter in model.named_parameters():

@@ -26,6 +26,7 @@ from evatune.finetune.tasks.generation.scoring import (
     token_losses,
 )
 from evatune.finetune.tasks.generation.tasks import TASKS
+from evatune.finetune.tasks.quantization import quantized
 from evatune.finetune.tasks.splits import Split
 from evatune.finetune.tasks.user_data import (
     describe_parts,
@@ -192,6 +193,7 @@ def _load_model(recipe: Recipe) -> tuple[Any, Any]:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             dtype=torch.bfloat16 if half else torch.float32,
+            **quantized(recipe),
             trust_remote_code=recipe.trust_remote_code,
         )
     if tokenizer.pad_token is None:

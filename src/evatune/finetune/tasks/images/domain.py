@@ -20,6 +20,7 @@ from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.base import Domain, Task, accuracy
 from evatune.finetune.tasks.images.tasks import TASKS
 from evatune.finetune.tasks.images.vtab import VTAB, VTAB_OPTIONS, vtab_images
+from evatune.finetune.tasks.quantization import quantized
 from evatune.finetune.tasks.splits import Split, draw_from, draw_split
 from evatune.finetune.tasks.user_data import (
     checked,
@@ -140,6 +141,7 @@ def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any]:
             num_labels=classes,
             ignore_mismatched_sizes=True,
             dtype=torch.float32,
+            **quantized(recipe),
             trust_remote_code=recipe.trust_remote_code,
         )
     if not isinstance(getattr(model, "classifier", None), torch.nn.Module):

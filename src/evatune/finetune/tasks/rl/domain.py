@@ -38,6 +38,11 @@ def prepare(recipe: Recipe) -> Task:
         raise ConfigError(
             f"task is {recipe.task!r}; tasks of reinforcement learning are {', '.join(TASKS)}"
         )
+    if recipe.adapter.quantize != "none":
+        raise ConfigError(
+            f"adapter.quantize is {recipe.adapter.quantize!r}, which policies are too small for;"
+            " leave it out"
+        )
     simulator.load_metaworld()
     model = _load_model(recipe)
     longest = min(model.config.max_ep_len, model.config.n_positions // 3)

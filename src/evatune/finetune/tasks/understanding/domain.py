@@ -16,6 +16,7 @@ import transformers
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.base import Domain, Task
+from evatune.finetune.tasks.quantization import quantized
 from evatune.finetune.tasks.splits import Split, draw_split
 from evatune.finetune.tasks.understanding import grammar
 from evatune.finetune.tasks.understanding.scoring import (
@@ -121,6 +122,7 @@ def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any]:
             num_labels=classes,
             **({"problem_type": "regression"} if classes == 1 else {}),
             dtype=torch.float32,  # whatever the checkpoint's is; mixed precision is the trainer's
+            **quantized(recipe),
             trust_remote_code=recipe.trust_remote_code,
         )
     make_ready(model, tokenizer)

@@ -1,0 +1,37 @@
+"""Weights of 4 bits below an adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+
+from evatune.finetune.recipe import Recipe
+from evatune.utils.extras import require
+
+# What the weights become for a product, by the precision of a run.
+_PRODUCTS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Names of heads. They are trained or in the loss, and stay as they are.
+_HEADS = ["lm_head", "classifier", "score"]
+
+
+def quantized(recipe: Recipe) -> dict[str, Any]:
+    """Return what `from_pretrained` needs beside its usual options for the base that is wanted.
+
+    As in QLoRA: NormalFloat of 4 bits, its scales quantized again, products in the run's precision.
+
+    Raises MissingExtraError where bitsandbytes is needed and missing.
+    """
+    if recipe.adapter.quantize == "none":
+        return {}
+    require("quantized", "adapter.quantize")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=recipe.adapter.quantize,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_PRODUCTS[recipe.training.precision],
+        llm_int8_skip_modules=_HEADS,
+    )
+    return {"quantization_config": config, "device_map": {"": accelerate.PartialState().device}}
