@@ -18,29 +18,11 @@ from evatune import Calibration
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.run import run
 from evatune.utils.launcher import is_first
-from tests.conftest import save_model
 from tests.finetune.helpers import command_line, small
 from tests.processes import error_of, launched
 
 # Whole batches for both: of a last one that is filled up, Trainer's loss is a little off.
 _TWO = ("data.validation=32", "data.test=32")
-
-
-@pytest.fixture(scope="module")
-def steady_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model without dropout, whose masks would differ between halves of a batch."""
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=60,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return save_model(transformers.BertModel(config), tmp_path_factory.mktemp("steady") / "bert")
 
 
 def _run_all(recipes: dict[str, Recipe], folder: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+from evatune.modeling.sharding import is_sharded_parameter, whole_shape
 from evatune.schemas import Damage, telling
 from evatune.schemas.run import MetricsLine
 from evatune.schemas.text import read_text, validate_json
@@ -108,10 +109,13 @@ def _clipping_factor(logs: dict[str, Any], max_norm: float | None) -> float:
 
 
 def _gradient_norms(model: nn.Module) -> dict[str, float]:
-    """Return the norm of the gradient of all A and of all B; nothing where there are none."""
+    """Return the norm of the gradient of all A and of all B; nothing where there are none.
+
+    Of shards there is none either: other processes hold the rest.
+    """
     norms: dict[str, list[torch.Tensor]] = {"A": [], "B": []}
     for path, parameter in model.named_parameters():
-        if parameter.grad is None:
+        if parameter.grad is None or is_sharded_parameter(parameter):
             continue
         for matrix in norms:
             if f"lora_{matrix}" in path:
@@ -125,7 +129,7 @@ def _gradient_norms(model: nn.Module) -> dict[str, float]:
 
 def count_trainable(model: nn.Module) -> int:
     """Return the number of trainable parameters."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(whole_shape(p).numel() for p in model.parameters() if p.requires_grad)
 
 
 def peak_memory() -> int:

@@ -56,7 +56,7 @@ _SUFFIXES = (".yaml", ".yml", ".json", "")  # of recipes
 _LATER = {
     "data": ("chat_template", "metric", "more_test_splits"),
     "adapter": ("bias", "quantize"),
-    "training": ("gradient_checkpointing",),
+    "training": ("gradient_checkpointing", "sharding"),
 }
 _MISTAKES_TOLD = 10
 # Schedules of transformers that need no more settings.
@@ -208,6 +208,13 @@ class TrainingOptions:
     gradient_checkpointing: _Flag = Field(
         default=False,
         description="compute activations again for the gradient in place of keeping them",
+    )
+    sharding: Literal["none", "fsdp2", "zero3"] = Field(
+        default="none",
+        description=(
+            "what processes share besides the batches: all weights, by torch's FSDP2 or DeepSpeed's"
+            " ZeRO-3; after the start, which each has whole"
+        ),
     )
     warmup: _Real = Field(
         default=0.06, ge=0, lt=1, description="share of the steps in which the learning rate rises"

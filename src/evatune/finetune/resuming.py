@@ -14,7 +14,10 @@ from evatune.schemas.tensors import read_header
 from evatune.schemas.text import read_text, validate_json
 
 _STATE = "trainer_state.json"  # written last
-_PICKLES = ("optimizer.pt", "scheduler.pt")
+_SCHEDULE = "scheduler.pt"
+_OPTIMIZER = "optimizer.pt"
+_FSDP2 = ("optimizer.bin", "pytorch_model_fsdp.bin")  # what it has in place of that
+_ZERO_3 = "global_step*/*.pt"  # the same, two of each process
 _RANDOM_STATES = "rng_state*.pth"  # one of each process
 
 # NotImplementedError and RuntimeError: a method or an encryption that a flipped bit makes up.
@@ -64,7 +67,8 @@ def _step(path: Path) -> int:
 def _require_whole(path: Path) -> None:
     """Raise Damage unless every file that Trainer reads is there and is what was written."""
     states = sorted(state.name for state in path.glob(_RANDOM_STATES))
-    missing = [name for name in (_STATE, *_PICKLES) if not (path / name).is_file()]
+    optimizer = _optimizer(path)
+    missing = [name for name in (_STATE, _SCHEDULE, *optimizer) if not (path / name).is_file()]
     if not states:
         missing.append(_RANDOM_STATES)
     if missing:
@@ -72,7 +76,7 @@ def _require_whole(path: Path) -> None:
     state = validate_json(TrainerState, read_text(path / _STATE))
     if state.global_step != _step(path):
         raise Damage(f"is of step {state.global_step} by its {_STATE}")
-    for name in (*_PICKLES, *states):
+    for name in (_SCHEDULE, *optimizer, *states):
         _require_whole_archive(path / name)
     weights = [path / name for name in _WEIGHTS if (path / name).is_file()]
     if not weights:
@@ -82,6 +86,14 @@ def _require_whole(path: Path) -> None:
             read_header(file)
         except Damage as damage:
             raise Damage(f"holds a {file.name} that {damage}") from damage
+
+
+def _optimizer(path: Path) -> list[str]:
+    """Return the names of the files with the optimizer's state, and the shards where there are."""
+    if (path / _FSDP2[0]).is_file():
+        return list(_FSDP2)
+    shards = sorted(str(file.relative_to(path)) for file in path.glob(_ZERO_3))
+    return shards or [_OPTIMIZER]
 
 
 def _require_whole_archive(path: Path) -> None:

@@ -40,6 +40,7 @@ from evatune.finetune.run_folder import (
     claimed_run,
     finished_result,
 )
+from evatune.finetune.sharding import whole_weights
 from evatune.finetune.start_facts import NO_FACTS, StartFacts, start_facts
 from evatune.finetune.tasks import Part, Task, find_domain
 from evatune.finetune.training import build_trainer, training_shown
@@ -131,6 +132,7 @@ def _take_part(recipe: Recipe, folder: Path, checkpoint: Path | None) -> None:
         for part in ("validation", "test"):
             if part == "test" or trained.task.validation is not None:
                 trained.measures(part)
+        whole_weights(trained.trainer)
 
 
 def _run(
@@ -145,9 +147,10 @@ def _run(
     validation = None if trained.task.validation is None else trained.measures("validation")
     measures = trained.measures("test")
     method, model = trained.method, trained.trainer.model
+    weights = whole_weights(trained.trainer)
     if method.trains:
         with writing(folder / method.saved_as, MAKE_ROOM):
-            method.save(model, folder / method.saved_as, folder / INITIAL_ADAPTER)
+            method.save(model, folder / method.saved_as, folder / INITIAL_ADAPTER, weights)
     task = trained.task
     result = {
         "score": measures.pop("score"),
@@ -299,7 +302,13 @@ def _trained(
 
 
 def _require_fit(method: Method, recipe: Recipe) -> None:
-    """Raise a ConfigError for a method that a base of 4 bits does not allow."""
+    """Raise a ConfigError for a method that a base of 4 bits, or in shards, does not allow."""
+    if recipe.training.sharding != "none" and not method.fits_shards:
+        raise ConfigError(
+            f"method {method.name!r} cannot run on weights in shards"
+            f" (training.sharding={recipe.training.sharding}); choose lora, eva or full, or"
+            " training.sharding=none"
+        )
     if recipe.adapter.quantize != "none" and not method.fits_quantized:
         raise ConfigError(
             f"method {method.name!r} cannot run above a base of 4 bits"

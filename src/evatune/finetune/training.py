@@ -16,6 +16,7 @@ from evatune.finetune.methods import Method, OptimizerOptions
 from evatune.finetune.metrics import METRICS, MetricsCallback
 from evatune.finetune.recipe import SCHEDULES, Recipe
 from evatune.finetune.run_folder import CHECKPOINTS, MAKE_ROOM
+from evatune.finetune.sharding import sharding_arguments
 from evatune.finetune.tasks import Task
 from evatune.utils.atomic import writing
 from evatune.utils.launcher import is_first, processes
@@ -55,7 +56,7 @@ def build_trainer(
     if is_first():
         callbacks.append(MetricsCallback(folder / METRICS, batch_size))
     saves = checkpoints and method.resumable
-    arguments = _arguments(recipe, folder, resumed=resumed, saves=saves)
+    arguments = _arguments(recipe, model, folder, resumed=resumed, saves=saves)
     try:
         trainer = _Trainer(
             model=model,
@@ -93,7 +94,7 @@ def _enable_checkpointing(model: Any, source: str) -> None:
 
 
 def _arguments(
-    recipe: Recipe, folder: Path, *, resumed: bool, saves: bool
+    recipe: Recipe, model: Any, folder: Path, *, resumed: bool, saves: bool
 ) -> transformers.TrainingArguments:
     training = recipe.training
     if training.schedule not in SCHEDULES:
@@ -116,6 +117,7 @@ def _arguments(
         gradient_accumulation_steps=training.accumulate,
         bf16=training.precision == "bf16",
         fp16=training.precision == "fp16",
+        **sharding_arguments(training.sharding, model),
         use_cpu=not torch.accelerator.is_available(),
         warmup_steps=round(training.warmup * training.steps),
         lr_scheduler_type=training.schedule,

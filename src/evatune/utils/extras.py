@@ -28,6 +28,7 @@ EXTRA_OF = {
     "metaworld": "rl",
     "mujoco": "rl",
     "bitsandbytes": "quantized",
+    "deepspeed": "deepspeed",
     "ray": "ray",
     "lightning": "lightning",
     "pytorch_lightning": "lightning",

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from evatune.adapters.lora_layers import find_lora_targets, lora_layers
 from evatune.calibration import Calibration
@@ -107,12 +107,15 @@ class Method:
         name: in recipes. about: what it does, in a few words. source: paper and year.
         fits_quantized: False where the base's weights are decomposed, change or have a gradient,
             which those of 4 bits cannot.
+        fits_shards: False where the optimizer is the method's own, or weights of the base or ranks
+            change on the way.
     """
 
     name: str
     about: str = field(default="", kw_only=True)
     source: str = field(default="", kw_only=True)
     fits_quantized: bool = field(default=True, kw_only=True)
+    fits_shards: bool = field(default=True, kw_only=True)
 
     # The folder of a run in which the result is saved.
     saved_as: ClassVar[str] = "adapter"
@@ -145,9 +148,20 @@ class Method:
     def after_step(self, model: nn.Module, step: int) -> None:
         """Do what the method does between an optimizer step and the clearing of gradients."""
 
-    def save(self, model: Any, folder: Path, initial_adapter: Path) -> None:
-        """Write what was trained, such that it fits the original base weights."""
-        model.save_pretrained(folder)
+    def save(
+        self,
+        model: Any,
+        folder: Path,
+        initial_adapter: Path,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Write what was trained, such that it fits the original base weights.
+
+        Args:
+            initial_adapter: the folder in which the method may have kept the adapter's start.
+            weights: the model's by name, where it has shards of them alone.
+        """
+        model.save_pretrained(folder, state_dict=weights)
 
 
 @dataclass(frozen=True)

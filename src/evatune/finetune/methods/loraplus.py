@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from evatune.finetune.methods.base import Lora, OptimizerOptions
 @dataclass(frozen=True)
 class LoraPlus(Lora):
     """LoRA with PEFT's LoRA+ optimizer."""
+
+    fits_shards: bool = field(default=False, kw_only=True)
 
     def optimizer(self, model: nn.Module, options: OptimizerOptions) -> Any:
         return create_loraplus_optimizer(

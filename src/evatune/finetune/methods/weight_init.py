@@ -22,6 +22,7 @@ from peft.utils import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from evatune.adapters.lora_layers import lora_layers
 from evatune.calibration import Calibration
@@ -35,6 +36,7 @@ class WeightInit(Lora):
     """LoRA whose A and B start as a part of the base weights, which then lack it."""
 
     fits_quantized: bool = field(default=False, kw_only=True)
+    fits_shards: bool = field(default=False, kw_only=True)
     linear_only: bool = field(default=True, kw_only=True)
 
     @abstractmethod
@@ -64,7 +66,13 @@ class WeightInit(Lora):
             model.save_pretrained(temporary)
         return None
 
-    def save(self, model: Any, folder: Path, initial_adapter: Path) -> None:
+    def save(
+        self,
+        model: Any,
+        folder: Path,
+        initial_adapter: Path,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
         """Write the adapter such that it fits the original base: BA − B₀A₀, twice the rank.
 
         Args:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from evatune.errors import ConfigError
 from evatune.finetune.methods.base import AdapterSetup, Method
@@ -52,10 +52,18 @@ class Untouched(Full):
 
     trains: ClassVar[bool] = False
 
+    fits_shards: bool = field(default=False, kw_only=True)
+
     def _is_trained(self, name: str, setup: AdapterSetup) -> bool:
         return False
 
-    def save(self, model: Any, folder: Path, initial_adapter: Path) -> None:
+    def save(
+        self,
+        model: Any,
+        folder: Path,
+        initial_adapter: Path,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
         """Write nothing: the checkpoint is there already."""
 
 
