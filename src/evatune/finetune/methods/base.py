@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -145,6 +145,10 @@ class Method:
     def save(self, model: Any, folder: Path, initial_adapter: Path) -> None:
         """Write what was trained, such that it fits the original base weights."""
         model.save_pretrained(folder)
+
+    def load(self, model: Any, folder: Path) -> Any:
+        """Return the base model with what `save` wrote into a folder."""
+        return PeftModel.from_pretrained(model, folder)
 
 
 @dataclass(frozen=True)

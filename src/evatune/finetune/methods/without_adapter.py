@@ -23,6 +23,9 @@ class Full(Method):
             parameter.requires_grad_(self._is_trained(name, setup))
         return model
 
+    def load(self, model: Any, folder: Path) -> Any:
+        return type(model).from_pretrained(folder, dtype=model.dtype)
+
     def _is_trained(self, name: str, setup: AdapterSetup) -> bool:
         return True
 
@@ -55,6 +58,9 @@ class Untouched(Full):
 
     def save(self, model: Any, folder: Path, initial_adapter: Path) -> None:
         """Write nothing: the checkpoint is there already."""
+
+    def load(self, model: Any, folder: Path) -> Any:
+        return model
 
 
 METHODS = (
