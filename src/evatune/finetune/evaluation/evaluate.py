@@ -85,8 +85,8 @@ def _completed(recipe: Recipe, options: EvaluationOptions) -> EvaluationOptions:
             f"the run is of the domain {recipe.domain!r}, and tasks are for {DOMAIN.name!r}; its"
             " own score is in result.json"
         )
-    is_commonsense = recipe.task == question_sets.TASK
-    tasks = options.tasks or ([harness.COMMONSENSE] if is_commonsense else [])
+    own = [harness.COMMONSENSE] if recipe.task == question_sets.TASK else []
+    tasks = options.tasks or own
     if not tasks:
         raise ConfigError(
             f"a run of task {recipe.task!r} has no tasks of its own to be measured on; name some"
@@ -99,9 +99,8 @@ def _completed(recipe: Recipe, options: EvaluationOptions) -> EvaluationOptions:
     for name in tasks:
         if name in CODE_SETS and not options.run_code:
             harness.refuse_code(name)
-    own = Path(str(recipe.data.source)) if is_commonsense and recipe.data.source != HUB else None
     size = options.batch_size or 4 * recipe.training.batch_size
-    return replace(options, tasks=tasks, data=options.data or own, batch_size=size)
+    return replace(options, tasks=tasks, batch_size=size)
 
 
 def _measured(
@@ -109,12 +108,14 @@ def _measured(
 ) -> Iterator[dict[str, dict[str, Any]]]:
     """Yield what a run measures on tasks of one kind after the other, once all data are there."""
     source = HUB if options.data is None else str(options.data)
+    is_commonsense = options.data is None and recipe.task == question_sets.TASK
+    of_questions = str(recipe.data.source) if is_commonsense else source
     others = [name for name in options.tasks if name not in CODE_SETS]
     loaded = None
     if others:
         known = tuple(CODE_SETS)
         loaded = harness.load_tasks(
-            others, options.include, source, run_code=options.run_code, extra=known
+            others, options.include, of_questions, run_code=options.run_code, extra=known
         )
     problems = {
         name: read_problems(name, source, options.limit)

@@ -14,6 +14,7 @@ from typing import Any
 
 from evatune.errors import ConfigError
 from evatune.loading.encoding import IGNORED, encode_answer
+from evatune.loading.error_text import first_line
 from evatune.loading.hub import reading
 from evatune.utils.extras import require
 
@@ -168,6 +169,8 @@ def _scores(
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
+        # HFLM ties weights anew, which fails where an adapter is on a tied output embedding.
+        model.tie_weights = lambda *_, **__: None
         adapted = HFLM(
             pretrained=model,
             tokenizer=tokenizer,
@@ -177,14 +180,20 @@ def _scores(
         )
         if as_trained:
             adapted._encode_pair = partial(_encoded_as_trained, tokenizer, scoring.longest)
-        results = simple_evaluate(
-            adapted,
-            tasks=tasks,
-            limit=scoring.limit,
-            log_samples=False,
-            confirm_run_unsafe_code=scoring.run_code,
-            task_manager=manager,
-        )
+        try:
+            results = simple_evaluate(
+                adapted,
+                tasks=tasks,
+                limit=scoring.limit,
+                log_samples=False,
+                confirm_run_unsafe_code=scoring.run_code,
+                task_manager=manager,
+            )
+        except ValueError as error:  # such as a task beside a group that holds it, or of images
+            raise ConfigError(
+                f"lm-evaluation-harness refuses these tasks ({first_line(error)}); name other"
+                " --tasks"
+            ) from error
     both = {**results["results"], **results.get("groups", {})}
     return {
         name: {

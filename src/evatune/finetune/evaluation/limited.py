@@ -55,7 +55,7 @@ def main(program: str, seconds: str, memory: str, pipe: str, word: str) -> None:
     source = Path(program).read_text(encoding="utf-8")
     sys.argv = sys.orig_argv = [program]
     limit(int(seconds), int(memory))
-    os.write(int(pipe), f"{READY}\n".encode())
+    os.write(int(pipe), READY.encode())
     try:
         exec(compile(source, "program", "exec"), {"__name__": "program"})
     except BaseException as error:  # a program that ends itself has not come to its end

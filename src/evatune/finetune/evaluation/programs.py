@@ -29,6 +29,7 @@ from evatune.finetune.evaluation import limited
 PASSED = "passed"
 OUT_OF_TIME = "out of time"
 ENDED_EARLY = "ended early"
+_TO_START = 60  # seconds of a process, on a machine that does much else
 _LONGEST = 1000  # bytes that are read of what a process says
 _ENVIRONMENT = {
     "PATH": os.defpath,
@@ -63,13 +64,7 @@ def outcome(program: str, limits: Limits = _USUAL) -> str:
     Raises ProcessError where the limits cannot be set on this system.
     """
     word = secrets.token_hex(16)
-    said, ended = _run(program, limits, word)
-    ready, _, last = said.partition("\n")
-    if ready != limited.READY:
-        raise ProcessError(
-            "generated code is not run, as it cannot be limited on this machine: the process of a"
-            f" program was gone or still at its start after {limits.seconds} seconds"
-        )
+    last, ended = _run(program, limits, word)
     if last == word:
         return PASSED
     if not ended:
@@ -78,7 +73,7 @@ def outcome(program: str, limits: Limits = _USUAL) -> str:
 
 
 def _run(program: str, limits: Limits, word: str) -> tuple[str, bool]:
-    """Return what a program's process said, and whether it ended by itself."""
+    """Return the last that a program's process said, and whether it ended by itself."""
     with tempfile.TemporaryDirectory() as folder, _pipe() as (reading, writing):
         file, work = Path(folder, "program.py"), Path(folder, "work")
         file.write_text(program, encoding="utf-8", errors="replace")
@@ -96,7 +91,13 @@ def _run(program: str, limits: Limits, word: str) -> tuple[str, bool]:
         )
         writing.close()  # so that the process's end is the pipe's
         try:
-            return _read(reading, time.monotonic() + limits.seconds)
+            said, _ = _read(reading, _TO_START, len(limited.READY))
+            if said != limited.READY:
+                raise ProcessError(
+                    "generated code is not run, as it cannot be limited on this machine: the"
+                    f" process of a program did not come to its start in {_TO_START} seconds"
+                )
+            return _read(reading, limits.seconds, _LONGEST)
         finally:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -110,12 +111,12 @@ def _pipe() -> Iterator[tuple[BinaryIO, BinaryIO]]:
         yield source, target
 
 
-def _read(pipe: BinaryIO, deadline: float) -> tuple[str, bool]:
-    """Return what is written into a pipe until its end or a time, and whether its end came."""
-    said = b""
-    while len(said) < _LONGEST:
+def _read(pipe: BinaryIO, seconds: float, most: int) -> tuple[str, bool]:
+    """Return at most so many bytes as text, and whether the pipe came to its end or to those."""
+    said, deadline = b"", time.monotonic() + seconds
+    while len(said) < most:
         readable, _, _ = select.select([pipe], [], [], max(0, deadline - time.monotonic()))
-        piece = pipe.read(_LONGEST) if readable else b""
+        piece = pipe.read(most - len(said)) if readable else b""
         said += piece
         if not piece:
             return said.decode(errors="replace"), bool(readable)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import datasets
-
 from evatune.finetune.recipe import DataOptions
 from evatune.finetune.tasks.generation.hub_sets import HUB, read_rows
 from evatune.finetune.tasks.generation.question_sets import SETS
+from evatune.utils.extras import extras
+
+with extras(__name__):
+    import datasets
 
 
 def read_questions(name: str, evatune_source: str = HUB, **_: Any) -> dict[str, Any]:
