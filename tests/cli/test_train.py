@@ -56,7 +56,7 @@ def test_a_folder_is_for_one_process_at_a_time(
     with held(folder):
         for name, method in (("train", ["method=head"]), ("compare", ["--methods", "head"])):
             answer = command(name, "understanding-bbc", *settings, *method, "--out", folder)
-            refused(answer, "in use by another evatune train or compare")
+            refused(answer, "in use by another evatune train, compare or evaluate")
         assert [path.name for path in folder.iterdir()] == [".evatune.lock"]
     assert list(tmp_path.iterdir()) == []
 

@@ -7,6 +7,7 @@ from typing import Annotated, cast
 import typer
 
 from evatune.cli.compare import compare
+from evatune.cli.evaluate import evaluate
 from evatune.cli.export import export
 from evatune.cli.hints import sentence
 from evatune.cli.init import init
@@ -34,6 +35,7 @@ app.command()(inspect)
 app.command()(merge)
 app.command()(train)
 app.command()(compare)
+app.command()(evaluate)
 app.command()(export)
 app.command()(push)
 app.command()(methods)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from evatune.errors import ConfigError, EvatuneError
 from evatune.finetune.metrics import METRICS
 from evatune.finetune.recipe import REFERENCE, Recipe, as_tree, flat, parse
 from evatune.schemas import Damage, shown, telling
-from evatune.schemas.run import Result
+from evatune.schemas.run import Evaluation, Result
 from evatune.schemas.text import parse_json, read_text, validate_json
 from evatune.utils.atomic import write_text
 from evatune.utils.text import ABSENT, shortened
 
-RESULT, RECIPE = "result.json", "recipe.json"
+RESULT, RECIPE, EVALUATION = "result.json", "recipe.json", "evaluation.json"
 CALIBRATION, INITIAL_ADAPTER, CHECKPOINTS = "calibration.safetensors", "start", "checkpoints"
 MAKE_ROOM = "make room, then run the same command again to go on"
 
@@ -35,6 +35,25 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         return validate_json(Result, read_text(path)).model_dump()
 
 
+def read_evaluation(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what a finished run was measured on since, by task; nothing where it was not.
+
+    Raises RecordError for a damaged file.
+    """
+    path = folder / EVALUATION
+    if not path.exists():
+        return {}
+    with telling(path, "remove it, and evaluate the run again"):
+        evaluation = validate_json(Evaluation, read_text(path))
+    return {name: task.model_dump() for name, task in evaluation.tasks.items()}
+
+
+def add_evaluation(folder: Path, measured: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write what a run was measured on, beside its other tasks and in place of the same ones."""
+    found = Evaluation.model_validate({"tasks": {**read_evaluation(folder), **measured}})
+    write_text(folder / EVALUATION, json.dumps(found.model_dump(), indent=2) + "\n")
+
+
 def finished_result(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     """Return what the recipe's run has written; None where it is not finished.
 
@@ -42,6 +61,28 @@ def finished_result(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     """
     require_own_run(folder, as_tree(recipe))
     return read_result(folder)
+
+
+def finished_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
+    """Return the recipe and the result of the finished run in a folder.
+
+    Raises:
+        ConfigError: a folder without a run, with one that is not finished, or a damaged recipe.
+        RecordError: a damaged result.
+    """
+    if not (folder / RECIPE).is_file():
+        raise ConfigError(
+            f"{str(folder)!r} holds no run of evatune; give the folder that `evatune train` wrote,"
+            " such as runs/RECIPE-METHOD-seed0"
+        )
+    recipe = _read_recipe(folder / RECIPE, "the run cannot be measured; train it anew")
+    result = read_result(folder)
+    if result is None:
+        raise ConfigError(
+            f"the run in {str(folder)!r} is not finished; give its `evatune train` command again,"
+            " which goes on with it"
+        )
+    return recipe, result
 
 
 def reference_run(recipe: Recipe, folder: Path) -> Path | None:
@@ -56,7 +97,7 @@ def reference_run(recipe: Recipe, folder: Path) -> Path | None:
     losses: dict[Path, float] = {}
     for path in sorted(folder.absolute().parent.glob(f"*/{RESULT}")):
         try:
-            tree, result = _read_recipe(path.parent / RECIPE), read_result(path.parent)
+            tree, result = as_tree(_read_recipe(path.parent / RECIPE)), read_result(path.parent)
         except EvatuneError:  # what lies beside this run is no part of it
             continue
         if tree["method"] == REFERENCE and _without_method(tree) == own and result is not None:
@@ -72,7 +113,7 @@ def _without_method(tree: dict[str, Any]) -> dict[str, Any]:
 def require_own_run(folder: Path, tree: dict[str, Any]) -> None:
     """Raise a ConfigError unless the folder holds this recipe's run, or is free."""
     if (folder / RECIPE).is_file():
-        changed = _changes(_read_recipe(folder / RECIPE), tree)
+        changed = _changes(as_tree(_read_recipe(folder / RECIPE)), tree)
         if changed:
             raise ConfigError(
                 f"{str(folder)!r} holds a run with other settings: {shortened(changed)}; name"
@@ -82,12 +123,12 @@ def require_own_run(folder: Path, tree: dict[str, Any]) -> None:
         raise ConfigError(f"{str(folder)!r} exists and holds no run of evatune; name another --out")
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
-    with telling(path, "its run cannot go on; name another --out", ConfigError):
+def _read_recipe(path: Path, advice: str = "its run cannot go on; name another --out") -> Recipe:
+    with telling(path, advice, ConfigError):
         fields = parse_json(read_text(path))
         if not isinstance(fields, dict):
             raise Damage("is damaged: it does not hold keys with values")
-    return as_tree(parse(fields, f"{str(path)!r}, whose run cannot go on,"))
+    return parse(fields, f"{str(path)!r}, whose run cannot go on,")
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

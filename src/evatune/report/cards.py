@@ -16,6 +16,7 @@ from evatune.calibration.result import Calibration
 from evatune.errors import RecordError
 from evatune.loading.demo import model_id
 from evatune.report.charts import HeatCell, heat_map
+from evatune.report.evaluation import HEADINGS, TITLE
 from evatune.report.summary import split_name, totals
 from evatune.report.text import percent, rate_text
 from evatune.report.vega import picture
@@ -51,7 +52,7 @@ class CardFacts:
     Attributes:
         base_model: hub id. data: what it was calibrated or trained on; its hub id, or a name.
         fingerprint: of the data. method: of fine-tuning. scale: of the rows of A.
-        results: of training, by name.
+        results: of training, by name. evaluation: lines of cells, as `evaluation_cells` gives them.
     """
 
     base_model: str | None = None
@@ -60,6 +61,7 @@ class CardFacts:
     method: str = "eva"
     scale: str | None = None
     results: Mapping[str, str] = field(default_factory=dict)
+    evaluation: Sequence[Sequence[str]] = ()
 
 
 def write_card(folder: Path, facts: CardFacts, calibration: Calibration | None = None) -> None:
@@ -154,8 +156,11 @@ def _card(
         title=f"{facts.method} adapter for {markdown_text(base or _UNNAMED)}",
         about=_about(rows, facts, calibration),
         facts=_facts(rows, config, facts, calibration),
+        evaluation_title=TITLE,
+        evaluation_headings=HEADINGS,
+        evaluation=[[markdown_text(cell) for cell in line] for line in facts.evaluation],
         ranks_text=_ranks_text(ranks, config.r),
-        headings=_HEADINGS,
+        headings=_TYPE_HEADINGS,
         rows=_types(rows, calibration),
         picture=PICTURE,
         loading=_loading(base, model_class),
@@ -238,7 +243,7 @@ def _ranks_text(ranks: Sequence[int], usual: int) -> str:
     )
 
 
-_HEADINGS = ("layer type", "layers", "rank min", "mean", "max", "energy captured", "random A")
+_TYPE_HEADINGS = ("layer type", "layers", "rank min", "mean", "max", "energy captured", "random A")
 
 
 def _types(rows: Sequence[Mapping[str, Any]], calibration: Calibration | None) -> list[list[str]]:

@@ -11,8 +11,9 @@ from evatune.calibration.result import Calibration
 from evatune.errors import RecordError
 from evatune.finetune.methods import find_method
 from evatune.finetune.recipe import Recipe
-from evatune.finetune.run_folder import CALIBRATION
+from evatune.finetune.run_folder import CALIBRATION, read_evaluation
 from evatune.report.cards import WEIGHTS, CardFacts, write_card
+from evatune.report.evaluation import evaluation_cells
 from evatune.report.text import score_text
 
 
@@ -34,6 +35,7 @@ def write_run_card(folder: Path, recipe: Recipe, result: Mapping[str, Any]) -> N
             "evaluation loss": f"{result['eval_loss']:.3f}",
             "trained for": f"{result['steps']:,} steps at {recipe.training.learning_rate:g}",
         },
+        evaluation=evaluation_cells(read_evaluation(folder)),
     )
     with suppress(RecordError):  # of another kind than LoRA, such as AdaLoRA's: PEFT's card stays
         write_card(adapter, facts, calibration)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from evatune.calibration.result import Calibration
 from evatune.choices import SCALES
 from evatune.ranks.allocation import RankPlan
+from evatune.report.evaluation import HEADINGS, SPARE, TITLE, evaluation_cells
 from evatune.report.summary import LayerRow, layer_rows, plan_of
 from evatune.report.text import (
     LAYER_HEADINGS,
@@ -158,6 +159,11 @@ def _width(terminal: Console, table: Table) -> int:
     """Return how wide a table is that nothing bounds."""
     options = terminal.options.update(max_width=_NO_LIMIT)
     return Measurement.get(terminal, options, table).maximum
+
+
+def evaluation_table(terminal: Console, tasks: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return a table with a line per metric of each task that a run was measured on."""
+    return fitted_table(terminal, TITLE, HEADINGS, evaluation_cells(tasks), spare=SPARE)
 
 
 def adapter_table(terminal: Console, rows: Iterable[dict[str, Any]]) -> Table:

@@ -22,6 +22,8 @@ _Seconds = Annotated[float, Field(ge=0, le=1e12)]
 # NaN or Inf in a run that diverged.
 _Measure = Annotated[float, Field(allow_inf_nan=True), AfterValidator(_moderate)]
 
+_Unbounded = Annotated[float, Field(allow_inf_nan=True)]  # a perplexity of words may be anything
+
 
 class Result(Strict):
     """`result.json`; see `evatune.finetune.run.run` for what the keys mean."""
@@ -41,6 +43,34 @@ class Result(Strict):
     peak_memory_bytes: Count
     versions: dict[Name, Name]
     data_fingerprint: Name | None = None  # unknown in files of older versions
+
+
+class Measured(Strict):
+    """A score of a task, and its standard error where there is one."""
+
+    score: _Unbounded
+    standard_error: _Unbounded | None = None
+
+
+class EvaluatedTask(Strict):
+    """What a run was measured on: scores by their names, and how they came about.
+
+    Attributes:
+        examples: how many the scores are over. limit: how many were asked for; None is all.
+        versions: of the libraries that a score may depend on.
+    """
+
+    measures: dict[Name, Measured]
+    examples: Count | None = None
+    limit: Count | None = None
+    batch_size: Count
+    versions: dict[Name, Name]
+
+
+class Evaluation(Strict):
+    """`evaluation.json`: tasks by their names."""
+
+    tasks: dict[Name, EvaluatedTask]
 
 
 class MetricsLine(Strict):

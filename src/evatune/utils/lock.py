@@ -31,8 +31,8 @@ def held(folder: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             raise ConfigError(
-                f"{str(folder)!r} is in use by another evatune train or compare; wait until that "
-                "has ended, or name another --out"
+                f"{str(folder)!r} is in use by another evatune train, compare or evaluate; wait"
+                " until that has ended, or name another --out"
             ) from None
     try:
         yield

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from evatune.errors import ConfigError
+from evatune.finetune.methods import METHODS
 from evatune.finetune.run import run
 from tests.finetune.helpers import MethodCase, small
 from tests.helpers import tiny_llama
@@ -33,6 +34,19 @@ def test_a_step_moves_what_the_method_trains_and_nothing_else(
                 parameter.data -= parameter.grad
     changed = {name for name, value in model.state_dict().items() if (value != before[name]).any()}
     assert sorted({name.split(".")[0] for name in changed}) == moved
+
+
+@pytest.mark.parametrize("method", ["full", "head", "untouched", "lora"])
+def test_what_is_saved_is_loaded_onto_the_base_model(method: str, tmp_path: Path) -> None:
+    case = MethodCase("bert")
+    model = case.started(method, tmp_path / "start")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    METHODS[method].save(model, tmp_path / "saved", tmp_path / "start")
+    loaded = METHODS[method].load(case.model(), tmp_path / "saved").eval()
+    assert torch.equal(case.logits(loaded), case.logits(model))
 
 
 def test_a_head_that_shares_the_embeddings_weights_is_refused() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -162,6 +162,10 @@ class Method:
             weights: the model's by name, where it has shards of them alone.
         """
         model.save_pretrained(folder, state_dict=weights)
+
+    def load(self, model: Any, folder: Path) -> Any:
+        """Return the base model with what `save` wrote into a folder."""
+        return PeftModel.from_pretrained(model, folder)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ class Full(Method):
             parameter.requires_grad_(self._is_trained(name, setup))
         return model
 
+    def load(self, model: Any, folder: Path) -> Any:
+        return type(model).from_pretrained(folder, dtype=model.dtype)
+
     def _is_trained(self, name: str, setup: AdapterSetup) -> bool:
         return True
 
@@ -65,6 +68,9 @@ class Untouched(Full):
         weights: dict[str, Tensor] | None = None,
     ) -> None:
         """Write nothing: the checkpoint is there already."""
+
+    def load(self, model: Any, folder: Path) -> Any:
+        return model
 
 
 METHODS = (

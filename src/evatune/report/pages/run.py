@@ -13,10 +13,24 @@ from evatune.calibration.result import Calibration
 from evatune.finetune.methods import find_method
 from evatune.finetune.metrics import read_metrics
 from evatune.finetune.recipe import REFERENCE, Recipe, as_tree, flat
-from evatune.finetune.run_folder import CALIBRATION, read_result, reference_run
+from evatune.finetune.run_folder import (
+    CALIBRATION,
+    read_evaluation,
+    read_result,
+    reference_run,
+)
 from evatune.report.charts import Curve, curves
+from evatune.report.evaluation import HEADINGS, TITLE, evaluation_rows
 from evatune.report.pages import calibration as start
-from evatune.report.pages.base import Chart, Page, Table, Tile, document, number_cell
+from evatune.report.pages.base import (
+    Chart,
+    Page,
+    Table,
+    Tile,
+    document,
+    number_cell,
+    text_cell,
+)
 from evatune.report.text import caution, rate_text, score_text
 from evatune.report.text import verdict as start_verdict
 from evatune.utils.names import short_name
@@ -67,7 +81,7 @@ def render(folder: Path, recipe: Recipe, source: str) -> str:
         command=_command(recipe, source, folder, reference),
         tiles=_tiles(run),
         charts=charts([run] if reference is None else [run, reference]),
-        tables=[_metrics_table(run.metrics)],
+        tables=[*_evaluation_tables(read_evaluation(folder)), _metrics_table(run.metrics)],
         settings={**flat(as_tree(recipe)), **_versions(result)},
     )
     return document(page if calibration is None else _with_start(page, calibration, recipe))
@@ -188,6 +202,21 @@ def charts(runs: Sequence[FinishedRun]) -> list[Chart]:
 
 def _points(metrics: Sequence[Mapping[str, Any]], key: str, unit: float) -> list[tuple[int, float]]:
     return [(line["step"], line[key] / unit) for line in metrics if key in line]
+
+
+def _evaluation_tables(tasks: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Return the table of what `evatune evaluate` measured; none where it did not."""
+    rows = [
+        [
+            text_cell(task),
+            text_cell(metric),
+            number_cell(score, ".4f"),
+            number_cell(error, ".4f"),
+            number_cell(examples, ",d"),
+        ]
+        for task, metric, score, error, examples in evaluation_rows(tasks)
+    ]
+    return [Table("evaluation", TITLE, HEADINGS, rows, folded=False)] if rows else []
 
 
 def _metrics_table(metrics: Sequence[Mapping[str, Any]]) -> Table:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import datasets
 import pytest
 import torch
 import transformers
@@ -16,55 +14,15 @@ from evatune.finetune.recipe import Recipe, load
 from evatune.finetune.run import run
 from evatune.finetune.tasks.generation.question_sets import SETS, question_sets
 from tests.conftest import save_model
-
-
-def rows(name: str, count: int = 6) -> list[dict[str, Any]]:
-    """Rows with the columns and label types of one of the sets."""
-    if name == "boolq":
-        return [
-            {"question": f"is w{n} so", "passage": f"w{n} w2", "idx": n, "label": n % 2}
-            for n in range(count)
-        ]
-    if name == "piqa":
-        return [
-            {"goal": f"w{n}", "sol1": "w1", "sol2": "w2 w3", "label": n % 2} for n in range(count)
-        ]
-    if name == "siqa":
-        answers = {"answerA": "w1", "answerB": "w2", "answerC": "w3"}
-        return [
-            {"context": f"w{n}", "question": "w4", **answers, "label": str(1 + n % 3)}
-            for n in range(count)
-        ]
-    if name == "hellaswag":
-        endings = ["w1", "w2", "w3", "w4"]
-        return [
-            {"activity_label": "w5", "ctx": f"w{n}", "endings": endings, "label": str(n % 4)}
-            for n in range(count)
-        ]
-    if name == "winogrande":
-        return [
-            {"sentence": f"w{n} _ w2", "option1": "w3", "option2": "w4", "answer": str(1 + n % 2)}
-            for n in range(count)
-        ]
-    asked = "question_stem" if name == "openbookqa" else "question"
-    choices = {"text": ["w1", "w2", "w3"], "label": ["A", "B", "C"]}
-    return [{asked: f"w{n}", "choices": choices, "answerKey": "ABC"[n % 3]} for n in range(count)]
+from tests.finetune.question_rows import rows, save_set
 
 
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sets")
     for name, one in SETS.items():
-        save(folder, name, {"train": rows(name), one.tested_on: rows(name, 4)})
+        save_set(folder, name, {"train": rows(name), one.tested_on: rows(name, 4)})
     return folder
-
-
-def save(folder: Path, name: str, parts: dict[str, list[dict[str, Any]]]) -> None:
-    one = SETS[name]
-    place = folder / one.source / (one.subset or "")
-    place.mkdir(parents=True, exist_ok=True)
-    tables = {part: datasets.Dataset.from_list(some) for part, some in parts.items()}
-    datasets.DatasetDict(tables).save_to_disk(place)
 
 
 def recipe(copies: Path, *more: str) -> Recipe:
@@ -120,9 +78,9 @@ def test_a_tiny_gemma_learns_them_and_is_scored_on_each(copies: Path, tmp_path: 
 def test_answers_that_are_kept_secret_are_refused(copies: Path, tmp_path: Path) -> None:
     for name, column, value in (("piqa", "label", -1), ("hellaswag", "label", "")):
         for other in SETS:
-            save(tmp_path, other, {"train": rows(other), SETS[other].tested_on: rows(other)})
+            save_set(tmp_path, other, {"train": rows(other), SETS[other].tested_on: rows(other)})
         secret = [row | {column: value} for row in rows(name)]
-        save(tmp_path, name, {"train": rows(name), "validation": secret})
+        save_set(tmp_path, name, {"train": rows(name), "validation": secret})
         with pytest.raises(DataError, match=r"row 0 of .* is no question with its right answer"):
             question_sets(recipe(tmp_path).data)
 

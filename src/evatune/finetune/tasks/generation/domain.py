@@ -67,7 +67,7 @@ def prepare(recipe: Recipe) -> Task:
     if recipe.data.source is not None:
         return _of_the_user(recipe)
     pairs = _bundled_pairs(recipe)
-    model, tokenizer = _load_model(recipe)
+    model, tokenizer = load_model(recipe)
     task = _task(model, tokenizer, _encoded(pairs, tokenizer, recipe.data.max_length))
     evaluate = _evaluation(recipe, tokenizer, pairs)
     if evaluate is not None:
@@ -81,7 +81,7 @@ def prepare(recipe: Recipe) -> Task:
 def _of_question_sets(recipe: Recipe) -> Task:
     """Return the task of eight sets of questions, scored by the mean over their accuracies."""
     found = question_sets.question_sets(recipe.data)
-    model, tokenizer = _load_model(recipe)
+    model, tokenizer = load_model(recipe)
     longest, size = recipe.data.max_length, 4 * recipe.training.batch_size
 
     def shares(model: Any, part: Part, _: Path) -> dict[str, float]:
@@ -105,7 +105,7 @@ def _of_mathematics(recipe: Recipe) -> Task:
     """
     require("eval", "the test of mathematics")
     found = mathematics.mathematics(recipe.data)
-    model, tokenizer = _load_model(recipe)
+    model, tokenizer = load_model(recipe)
     size = 4 * recipe.training.batch_size
 
     def shares(model: Any, part: Part, folder: Path) -> dict[str, float]:
@@ -149,7 +149,7 @@ def _of_the_user(recipe: Recipe) -> Task:
     data = recipe.data
     template = None if data.chat_template is None else load_template(data.chat_template)
     records = _user_records(recipe)
-    model, tokenizer = _load_model(recipe)
+    model, tokenizer = load_model(recipe)
     if template is not None:
         tokenizer.chat_template = template
     train = records.train
@@ -179,8 +179,8 @@ def _task(model: Any, tokenizer: Any, rows: Split[list[Row]]) -> Task:
     )
 
 
-def _load_model(recipe: Recipe) -> tuple[Any, Any]:
-    """Return a causal language model and its tokenizer, which can pad."""
+def load_model(recipe: Recipe) -> tuple[Any, Any]:
+    """Return a recipe's causal language model and its tokenizer, which can pad."""
     source = asset("llama-small") if recipe.model == "demo" else recipe.model
     require_path(source, "model")
     with reading(source, "a causal language model and its tokenizer", _INSTEAD):

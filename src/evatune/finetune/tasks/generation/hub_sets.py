@@ -71,8 +71,8 @@ def read_rows(
         source = str(folder / subset if subset and (folder / subset).is_dir() else folder)
         if not Path(source).is_dir():
             raise DataError(
-                f"there is no folder {source!r}; give data.source={HUB}, or a folder with copies"
-                " of the sets by their ids on the hub"
+                f"there is no folder {source!r}; give data.source={HUB} (evatune evaluate: no"
+                " --data), or a folder with copies of the sets by their ids on the hub"
             )
     with reading(source, "data", _INSTEAD):
         rows = load_split(source, split, subset)

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import torch
-import transformers
 
 from evatune.finetune.recipe import DataOptions
 from evatune.finetune.tasks.generation.base import Pair
 from evatune.finetune.tasks.generation.hub_sets import HubSets, drawn_sets, read_rows
+from evatune.finetune.tasks.generation.writing import prompt_tokens, written
 from evatune.loading.encoding import as_completion
 from evatune.loading.records import Instruction
 from evatune.utils.atomic import atomic_file
@@ -92,7 +89,6 @@ def is_right(text: str, answer: str) -> bool:
     return bool(verify(parse(answer), parse(said)))
 
 
-@torch.no_grad()
 def share_solved(model: Any, tokenizer: Any, problems: list[Pair], size: int, file: Path) -> float:
     """Return the share of problems that a model solves, and write what it wrote, a line each.
 
@@ -103,35 +99,11 @@ def share_solved(model: Any, tokenizer: Any, problems: list[Pair], size: int, fi
     with atomic_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for start in range(0, len(problems), size):
             some = problems[start : start + size]
-            for problem, text in zip(some, _written(model, tokenizer, some), strict=True):
+            prompts = [prompt_tokens(tokenizer, problem.prompt) for problem in some]
+            texts = written(model, tokenizer, prompts, NEW_TOKENS)
+            for problem, text in zip(some, texts, strict=True):
                 right = is_right(text, problem.answer)
                 solved += right
                 fields = {"prompt": problem.prompt, "written": text}
                 lines.write(json.dumps(fields | {"answer": problem.answer, "right": right}) + "\n")
     return solved / len(problems)
-
-
-def _written(model: Any, tokenizer: Any, problems: Iterable[Pair]) -> list[str]:
-    """Return the answers by greedy decoding."""
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    rows = [
-        start + tokenizer(problem.prompt, add_special_tokens=False)["input_ids"]
-        for problem in problems
-    ]
-    longest = max(map(len, rows))
-    filled = [[tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    device = model.device
-    options = transformers.GenerationConfig(
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    found = model.generate(
-        input_ids=torch.tensor(filled, dtype=torch.int64, device=device),
-        attention_mask=torch.tensor(mask, dtype=torch.int64, device=device),
-        generation_config=options,
-    )
-    texts: list[str] = tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
-    return texts
