@@ -73,6 +73,7 @@ SCHEDULES = (
 OWN_TASK = (
     "own"  # in recipes that wait for the user's data, and the beginning of such a task's name
 )
+HUB = "hub"  # as data.source: a task's own data on the hub
 _WITH_METRICS = "understanding"
 SUCCESS = "success"  # the one metric of rl
 _OWN_DATA, _SIZES = "data.source", ("train", "validation", "test")
@@ -255,7 +256,11 @@ class Recipe:
     domain: Name = Field(default="understanding", description="what kind of task it is")
     task: Name = Field(description="which task of the domain")
     model: _Text = Field(
-        default="demo", description="hub id or local folder; demo: the small model of the domain"
+        default="demo",
+        description=(
+            "hub id or local folder; demo: the small model of the domain; untrained, of rl: a new"
+            " one of the paper's size"
+        ),
     )
     method: Name = Field(default="eva", description="what is trained and how it starts")
     trust_remote_code: _Flag = Field(
