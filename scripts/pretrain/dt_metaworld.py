@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 
 from evatune.finetune.tasks.rl.demonstrations import demonstrations
 from evatune.finetune.tasks.rl.playing import play
-from evatune.finetune.tasks.rl.policy import Imitator, Windows
+from evatune.finetune.tasks.rl.policy import Imitator, PolicySize, Windows, new_policy
 from evatune.finetune.tasks.rl.robots import SAWYER
-from evatune.finetune.tasks.rl.simulator import ACTIONS, CW10, STATES, TEST, TRAIN
+from evatune.finetune.tasks.rl.simulator import CW10, TEST, TRAIN
 
 NAME, SEED = "dt-metaworld", 0
 PRETRAINING = (
@@ -79,24 +79,7 @@ def main() -> None:
     assert not set(PRETRAINING) & set(CW10)
     torch.set_num_threads(1)
     transformers.set_seed(SEED)
-    model = Imitator(
-        transformers.DecisionTransformerConfig(
-            state_dim=STATES,
-            act_dim=ACTIONS,
-            hidden_size=128,
-            n_layer=4,
-            n_head=4,
-            max_ep_len=32,
-            n_positions=96,
-            activation_function="gelu_new",
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            use_cache=False,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    model = new_policy(PolicySize(width=128, layers=4, heads=4, steps=32))
     data, unseen = load(TRAIN, EPISODES), load(TEST, HELD_OUT)
     mean, deviation = data["states"].mean(0), data["states"].std(0).clamp(min=SMALLEST_DEVIATION)
     train_set, test_set = (

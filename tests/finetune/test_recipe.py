@@ -119,8 +119,9 @@ def test_alpha_is_the_rank_unless_told() -> None:
 
 @pytest.mark.parametrize("name", [name for name in ours() if name.startswith("paper-")])
 def test_the_papers_runs_say_its_alpha_and_its_scale(name: str) -> None:
-    adapter = load(name).adapter
-    assert (adapter.alpha, adapter.scale) == (1, "paper")
+    recipe = load(name)
+    if recipe.method != "full":
+        assert (recipe.adapter.alpha, recipe.adapter.scale) == (1, "paper")
 
 
 def test_an_unknown_scale_is_a_mistake_that_names_the_scales() -> None:

@@ -73,19 +73,48 @@ def test_the_methods_hook_comes_after_each_step_with_the_gradients_still_there(
     assert torch.equal(heads[-1], before)
 
 
-def test_the_learning_rate_rises_over_the_share_of_warmup_and_falls_to_zero(
-    tmp_path: Path,
-) -> None:
-    settings = ["training.steps=10", "training.warmup=0.4", "training.learning_rate=0.01"]
-    trainer = _trainer(Lora("lora"), tmp_path, *settings, "training.schedule=linear")
+def _rates(folder: Path, *settings: str) -> list[float]:
+    """The learning rate, of at most 0.01, at each of ten steps, the first four of warm-up."""
+    sizes = ["training.steps=10", "training.warmup=0.4", "training.learning_rate=0.01"]
+    trainer = _trainer(Lora("lora"), folder, *sizes, *settings)
     trainer.create_optimizer_and_scheduler(10)
     rates = []
     for _ in range(11):
         rates.append(trainer.lr_scheduler.get_last_lr()[0])
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
+    return rates
+
+
+def test_the_learning_rate_rises_over_the_share_of_warmup_and_falls_to_zero(
+    tmp_path: Path,
+) -> None:
+    rates = _rates(tmp_path, "training.schedule=linear")
     shares = [0, 1 / 4, 2 / 4, 3 / 4, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
     assert rates == pytest.approx([0.01 * share for share in shares])
+
+
+def test_a_cosine_falls_to_the_floor(tmp_path: Path) -> None:
+    rates = _rates(tmp_path, "training.schedule=cosine_with_min_lr", "training.floor=0.1")
+    assert rates[4] == pytest.approx(0.01)
+    assert rates[7] == pytest.approx((0.01 + 0.001) / 2)
+    assert rates[10] == pytest.approx(0.001)
+
+
+def test_a_floor_of_another_schedule_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"for training\.schedule=cosine_with_min_lr"):
+        _trainer(Lora("lora"), tmp_path, "training.floor=0.1")
+
+
+def test_gradients_are_cut_to_the_largest_norm(tmp_path: Path) -> None:
+    one = ["training.steps=1", "training.save_every=9", "training.warmup=0"]
+    norms = []
+    for most in ("1e-4", "0"):
+        method = _Watching("watching")
+        trainer = _trainer(method, tmp_path, *one, f"training.max_grad_norm={most}")
+        trainer.train()
+        norms.append(sum(gradient.norm() for _, _, gradient in method.seen if gradient is not None))
+    assert norms[0] <= 1.1e-4 < norms[1]
 
 
 def test_a_tracker_that_is_not_known_is_told_in_one_sentence(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from evatune.utils.atomic import write_text
-from evatune.utils.names import hub_id, short_name
+from evatune.utils.names import hub_id, short_name, stays_below
 from evatune.utils.outputs import claimed_folder
 from tests.helpers import texts_below, write_folder
 
@@ -67,3 +67,18 @@ def test_a_hub_id_is_told_from_a_path() -> None:
         assert hub_id(source) == known
     assert short_name("/home/me/model") == "model"
     assert short_name(cached) == "org/name"
+
+
+@pytest.mark.parametrize(
+    ("name", "stays"),
+    [
+        ("a/b.npz", True),
+        ("./a", True),
+        ("..", False),
+        ("a/../b", False),
+        ("/a", False),
+        ("", False),
+    ],
+)
+def test_a_name_in_an_archive_stays_below_or_leads_out(name: str, stays: bool) -> None:
+    assert stays_below(name) == stays

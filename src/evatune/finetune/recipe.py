@@ -56,15 +56,26 @@ _SUFFIXES = (".yaml", ".yml", ".json", "")  # of recipes
 _LATER = {
     "data": ("chat_template", "metric", "more_test_splits"),
     "adapter": ("bias", "quantize"),
-    "training": ("gradient_checkpointing", "sharding"),
+    "training": ("gradient_checkpointing", "sharding", "floor", "max_grad_norm"),
 }
 _MISTAKES_TOLD = 10
-# Schedules of transformers that need no more settings.
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+TO_FLOOR = "cosine_with_min_lr"  # the schedule that `training.floor` is for
+# Schedules of transformers that need no settings but those of a recipe.
+SCHEDULES = (
+    "linear",
+    "cosine",
+    TO_FLOOR,
+    "constant",
+    "constant_with_warmup",
+    "polynomial",
+    "inverse_sqrt",
+)
 OWN_TASK = (
     "own"  # in recipes that wait for the user's data, and the beginning of such a task's name
 )
+HUB = "hub"  # as data.source: a task's own data on the hub
 _WITH_METRICS = "understanding"
+SUCCESS = "success"  # the one metric of rl
 _OWN_DATA, _SIZES = "data.source", ("train", "validation", "test")
 _TASK_BYTES = 80  # of the part of a task's name that comes from a file's
 _MOST = 10**9  # of steps and examples
@@ -135,11 +146,12 @@ class DataOptions:
     label_column: _Text = Field(
         default="label", description="column of data.source that holds the classes"
     )
-    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"] = Field(
+    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman", "success"] = Field(
         default="accuracy",
         description=(
-            "understanding: what the score is; for the last two labels are numbers, which the model"
-            " predicts by their squared error"
+            "understanding: what the score is; for pearson and spearman labels are numbers, which"
+            " the model predicts by their squared error; rl: success, the share of the episodes"
+            " that succeed, in place of how soon they do"
         ),
     )
     more_test_splits: _Texts = Field(
@@ -224,6 +236,15 @@ class TrainingOptions:
         description="learning rate after warm-up, as transformers names it",
         json_schema_extra={"enum": list(SCHEDULES)},
     )
+    floor: _Real = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description=f"{TO_FLOOR}: share of the learning rate that it falls to",
+    )
+    max_grad_norm: _Real = Field(
+        default=1.0, ge=0, description="norm that longer gradients are cut to; 0: none are"
+    )
     weight_decay: _Real = Field(default=0.0, ge=0, description="AdamW's weight decay")
     lora_plus_ratio: _Real = Field(
         default=16.0, gt=0, description="loraplus: learning rate of B over that of A"
@@ -250,7 +271,11 @@ class Recipe:
     domain: Name = Field(default="understanding", description="what kind of task it is")
     task: Name = Field(description="which task of the domain")
     model: _Text = Field(
-        default="demo", description="hub id or local folder; demo: the small model of the domain"
+        default="demo",
+        description=(
+            "hub id or local folder; demo: the small model of the domain; untrained, of rl: a new"
+            " one of the paper's size"
+        ),
     )
     method: Name = Field(default="eva", description="what is trained and how it starts")
     trust_remote_code: _Flag = Field(
@@ -379,10 +404,11 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
         raise ConfigError(f"{source} has {count}: {'; '.join(mistakes)}{more}") from error
     usual = DataOptions()
     for key in ("metric", "more_test_splits"):
-        is_given = getattr(recipe.data, key) != getattr(usual, key)
-        if is_given and recipe.domain != _WITH_METRICS:
+        value = getattr(recipe.data, key)
+        domain = "rl" if value == SUCCESS else _WITH_METRICS
+        if value != getattr(usual, key) and recipe.domain != domain:
             raise ConfigError(
-                f"{source} has 1 mistake: data.{key} is for the domain {_WITH_METRICS}, and this is"
+                f"{source} has 1 mistake: data.{key} is for the domain {domain}, and this is"
                 f" {recipe.domain}; leave it out"
             )
     for name in ("train", "test"):

@@ -24,6 +24,8 @@ _ELSEWHERE = {
     "gradient_accumulation_steps": "training.accumulate",
     "lr_scheduler_type": "training.schedule",
     "warmup_ratio": "training.warmup",
+    "min_lr_rate": "training.floor",
+    "gradient_clipping": "training.max_grad_norm",
     "bf16": "training.precision",
     "fp16": "training.precision",
     "dtype": "training.precision",

@@ -14,7 +14,7 @@ from torch import nn
 from evatune.errors import ConfigError
 from evatune.finetune.methods import Method, OptimizerOptions
 from evatune.finetune.metrics import METRICS, MetricsCallback
-from evatune.finetune.recipe import SCHEDULES, Recipe
+from evatune.finetune.recipe import SCHEDULES, TO_FLOOR, Recipe
 from evatune.finetune.run_folder import CHECKPOINTS, MAKE_ROOM
 from evatune.finetune.sharding import sharding_arguments
 from evatune.finetune.tasks import Task
@@ -101,6 +101,12 @@ def _arguments(
         raise ConfigError(
             f"training.schedule is {training.schedule!r}; choose one of {', '.join(SCHEDULES)}"
         )
+    if training.floor and training.schedule != TO_FLOOR:
+        raise ConfigError(
+            f"training.floor is for training.schedule={TO_FLOOR}, and this is"
+            f" {training.schedule}; leave one of them out"
+        )
+    floor = {"min_lr_rate": training.floor} if training.schedule == TO_FLOOR else None
     share, rest = divmod(training.batch_size, processes())
     if rest:
         raise ConfigError(
@@ -121,6 +127,8 @@ def _arguments(
         use_cpu=not torch.accelerator.is_available(),
         warmup_steps=round(training.warmup * training.steps),
         lr_scheduler_type=training.schedule,
+        lr_scheduler_kwargs=floor,
+        max_grad_norm=training.max_grad_norm,
         weight_decay=training.weight_decay,
         logging_steps=training.log_every,
         logging_first_step=True,

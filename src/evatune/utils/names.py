@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 _NAME_BYTES = 255  # of a name, on nearly every file system
 _MOST_PART_BYTES = 100  # of a name's part that comes from a recipe
@@ -22,6 +22,12 @@ def resolved(path: str | Path) -> Path:
 def as_shown(path: str | Path) -> Path:
     """Return `path` as the user wrote it; resolved where it has "..", which links may redirect."""
     return resolved(path) if ".." in Path(path).parts else Path(path)
+
+
+def stays_below(name: str) -> bool:
+    """Return whether a name in an archive leads to a place below where the archive is unpacked."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def name_problem(name: str) -> str | None:

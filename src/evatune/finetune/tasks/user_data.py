@@ -74,11 +74,11 @@ def load_examples(
         tests = data.test_split and load_split(source, data.test_split, data.subset)
     train = usable(table)
     if data.test_split is None:
-        data = _sized(data, len(train), len(train))
+        data = sized(data, len(train), len(train))
         sizes = {"train": data.train, "validation": data.validation, "test": data.test}
         return Split(*(train.select(part) for part in draw(len(train), recipe.task, **sizes)))
     test = usable(tests)
-    data = _sized(replace(data, test=data.test or _tenth(len(test))), len(train), 0)
+    data = sized(replace(data, test=data.test or _tenth(len(test))), len(train), 0)
     learned, chosen_by = draw(len(train), recipe.task, train=data.train, validation=data.validation)
     (tested,) = draw(len(test), recipe.task, test=data.test)
     return Split(train.select(learned), train.select(chosen_by), test.select(tested))
@@ -155,12 +155,14 @@ def more_tests(data: DataOptions, usable: Callable[[Any], _Examples]) -> dict[st
     return found
 
 
-def _sized(data: DataOptions, total: int, with_test: int) -> DataOptions:
+def sized(data: DataOptions, total: int, with_test: int) -> DataOptions:
     """Return the options with a size in place of each that is left open.
 
     Args:
         total: examples to draw from. with_test: the same if the test examples are among them, else
             0.
+
+    Raises DataError for data that leave nothing to train on.
     """
     test = data.test or _tenth(with_test)
     validation = data.validation

@@ -65,6 +65,22 @@ def test_the_judge_lets_an_expert_succeed_and_its_opposite_fail(sign: int, succe
     assert (found["score_error"] > 0) == (success == 1)
 
 
+@pytest.mark.filterwarnings("ignore:Constant:UserWarning")
+def test_an_episode_may_score_by_its_success_however_late() -> None:
+    found = play(
+        Expert("faucet-close"),
+        "test",
+        None,
+        tasks=["faucet-close"],
+        robot=SAWYER,
+        episodes=1,
+        length=4,
+        by_success=True,
+    )
+    assert found["steps"] > 1
+    assert (found["score"], found["score_error"]) == (1, 0)
+
+
 class Seen(Expert):
     """The expert behind a robot's eyes and hands: it is told, and tells, by the robot's frame."""
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from evatune.errors import ConfigError, DataError
-from evatune.finetune.recipe import DataOptions
+from evatune.finetune.recipe import HUB, DataOptions
 from evatune.finetune.tasks.generation.base import Pair
 from evatune.finetune.tasks.splits import draw
 from evatune.loading.hub import reading
 from evatune.loading.tables import load_split
 
-HUB = "hub"  # as data.source: the hub's own
 _INSTEAD = "a folder with copies of the sets, as in data.source=FOLDER"
 _Read = TypeVar("_Read")
 

@@ -25,6 +25,7 @@ from evatune.loading.cache import cache_folder
 from evatune.loading.hub import reading, require_path
 from evatune.schemas import telling
 from evatune.schemas.text import read_text
+from evatune.utils.names import stays_below
 from evatune.utils.outputs import claimed_folder
 
 VTAB_OPTIONS = {
@@ -143,7 +144,7 @@ def _listed(folder: Path, part: str, task: VtabTask) -> Iterator[tuple[Path, int
                 f"{where}; a path and a class below {task.classes} belong there: get the bundle"
                 " anew"
             )
-        if not _stays_below(name):
+        if not stays_below(name):
             raise DataError(f"{where}, a path that leads out of the folder; get the bundle anew")
         file = folder / name
         if not file.is_file():
@@ -200,7 +201,7 @@ def _extract_task(archive: Path, name: str, target: Path) -> None:
             everything = opened.infolist()
             members = [one for one in everything if name in PurePosixPath(one.filename).parts]
             for one in members:
-                if not _stays_below(one.filename) or stat.S_ISLNK(one.external_attr >> 16):
+                if not stays_below(one.filename) or stat.S_ISLNK(one.external_attr >> 16):
                     raise DataError(
                         f"{str(archive)!r} holds {one.filename[:80]!r}, which leads out of its"
                         " folder; get the bundle from elsewhere"
@@ -228,8 +229,3 @@ def _extract(
         below.parent.mkdir(parents=True, exist_ok=True)
         with opened.open(one) as content, below.open("wb") as file:
             shutil.copyfileobj(content, file)
-
-
-def _stays_below(name: str) -> bool:
-    path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts

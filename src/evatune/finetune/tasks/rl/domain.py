@@ -10,28 +10,43 @@ import transformers
 from torch import Tensor
 
 from evatune.errors import ConfigError
-from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe import SUCCESS, DataOptions, Recipe
 from evatune.finetune.tasks.base import Domain, Task
 from evatune.finetune.tasks.rl import simulator
+from evatune.finetune.tasks.rl.archives import recorded
 from evatune.finetune.tasks.rl.demonstrations import demonstrations
 from evatune.finetune.tasks.rl.playing import play
-from evatune.finetune.tasks.rl.policy import Imitator, Windows, rows_without_padding
+from evatune.finetune.tasks.rl.policy import (
+    Imitator,
+    PolicySize,
+    Windows,
+    new_policy,
+    rows_without_padding,
+)
 from evatune.finetune.tasks.rl.scenarios import SCENARIOS, TASKS, Scenario
 from evatune.finetune.tasks.rl.simulator import ACTIONS, STATES, TEST, TRAIN, VALIDATION
+from evatune.finetune.tasks.splits import Split
 from evatune.loading.assets import asset
 from evatune.loading.hub import reading, require_path
 
 _INSTEAD = "a local folder with config.json and weights"
+_UNTRAINED = "untrained"  # as model
+_PAPER = PolicySize(width=512, layers=4, heads=8, steps=50, dropout=0.2)
+_SUCCEED = "share of the episodes that succeed"
+_SOON = "mean share of the steps left at success"
+
+Episodes = dict[str, Tensor]
 
 
 def prepare(recipe: Recipe) -> Task:
     """Load everything a run needs.
 
     `data.train`, `data.validation` and `data.test` count episodes, at least one of each of
-    Meta-World's tasks; `data.max_length` counts steps of a window.
+    Meta-World's tasks: of scripted experts, or with `data.source` recorded ones. `data.max_length`
+    counts steps of a window.
 
-    Raises ConfigError for an unknown task or a model that does not fit, DataError where Meta-World
-    is missing.
+    Raises ConfigError for an unknown task, a model that does not fit or sizes beyond the data,
+    DataError where Meta-World or the episodes cannot be had.
     """
     data = recipe.data
     if recipe.task not in TASKS:
@@ -52,17 +67,18 @@ def prepare(recipe: Recipe) -> Task:
             " lower it"
         )
     scenario = SCENARIOS[recipe.task]
+    episodes = _episodes(scenario, data)
 
-    def apart(purpose: int, count: int) -> Windows:
+    def apart(part: Episodes) -> Windows:
         """Return windows of which one ends where the next begins: actions are judged once."""
-        episodes = _episodes(scenario, purpose, count)
-        return Windows(episodes, data.max_length, every=data.max_length)
+        return Windows(part, data.max_length, every=data.max_length)
 
+    by_success = data.metric == SUCCESS
     return Task(
         model=model,
-        train=Windows(_episodes(scenario, TRAIN, data.train), data.max_length),
-        validation=None if data.validation == 0 else apart(VALIDATION, data.validation),
-        test=apart(TEST, data.test),
+        train=Windows(episodes.train, data.max_length),
+        validation=apart(episodes.validation) if len(episodes.validation["lengths"]) else None,
+        test=apart(episodes.test),
         collator=transformers.default_data_collator,
         head=["predict_action"],
         new_head=False,
@@ -73,28 +89,47 @@ def prepare(recipe: Recipe) -> Task:
             robot=scenario.robot,
             episodes=data.episodes,
             length=data.max_length,
+            by_success=by_success,
         ),
         rows=rows_without_padding,
-        score_name="mean share of the steps left at success",
+        score_name=_SUCCEED if by_success else _SOON,
         episodes=data.episodes,
     )
 
 
-def _episodes(scenario: Scenario, purpose: int, count: int) -> dict[str, Tensor]:
-    """Return demonstrations as the scenario's robot sees them, as many of each task."""
-    each = max(1, count // len(scenario.tasks))
-    parts = [demonstrations(task, purpose, each) for task in scenario.tasks]
-    episodes = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    robot = scenario.robot
-    return episodes | {
-        "states": robot.sees(episodes["states"]),
-        "actions": robot.wants(episodes["actions"]),
-        "labels": robot.wants(episodes["labels"]),
-    }
+def _episodes(scenario: Scenario, data: DataOptions) -> Split[Episodes]:
+    """Return each part's episodes as the scenario's robot sees them, as many of each task."""
+    read = _demonstrated if data.source is None else recorded
+    parts = [read(task, data, len(scenario.tasks)) for task in scenario.tasks]
+
+    def seen(name: str) -> Episodes:
+        of_tasks = [vars(part)[name] for part in parts]
+        joined = {key: torch.cat([one[key] for one in of_tasks]) for key in of_tasks[0]}
+        return joined | {
+            "states": scenario.robot.sees(joined["states"]),
+            "actions": scenario.robot.wants(joined["actions"]),
+            "labels": scenario.robot.wants(joined["labels"]),
+        }
+
+    return Split(seen("train"), seen("validation"), seen("test"))
+
+
+def _demonstrated(task: str, data: DataOptions, tasks: int) -> Split[Episodes]:
+    """Return episodes of the task's expert for each part, of which `tasks` share the sizes."""
+
+    def played(purpose: int, count: int) -> Episodes:
+        return demonstrations(task, purpose, max(1, count // tasks))
+
+    test = played(TEST, data.test)
+    none = {key: value[:0] for key, value in test.items()}
+    validation = played(VALIDATION, data.validation) if data.validation else none
+    return Split(played(TRAIN, data.train), validation, test)
 
 
 def _load_model(recipe: Recipe) -> Any:
     """Return the policy; ConfigError for a model of another kind or size."""
+    if recipe.model == _UNTRAINED:
+        return new_policy(_PAPER)
     source = asset("dt-metaworld") if recipe.model == "demo" else recipe.model
     require_path(source, "model")
     with reading(source, "a Decision Transformer", _INSTEAD):

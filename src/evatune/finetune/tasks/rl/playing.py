@@ -42,6 +42,7 @@ def play(
     robot: Robot,
     episodes: int,
     length: int,
+    by_success: bool = False,
 ) -> dict[str, float]:
     """Play episodes with goals that no demonstration has, the tasks in turn.
 
@@ -52,11 +53,12 @@ def play(
         part: whose goals they have.
         folder: where the GIF goes; None for no GIF.
         length: steps that the model looks back.
+        by_success: whether an episode scores 1 for a success, however late.
 
     Returns:
-        score: share of the 200 steps that are left at the first success, 0 without one, averaged.
-            score_error: its standard error over the episodes. success: share of the episodes that
-            succeed. steps: mean length.
+        score: share of the 200 steps that are left at the first success, 0 without one, averaged;
+            with `by_success` the same as success. score_error: its standard error over the
+            episodes. success: share of the episodes that succeed. steps: mean length.
     """
     purpose = VALIDATION_PLAY if part == "validation" else PLAY
     with ExitStack() as stack:
@@ -87,7 +89,7 @@ def play(
             actions = torch.cat([actions, torch.zeros_like(actions[:, :1])], 1)[:, -length:]
         if film and folder:
             film.save(folder / "episode.gif")
-    scores = np.where(success, 1 - lengths / MAX_STEPS, 0.0)
+    scores = success * (1.0 if by_success else 1 - lengths / MAX_STEPS)
     return {
         "score": float(scores.mean()),
         "score_error": float(scores.std(ddof=min(1, episodes - 1)) / np.sqrt(episodes)),

@@ -13,6 +13,8 @@ from transformers.models.decision_transformer.modeling_decision_transformer impo
     DecisionTransformerOutput,
 )
 
+from evatune.finetune.tasks.rl.simulator import ACTIONS, STATES
+
 _RETURN = 1.0  # that demonstrations reach: see `Windows`
 
 
@@ -55,20 +57,58 @@ class Imitator(transformers.DecisionTransformerModel):  # type: ignore[misc]
         return ImitationOutput(**output, loss=loss)
 
 
+@dataclass(frozen=True)
+class PolicySize:
+    """The size of a policy, and its dropout, the same everywhere.
+
+    Attributes:
+        steps: that it sees at most.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    steps: int
+    dropout: float = 0.0
+
+
+def new_policy(size: PolicySize) -> Imitator:
+    """Return a policy with random weights, to be trained whole."""
+    config = transformers.DecisionTransformerConfig(
+        state_dim=STATES,
+        act_dim=ACTIONS,
+        hidden_size=size.width,
+        n_layer=size.layers,
+        n_head=size.heads,
+        max_ep_len=size.steps,
+        n_positions=3 * size.steps,
+        activation_function="gelu_new",
+        resid_pdrop=size.dropout,
+        embd_pdrop=size.dropout,
+        attn_pdrop=size.dropout,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return Imitator(config)
+
+
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
     """For every so many steps of all episodes, the steps up to one: at most `length`, padded left.
 
     The return is 1 for a success and 0 otherwise, undiscounted, and demonstrations are successes:
     all of their returns to go are 1, and so is the return that the policy is asked for. The
     simulator's shaped reward would not do, because a slow success collects more of it than a fast
-    one. Time steps count within the window, since the expert looks at the state only and an episode
-    may last longer than any demonstration.
+    one. Episodes of other agents bring returns to go of their own, of which 1 is the best. Time
+    steps count within the window, since the expert looks at the state only and an episode may last
+    longer than any demonstration.
     """
 
     def __init__(self, episodes: dict[str, Tensor], length: int, every: int = 1) -> None:
         self.episodes = episodes
         self.length = length
         self.every = every
+        self.keys = [key for key in episodes if key != "lengths"]
         lengths = episodes["lengths"]
         starts = lengths.cumsum(0) - lengths
         self.first: list[int] = starts.repeat_interleave(lengths).tolist()  # of a step's episode
@@ -79,23 +119,29 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         step = self.every * (number + 1) - 1
         start = max(self.first[step], step + 1 - self.length)
-        keys = ("states", "actions", "labels")
-        steps = {key: self.episodes[key][start : step + 1] for key in keys}
+        steps = {key: self.episodes[key][start : step + 1] for key in self.keys}
         return padded_window(steps, self.length)
 
 
 def padded_window(steps: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-    """Return the model's inputs, from tensors (…, t, d), t ≤ length: (…, length, d)."""
+    """Return the model's inputs, from tensors (…, t, d), t ≤ length: (…, length, d).
+
+    Returns to go are those of a success where there are none among them.
+    """
     *batch, present, _ = steps["states"].shape
     missing = length - present
     mask = pad(torch.ones((*batch, present), dtype=torch.long, device="cpu"), (missing, 0))
     times = torch.arange(length, dtype=torch.long, device="cpu")
     padded = {key: pad(value, (0, 0, missing, 0)) for key, value in steps.items()}
-    return padded | {
-        "returns_to_go": torch.full((*mask.shape, 1), _RETURN, dtype=torch.float32, device="cpu"),
-        "timesteps": times.expand(mask.shape).clone(),
-        "attention_mask": mask,
-    }
+    success = torch.full((*mask.shape, 1), _RETURN, dtype=torch.float32, device="cpu")
+    return (
+        {"returns_to_go": success}
+        | padded
+        | {
+            "timesteps": times.expand(mask.shape).clone(),
+            "attention_mask": mask,
+        }
+    )
 
 
 def rows_without_padding(activation: Tensor, batch: Any, name: str) -> Tensor:

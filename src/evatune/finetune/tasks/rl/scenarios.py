@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from evatune.finetune.tasks.rl.robots import SAWYER, Robot, of_frame, with_sensors_in_order
-from evatune.finetune.tasks.rl.simulator import CW10, STATES
+from evatune.finetune.tasks.rl.simulator import CW10, MT40, STATES
 
 # Three of CW10 at which a policy with a new head alone seldom succeeds. On faucet-close,
 # handle-press-side and window-close all methods score alike.
@@ -45,6 +45,7 @@ def _shuffled() -> Robot:
 
 SCENARIOS = {task: Scenario((task,)) for task in CW10} | {
     "cw10": Scenario(CW10),
+    "mt40": Scenario(MT40),
     "pushing": Scenario(_PUSHING),
     "turned": Scenario(_PUSHING, _turned()),
     "tilted": Scenario(_PUSHING, _tilted()),
