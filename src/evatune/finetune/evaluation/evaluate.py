@@ -14,12 +14,11 @@ from evatune.errors import ConfigError
 from evatune.finetune.evaluation import harness
 from evatune.finetune.evaluation.code_sets import CODE_SETS, METRIC, read_problems, share_passed
 from evatune.finetune.methods import find_method
-from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe import HUB, Recipe
 from evatune.finetune.run import library_versions
 from evatune.finetune.run_folder import add_evaluation, finished_run
 from evatune.finetune.tasks.generation import DOMAIN, question_sets
 from evatune.finetune.tasks.generation.domain import load_model
-from evatune.finetune.tasks.generation.hub_sets import HUB
 from evatune.loading.chats import load_template
 from evatune.loading.hub import reading
 from evatune.utils.lock import held

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from evatune.finetune.recipe import DataOptions
-from evatune.finetune.tasks.generation.hub_sets import HUB, read_rows
+from evatune.finetune.recipe import HUB, DataOptions
+from evatune.finetune.tasks.generation.hub_sets import read_rows
 from evatune.finetune.tasks.generation.question_sets import SETS
 from evatune.utils.extras import extras
 
