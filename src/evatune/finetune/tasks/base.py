@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+import torch
 
 from evatune.capture.recorder import RowsFunction
 from evatune.finetune.recipe import Recipe
@@ -61,19 +63,61 @@ class Task:
         return self.validation if part == "validation" else self.test
 
 
+def _float32(recipe: Recipe) -> torch.dtype:
+    """Return float32, whatever the checkpoint's type is; mixed precision is the trainer's."""
+    return torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelKind:
+    """The models that a domain fine-tunes.
+
+    Attributes:
+        loader: transformers' auto class. processor: that of what prepares the inputs, or None.
+        demo: recipe → folder of the small model that `model: demo` stands for.
+        head: model → endings of the names of the modules that make up its head.
+        new_head, task_type: as a `Task` has them.
+        dtype: recipe → of the weights that are loaded.
+    """
+
+    loader: str
+    demo: Callable[[Recipe], Path]
+    head: Callable[[Any], list[str]]
+    new_head: bool
+    task_type: str | None
+    processor: str | None
+    dtype: Callable[[Recipe], torch.dtype] = _float32
+
+    def source(self, recipe: Recipe) -> str | Path:
+        """Return the hub id or folder of a recipe's model."""
+        return self.demo(recipe) if recipe.model == "demo" else recipe.model
+
+
+class Prepare(Protocol):
+    """Loads everything that a run of a recipe needs."""
+
+    def __call__(self, recipe: Recipe, most: int | None = None) -> Task:
+        """Return the task, with at most so many examples of each part.
+
+        What can be wrong with examples, such as their labels, is looked for in all of them first.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Domain:
     """A kind of task: one kind of model, of data, and of measures.
 
     Attributes:
-        name: in recipes.
+        name: in recipes. models: what it fine-tunes.
         version: of what its scores mean, to be raised where that changes and the examples do not.
         prepare: loads everything that a run of the recipe needs. Raises ConfigError for an unknown
             task or sizes beyond the data, DataError where model or data cannot be had.
     """
 
     name: str
-    prepare: Callable[[Recipe], Task]
+    prepare: Prepare
+    models: ModelKind
     version: int = 1
 
 

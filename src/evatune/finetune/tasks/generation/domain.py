@@ -14,7 +14,7 @@ import transformers
 
 from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import Recipe
-from evatune.finetune.tasks.base import Domain, Part, Task
+from evatune.finetune.tasks.base import Domain, ModelKind, Part, Task
 from evatune.finetune.tasks.generation import mathematics, question_sets
 from evatune.finetune.tasks.generation.base import Pair
 from evatune.finetune.tasks.generation.hub_sets import HubSets
@@ -47,7 +47,7 @@ _INSTEAD = (
 )
 
 
-def prepare(recipe: Recipe) -> Task:
+def prepare(recipe: Recipe, most: int | None = None) -> Task:
     """Load everything a run needs. The examples depend on the sizes alone, not on the run's seed.
 
     The loss counts the answer's tokens only. The score is, by task: the share of an answer's
@@ -56,16 +56,19 @@ def prepare(recipe: Recipe) -> Task:
     a sum over its tokens (commonsense); else one over the perplexity per character, so that models
     with other tokenizers can be compared.
 
+    Args:
+        most: examples of each part, and of each of several tests, that are encoded.
+
     Raises ConfigError for an unknown task or sizes beyond the data, DataError where model or data
     cannot be had.
     """
     if recipe.task == question_sets.TASK:
-        return _of_question_sets(recipe)
+        return _of_question_sets(recipe, most)
     if recipe.task == mathematics.TASK:
-        return _of_mathematics(recipe)
+        return _of_mathematics(recipe, most)
     if recipe.data.source is not None:
-        return _of_the_user(recipe)
-    pairs = _bundled_pairs(recipe)
+        return _of_the_user(recipe, most)
+    pairs = _bundled_pairs(recipe).map(lambda part: part[:most])
     model, tokenizer = _load_model(recipe)
     task = _task(model, tokenizer, _encoded(pairs, tokenizer, recipe.data.max_length))
     evaluate = _evaluation(recipe, tokenizer, pairs)
@@ -77,9 +80,9 @@ def prepare(recipe: Recipe) -> Task:
     return task
 
 
-def _of_question_sets(recipe: Recipe) -> Task:
+def _of_question_sets(recipe: Recipe, most: int | None) -> Task:
     """Return the task of eight sets of questions, scored by the mean over their accuracies."""
-    found = question_sets.question_sets(recipe.data)
+    found = question_sets.question_sets(recipe.data).first(most)
     model, tokenizer = _load_model(recipe)
     longest, size = recipe.data.max_length, 4 * recipe.training.batch_size
 
@@ -97,13 +100,13 @@ def _of_question_sets(recipe: Recipe) -> Task:
     return replace(task, metric=measures, evaluate=shares, score_name=name)
 
 
-def _of_mathematics(recipe: Recipe) -> Task:
+def _of_mathematics(recipe: Recipe, most: int | None) -> Task:
     """Return the task of mathematical problems, scored by the mean share solved of two tests.
 
     Validation is scored by how likely its answers are.
     """
     require("eval", "the test of mathematics")
-    found = mathematics.mathematics(recipe.data)
+    found = mathematics.mathematics(recipe.data).first(most)
     model, tokenizer = _load_model(recipe)
     size = 4 * recipe.training.batch_size
 
@@ -143,7 +146,7 @@ def _encoded(pairs: Split[list[Pair]], tokenizer: Any, longest: int) -> Split[li
     )
 
 
-def _of_the_user(recipe: Recipe) -> Task:
+def _of_the_user(recipe: Recipe, most: int | None) -> Task:
     """Return the task of `data.source`: to answer as it does, or to write such texts."""
     data = recipe.data
     template = None if data.chat_template is None else load_template(data.chat_template)
@@ -155,10 +158,12 @@ def _of_the_user(recipe: Recipe) -> Task:
     if train.layout.kind == "chat":
         require_template(tokenizer, train.origin)
     encoder = Encoder(tokenizer, data.max_length, train.origin)
-    rows = records.map(lambda part: encoder.rows(part) if len(part) else [])
+    parts = records.map(lambda part: part.select(range(len(part))[:most]))
+    rows = parts.map(lambda part: encoder.rows(part) if len(part) else [])
     count = len(records.train) + len(records.validation) + len(records.test)
     what = train.describe(count, template=bool(tokenizer.chat_template))
-    return replace(_task(model, tokenizer, rows), about=f"{what}; {describe_parts(rows, data)}")
+    sizes = describe_parts(rows if most is None else records, data)
+    return replace(_task(model, tokenizer, rows), about=f"{what}; {sizes}")
 
 
 def _task(model: Any, tokenizer: Any, rows: Split[list[Row]]) -> Task:
@@ -169,9 +174,9 @@ def _task(model: Any, tokenizer: Any, rows: Split[list[Row]]) -> Task:
         validation=_to_evaluate(rows.validation),
         test=_to_evaluate(rows.test),
         collator=transformers.DataCollatorForSeq2Seq(tokenizer),
-        head=["lm_head"],
-        new_head=False,
-        task_type="CAUSAL_LM",
+        head=MODELS.head(model),
+        new_head=MODELS.new_head,
+        task_type=MODELS.task_type,
         metric=partial(scored_measures, tokenizer=tokenizer),
         reduce=token_losses,
         score_name="one over the perplexity per character",
@@ -180,23 +185,30 @@ def _task(model: Any, tokenizer: Any, rows: Split[list[Row]]) -> Task:
 
 def _load_model(recipe: Recipe) -> tuple[Any, Any]:
     """Return a causal language model and its tokenizer, which can pad."""
-    source = asset("llama-small") if recipe.model == "demo" else recipe.model
+    source = MODELS.source(recipe)
     require_path(source, "model")
     with reading(source, "a causal language model and its tokenizer", _INSTEAD):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source, trust_remote_code=recipe.trust_remote_code
         )
-        # Adapters are float32 above a 16-bit base; weights that are trained themselves must not be
-        # of 16 bits.
-        half = recipe.training.precision == "bf16" and recipe.method != "full"
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=torch.bfloat16 if half else torch.float32,
+            dtype=MODELS.dtype(recipe),
             trust_remote_code=recipe.trust_remote_code,
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    """Return the type of the weights that are loaded.
+
+    Adapters are float32 above a 16-bit base; weights that are trained themselves must not be of 16
+    bits.
+    """
+    half = recipe.training.precision == "bf16" and recipe.method != "full"
+    return torch.bfloat16 if half else torch.float32
 
 
 def _to_evaluate(rows: list[Row]) -> Any:
@@ -259,4 +271,13 @@ def _user_records(recipe: Recipe) -> Split[Records]:
     return records
 
 
-DOMAIN = Domain("generation", prepare, version=2)
+MODELS = ModelKind(
+    loader="AutoModelForCausalLM",
+    demo=lambda recipe: asset("llama-small"),
+    head=lambda model: ["lm_head"],
+    new_head=False,
+    task_type="CAUSAL_LM",
+    processor="AutoTokenizer",
+    dtype=_dtype,
+)
+DOMAIN = Domain("generation", prepare, MODELS, version=2)

@@ -27,6 +27,11 @@ class HubSets:
     validation: list[Pair]
     tests: dict[str, list[Pair]]
 
+    def first(self, most: int | None) -> HubSets:
+        """Return the first questions of each part and test, or all."""
+        tests = {name: pairs[:most] for name, pairs in self.tests.items()}
+        return HubSets(self.train[:most], self.validation[:most], tests)
+
 
 def drawn_sets(
     data: DataOptions, learned: list[Pair], tests: Mapping[str, list[Pair]], task: str

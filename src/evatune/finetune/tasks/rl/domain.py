@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,8 @@ import transformers
 from torch import Tensor
 
 from evatune.errors import ConfigError
-from evatune.finetune.recipe import Recipe
-from evatune.finetune.tasks.base import Domain, Task
+from evatune.finetune.recipe import DataOptions, Recipe
+from evatune.finetune.tasks.base import Domain, ModelKind, Task
 from evatune.finetune.tasks.rl import simulator
 from evatune.finetune.tasks.rl.demonstrations import demonstrations
 from evatune.finetune.tasks.rl.playing import play
@@ -24,16 +25,19 @@ from evatune.loading.hub import reading, require_path
 _INSTEAD = "a local folder with config.json and weights"
 
 
-def prepare(recipe: Recipe) -> Task:
+def prepare(recipe: Recipe, most: int | None = None) -> Task:
     """Load everything a run needs.
 
     `data.train`, `data.validation` and `data.test` count episodes, at least one of each of
     Meta-World's tasks; `data.max_length` counts steps of a window.
 
+    Args:
+        most: episodes of each part, and of those that the policy plays.
+
     Raises ConfigError for an unknown task or a model that does not fit, DataError where Meta-World
     is missing.
     """
-    data = recipe.data
+    data = _shortened(recipe.data, most)
     if recipe.task not in TASKS:
         raise ConfigError(
             f"task is {recipe.task!r}; tasks of reinforcement learning are {', '.join(TASKS)}"
@@ -59,9 +63,9 @@ def prepare(recipe: Recipe) -> Task:
         validation=None if data.validation == 0 else apart(VALIDATION, data.validation),
         test=apart(TEST, data.test),
         collator=transformers.default_data_collator,
-        head=["predict_action"],
-        new_head=False,
-        task_type=None,
+        head=MODELS.head(model),
+        new_head=MODELS.new_head,
+        task_type=MODELS.task_type,
         evaluate=partial(
             play,
             tasks=scenario.tasks,
@@ -73,6 +77,14 @@ def prepare(recipe: Recipe) -> Task:
         score_name="mean share of the steps left at success",
         episodes=data.episodes,
     )
+
+
+def _shortened(data: DataOptions, most: int | None) -> DataOptions:
+    """Return the options with at most so many episodes of each kind."""
+    if most is None:
+        return data
+    sizes = {key: getattr(data, key) for key in ("train", "validation", "test", "episodes")}
+    return replace(data, **{key: min(size, most) for key, size in sizes.items()})
 
 
 def _episodes(scenario: Scenario, purpose: int, count: int) -> dict[str, Tensor]:
@@ -90,7 +102,7 @@ def _episodes(scenario: Scenario, purpose: int, count: int) -> dict[str, Tensor]
 
 def _load_model(recipe: Recipe) -> Any:
     """Return the policy; ConfigError for a model of another kind or size."""
-    source = asset("dt-metaworld") if recipe.model == "demo" else recipe.model
+    source = MODELS.source(recipe)
     require_path(source, "model")
     with reading(source, "a Decision Transformer", _INSTEAD):
         config = transformers.AutoConfig.from_pretrained(
@@ -106,4 +118,12 @@ def _load_model(recipe: Recipe) -> Any:
     )
 
 
-DOMAIN = Domain("rl", prepare)
+MODELS = ModelKind(
+    loader="AutoModel",
+    demo=lambda recipe: asset("dt-metaworld"),
+    head=lambda model: ["predict_action"],
+    new_head=False,
+    task_type=None,
+    processor=None,
+)
+DOMAIN = Domain("rl", prepare, MODELS)
