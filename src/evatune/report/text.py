@@ -27,7 +27,10 @@ TYPE_HEADINGS = (
     *("parameters", "captured mean", "worst", "missed worst", "statuses"),
 )
 
-_WORDS = {"layer", "layer type", "task", "method", "what it does", "source", "status", "statuses"}
+_WORDS = {
+    *("layer", "layer type", "task", "method", "what", "what it does", "source"),
+    *("status", "statuses"),
+}
 
 
 def is_number(heading: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -145,6 +145,14 @@ class Method:
     def save(self, model: Any, folder: Path, initial_adapter: Path) -> None:
         """Write what was trained, such that it fits the original base weights."""
         model.save_pretrained(folder)
+
+    def load(self, model: Any, folder: Path) -> Any:
+        """Return the model as `save` wrote it, read by PEFT's own loader.
+
+        Args:
+            model: with the weights of the checkpoint; of no other use afterwards.
+        """
+        return PeftModel.from_pretrained(model, folder)
 
 
 @dataclass(frozen=True)

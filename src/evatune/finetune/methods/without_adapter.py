@@ -26,6 +26,9 @@ class Full(Method):
     def _is_trained(self, name: str, setup: AdapterSetup) -> bool:
         return True
 
+    def load(self, model: Any, folder: Path) -> Any:
+        return type(model).from_pretrained(folder)
+
 
 @dataclass(frozen=True)
 class Head(Full):
@@ -55,6 +58,9 @@ class Untouched(Full):
 
     def save(self, model: Any, folder: Path, initial_adapter: Path) -> None:
         """Write nothing: the checkpoint is there already."""
+
+    def load(self, model: Any, folder: Path) -> Any:
+        return model
 
 
 METHODS = (

@@ -93,6 +93,21 @@ class ModelKind:
         return self.demo(recipe) if recipe.model == "demo" else recipe.model
 
 
+@dataclass(frozen=True)
+class DataSource:
+    """Data that a task reads, and that may have to be downloaded.
+
+    Attributes:
+        name: hub id, or path of a file or folder; None for a file of the package index.
+        subsets: of a hub data set, those that are read; of one without, None.
+        file: the only one that is read, of the hub's repository or of the package index.
+    """
+
+    name: str | None
+    subsets: tuple[str | None, ...] = (None,)
+    file: str | None = None
+
+
 class Prepare(Protocol):
     """Loads everything that a run of a recipe needs."""
 
@@ -111,6 +126,7 @@ class Domain:
     Attributes:
         name: in recipes. models: what it fine-tunes.
         version: of what its scores mean, to be raised where that changes and the examples do not.
+        sources: recipe → the data that it reads, but for what comes with evatune's extras.
         prepare: loads everything that a run of the recipe needs. Raises ConfigError for an unknown
             task or sizes beyond the data, DataError where model or data cannot be had.
     """
@@ -118,6 +134,7 @@ class Domain:
     name: str
     prepare: Prepare
     models: ModelKind
+    sources: Callable[[Recipe], list[DataSource]]
     version: int = 1
 
 

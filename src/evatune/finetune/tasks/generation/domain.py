@@ -14,10 +14,10 @@ import transformers
 
 from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import Recipe
-from evatune.finetune.tasks.base import Domain, ModelKind, Part, Task
-from evatune.finetune.tasks.generation import mathematics, question_sets
+from evatune.finetune.tasks.base import DataSource, Domain, ModelKind, Part, Task
+from evatune.finetune.tasks.generation import mathematics, question_sets, reviews
 from evatune.finetune.tasks.generation.base import Pair
-from evatune.finetune.tasks.generation.hub_sets import HubSets
+from evatune.finetune.tasks.generation.hub_sets import HubSets, set_sources
 from evatune.finetune.tasks.generation.scoring import (
     measures,
     scored_measures,
@@ -31,8 +31,10 @@ from evatune.finetune.tasks.user_data import (
     describe_parts,
     load_examples,
     own_origin,
+    own_sources,
     require_task,
 )
+from evatune.loading import corpora
 from evatune.loading.assets import asset
 from evatune.loading.chats import load_template, require_template
 from evatune.loading.encoding import Encoder, Row, encode_answer
@@ -271,6 +273,17 @@ def _user_records(recipe: Recipe) -> Split[Records]:
     return records
 
 
+def _sources(recipe: Recipe) -> list[DataSource]:
+    data = recipe.data
+    if recipe.task == question_sets.TASK:
+        return set_sources(data, [(one.source, one.subset) for one in question_sets.SETS.values()])
+    if recipe.task == mathematics.TASK:
+        return set_sources(data, mathematics.SETS)
+    if data.source is None and recipe.task == reviews.TASK.name:
+        return [DataSource(None, file=corpora.ARCHIVE)]
+    return own_sources(data)
+
+
 MODELS = ModelKind(
     loader="AutoModelForCausalLM",
     demo=lambda recipe: asset("llama-small"),
@@ -280,4 +293,4 @@ MODELS = ModelKind(
     processor="AutoTokenizer",
     dtype=_dtype,
 )
-DOMAIN = Domain("generation", prepare, MODELS, version=2)
+DOMAIN = Domain("generation", prepare, MODELS, _sources, version=2)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from evatune.errors import DataError
 from evatune.finetune.recipe import Recipe
-from evatune.finetune.tasks.base import Domain, ModelKind, Task, accuracy
+from evatune.finetune.tasks.base import DataSource, Domain, ModelKind, Task, accuracy
 from evatune.finetune.tasks.images.tasks import TASKS
-from evatune.finetune.tasks.images.vtab import VTAB, VTAB_OPTIONS, vtab_images
+from evatune.finetune.tasks.images.vtab import ARCHIVE, VTAB, VTAB_OPTIONS, vtab_images
 from evatune.finetune.tasks.splits import Split, draw_from, draw_split
 from evatune.finetune.tasks.user_data import (
     checked,
@@ -27,6 +27,7 @@ from evatune.finetune.tasks.user_data import (
     encode_labels,
     load_examples,
     own_origin,
+    own_sources,
     require_task,
 )
 from evatune.loading.assets import asset
@@ -249,6 +250,12 @@ def _label_tensor(labels: Sequence[int]) -> Tensor:
     return torch.tensor(labels, dtype=torch.int64, device="cpu")
 
 
+def _sources(recipe: Recipe) -> list[DataSource]:
+    if recipe.task in VTAB and recipe.data.source is not None:
+        return [DataSource(recipe.data.source, file=ARCHIVE)]
+    return own_sources(recipe.data)
+
+
 MODELS = ModelKind(
     loader="AutoModelForImageClassification",
     demo=lambda recipe: asset("vit-glyphs"),
@@ -257,4 +264,4 @@ MODELS = ModelKind(
     task_type=None,  # PEFT has none for images
     processor="AutoImageProcessor",
 )
-DOMAIN = Domain("images", prepare, MODELS)
+DOMAIN = Domain("images", prepare, MODELS, _sources)

@@ -126,4 +126,4 @@ MODELS = ModelKind(
     task_type=None,
     processor=None,
 )
-DOMAIN = Domain("rl", prepare, MODELS)
+DOMAIN = Domain("rl", prepare, MODELS, lambda recipe: [])

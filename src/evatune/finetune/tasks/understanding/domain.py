@@ -15,7 +15,7 @@ import transformers
 
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import Recipe
-from evatune.finetune.tasks.base import Domain, ModelKind, Task
+from evatune.finetune.tasks.base import DataSource, Domain, ModelKind, Task
 from evatune.finetune.tasks.splits import Split, draw_split
 from evatune.finetune.tasks.understanding import grammar
 from evatune.finetune.tasks.understanding.scoring import (
@@ -31,10 +31,11 @@ from evatune.finetune.tasks.user_data import (
     load_examples,
     more_tests,
     own_origin,
+    own_sources,
     require_task,
 )
 from evatune.loading.assets import asset
-from evatune.loading.corpora import SENTIMENT, bbc, sentiment
+from evatune.loading.corpora import ARCHIVE, SENTIMENT, bbc, sentiment
 from evatune.loading.demo import demo_model
 from evatune.loading.hub import reading, require_path
 from evatune.loading.models import make_ready
@@ -268,6 +269,12 @@ def _user_examples(
     return examples, more, classes, f"{what}; {describe_parts(tables, data)}"
 
 
+def _sources(recipe: Recipe) -> list[DataSource]:
+    if recipe.data.source is None and recipe.task in SENTIMENT:
+        return [DataSource(None, file=ARCHIVE)]
+    return own_sources(recipe.data)
+
+
 MODELS = ModelKind(
     loader="AutoModelForSequenceClassification",
     demo=_demo_model,
@@ -276,4 +283,4 @@ MODELS = ModelKind(
     task_type="SEQ_CLS",
     processor="AutoTokenizer",
 )
-DOMAIN = Domain("understanding", prepare, MODELS, version=2)
+DOMAIN = Domain("understanding", prepare, MODELS, _sources, version=2)
