@@ -114,10 +114,11 @@ def _memory_lines(memory: Memory) -> Iterator[str]:
         "a batch of evaluation": memory.evaluation,
         "calibration": memory.calibration,
     }
-    listed = ", ".join(f"{name} {_binary(count)}" for name, count in parts.items() if count)
+    large = {name: count for name, count in parts.items() if count >= _MIB}
+    listed = ", ".join(f"{name} {_binary(count)}" for name, count in large.items())
     yield (
-        f"Memory: about {_binary(memory.peak)} at the peak, of the {_binary(memory.device)} that"
-        f" this machine has ({listed})."
+        f"Memory: tensors take about {_binary(memory.peak)} at the peak, of the"
+        f" {_binary(memory.device)} that this machine has ({listed})."
     )
     if memory.peak > memory.device:
         yield (
@@ -142,4 +143,4 @@ def _tried(found: Check) -> Iterator[str]:
 
 def _binary(count: float) -> str:
     """Return a number of bytes for people, as devices are sold: "90 MiB", "1.5 GiB"."""
-    return f"{count / _MIB:,.0f} MiB" if count < 100 * _MIB else f"{count / _GIB:,.1f} GiB"
+    return f"{count / _MIB:,.0f} MiB" if count < _GIB else f"{count / _GIB:,.1f} GiB"

@@ -16,7 +16,7 @@ from evatune.finetune.check.cost import (
     size_of,
     time_of,
 )
-from evatune.finetune.check.plan import Need, Plan, plan
+from evatune.finetune.check.plan import Need, Plan, plan_of
 from evatune.finetune.check.trial import Trial, try_recipe
 from evatune.finetune.methods import find_method
 from evatune.finetune.recipe import Recipe
@@ -60,7 +60,7 @@ def check(recipe: Recipe, *, download: bool = False) -> Check:
     require_alone("evatune recipes check")
     find_domain(recipe.domain)
     find_method(recipe.method)
-    found = plan(recipe)
+    found = plan_of(recipe)
     missing = [] if download else _missing(recipe, found)
     trial = None
     if not missing:

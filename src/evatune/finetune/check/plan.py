@@ -65,7 +65,7 @@ class Plan:
         return [need for need in self.needs if need.what != "model"]
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan_of(recipe: Recipe) -> Plan:
     """Return what a recipe reads.
 
     The hub is asked only where something is not at hand, and gets some seconds for an answer.
@@ -121,9 +121,22 @@ def _model(domain: Domain, recipe: Recipe, hub: _Hub) -> Need:
     require_path(source, "model")
     if recipe.model == "demo":
         return Need("model", f"demo ({model_id(source) or Path(source).name})", "at hand")
-    if Path(source).exists() or _is_cached(str(source), _CACHED_WEIGHTS):
+    if Path(source).exists():
+        _require_weights(Path(source))
+        return Need("model", str(source), "at hand")
+    if _is_cached(str(source), _CACHED_WEIGHTS):
         return Need("model", str(source), "at hand")
     return _need("model", str(source), hub.files("model", str(source), data=False), _read_of_model)
+
+
+def _require_weights(folder: Path) -> None:
+    """Raise a DataError for a folder without weights, which no trial on a stand-in would miss."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if not any(_WEIGHTS.fullmatch(name) for name in names):
+        raise DataError(
+            f"model {str(folder)!r} holds no weights (model.safetensors, or its parts); give the"
+            " folder that from_pretrained loads, or a hub id"
+        )
 
 
 def _data(domain: Domain, recipe: Recipe, hub: _Hub) -> Iterator[Need]:

@@ -70,16 +70,21 @@ def write_stand_in(source: str | Path, loader: str, folder: Path, trust: bool) -
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about sizes that nobody chose
-            small = shrunk(config)
-            kind = getattr(transformers, (config.architectures or [""])[0] or loader, None)
-            build = getattr(transformers, loader).from_config if kind is None else kind._from_config
             torch.manual_seed(0)
-            build(small).save_pretrained(folder)
+            _built(shrunk(config), loader, trust).save_pretrained(folder)
     except Exception as error:  # whatever a model's class says of sizes that do not fit each other
         raise DataError(
             f"no small stand-in of {str(source)!r} can be built ({config.model_type}:"
             f" {first_line(error)}); run a few steps of the recipe itself with training.steps=2"
         ) from error
+
+
+def _built(config: Any, loader: str, trust: bool) -> Any:
+    """Return a model with random weights, of the class that its configuration names."""
+    named = (config.architectures or [""])[0]
+    if named and hasattr(transformers, named):
+        return getattr(transformers, named)._from_config(config)
+    return getattr(transformers, loader).from_config(config, trust_remote_code=trust)
 
 
 def _shrunk(config: Any) -> _Tree:

@@ -16,13 +16,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from evatune.errors import AdapterError
+from evatune.errors import AdapterError, DataError, EvatuneError
 from evatune.finetune.check.stand_in import write_stand_in
 from evatune.finetune.methods import find_method
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.run import run
 from evatune.finetune.tasks import Task, find_domain
 from evatune.loading.encoding import IGNORED
+from evatune.loading.error_text import first_line
 from evatune.loading.hub import reading
 
 STEPS = 2
@@ -70,8 +71,9 @@ def try_recipe(recipe: Recipe) -> Trial:
         transformers.set_seed(recipe.seed)
         task = find_domain(recipe.domain).prepare(small, _EXAMPLES)
         examples = {part: _windows(getattr(task, part)) for part in ("train", "validation", "test")}
-        result = run(small, folder / "run", quiet=True, task=replace(task, **examples))
-        difference = _difference(small, task, folder / "run")
+        with _explained(recipe):
+            result = run(small, folder / "run", quiet=True, task=replace(task, **examples))
+            difference = _difference(small, task, folder / "run")
     return Trial(
         task=task,
         stand_in=recipe.model != "demo",
@@ -87,6 +89,23 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextmanager
+def _explained(recipe: Recipe) -> Iterator[None]:
+    """Turn what a stand-in's own class raises into a sentence."""
+    try:
+        yield
+    except (EvatuneError, OSError):
+        raise
+    except Exception as error:  # of many kinds: sizes that do not fit, or what the run would meet
+        if recipe.model == "demo":
+            raise
+        raise DataError(
+            f"two steps on a small stand-in of {recipe.model!r} ended in {type(error).__name__}:"
+            f" {first_line(error)} Run them on the model itself with `evatune train` and"
+            " training.steps=2 to see whether that is the stand-in's fault"
+        ) from error
 
 
 def _small(recipe: Recipe) -> Recipe:
