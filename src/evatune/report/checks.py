@@ -102,7 +102,7 @@ def _costs(found: Check) -> Iterator[str]:
     yield (
         f"Time: about {duration(found.time.seconds)} on this machine{left_out}. That is rough, to a"
         f" factor of two: {found.time.operations:.1e} operations, at {UTILIZATION:.0%} of the"
-        f" {found.time.rate / 1e9:,.0f} billion a second that a product of large matrices has here."
+        f" {found.time.rate:.1e} a second that a product of large matrices has here."
     )
 
 

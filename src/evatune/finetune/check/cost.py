@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -229,12 +230,14 @@ def measured_rate(precision: str) -> float:
 def _adapted(recipe: Recipe, kind: ModelKind, method: Method, model: Any) -> Any:
     """Return the model with what is trained, in plain LoRA where the method wants real weights."""
     setup = adapter_setup(recipe, kind, kind.head(model))
-    try:
-        return method.adapt(model, setup)
-    except (ConfigError, TargetError):
-        raise
-    except Exception:  # such as a decomposition of weights that are not there
-        return LORA_METHODS[0].adapt(model, setup)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which the run itself says
+        try:
+            return method.adapt(model, setup)
+        except (ConfigError, TargetError):
+            raise
+        except Exception:  # such as a decomposition of weights that are not there
+            return LORA_METHODS[0].adapt(model, setup)
 
 
 def _products(model: nn.Module) -> Iterator[tuple[int, int]]:

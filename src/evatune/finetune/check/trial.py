@@ -158,11 +158,9 @@ def _difference(recipe: Recipe, task: Task, folder: Path) -> float | None:
     method = find_method(recipe.method)
     if not method.trains:
         return None
-    trained, source = task.model.eval(), find_domain(recipe.domain).models.source(recipe)
-    fresh = type(trained).from_pretrained(
-        source, config=trained.config, dtype=trained.dtype, ignore_mismatched_sizes=True
-    )
-    read = method.load(fresh, folder / method.saved_as).to(trained.device).eval()
+    trained = task.model.eval()
+    read = method.load(_fresh(recipe, trained), folder / method.saved_as)
+    read = read.to(trained.device).eval()
     batch = task.collator([task.test[i] for i in range(min(_BATCH, len(task.test)))])
     inputs = {key: value.to(trained.device) for key, value in batch.items()}
     expected, found = _outputs(trained(**inputs)), _outputs(read(**inputs))
@@ -175,6 +173,18 @@ def _difference(recipe: Recipe, task: Task, folder: Path) -> float | None:
             " report this"
         )
     return difference
+
+
+def _fresh(recipe: Recipe, trained: Any) -> Any:
+    """Return the model before training as anybody would load it, with as many classes."""
+    models, trust = find_domain(recipe.domain).models, recipe.trust_remote_code
+    source = models.source(recipe)
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust)
+    if models.new_head:
+        config.num_labels = trained.config.num_labels
+    return type(trained).from_pretrained(
+        source, config=config, dtype=trained.dtype, ignore_mismatched_sizes=True
+    )
 
 
 def _outputs(output: Any) -> Tensor:
