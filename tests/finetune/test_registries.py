@@ -16,7 +16,7 @@ from evatune.finetune.methods import METHODS, find_method
 from evatune.finetune.methods.base import Lora, OptimizerOptions, Preparation
 from evatune.finetune.recipe import parse
 from evatune.finetune.run import run
-from evatune.finetune.tasks import DOMAINS, Domain, Task, find_domain
+from evatune.finetune.tasks import DOMAINS, Domain, ModelKind, Task, find_domain
 from evatune.finetune.tasks.images import tasks as image_tasks
 from evatune.finetune.tasks.images.base import ImageTask, balanced
 
@@ -55,7 +55,17 @@ class ToyModel(nn.Module):
         return {"loss": (outputs - labels).square().mean(), "logits": outputs}
 
 
-def prepare(recipe: Any) -> Task:
+MODELS = ModelKind(
+    loader="AutoModel",
+    demo=lambda recipe: Path("toy"),
+    head=lambda model: ["head"],
+    new_head=False,
+    task_type=None,
+    processor=None,
+)
+
+
+def prepare(recipe: Any, most: int | None = None) -> Task:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(recipe.data.train, 4, generator=generator)
     examples = [{"x": x, "labels": x.sum()} for x in inputs]
@@ -69,9 +79,9 @@ def prepare(recipe: Any) -> Task:
         validation=None,
         test=examples,
         collator=collate,
-        head=["head"],
-        new_head=False,
-        task_type=None,
+        head=MODELS.head(None),
+        new_head=MODELS.new_head,
+        task_type=MODELS.task_type,
         metric=lambda prediction: {"score": 0.5},
     )
 
@@ -80,7 +90,7 @@ def test_a_toy_method_trains_a_task_of_a_toy_domain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(METHODS, "toy", ToyMethod("toy"))
-    monkeypatch.setitem(DOMAINS, "sums", Domain("sums", prepare))
+    monkeypatch.setitem(DOMAINS, "sums", Domain("sums", prepare, MODELS, lambda recipe: []))
     steps.clear()
     recipe = parse(
         {

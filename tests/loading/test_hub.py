@@ -21,7 +21,7 @@ def test_the_hubs_own_words_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> No
             "Dataset 'no/such' doesn't exist on the Hub or cannot be accessed."
         )
 
-    monkeypatch.setattr(hub, "_hub_is_reachable", lambda: True)
+    monkeypatch.setattr(hub, "hub_is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", absent)
     with pytest.raises(
         DataError, match=r"'no/such': Dataset 'no/such' doesn't exist on the Hub .* Give a hub id"

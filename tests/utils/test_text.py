@@ -45,8 +45,8 @@ def test_a_line_is_folded_on_a_terminal_and_whole_in_a_pipe(
 
 
 def test_durations_and_sizes_are_short() -> None:
-    assert [duration(seconds) for seconds in (0.2, 9.4, 99, 240, 9000)] == (
-        ["0 s", "9 s", "99 s", "4 min", "2.5 h"]
+    assert [duration(seconds) for seconds in (0.2, 9.4, 99, 240, 9000, 1e9)] == (
+        ["0 s", "9 s", "99 s", "4 min", "2.5 h", "11,574 days"]
     )
     assert [size(count) for count in (0, 900, 35e6, 999.6e3, 1.24e9)] == (
         ["0 B", "900 B", "35 MB", "1 MB", "1.2 GB"]

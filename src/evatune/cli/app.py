@@ -16,7 +16,8 @@ from evatune.cli.interrupt import STATUS
 from evatune.cli.merge import merge
 from evatune.cli.methods import methods
 from evatune.cli.push import push
-from evatune.cli.train import recipes, train
+from evatune.cli.recipes import recipes
+from evatune.cli.train import train
 from evatune.utils.extras import extras
 from evatune.version import __version__
 

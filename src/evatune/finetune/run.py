@@ -42,7 +42,7 @@ from evatune.finetune.run_folder import (
 )
 from evatune.finetune.sharding import whole_weights
 from evatune.finetune.start_facts import NO_FACTS, StartFacts, start_facts
-from evatune.finetune.tasks import Part, Task, find_domain
+from evatune.finetune.tasks import ModelKind, Part, Task, find_domain
 from evatune.finetune.training import build_trainer, training_shown
 from evatune.trainers.hf import training_batches
 from evatune.utils.atomic import write_text, writing
@@ -63,6 +63,7 @@ def run(
     *,
     quiet: bool = False,
     say: Callable[[str], object] = _say_nothing,
+    task: Task | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate, and write the results into the folder.
 
@@ -74,6 +75,7 @@ def run(
 
     Args:
         quiet: draw no bar. say: is told in a sentence what data of the user's were taken for.
+        task: the recipe's, where it is prepared already.
 
     Returns:
         What `result.json` holds: score in [0, 1] (higher is better), score_name (what it is),
@@ -98,9 +100,9 @@ def run(
         result: dict[str, Any] = {}
         with processes.library_messages():
             if processes.rank == 0:
-                result = _run(recipe, folder, checkpoint, quiet, say)
+                result = _run(recipe, folder, checkpoint, quiet, say, task)
             else:
-                _take_part(recipe, folder, checkpoint)
+                _take_part(recipe, folder, checkpoint, task)
         return dict(processes.gather(result)[0])
 
 
@@ -125,10 +127,10 @@ def _claimed(
             yield processes.gather(None)[0]
 
 
-def _take_part(recipe: Recipe, folder: Path, checkpoint: Path | None) -> None:
+def _take_part(recipe: Recipe, folder: Path, checkpoint: Path | None, task: Task | None) -> None:
     """Do this process's share of a run that the first process writes."""
     with tempfile.TemporaryDirectory() as scratch:
-        trained = _trained(recipe, folder, checkpoint, quiet=True, own=Path(scratch))
+        trained = _trained(recipe, folder, checkpoint, quiet=True, own=Path(scratch), task=task)
         for part in ("validation", "test"):
             if part == "test" or trained.task.validation is not None:
                 trained.measures(part)
@@ -141,9 +143,10 @@ def _run(
     checkpoint: Path | None,
     quiet: bool,
     say: Callable[[str], object],
+    task: Task | None,
 ) -> dict[str, Any]:
     """Begin the run, or go on with it, and return its result."""
-    trained = _trained(recipe, folder, checkpoint, quiet=quiet, say=say)
+    trained = _trained(recipe, folder, checkpoint, quiet=quiet, say=say, task=task)
     validation = None if trained.task.validation is None else trained.measures("validation")
     measures = trained.measures("test")
     method, model = trained.method, trained.trainer.model
@@ -264,6 +267,7 @@ def _trained(
     own: Path | None = None,
     kept: bool = True,
     say: Callable[[str], object] = _say_nothing,
+    task: Task | None = None,
 ) -> _Trained:
     """Do everything of a run up to its last step.
 
@@ -275,13 +279,13 @@ def _trained(
     transformers.set_seed(recipe.seed)
     method = find_method(recipe.method)
     _require_fit(method, recipe)
-    task = find_domain(recipe.domain).prepare(recipe)
+    task = task or find_domain(recipe.domain).prepare(recipe)
     if task.about:
         say(task.about)
     resumed = checkpoint is not None
 
     start = time.perf_counter()
-    model = method.adapt(task.model, _adapter_setup(recipe, task))
+    model = method.adapt(task.model, adapter_setup(recipe, task, task.head))
     trainer = build_trainer(recipe, task, method, model, folder, resumed=resumed, checkpoints=kept)
     calibration = _initialize(trainer, recipe, task, method, own, quiet)
     init_seconds = time.perf_counter() - start
@@ -317,15 +321,16 @@ def _require_fit(method: Method, recipe: Recipe) -> None:
         )
 
 
-def _adapter_setup(recipe: Recipe, task: Task) -> AdapterSetup:
+def adapter_setup(recipe: Recipe, kind: Task | ModelKind, head: list[str]) -> AdapterSetup:
+    """Return the settings of a recipe's adapter for a model of this kind."""
     return AdapterSetup(
         rank=recipe.adapter.rank,
         alpha=recipe.adapter.alpha,
         targets=recipe.adapter.targets,
         bias=recipe.adapter.bias,
-        task_type=task.task_type,
-        head=task.head,
-        new_head=task.new_head,
+        task_type=kind.task_type,
+        head=head,
+        new_head=kind.new_head,
         steps=recipe.training.steps,
     )
 

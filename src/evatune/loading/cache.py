@@ -60,7 +60,7 @@ def download_once(project: str, filename: str, sha256: str, what: str) -> Path:
     Raises:
         DataError: it cannot be had, or is another file.
     """
-    target = cache_folder() / filename
+    target = download_path(filename)
     if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == sha256:
         return target
     content = fetch(project, filename, sha256, what, f"put the file at {target}")
@@ -68,6 +68,11 @@ def download_once(project: str, filename: str, sha256: str, what: str) -> Path:
     with atomic_file(target) as temporary:
         temporary.write_bytes(content)
     return target
+
+
+def download_path(filename: str) -> Path:
+    """Return where `download_once` keeps a file."""
+    return cache_folder() / filename
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:

@@ -14,7 +14,8 @@ SENTIMENT = {  # corpus → file in the archive
     "tweet": "tweets_GroundTruth.txt",
     "nyt": "nytEditorialSnippets_GroundTruth.txt",
 }
-_ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
+ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
+"""The file of the package index that they come from."""
 _SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 _INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 _NEUTRAL = 0.3  # ratings closer to zero than this have no clear sign
@@ -47,7 +48,7 @@ def ratings(corpus: str) -> list[tuple[str, float]]:
 
     Raises DataError if they cannot be downloaded.
     """
-    archive = download_once("vaderSentiment", _ARCHIVE, _SHA256, "the sentiment data")
+    archive = download_once("vaderSentiment", ARCHIVE, _SHA256, "the sentiment data")
     with tarfile.open(archive) as outer:
         inner = outer.extractfile(_INNER)
         assert inner is not None  # the archive's hash is known

@@ -18,7 +18,8 @@ from evatune.utils.extras import extras
 with extras(__name__):
     import datasets
 
-_TIMEOUT = 5.0  # seconds for the hub to answer
+TIMEOUT = 5.0
+"""Seconds for the hub to answer."""
 
 
 def require_path(source: str | Path, what: str) -> None:
@@ -40,9 +41,9 @@ def require_path(source: str | Path, what: str) -> None:
 def reading(source: str | Path, what: str, instead: str) -> Iterator[None]:
     """Turn every error while `source` is read into a DataError that says what to give instead."""
     local = Path(source).exists()
-    reachable = local or _hub_is_reachable()
+    reachable = local or hub_is_reachable()
     try:
-        with _cache_only(not reachable):
+        with cache_only(not reachable):
             yield
     except DataError:
         raise
@@ -98,10 +99,11 @@ def _unwritable(error: BaseException) -> str | None:
     return f"{name or datasets.config.HF_DATASETS_CACHE}: {error.strerror or error}"
 
 
-def _hub_is_reachable() -> bool:
+def hub_is_reachable() -> bool:
+    """Return whether the model hub answers."""
     session = huggingface_hub.get_session()
     try:
-        session.head(huggingface_hub.constants.ENDPOINT, timeout=_TIMEOUT)
+        session.head(huggingface_hub.constants.ENDPOINT, timeout=TIMEOUT)
     # the kinds depend on which HTTP client this version of huggingface_hub has; all mean no answer
     except Exception:
         return False
@@ -109,11 +111,14 @@ def _hub_is_reachable() -> bool:
 
 
 @contextmanager
-def _cache_only(switch: bool) -> Iterator[None]:
+def cache_only(switch: bool) -> Iterator[None]:
     """Keep the libraries from asking the hub.
 
     Without an answer they would go on trying for half a minute. The environment variables for this
     are read when the libraries are imported, which was before.
+
+    Args:
+        switch: False changes nothing.
     """
     before = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     try:

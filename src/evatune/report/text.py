@@ -28,7 +28,7 @@ TYPE_HEADINGS = (
 )
 
 _WORDS = {
-    *("layer", "layer type", "task", "metric", "method", "what it does", "source"),
+    *("layer", "layer type", "task", "metric", "method", "what", "what it does", "source"),
     *("status", "statuses"),
 }
 

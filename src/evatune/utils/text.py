@@ -55,11 +55,13 @@ def first_difference(first: Any, second: Any) -> Difference | None:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration for people: "9 s", "4 min", "2.5 h"."""
+    """Return a duration for people: "9 s", "4 min", "2.5 h", "12 days"."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 99.5 else f"{minutes / 60:.1f} h"
+    minutes, hours = seconds / 60, seconds / 3600
+    if hours >= 99.5:
+        return f"{hours / 24:,.0f} days"
+    return f"{minutes:.0f} min" if minutes < 99.5 else f"{hours:.1f} h"
 
 
 def size(count: float) -> str:

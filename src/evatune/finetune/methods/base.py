@@ -164,7 +164,11 @@ class Method:
         model.save_pretrained(folder, state_dict=weights)
 
     def load(self, model: Any, folder: Path) -> Any:
-        """Return the base model with what `save` wrote into a folder."""
+        """Return the model as `save` wrote it, read by PEFT's own loader.
+
+        Args:
+            model: with the weights of the checkpoint; of no other use afterwards.
+        """
         return PeftModel.from_pretrained(model, folder)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evatune.errors import ConfigError
-from evatune.finetune.tasks.base import Domain, Part, Task
+from evatune.finetune.tasks.base import DataSource, Domain, ModelKind, Part, Task
 from evatune.utils.extras import extras
 
 with extras(__name__):
@@ -20,4 +20,4 @@ def find_domain(name: str) -> Domain:
     return DOMAINS[name]
 
 
-__all__ = ["DOMAINS", "Domain", "Part", "Task", "find_domain"]
+__all__ = ["DOMAINS", "DataSource", "Domain", "ModelKind", "Part", "Task", "find_domain"]

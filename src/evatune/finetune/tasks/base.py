@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+import torch
 
 from evatune.capture.recorder import RowsFunction
 from evatune.finetune.recipe import Recipe
@@ -61,19 +63,84 @@ class Task:
         return self.validation if part == "validation" else self.test
 
 
+UNTRAINED = "untrained"  # as model: a new one
+
+
+def _float32(recipe: Recipe) -> torch.dtype:
+    """Return float32, whatever the checkpoint's type is; mixed precision is the trainer's."""
+    return torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelKind:
+    """The models that a domain fine-tunes.
+
+    Attributes:
+        loader: transformers' auto class. processor: that of what prepares the inputs, or None.
+        demo: recipe → folder of the small model that `model: demo` stands for.
+        head: model → endings of the names of the modules that make up its head.
+        new_head, task_type: as a `Task` has them.
+        dtype: recipe → of the weights that are loaded.
+        untrained: the new model that `model: untrained` stands for; None where it stands for none.
+    """
+
+    loader: str
+    demo: Callable[[Recipe], Path]
+    head: Callable[[Any], list[str]]
+    new_head: bool
+    task_type: str | None
+    processor: str | None
+    dtype: Callable[[Recipe], torch.dtype] = _float32
+    untrained: Callable[[], Any] | None = None
+
+    def source(self, recipe: Recipe) -> str | Path:
+        """Return the hub id or folder of a recipe's model."""
+        return self.demo(recipe) if recipe.model == "demo" else recipe.model
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Data that a task reads, and that may have to be downloaded.
+
+    Attributes:
+        name: hub id, or path of a file or folder; None for a file of the package index.
+        subsets: of a hub data set, those that are read; of one without, None.
+        files: the only ones that are read, of the hub's repository or of the package index; none is
+            all.
+    """
+
+    name: str | None
+    subsets: tuple[str | None, ...] = (None,)
+    files: tuple[str, ...] = ()
+
+
+class Prepare(Protocol):
+    """Loads everything that a run of a recipe needs."""
+
+    def __call__(self, recipe: Recipe, most: int | None = None) -> Task:
+        """Return the task, with at most so many examples of each part.
+
+        What can be wrong with examples, such as their labels, is looked for in all of them first.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Domain:
     """A kind of task: one kind of model, of data, and of measures.
 
     Attributes:
-        name: in recipes.
+        name: in recipes. models: what it fine-tunes.
         version: of what its scores mean, to be raised where that changes and the examples do not.
+        sources: recipe → the data that it reads, but for what comes with evatune's extras.
         prepare: loads everything that a run of the recipe needs. Raises ConfigError for an unknown
             task or sizes beyond the data, DataError where model or data cannot be had.
     """
 
     name: str
-    prepare: Callable[[Recipe], Task]
+    prepare: Prepare
+    models: ModelKind
+    sources: Callable[[Recipe], list[DataSource]]
     version: int = 1
 
 

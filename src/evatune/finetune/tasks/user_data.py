@@ -10,13 +10,15 @@ from typing import Any, Protocol, Self, TypeVar
 
 from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import OWN_TASK, DataOptions, Recipe
+from evatune.finetune.tasks.base import DataSource
 from evatune.finetune.tasks.splits import Split, draw
 from evatune.loading.hub import reading, require_path
 from evatune.loading.labels import LabelColumn
 from evatune.loading.records import Origin
 from evatune.loading.tables import load_split
 
-_MOST_HELD_OUT = 500
+MOST_HELD_OUT = 500
+"""Examples of a part whose size is left open, at most."""
 
 
 class _Selectable(Protocol):
@@ -107,6 +109,11 @@ def own_origin(data: DataOptions) -> Origin:
     return Origin(str(data.source), *keys)
 
 
+def own_sources(data: DataOptions) -> list[DataSource]:
+    """Return where `data.source` is; nothing without."""
+    return [] if data.source is None else [DataSource(data.source, (data.subset,))]
+
+
 def label_column(data: DataOptions) -> LabelColumn:
     """Return the column with the classes of `data.source`."""
     return LabelColumn(data.label_column, str(data.source), "data.label_column")
@@ -178,4 +185,4 @@ def sized(data: DataOptions, total: int, with_test: int) -> DataOptions:
 
 
 def _tenth(total: int) -> int:
-    return min(_MOST_HELD_OUT, max(1, total // 10))
+    return min(MOST_HELD_OUT, max(1, total // 10))

@@ -10,6 +10,7 @@ import transformers
 from peft import PeftModel
 
 from evatune.errors import ConfigError, DataError
+from evatune.finetune.check.stand_in import shrunk
 from evatune.finetune.recipe import Recipe, load
 from evatune.finetune.run import run
 from evatune.finetune.tasks.generation.question_sets import SETS, question_sets
@@ -55,14 +56,14 @@ def test_a_tiny_gemma_learns_them_and_is_scored_on_each(copies: Path, tmp_path: 
     torch.manual_seed(0)
     config = transformers.Gemma2Config(
         vocab_size=60,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
+        hidden_size=3584,
+        intermediate_size=14336,
+        num_hidden_layers=42,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=256,
     )
-    save_model(transformers.Gemma2ForCausalLM(config), tmp_path / "gemma")
+    save_model(transformers.Gemma2ForCausalLM(shrunk(config)), tmp_path / "gemma")
     sizes = ["training.steps=2", "training.eval_every=2", "training.precision=float32"]
     settings = [f"model={tmp_path / 'gemma'}", "data.max_length=48", "adapter.rank=2", *sizes]
     result = run(recipe(copies, *settings), tmp_path / "run", quiet=True)

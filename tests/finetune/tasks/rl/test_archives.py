@@ -163,7 +163,7 @@ def test_of_the_hub_only_the_tasks_own_file_is_asked_for(
         return str(copies if allow_patterns[0].endswith(offered) else tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr("evatune.loading.hub._hub_is_reachable", lambda: True)
+    monkeypatch.setattr("evatune.loading.hub.hub_is_reachable", lambda: True)
     assert len(recorded(task, options("hub"), 1).train["lengths"]) == 2
     assert asked[0] == [
         f"{task}-v2.tar.gz",

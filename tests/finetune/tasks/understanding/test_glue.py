@@ -14,6 +14,7 @@ import transformers
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from evatune.errors import ConfigError, DataError
+from evatune.finetune.check.stand_in import shrunk
 from evatune.finetune.recipe import Recipe, load, ours
 from evatune.finetune.run import run
 from evatune.finetune.tasks.understanding import domain as understanding
@@ -35,16 +36,16 @@ SMALL = (
 def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = transformers.RobertaConfig(
         vocab_size=60,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
         max_position_embeddings=66,
         pad_token_id=tiny_tokenizer().pad_token_id,
     )
     torch.manual_seed(0)
     return save_model(
-        transformers.RobertaModel(config), tmp_path_factory.mktemp("models") / "roberta"
+        transformers.RobertaModel(shrunk(config)), tmp_path_factory.mktemp("models") / "roberta"
     )
 
 
@@ -53,10 +54,10 @@ def deberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model like DeBERTa-v3: disentangled attention, with one set of projections for both."""
     config = transformers.DebertaV2Config(
         vocab_size=60,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
         pad_token_id=tiny_tokenizer().pad_token_id,
         relative_attention=True,
         position_buckets=8,
@@ -67,7 +68,7 @@ def deberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     torch.manual_seed(0)
     return save_model(
-        transformers.DebertaV2Model(config), tmp_path_factory.mktemp("models") / "deberta"
+        transformers.DebertaV2Model(shrunk(config)), tmp_path_factory.mktemp("models") / "deberta"
     )
 
 

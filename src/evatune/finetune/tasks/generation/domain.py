@@ -14,10 +14,10 @@ import transformers
 
 from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import Recipe
-from evatune.finetune.tasks.base import Domain, Part, Task
-from evatune.finetune.tasks.generation import mathematics, question_sets
+from evatune.finetune.tasks.base import DataSource, Domain, ModelKind, Part, Task
+from evatune.finetune.tasks.generation import mathematics, question_sets, reviews
 from evatune.finetune.tasks.generation.base import Pair
-from evatune.finetune.tasks.generation.hub_sets import HubSets
+from evatune.finetune.tasks.generation.hub_sets import HubSets, set_sources
 from evatune.finetune.tasks.generation.scoring import (
     measures,
     scored_measures,
@@ -32,8 +32,10 @@ from evatune.finetune.tasks.user_data import (
     describe_parts,
     load_examples,
     own_origin,
+    own_sources,
     require_task,
 )
+from evatune.loading import corpora
 from evatune.loading.assets import asset
 from evatune.loading.chats import load_template, require_template
 from evatune.loading.encoding import Encoder, Row, encode_answer
@@ -48,7 +50,7 @@ _INSTEAD = (
 )
 
 
-def prepare(recipe: Recipe) -> Task:
+def prepare(recipe: Recipe, most: int | None = None) -> Task:
     """Load everything a run needs. The examples depend on the sizes alone, not on the run's seed.
 
     The loss counts the answer's tokens only. The score is, by task: the share of an answer's
@@ -57,16 +59,19 @@ def prepare(recipe: Recipe) -> Task:
     a sum over its tokens (commonsense); else one over the perplexity per character, so that models
     with other tokenizers can be compared.
 
+    Args:
+        most: examples of each part, and of each of several tests, that are encoded.
+
     Raises ConfigError for an unknown task or sizes beyond the data, DataError where model or data
     cannot be had.
     """
     if recipe.task == question_sets.TASK:
-        return _of_question_sets(recipe)
+        return _of_question_sets(recipe, most)
     if recipe.task == mathematics.TASK:
-        return _of_mathematics(recipe)
+        return _of_mathematics(recipe, most)
     if recipe.data.source is not None:
-        return _of_the_user(recipe)
-    pairs = _bundled_pairs(recipe)
+        return _of_the_user(recipe, most)
+    pairs = _bundled_pairs(recipe).map(lambda part: part[:most])
     model, tokenizer = load_model(recipe)
     task = _task(model, tokenizer, _encoded(pairs, tokenizer, recipe.data.max_length))
     evaluate = _evaluation(recipe, tokenizer, pairs)
@@ -78,9 +83,9 @@ def prepare(recipe: Recipe) -> Task:
     return task
 
 
-def _of_question_sets(recipe: Recipe) -> Task:
+def _of_question_sets(recipe: Recipe, most: int | None) -> Task:
     """Return the task of eight sets of questions, scored by the mean over their accuracies."""
-    found = question_sets.question_sets(recipe.data)
+    found = question_sets.question_sets(recipe.data).first(most)
     model, tokenizer = load_model(recipe)
     longest, size = recipe.data.max_length, 4 * recipe.training.batch_size
 
@@ -98,13 +103,13 @@ def _of_question_sets(recipe: Recipe) -> Task:
     return replace(task, metric=measures, evaluate=shares, score_name=name)
 
 
-def _of_mathematics(recipe: Recipe) -> Task:
+def _of_mathematics(recipe: Recipe, most: int | None) -> Task:
     """Return the task of mathematical problems, scored by the mean share solved of two tests.
 
     Validation is scored by how likely its answers are.
     """
     require("eval", "the test of mathematics")
-    found = mathematics.mathematics(recipe.data)
+    found = mathematics.mathematics(recipe.data).first(most)
     model, tokenizer = load_model(recipe)
     size = 4 * recipe.training.batch_size
 
@@ -144,7 +149,7 @@ def _encoded(pairs: Split[list[Pair]], tokenizer: Any, longest: int) -> Split[li
     )
 
 
-def _of_the_user(recipe: Recipe) -> Task:
+def _of_the_user(recipe: Recipe, most: int | None) -> Task:
     """Return the task of `data.source`: to answer as it does, or to write such texts."""
     data = recipe.data
     template = None if data.chat_template is None else load_template(data.chat_template)
@@ -156,10 +161,12 @@ def _of_the_user(recipe: Recipe) -> Task:
     if train.layout.kind == "chat":
         require_template(tokenizer, train.origin)
     encoder = Encoder(tokenizer, data.max_length, train.origin)
-    rows = records.map(lambda part: encoder.rows(part) if len(part) else [])
+    parts = records.map(lambda part: part.select(range(len(part))[:most]))
+    rows = parts.map(lambda part: encoder.rows(part) if len(part) else [])
     count = len(records.train) + len(records.validation) + len(records.test)
     what = train.describe(count, template=bool(tokenizer.chat_template))
-    return replace(_task(model, tokenizer, rows), about=f"{what}; {describe_parts(rows, data)}")
+    sizes = describe_parts(rows if most is None else records, data)
+    return replace(_task(model, tokenizer, rows), about=f"{what}; {sizes}")
 
 
 def _task(model: Any, tokenizer: Any, rows: Split[list[Row]]) -> Task:
@@ -170,9 +177,9 @@ def _task(model: Any, tokenizer: Any, rows: Split[list[Row]]) -> Task:
         validation=_to_evaluate(rows.validation),
         test=_to_evaluate(rows.test),
         collator=transformers.DataCollatorForSeq2Seq(tokenizer),
-        head=["lm_head"],
-        new_head=False,
-        task_type="CAUSAL_LM",
+        head=MODELS.head(model),
+        new_head=MODELS.new_head,
+        task_type=MODELS.task_type,
         metric=partial(scored_measures, tokenizer=tokenizer),
         reduce=token_losses,
         score_name="one over the perplexity per character",
@@ -181,24 +188,31 @@ def _task(model: Any, tokenizer: Any, rows: Split[list[Row]]) -> Task:
 
 def load_model(recipe: Recipe) -> tuple[Any, Any]:
     """Return a recipe's causal language model and its tokenizer, which can pad."""
-    source = asset("llama-small") if recipe.model == "demo" else recipe.model
+    source = MODELS.source(recipe)
     require_path(source, "model")
     with reading(source, "a causal language model and its tokenizer", _INSTEAD):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source, trust_remote_code=recipe.trust_remote_code
         )
-        # Adapters are float32 above a 16-bit base; weights that are trained themselves must not be
-        # of 16 bits.
-        half = recipe.training.precision == "bf16" and recipe.method != "full"
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=torch.bfloat16 if half else torch.float32,
+            dtype=MODELS.dtype(recipe),
             **quantized(recipe),
             trust_remote_code=recipe.trust_remote_code,
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    """Return the type of the weights that are loaded.
+
+    Adapters are float32 above a 16-bit base; weights that are trained themselves must not be of 16
+    bits.
+    """
+    half = recipe.training.precision == "bf16" and recipe.method != "full"
+    return torch.bfloat16 if half else torch.float32
 
 
 def _to_evaluate(rows: list[Row]) -> Any:
@@ -261,4 +275,24 @@ def _user_records(recipe: Recipe) -> Split[Records]:
     return records
 
 
-DOMAIN = Domain("generation", prepare, version=2)
+def _sources(recipe: Recipe) -> list[DataSource]:
+    data = recipe.data
+    if recipe.task == question_sets.TASK:
+        return set_sources(data, [(one.source, one.subset) for one in question_sets.SETS.values()])
+    if recipe.task == mathematics.TASK:
+        return set_sources(data, mathematics.SETS)
+    if data.source is None and recipe.task == reviews.TASK.name:
+        return [DataSource(None, files=(corpora.ARCHIVE,))]
+    return own_sources(data)
+
+
+MODELS = ModelKind(
+    loader="AutoModelForCausalLM",
+    demo=lambda recipe: asset("llama-small"),
+    head=lambda model: ["lm_head"],
+    new_head=False,
+    task_type="CAUSAL_LM",
+    processor="AutoTokenizer",
+    dtype=_dtype,
+)
+DOMAIN = Domain("generation", prepare, MODELS, _sources, version=2)

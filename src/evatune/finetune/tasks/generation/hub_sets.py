@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import HUB, DataOptions
+from evatune.finetune.tasks.base import DataSource
 from evatune.finetune.tasks.generation.base import Pair
 from evatune.finetune.tasks.splits import draw
 from evatune.loading.hub import reading
@@ -25,6 +26,21 @@ class HubSets:
     train: list[Pair]
     validation: list[Pair]
     tests: dict[str, list[Pair]]
+
+    def first(self, most: int | None) -> HubSets:
+        """Return the first questions of each part and test, or all."""
+        tests = {name: pairs[:most] for name, pairs in self.tests.items()}
+        return HubSets(self.train[:most], self.validation[:most], tests)
+
+
+def set_sources(data: DataOptions, sets: Iterable[tuple[str, str | None]]) -> list[DataSource]:
+    """Return where sets are, given as id and subset: on the hub, or in the folder of copies."""
+    if data.source != HUB:
+        return [DataSource(str(data.source))]
+    subsets: dict[str, list[str | None]] = {}
+    for name, subset in sets:
+        subsets.setdefault(name, []).append(subset)
+    return [DataSource(name, tuple(some)) for name, some in subsets.items()]
 
 
 def drawn_sets(

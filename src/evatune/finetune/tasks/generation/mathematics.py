@@ -32,6 +32,11 @@ _SUBJECTS = (
     "prealgebra",
     "precalculus",
 )
+_LEARNED = ("meta-math/MetaMathQA", None)
+_WORD_PROBLEMS = ("openai/gsm8k", "main")
+_COMPETITIONS = [("EleutherAI/hendrycks_math", subject) for subject in _SUBJECTS]
+SETS = (_LEARNED, _WORD_PROBLEMS, *_COMPETITIONS)
+"""Hub id and subset of each set."""
 _SAID = "The answer is:"  # as MetaMathQA ends its answers
 
 
@@ -45,15 +50,13 @@ def mathematics(data: DataOptions) -> HubSets:
         ConfigError: sizes beyond the data. DataError: a set cannot be had, or a row of it has no
             answer.
     """
-    learned = read_rows(data, "meta-math/MetaMathQA", None, "train", _learned)
+    learned = read_rows(data, *_LEARNED, "train", _learned)
     tests = {
-        "gsm8k": read_rows(data, "openai/gsm8k", "main", "test", _word_problem),
+        "gsm8k": read_rows(data, *_WORD_PROBLEMS, "test", _word_problem),
         "math": [
             problem
-            for subject in _SUBJECTS
-            for problem in read_rows(
-                data, "EleutherAI/hendrycks_math", subject, "test", _competition_problem
-            )
+            for place in _COMPETITIONS
+            for problem in read_rows(data, *place, "test", _competition_problem)
         ],
     }
     return drawn_sets(data, learned, tests, TASK)

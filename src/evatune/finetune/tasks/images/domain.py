@@ -17,9 +17,9 @@ from torch import Tensor
 
 from evatune.errors import DataError
 from evatune.finetune.recipe import Recipe
-from evatune.finetune.tasks.base import Domain, Task, accuracy
+from evatune.finetune.tasks.base import DataSource, Domain, ModelKind, Task, accuracy
 from evatune.finetune.tasks.images.tasks import TASKS
-from evatune.finetune.tasks.images.vtab import VTAB, VTAB_OPTIONS, vtab_images
+from evatune.finetune.tasks.images.vtab import ARCHIVE, VTAB, VTAB_OPTIONS, vtab_images
 from evatune.finetune.tasks.quantization import quantized
 from evatune.finetune.tasks.splits import Split, draw_from, draw_split
 from evatune.finetune.tasks.user_data import (
@@ -28,6 +28,7 @@ from evatune.finetune.tasks.user_data import (
     encode_labels,
     load_examples,
     own_origin,
+    own_sources,
     require_task,
 )
 from evatune.loading.assets import asset
@@ -83,8 +84,11 @@ class _Drawn:
     process: _Process = field(compare=False)
 
 
-def prepare(recipe: Recipe) -> Task:
+def prepare(recipe: Recipe, most: int | None = None) -> Task:
     """Load everything a run needs. The split depends on the sizes alone, not on the run's seed.
+
+    Args:
+        most: images of each part, after the labels of all have been looked at.
 
     Raises ConfigError for an unknown task or sizes beyond the data, DataError where model or data
     cannot be had.
@@ -100,6 +104,7 @@ def prepare(recipe: Recipe) -> Task:
     else:
         images, split, about = _user_images(recipe)
     model, processor = _load_model(recipe, images.classes)
+    split = split.map(lambda part: part[:most])
 
     def process(indices: Sequence[int]) -> dict[str, Tensor]:
         pictures = [images.picture(index).convert("RGB") for index in indices]
@@ -121,16 +126,16 @@ def prepare(recipe: Recipe) -> Task:
         test=_Examples(images, split.test),
         collator=collate,
         metric=accuracy,
-        head=["classifier"],
-        new_head=True,
-        task_type=None,  # PEFT has none for images
+        head=MODELS.head(model),
+        new_head=MODELS.new_head,
+        task_type=MODELS.task_type,
         about=about,
     )
 
 
 def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any]:
     """Return the classifier with a head for so many classes, and its image processor."""
-    source = asset("vit-glyphs") if recipe.model == "demo" else recipe.model
+    source = MODELS.source(recipe)
     require_path(source, "model")
     with reading(source, "an image classifier", _INSTEAD):
         processor = transformers.AutoImageProcessor.from_pretrained(
@@ -247,4 +252,18 @@ def _label_tensor(labels: Sequence[int]) -> Tensor:
     return torch.tensor(labels, dtype=torch.int64, device="cpu")
 
 
-DOMAIN = Domain("images", prepare)
+def _sources(recipe: Recipe) -> list[DataSource]:
+    if recipe.task in VTAB and recipe.data.source is not None:
+        return [DataSource(recipe.data.source, files=(ARCHIVE,))]
+    return own_sources(recipe.data)
+
+
+MODELS = ModelKind(
+    loader="AutoModelForImageClassification",
+    demo=lambda recipe: asset("vit-glyphs"),
+    head=lambda model: ["classifier"],
+    new_head=True,
+    task_type=None,  # PEFT has none for images
+    processor="AutoImageProcessor",
+)
+DOMAIN = Domain("images", prepare, MODELS, _sources)

@@ -28,8 +28,10 @@ from evatune.schemas.text import read_text
 from evatune.utils.names import stays_below
 from evatune.utils.outputs import claimed_folder
 
+VTAB_PIXELS = 224
+"""Height and width of an image."""
 VTAB_OPTIONS = {
-    "size": {"height": 224, "width": 224},
+    "size": {"height": VTAB_PIXELS, "width": VTAB_PIXELS},
     "do_resize": True,
     "do_center_crop": False,
     "image_mean": [0.485, 0.456, 0.406],
@@ -38,7 +40,8 @@ VTAB_OPTIONS = {
 """Of an image processor: 224 pixels square, whatever the shape, and ImageNet's statistics."""
 
 _TOP = "vtab-1k"
-_ARCHIVE = f"{_TOP}.zip"
+ARCHIVE = f"{_TOP}.zip"
+"""The bundle, as one file."""
 _TRAIN, _VALIDATION, _BOTH, _TEST = "train800", "val200", "train800val200", "test"
 _PATIENCE = 1800.0  # seconds that a process waits for another to extract a task
 _SIZES = {_TRAIN: 800, _VALIDATION: 200, _BOTH: 1000}
@@ -165,18 +168,18 @@ def _folder_of(task: VtabTask, source: str) -> Path:
             return folder
     raise DataError(
         f"{source!r} has no folder {task.folder} with a {_TEST}.txt; give the folder {_TOP} of the"
-        f" bundle, or {_ARCHIVE}"
+        f" bundle, or {ARCHIVE}"
     )
 
 
 def _download(source: str) -> Path:
     """Return the zip file of a hub's repository, of data or of a model."""
-    instead = f"the folder {_TOP} of the bundle, or the file {_ARCHIVE}"
+    instead = f"the folder {_TOP} of the bundle, or the file {ARCHIVE}"
     with reading(source, "VTAB-1K", instead):
         try:
-            found = huggingface_hub.hf_hub_download(source, _ARCHIVE, repo_type="dataset")
+            found = huggingface_hub.hf_hub_download(source, ARCHIVE, repo_type="dataset")
         except HfHubHTTPError:
-            found = huggingface_hub.hf_hub_download(source, _ARCHIVE)
+            found = huggingface_hub.hf_hub_download(source, ARCHIVE)
     return Path(found)
 
 

@@ -30,15 +30,17 @@ from torch import Tensor
 
 from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import HUB, DataOptions
+from evatune.finetune.tasks.base import DataSource
 from evatune.finetune.tasks.rl.simulator import ACTIONS, STATES
 from evatune.finetune.tasks.splits import Split, draw
-from evatune.finetune.tasks.user_data import sized
+from evatune.finetune.tasks.user_data import own_sources, sized
 from evatune.loading.arrays import arrays_of
 from evatune.loading.hub import reading
 from evatune.utils.names import stays_below
 
 _REPOSITORY = "ml-jku/meta-world"
 _COPIES = "a folder with copies of its archives, as in data.source=FOLDER"
+_VERSION = "-v2"  # of Meta-World
 _PACKED, _ARRAYS = ".tar.gz", ".npz"
 _OTHERS = (".hdf5", ".h5", ".pkl")  # forms of an episode that the authors' code reads too
 _MOST_FILES = 1_000_000  # in an archive
@@ -122,9 +124,17 @@ def _joined(episodes: Sequence[_Episode], best: float) -> dict[str, Tensor]:
     }
 
 
+def sources(data: DataOptions, tasks: Sequence[str]) -> list[DataSource]:
+    """Return what the recordings of tasks are read from: a folder, or the hub's archives."""
+    if data.source != HUB:
+        return own_sources(data)
+    archives = tuple(f"{task}{_VERSION}{_PACKED}" for task in tasks)
+    return [DataSource(_REPOSITORY, files=archives)]
+
+
 def _find(source: str, task: str) -> _Recording:
     """Return a task's episodes in a folder, or on the hub; DataError where there are none."""
-    names = [f"{task}-v2", task]
+    names = [f"{task}{_VERSION}", task]
     for folder in _folders(source, names):
         below = sorted(path for path in folder.iterdir() if path.is_dir())
         for stem in (place / name for name in names for place in (folder, *below)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import SUCCESS, DataOptions, Recipe
-from evatune.finetune.tasks.base import Domain, Task
+from evatune.finetune.tasks.base import UNTRAINED, DataSource, Domain, ModelKind, Task
 from evatune.finetune.tasks.rl import simulator
-from evatune.finetune.tasks.rl.archives import recorded
+from evatune.finetune.tasks.rl.archives import recorded, sources
 from evatune.finetune.tasks.rl.demonstrations import demonstrations
 from evatune.finetune.tasks.rl.playing import play
 from evatune.finetune.tasks.rl.policy import (
@@ -30,7 +31,6 @@ from evatune.loading.assets import asset
 from evatune.loading.hub import reading, require_path
 
 _INSTEAD = "a local folder with config.json and weights"
-_UNTRAINED = "untrained"  # as model
 _PAPER = PolicySize(width=512, layers=4, heads=8, steps=50, dropout=0.2)
 _SUCCEED = "share of the episodes that succeed"
 _SOON = "mean share of the steps left at success"
@@ -38,17 +38,20 @@ _SOON = "mean share of the steps left at success"
 Episodes = dict[str, Tensor]
 
 
-def prepare(recipe: Recipe) -> Task:
+def prepare(recipe: Recipe, most: int | None = None) -> Task:
     """Load everything a run needs.
 
     `data.train`, `data.validation` and `data.test` count episodes, at least one of each of
     Meta-World's tasks: of scripted experts, or with `data.source` recorded ones. `data.max_length`
     counts steps of a window.
 
+    Args:
+        most: episodes of each part, and of those that the policy plays.
+
     Raises ConfigError for an unknown task, a model that does not fit or sizes beyond the data,
     DataError where Meta-World or the episodes cannot be had.
     """
-    data = recipe.data
+    data = _shortened(recipe.data, most)
     if recipe.task not in TASKS:
         raise ConfigError(
             f"task is {recipe.task!r}; tasks of reinforcement learning are {', '.join(TASKS)}"
@@ -80,9 +83,9 @@ def prepare(recipe: Recipe) -> Task:
         validation=apart(episodes.validation) if len(episodes.validation["lengths"]) else None,
         test=apart(episodes.test),
         collator=transformers.default_data_collator,
-        head=["predict_action"],
-        new_head=False,
-        task_type=None,
+        head=MODELS.head(model),
+        new_head=MODELS.new_head,
+        task_type=MODELS.task_type,
         evaluate=partial(
             play,
             tasks=scenario.tasks,
@@ -95,6 +98,14 @@ def prepare(recipe: Recipe) -> Task:
         score_name=_SUCCEED if by_success else _SOON,
         episodes=data.episodes,
     )
+
+
+def _shortened(data: DataOptions, most: int | None) -> DataOptions:
+    """Return the options with at most so many episodes of each kind."""
+    if most is None:
+        return data
+    sizes = {key: getattr(data, key) for key in ("train", "validation", "test", "episodes")}
+    return replace(data, **{key: min(size, most) for key, size in sizes.items()})
 
 
 def _episodes(scenario: Scenario, data: DataOptions) -> Split[Episodes]:
@@ -128,9 +139,9 @@ def _demonstrated(task: str, data: DataOptions, tasks: int) -> Split[Episodes]:
 
 def _load_model(recipe: Recipe) -> Any:
     """Return the policy; ConfigError for a model of another kind or size."""
-    if recipe.model == _UNTRAINED:
-        return new_policy(_PAPER)
-    source = asset("dt-metaworld") if recipe.model == "demo" else recipe.model
+    if recipe.model == UNTRAINED:
+        return _untrained()
+    source = MODELS.source(recipe)
     require_path(source, "model")
     with reading(source, "a Decision Transformer", _INSTEAD):
         config = transformers.AutoConfig.from_pretrained(
@@ -146,4 +157,25 @@ def _load_model(recipe: Recipe) -> Any:
     )
 
 
-DOMAIN = Domain("rl", prepare)
+def _untrained() -> Any:
+    return new_policy(_PAPER)
+
+
+def _sources(recipe: Recipe) -> list[DataSource]:
+    """Return the recordings of a recipe's tasks; none where experts play."""
+    if recipe.data.source is None:
+        return []
+    tasks = SCENARIOS[recipe.task].tasks if recipe.task in SCENARIOS else ()
+    return sources(recipe.data, tasks)
+
+
+MODELS = ModelKind(
+    loader="AutoModel",
+    demo=lambda recipe: asset("dt-metaworld"),
+    head=lambda model: ["predict_action"],
+    new_head=False,
+    task_type=None,
+    processor=None,
+    untrained=_untrained,
+)
+DOMAIN = Domain("rl", prepare, MODELS, _sources)

@@ -15,7 +15,7 @@ import transformers
 
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import Recipe
-from evatune.finetune.tasks.base import Domain, Task
+from evatune.finetune.tasks.base import DataSource, Domain, ModelKind, Task
 from evatune.finetune.tasks.quantization import quantized
 from evatune.finetune.tasks.splits import Split, draw_split
 from evatune.finetune.tasks.understanding import grammar
@@ -32,10 +32,11 @@ from evatune.finetune.tasks.user_data import (
     load_examples,
     more_tests,
     own_origin,
+    own_sources,
     require_task,
 )
 from evatune.loading.assets import asset
-from evatune.loading.corpora import SENTIMENT, bbc, sentiment
+from evatune.loading.corpora import ARCHIVE, SENTIMENT, bbc, sentiment
 from evatune.loading.demo import demo_model
 from evatune.loading.hub import reading, require_path
 from evatune.loading.models import make_ready
@@ -63,9 +64,16 @@ class _Labeled:
     texts: list[tuple[str, ...]]
     labels: Sequence[float]  # of classes, whole numbers
 
+    def first(self, most: int | None) -> _Labeled:
+        """Return the first texts, or all."""
+        return _Labeled(self.texts[:most], self.labels[:most])
 
-def prepare(recipe: Recipe) -> Task:
+
+def prepare(recipe: Recipe, most: int | None = None) -> Task:
     """Load everything a run needs. The split depends on the sizes alone, not on the run's seed.
+
+    Args:
+        most: texts of each part that are encoded, after the labels of all have been looked at.
 
     Raises ConfigError for an unknown task or sizes beyond the data, DataError where data cannot be
     had.
@@ -92,6 +100,8 @@ def prepare(recipe: Recipe) -> Task:
             " accuracy"
         )
     model, tokenizer = _load_model(recipe, classes)
+    examples = examples.map(lambda part: part.first(most))
+    more = {name: part.first(most) for name, part in more.items()}
     longest = min(recipe.data.max_length, tokenizer.model_max_length)
     return Task(
         model=model,
@@ -100,9 +110,9 @@ def prepare(recipe: Recipe) -> Task:
         test=_to_evaluate(examples.test, tokenizer, longest),
         collator=transformers.DataCollatorWithPadding(tokenizer),
         metric=partial(number_measures if classes == 1 else class_measures, metric=metric),
-        head=["classifier" if hasattr(model, "classifier") else "score"],
-        new_head=True,
-        task_type="SEQ_CLS",
+        head=MODELS.head(model),
+        new_head=MODELS.new_head,
+        task_type=MODELS.task_type,
         about=about,
         score_name=_NAMES[metric],
         more_tests={name: _to_evaluate(part, tokenizer, longest) for name, part in more.items()},
@@ -111,7 +121,7 @@ def prepare(recipe: Recipe) -> Task:
 
 def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any]:
     """Return a classifier with a new head, and its tokenizer."""
-    source = _demo_model(recipe) if recipe.model == "demo" else recipe.model
+    source = MODELS.source(recipe)
     require_path(source, "model")
     with reading(source, "a model and tokenizer", _INSTEAD):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -261,4 +271,18 @@ def _user_examples(
     return examples, more, classes, f"{what}; {describe_parts(tables, data)}"
 
 
-DOMAIN = Domain("understanding", prepare, version=2)
+def _sources(recipe: Recipe) -> list[DataSource]:
+    if recipe.data.source is None and recipe.task in SENTIMENT:
+        return [DataSource(None, files=(ARCHIVE,))]
+    return own_sources(recipe.data)
+
+
+MODELS = ModelKind(
+    loader="AutoModelForSequenceClassification",
+    demo=_demo_model,
+    head=lambda model: ["classifier" if hasattr(model, "classifier") else "score"],
+    new_head=True,
+    task_type="SEQ_CLS",
+    processor="AutoTokenizer",
+)
+DOMAIN = Domain("understanding", prepare, MODELS, _sources, version=2)
