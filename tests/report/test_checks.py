@@ -16,8 +16,10 @@ SIZE = Size(
     parameters=1000,
     trained=10,
     products=900,
+    quantizable=900,
     widths=90,
     widest=9,
+    kept=9,
     vocabulary=0,
     calibrated=(),
 )

@@ -12,7 +12,7 @@ from evatune.errors import DataError
 from evatune.finetune.evaluation import code_sets
 from evatune.finetune.evaluation.code_sets import read_problems, share_passed
 from tests.conftest import tiny_tokenizer
-from tests.finetune.question_rows import save_rows
+from tests.finetune.paper_data import save_rows
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"

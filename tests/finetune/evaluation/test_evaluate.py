@@ -25,7 +25,7 @@ from evatune.finetune.tasks.generation.question_sets import SETS, question_sets
 from evatune.finetune.tasks.generation.scoring import share_chosen
 from evatune.utils import extras
 from tests.conftest import Command, refused, save_model
-from tests.finetune.question_rows import rows, save_rows, save_set
+from tests.finetune.paper_data import rows, save_rows, save_set
 
 # PEFT's advice on merging, and on lm_head, which the paper adapts and Gemma's embedding shares.
 pytestmark = [

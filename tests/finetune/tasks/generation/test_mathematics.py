@@ -4,35 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import datasets
 import pytest
 
 from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import Recipe, load
 from evatune.finetune.run import run
 from evatune.finetune.tasks.generation import mathematics
-
-
-def save(place: Path, split: str, rows: list[dict[str, Any]]) -> None:
-    datasets.DatasetDict({split: datasets.Dataset.from_list(rows)}).save_to_disk(place)
+from tests.finetune.paper_data import save_mathematics, save_split
 
 
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sets")
-    learned = [
-        {"query": f"w{n}", "response": f"w3 w{n} The answer is: {n}", "type": "GSM_SV"}
-        for n in range(24)
-    ]
-    save(folder / "meta-math" / "MetaMathQA", "train", learned)
-    asked = [{"question": f"w{n}", "answer": f"w2 <<1+1=2>> w3\n#### {n}"} for n in range(4)]
-    save(folder / "openai" / "gsm8k" / "main", "test", asked)
-    for subject in mathematics._SUBJECTS:
-        solved = {"problem": "w1", "solution": "So $w2$ is $\\boxed{\\frac{1}{2}}$.", "level": "1"}
-        save(folder / "EleutherAI" / "hendrycks_math" / subject, "test", [solved])
-    return folder
+    return save_mathematics(tmp_path_factory.mktemp("sets"))
 
 
 def recipe(copies: Path, *more: str) -> Recipe:
@@ -91,7 +75,9 @@ def test_rows_without_an_answer_and_sizes_beyond_the_data_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match="'mathematics-hub' has 24 questions to train on"):
         mathematics.mathematics(recipe(copies, "data.validation=24").data)
-    save(tmp_path / "meta-math" / "MetaMathQA", "train", [{"query": "w1", "response": "w2"}] * 9)
-    save(tmp_path / "openai" / "gsm8k", "test", [{"question": "w1", "answer": "w2"}])
+    save_split(
+        tmp_path / "meta-math" / "MetaMathQA", "train", [{"query": "w1", "response": "w2"}] * 9
+    )
+    save_split(tmp_path / "openai" / "gsm8k", "test", [{"question": "w1", "answer": "w2"}])
     with pytest.raises(DataError, match=r"row 0 of .*gsm8k.* is no question with its right answer"):
         mathematics.mathematics(recipe(tmp_path).data)

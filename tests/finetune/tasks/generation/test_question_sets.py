@@ -5,17 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 from peft import PeftModel
 
 from evatune.errors import ConfigError, DataError
-from evatune.finetune.check.stand_in import shrunk
 from evatune.finetune.recipe import Recipe, load
 from evatune.finetune.run import run
 from evatune.finetune.tasks.generation.question_sets import SETS, question_sets
-from tests.conftest import save_model
-from tests.finetune.question_rows import rows, save_set
+from tests.finetune.paper_data import rows, save_set, save_stand_in
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +50,7 @@ def test_all_sets_are_learned_together_and_each_is_tested(copies: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 def test_a_tiny_gemma_learns_them_and_is_scored_on_each(copies: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = transformers.Gemma2Config(
-        vocab_size=60,
-        hidden_size=3584,
-        intermediate_size=14336,
-        num_hidden_layers=42,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=256,
-    )
-    save_model(transformers.Gemma2ForCausalLM(shrunk(config)), tmp_path / "gemma")
+    save_stand_in("gemma2", tmp_path / "gemma")
     sizes = ["training.steps=2", "training.eval_every=2", "training.precision=float32"]
     settings = [f"model={tmp_path / 'gemma'}", "data.max_length=48", "adapter.rank=2", *sizes]
     result = run(recipe(copies, *settings), tmp_path / "run", quiet=True)

@@ -102,7 +102,7 @@ def test_the_split_is_the_same_for_every_seed_and_nothing_is_in_both_halves() ->
 def test_a_drawn_image_is_processed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     domain._processed.cache_clear()
     seen = []
-    _, plain = domain._load_model(small("location"), 25)
+    _, plain, _ = domain._load_model(small("location"), 25)
     processor = type(plain)
     process = processor.__call__
 

@@ -22,29 +22,17 @@ from evatune.finetune.run import run
 from evatune.finetune.tasks.images import domain as images
 from evatune.finetune.tasks.images import vtab
 from evatune.finetune.tasks.images.vtab import VTAB
+from tests.finetune.paper_data import save_stand_in, save_vtab, write_list
 
 _TEST = 8  # images of a stand-in's test
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like the bundle's, of two tasks, whose lists name a few images over and over."""
     folder = tmp_path_factory.mktemp("bundle") / "vtab-1k"
-    for task in (VTAB["vtab-dtd"], VTAB["vtab-kitti"]):
-        place = folder / task.folder / "images" / "all"
-        place.mkdir(parents=True)
-        for number in range(4):
-            pixels = np.random.default_rng(number).integers(0, 255, (20, 30, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(place / f"{number}.png")
-        for part, count in {"train800": 800, "val200": 200, "test": _TEST}.items():
-            write_list(folder / task.folder, part, count, task.classes)
-        write_list(folder / task.folder, "train800val200", 1000, task.classes)
+    for name in ("vtab-dtd", "vtab-kitti"):
+        save_vtab(folder, name, _TEST)
     return folder
-
-
-def write_list(folder: Path, part: str, count: int, classes: int) -> None:
-    lines = [f"images/all/{number % 4}.png {number % classes}\n" for number in range(count)]
-    (folder / f"{part}.txt").write_text("".join(lines))
 
 
 @pytest.fixture(autouse=True)
@@ -55,23 +43,7 @@ def _small_tests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "dinov2"
-    config = transformers.Dinov2Config(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        mlp_ratio=2,
-        use_swiglu_ffn=True,
-        image_size=56,
-        patch_size=56,
-    )
-    torch.manual_seed(0)
-    transformers.Dinov2Model(config).save_pretrained(folder)
-    processor = transformers.BitImageProcessorPil(
-        size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}
-    )
-    processor.save_pretrained(folder)
-    return folder
+    return save_stand_in("dinov2", tmp_path_factory.mktemp("models") / "dinov2")
 
 
 def test_every_task_of_the_benchmark_has_a_recipe() -> None:
@@ -98,6 +70,9 @@ def test_a_recipe_trains_on_the_bundle_and_plain_peft_loads_what_it_wrote(
         if name in before and not torch.equal(value, before[name])
     }
     assert any(name.endswith("norm1.bias") for name in changed)
+    token, patches = loaded.get_base_model().classifier.weight.chunk(2, dim=-1)
+    assert token.abs().min() > 0
+    assert patches.abs().max() == 0  # the head reads the class token alone
 
 
 def test_images_are_squeezed_to_224_pixels_with_imagenets_statistics(
@@ -141,7 +116,10 @@ def climb(folder: Path) -> None:
     ("spoil", "text"),
     [
         (lambda folder: (folder / "test.txt").unlink(), r"no folder dtd with a test\.txt"),
-        (lambda folder: write_list(folder, "test", 9, 47), "lists 9 images, and VTAB-1K has 8"),
+        (
+            lambda folder: write_list(folder, "test", 9, 47),
+            "lists 9 images, and VTAB-1K has 8",
+        ),
         (lambda folder: (folder / "images" / "all" / "3.png").unlink(), "there is no such file"),
         (climb, "a path that leads out of the folder"),
         (

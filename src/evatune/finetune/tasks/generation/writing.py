@@ -62,4 +62,4 @@ class _Stop(transformers.StoppingCriteria):  # type: ignore[misc]
         last = input_ids[:, max(self.start, input_ids.shape[1] - _WINDOW) :]
         texts = self.tokenizer.batch_decode(last)
         done = [any(word in text for word in self.words) for text in texts]
-        return torch.tensor(done, device=input_ids.device)
+        return torch.tensor(done, dtype=torch.bool, device=input_ids.device)

@@ -19,7 +19,14 @@ from evatune.errors import DataError
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.base import DataSource, Domain, ModelKind, Task, accuracy
 from evatune.finetune.tasks.images.tasks import TASKS
-from evatune.finetune.tasks.images.vtab import ARCHIVE, VTAB, VTAB_OPTIONS, vtab_images
+from evatune.finetune.tasks.images.vtab import (
+    ARCHIVE,
+    VTAB,
+    VTAB_OPTIONS,
+    read_class_token,
+    vtab_images,
+)
+from evatune.finetune.tasks.new_modules import new_modules
 from evatune.finetune.tasks.quantization import quantized
 from evatune.finetune.tasks.splits import Split, draw_from, draw_split
 from evatune.finetune.tasks.user_data import (
@@ -103,7 +110,9 @@ def prepare(recipe: Recipe, most: int | None = None) -> Task:
         images, split = _bundled_images(recipe)
     else:
         images, split, about = _user_images(recipe)
-    model, processor = _load_model(recipe, images.classes)
+    model, processor, head = _load_model(recipe, images.classes)
+    if recipe.task in VTAB:
+        read_class_token(model)
     split = split.map(lambda part: part[:most])
 
     def process(indices: Sequence[int]) -> dict[str, Tensor]:
@@ -126,27 +135,28 @@ def prepare(recipe: Recipe, most: int | None = None) -> Task:
         test=_Examples(images, split.test),
         collator=collate,
         metric=accuracy,
-        head=MODELS.head(model),
+        head=head,
         new_head=MODELS.new_head,
         task_type=MODELS.task_type,
         about=about,
     )
 
 
-def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any]:
-    """Return the classifier with a head for so many classes, and its image processor."""
+def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any, list[str]]:
+    """Return a classifier for the classes, its image processor, and the names of what is new."""
     source = MODELS.source(recipe)
     require_path(source, "model")
     with reading(source, "an image classifier", _INSTEAD):
         processor = transformers.AutoImageProcessor.from_pretrained(
             source, trust_remote_code=recipe.trust_remote_code
         )
-        model = transformers.AutoModelForImageClassification.from_pretrained(
+        model, loaded = transformers.AutoModelForImageClassification.from_pretrained(
             source,
             num_labels=classes,
             ignore_mismatched_sizes=True,
             dtype=torch.float32,
             **quantized(recipe),
+            output_loading_info=True,
             trust_remote_code=recipe.trust_remote_code,
         )
     if not isinstance(getattr(model, "classifier", None), torch.nn.Module):
@@ -158,7 +168,7 @@ def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any]:
     # Trainer resumes only from those that the modules have now: a resumed run would lose what
     # attention layers have learned.
     model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
-    return model, processor
+    return model, processor, new_modules(model, loaded["missing_keys"], MODELS.head(model))
 
 
 def _bundled_images(recipe: Recipe) -> tuple[_Labeled, Split[list[int]]]:

@@ -13,10 +13,13 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import huggingface_hub
+import torch
 from filelock import FileLock
 from huggingface_hub.errors import HfHubHTTPError
+from torch import Tensor, nn
 
 from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import DataOptions
@@ -92,6 +95,24 @@ class VtabImages:
     files: list[Path]
     labels: list[int]
     parts: Split[list[int]]
+
+
+@torch.no_grad()
+def read_class_token(model: Any) -> None:
+    """Have DINOv2's head read the class token alone, as the paper's does; leave others as they are.
+
+    transformers' head reads the mean of the patches as well, behind the token. Its weights for that
+    are zero here and get no gradient, so that its own class computes the same from them.
+    """
+    head, width = model.classifier, getattr(model.config, "hidden_size", 0)
+    if getattr(head, "in_features", 0) == 2 * width > 0:
+        head.weight[:, width:] = 0
+        head.register_forward_pre_hook(_without_patches)
+
+
+def _without_patches(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    token, patches = inputs[0].chunk(2, dim=-1)
+    return (torch.cat([token, torch.zeros_like(patches)], dim=-1),)
 
 
 def vtab_images(name: str, data: DataOptions) -> VtabImages:

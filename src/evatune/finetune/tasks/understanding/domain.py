@@ -16,6 +16,7 @@ import transformers
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.base import DataSource, Domain, ModelKind, Task
+from evatune.finetune.tasks.new_modules import new_modules
 from evatune.finetune.tasks.quantization import quantized
 from evatune.finetune.tasks.splits import Split, draw_split
 from evatune.finetune.tasks.understanding import grammar
@@ -99,7 +100,7 @@ def prepare(recipe: Recipe, most: int | None = None) -> Task:
             f"data.metric is {metric!r}, which is for two classes, and these are {classes}; choose"
             " accuracy"
         )
-    model, tokenizer = _load_model(recipe, classes)
+    model, tokenizer, head = _load_model(recipe, classes)
     examples = examples.map(lambda part: part.first(most))
     more = {name: part.first(most) for name, part in more.items()}
     longest = min(recipe.data.max_length, tokenizer.model_max_length)
@@ -110,7 +111,7 @@ def prepare(recipe: Recipe, most: int | None = None) -> Task:
         test=_to_evaluate(examples.test, tokenizer, longest),
         collator=transformers.DataCollatorWithPadding(tokenizer),
         metric=partial(number_measures if classes == 1 else class_measures, metric=metric),
-        head=MODELS.head(model),
+        head=head,
         new_head=MODELS.new_head,
         task_type=MODELS.task_type,
         about=about,
@@ -119,27 +120,28 @@ def prepare(recipe: Recipe, most: int | None = None) -> Task:
     )
 
 
-def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any]:
-    """Return a classifier with a new head, and its tokenizer."""
+def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any, list[str]]:
+    """Return a classifier with a new head, its tokenizer, and the names of what is new in it."""
     source = MODELS.source(recipe)
     require_path(source, "model")
     with reading(source, "a model and tokenizer", _INSTEAD):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source, trust_remote_code=recipe.trust_remote_code
         )
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        model, loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
             source,
             num_labels=classes,
             **({"problem_type": "regression"} if classes == 1 else {}),
             dtype=torch.float32,  # whatever the checkpoint's is; mixed precision is the trainer's
             **quantized(recipe),
+            output_loading_info=True,
             trust_remote_code=recipe.trust_remote_code,
         )
     make_ready(model, tokenizer)
     if recipe.model == "demo" and _is_grammar(recipe):
         _add_ends(tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    return model, tokenizer, new_modules(model, loaded["missing_keys"], MODELS.head(model))
 
 
 def _demo_model(recipe: Recipe) -> Path:
