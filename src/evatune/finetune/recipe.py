@@ -79,6 +79,7 @@ SUCCESS = "success"  # the one metric of rl
 _OWN_DATA, _SIZES = "data.source", ("train", "validation", "test")
 _TASK_BYTES = 80  # of the part of a task's name that comes from a file's
 _MOST = 10**9  # of steps and examples
+_MOST_EVALUATED = 2**13  # tokens at once, unless a batch of training has more
 _MOST_AT_ONCE = 2**20  # tokens of a text, examples of a batch
 
 
@@ -293,6 +294,15 @@ class Recipe:
     data: DataOptions = DataOptions()
     adapter: AdapterOptions = AdapterOptions()
     training: TrainingOptions = TrainingOptions()
+
+    @property
+    def evaluation_batch(self) -> int:
+        """The examples that are evaluated at once: four batches, as there is nothing to learn.
+
+        Fewer where texts are long, whose logits of a large vocabulary would fill a device.
+        """
+        batch = self.training.batch_size
+        return min(4 * batch, max(batch, _MOST_EVALUATED // self.data.max_length))
 
 
 def ours() -> list[str]:

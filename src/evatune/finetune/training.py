@@ -119,7 +119,7 @@ def _arguments(
         learning_rate=training.learning_rate,
         max_steps=training.steps,
         per_device_train_batch_size=share,
-        per_device_eval_batch_size=4 * share,
+        per_device_eval_batch_size=max(1, recipe.evaluation_batch // processes()),
         gradient_accumulation_steps=training.accumulate,
         bf16=training.precision == "bf16",
         fp16=training.precision == "fp16",

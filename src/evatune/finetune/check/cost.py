@@ -32,7 +32,6 @@ UTILIZATION = 0.4
 _ADAMW, _GRADIENT, _FLOAT32, _SUMS = 8, 4, 4, 8  # bytes a number
 _TOKENS_OF_A_STEP = 3  # of an episode: return, state and action
 _OF_A_LAYER = 3  # times its widest matrix: what a recomputed layer keeps
-_EVALUATED = 4  # batches of training, in one of evaluation
 _MEASURED_SECONDS, _MOST_PRODUCTS = 0.3, 50
 _SIDE_CPU, _SIDE_ACCELERATOR = 1024, 8192  # of the square matrices whose product is timed
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -181,7 +180,7 @@ def memory_of(recipe: Recipe, size: Size, lengths: Lengths) -> Memory:
       Korthikanti et al. 2022 without their term for attention, which kernels do not keep today. The
       logits are copied to float32, and have a gradient. With training.gradient_checkpointing: the
       inputs of all layers, and all of one layer, taken for three times its widest matrix.
-    - evaluation, in batches four times as large: the widest layer, and the logits twice.
+    - evaluation of a batch, which may be larger: the widest layer, and the logits twice.
     - calibration: a basis in float32 and sums in float64 of ⌊ρ·r⌋ + 16 columns for each adapted
       layer, and the widest layer's activations. Layers that share an input are counted apart.
     """
@@ -200,7 +199,7 @@ def memory_of(recipe: Recipe, size: Size, lengths: Lengths) -> Memory:
         weights=(size.parameters - quantized) * weight + quantized / 2,
         training=size.trained * (own + _GRADIENT + _ADAMW),
         activations=tokens * (computed * number + size.vocabulary * _SUMS),
-        evaluation=_EVALUATED * (widest + tokens * logits),
+        evaluation=recipe.evaluation_batch * lengths.longest * (size.widest * number + logits),
         calibration=sketches + widest if size.calibrated else 0,
         device=_device_memory(),
     )

@@ -98,7 +98,7 @@ def _completed(recipe: Recipe, options: EvaluationOptions) -> EvaluationOptions:
     for name in tasks:
         if name in CODE_SETS and not options.run_code:
             harness.refuse_code(name)
-    size = options.batch_size or 4 * recipe.training.batch_size
+    size = options.batch_size or recipe.evaluation_batch
     return replace(options, tasks=tasks, batch_size=size)
 
 

@@ -87,7 +87,7 @@ def _of_question_sets(recipe: Recipe, most: int | None) -> Task:
     """Return the task of eight sets of questions, scored by the mean over their accuracies."""
     found = question_sets.question_sets(recipe.data).first(most)
     model, tokenizer = load_model(recipe)
-    longest, size = recipe.data.max_length, 4 * recipe.training.batch_size
+    longest, size = recipe.data.max_length, recipe.evaluation_batch
 
     def shares(model: Any, part: Part, _: Path) -> dict[str, float]:
         parts = {"all": found.validation} if part == "validation" else found.tests
@@ -111,7 +111,7 @@ def _of_mathematics(recipe: Recipe, most: int | None) -> Task:
     require("eval", "the test of mathematics")
     found = mathematics.mathematics(recipe.data).first(most)
     model, tokenizer = load_model(recipe)
-    size = 4 * recipe.training.batch_size
+    size = recipe.evaluation_batch
 
     def shares(model: Any, part: Part, folder: Path) -> dict[str, float]:
         if part == "validation":
