@@ -118,10 +118,17 @@ def test_other_methods_are_refused(method: str, tmp_path: Path) -> None:
         run(recipe, tmp_path / "run")
 
 
-def test_one_process_and_a_missing_library_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_4_bits_stay_whole(tmp_path: Path) -> None:
+    recipe = small("anything", "training.sharding=fsdp2", "adapter.quantize=nf4")
+    with pytest.raises(ConfigError, match=r"do not go together, .* leave one of them out"):
+        run(recipe, tmp_path / "run")
+
+
+def test_one_process_and_a_missing_library_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="'fsdp2', and this is one process; start several"):
         sharding_arguments("fsdp2", tiny_bert())
-    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("evatune.utils.extras.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'evatune\[deepspeed\]'"):
-        sharding_arguments("zero3", tiny_bert())
+        run(small("anything", "training.sharding=zero3"), tmp_path / "run")

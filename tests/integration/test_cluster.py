@@ -15,14 +15,15 @@ from evatune.finetune.recipe import expand, load
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "cluster"
-ARGUMENTS = ["paper-commonsense", "method=eva", "training.batch_size=16", "--out", "/shared/run"]
+SETTINGS = ["method=eva", "training.batch_size=16", "training.accumulate=2"]
+ARGUMENTS = ["paper-commonsense", *SETTINGS, "--out", "/shared/run"]
 
 
 def said_by(script: str, folder: Path, **environment: str) -> list[str]:
     """Return the words with which a script would start its program."""
     for name, does in {
         "torchrun": 'printf "%s\\n" torchrun "$@"',
-        "srun": 'exec "$@"',
+        "srun": 'shift 2; exec "$@"',  # after the number of processors
         "scontrol": "printf 'node%s\\n' 7 8",
     }.items():
         command = folder / name
@@ -56,8 +57,8 @@ def test_slurm_starts_them_on_all_machines_which_meet_at_the_first(tmp_path: Pat
         "--rdzv-endpoint": "node7:29500",
     }
     assert words[11:] == ["-m", "evatune", "train", *ARGUMENTS]
-    settings = [word for word in ARGUMENTS[1:] if "=" in word]
-    assert load(ARGUMENTS[0], settings).training.batch_size == 16
+    asked, usual = (load(ARGUMENTS[0], more).training for more in (SETTINGS, []))
+    assert asked.batch_size * asked.accumulate == usual.batch_size * usual.accumulate
 
 
 def test_the_job_for_kubernetes_compares_recipes_that_are_there() -> None:

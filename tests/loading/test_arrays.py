@@ -87,3 +87,30 @@ def test_an_array_whose_header_is_damaged_is_refused() -> None:
         arrays_of(stream, "a file") as arrays,
     ):
         arrays.rows("a", 1, 100)
+
+
+@pytest.mark.parametrize("rows", ["-1", "True"])
+def test_a_header_with_another_number_of_rows_is_refused(rows: str) -> None:
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, 39), }}"
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as opened:
+        content = header.ljust(117).encode() + b"\n"
+        opened.writestr("a.npy", b"\x93NUMPY\x01\x00v\x00" + content + bytes(39 * 4 * 1000))
+    with (
+        pytest.raises(DataError, match="a of a file is"),
+        arrays_of(stream, "a file") as arrays,
+    ):
+        arrays.rows("a", 39, 10)
+
+
+def test_a_damaged_member_of_another_compression_is_told() -> None:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_LZMA) as opened:
+        opened.writestr("a.npy", file_of(a=np.zeros(50)).getvalue())
+    damaged = bytearray(stream.getvalue())
+    damaged[60:90] = bytes(30)
+    with (
+        pytest.raises(DataError, match="a file is no whole npz file"),
+        arrays_of(io.BytesIO(damaged), "a file") as arrays,
+    ):
+        arrays.rows("a", 1, 100)

@@ -46,6 +46,7 @@ from evatune.finetune.tasks import ModelKind, Part, Task, find_domain
 from evatune.finetune.training import build_trainer, training_shown
 from evatune.trainers.hf import training_batches
 from evatune.utils.atomic import write_text, writing
+from evatune.utils.extras import require
 from evatune.utils.lock import held
 from evatune.utils.names import resolved
 
@@ -89,7 +90,7 @@ def run(
             another process works. DataError: data cannot be had.
     """
     find_domain(recipe.domain)
-    _require_fit(find_method(recipe.method), recipe)
+    require_fit(find_method(recipe.method), recipe)
     folder = resolved(folder)  # what is checked here and what is written later are the same place
     with launched() as processes, _claimed(recipe, folder, processes) as finished:
         if finished is not None:
@@ -278,7 +279,7 @@ def _trained(
     own = own or folder
     transformers.set_seed(recipe.seed)
     method = find_method(recipe.method)
-    _require_fit(method, recipe)
+    require_fit(method, recipe)
     task = task or find_domain(recipe.domain).prepare(recipe)
     if task.about:
         say(task.about)
@@ -305,8 +306,12 @@ def _trained(
     return _Trained(trainer, task, method, own, facts, init_seconds, train_seconds)
 
 
-def _require_fit(method: Method, recipe: Recipe) -> None:
-    """Raise a ConfigError for a method that a base of 4 bits, or in shards, does not allow."""
+def require_fit(method: Method, recipe: Recipe) -> None:
+    """Refuse a method that a base of 4 bits, or in shards, does not allow, and both together.
+
+    Raises:
+        ConfigError: then. MissingExtraError: DeepSpeed is wanted and not installed.
+    """
     if recipe.training.sharding != "none" and not method.fits_shards:
         raise ConfigError(
             f"method {method.name!r} cannot run on weights in shards"
@@ -319,6 +324,14 @@ def _require_fit(method: Method, recipe: Recipe) -> None:
             f" (adapter.quantize={recipe.adapter.quantize}); choose lora or eva, or"
             " adapter.quantize=none"
         )
+    if recipe.adapter.quantize != "none" and recipe.training.sharding != "none":
+        raise ConfigError(
+            f"adapter.quantize={recipe.adapter.quantize} and"
+            f" training.sharding={recipe.training.sharding} do not go together, as weights of 4"
+            " bits stay whole; leave one of them out"
+        )
+    if recipe.training.sharding == "zero3":
+        require("deepspeed", "training.sharding=zero3")
 
 
 def adapter_setup(recipe: Recipe, kind: Task | ModelKind, head: list[str]) -> AdapterSetup:

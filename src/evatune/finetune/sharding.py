@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from evatune.errors import ConfigError
-from evatune.utils.extras import require
+from evatune.modeling.sharding import is_sharded
 from evatune.utils.launcher import processes
 
 _ZERO_3: dict[str, Any] = {
@@ -22,8 +22,7 @@ _ZERO_3: dict[str, Any] = {
 def sharding_arguments(sharding: str, model: Any) -> dict[str, Any]:
     """Return the options of TrainingArguments for a recipe's `training.sharding`.
 
-    Raises:
-        ConfigError: there is one process alone. MissingExtraError: DeepSpeed is not installed.
+    Raises ConfigError where there is one process alone.
     """
     if sharding == "none":
         return {}
@@ -34,8 +33,10 @@ def sharding_arguments(sharding: str, model: Any) -> dict[str, Any]:
         )
     if sharding == "fsdp2":
         units = {"transformer_layer_cls_to_wrap": _units(model)}
-        return {"fsdp": True, "fsdp_config": {"version": 2, **units}}
-    require("deepspeed", "training.sharding=zero3")
+        return {
+            "fsdp": True,
+            "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False, **units},
+        }
     return {"deepspeed": _ZERO_3}
 
 
@@ -59,8 +60,7 @@ def whole_weights(trainer: Any) -> dict[str, Any] | None:
 
     Every process must call it. None on the others, and where there are no shards.
     """
-    accelerator = trainer.accelerator
-    if accelerator.distributed_type not in ("FSDP", "DEEPSPEED"):
+    if not is_sharded(trainer.model):
         return None
-    weights: dict[str, Any] | None = accelerator.get_state_dict(trainer.model_wrapped)
+    weights: dict[str, Any] | None = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import lzma
 import math
 import zipfile
 import zlib
@@ -22,6 +23,14 @@ _HEADERS: dict[tuple[int, int], Any] = {
     (2, 0): npy.read_array_header_2_0,
 }
 _NUMBERS = "fiub"  # kinds of numpy's types
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,8 @@ class Arrays:
                 " numbers"
             )
         right_width = math.prod(shape[1:]) == width and (shape[-1:] == (width,) or width == 1)
-        if dtype.kind not in _NUMBERS or by_columns or not shape or not right_width:
+        is_table = bool(shape) and all(type(size) is int and size >= 0 for size in shape)
+        if dtype.kind not in _NUMBERS or by_columns or not is_table or not right_width:
             order = ", column by column" if by_columns else ""
             expected = "(T,)" if width == 1 else f"(T, {width})"
             raise DataError(
@@ -104,5 +114,5 @@ def arrays_of(file: Path | io.BytesIO, where: str) -> Iterator[Arrays]:
     try:
         with zipfile.ZipFile(file) as opened:
             yield Arrays(opened, where)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except _ZIP_ERRORS as error:
         raise DataError(f"{where} is no whole npz file ({error}); get it anew") from error

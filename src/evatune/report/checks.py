@@ -1,4 +1,4 @@
-"""What is known of a recipe before it runs, for the terminal and for machines."""
+"""Texts of the check of a recipe before it runs, for the terminal and for machines."""
 
 from __future__ import annotations
 

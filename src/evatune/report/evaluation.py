@@ -1,4 +1,4 @@
-"""What a finished run was measured on since: the rows of every table of it."""
+"""Rows of the tables of an evaluation, one for each measure."""
 
 from __future__ import annotations
 

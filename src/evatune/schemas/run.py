@@ -53,7 +53,7 @@ class Measured(Strict):
 
 
 class EvaluatedTask(Strict):
-    """What a run was measured on: scores by their names, and how they came about.
+    """Scores of a run on a task by their names, and how they came about.
 
     Attributes:
         examples: how many the scores are over. limit: how many were asked for; None is all.

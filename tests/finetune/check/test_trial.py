@@ -80,6 +80,17 @@ def test_images_are_tried_with_the_processor_that_comes_with_the_model(tmp_path:
     assert found.size.parameters > 4 * sum(p.numel() for p in found.trial.task.model.parameters())
 
 
+def test_all_weights_in_mixed_precision_are_compared_in_one(
+    bert_folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(f'{{"text": "w{n} w2", "label": {n % 2}}}\n' for n in range(60)))
+    own = [f"model={bert_folder}", f"data.source={path}"]
+    found = try_recipe(load("own-understanding", [*own, "method=full", "training.precision=bf16"]))
+    assert found.difference is not None
+    assert found.difference < 1e-6
+
+
 @pytest.mark.parametrize(
     ("label", "more", "error", "text"),
     [

@@ -80,9 +80,10 @@ def test_other_methods_are_refused(method: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_policies_are_not_quantized(tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", [NF4, "training.sharding=fsdp2"])
+def test_policies_are_neither_quantized_nor_in_shards(setting: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="which policies are too small for"):
-        run(small_rl("anything", NF4), tmp_path / "run")
+        run(small_rl("anything", setting), tmp_path / "run")
 
 
 def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Whether a recipe will work and what it will cost, found before a long run."""
+"""Check of a recipe before a long run: whether it will work, and what it will cost."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from evatune.finetune.check.cost import (
     time_of,
 )
 from evatune.finetune.check.plan import Need, Plan, plan_of
-from evatune.finetune.check.trial import Trial, try_recipe
+from evatune.finetune.check.trial import INSTEAD, Trial, try_recipe
 from evatune.finetune.methods import find_method
 from evatune.finetune.recipe import Recipe
+from evatune.finetune.run import require_fit
 from evatune.finetune.tasks import find_domain
 from evatune.finetune.tasks.base import UNTRAINED
 from evatune.loading.hub import cache_only, reading
@@ -31,12 +32,10 @@ from evatune.utils.launcher import require_alone
 
 __all__ = ["Check", "Memory", "Need", "Plan", "Size", "Time", "Trial", "check"]
 
-_INSTEAD = "a local folder with config.json, weights and what prepares its inputs"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What is known of a recipe before it runs.
+    """Result of a check.
 
     Attributes:
         size, memory, time: None where the model's configuration cannot be had; the last two also
@@ -64,7 +63,7 @@ def check(recipe: Recipe, *, download: bool = False) -> Check:
     """
     require_alone("evatune recipes check")
     find_domain(recipe.domain)
-    find_method(recipe.method)
+    require_fit(find_method(recipe.method), recipe)
     with _readable(recipe) as readable:
         return _checked(readable, download)
 
@@ -134,7 +133,7 @@ def _config(recipe: Recipe, found: Plan) -> Any:
     source = find_domain(recipe.domain).models.source(recipe)
     trust = recipe.trust_remote_code
     if found.needs[0].state == "at hand":
-        with reading(source, "a model", _INSTEAD):
+        with reading(source, "a model", INSTEAD):
             return transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust)
     try:
         with cache_only(not found.reachable):

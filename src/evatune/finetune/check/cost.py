@@ -1,4 +1,4 @@
-"""What a run costs: parameters, memory and time, by formulas on the model without its weights."""
+"""Cost of a run: parameters, memory and time, by formulas on the model without its weights."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from evatune.finetune.metrics import count_trainable
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.run import adapter_setup
 from evatune.finetune.tasks import ModelKind, Task, find_domain
+from evatune.finetune.tasks.base import DTYPES
 from evatune.finetune.tasks.images.vtab import VTAB, VTAB_PIXELS
 from evatune.finetune.tasks.user_data import MOST_HELD_OUT
 
@@ -33,8 +34,8 @@ _ADAMW, _GRADIENT, _FLOAT32, _SUMS = 8, 4, 4, 8  # bytes a number
 _TOKENS_OF_A_STEP = 3  # of an episode: return, state and action
 _OF_A_LAYER = 3  # times its widest matrix: what a recomputed layer keeps
 _MEASURED_SECONDS, _MOST_PRODUCTS = 0.3, 50
+_OPERATIONS = 2  # a weight, of a token in one pass
 _SIDE_CPU, _SIDE_ACCELERATOR = 1024, 8192  # of the square matrices whose product is timed
-_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +187,7 @@ def memory_of(recipe: Recipe, size: Size, lengths: Lengths) -> Memory:
     """
     weight = find_domain(recipe.domain).models.dtype(recipe).itemsize
     quantized = size.quantizable if recipe.adapter.quantize != "none" else 0
-    number = _DTYPES[recipe.training.precision].itemsize
+    number = DTYPES[recipe.training.precision].itemsize
     tokens = recipe.training.batch_size * lengths.longest
     widest = tokens * size.widest * number
     again = recipe.training.gradient_checkpointing and size.kept > 0
@@ -210,16 +211,26 @@ def time_of(recipe: Recipe, size: Size, lengths: Lengths) -> Time:
 
     A token costs 2 operations a weight in the forward pass, 2 more in the backward pass for what it
     was computed from, and 2 for the weight itself if that is trained: 4 · N · tokens with an
-    adapter, 6 with all weights. An evaluated one costs 2. Calibration is no more than a few steps.
+    adapter, 6 with all weights, and 2 more where activations are computed again. An evaluated one
+    costs 2. Calibration is no more than a few steps.
     """
     training = recipe.training
-    each = {True: 6, False: 4}[recipe.method == "full"]
-    if isinstance(find_method(recipe.method), Full) and recipe.method != "full":
-        each = 2 if find_method(recipe.method).trains else 0
+    each = _passes(recipe) * _OPERATIONS
     learned = training.steps * training.batch_size * training.accumulate
-    counted = each * learned + 2 * _evaluated_examples(recipe)
+    counted = each * learned + _OPERATIONS * _evaluated_examples(recipe)
     operations = size.products * lengths.usual * counted
     return Time(operations, measured_rate(recipe.training.precision))
+
+
+def _passes(recipe: Recipe) -> int:
+    """Return the passes through the weights, forward or backward, that a learned token takes."""
+    method = find_method(recipe.method)
+    if not method.trains:
+        return 0
+    again = int(recipe.training.gradient_checkpointing)
+    if recipe.method == "full":
+        return 3 + again
+    return 1 if isinstance(method, Full) else 2 + again
 
 
 def measured_rate(precision: str) -> float:
@@ -230,7 +241,7 @@ def measured_rate(precision: str) -> float:
     """
     device = _device()
     side = _SIDE_CPU if device.type == "cpu" else _SIDE_ACCELERATOR
-    matrix = torch.ones(side, side, dtype=_DTYPES[precision], device=device)
+    matrix = torch.ones(side, side, dtype=DTYPES[precision], device=device)
     float((matrix @ matrix)[0, 0])  # the first one is slow
     start, products = time.perf_counter(), 0
     while products < _MOST_PRODUCTS and time.perf_counter() - start < _MEASURED_SECONDS:

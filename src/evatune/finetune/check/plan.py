@@ -1,4 +1,4 @@
-"""What a recipe reads: which of it is at hand, and how much of the rest would be downloaded."""
+"""Plan of what a recipe reads: which of it is at hand, and how much would be downloaded."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe reads, and whether the hub can be asked for what is not at hand.
+    """All that a recipe reads, and whether the hub can be asked for what is not at hand.
 
     Attributes:
         reachable: None where nobody had to ask.
@@ -168,10 +168,8 @@ def _data_need(source: DataSource, hub: _Hub) -> Need:
 def _files(name: str, wanted: Sequence[str], hub: _Hub) -> Need:
     """Return the need of some files, in any folders of a repository of data or of a model."""
     for kind in ("dataset", "model"):
-        cached = (
-            huggingface_hub.try_to_load_from_cache(name, file, repo_type=kind) for file in wanted
-        )
-        if all(isinstance(path, str) for path in cached):
+        folder = _cached_folder(name, kind)
+        if folder is not None and all(next(folder.rglob(file), None) for file in wanted):
             return Need("data", name, "at hand")
     try:
         files = hub.files("data", name, data=True)
@@ -183,6 +181,15 @@ def _files(name: str, wanted: Sequence[str], hub: _Hub) -> Need:
         files,
         lambda found: [one for one in found if Path(one.rfilename).name in wanted],
     )
+
+
+def _cached_folder(name: str, kind: str) -> Path | None:
+    """Return the folder of a repository in the hub's cache; None where it has nothing of it."""
+    try:
+        found = huggingface_hub.snapshot_download(name, repo_type=kind, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return Path(found)
 
 
 def _template(source: str, hub: _Hub) -> Need:

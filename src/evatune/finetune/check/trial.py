@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 
 from evatune.errors import AdapterError, DataError, EvatuneError
@@ -32,12 +33,12 @@ STEPS = 2
 _EXAMPLES = 8  # of each part
 _BATCH, _RANK = 2, 2  # at most
 _WINDOW = 64  # tokens of a text with a label per token: logits of large vocabularies take memory
-_INSTEAD = "a local folder with config.json, weights and what prepares its inputs"
+INSTEAD = "a local folder with config.json, weights and what prepares its inputs"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What a trial has shown.
+    """Result of a trial.
 
     Attributes:
         task: with a few examples of each part, and the stand-in. stand_in: False for the model
@@ -130,7 +131,7 @@ def _write_model(recipe: Recipe, folder: Path) -> None:
     """Write a stand-in of the recipe's model, with what prepares its inputs."""
     models = find_domain(recipe.domain).models
     source, trust = models.source(recipe), recipe.trust_remote_code
-    with reading(source, "a model", _INSTEAD):
+    with reading(source, "a model", INSTEAD):
         write_stand_in(source, models.loader, folder, trust)
         if models.processor is not None:
             kind = getattr(transformers, models.processor)
@@ -160,7 +161,8 @@ def _difference(recipe: Recipe, task: Task, folder: Path) -> float | None:
     method = find_method(recipe.method)
     if not method.trains:
         return None
-    trained = task.model.eval()
+    # Trainer wraps the forward pass of the model that it trains in its precision.
+    trained = extract_model_from_parallel(task.model, keep_fp32_wrapper=False).eval()
     read = method.load(_fresh(recipe, trained), folder / method.saved_as)
     read = read.to(trained.device).eval()
     batch = task.collator([task.test[i] for i in range(min(_BATCH, len(task.test)))])

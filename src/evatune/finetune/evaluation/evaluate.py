@@ -27,7 +27,7 @@ from evatune.utils.names import resolved
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What a run is measured on, and how.
+    """Settings of an evaluation.
 
     Attributes:
         tasks: names; none: those of the run's own recipe, where it has any.

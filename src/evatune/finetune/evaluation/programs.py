@@ -91,17 +91,22 @@ def _run(program: str, limits: Limits, word: str) -> tuple[str, bool]:
         )
         writing.close()  # so that the process's end is the pipe's
         try:
-            said, _ = _read(reading, _TO_START, len(limited.READY))
+            said, ended = _read(reading, _TO_START, len(limited.READY))
             if said != limited.READY:
                 raise ProcessError(
                     "generated code is not run, as it cannot be limited on this machine: the"
-                    f" process of a program did not come to its start in {_TO_START} seconds"
+                    f" process of a program {_how_it_failed(ended)}; leave out humaneval and mbpp,"
+                    " or run this on Linux after `ulimit -v unlimited`"
                 )
             return _read(reading, limits.seconds, _LONGEST)
         finally:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _how_it_failed(ended: bool) -> str:
+    return "ended before its start" if ended else f"did not start in {_TO_START} seconds"
 
 
 @contextmanager

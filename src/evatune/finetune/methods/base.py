@@ -107,8 +107,8 @@ class Method:
         name: in recipes. about: what it does, in a few words. source: paper and year.
         fits_quantized: False where the base's weights are decomposed, change or have a gradient,
             which those of 4 bits cannot.
-        fits_shards: False where the optimizer is the method's own, or weights of the base or ranks
-            change on the way.
+        fits_shards: False where the optimizer is the method's own, weights of the base have a
+            gradient or change, or ranks change on the way.
     """
 
     name: str

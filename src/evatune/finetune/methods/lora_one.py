@@ -34,6 +34,7 @@ class LoraOne(Lora):
     """
 
     fits_quantized: bool = field(default=False, kw_only=True)
+    fits_shards: bool = field(default=False, kw_only=True)
     linear_only: bool = field(default=True, kw_only=True)
 
     @torch.no_grad()

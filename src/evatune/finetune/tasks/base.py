@@ -64,6 +64,8 @@ class Task:
 
 
 UNTRAINED = "untrained"  # as model: a new one
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""A run's precision → the type of its products."""
 
 
 def _float32(recipe: Recipe) -> torch.dtype:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import accelerate
-import torch
 import transformers
 
 from evatune.finetune.recipe import Recipe
+from evatune.finetune.tasks.base import DTYPES
 from evatune.utils.extras import require
 
-# What the weights become for a product, by the precision of a run.
-_PRODUCTS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Names of heads. They are trained or in the loss, and stay as they are.
-_HEADS = ["lm_head", "classifier", "score"]
+# Names of heads, and of what checkpoints may lack besides. They are trained or in the loss.
+_UNQUANTIZED = ["lm_head", "classifier", "score", "pooler"]
 
 
 def quantized(recipe: Recipe) -> dict[str, Any]:
@@ -31,7 +29,7 @@ def quantized(recipe: Recipe) -> dict[str, Any]:
         load_in_4bit=True,
         bnb_4bit_quant_type=recipe.adapter.quantize,
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=_PRODUCTS[recipe.training.precision],
-        llm_int8_skip_modules=_HEADS,
+        bnb_4bit_compute_dtype=DTYPES[recipe.training.precision],
+        llm_int8_skip_modules=_UNQUANTIZED,
     )
     return {"quantization_config": config, "device_map": {"": accelerate.PartialState().device}}

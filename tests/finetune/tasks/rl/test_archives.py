@@ -160,7 +160,7 @@ def test_of_the_hub_only_the_tasks_own_file_is_asked_for(
     def download(repository: str, *, repo_type: str, allow_patterns: list[str]) -> str:
         assert (repository, repo_type) == ("ml-jku/meta-world", "dataset")
         asked.append(allow_patterns)
-        return str(copies if allow_patterns[0].endswith(offered) else tmp_path)
+        return str(copies if allow_patterns[0].endswith(offered) else tmp_path / "absent")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr("evatune.loading.hub.hub_is_reachable", lambda: True)

@@ -1,4 +1,4 @@
-"""What a model writes after prompts, by greedy decoding."""
+"""Texts that a model writes after prompts, by greedy decoding."""
 
 from __future__ import annotations
 

@@ -136,6 +136,8 @@ def _find(source: str, task: str) -> _Recording:
     """Return a task's episodes in a folder, or on the hub; DataError where there are none."""
     names = [f"{task}{_VERSION}", task]
     for folder in _folders(source, names):
+        if not folder.is_dir():  # the hub has no such file
+            continue
         below = sorted(path for path in folder.iterdir() if path.is_dir())
         for stem in (place / name for name in names for place in (folder, *below)):
             packed, arrays = (stem.with_name(stem.name + end) for end in (_PACKED, _ARRAYS))

@@ -56,11 +56,12 @@ def prepare(recipe: Recipe, most: int | None = None) -> Task:
         raise ConfigError(
             f"task is {recipe.task!r}; tasks of reinforcement learning are {', '.join(TASKS)}"
         )
-    if recipe.adapter.quantize != "none":
-        raise ConfigError(
-            f"adapter.quantize is {recipe.adapter.quantize!r}, which policies are too small for;"
-            " leave it out"
-        )
+    for key, value in {
+        "adapter.quantize": recipe.adapter.quantize,
+        "training.sharding": recipe.training.sharding,
+    }.items():
+        if value != "none":
+            raise ConfigError(f"{key} is {value!r}, which policies are too small for; leave it out")
     simulator.load_metaworld()
     model = _load_model(recipe)
     longest = min(model.config.max_ep_len, model.config.n_positions // 3)
