@@ -10,7 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from evatune.errors import DataError
+from evatune.errors import DataError, EvatuneError
 from evatune.loading.data_files import kind_of
 from evatune.loading.error_text import reason, root_cause
 from evatune.utils.extras import extras
@@ -45,7 +45,7 @@ def reading(source: str | Path, what: str, instead: str) -> Iterator[None]:
     try:
         with cache_only(not reachable):
             yield
-    except DataError:
+    except EvatuneError:
         raise
     # the libraries and their parsers raise errors of many unrelated kinds
     except Exception as error:

@@ -86,8 +86,10 @@ def test_policies_are_neither_quantized_nor_in_shards(setting: str, tmp_path: Pa
         run(small_rl("anything", setting), tmp_path / "run")
 
 
-def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bitsandbytes_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr("evatune.utils.extras.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'evatune\[quantized\]'"):
-        quantized(OPTIONS)
+    with pytest.raises(MissingExtraError, match=r"^bitsandbytes is not .* pip install 'evatune\[quantized\]'$"):
+        run(small_generation("clock", NF4), tmp_path / "run")
