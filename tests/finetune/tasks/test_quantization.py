@@ -91,5 +91,6 @@ def test_without_bitsandbytes_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr("evatune.utils.extras.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"^bitsandbytes is not .* pip install 'evatune\[quantized\]'$"):
+    advice = r"^bitsandbytes is not .* pip install 'evatune\[quantized\]'$"
+    with pytest.raises(MissingExtraError, match=advice):
         run(small_generation("clock", NF4), tmp_path / "run")
