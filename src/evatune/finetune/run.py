@@ -24,8 +24,8 @@ from evatune.calibration import Calibration
 from evatune.calibration.options import ProgressOption
 from evatune.distributed.group import ProcessGroup
 from evatune.distributed.launch import launched
-from evatune.errors import ConfigError
 from evatune.finetune.another_task import another_task
+from evatune.finetune.compatibility import require_fit
 from evatune.finetune.fingerprint import data_fingerprint
 from evatune.finetune.methods import AdapterSetup, Method, Preparation, find_method
 from evatune.finetune.metrics import count_trainable, peak_memory, read_metrics
@@ -46,7 +46,6 @@ from evatune.finetune.tasks import ModelKind, Part, Task, find_domain
 from evatune.finetune.training import build_trainer, training_shown
 from evatune.trainers.hf import training_batches
 from evatune.utils.atomic import write_text, writing
-from evatune.utils.extras import require
 from evatune.utils.lock import held
 from evatune.utils.names import resolved
 
@@ -304,34 +303,6 @@ def _trained(
             _train(trainer, checkpoint, recipe.training.steps)
     train_seconds = time.perf_counter() - start
     return _Trained(trainer, task, method, own, facts, init_seconds, train_seconds)
-
-
-def require_fit(method: Method, recipe: Recipe) -> None:
-    """Refuse a method that a base of 4 bits, or in shards, does not allow, and both together.
-
-    Raises:
-        ConfigError: then. MissingExtraError: DeepSpeed is wanted and not installed.
-    """
-    if recipe.training.sharding != "none" and not method.fits_shards:
-        raise ConfigError(
-            f"method {method.name!r} cannot run on weights in shards"
-            f" (training.sharding={recipe.training.sharding}); choose lora, eva or full, or"
-            " training.sharding=none"
-        )
-    if recipe.adapter.quantize != "none" and not method.fits_quantized:
-        raise ConfigError(
-            f"method {method.name!r} cannot run above a base of 4 bits"
-            f" (adapter.quantize={recipe.adapter.quantize}); choose lora or eva, or"
-            " adapter.quantize=none"
-        )
-    if recipe.adapter.quantize != "none" and recipe.training.sharding != "none":
-        raise ConfigError(
-            f"adapter.quantize={recipe.adapter.quantize} and"
-            f" training.sharding={recipe.training.sharding} do not go together, as weights of 4"
-            " bits stay whole; leave one of them out"
-        )
-    if recipe.training.sharding == "zero3":
-        require("deepspeed", "training.sharding=zero3")
 
 
 def adapter_setup(recipe: Recipe, kind: Task | ModelKind, head: list[str]) -> AdapterSetup:

@@ -22,9 +22,9 @@ from evatune.finetune.check.cost import (
 )
 from evatune.finetune.check.plan import Need, Plan, plan_of
 from evatune.finetune.check.trial import INSTEAD, Trial, try_recipe
+from evatune.finetune.compatibility import require_fit
 from evatune.finetune.methods import find_method
 from evatune.finetune.recipe import Recipe
-from evatune.finetune.run import require_fit
 from evatune.finetune.tasks import find_domain
 from evatune.finetune.tasks.base import UNTRAINED
 from evatune.loading.hub import cache_only, reading

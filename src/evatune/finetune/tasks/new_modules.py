@@ -22,6 +22,6 @@ def new_modules(model: Any, missing: Collection[str], head: list[str]) -> list[s
     names = list(head)
     for name, module in modules:
         weights = [f"{paths[id(module)]}.{key}" for key, _ in module.named_parameters()]
-        if weights and name not in names and missing and set(weights) <= set(missing):
+        if weights and name not in names and set(weights) <= set(missing):
             names.append(name)
     return names
