@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from evatune.finetune.tasks.rl.demonstrations import demonstrations
 from evatune.finetune.tasks.rl.playing import play
 from evatune.finetune.tasks.rl.policy import Imitator, PolicySize, Windows, new_policy
-from evatune.finetune.tasks.rl.robots import SAWYER
 from evatune.finetune.tasks.rl.simulator import CW10, TEST, TRAIN
 
 NAME, SEED = "dt-metaworld", 0
@@ -109,9 +108,7 @@ def main() -> None:
     trained.half().float()  # as it will be stored
     mse = error(trained, Windows(unseen, LENGTH))
     success = [
-        play(trained, "test", None, tasks=[task], robot=SAWYER, episodes=10, length=LENGTH)[
-            "success"
-        ]
+        play(trained, "test", None, tasks=[task], episodes=10, length=LENGTH)["success"]
         for task in JUDGED
     ]
     told = ", ".join(f"{task} {share:.0%}" for task, share in zip(JUDGED, success, strict=True))

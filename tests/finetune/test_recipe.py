@@ -127,3 +127,20 @@ def test_the_papers_runs_say_its_alpha_and_its_scale(name: str) -> None:
 def test_an_unknown_scale_is_a_mistake_that_names_the_scales() -> None:
     with pytest.raises(ConfigError, match=r"adapter.scale is 'big': choose one of paper, whiten"):
         load("understanding-bbc", ["adapter.scale=big"])
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "mistake"),
+    [
+        ("understanding-bbc", "data.max_length=3", "is 3, but texts need at least 4 tokens"),
+        ("understanding-bbc", "data.metric=success", "is for the domain rl"),
+        ("understanding-bbc", "data.train=0", "data.train is 0, which is for data.source"),
+    ],
+)
+def test_a_value_that_another_forbids_is_a_mistake(name: str, setting: str, mistake: str) -> None:
+    with pytest.raises(ConfigError, match=mistake):
+        load(name, [setting])
+
+
+def test_a_policy_may_see_a_single_step() -> None:
+    assert load("rl-push", ["data.max_length=1"]).data.max_length == 1

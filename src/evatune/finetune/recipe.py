@@ -81,6 +81,7 @@ _TASK_BYTES = 80  # of the part of a task's name that comes from a file's
 _MOST = 10**9  # of steps and examples
 _MOST_EVALUATED = 2**13  # tokens at once, unless a batch of training has more
 _MOST_AT_ONCE = 2**20  # tokens of a text, examples of a batch
+_FEWEST_TOKENS = 4  # of a text: two words and what a tokenizer puts around them
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -117,9 +118,9 @@ class DataOptions:
     )
     max_length: _Whole = Field(
         default=48,
-        ge=4,
+        ge=1,
         le=_MOST_AT_ONCE,
-        description="tokens per text, the rest is cut off; rl: steps the policy sees",
+        description="tokens per text, at least 4, the rest is cut off; rl: steps the policy sees",
     )
     source: _Text | None = Field(
         default=None, description="hub id, file or folder of the user's own data"
@@ -412,22 +413,30 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
         count = "1 mistake" if error.error_count() == 1 else f"{error.error_count()} mistakes"
         more = "; …" if error.error_count() > len(mistakes) else ""
         raise ConfigError(f"{source} has {count}: {'; '.join(mistakes)}{more}") from error
-    usual = DataOptions()
+    mistake = _between_keys(recipe)
+    if mistake is not None:
+        raise ConfigError(f"{source} has 1 mistake: {mistake}")
+    return recipe
+
+
+def _between_keys(recipe: Recipe) -> str | None:
+    """Return what is wrong with a value in the company of others; None where nothing is."""
+    data, usual = recipe.data, DataOptions()
     for key in ("metric", "more_test_splits"):
-        value = getattr(recipe.data, key)
+        value = getattr(data, key)
         domain = "rl" if value == SUCCESS else _WITH_METRICS
         if value != getattr(usual, key) and recipe.domain != domain:
-            raise ConfigError(
-                f"{source} has 1 mistake: data.{key} is for the domain {domain}, and this is"
-                f" {recipe.domain}; leave it out"
+            return (
+                f"data.{key} is for the domain {domain}, and this is {recipe.domain}; leave it out"
             )
     for name in ("train", "test"):
-        if recipe.data.source is None and getattr(recipe.data, name) == 0:
-            raise ConfigError(
-                f"{source} has 1 mistake: data.{name} is 0, which is for data.source; give at least"
-                " 1"
-            )
-    return recipe
+        if data.source is None and getattr(data, name) == 0:
+            return f"data.{name} is 0, which is for data.source; give at least 1"
+    if recipe.domain != "rl" and data.max_length < _FEWEST_TOKENS:
+        return (
+            f"data.max_length is {data.max_length}, but texts need at least {_FEWEST_TOKENS} tokens"
+        )
+    return None
 
 
 def as_tree(recipe: Recipe) -> dict[str, Any]:

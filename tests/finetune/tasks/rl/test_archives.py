@@ -22,7 +22,7 @@ from evatune.finetune.run import run
 from evatune.finetune.tasks.rl import archives, domain, playing
 from evatune.finetune.tasks.rl.archives import recorded
 from evatune.finetune.tasks.rl.policy import PolicySize, Windows
-from evatune.finetune.tasks.rl.scenarios import SCENARIOS, Scenario
+from evatune.finetune.tasks.rl.scenarios import SCENARIOS
 from evatune.finetune.tasks.rl.simulator import CW10, MT40, load_metaworld
 
 torch.set_num_threads(1)
@@ -189,7 +189,7 @@ def test_the_papers_runs_pre_train_and_fine_tune_and_plain_peft_loads_the_adapte
 ) -> None:
     size = PolicySize(width=16, layers=1, heads=2, steps=4, dropout=0.2)
     monkeypatch.setattr(domain, "_PAPER", size)
-    monkeypatch.setitem(SCENARIOS, "mt40", Scenario(TASKS[1:]))
+    monkeypatch.setitem(SCENARIOS, "mt40", TASKS[1:])
     two_steps = [
         "training.steps=2",
         "training.eval_every=2",

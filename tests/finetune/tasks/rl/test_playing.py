@@ -15,8 +15,6 @@ from PIL import Image
 from evatune.finetune.run import run
 from evatune.finetune.tasks.rl.playing import play
 from evatune.finetune.tasks.rl.policy import Imitator
-from evatune.finetune.tasks.rl.robots import SAWYER, Robot
-from evatune.finetune.tasks.rl.scenarios import SCENARIOS
 from tests.finetune.helpers import small_rl as small
 
 torch.set_num_threads(1)
@@ -55,7 +53,6 @@ def test_the_judge_lets_an_expert_succeed_and_its_opposite_fail(sign: int, succe
         "test",
         None,
         tasks=["faucet-close"],
-        robot=SAWYER,
         episodes=3,
         length=4,
     )
@@ -72,34 +69,12 @@ def test_an_episode_may_score_by_its_success_however_late() -> None:
         "test",
         None,
         tasks=["faucet-close"],
-        robot=SAWYER,
         episodes=1,
         length=4,
         by_success=True,
     )
     assert found["steps"] > 1
     assert (found["score"], found["score_error"]) == (1, 0)
-
-
-class Seen(Expert):
-    """The expert behind a robot's eyes and hands: it is told, and tells, by the robot's frame."""
-
-    def __init__(self, task: str, robot: Robot) -> None:
-        super().__init__(task)
-        self.robot = robot
-
-    def forward(self, states: torch.Tensor, **_: Any) -> Any:
-        output = super().forward(states.double() @ self.robot.state.double())
-        return SimpleNamespace(action_preds=self.robot.wants(output.action_preds.clamp(-1, 1)))
-
-
-@pytest.mark.filterwarnings("ignore:Constant:UserWarning")
-@pytest.mark.parametrize("name", ["turned", "tilted", "mirrored", "shuffled"])
-def test_an_expert_that_knows_the_robot_succeeds_with_it(name: str) -> None:
-    robot = SCENARIOS[name].robot
-    options: Any = {"tasks": ["faucet-close"], "episodes": 2, "length": 2}
-    assert play(Seen("faucet-close", robot), "test", None, robot=robot, **options)["success"] == 1
-    assert play(Expert("faucet-close"), "test", None, robot=robot, **options)["success"] < 1
 
 
 @pytest.mark.usefixtures("no_drawing")
@@ -112,7 +87,6 @@ def test_where_mujoco_cannot_draw_the_judge_says_so_and_goes_on(
             "test",
             tmp_path,
             tasks=["push"],
-            robot=SAWYER,
             episodes=1,
             length=4,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from evatune.finetune.tasks.rl.policy import (
     new_policy,
     rows_without_padding,
 )
-from evatune.finetune.tasks.rl.scenarios import SCENARIOS, TASKS, Scenario
+from evatune.finetune.tasks.rl.scenarios import SCENARIOS, TASKS
 from evatune.finetune.tasks.rl.simulator import ACTIONS, STATES, TEST, TRAIN, VALIDATION
 from evatune.finetune.tasks.splits import Split
 from evatune.loading.assets import asset
@@ -70,8 +71,8 @@ def prepare(recipe: Recipe, most: int | None = None) -> Task:
             f"data.max_length is {data.max_length} steps, but this model sees {longest} at most;"
             " lower it"
         )
-    scenario = SCENARIOS[recipe.task]
-    episodes = _episodes(scenario, data)
+    tasks = SCENARIOS[recipe.task]
+    episodes = _episodes(tasks, data)
 
     def apart(part: Episodes) -> Windows:
         """Return windows of which one ends where the next begins: actions are judged once."""
@@ -89,8 +90,7 @@ def prepare(recipe: Recipe, most: int | None = None) -> Task:
         task_type=MODELS.task_type,
         evaluate=partial(
             play,
-            tasks=scenario.tasks,
-            robot=scenario.robot,
+            tasks=tasks,
             episodes=data.episodes,
             length=data.max_length,
             by_success=by_success,
@@ -109,21 +109,16 @@ def _shortened(data: DataOptions, most: int | None) -> DataOptions:
     return replace(data, **{key: min(size, most) for key, size in sizes.items()})
 
 
-def _episodes(scenario: Scenario, data: DataOptions) -> Split[Episodes]:
-    """Return each part's episodes as the scenario's robot sees them, as many of each task."""
+def _episodes(tasks: Sequence[str], data: DataOptions) -> Split[Episodes]:
+    """Return each part's episodes, as many of each task."""
     read = _demonstrated if data.source is None else recorded
-    parts = [read(task, data, len(scenario.tasks)) for task in scenario.tasks]
+    parts = [read(task, data, len(tasks)) for task in tasks]
 
-    def seen(name: str) -> Episodes:
+    def joined(name: str) -> Episodes:
         of_tasks = [vars(part)[name] for part in parts]
-        joined = {key: torch.cat([one[key] for one in of_tasks]) for key in of_tasks[0]}
-        return joined | {
-            "states": scenario.robot.sees(joined["states"]),
-            "actions": scenario.robot.wants(joined["actions"]),
-            "labels": scenario.robot.wants(joined["labels"]),
-        }
+        return {key: torch.cat([one[key] for one in of_tasks]) for key in of_tasks[0]}
 
-    return Split(seen("train"), seen("validation"), seen("test"))
+    return Split(joined("train"), joined("validation"), joined("test"))
 
 
 def _demonstrated(task: str, data: DataOptions, tasks: int) -> Split[Episodes]:
@@ -166,8 +161,7 @@ def _sources(recipe: Recipe) -> list[DataSource]:
     """Return the recordings of a recipe's tasks; none where experts play."""
     if recipe.data.source is None:
         return []
-    tasks = SCENARIOS[recipe.task].tasks if recipe.task in SCENARIOS else ()
-    return sources(recipe.data, tasks)
+    return sources(recipe.data, SCENARIOS.get(recipe.task, ()))
 
 
 MODELS = ModelKind(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from evatune.finetune.tasks.base import Part
 from evatune.finetune.tasks.rl.policy import padded_window
-from evatune.finetune.tasks.rl.robots import Robot
 from evatune.finetune.tasks.rl.simulator import (
     ACTIONS,
     MAX_STEPS,
@@ -39,7 +38,6 @@ def play(
     folder: Path | None,
     *,
     tasks: Sequence[str],
-    robot: Robot,
     episodes: int,
     length: int,
     by_success: bool = False,
@@ -70,13 +68,13 @@ def play(
         film = stack.enter_context(closing(_Film(played[0].env))) if folder else None
         lengths = np.zeros(episodes, dtype=int)
         success = np.zeros(episodes, dtype=bool)
-        states = robot.sees(_states(played))[:, None]  # (E, t, 39)
+        states = _states(played)[:, None]  # (E, t, 39)
         # the last one, still to come, is hidden from its own prediction
         actions = states.new_zeros(episodes, 1, ACTIONS)
         for step in range(MAX_STEPS):
             playing = (~success).nonzero()[0]
             actions[playing, -1] = _choose(model, states[playing], actions[playing], length)
-            commands = robot.moves(actions[:, -1]).numpy()
+            commands = actions[:, -1].numpy()
             for i in playing:
                 played[i].step(commands[i])
                 if i == 0 and film and (step % _FRAME_EVERY == 0 or played[0].success):
@@ -85,7 +83,7 @@ def play(
             success = np.array([episode.success for episode in played])
             if success.all():
                 break
-            states = torch.cat([states, robot.sees(_states(played))[:, None]], 1)[:, -length:]
+            states = torch.cat([states, _states(played)[:, None]], 1)[:, -length:]
             actions = torch.cat([actions, torch.zeros_like(actions[:, :1])], 1)[:, -length:]
         if film and folder:
             film.save(folder / "episode.gif")
