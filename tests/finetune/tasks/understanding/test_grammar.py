@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 
 from evatune.finetune.tasks.understanding import grammar
@@ -38,6 +40,25 @@ def test_a_kind_is_that_of_the_word_replaced_and_all_are_as_frequent() -> None:
         for text, label in zip(part.texts, part.labels, strict=True):
             ((old, new),) = _differences(text)
             assert new in tables[label][old]
+
+
+def test_a_pair_is_that_of_the_kinds_of_the_two_words_replaced() -> None:
+    pairs = list(combinations(grammar.ERRORS.values(), 2))
+    for part in grammar.sentences(grammar.PAIR, _ARTICLES).values():
+        counts = [part.labels.count(pair) for pair in range(len(pairs))]
+        assert max(counts) - min(counts) <= 1
+        for text, label in zip(part.texts, part.labels, strict=True):
+            changed = _differences(text)
+            assert len(changed) == 2
+            for table in pairs[label]:
+                assert sum(new in table.get(old, []) for old, new in changed) == 1
+
+
+def test_a_word_of_two_kinds_is_not_replaced_for_both() -> None:
+    articles = [f"a{i} w show is show he in year make they" for i in range(40)]
+    for part in grammar.sentences(grammar.PAIR, articles).values():
+        assert all(len(text.split()) == 10 for text in part.texts)
+        assert part.texts
 
 
 def test_of_errors_of_any_kind_there_are_three_or_none() -> None:

@@ -1,4 +1,4 @@
-"""Errors of grammar that code puts into real sentences: is there one, or of which kind is it?
+"""Errors of grammar that code puts into real sentences: is there one, of which kind is it?
 
 Windows of ten words of BBC news, in some of which a word is replaced by another form of it, or by
 its rival, such as "is" by "are"; or several are. Which words they are is not said. Training,
@@ -11,6 +11,8 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations
+from math import comb
 
 import numpy as np
 
@@ -124,8 +126,10 @@ KIND = "kind"
 """The task whose windows all hold an error, and whose classes are the keys of ERRORS."""
 ANY = "any"
 """The task in which half of the windows hold three errors, of any kind."""
-TASKS = (*ERRORS, KIND, ANY)
-CLASSES = dict.fromkeys(TASKS, 2) | {KIND: len(ERRORS)}
+PAIR = "pair"
+"""The task whose windows all hold errors of two kinds, and whose classes are the pairs of kinds."""
+TASKS = (*ERRORS, KIND, ANY, PAIR)
+CLASSES = dict.fromkeys(TASKS, 2) | {KIND: len(ERRORS), PAIR: comb(len(ERRORS), 2)}
 """How many classes a task has."""
 
 
@@ -140,15 +144,18 @@ class Sentences:
 def sentences(task: str, articles: Iterable[str]) -> dict[str, Sentences]:
     """Return all examples of a task by part: train, validation, test.
 
-    Classes are 0, no error, and 1; of the task "kind", the number of the error. They are as
-    frequent as each other, but for chance or the last round. It is all fixed by the articles.
+    Classes are 0, no error, and 1; of the tasks "kind" and "pair", the number of the kind or pair.
+    They are as frequent as each other, but for chance or the last round. It is all fixed by the
+    articles.
     """
     parts = {}
     for part, windows in _windows(list(articles)).items():
         draw = random.Random(f"{task} {part}")
         draw.shuffle(windows)
         if task == KIND:
-            parts[part] = _kinds(windows, draw)
+            parts[part] = _kinds(1, windows, draw)
+        elif task == PAIR:
+            parts[part] = _kinds(2, windows, draw)
         elif task == ANY:
             parts[part] = _judged(_ALL, 3, windows, draw)
         else:
@@ -194,19 +201,31 @@ def _judged(
     return found
 
 
-def _kinds(windows: list[list[str]], draw: random.Random) -> Sentences:
-    """Return windows that could hold errors of three kinds or more, with that of the rarest."""
+def _kinds(count: int, windows: list[list[str]], draw: random.Random) -> Sentences:
+    """Return windows with an error of each of so many kinds, which are the class.
+
+    Only windows that three classes or more are possible in; they get the rarest of these.
+    """
     found = Sentences([], [])
-    counts = [0] * len(ERRORS)
-    tables = list(ERRORS.values())
+    classes = list(combinations(ERRORS.values(), count))
+    counts = [0] * len(classes)
     for window in windows:
-        possible = [kind for kind, table in enumerate(tables) if _places(window, table)]
+        possible = [number for number, tables in enumerate(classes) if _can_hold(window, tables)]
         if len(possible) >= 3:
-            label = min(possible, key=lambda kind: (counts[kind], draw.random()))
+            label = min(possible, key=lambda number: (counts[number], draw.random()))
             counts[label] += 1
-            found.texts.append(" ".join(_spoiled(window, tables[label], 1, draw)))
+            words = window
+            for table in classes[label]:
+                words = _spoiled(words, table, 1, draw)
+            found.texts.append(" ".join(words))
             found.labels.append(label)
     return found
+
+
+def _can_hold(window: list[str], tables: Iterable[_Rivals]) -> bool:
+    """Return whether each table can replace a word, and none the word of another."""
+    places = [set(_places(window, table)) for table in tables]
+    return all(places) and len(set.union(*places)) == sum(map(len, places))
 
 
 def _places(window: list[str], table: _Rivals) -> list[int]:
