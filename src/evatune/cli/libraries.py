@@ -16,6 +16,8 @@ from evatune.utils.extras import require
 if TYPE_CHECKING:
     from rich.console import Console
 
+# A torchao of another torch's time tells at each start which of its kernels it does without.
+_NOISY = ("torchao", "torch.utils._pytree")
 TRUST_HELP = "Run Python code that comes with the model. Look at it first."
 
 
@@ -26,6 +28,8 @@ def loading_libraries(log: Console) -> Iterator[None]:
     Raises MissingExtraError where it could not show its results in the end.
     """
     require("cli", "this command")
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     with log.status("loading libraries"), libraries_on_stderr(), ends_at_once():
         yield
 

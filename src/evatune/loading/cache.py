@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from evatune.loading.package_index import fetch
 from evatune.schemas.tensors import checksum
-from evatune.utils.atomic import atomic_file
+from evatune.utils.atomic import atomic_file, writing
+from evatune.utils.progress import Display, display
+
+_ADVICE = "make room or rights there, or name another folder in EVATUNE_CACHE"
+_PATIENCE = 1800.0  # seconds to wait for another process that builds the same
 
 
 def cache_folder() -> Path:
@@ -27,15 +34,24 @@ def cache_folder() -> Path:
 
 
 def build_once(
-    name: str, settings: Mapping[str, Any], build: Callable[[], dict[str, Tensor]]
+    name: str,
+    settings: Mapping[str, Any],
+    build: Callable[[Display], dict[str, Tensor]],
+    title: str,
+    unit: str,
 ) -> dict[str, Tensor]:
     """Return tensors that are a function of `settings`: built the first time, then read.
 
-    The file carries the hash of what it holds; one that was damaged is built again.
+    The file carries the hash of what it holds; one that was damaged is built again. Of processes
+    that want the same at the same time one builds, and the others wait.
 
     Args:
         settings: plain values that the tensors depend on, a version of the code that builds them
             among them.
+        build: tells the display, which is given to it, how far it is.
+        title: what is done: "drawing images". unit: what is counted: "images".
+
+    Raises ConfigError where the file cannot be written.
     """
     text = json.dumps(settings, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -43,11 +59,34 @@ def build_once(
     cached = _read(path)
     if cached is not None:
         return cached
-    tensors = {key: value.contiguous() for key, value in build().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"sha256": checksum(tensors), "settings": text})
+    with _alone(path):
+        cached = _read(path)  # by another process in the meantime
+        if cached is not None:
+            return cached
+        # The terminal of a worker is its parent's.
+        shown = multiprocessing.parent_process() is None
+        with display(title, unit, shown=shown) as progress:
+            tensors = {key: value.contiguous() for key, value in build(progress).items()}
+        with atomic_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"sha256": checksum(tensors), "settings": text})
     return tensors
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process builds the file.
+
+    After half an hour both do, which costs time alone.
+    """
+    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    with writing(path, _ADVICE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(Timeout):
+            lock.acquire(timeout=_PATIENCE)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def download_once(project: str, filename: str, sha256: str, what: str) -> Path:

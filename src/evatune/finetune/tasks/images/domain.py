@@ -42,6 +42,7 @@ from evatune.loading.assets import asset
 from evatune.loading.cache import build_once
 from evatune.loading.hub import reading, require_path
 from evatune.loading.records import media_column, require_labels
+from evatune.utils.progress import Display
 
 _DRAWN_VERSION = 2  # of the code that draws
 _KEPT_TASKS = 2  # in memory: a comparison goes from task to task
@@ -182,17 +183,18 @@ def _bundled_images(recipe: Recipe) -> tuple[_Labeled, Split[list[int]]]:
     else:
         split = draw_from(drawings.parts, recipe.data, name)
 
-    def build() -> dict[str, Tensor]:
-        images = [
-            drawings.draw(np.random.default_rng([0, index]), index)
-            for index in range(len(drawings.labels))
-        ]
+    def build(progress: Display) -> dict[str, Tensor]:
+        images = []
+        for index in range(len(drawings.labels)):
+            images.append(drawings.draw(np.random.default_rng([0, index]), index))
+            progress.update(len(images), len(drawings.labels))
         return {
             "images": torch.from_numpy(np.stack(images)),
             "labels": _label_tensor(drawings.labels),
         }
 
-    tensors = build_once(f"images-{name}", {"version": _DRAWN_VERSION}, build)
+    settings = {"version": _DRAWN_VERSION}
+    tensors = build_once(f"images-{name}", settings, build, f"drawing images of {name}", "images")
     pixels = tensors["images"].numpy()
     labels = tensors["labels"].tolist()
     return _Labeled(lambda index: Image.fromarray(pixels[index]), labels, task.classes), split

@@ -20,6 +20,7 @@ from evatune.finetune.tasks.rl.simulator import (
     seed_for,
 )
 from evatune.loading.cache import build_once
+from evatune.utils.progress import Display
 
 _NOISE = 0.2
 _KEYS = ("states", "actions", "labels")
@@ -42,8 +43,8 @@ def demonstrations(task: str, purpose: int, count: int) -> dict[str, Tensor]:
     library = load_metaworld()
     settings = {"version": 3, "task": task, "purpose": purpose, "count": count, "noise": _NOISE}
 
-    def build() -> dict[str, Tensor]:
-        episodes = _successful_episodes(library, task, purpose, count)
+    def build(progress: Display) -> dict[str, Tensor]:
+        episodes = _successful_episodes(library, task, purpose, count, progress)
         lengths = [len(episode["states"]) for episode in episodes]
         tensors = {
             key: torch.from_numpy(np.concatenate([episode[key] for episode in episodes]))
@@ -51,10 +52,13 @@ def demonstrations(task: str, purpose: int, count: int) -> dict[str, Tensor]:
         }
         return tensors | {"lengths": torch.tensor(lengths, dtype=torch.long, device="cpu")}
 
-    return build_once(f"metaworld-{task}", settings, build)
+    title = f"playing the expert of {task}"
+    return build_once(f"metaworld-{task}", settings, build, title, "episodes")
 
 
-def _successful_episodes(library: Any, task: str, purpose: int, count: int) -> list[Steps]:
+def _successful_episodes(
+    library: Any, task: str, purpose: int, count: int, progress: Display
+) -> list[Steps]:
     found: list[Steps] = []
     number = 0
     with closing(Simulator(task)) as simulator:
@@ -70,6 +74,7 @@ def _successful_episodes(library: Any, task: str, purpose: int, count: int) -> l
             number += 1
             if steps is not None:
                 found.append(steps)
+            progress.update(len(found), count)
     return found
 
 
