@@ -10,7 +10,7 @@ import pytest
 
 from evatune.errors import ConfigError
 from evatune.finetune.run_lines import read_lines
-from evatune.finetune.tuned import Source, steps_until, summarize
+from evatune.finetune.tuned import Source, sooner_by, steps_until, summarize
 from tests.tuned_lines import FACTOR, STEPS, line_of, tuned_lines
 
 TWO = ("lora", "eva")
@@ -31,6 +31,8 @@ def test_the_rate_is_chosen_on_tuning_seeds_and_tested_on_others() -> None:
     reference = group.cell("digits", "lora")
     assert reference is not None
     assert set(reference.to_reference.values()) == {float(STEPS)}
+    assert cell.sooner[10] == pytest.approx(1 - cell.to_reference[10] / STEPS)
+    assert set(reference.sooner.values()) == {0.0}
     assert cell.area[10] < reference.area[10] < 1
     assert group.parameters_saved()["digits"]["eva"][10] == pytest.approx(0.04)
 
@@ -71,6 +73,15 @@ def test_steps_are_interpolated_between_evaluations() -> None:
     assert steps_until(curve, 3.0) == 5
     assert steps_until(curve, 4.5) == 0
     assert steps_until(curve, 1.0) == math.inf
+
+
+def test_methods_that_differ_by_chance_are_as_often_sooner_as_later() -> None:
+    lines = tuned_lines(methods=TWO, tasks=("digits",))
+    one, other = (
+        next(line for line in lines if line.tested and line.method == method) for method in TWO
+    )
+    assert sooner_by(other, one) == -sooner_by(one, other) > 0
+    assert sooner_by(other.model_copy(update={"diverged": True}), one) == -1
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:

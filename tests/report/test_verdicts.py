@@ -26,7 +26,8 @@ def test_a_loss_is_told_like_a_win() -> None:
         settings = line.settings.model_copy(update={"method": method})
         swapped.append(line.model_copy(update={"settings": settings}))
     faster, higher, best, fewer, *_ = verdicts(summarize(swapped).groups)
-    assert [faster.outcome, higher.outcome, fewer.outcome] == ["tie", "loss", "tie"]
+    assert [faster.outcome, higher.outcome, fewer.outcome] == ["loss", "loss", "tie"]
+    assert "of a run later than lora does" in faster.text
     assert "points below lora in score" in higher.text
     assert best.outcome == "unknown"
 

@@ -78,6 +78,7 @@ class Cell:
     steps: int  # of a run
     to_reference: Mapping[int, float]  # steps to LoRA's final validation loss; infinite: never
     to_full: Mapping[int, float]  # steps to 90 % of full fine-tuning's improvement
+    sooner: Mapping[int, float]  # share of a run by which it is before LoRA; see `sooner_by`
     area: Mapping[int, float]  # share of LoRA's improvement that lacks, mean over the steps
     parameters: Mapping[int, int]
     init_seconds: float | None  # medians over the runs at this rate
@@ -132,15 +133,8 @@ class Group:
         return self._values(lambda cell: dict(cell.scores))
 
     def steps_saved(self) -> Values:
-        """Return the share of a run that is left when LoRA's final validation loss is reached.
-
-        It is 0 for a run that never does, so that losses are understated, never gains.
-        """
-        return self._values(
-            lambda cell: {
-                seed: 1 - min(1.0, steps / cell.steps) for seed, steps in cell.to_reference.items()
-            }
-        )
+        """Return by which share of a run methods are before LoRA; see `sooner_by`."""
+        return self._values(lambda cell: dict(cell.sooner))
 
     def area_saved(self) -> Values:
         """Return the share of LoRA's improvement that is there, mean over the steps."""
@@ -395,16 +389,18 @@ def _test(line: RunLine, name: str) -> float | None:
 def _convergence(
     final: Mapping[int, RunLine], goals: Mapping[str, Mapping[int, RunLine]]
 ) -> dict[str, dict[int, float]]:
-    """Return steps to LoRA's loss, to most of full fine-tuning's improvement, and the area.
+    """Return steps to LoRA's loss, to most of full fine-tuning's improvement, the lead, the area.
 
     Each seed is held against the same seed of LoRA or of full fine-tuning.
     """
-    to_reference, to_full, area = {}, {}, {}
+    to_reference, to_full, sooner, area = {}, {}, {}, {}
     for seed, line in final.items():
-        goal = _ends(goals[REFERENCE].get(seed))
-        if goal is not None:
+        reference = goals[REFERENCE].get(seed)
+        goal = _ends(reference)
+        if reference is not None and goal is not None:
             start, end = goal
             to_reference[seed] = steps_until(line.curve, end)
+            sooner[seed] = sooner_by(line, reference)
             mean = _mean_loss(line.curve)
             if mean is not None and not line.diverged and start > end:
                 area[seed] = (mean - end) / (start - end)
@@ -412,7 +408,21 @@ def _convergence(
         if goal is not None:
             start, end = goal
             to_full[seed] = steps_until(line.curve, start - _SHARE_OF_FULL * (start - end))
-    return {"to_reference": to_reference, "to_full": to_full, "area": area}
+    return {"to_reference": to_reference, "to_full": to_full, "sooner": sooner, "area": area}
+
+
+def sooner_by(line: RunLine, reference: RunLine) -> float:
+    """Return by which share of a run one reaches what both reach: the larger of the final losses.
+
+    It is negative where the reference is sooner, and -1 where the run diverged. Exchanged, two runs
+    have the opposite figure, so that runs which differ by chance alone have 0 in the mean: steps to
+    the reference's own final loss have not, as most runs get there before their end or never.
+    """
+    if line.diverged:
+        return -1.0
+    goal = max(line.final_loss, reference.final_loss)
+    steps = line.settings.training.steps
+    return (steps_until(reference.curve, goal) - steps_until(line.curve, goal)) / steps
 
 
 def _ends(line: RunLine | None) -> tuple[float, float] | None:

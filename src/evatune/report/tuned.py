@@ -50,7 +50,9 @@ LEGEND = (
     " paired by seed, with 95 % intervals: on these tasks (t over seeds), on tasks like these (t"
     " over tasks), and by a hierarchical bootstrap over tasks and seeds, which is too narrow with"
     " few tasks. p is that of these tasks. Mean rank: 1 is the best. Steps: median over seeds, of a"
-    " run; – where more than half never get there. Area saved: how much more of LoRA's improvement"
+    " run; – where more than half never get there. To LoRA's loss, of methods that are alike, half"
+    " of the runs get before their end and half never: the verdict takes a loss that both reach."
+    " Area saved: how much more of LoRA's improvement"
     " is there, mean over the steps. Seconds and memory are medians, and of a machine that did"
     " other work beside."
 )

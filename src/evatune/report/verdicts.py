@@ -96,8 +96,8 @@ def _missing() -> str:
 def _saved_text(mean: float) -> str:
     side = "sooner" if mean >= 0 else "later"
     return (
-        f"{SUBJECT} reaches {REFERENCE}'s final validation loss {_size(mean)} % of a run {side}"
-        f" than {REFERENCE} does."
+        f"Of its final validation loss and {REFERENCE}'s, {SUBJECT} reaches the larger one"
+        f" {_size(mean)} % of a run {side} than {REFERENCE} does."
     )
 
 
