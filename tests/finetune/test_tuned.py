@@ -82,6 +82,9 @@ def test_methods_that_differ_by_chance_are_as_often_sooner_as_later() -> None:
     )
     assert sooner_by(other, one) == -sooner_by(one, other) > 0
     assert sooner_by(other.model_copy(update={"diverged": True}), one) == -1
+    first, *later = one.curve
+    broken = one.model_copy(update={"curve": (first, (1, None, None), *later)})
+    assert sooner_by(broken, broken) == 0
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:

@@ -16,51 +16,49 @@ from evatune.utils.progress import Display
 torch.set_num_threads(1)
 
 
+class Build:
+    """Builds six numbers, slowly, and counts how often."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, progress: Display) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        time.sleep(0.2)
+        return {"x": torch.arange(6).reshape(2, 3)}
+
+
+def built(build: Build, version: int = 1) -> list[list[int]]:
+    found = cache.build_once("thing", {"version": version}, build, "building", "things")
+    return found["x"].tolist()
+
+
 def test_built_data_is_read_again_and_rebuilt_when_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EVATUNE_CACHE", str(tmp_path))
-    calls: list[int] = []
-
-    def build(progress: Display) -> dict[str, torch.Tensor]:
-        calls.append(1)
-        return {"x": torch.arange(6).reshape(2, 3)}
-
+    build = Build()
     for _ in range(2):
-        assert cache.build_once("thing", {"version": 1}, build, "building", "things")[
-            "x"
-        ].tolist() == [
-            [0, 1, 2],
-            [3, 4, 5],
-        ]
-    assert len(calls) == 1
-    cache.build_once("thing", {"version": 2}, build, "building", "things")
-    assert len(calls) == 2
+        assert built(build) == [[0, 1, 2], [3, 4, 5]]
+    assert build.calls == 1
+    built(build, version=2)
+    assert build.calls == 2
     for path in tmp_path.glob("*.safetensors"):
         raw = bytearray(path.read_bytes())
         raw[-1] ^= 1
         path.write_bytes(raw)
-    cache.build_once("thing", {"version": 1}, build, "building", "things")
-    assert len(calls) == 3
+    built(build)
+    assert build.calls == 3
 
 
 def test_of_two_that_want_the_same_one_builds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EVATUNE_CACHE", str(tmp_path))
-    calls: list[int] = []
-
-    def build(progress: Display) -> dict[str, torch.Tensor]:
-        calls.append(1)
-        time.sleep(0.2)
-        return {"x": torch.ones(1)}
-
-    def built(_: int) -> float:
-        return cache.build_once("thing", {}, build, "building", "things")["x"].item()
-
+    build = Build()
     with ThreadPoolExecutor(2) as threads:
-        assert list(threads.map(built, range(2))) == [1.0, 1.0]
-    assert len(calls) == 1
+        assert list(threads.map(built, [build, build])) == [[[0, 1, 2], [3, 4, 5]]] * 2
+    assert build.calls == 1
 
 
 def test_a_cache_that_cannot_be_written_is_told_before_anything_is_built(
@@ -68,9 +66,7 @@ def test_a_cache_that_cannot_be_written_is_told_before_anything_is_built(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EVATUNE_CACHE", str(tmp_path / "file"))
-
-    def build(progress: Display) -> dict[str, torch.Tensor]:
-        raise AssertionError
-
+    build = Build()
     with pytest.raises(ConfigError, match="name another folder in EVATUNE_CACHE"):
-        cache.build_once("thing", {}, build, "building", "things")
+        built(build)
+    assert build.calls == 0

@@ -415,14 +415,16 @@ def sooner_by(line: RunLine, reference: RunLine) -> float:
     """Return by which share of a run one reaches what both reach: the larger of the final losses.
 
     It is negative where the reference is sooner, and -1 where the run diverged. Exchanged, two runs
-    have the opposite figure, so that runs which differ by chance alone have 0 in the mean: steps to
-    the reference's own final loss have not, as most runs get there before their end or never.
+    have the opposite figure, so that runs which differ by chance alone have 0 in the mean. Steps to
+    the reference's own final loss would favor the run: it is before the end there, or never.
     """
     if line.diverged:
         return -1.0
     goal = max(line.final_loss, reference.final_loss)
     steps = line.settings.training.steps
-    return (steps_until(reference.curve, goal) - steps_until(line.curve, goal)) / steps
+    # At the end at the latest, also where an evaluation on the way has no loss.
+    at, reference_at = (min(steps_until(run.curve, goal), steps) for run in (line, reference))
+    return (reference_at - at) / steps
 
 
 def _ends(line: RunLine | None) -> tuple[float, float] | None:
