@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,10 @@ def measure(recipe: Recipe, folder: Path, *, tested: bool) -> dict[str, Any]:
     """Train and evaluate, and return what the run measured; nothing of it is kept.
 
     Args:
-        folder: an empty one to work in. tested: whether the test examples are evaluated.
+        folder: an empty one to work in.
+        tested: whether the test examples are evaluated. A run that is not tested is to choose
+            settings by where it ends: evaluations on the way, up to half of a run's time, are left
+            out.
 
     Returns:
         curve: [step, loss, score or None] per evaluation on the validation examples.
@@ -195,6 +198,10 @@ def measure(recipe: Recipe, folder: Path, *, tested: bool) -> dict[str, Any]:
     Raises:
         See `run`.
     """
+    if not tested:
+        recipe = replace(
+            recipe, training=replace(recipe.training, eval_every=recipe.training.steps)
+        )
     trained = _trained(recipe, folder, None, quiet=True, kept=False)
     test = trained.measures("test") if tested else None
     validation = trained.measures("validation")

@@ -132,7 +132,9 @@ def padded_window(steps: dict[str, Tensor], length: int) -> dict[str, Tensor]:
     missing = length - present
     mask = pad(torch.ones((*batch, present), dtype=torch.long, device="cpu"), (missing, 0))
     times = torch.arange(length, dtype=torch.long, device="cpu")
-    padded = {key: pad(value, (0, 0, missing, 0)) for key, value in steps.items()}
+    padded = steps
+    if missing:
+        padded = {key: pad(value, (0, 0, missing, 0)) for key, value in steps.items()}
     success = torch.full((*mask.shape, 1), _RETURN, dtype=torch.float32, device="cpu")
     return (
         {"returns_to_go": success}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -190,11 +190,11 @@ def _bundled_examples(recipe: Recipe) -> tuple[Split[_Labeled], int]:
     """Return the examples of one of our tasks, and the number of classes."""
     task = recipe.task
     require_task(task, TASKS, "language understanding")
+    if task in grammar.TASKS:
+        return _grammar_examples(recipe)
     texts, labels = sentiment(task) if task in SENTIMENT else bbc()
     # Some texts occur twice; one that is tested must not be one that was learned.
     unique = _first_occurrences(texts)
-    if task in grammar.TASKS:
-        return _grammar_examples(recipe, [texts[i] for i in unique])
     split = draw_split(len(unique), recipe.data, task)
 
     def select(indices: list[int]) -> _Labeled:
@@ -204,10 +204,10 @@ def _bundled_examples(recipe: Recipe) -> tuple[Split[_Labeled], int]:
     return split.map(select), len({labels[i] for i in unique})
 
 
-def _grammar_examples(recipe: Recipe, articles: list[str]) -> tuple[Split[_Labeled], int]:
+def _grammar_examples(recipe: Recipe) -> tuple[Split[_Labeled], int]:
     """Return sentences with and without errors, and the number of classes."""
     data = recipe.data
-    parts = grammar.sentences(recipe.task, articles)
+    parts = _grammar_sentences(recipe.task)
 
     def first(part: str, count: int) -> _Labeled:
         found = parts[part]
@@ -224,6 +224,13 @@ def _grammar_examples(recipe: Recipe, articles: list[str]) -> tuple[Split[_Label
         first("test", data.test),
     )
     return split, grammar.CLASSES[recipe.task]
+
+
+@cache
+def _grammar_sentences(task: str) -> dict[str, grammar.Sentences]:
+    """Return a task's examples by part, which take seconds; a process may make many runs."""
+    texts, _ = bbc()
+    return grammar.sentences(task, [texts[i] for i in _first_occurrences(texts)])
 
 
 def _first_occurrences(texts: Sequence[str]) -> list[int]:
