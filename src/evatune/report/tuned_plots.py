@@ -33,6 +33,13 @@ _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 _TICKS = (1, 1.5, 2, 3, 5, 7)  # of a decade
 _RATE_TICKS = (1, 2, 5)
 _TASK_MARKERS = "osDv^<>PXp*h"
+# Of the figure of a method that lies beyond the axis, which hides its interval's line.
+_BEYOND: dict[str, Any] = {
+    "zorder": 2.2,  # above lines, below the frame
+    "va": "center",
+    "fontsize": 8,
+    "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1},
+}
 # Okabe and Ito's colors but for their yellow, which is too pale for a line, and grays.
 _BLACK, _DARK, _LIGHT = "#000000", "#666666", "#a6a6a6"
 _BLUE, _SKY, _ORANGE, _RED = "#0072b2", "#56b4e9", "#e69f00", "#d55e00"
@@ -133,9 +140,9 @@ def _forest_row(
             axes.plot(ends, [place, place], color=style.color, lw=width, solid_capstyle="butt")
     mean, (low, high) = 100 * line.mean, axes.get_xlim()
     if mean < low:
-        axes.text(low, place, f" ← {signed(line.mean)}", ha="left", va="center", fontsize=8)
+        axes.text(low, place, f" ← {signed(line.mean)}", ha="left", **_BEYOND)
     elif mean > high:
-        axes.text(high, place, f"{signed(line.mean)} → ", ha="right", va="center", fontsize=8)
+        axes.text(high, place, f"{signed(line.mean)} → ", ha="right", **_BEYOND)
     else:
         axes.plot(mean, place, "D", color=style.color, ms=5.5, zorder=3)
     for one in compared.paired:
