@@ -35,7 +35,8 @@ SMALL = [
 # To the tiny tokenizer every text is one unknown word over and over: the input of the pooler has
 # one direction, which is too few where every layer must keep its rank.
 NARROW_TARGETS = {
-    method: ["adapter.targets=[query,key,value]"] for method in ("eva-rho1", "eva-paper-rho1")
+    method: ["adapter.targets=[query,key,value]"]
+    for method in ("eva-rho1", "eva-paper-rho1", "eva-fa")
 }
 
 

@@ -226,6 +226,7 @@ _ORDER = (
     "eva-dora", "eva-gradients", "eva-regression",
     "lora-orthogonal", "lora-ga", "pissa", "dora", "loraplus", "rslora", "adalora", "milora",
     "olora", "corda", "lora-one", "mica", "lora-redist", "eva-minor", "eva-shuffled",
+    "lora-fa", "eva-fa",
 )  # fmt: skip
 
 

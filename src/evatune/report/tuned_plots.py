@@ -59,6 +59,8 @@ _COLORS: dict[str, tuple[str, int]] = {  # color and dashes
     "eva-shuffled": (_SKY, 3),
     "lora-orthogonal": (_ORANGE, 0),
     "rslora": (_ORANGE, 1),
+    "lora-fa": (_ORANGE, 2),
+    "eva-fa": (_ORANGE, 3),
     "lora-ga": (_RED, 0),
     "lora-one": (_RED, 1),
     "pissa": (_GREEN, 0),

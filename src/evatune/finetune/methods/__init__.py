@@ -8,6 +8,7 @@ from evatune.finetune.methods import (
     corda,
     eva,
     lora,
+    lora_fa,
     lora_ga,
     lora_one,
     lora_orthogonal,
@@ -36,6 +37,7 @@ _FILES = (
     loraplus,
     eva,
     lora_orthogonal,
+    lora_fa,
     without_adapter,
 )
 METHODS: dict[str, Method] = {method.name: method for file in _FILES for method in file.METHODS}

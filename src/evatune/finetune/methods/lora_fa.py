@@ -1,0 +1,54 @@
+"""LoRA whose A stays as it starts, so that B learns alone: what is a start worth by itself?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from evatune.adapters.lora_layers import lora_layers
+from evatune.calibration import Calibration
+from evatune.finetune.methods.base import Lora, Preparation
+from evatune.finetune.methods.eva import Eva
+
+
+@dataclass(frozen=True)
+class LoraFA(Lora):
+    """LoRA with PEFT's random A, frozen."""
+
+    def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
+        _freeze(model)
+        return None
+
+
+@dataclass(frozen=True)
+class EvaFA(Eva):
+    """EVA's A, frozen."""
+
+    def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
+        calibration = super().prepare(model, preparation)
+        _freeze(model)
+        return calibration
+
+
+def _freeze(model: nn.Module) -> None:
+    for layer in lora_layers(model).values():
+        layer.lora_A["default"].requires_grad_(False)
+
+
+METHODS = (
+    LoraFA(
+        "lora-fa",
+        about="LoRA with A frozen at its start",
+        source="Zhang et al. 2023",
+        linear_only=True,
+    ),
+    # All layers keep their rank, so that it has as many parameters as `lora-fa`.
+    EvaFA(
+        "eva-fa",
+        about="control: eva-rho1 with A frozen at its start",
+        initialize_options={"rho": 1},
+        linear_only=True,
+    ),
+)
