@@ -9,13 +9,29 @@ from tests.tuned_lines import tuned_lines
 
 def test_planted_differences_are_told() -> None:
     groups = summarize(tuned_lines(methods=("lora", "eva", "lora-ga", "pissa"))).groups
-    faster, higher, best, fewer, kappa, _ = verdicts(groups)
+    faster, higher, best, fewer, precise, kappa, _ = verdicts(groups)
     assert [one.outcome for one in (faster, higher, fewer, kappa)] == ["win", "win", "win", "yes"]
     assert "of a run sooner than lora does. On these tasks: win [+" in faster.text
     assert "of tasks 4 won, 0 tied, 0 lost." in fewer.text
     assert "trains 4.0 % fewer parameters" in fewer.text
     assert "above lora-ga, the competitor" in best.text
+    assert (precise.outcome, "not every task has full" in precise.text) == ("yes", True)
     assert "1.00 κ in the median" in kappa.text
+
+
+def test_an_interval_is_precise_that_is_narrow_beside_what_full_fine_tuning_gains() -> None:
+    lines = tuned_lines(methods=("lora", "eva", "full"), tasks=("digits", "fonts"), test_seeds=2)
+    *_, precise, _, _ = verdicts(summarize(lines).groups)
+    assert precise.outcome == "yes"
+    assert "full fine-tuning is 5." in precise.text
+    scattered = [
+        line
+        if line.method != "eva" or not line.tested
+        else line.model_copy(update={"test": line.test.model_copy(update={"score": line.seed % 2})})
+        for line in lines
+    ]
+    *_, precise, _, _ = verdicts(summarize(scattered).groups)
+    assert precise.outcome == "no"
 
 
 def test_a_loss_is_told_like_a_win() -> None:

@@ -24,6 +24,7 @@ SUBJECT = "eva"
 _NO_COMPETITORS = ("untouched", "head", FULL, "lora-redist")  # and all of EVA's own
 _SIGNIFICANT = 0.05
 _FACTOR = 10**0.25  # between the rates of a grid
+_PRECISE = 0.01  # half of an interval of scores
 _FEWEST_PAIRS = 4  # of a correlation
 
 
@@ -69,6 +70,7 @@ def verdicts(groups: Sequence[Group]) -> list[Verdict]:
         _claim(groups, "Higher average?", Group.test_scores, _score_text),
         _against_best(groups),
         _claim(groups, "Fewer parameters?", Group.parameters_saved, _parameters_text),
+        _precision(groups),
         kappa_verdict(groups),
         participation_verdict(groups),
     ]
@@ -138,6 +140,27 @@ def _against_best(groups: Sequence[Group]) -> Verdict:
         " these same test examples, a choice in that one's favor."
     )
     return Verdict(claim, _outcome(line.fixed_tasks), f"{text} {_evidence(line)}")
+
+
+def _precision(groups: Sequence[Group]) -> Verdict:
+    """Return whether the scores would show a gain of half of what an adapter can gain at most."""
+    claim = "Precise enough to tell?"
+    found = score_differences(groups)
+    line, full = _line(found, SUBJECT), _line(found, FULL)
+    if line is None or line.fixed_tasks is None:
+        return Verdict(claim, "unknown", _missing())
+    half_width = line.fixed_tasks.interval.half_width
+    width = f"The mean difference in score is known to ± {_size(half_width)} points"
+    if full is None:
+        outcome = "yes" if half_width <= _PRECISE else "unknown"
+        return Verdict(claim, outcome, f"{width}; not every task has {FULL} fine-tuning.")
+    outcome = "yes" if half_width <= max(_PRECISE, full.mean / 2) else "no"
+    return Verdict(
+        claim,
+        outcome,
+        f"{width}, and {FULL} fine-tuning is {_apart(full.mean)} {REFERENCE}: asked for is half of"
+        f" that, or {_size(_PRECISE)}.",
+    )
 
 
 def _line(found: DomainComparison | None, method: str) -> DomainDifference | None:
