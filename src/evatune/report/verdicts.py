@@ -158,8 +158,8 @@ def _precision(groups: Sequence[Group]) -> Verdict:
     return Verdict(
         claim,
         outcome,
-        f"{width}, and {FULL} fine-tuning is {_apart(full.mean)} {REFERENCE}: asked for is half of"
-        f" that, or {_size(_PRECISE)}.",
+        f"{width}, and {FULL} fine-tuning is {_apart(full.mean)} {REFERENCE}: half of that, or"
+        f" {_size(_PRECISE)}, is narrow enough.",
     )
 
 
