@@ -2,9 +2,8 @@
 PYTHON ?= python3
 BIN = .venv/bin
 SOURCES = pyproject.toml assets/pyproject.toml constraints.txt
-# Both packages from this tree, so that no index is asked for the second. Modules are compiled when they are imported: most
-# never are, and to compile them all takes a third of the time.
-INSTALL = $(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ./assets --editable
+# Both packages from this tree, so that no index is asked for the second.
+INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable ./assets --editable
 
 .PHONY: run test docs bench results gpu clean-install clean
 
