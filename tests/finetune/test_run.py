@@ -26,8 +26,8 @@ torch.set_num_threads(1)
 
 # One of each kind of adapter and of each change to the base's weights.
 RELOADED = {"lora", "pissa", "olora", "milora", "corda", "lora-ga", "mica", "eva", "eva-dora"}
-# AdaLoRA has other matrices.
-WITHOUT_A_GRADIENT_OF_A = {"adalora", "lora-fa", "eva-fa"}
+# AdaLoRA has other matrices; the others freeze A.
+NO_GRADIENT_OF_A = {"adalora", "lora-fa", "eva-fa"}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -45,7 +45,7 @@ def test_every_method_runs_and_reports(method: str, bert_folder: Path, tmp_path:
     if METHODS[method].saved_as == "adapter":
         assert (
             all({"grad_norm_A"} <= line.keys() for line in lines if "loss" in line)
-            or method in WITHOUT_A_GRADIENT_OF_A
+            or method in NO_GRADIENT_OF_A
         )
     assert (tmp_path / "run" / "calibration.safetensors").exists() == (
         isinstance(METHODS[method], (Eva, MinorDirections))

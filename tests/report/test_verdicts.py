@@ -48,6 +48,15 @@ def test_a_loss_is_told_like_a_win() -> None:
     assert best.outcome == "unknown"
 
 
+def test_one_seed_tells_nothing_of_precision() -> None:
+    lines = tuned_lines(methods=("lora", "eva"), tasks=("digits",), test_seeds=1)
+    *_, precise, _, _ = verdicts(summarize(lines).groups)
+    assert (precise.outcome, precise.text) == (
+        "unknown (one seed)",
+        "A mean of one seed has no interval.",
+    )
+
+
 def test_without_runs_to_compare_nothing_is_claimed() -> None:
     groups = summarize(tuned_lines(methods=("eva",), tasks=("digits",))).groups
     assert {one.outcome for one in verdicts(groups)} == {"unknown"}

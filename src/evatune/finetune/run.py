@@ -43,6 +43,7 @@ from evatune.finetune.run_folder import (
 from evatune.finetune.sharding import whole_weights
 from evatune.finetune.start_facts import NO_FACTS, StartFacts, start_facts
 from evatune.finetune.tasks import ModelKind, Part, Task, find_domain
+from evatune.finetune.tasks.quantization import keep_trainable
 from evatune.finetune.training import build_trainer, training_shown
 from evatune.trainers.hf import training_batches
 from evatune.utils.atomic import write_text, writing
@@ -287,6 +288,7 @@ def _trained(
     method = find_method(recipe.method)
     require_fit(method, recipe)
     task = task or find_domain(recipe.domain).prepare(recipe)
+    keep_trainable(task.model)
     if task.about:
         say(task.about)
     resumed = checkpoint is not None

@@ -147,8 +147,10 @@ def _precision(groups: Sequence[Group]) -> Verdict:
     claim = "Precise enough to tell?"
     found = score_differences(groups)
     line, full = _line(found, SUBJECT), _line(found, FULL)
-    if line is None or line.fixed_tasks is None:
+    if line is None:
         return Verdict(claim, "unknown", _missing())
+    if line.fixed_tasks is None:
+        return Verdict(claim, _outcome(None), "A mean of one seed has no interval.")
     half_width = line.fixed_tasks.interval.half_width
     width = f"The mean difference in score is known to ± {_size(half_width)} points"
     if full is None:

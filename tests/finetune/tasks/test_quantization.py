@@ -16,7 +16,8 @@ from evatune.errors import ConfigError, MissingExtraError
 from evatune.finetune.methods import METHODS
 from evatune.finetune.recipe import AdapterOptions, Recipe
 from evatune.finetune.run import run
-from evatune.finetune.tasks.quantization import quantized
+from evatune.finetune.tasks.quantization import keep_trainable, quantized
+from tests.conftest import save_model
 from tests.finetune.helpers import MethodCase, small, small_generation, small_rl
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed", exc_type=ImportError)
@@ -32,9 +33,11 @@ class _QuantizedCase(MethodCase):
         self._folder = folder
 
     def model(self) -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             self._folder, dtype=torch.float32, **quantized(OPTIONS)
         )
+        keep_trainable(model)
+        return model
 
 
 @pytest.mark.parametrize("name", [name for name, one in METHODS.items() if one.fits_quantized])
@@ -52,16 +55,41 @@ def test_methods_start_above_4_bits_and_leave_them_as_they_are(
     assert all(torch.isfinite(parameter.grad).all() for parameter in trained)
 
 
-def test_a_run_is_read_by_plain_peft(llama_folder: Path, tmp_path: Path) -> None:
+def test_an_evaluation_leaves_weights_that_gradients_go_through(llama_folder: Path) -> None:
+    model = _QuantizedCase(llama_folder).model().eval()
+    embeddings = model.get_input_embeddings().weight.requires_grad_(True)
+    batch = torch.arange(3, 10)[None]
+    with torch.no_grad():
+        model(batch)
+    model(batch).logits.sum().backward()
+    assert embeddings.grad.norm() > 0
+
+
+@pytest.fixture
+def wide_folder(tmp_path: Path) -> Path:
+    """A model as wide as a block of weights, which bitsandbytes packs on a CPU with AVX512."""
+    config = transformers.LlamaConfig(
+        vocab_size=60,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    return save_model(transformers.LlamaForCausalLM(config), tmp_path / "wide")
+
+
+def test_a_run_is_read_by_plain_peft(wide_folder: Path, tmp_path: Path) -> None:
     recipe = small_generation(
         "clock",
         NF4,
         "method=lora",
-        f"model={llama_folder}",
+        f"model={wide_folder}",
         "training.gradient_checkpointing=true",
     )
     result = run(recipe, tmp_path / "run", quiet=True)
-    base = transformers.AutoModelForCausalLM.from_pretrained(llama_folder, **quantized(recipe))
+    base = transformers.AutoModelForCausalLM.from_pretrained(wide_folder, **quantized(recipe))
     model = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter")).eval()
     assert result["first_gradient_b"] > 0
     assert model(torch.arange(3, 10)[None]).logits.isfinite().all()

@@ -23,7 +23,7 @@ from evatune.finetune.methods import find_method
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.run import run
 from evatune.finetune.tasks import Task, find_domain
-from evatune.finetune.tasks.quantization import quantized
+from evatune.finetune.tasks.quantization import keep_trainable, quantized
 from evatune.loading.encoding import IGNORED
 from evatune.loading.error_text import first_line
 from evatune.loading.hub import reading
@@ -186,13 +186,15 @@ def _fresh(recipe: Recipe, trained: Any) -> Any:
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust)
     if models.new_head:
         config.num_labels = trained.config.num_labels
-    return type(trained).from_pretrained(
+    model = type(trained).from_pretrained(
         source,
         config=config,
         dtype=trained.dtype,
         ignore_mismatched_sizes=True,
         **quantized(recipe),
     )
+    keep_trainable(model)  # as the run's was
+    return model
 
 
 def _outputs(output: Any) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import accelerate
 import transformers
+from torch import nn
 
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.base import DTYPES
@@ -13,6 +14,7 @@ from evatune.utils.extras import require
 
 # Names of heads, and of what checkpoints may lack besides. They are trained or in the loss.
 _UNQUANTIZED = ["lm_head", "classifier", "score", "pooler"]
+_PACKS = "support_avx512bf16_for_cpu"  # an attribute of bitsandbytes' layers
 
 
 def quantized(recipe: Recipe) -> dict[str, Any]:
@@ -33,3 +35,14 @@ def quantized(recipe: Recipe) -> dict[str, Any]:
         llm_int8_skip_modules=_UNQUANTIZED,
     )
     return {"quantization_config": config, "device_map": {"": accelerate.PartialState().device}}
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing weights of 4 bits anew in an evaluation, on a CPU with AVX512.
+
+    What is packed lets no gradient through to the layers below, and layers narrower than a block
+    of weights cannot be packed at all.
+    """
+    for module in model.modules():
+        if _PACKS in module.__dict__:
+            setattr(module, _PACKS, False)
