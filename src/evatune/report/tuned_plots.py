@@ -31,7 +31,8 @@ _FOREGROUND = (REFERENCE, "eva", FULL)
 _FAR = ("untouched", "head")  # from LoRA, on purpose: they do not stretch an axis
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 _TICKS = (1, 1.5, 2, 3, 5, 7)  # of a decade
-_RATE_TICKS = (1, 2, 5)
+_RATE_TICKS, _FEW_RATE_TICKS = (1, 2, 5), (1, 3)
+_WIDE = 500  # largest rate over smallest, above which there is room for few ticks
 _TASK_MARKERS = "osDv^<>PXp*h"
 # Of the figure of a method that lies beyond the axis, which hides its interval's line.
 _BEYOND: dict[str, Any] = {
@@ -251,7 +252,9 @@ def rates_plot(group: Group, methods: Sequence[str], measure: str) -> Figure:
             if method not in _FAR:
                 seen += [one for one in values if math.isfinite(one)]
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=_RATE_TICKS))
+        low, high = axes.get_xlim()
+        ticks = _FEW_RATE_TICKS if high > _WIDE * low else _RATE_TICKS
+        axes.xaxis.set_major_locator(LogLocator(subs=ticks))
         axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylabel(f"validation {measure}")
