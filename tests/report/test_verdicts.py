@@ -34,6 +34,13 @@ def test_an_interval_is_precise_that_is_narrow_beside_what_full_fine_tuning_gain
     assert precise.outcome == "no"
 
 
+def test_frozen_starts_are_held_against_each_other() -> None:
+    groups = summarize(tuned_lines(methods=("lora", "eva", "lora-fa", "eva-fa"))).groups
+    frozen = verdicts(groups)[-3]
+    assert (frozen.claim, frozen.outcome) == ("Better directions where A is frozen?", "loss")
+    assert "points below lora-fa" in frozen.text
+
+
 def test_a_loss_is_told_like_a_win() -> None:
     lines = tuned_lines(methods=("lora", "pissa"), tasks=("digits", "fonts"))
     swapped = []

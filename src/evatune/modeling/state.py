@@ -137,6 +137,10 @@ def states_kept(model: nn.Module) -> Iterator[None]:
             numpy.random.set_state(numpy_state)
 
 
+PACKS_4_BITS = "support_avx512bf16_for_cpu"
+"""Attribute of bitsandbytes' layers: whether they pack weights in evaluation mode on a CPU."""
+
+
 @contextmanager
 def as_base(model: nn.Module) -> Iterator[None]:
     """Run the base model in evaluation mode, uncompiled; put modes and adapters back.
@@ -157,7 +161,7 @@ def as_base(model: nn.Module) -> Iterator[None]:
             for module, _ in modes:
                 # In evaluation mode bitsandbytes packs 4-bit weights on a CPU anew, for good, and
                 # they train no more.
-                _set_mode(module, "support_avx512bf16_for_cpu" in module.__dict__)
+                _set_mode(module, PACKS_4_BITS in module.__dict__)
             yield
     finally:
         for module, training in modes:

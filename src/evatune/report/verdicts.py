@@ -24,6 +24,7 @@ SUBJECT = "eva"
 _NO_COMPETITORS = ("untouched", "head", FULL, "lora-redist")  # and all of EVA's own
 _SIGNIFICANT = 0.05
 _FACTOR = 10**0.25  # between the rates of a grid
+_FROZEN_SUBJECT, _FROZEN_REFERENCE = "eva-fa", "lora-fa"
 _PRECISE = 0.01  # half of an interval of scores
 _FEWEST_PAIRS = 4  # of a correlation
 
@@ -71,6 +72,7 @@ def verdicts(groups: Sequence[Group]) -> list[Verdict]:
         _against_best(groups),
         _claim(groups, "Fewer parameters?", Group.parameters_saved, _parameters_text),
         _precision(groups),
+        *_frozen(groups),
         kappa_verdict(groups),
         participation_verdict(groups),
     ]
@@ -163,6 +165,22 @@ def _precision(groups: Sequence[Group]) -> Verdict:
         f"{width}, and {FULL} fine-tuning is {_apart(full.mean)} {REFERENCE}: half of that, or"
         f" {_size(_PRECISE)}, is narrow enough.",
     )
+
+
+def _frozen(groups: Sequence[Group]) -> list[Verdict]:
+    """Return whether EVA's directions are better than random ones that stay as they are.
+
+    Nothing where no task has runs of both.
+    """
+    scores = all_tasks(groups, Group.test_scores)
+    line = _line(compared(scores, _FROZEN_REFERENCE), _FROZEN_SUBJECT)
+    if line is None:
+        return []
+    text = (
+        f"{_FROZEN_SUBJECT} is {_apart(line.mean)} {_FROZEN_REFERENCE} in score on test examples."
+        f" {_evidence(line)}"
+    )
+    return [Verdict("Better directions where A is frozen?", _outcome(line.fixed_tasks), text)]
 
 
 def _line(found: DomainComparison | None, method: str) -> DomainDifference | None:

@@ -19,6 +19,7 @@ from evatune.finetune.run import run
 from evatune.finetune.tasks.quantization import keep_trainable, quantized
 from tests.conftest import save_model
 from tests.finetune.helpers import MethodCase, small, small_generation, small_rl
+from tests.helpers import tiny_llama
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed", exc_type=ImportError)
 torch.set_num_threads(1)
@@ -68,16 +69,7 @@ def test_an_evaluation_leaves_weights_that_gradients_go_through(llama_folder: Pa
 @pytest.fixture
 def wide_folder(tmp_path: Path) -> Path:
     """A model as wide as a block of weights, which bitsandbytes packs on a CPU with AVX512."""
-    config = transformers.LlamaConfig(
-        vocab_size=60,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    return save_model(transformers.LlamaForCausalLM(config), tmp_path / "wide")
+    return save_model(tiny_llama(hidden_size=64, intermediate_size=64), tmp_path / "wide")
 
 
 def test_a_run_is_read_by_plain_peft(wide_folder: Path, tmp_path: Path) -> None:

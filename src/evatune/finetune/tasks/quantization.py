@@ -10,11 +10,11 @@ from torch import nn
 
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.base import DTYPES
+from evatune.modeling.state import PACKS_4_BITS
 from evatune.utils.extras import require
 
 # Names of heads, and of what checkpoints may lack besides. They are trained or in the loss.
 _UNQUANTIZED = ["lm_head", "classifier", "score", "pooler"]
-_PACKS = "support_avx512bf16_for_cpu"  # an attribute of bitsandbytes' layers
 
 
 def quantized(recipe: Recipe) -> dict[str, Any]:
@@ -44,5 +44,5 @@ def keep_trainable(model: nn.Module) -> None:
     of weights cannot be packed at all.
     """
     for module in model.modules():
-        if _PACKS in module.__dict__:
-            setattr(module, _PACKS, False)
+        if PACKS_4_BITS in module.__dict__:
+            setattr(module, PACKS_4_BITS, False)
