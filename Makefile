@@ -2,8 +2,13 @@
 PYTHON ?= python3
 BIN = .venv/bin
 SOURCES = pyproject.toml assets/pyproject.toml constraints.txt
-# Both packages from this tree, so that no index is asked for the second.
-INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable ./assets --editable
+
+# Installs the extra $(1): both packages from this tree, so that no index is asked for the second.
+# Python compiles what came on all cores, where pip would take one; what no Python can read is left.
+define INSTALL
+$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ./assets --editable '.[$(1)]'
+$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true
+endef
 
 .PHONY: run test docs bench results gpu clean-install clean
 
@@ -14,7 +19,7 @@ test: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 # The documentation, into site/; a link that leads nowhere is an error (with --quiet, it would not be).
 docs: .venv/.docs
@@ -38,15 +43,16 @@ clean-install:
 
 .venv/.run: $(SOURCES)
 	$(PYTHON) -m venv .venv
-	$(INSTALL) '.[demo]'
+	$(call INSTALL,demo)
 	touch $@
 
-.venv/.test: .venv/.run
-	$(INSTALL) '.[demo,dev]'
-	touch $@
+.venv/.test: $(SOURCES)
+	$(PYTHON) -m venv .venv
+	$(call INSTALL,dev)
+	touch .venv/.run $@
 
 .venv/.docs: .venv/.run
-	$(INSTALL) '.[docs]'
+	$(call INSTALL,docs)
 	touch $@
 
 clean:
