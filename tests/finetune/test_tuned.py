@@ -35,6 +35,9 @@ def test_the_rate_is_chosen_on_tuning_seeds_and_tested_on_others() -> None:
     assert set(reference.sooner.values()) == {0.0}
     assert cell.area[10] < reference.area[10] < 1
     assert group.parameters_saved()["digits"]["eva"][10] == pytest.approx(0.04)
+    # Seed 0 alone has both lower rates; one is nearly as good as the best, one a little worse.
+    (gained,) = group.gained_at_lower_rates()["digits"]["lora"].items()
+    assert gained == (0, pytest.approx(0.99, abs=0.01))
 
 
 def test_a_rate_with_one_seed_is_not_chosen_over_those_with_three() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from evatune.finetune.tuned import summarize
 from evatune.report.verdicts import verdicts
+from evatune.schemas.tuned import RunLine
 from tests.tuned_lines import tuned_lines
 
 
 def test_planted_differences_are_told() -> None:
     groups = summarize(tuned_lines(methods=("lora", "eva", "lora-ga", "pissa"))).groups
-    faster, higher, best, fewer, precise, kappa, _ = verdicts(groups)
+    faster, higher, best, fewer, precise, _, kappa, _ = verdicts(groups)
     assert [one.outcome for one in (faster, higher, fewer, kappa)] == ["win", "win", "win", "yes"]
     assert "of a run sooner than lora does. On these tasks: win [+" in faster.text
     assert "of tasks 4 won, 0 tied, 0 lost." in fewer.text
@@ -21,7 +22,7 @@ def test_planted_differences_are_told() -> None:
 
 def test_an_interval_is_precise_that_is_narrow_beside_what_full_fine_tuning_gains() -> None:
     lines = tuned_lines(methods=("lora", "eva", "full"), tasks=("digits", "fonts"), test_seeds=2)
-    *_, precise, _, _ = verdicts(summarize(lines).groups)
+    *_, precise, _, _, _ = verdicts(summarize(lines).groups)
     assert precise.outcome == "yes"
     assert "full fine-tuning is 5." in precise.text
     scattered = [
@@ -30,7 +31,7 @@ def test_an_interval_is_precise_that_is_narrow_beside_what_full_fine_tuning_gain
         else line.model_copy(update={"test": line.test.model_copy(update={"score": line.seed % 2})})
         for line in lines
     ]
-    *_, precise, _, _ = verdicts(summarize(scattered).groups)
+    *_, precise, _, _, _ = verdicts(summarize(scattered).groups)
     assert precise.outcome == "no"
 
 
@@ -41,14 +42,30 @@ def test_frozen_starts_are_held_against_each_other() -> None:
     assert "points below lora-fa" in frozen.text
 
 
-def test_a_loss_is_told_like_a_win() -> None:
-    lines = tuned_lines(methods=("lora", "pissa"), tasks=("digits", "fonts"))
+def as_eva(method: str, tasks: tuple[str, ...] = ("digits", "fonts")) -> list[RunLine]:
+    """Return the lines of LoRA and of a method, which is called EVA."""
     swapped = []
-    for line in lines:
-        method = {"pissa": "eva"}.get(line.method, line.method)
-        settings = line.settings.model_copy(update={"method": method})
+    for line in tuned_lines(methods=("lora", method), tasks=tasks):
+        name = {method: "eva"}.get(line.method, line.method)
+        settings = line.settings.model_copy(update={"method": name})
         swapped.append(line.model_copy(update={"settings": settings}))
-    faster, higher, best, fewer, *_ = verdicts(summarize(swapped).groups)
+    return swapped
+
+
+def test_lower_rates_are_those_below_loras_best() -> None:
+    lower = verdicts(summarize(as_eva("lora-fa")).groups)[5]
+    assert (lower.claim, lower.outcome) == ("Better at lower rates?", "loss")
+    assert "1.8 and 3.2 times below lora's best, eva's validation loss falls by" in lower.text
+    assert "% less than lora's" in lower.text
+    lower = verdicts(summarize(as_eva("lora-fa", ("digits",))).groups)[5]
+    assert lower.outcome == "unknown (one task)"
+    # whose first step is three times as long, and whose rates are others
+    lower = verdicts(summarize(as_eva("pissa")).groups)[5]
+    assert (lower.outcome, "lack 2 rates" in lower.text) == ("unknown", True)
+
+
+def test_a_loss_is_told_like_a_win() -> None:
+    faster, higher, best, fewer, *_ = verdicts(summarize(as_eva("pissa")).groups)
     assert [faster.outcome, higher.outcome, fewer.outcome] == ["loss", "loss", "tie"]
     assert "of a run later than lora does" in faster.text
     assert "points below lora in score" in higher.text
@@ -57,7 +74,7 @@ def test_a_loss_is_told_like_a_win() -> None:
 
 def test_one_seed_tells_nothing_of_precision() -> None:
     lines = tuned_lines(methods=("lora", "eva"), tasks=("digits",), test_seeds=1)
-    *_, precise, _, _ = verdicts(summarize(lines).groups)
+    *_, precise, _, _, _ = verdicts(summarize(lines).groups)
     assert (precise.outcome, precise.text) == (
         "unknown (one seed)",
         "A mean of one seed has no interval.",

@@ -25,6 +25,7 @@ from evatune.schemas.tuned import RunLine
 FULL = "full"
 _TUNING_SEEDS = 3  # of a rate that can be chosen
 _SHARE_OF_FULL = 0.9  # of full fine-tuning's improvement
+LOWER_RATES = 2  # of the grid, next below LoRA's best
 _OF_THE_RUN = ("method", "seed", "training.learning_rate")
 # Settings that make a method of their own of each value, where the method heeds them at all.
 _OF_EVA = ("adapter.rho", "adapter.scale", "adapter.budget")
@@ -139,6 +140,14 @@ class Group:
     def area_saved(self) -> Values:
         """Return the share of LoRA's improvement that is there, mean over the steps."""
         return self._values(lambda cell: {seed: 1 - area for seed, area in cell.area.items()})
+
+    def gained_at_lower_rates(self) -> Values:
+        """Return what methods gain at rates below LoRA's best, over what LoRA gains at its best.
+
+        A gain is the fall of the validation loss in training, 0 where the run diverged; the mean
+        over `LOWER_RATES` rates, by tuning seed. Methods that lack one of the rates are left out.
+        """
+        return self._values(lambda cell: _gains_below(cell, self.cell(cell.task, REFERENCE)))
 
     def parameters_saved(self) -> Values:
         """Return by which share of LoRA's trainable parameters a method has fewer."""
@@ -344,6 +353,20 @@ def _cell(
         participation=_median(line.participation for line in lines),
         ranks=first.ranks,
     )
+
+
+def _gains_below(cell: Cell, reference: Cell | None) -> dict[int, float | None]:
+    if reference is None or not reference.curve:
+        return {}
+    start, end = reference.curve[0][1], reference.curve[-1][1]
+    rates = [point.rate for point in reference.rates if point.rate < (reference.rate or 0)]
+    losses = [point.losses for point in cell.rates if point.rate in rates[-LOWER_RATES:]]
+    if len(losses) < LOWER_RATES or start <= end:
+        return {}
+    seeds = sorted(set.intersection(*map(set, losses)))
+    return {
+        seed: fmean(max(0.0, start - one[seed]) for one in losses) / (start - end) for seed in seeds
+    }
 
 
 def _final_runs(

@@ -14,7 +14,7 @@ from typing import Any
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import REFERENCE
 from evatune.finetune.statistics import DomainComparison, DomainDifference, TTest, compare_domain
-from evatune.finetune.tuned import FULL, Group, Values
+from evatune.finetune.tuned import FULL, LOWER_RATES, Group, Values
 from evatune.utils.extras import extras
 
 with extras(__name__):
@@ -72,6 +72,7 @@ def verdicts(groups: Sequence[Group]) -> list[Verdict]:
         _against_best(groups),
         _claim(groups, "Fewer parameters?", Group.parameters_saved, _parameters_text),
         _precision(groups),
+        _lower_rates(groups),
         *_frozen(groups),
         kappa_verdict(groups),
         participation_verdict(groups),
@@ -165,6 +166,26 @@ def _precision(groups: Sequence[Group]) -> Verdict:
         f"{width}, and {FULL} fine-tuning is {_apart(full.mean)} {REFERENCE}: half of that, or"
         f" {_size(_PRECISE)}, is narrow enough.",
     )
+
+
+def _lower_rates(groups: Sequence[Group]) -> Verdict:
+    """Return whether the subject is the better one where the rate is too low for the reference."""
+    claim = "Better at lower rates?"
+    line = _line(compared(all_tasks(groups, Group.gained_at_lower_rates)), SUBJECT)
+    if line is None:
+        text = f"{SUBJECT} and {REFERENCE} lack {LOWER_RATES} rates below {REFERENCE}'s best."
+        return Verdict(claim, "unknown", text)
+    factors = " and ".join(f"{_FACTOR**step:.1f}" for step in range(1, LOWER_RATES + 1))
+    text = (
+        f"At rates {factors} times below {REFERENCE}'s best, {SUBJECT}'s validation loss falls by"
+        f" {_size(line.mean)} % {'more' if line.mean >= 0 else 'less'} than {REFERENCE}'s, of what"
+        f" {REFERENCE}'s falls by at its best."
+    )
+    if line.random_tasks is None:
+        return Verdict(claim, "unknown (one task)", text)
+    outcome = _outcome(line.random_tasks)
+    tasks = f"On tasks like these: {outcome}{interval_text(line.random_tasks)}."
+    return Verdict(claim, outcome, f"{text} {tasks}")
 
 
 def _frozen(groups: Sequence[Group]) -> list[Verdict]:
