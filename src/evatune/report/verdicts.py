@@ -15,6 +15,7 @@ from evatune.errors import ConfigError
 from evatune.finetune.recipe import REFERENCE
 from evatune.finetune.statistics import DomainComparison, DomainDifference, TTest, compare_domain
 from evatune.finetune.tuned import FULL, LOWER_RATES, Group, Values
+from evatune.finetune.tuning import STEPS_PER_DECADE
 from evatune.utils.extras import extras
 
 with extras(__name__):
@@ -23,7 +24,7 @@ with extras(__name__):
 SUBJECT = "eva"
 _NO_COMPETITORS = ("untouched", "head", FULL, "lora-redist")  # and all of EVA's own
 _SIGNIFICANT = 0.05
-_FACTOR = 10**0.25  # between the rates of a grid
+_FACTOR = 10 ** (1 / STEPS_PER_DECADE)  # between the rates of a grid
 _FROZEN_SUBJECT, _FROZEN_REFERENCE = "eva-fa", "lora-fa"
 _PRECISE = 0.01  # half of an interval of scores
 _FEWEST_PAIRS = 4  # of a correlation
@@ -184,7 +185,7 @@ def _lower_rates(groups: Sequence[Group]) -> Verdict:
     if line.random_tasks is None:
         return Verdict(claim, "unknown (one task)", text)
     outcome = _outcome(line.random_tasks)
-    tasks = f"On tasks like these: {outcome}{interval_text(line.random_tasks)}."
+    tasks = f"On other tasks like these: {outcome}{interval_text(line.random_tasks)}."
     return Verdict(claim, outcome, f"{text} {tasks}")
 
 
