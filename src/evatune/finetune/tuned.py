@@ -232,9 +232,9 @@ def method_order(name: str) -> tuple[int, str]:
 
 _ORDER = (
     "untouched", "head", "full", "lora", "eva", "eva-rho1", "eva-paper", "eva-paper-rho1",
-    "eva-dora", "eva-gradients", "eva-regression",
-    "lora-orthogonal", "lora-ga", "pissa", "dora", "loraplus", "rslora", "adalora", "milora",
-    "olora", "corda", "lora-one", "mica", "lora-redist", "eva-minor", "eva-shuffled",
+    "eva-centered", "eva-paper-centered", "eva-dora", "eva-gradients", "eva-regression",
+    "lora-orthogonal", "lora-ga", "gradient-a", "pissa", "dora", "loraplus", "rslora", "adalora",
+    "milora", "olora", "corda", "lora-one", "mica", "lora-redist", "eva-minor", "eva-shuffled",
     "lora-fa", "eva-fa",
 )  # fmt: skip
 

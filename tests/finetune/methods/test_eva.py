@@ -33,4 +33,8 @@ def test_the_recipes_scale_is_evas_and_its_variants_keep_their_own(tmp_path: Pat
     for name, scale in (("eva", "whiten-matched"), ("eva-whiten", "whiten")):
         METHODS[name].prepare(None, preparation)
         assert asked["scale"] == METHODS[name].scale("whiten-matched") == scale
+    for name, scale in (("eva-centered", "matched"), ("eva-paper-centered", "paper")):
+        METHODS[name].prepare(None, preparation)
+        assert asked["scale"] == scale
+        assert asked["config"].center
     assert METHODS["eva-minor"].scale("paper") is None

@@ -47,6 +47,17 @@ def test_lora_ga_by_hand(conv1d: bool, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_gradient_a_leaves_the_base_as_it_is(conv1d: bool, tmp_path: Path) -> None:
+    case = PlantedGradient(conv1d=conv1d)
+    layer = case.started("gradient-a", rank=2, alpha=6, start=tmp_path / "start")
+    assert torch.allclose(layer.lora_A["default"].weight, torch.eye(4)[:2], atol=1e-6)
+    assert not layer.lora_B["default"].weight.any()
+    base = layer.get_base_layer().weight
+    assert torch.equal(base.T if conv1d else base, case.weight)
+
+
+@torch.no_grad()
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 def test_lora_ga_peft_starts_as_peft_does(tmp_path: Path) -> None:
     case = MethodCase("llama")

@@ -11,7 +11,7 @@ from torch import nn
 from evatune.adapters.lora_layers import lora_layers
 from evatune.api import calibrate
 from evatune.calibration import Calibration, CalibrationConfig
-from evatune.choices import Objective, Scale
+from evatune.choices import Scale
 from evatune.finetune.methods.base import Lora, Preparation
 
 _MINOR_BATCHES, _MINOR_EXAMPLES = 16, 16
@@ -103,8 +103,8 @@ def _redraw(model: nn.Module, seed: int) -> None:
         a.copy_((2 * drawn - 1) / a.shape[1] ** 0.5)
 
 
-def _of_objective(objective: Objective, scale: Scale) -> dict[str, Any]:
-    return {"config": CalibrationConfig(objective=objective), "scale": scale}
+def _with(scale: Scale, **options: Any) -> dict[str, Any]:
+    return {"config": CalibrationConfig(**options), "scale": scale}
 
 
 _EVA = Eva(
@@ -141,18 +141,31 @@ METHODS = (
         about="eva-paper with the same rank everywhere",
         initialize_options={"scale": "paper", "rho": 1},
     ),
+    # The covariance's directions, without that of the mean, which is most of the leading one.
+    replace(
+        _EVA,
+        name="eva-centered",
+        about="EVA by the covariance of the inputs",
+        initialize_options=_with("matched", center=True),
+    ),
+    replace(
+        _EVA,
+        name="eva-paper-centered",
+        about="eva-centered with unit rows of A",
+        initialize_options=_with("paper", center=True),
+    ),
     # The directions in which the loss has gradients, where LoRA's own learning rate fits.
     replace(
         _EVA,
         name="eva-gradients",
         about="EVA by the directions of the gradients",
-        initialize_options=_of_objective("gradients", "matched"),
+        initialize_options=_with("matched", objective="gradients"),
     ),
     replace(
         _EVA,
         name="eva-regression",
         about="EVA by the regression of gradients on inputs",
-        initialize_options=_of_objective("regression", "whiten-matched"),
+        initialize_options=_with("whiten-matched", objective="regression"),
     ),
     # Its A is PEFT's in the end, which has the length of these rows.
     RanksOnly(

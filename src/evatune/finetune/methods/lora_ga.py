@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -11,7 +11,8 @@ from peft.tuners.lora import LoraGAConfig
 from torch import Tensor
 
 from evatune.adapters.lora_layers import lora_layers
-from evatune.finetune.methods.base import Batches
+from evatune.calibration import Calibration
+from evatune.finetune.methods.base import Batches, Lora, Preparation
 from evatune.finetune.methods.gradients import leading_triplets, mean_gradients
 from evatune.finetune.methods.weight_init import (
     WeightInit,
@@ -19,10 +20,19 @@ from evatune.finetune.methods.weight_init import (
     peft_config,
     subtract_from_base,
 )
+from evatune.modeling.state import evaluation_state
 
 _BATCHES, _EXAMPLES = 64, 2
 _GAMMA = 16
 _ITERATIONS = 4  # of the randomized SVD, which is 4r columns wide
+
+
+def _gradients(method: Lora, model: Any, batches: Batches) -> dict[str, Tensor]:
+    """Return the mean gradient of every layer, (out, in) float32 on the CPU."""
+    layers = lora_layers(model)
+    gradients = mean_gradients(model, layers, islice(batches(_EXAMPLES), _BATCHES))
+    method.require_reached(layers.keys() - gradients.keys())
+    return gradients
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class LoraGA(WeightInit):
 
     def apply(self, model: Any, batches: Batches) -> None:
         layers = lora_layers(model)
-        gradients = self.gradients(model, batches)
+        gradients = _gradients(self, model, batches)
         for name, layer in layers.items():
             rank = layer.r["default"]
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -52,12 +62,29 @@ class LoraGA(WeightInit):
                 b.copy_(length * u[:, rank:])
             subtract_from_base(layer)
 
-    def gradients(self, model: Any, batches: Batches) -> dict[str, Tensor]:
-        """Return the mean gradient of every layer, (out, in) float32 on the CPU."""
+
+@dataclass(frozen=True)
+class GradientA(Lora):
+    """A as LoRA-GA has it, with rows of length one, and B = 0: the base weights stay.
+
+    The gradient of the loss by B is then s·G·Aᵀ with the mean gradient G, and no other A with
+    orthonormal rows makes it larger: the first steps go down as much of G as the rank holds.
+    """
+
+    linear_only: bool = field(default=True, kw_only=True)
+
+    @torch.no_grad()
+    def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
         layers = lora_layers(model)
-        gradients = mean_gradients(model, layers, islice(batches(_EXAMPLES), _BATCHES))
-        self.require_reached(layers.keys() - gradients.keys())
-        return gradients
+        with evaluation_state(model):
+            torch.manual_seed(preparation.seed)
+            gradients = _gradients(self, model, preparation.batches)
+        for name, layer in layers.items():
+            a = layer.lora_A["default"].weight
+            gradient = gradients.pop(name).to(a.device)
+            _, _, vt = leading_triplets(gradient, len(a), width=4 * len(a), iterations=_ITERATIONS)
+            a.copy_(vt)
+        return None
 
 
 @dataclass(frozen=True)
@@ -71,7 +98,7 @@ class PeftLoraGA(LoraGA):
     def apply(self, model: Any, batches: Batches) -> None:
         options = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
         config = peft_config(model, **options)
-        gradients = self.gradients(model, batches)
+        gradients = _gradients(self, model, batches)
         for name, layer in lora_layers(model).items():
             base = layer.get_base_layer()
             # Where PEFT's start looks for what its `preprocess_loraga` puts there.
@@ -86,6 +113,11 @@ METHODS = (
         least_width=2,
         about="A and B from singular vectors of the gradient",
         source="Wang et al. 2024, arXiv 2407.05000",
+    ),
+    GradientA(
+        "gradient-a",
+        least_width=1,
+        about="LoRA-GA's A alone: unit rows, B = 0",
     ),
     # On Conv1D PEFT takes the width of the input for that of the output in the length of B.
     PeftLoraGA(
