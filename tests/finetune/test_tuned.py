@@ -10,7 +10,7 @@ import pytest
 
 from evatune.errors import ConfigError
 from evatune.finetune.run_lines import read_lines
-from evatune.finetune.tuned import Source, sooner_by, steps_until, summarize
+from evatune.finetune.tuned import Source, summarize
 from tests.tuned_lines import FACTOR, STEPS, line_of, tuned_lines
 
 TWO = ("lora", "eva")
@@ -69,25 +69,6 @@ def test_settings_that_differ_make_methods_and_conditions() -> None:
     cell = groups[0].cell("digits", "eva (rho 1)")
     assert cell is not None
     assert cell.overrides == {"adapter.rho": 1}
-
-
-def test_steps_are_interpolated_between_evaluations() -> None:
-    curve = [(0, 4.0, None), (10, 2.0, None), (20, None, None), (30, 0.0, None)]
-    assert steps_until(curve, 3.0) == 5
-    assert steps_until(curve, 4.5) == 0
-    assert steps_until(curve, 1.0) == math.inf
-
-
-def test_methods_that_differ_by_chance_are_as_often_sooner_as_later() -> None:
-    lines = tuned_lines(methods=TWO, tasks=("digits",))
-    one, other = (
-        next(line for line in lines if line.tested and line.method == method) for method in TWO
-    )
-    assert sooner_by(other, one) == -sooner_by(one, other) > 0
-    assert sooner_by(other.model_copy(update={"diverged": True}), one) == -1
-    first, *later = one.curve
-    broken = one.model_copy(update={"curve": (first, (1, None, None), *later)})
-    assert sooner_by(broken, broken) == 0
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:

@@ -6,31 +6,26 @@ convergence and cost, come from the runs of other seeds at the chosen rate.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
-import numpy as np
-
 from evatune.errors import ConfigError
+from evatune.finetune.curves import Point, convergence, mean_curve
 from evatune.finetune.recipe import REFERENCE, as_tree, flat, load, ours
 from evatune.finetune.tuning import best_position
 from evatune.schemas.tuned import RunLine
 
 FULL = "full"
 _TUNING_SEEDS = 3  # of a rate that can be chosen
-_SHARE_OF_FULL = 0.9  # of full fine-tuning's improvement
 LOWER_RATES = 2  # of the grid, next below LoRA's best
 _OF_THE_RUN = ("method", "seed", "training.learning_rate")
 # Settings that make a method of their own of each value, where the method heeds them at all.
 _OF_EVA = ("adapter.rho", "adapter.scale", "adapter.budget")
 
-Point = tuple[int, float | None, float | None]  # step, validation loss, score
 Values = dict[str, dict[str, dict[int, float | None]]]  # task → method → seed → value
 
 
@@ -102,7 +97,7 @@ class Cell:
     @property
     def curve(self) -> list[tuple[int, float, float | None]]:
         """Mean validation loss and score over the seeds, at the steps that all of them have."""
-        return _mean_curve(list(self.curves.values()))
+        return mean_curve(list(self.curves.values()))
 
 
 @dataclass(frozen=True)
@@ -344,7 +339,7 @@ def _cell(
         losses={seed: _test(line, "loss") for seed, line in final.items()},
         curves={seed: line.curve for seed, line in final.items()},
         steps=steps,
-        **_convergence(final, goals),
+        **convergence(final, goals[REFERENCE], goals[FULL]),
         parameters={seed: line.parameters for seed, line in final.items()},
         init_seconds=_median(line.init_seconds for line in at_rate),
         train_seconds=_median(line.train_seconds for line in at_rate),
@@ -408,100 +403,6 @@ def _chosen(rates: Sequence[RatePoint]) -> float | None:
 
 def _test(line: RunLine, name: str) -> float | None:
     return None if line.diverged or line.test is None else getattr(line.test, name)
-
-
-def _convergence(
-    final: Mapping[int, RunLine], goals: Mapping[str, Mapping[int, RunLine]]
-) -> dict[str, dict[int, float]]:
-    """Return steps to LoRA's loss, to most of full fine-tuning's improvement, the lead, the area.
-
-    Each seed is held against the same seed of LoRA or of full fine-tuning.
-    """
-    to_reference, to_full, sooner, area = {}, {}, {}, {}
-    for seed, line in final.items():
-        reference = goals[REFERENCE].get(seed)
-        goal = _ends(reference)
-        if reference is not None and goal is not None:
-            start, end = goal
-            to_reference[seed] = steps_until(line.curve, end)
-            sooner[seed] = sooner_by(line, reference)
-            mean = _mean_loss(line.curve)
-            if mean is not None and not line.diverged and start > end:
-                area[seed] = (mean - end) / (start - end)
-        goal = _ends(goals[FULL].get(seed))
-        if goal is not None:
-            start, end = goal
-            to_full[seed] = steps_until(line.curve, start - _SHARE_OF_FULL * (start - end))
-    return {"to_reference": to_reference, "to_full": to_full, "sooner": sooner, "area": area}
-
-
-def sooner_by(line: RunLine, reference: RunLine) -> float:
-    """Return by which share of a run one reaches what both reach: the larger of the final losses.
-
-    It is negative where the reference is sooner, and -1 where the run diverged. Exchanged, two runs
-    have the opposite figure, so that runs which differ by chance alone have 0 in the mean. Steps to
-    the reference's own final loss would favor the run: it is before the end there, or never.
-    """
-    if line.diverged:
-        return -1.0
-    goal = max(line.final_loss, reference.final_loss)
-    steps = line.settings.training.steps
-    # At the end at the latest, also where an evaluation on the way has no loss.
-    at, reference_at = (min(steps_until(run.curve, goal), steps) for run in (line, reference))
-    return (reference_at - at) / steps
-
-
-def _ends(line: RunLine | None) -> tuple[float, float] | None:
-    """Return the first and the last validation loss of a run; None where it diverged."""
-    if line is None or line.diverged or not line.curve:
-        return None
-    start, end = line.curve[0][1], line.final_loss
-    return None if start is None or math.isinf(end) else (start, end)
-
-
-def steps_until(curve: Sequence[Point], loss: float) -> float:
-    """Return the step at which a curve first reaches a loss, between two points by a line.
-
-    Infinite for a curve that never does, or breaks off before.
-    """
-    if curve and curve[0][1] is not None and curve[0][1] <= loss:
-        return float(curve[0][0])
-    for (step, before, _), (next_step, after, _) in pairwise(curve):
-        if before is None or after is None:
-            break
-        if after <= loss:
-            return step + (before - loss) / (before - after) * (next_step - step)
-    return math.inf
-
-
-def _mean_loss(curve: Sequence[Point]) -> float | None:
-    """Return the area under a curve over its length; None where a loss is missing."""
-    steps = [step for step, _, _ in curve]
-    losses = [loss for _, loss, _ in curve if loss is not None]
-    if len(losses) < max(2, len(curve)):
-        return None
-    return float(np.trapezoid(losses, steps)) / (steps[-1] - steps[0])
-
-
-def _mean_curve(
-    curves: Sequence[Sequence[Point]],
-) -> list[tuple[int, float, float | None]]:
-    by_step = [{step: (loss, score) for step, loss, score in curve} for curve in curves]
-    common = sorted(set.intersection(*map(set, by_step))) if by_step else []
-    points = []
-    for step in common:
-        losses = [points_of[step][0] for points_of in by_step]
-        scores = [points_of[step][1] for points_of in by_step]
-        loss = _mean(losses)
-        if loss is not None:
-            points.append((step, loss, _mean(scores)))
-    return points
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean; None where a value is missing."""
-    known = [value for value in values if value is not None]
-    return fmean(known) if len(known) == len(values) else None
 
 
 def _median(values: Iterable[float | None]) -> float | None:
