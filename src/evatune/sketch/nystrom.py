@@ -261,7 +261,7 @@ class NystromSketch(NystromMoment, RowSketch):
 
     def __init__(self, settings: SketchSettings) -> None:
         super().__init__(settings)
-        if not self.center and takes_16_bits(self.device):
+        if takes_16_bits(self.device):
             # the products take some 24 bytes of each row and column
             self._uncast_rows = max(1024, _UNCAST_BYTES // (24 * len(self._padded)))
 
@@ -291,12 +291,19 @@ class NystromSketch(NystromMoment, RowSketch):
 
     def _reduce(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         projected = thin_product(chunk, self._padded.T)  # (n, l + 1)
+        # rows of 16 bits are as they came, and what is made of them is shifted instead
+        shift = self.shift if self.center and chunk.dtype != self._row_dtype else None
+        if shift is not None:
+            projected -= self._padded @ shift
         squares = self._fresh
         if len(squares):
             squares = projected[:, :-1].square().sum(0).to(self.dtype)
         # the second product then has the sum of the rows in its last row, for nothing
         projected[:, -1] = 1
         moment = thin_product(projected.T, chunk)
+        if shift is not None:
+            # small beside the moment, as the shift is close to the mean of the rows
+            moment -= torch.outer(projected.sum(0), shift)
         return moment[-1], moment[:-1], squares
 
 

@@ -126,7 +126,12 @@ class RowSketch(InputSketch):
             size = min(size, self._chunk_rows(rows.x.dtype))
         update = self._sum(rows.chunks(size))
         # of rows whose products overflow float32 this does too, and makes the sketch void
-        update.energy = update.energy.float()
+        energy = torch.where(update.energy.float().isfinite(), update.energy, torch.inf)
+        if self.center and self.shift is not None:
+            # of the rows as they came, and now of the shifted ones
+            shift, row_sum = self.shift.to(self.dtype), update.row_sum.to(self.dtype)
+            energy = energy - 2 * shift @ row_sum - update.rows * shift.square().sum()
+        update.energy = energy.clamp_min(0)
         return update
 
     def _sum(self, chunks: Iterator[Tensor]) -> SketchUpdate:
