@@ -125,7 +125,9 @@ class CalibrationState:
             group.sketch.set_state(states[f"{place}.sketch"])
             for key, spectra in self._spectra_by_key().items():
                 if f"{place}.{key}" in states:
-                    spectra[group] = Spectrum.of_state(states[f"{place}.{key}"])
+                    # copies: products of float32 round by where in memory a tensor begins
+                    copies = {n: t.clone() for n, t in states[f"{place}.{key}"].items()}
+                    spectra[group] = Spectrum.of_state(copies)
         self.nonfinite.set_state(record["bad"])
         estimate = record["estimate"]
         self.convergence.latest = estimate and Estimate(**estimate)
