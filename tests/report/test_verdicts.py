@@ -35,6 +35,14 @@ def test_an_interval_is_precise_that_is_narrow_beside_what_full_fine_tuning_gain
     assert precise.outcome == "no"
 
 
+def test_the_papers_settings_have_verdicts_of_their_own() -> None:
+    groups = summarize(tuned_lines(methods=("lora", "eva", "eva-paper-centered"))).groups
+    faster, higher = (one for one in verdicts(groups) if "the paper's settings" in one.claim)
+    assert (faster.outcome, higher.outcome) == ("win", "win")
+    assert "eva-paper-centered reaches the larger one" in faster.text
+    assert "eva-paper-centered is 3.0 points above lora" in higher.text
+
+
 def test_frozen_starts_are_held_against_each_other() -> None:
     groups = summarize(tuned_lines(methods=("lora", "eva", "lora-fa", "eva-fa"))).groups
     frozen = verdicts(groups)[-3]

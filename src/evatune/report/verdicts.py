@@ -22,6 +22,7 @@ with extras(__name__):
     from scipy.stats import spearmanr
 
 SUBJECT = "eva"
+_OF_PAPER = "eva-paper-centered"  # directions of the covariance, unit rows
 _NO_COMPETITORS = ("untouched", "head", FULL, "lora-redist")  # and all of EVA's own
 _SIGNIFICANT = 0.05
 _FACTOR = 10 ** (1 / STEPS_PER_DECADE)  # between the rates of a grid
@@ -74,6 +75,7 @@ def verdicts(groups: Sequence[Group]) -> list[Verdict]:
         _claim(groups, "Fewer parameters?", Group.parameters_saved, _parameters_text),
         _precision(groups),
         _lower_rates(groups),
+        *_as_in_the_paper(groups),
         *_frozen(groups),
         kappa_verdict(groups),
         participation_verdict(groups),
@@ -84,12 +86,14 @@ def _claim(
     groups: Sequence[Group],
     claim: str,
     of: Callable[[Group], Values],
-    told: Callable[[float], str],
+    told: Callable[[str, float], str],
+    subject: str = SUBJECT,
 ) -> Verdict:
-    line = _line(compared(all_tasks(groups, of)), SUBJECT)
+    line = _line(compared(all_tasks(groups, of)), subject)
     if line is None:
         return Verdict(claim, "unknown", _missing())
-    return Verdict(claim, _outcome(line.fixed_tasks), f"{told(line.mean)} {_evidence(line)}")
+    text = f"{told(subject, line.mean)} {_evidence(line)}"
+    return Verdict(claim, _outcome(line.fixed_tasks), text)
 
 
 def _missing() -> str:
@@ -99,21 +103,21 @@ def _missing() -> str:
     )
 
 
-def _saved_text(mean: float) -> str:
+def _saved_text(subject: str, mean: float) -> str:
     side = "sooner" if mean >= 0 else "later"
     return (
-        f"Of its final validation loss and {REFERENCE}'s, {SUBJECT} reaches the larger one"
+        f"Of its final validation loss and {REFERENCE}'s, {subject} reaches the larger one"
         f" {_size(mean)} % of a run {side} than {REFERENCE} does."
     )
 
 
-def _score_text(mean: float) -> str:
-    return f"{SUBJECT} is {_apart(mean)} {REFERENCE} in score on test examples."
+def _score_text(subject: str, mean: float) -> str:
+    return f"{subject} is {_apart(mean)} {REFERENCE} in score on test examples."
 
 
-def _parameters_text(mean: float) -> str:
+def _parameters_text(subject: str, mean: float) -> str:
     side = "fewer" if mean >= 0 else "more"
-    return f"{SUBJECT} trains {_size(mean)} % {side} parameters than {REFERENCE}."
+    return f"{subject} trains {_size(mean)} % {side} parameters than {REFERENCE}."
 
 
 def _apart(mean: float) -> str:
@@ -187,6 +191,17 @@ def _lower_rates(groups: Sequence[Group]) -> Verdict:
     outcome = _outcome(line.random_tasks)
     tasks = f"On other tasks like these: {outcome}{interval_text(line.random_tasks)}."
     return Verdict(claim, outcome, f"{text} {tasks}")
+
+
+def _as_in_the_paper(groups: Sequence[Group]) -> list[Verdict]:
+    """Return the first two claims for EVA with the paper's settings, where every task has it."""
+    if _line(score_differences(groups), _OF_PAPER) is None:
+        return []
+    claims: list[tuple[str, Callable[[Group], Values], Callable[[str, float], str]]] = [
+        ("Faster, with the paper's settings?", Group.steps_saved, _saved_text),
+        ("Higher, with the paper's settings?", Group.test_scores, _score_text),
+    ]
+    return [_claim(groups, *claim, _OF_PAPER) for claim in claims]
 
 
 def _frozen(groups: Sequence[Group]) -> list[Verdict]:
