@@ -105,7 +105,7 @@ def test_random_numbers_are_where_they_were() -> None:
 
 
 def test_unit_rows_at_the_alpha_of_plain_lora_are_warned_of_once() -> None:
-    with pytest.warns(UserWarning, match=r"scale='paper' with α/r = 2: .* divide a rate") as caught:
+    with pytest.warns(UserWarning, match=r"scale='paper' with α/r = 2: .* lower a rate") as caught:
         calibration = evatune.initialize(lora(tiny_bert()), tokens(8), scale="paper")
     (message,) = [str(one.message) for one in caught if "scale=" in str(one.message)]
     ratio = 1 / calibration.learning_rate(1, "paper")

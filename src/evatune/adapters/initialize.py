@@ -260,7 +260,8 @@ def _write(adapter: LoraAdapter, calibration: Calibration, scale: Scale) -> None
 def _warn_of_long_steps(adapter: LoraAdapter, calibration: Calibration) -> None:
     """Warn where LoRA's usual α meets unit rows, for which the paper sets α to 1.
 
-    LoRA's usual rates are then too large by κ.
+    The first steps are then κ times as long as LoRA's. On narrow models its rate is right or nearly
+    right all the same; on wide ones κ is larger.
     """
     scalings = [target.layer.scaling.get(adapter.name, 0.0) for target in adapter.targets]
     scaling = median(scalings)
@@ -269,8 +270,8 @@ def _warn_of_long_steps(adapter: LoraAdapter, calibration: Calibration) -> None:
     ratio = f"{median(calibration.step_ratios('paper').values()):.3g}"
     warnings.warn(
         f"scale='paper' with α/r = {scaling:g}: B's first steps change the outputs {ratio} times as"
-        " much as LoRA's do at the same learning rate, and training may diverge; divide a rate that"
-        f" suits LoRA by {ratio} (calibration.learning_rate(lora_rate, scale='paper')), or pass"
-        " scale='matched' and keep it",
+        " much as LoRA's do at the same learning rate; should training diverge, lower a rate that"
+        f" suits LoRA, by {ratio} at most (calibration.learning_rate(lora_rate, scale='paper')), or"
+        " pass scale='matched' and keep it",
         stacklevel=5,
     )
