@@ -51,10 +51,11 @@ _COLORS: dict[str, tuple[str, int]] = {  # color and dashes
     "full": (_DARK, 1),
     "lora": (_BLACK, 0),
     "eva": (_BLUE, 0),
-    "eva-paper": (_BLUE, 1),
+    "eva-paper-centered": (_BLUE, 1),
+    "eva-paper": (_SKY, 0),
     "eva-gradients": (_BLUE, 3),
     "eva-rho1": (_BLUE, 2),
-    "eva-dora": (_SKY, 0),
+    "eva-centered": (_OLIVE, 0),
     "lora-redist": (_SKY, 1),
     "eva-minor": (_SKY, 2),
     "eva-shuffled": (_SKY, 3),
@@ -70,8 +71,8 @@ _COLORS: dict[str, tuple[str, int]] = {  # color and dashes
     "dora": (_PINK, 0),
     "adalora": (_PINK, 1),
     "loraplus": (_WINE, 0),
-    "corda": (_OLIVE, 0),
-    "mica": (_OLIVE, 1),
+    "corda": (_OLIVE, 1),
+    "mica": (_OLIVE, 2),
 }
 _SPARE = [
     (color, dashes) for dashes in (1, 2, 3) for color in (_WINE, _OLIVE, _ORANGE, _RED, _DARK)
