@@ -1,5 +1,6 @@
 # make run: the main job, from nothing. make test: what CI runs.
 PYTHON ?= python3
+comma := ,
 BIN = .venv/bin
 SOURCES = pyproject.toml assets/pyproject.toml constraints.txt
 
@@ -48,8 +49,8 @@ clean-install:
 
 .venv/.test: $(SOURCES)
 	$(PYTHON) -m venv .venv
-	$(call INSTALL,dev)
-	touch .venv/.run $@
+	$(call INSTALL,dev$(comma)docs)
+	touch .venv/.run .venv/.docs $@
 
 .venv/.docs: .venv/.run
 	$(call INSTALL,docs)

@@ -7,6 +7,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,7 +133,14 @@ def test_lightning_callback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_shards_ray(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    pytest.importorskip("ray", reason="the extra ray is not installed")
+    # Ray, whose start takes a minute here, is tested once, in tests/finetune/test_ray_workers.py
+    here = SimpleNamespace(
+        init=lambda **_: None,
+        shutdown=lambda: None,
+        remote=lambda **_: lambda function: SimpleNamespace(remote=function),
+        get=lambda values: values,
+    )
+    monkeypatch.setitem(sys.modules, "ray", here)
     run(monkeypatch, "shards_ray.py", "--batches", 1, "--out", tmp_path / "shards")
     assert "2 shards, 2 batches" in capsys.readouterr().out
     merged = Calibration.load(tmp_path / "shards" / "calibration.safetensors")

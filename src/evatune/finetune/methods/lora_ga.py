@@ -71,6 +71,8 @@ class GradientA(Lora):
     orthonormal rows makes it larger: the first steps go down as much of G as the rank holds.
     """
 
+    fits_quantized: bool = field(default=False, kw_only=True)
+    fits_shards: bool = field(default=False, kw_only=True)
     linear_only: bool = field(default=True, kw_only=True)
 
     @torch.no_grad()
