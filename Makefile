@@ -1,5 +1,6 @@
 # make run: the main job, from nothing. make test: what CI runs.
 PYTHON ?= python3
+# what an argument of $(call) cannot hold
 comma := ,
 BIN = .venv/bin
 SOURCES = pyproject.toml assets/pyproject.toml constraints.txt

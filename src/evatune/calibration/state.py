@@ -126,7 +126,7 @@ class CalibrationState:
             for key, spectra in self._spectra_by_key().items():
                 if f"{place}.{key}" in states:
                     # copies: products of float32 round by where in memory a tensor begins
-                    copies = {n: t.clone() for n, t in states[f"{place}.{key}"].items()}
+                    copies = {name: part.clone() for name, part in states[f"{place}.{key}"].items()}
                     spectra[group] = Spectrum.of_state(copies)
         self.nonfinite.set_state(record["bad"])
         estimate = record["estimate"]

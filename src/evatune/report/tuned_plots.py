@@ -70,6 +70,7 @@ _COLORS: dict[str, tuple[str, int]] = {  # color and dashes
     "olora": (_GREEN, 2),
     "dora": (_PINK, 0),
     "adalora": (_PINK, 1),
+    "eva-dora": (_PINK, 2),
     "loraplus": (_WINE, 0),
     "corda": (_OLIVE, 1),
     "mica": (_OLIVE, 2),

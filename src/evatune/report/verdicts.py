@@ -91,14 +91,14 @@ def _claim(
 ) -> Verdict:
     line = _line(compared(all_tasks(groups, of)), subject)
     if line is None:
-        return Verdict(claim, "unknown", _missing())
+        return Verdict(claim, "unknown", _missing(subject))
     text = f"{told(subject, line.mean)} {_evidence(line)}"
     return Verdict(claim, _outcome(line.fixed_tasks), text)
 
 
-def _missing() -> str:
+def _missing(subject: str = SUBJECT) -> str:
     return (
-        f"There are no tested runs of {SUBJECT} and of {REFERENCE} with a seed in common on every"
+        f"There are no tested runs of {subject} and of {REFERENCE} with a seed in common on every"
         " task."
     )
 
