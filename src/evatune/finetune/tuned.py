@@ -6,6 +6,7 @@ convergence and cost, come from the runs of other seeds at the chosen rate.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,11 @@ class Cell:
     def inside(self) -> bool:
         """Whether the chosen rate has worse rates on both sides."""
         return self.rate is not None and self.rates[0].rate < self.rate < self.rates[-1].rate
+
+    @property
+    def validation_loss(self) -> float:
+        """Mean final loss of the tuning seeds at the chosen rate; infinite where all diverged."""
+        return next((point.loss for point in self.rates if point.rate == self.rate), math.inf)
 
     @property
     def score(self) -> float | None:

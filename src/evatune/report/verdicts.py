@@ -201,7 +201,34 @@ def _as_in_the_paper(groups: Sequence[Group]) -> list[Verdict]:
         ("Faster, with the paper's settings?", Group.steps_saved, _saved_text),
         ("Higher, with the paper's settings?", Group.test_scores, _score_text),
     ]
-    return [_claim(groups, *claim, _OF_PAPER) for claim in claims]
+    return [*(_claim(groups, *claim, _OF_PAPER) for claim in claims), _validation_chooses(groups)]
+
+
+def _validation_chooses(groups: Sequence[Group]) -> Verdict:
+    """Return what is gained by taking EVA on the tasks where validation prefers it to LoRA."""
+    claim = "Higher, where validation chooses?"
+    scores: Values = {}
+    preferred = 0
+    for group in groups:
+        for cell in group.of(_OF_PAPER):
+            reference = group.cell(cell.task, REFERENCE)
+            if reference is None:
+                continue
+            prefers = cell.validation_loss < reference.validation_loss
+            preferred += prefers
+            scores[_task_name(group, cell.task, groups)] = {
+                REFERENCE: dict(reference.scores),
+                _OF_PAPER: dict((cell if prefers else reference).scores),
+            }
+    line = _line(compared(scores), _OF_PAPER)
+    if line is None:
+        return Verdict(claim, "unknown", _missing(_OF_PAPER))
+    text = (
+        f"The tuning seeds' validation loss is lower with {_OF_PAPER} than with {REFERENCE} on"
+        f" {preferred} of {len(scores)} tasks. Who takes it there, and {REFERENCE} elsewhere, is"
+        f" {_apart(line.mean)} {REFERENCE} in score on test examples."
+    )
+    return Verdict(claim, _outcome(line.fixed_tasks), f"{text} {_evidence(line)}")
 
 
 def _frozen(groups: Sequence[Group]) -> list[Verdict]:
