@@ -235,8 +235,8 @@ _ORDER = (
     "untouched", "head", "full", "lora", "eva", "eva-rho1", "eva-paper", "eva-paper-rho1",
     "eva-centered", "eva-paper-centered", "eva-dora", "eva-gradients", "eva-regression",
     "lora-orthogonal", "lora-ga", "gradient-a", "pissa", "dora", "loraplus", "rslora", "adalora",
-    "milora", "olora", "corda", "lora-one", "mica", "lora-redist", "eva-minor", "eva-shuffled",
-    "lora-fa", "eva-fa",
+    "milora", "olora", "corda", "lora-one", "mica", "lora-redist", "eva-paper-random", "eva-minor",
+    "eva-shuffled", "lora-fa", "eva-fa",
 )  # fmt: skip
 
 

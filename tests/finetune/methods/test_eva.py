@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from evatune.adapters.lora_layers import lora_layers
 from evatune.finetune.methods import METHODS, Preparation
@@ -17,6 +19,35 @@ torch.set_num_threads(1)
 def test_eva_rho1_gives_every_layer_the_same_rank(tmp_path: Path) -> None:
     layers = lora_layers(MethodCase("bert").started("eva-rho1", tmp_path / "start"))
     assert {layer.r["default"] for layer in layers.values()} == {RANK}
+
+
+def test_random_directions_have_the_ranks_of_eva_and_see_as_much_energy(tmp_path: Path) -> None:
+    case = MethodCase("llama")
+    eva, control = (
+        lora_layers(case.started(method, tmp_path / method))
+        for method in ("eva-paper-centered", "eva-paper-random")
+    )
+    moments = second_moments(case)
+    for path, layer in control.items():
+        a, of_eva = layer.lora_A["default"].weight, eva[path].lora_A["default"].weight
+        assert a.shape == of_eva.shape
+        energy = (of_eva @ moments[path] * of_eva).sum()
+        square = (energy * a.shape[1] / moments[path].trace() / len(a)).expand(len(a))
+        torch.testing.assert_close(a @ a.T, square.diag(), rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def second_moments(case: MethodCase) -> dict[str, Tensor]:
+    """Return E[x xᵀ] (d, d) of the input of each target layer, over the tokens of all batches."""
+    model, rows = case.adapted("lora"), defaultdict[str, list[Tensor]](list)
+    for path, layer in lora_layers(model).items():
+        layer.register_forward_pre_hook(
+            lambda _, inputs, path=path: rows[path].append(inputs[0].flatten(0, -2))
+        )
+    for batch in case.batches:
+        model(**batch)
+    whole = {path: torch.cat(parts) for path, parts in rows.items()}
+    return {path: x.T @ x / len(x) for path, x in whole.items()}
 
 
 def test_the_recipes_scale_is_evas_and_its_variants_keep_their_own(tmp_path: Path) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from evatune.adapters.lora_layers import lora_layers
 from evatune.api import calibrate
 from evatune.calibration import Calibration, CalibrationConfig
 from evatune.choices import Scale
 from evatune.finetune.methods.base import Lora, Preparation
+from evatune.sketch.spectrum import Spectrum
 
 _MINOR_BATCHES, _MINOR_EXAMPLES = 16, 16
 
@@ -62,6 +64,37 @@ class RanksOnly(Eva):
         calibration = super().prepare(model, preparation)
         _redraw(model, preparation.seed)
         return calibration
+
+
+@dataclass(frozen=True)
+class RandomDirections(Eva):
+    """EVA's ranks and the length of its first step, in random directions: what is left is theirs.
+
+    Rows of A are orthogonal and of one length, at which E‖Ax‖² of every layer is what EVA has.
+    """
+
+    linear_only: bool = field(default=True, kw_only=True)
+
+    @torch.no_grad()
+    def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
+        calibration = super().prepare(model, preparation)
+        assert calibration is not None
+        cpu = torch.device("cpu")  # where a seed gives the same numbers for all devices
+        generator = torch.Generator(cpu).manual_seed(preparation.seed)
+        for path, layer in lora_layers(model).items():
+            a = layer.lora_A["default"].weight
+            length = _length_of_equal_energy(a, calibration.spectra[path])
+            rows = torch.empty(a.shape, dtype=torch.float32, device=cpu)
+            a.copy_(nn.init.orthogonal_(rows, gain=length, generator=generator))
+        return calibration
+
+
+def _length_of_equal_energy(a: Tensor, spectrum: Spectrum) -> float:
+    """Return the length of random rows, as many as A's, whose E‖Ax‖² is that of EVA's A (r, d)."""
+    moments = spectrum.second_moments[: len(a)].double()
+    squares = a[: len(moments)].double().cpu().square().sum(dim=1)
+    of_random = len(a) * spectrum.total_second_moment / a.shape[1]
+    return math.sqrt(float((squares * moments).sum()) / of_random)
 
 
 @dataclass(frozen=True)
@@ -172,6 +205,11 @@ METHODS = (
         "lora-redist",
         about="control: EVA's ranks, random A",
         initialize_options={"scale": "matched"},
+    ),
+    RandomDirections(
+        "eva-paper-random",
+        about="control: eva-paper-centered's ranks and first step, random directions",
+        initialize_options=_with("paper", center=True),
     ),
     MinorDirections("eva-minor", about="control: directions with the least energy"),
     OtherData("eva-shuffled", about="control: EVA on the data of another task"),
