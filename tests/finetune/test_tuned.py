@@ -11,6 +11,7 @@ import pytest
 from evatune.errors import ConfigError
 from evatune.finetune.run_lines import read_lines
 from evatune.finetune.tuned import Source, summarize
+from evatune.schemas.tuned import RunLine
 from tests.tuned_lines import FACTOR, STEPS, line_of, tuned_lines
 
 TWO = ("lora", "eva")
@@ -62,13 +63,28 @@ def test_settings_that_differ_make_methods_and_conditions() -> None:
     lines = tuned_lines(methods=TWO, tasks=("digits",))
     lines += tuned_lines(methods=TWO, tasks=("digits",), rho=1)
     lines += tuned_lines(methods=TWO, tasks=("digits",), rank=16)
+    lines += of_ratio(64, tuned_lines(methods=("lora", "loraplus"), tasks=("digits",)))
     settings = {"adapter.rank": 2, "adapter.rho": 2, "training.steps": STEPS}
+    settings["training.lora_plus_ratio"] = 16
     groups = summarize(lines, {("images", "digits"): Source("mine.yaml", settings)}).groups
     found = {group.condition: group.methods for group in groups}
-    assert found == {"": ["lora", "eva", "eva (rho 1)"], "rank 16": ["lora", "eva"]}
+    assert found == {
+        "": ["lora", "eva", "eva (rho 1)", "loraplus (lora_plus_ratio 64)"],
+        "rank 16": ["lora", "eva"],
+    }
     cell = groups[0].cell("digits", "eva (rho 1)")
     assert cell is not None
     assert cell.overrides == {"adapter.rho": 1}
+
+
+def of_ratio(ratio: float, lines: list[RunLine]) -> list[RunLine]:
+    """Return the lines as of runs whose B has a rate of its own; LoRA does not heed it."""
+    changed = []
+    for line in lines:
+        training = line.settings.training.model_copy(update={"lora_plus_ratio": ratio})
+        settings = line.settings.model_copy(update={"training": training})
+        changed.append(line.model_copy(update={"settings": settings, "id": f"{line.id}-{ratio}"}))
+    return changed
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:

@@ -24,8 +24,14 @@ FULL = "full"
 _TUNING_SEEDS = 3  # of a rate that can be chosen
 LOWER_RATES = 2  # of the grid, next below LoRA's best
 _OF_THE_RUN = ("method", "seed", "training.learning_rate")
-# Settings that make a method of their own of each value, where the method heeds them at all.
-_OF_EVA = ("adapter.rho", "adapter.scale", "adapter.budget")
+# Settings of which each value is a method of its own, and how methods that heed them are called.
+_EVAS = ("eva", "lora-redist")
+_OF_METHODS = {
+    "adapter.rho": _EVAS,
+    "adapter.scale": _EVAS,
+    "adapter.budget": _EVAS,
+    "training.lora_plus_ratio": ("loraplus",),
+}
 
 Values = dict[str, dict[str, dict[int, float | None]]]  # task → method → seed → value
 
@@ -263,16 +269,19 @@ def _placed(lines: Sequence[RunLine], source: Source | None) -> list[_Placed]:
     ]
     placed = []
     for line, overrides in zip(lines, differing, strict=True):
-        own = {key: overrides[key] for key in _OF_EVA if key in overrides}
+        own = {
+            key: overrides[key]
+            for key, names in _OF_METHODS.items()
+            if key in overrides and line.method.startswith(names)
+        }
         rank = overrides.get("adapter.rank")
         condition = {
             key: value
             for key, value in overrides.items()
-            if key not in (*_OF_THE_RUN, *_OF_EVA, *shared)
+            if key not in (*_OF_THE_RUN, *_OF_METHODS, *shared)
             and not (key == "adapter.alpha" and value == rank)
         }
-        heeds = line.method.startswith("eva") or line.method == "lora-redist"
-        method = f"{line.method} ({_words(own)})" if heeds and own else line.method
+        method = f"{line.method} ({_words(own)})" if own else line.method
         placed.append(_Placed(line, method, _words(condition), overrides))
     return placed
 
