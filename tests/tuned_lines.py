@@ -16,6 +16,7 @@ METHODS = {
     "dora": (0.003, 1.0), "loraplus": (0.0, 1.0), "rslora": (0.001, 1.4),
     "lora-fa": (-0.02, 1.0), "eva-fa": (-0.04, 1.0), "lora-redist": (0.002, 1.0),
     "eva-shuffled": (-0.006, 4.0), "eva-paper-centered": (0.03, 4.0),
+    "eva-paper-random": (0.02, 4.0),
 }  # fmt: skip
 FACTOR = 10**0.25
 STEPS = 100

@@ -60,6 +60,14 @@ def test_frozen_starts_are_held_against_each_other() -> None:
     assert "points below lora-fa" in frozen.text
 
 
+def test_directions_are_held_against_random_ones_of_the_same_first_step() -> None:
+    methods = ("lora", "eva", "eva-paper-centered", "eva-paper-random")
+    same_step = verdicts(summarize(tuned_lines(methods=methods)).groups)[-3]
+    assert same_step.claim == "Better directions at the same first step?"
+    assert same_step.outcome == "win"
+    assert "eva-paper-centered is 1.0 points above eva-paper-random" in same_step.text
+
+
 def as_eva(method: str, tasks: tuple[str, ...] = ("digits", "fonts")) -> list[RunLine]:
     return as_method("eva", method, tasks)
 

@@ -26,7 +26,10 @@ _OF_PAPER = "eva-paper-centered"  # directions of the covariance, unit rows
 _NO_COMPETITORS = ("untouched", "head", FULL, "lora-redist")  # and all of EVA's own
 _SIGNIFICANT = 0.05
 _FACTOR = 10 ** (1 / STEPS_PER_DECADE)  # between the rates of a grid
-_FROZEN_SUBJECT, _FROZEN_REFERENCE = "eva-fa", "lora-fa"
+_DIRECTIONS = (  # claim, EVA's directions, random ones
+    ("Better directions at the same first step?", _OF_PAPER, "eva-paper-random"),
+    ("Better directions where A is frozen?", "eva-fa", "lora-fa"),
+)
 _PRECISE = 0.01  # half of an interval of scores
 _FEWEST_PAIRS = 4  # of a correlation
 
@@ -76,7 +79,7 @@ def verdicts(groups: Sequence[Group]) -> list[Verdict]:
         _precision(groups),
         _lower_rates(groups),
         *_as_in_the_paper(groups),
-        *_frozen(groups),
+        *_directions(groups),
         kappa_verdict(groups),
         participation_verdict(groups),
     ]
@@ -231,20 +234,19 @@ def _validation_chooses(groups: Sequence[Group]) -> Verdict:
     return Verdict(claim, _outcome(line.fixed_tasks), f"{text} {_evidence(line)}")
 
 
-def _frozen(groups: Sequence[Group]) -> list[Verdict]:
-    """Return whether EVA's directions are better than random ones that stay as they are.
+def _directions(groups: Sequence[Group]) -> list[Verdict]:
+    """Return whether EVA's directions are better than random ones, all else being equal.
 
     Nothing where no task has runs of both.
     """
     scores = all_tasks(groups, Group.test_scores)
-    line = _line(compared(scores, _FROZEN_REFERENCE), _FROZEN_SUBJECT)
-    if line is None:
-        return []
-    text = (
-        f"{_FROZEN_SUBJECT} is {_apart(line.mean)} {_FROZEN_REFERENCE} in score on test examples."
-        f" {_evidence(line)}"
-    )
-    return [Verdict("Better directions where A is frozen?", _outcome(line.fixed_tasks), text)]
+    found = []
+    for claim, subject, reference in _DIRECTIONS:
+        line = _line(compared(scores, reference), subject)
+        if line is not None:
+            text = f"{subject} is {_apart(line.mean)} {reference} in score on test examples."
+            found.append(Verdict(claim, _outcome(line.fixed_tasks), f"{text} {_evidence(line)}"))
+    return found
 
 
 def _line(found: DomainComparison | None, method: str) -> DomainDifference | None:
