@@ -63,13 +63,13 @@ def test_settings_that_differ_make_methods_and_conditions() -> None:
     lines = tuned_lines(methods=TWO, tasks=("digits",))
     lines += tuned_lines(methods=TWO, tasks=("digits",), rho=1)
     lines += tuned_lines(methods=TWO, tasks=("digits",), rank=16)
-    lines += of_ratio(64, tuned_lines(methods=("lora", "loraplus"), tasks=("digits",)))
+    lines += of_ratio(64.0, tuned_lines(methods=("lora", "loraplus"), tasks=("digits",)))
     settings = {"adapter.rank": 2, "adapter.rho": 2, "training.steps": STEPS}
     settings["training.lora_plus_ratio"] = 16
     groups = summarize(lines, {("images", "digits"): Source("mine.yaml", settings)}).groups
     found = {group.condition: group.methods for group in groups}
     assert found == {
-        "": ["lora", "eva", "eva (rho 1)", "loraplus (lora_plus_ratio 64)"],
+        "": ["lora", "eva", "eva (rho 1)", "loraplus (lora plus ratio 64)"],
         "rank 16": ["lora", "eva"],
     }
     cell = groups[0].cell("digits", "eva (rho 1)")

@@ -288,7 +288,15 @@ def _placed(lines: Sequence[RunLine], source: Source | None) -> list[_Placed]:
 
 def _words(settings: Mapping[str, Any]) -> str:
     """Return settings in words: "rank 16, budget parameters"."""
-    return ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in settings.items())
+    return ", ".join(f"{_word(key)} {_figure(value)}" for key, value in settings.items())
+
+
+def _word(key: str) -> str:
+    return key.rsplit(".", 1)[-1].replace("_", " ")
+
+
+def _figure(value: object) -> object:
+    return f"{value:g}" if isinstance(value, float) else value
 
 
 def _group(
