@@ -69,7 +69,7 @@ def test_settings_that_differ_make_methods_and_conditions() -> None:
     groups = summarize(lines, {("images", "digits"): Source("mine.yaml", settings)}).groups
     found = {group.condition: group.methods for group in groups}
     assert found == {
-        "": ["lora", "eva", "eva (rho 1)", "loraplus (lora plus ratio 64)"],
+        "": ["lora", "eva", "eva (rho 1)", "loraplus (ratio 64)"],
         "rank 16": ["lora", "eva"],
     }
     cell = groups[0].cell("digits", "eva (rho 1)")

@@ -292,7 +292,8 @@ def _words(settings: Mapping[str, Any]) -> str:
 
 
 def _word(key: str) -> str:
-    return key.rsplit(".", 1)[-1].replace("_", " ")
+    name = key.rsplit(".", 1)[-1].removeprefix("lora_plus_")  # beside the method's own name
+    return name.replace("_", " ")
 
 
 def _figure(value: object) -> object:
