@@ -36,9 +36,11 @@ def test_an_interval_is_precise_that_is_narrow_beside_what_full_fine_tuning_gain
 
 
 def test_the_papers_settings_have_verdicts_of_their_own() -> None:
-    groups = summarize(tuned_lines(methods=("lora", "eva", "eva-paper-centered"))).groups
-    faster, higher, _ = verdicts(groups)[6:9]
-    assert (faster.outcome, higher.outcome) == ("win", "win")
+    methods = ("lora", "eva", "eva-paper-centered", "lora-ga", "pissa")
+    groups = summarize(tuned_lines(methods=methods)).groups
+    faster, higher, best, _ = verdicts(groups)[6:10]
+    assert (faster.outcome, higher.outcome, best.outcome) == ("win", "win", "win")
+    assert "eva-paper-centered is 1.8 points above lora-ga, the competitor" in best.text
     assert "eva-paper-centered reaches the larger one" in faster.text
     assert "eva-paper-centered is 3.0 points above lora" in higher.text
 
@@ -46,7 +48,7 @@ def test_the_papers_settings_have_verdicts_of_their_own() -> None:
 def test_validation_chooses_before_test_examples_are_seen() -> None:
     lines = as_method("eva-paper-centered", "lora-fa", ("digits",))
     lines += tuned_lines(methods=("lora", "eva-paper-centered"), tasks=("fonts",))
-    _, higher, chosen = verdicts(summarize(lines).groups)[6:9]
+    _, higher, _, chosen = verdicts(summarize(lines).groups)[6:10]
     assert (higher.outcome, chosen.outcome) == ("win", "win")
     assert "lower with eva-paper-centered than with lora on 1 of 2 tasks" in chosen.text
     assert "of tasks 1 won, 1 tied, 0 lost" in chosen.text
