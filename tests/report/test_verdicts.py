@@ -45,10 +45,21 @@ def test_the_papers_settings_have_verdicts_of_their_own() -> None:
     assert "eva-paper-centered is 3.0 points above lora" in higher.text
 
 
+def test_nothing_is_said_of_a_default_that_nobody_ran() -> None:
+    told = verdicts(summarize(tuned_lines(methods=("lora", "eva-paper-centered"))).groups)
+    assert [one.claim.split(",")[0] for one in told] == [
+        "Faster",
+        "Higher",
+        "Above the best competitor",
+        "Higher",
+        "Does κ predict the ratio of best rates?",
+    ]
+
+
 def test_validation_chooses_before_test_examples_are_seen() -> None:
     lines = as_method("eva-paper-centered", "lora-fa", ("digits",))
     lines += tuned_lines(methods=("lora", "eva-paper-centered"), tasks=("fonts",))
-    _, higher, _, chosen = verdicts(summarize(lines).groups)[6:10]
+    _, higher, _, chosen, *_ = verdicts(summarize(lines).groups)
     assert (higher.outcome, chosen.outcome) == ("win", "win")
     assert "lower with eva-paper-centered than with lora on 1 of 2 tasks" in chosen.text
     assert "of tasks 1 won, 1 tied, 0 lost" in chosen.text

@@ -71,6 +71,18 @@ def _task_name(group: Group, task: str, groups: Sequence[Group]) -> str:
 
 def verdicts(groups: Sequence[Group]) -> list[Verdict]:
     """Return the verdicts on the paper's claims over the tasks of one or several domains."""
+    of_paper = _as_in_the_paper(groups)
+    asked = any(group.of(SUBJECT) for group in groups) or not of_paper
+    return [
+        *(_by_default(groups) if asked else []),
+        *of_paper,
+        *_directions(groups),
+        kappa_verdict(groups),
+        *([participation_verdict(groups)] if asked else []),
+    ]
+
+
+def _by_default(groups: Sequence[Group]) -> list[Verdict]:
     return [
         _claim(groups, "Faster convergence?", Group.steps_saved, _saved_text),
         _claim(groups, "Higher average?", Group.test_scores, _score_text),
@@ -78,10 +90,6 @@ def verdicts(groups: Sequence[Group]) -> list[Verdict]:
         _claim(groups, "Fewer parameters?", Group.parameters_saved, _parameters_text),
         _precision(groups),
         _lower_rates(groups),
-        *_as_in_the_paper(groups),
-        *_directions(groups),
-        kappa_verdict(groups),
-        participation_verdict(groups),
     ]
 
 

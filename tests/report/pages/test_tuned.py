@@ -22,3 +22,11 @@ def test_the_page_begins_with_the_verdict_and_has_every_group() -> None:
         for kind in ("methods", "cells")
     )
     assert page.text.endswith("evatune compare x --tune")
+
+
+def test_without_the_default_the_page_begins_with_the_papers_settings() -> None:
+    lines = tuned_lines(methods=("lora", "eva-paper-centered"), tasks=("digits", "fonts"))
+    text = render(summarize(lines), "evatune compare x --tune")
+    verdict = text.partition('class="verdict">')[2]
+    assert verdict.startswith("Win: eva-paper-centered is 3.3 points above lora")
+    assert "method=eva-paper-centered" in Document(text).text

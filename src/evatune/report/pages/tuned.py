@@ -18,7 +18,7 @@ from evatune.report.tuned import (
     method_rows,
     protocol,
 )
-from evatune.report.verdicts import SUBJECT, Verdict, verdicts
+from evatune.report.verdicts import Verdict, verdicts
 
 _FEW = 4  # verdicts in large type
 
@@ -39,7 +39,7 @@ def render(summary: TunedSummary, made_by: str) -> str:
         facts=_facts(summary, condition),
         verdict=_verdict(found),
         command=_command(groups),
-        tiles=[Tile(one.outcome, f"{one.claim} ({SUBJECT})") for one in found[:_FEW]],
+        tiles=[Tile(one.outcome, one.claim) for one in found[:_FEW]],
         charts=_charts(groups, summary.methods),
         tables=_tables(summary, found),
         notes=[*_paragraphs(summary), LEGEND],
@@ -64,13 +64,13 @@ def _facts(summary: TunedSummary, condition: str) -> dict[str, str]:
 
 def _verdict(found: Sequence[Verdict]) -> str:
     """Return the answer to whether the score is higher, which is what a reader came for."""
-    one = next(verdict for verdict in found if verdict.claim == "Higher average?")
+    one = next(verdict for verdict in found if verdict.claim.startswith("Higher"))
     return f"{one.outcome.capitalize()}: {one.text}"
 
 
 def _command(groups: Sequence[Group]) -> str:
     cells = [cell for group in groups for cell in group.cells]
-    cells.sort(key=lambda cell: cell.method != SUBJECT)
+    cells.sort(key=lambda cell: not cell.method.startswith("eva"))
     return next((command for cell in cells if (command := command_of(cell))), "")
 
 
@@ -114,11 +114,7 @@ def _deviation(values: Mapping[int, float | None]) -> float | None:
 
 def _tables(summary: TunedSummary, found: Sequence[Verdict]) -> list[Table]:
     claims = [[text_cell(one.claim), text_cell(one.outcome), text_cell(one.text)] for one in found]
-    tables = [
-        Table(
-            "verdicts", f"Verdicts on {SUBJECT}", ["claim", "outcome", "why"], claims, folded=False
-        )
-    ]
+    tables = [Table("verdicts", "Verdicts", ["claim", "outcome", "why"], claims, folded=False)]
     for number, group in enumerate(summary.groups, start=1):
         name = " ".join(filter(None, (group.domain, group.condition)))
         for kind, headings, rows in (
