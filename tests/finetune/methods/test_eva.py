@@ -6,9 +6,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from evatune import initialize
 from evatune.adapters.lora_layers import lora_layers
 from evatune.finetune.methods import METHODS, Preparation
 from tests.finetune.helpers import RANK, MethodCase
@@ -34,6 +36,24 @@ def test_random_directions_have_the_ranks_of_eva_and_see_as_much_energy(tmp_path
         energy = (of_eva @ moments[path] * of_eva).sum()
         square = (energy * a.shape[1] / moments[path].trace() / len(a)).expand(len(a))
         torch.testing.assert_close(a @ a.T, square.diag(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora-redist", "eva-paper-random"])
+def test_controls_pass_over_a_layer_that_was_left_without_a_rank(
+    method: str, tmp_path: Path
+) -> None:
+    case = MethodCase("llama")
+    model = case.adapted(method)
+    without, *others = lora_layers(model).values()
+
+    def initialize_but_one(**options: Any) -> Any:
+        calibration = initialize(model, case.batches, **options)
+        without.delete_adapter("default")
+        return calibration
+
+    case.prepare(model, method, tmp_path, initialize_but_one)
+    assert "default" not in without.lora_A
+    assert all(layer.lora_A["default"].weight.any() for layer in others)
 
 
 @torch.no_grad()

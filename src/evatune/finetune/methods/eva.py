@@ -81,8 +81,7 @@ class RandomDirections(Eva):
         assert calibration is not None
         cpu = torch.device("cpu")  # where a seed gives the same numbers for all devices
         generator = torch.Generator(cpu).manual_seed(preparation.seed)
-        for path, layer in lora_layers(model).items():
-            a = layer.lora_A["default"].weight
+        for path, a in _rows_of_a(model).items():
             length = _length_of_equal_energy(a, calibration.spectra[path])
             rows = torch.empty(a.shape, dtype=torch.float32, device=cpu)
             a.copy_(nn.init.orthogonal_(rows, gain=length, generator=generator))
@@ -125,13 +124,21 @@ class MinorDirections(Lora):
         return calibration
 
 
+def _rows_of_a(model: nn.Module) -> dict[str, Tensor]:
+    """Return A (r, d) by layer. A layer that was left without a rank has no adapter, and no A."""
+    return {
+        path: layer.lora_A["default"].weight
+        for path, layer in lora_layers(model).items()
+        if "default" in layer.lora_A
+    }
+
+
 @torch.no_grad()
 def _redraw(model: nn.Module, seed: int) -> None:
     """Give every layer PEFT's default A, at the rank that it has."""
     cpu = torch.device("cpu")  # where a seed gives the same numbers for all devices
     generator = torch.Generator(cpu).manual_seed(seed)
-    for layer in lora_layers(model).values():
-        a = layer.lora_A["default"].weight
+    for a in _rows_of_a(model).values():
         drawn = torch.rand(a.shape, generator=generator, dtype=torch.float32, device=cpu)
         a.copy_((2 * drawn - 1) / a.shape[1] ** 0.5)
 
