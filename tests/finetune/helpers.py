@@ -36,7 +36,14 @@ SMALL = [
 # one direction, which is too few where every layer must keep its rank, and that is its mean.
 NARROW_TARGETS = {
     method: ["adapter.targets=[query,key,value]"]
-    for method in ("eva-rho1", "eva-paper-rho1", "eva-fa", "eva-centered", "eva-paper-centered")
+    for method in (
+        "eva-rho1",
+        "eva-paper-rho1",
+        "eva-fa",
+        "eva-centered",
+        "eva-paper-centered",
+        "eva-paper-random",
+    )
 }
 
 
