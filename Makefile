@@ -17,11 +17,11 @@ endef
 run: .venv/.run
 	$(BIN)/evatune init --out runs/demo --overwrite
 
+# mypy takes one core, and fills what pytest leaves of the others.
 test: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/pytest -n 3 --dist worksteal
+	$(BIN)/mypy & types=$$!; $(BIN)/pytest -n 3 --dist worksteal && wait $$types
 
 # The documentation, into site/; a link that leads nowhere is an error (with --quiet, it would not be).
 docs: .venv/.docs
