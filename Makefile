@@ -6,10 +6,11 @@ BIN = .venv/bin
 SOURCES = pyproject.toml assets/pyproject.toml constraints.txt
 
 # Installs the extra $(1): both packages from this tree, so that no index is asked for the second.
-# Python compiles what came on all cores, where pip would take one; what no Python can read is left.
+# Python compiles what came on all cores, where pip would take one; what no Python can read is left,
+# and so are large folders of which little is imported.
 define INSTALL
 $(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ./assets --editable '.[$(1)]'
-$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true
+$(BIN)/python -W ignore -m compileall -qq -j 0 -x '/(tests?|testing|models|rllib|chardet|pip|mypy|OpenGL|nltk)/' .venv/lib || true
 endef
 
 .PHONY: run test docs bench results gpu clean-install clean

@@ -20,6 +20,12 @@ def search(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 @pytest.fixture
+def paired(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Import `benchmarks/paired.py`."""
+    yield from _imported("paired", monkeypatch)
+
+
+@pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """Import `benchmarks/gpu.py`."""
     yield from _imported("gpu", monkeypatch)

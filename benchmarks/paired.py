@@ -1,0 +1,113 @@
+"""Two methods of the tuned comparison against each other, from the lines of its runs.
+
+    python benchmarks/paired.py eva-paper-centered eva-paper-random
+    python benchmarks/paired.py eva-paper-centered lora --choices
+
+docs/results hold every method against LoRA. This prints, for any other reference, the differences
+of test scores and of the share of a run by which both are before LoRA, in hundredths with 95 %
+intervals. With `--choices` it prints on how many tasks less than a whole search would have
+preferred the method that has the better test score.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from evatune.finetune.run_lines import read_lines
+from evatune.finetune.tuned import Cell, Group, summarize
+from evatune.report.verdicts import all_tasks, compared, interval_text, signed
+
+_ROOT = Path(__file__).resolve().parents[1]
+_SHARES = (0.1, 0.3, 0.5, 0.75, 1.0)  # of the steps of a run
+
+
+def paired_lines(groups: Sequence[Group], method: str, reference: str) -> list[str]:
+    """Return the differences by domain, and over all tasks that have both."""
+    lines = []
+    for name, some in [*((group.domain, [group]) for group in groups), ("all", groups)]:
+        for measure, of in (("score", Group.test_scores), ("sooner", Group.steps_saved)):
+            both = {
+                task: {one: by_method[one] for one in (method, reference)}
+                for task, by_method in all_tasks(some, of).items()
+                if {method, reference} <= by_method.keys()
+            }
+            found = compared(both, reference)
+            for line in found.methods if found else ():
+                lines.append(
+                    f"{name:14} {measure:6} {signed(line.mean):>6}{interval_text(line.fixed_tasks)}"
+                    f"  tasks like these{interval_text(line.random_tasks)}  {len(both)} tasks:"
+                    f" {line.wins} won, {line.ties} tied, {line.losses} lost"
+                )
+    return lines
+
+
+def choice_lines(groups: Sequence[Group], method: str, reference: str) -> list[str]:
+    """Return on how many tasks validation prefers the one with the higher test score."""
+    pairs = [
+        (cell, other)
+        for group in groups
+        for cell in group.of(method)
+        if (other := group.cell(cell.task, reference)) is not None and cell.scores and other.scores
+    ]
+    better = [(cell.score or 0) > (other.score or 0) for cell, other in pairs]
+
+    def told(by: str, preferred: list[bool]) -> str:
+        right = sum(one == truth for one, truth in zip(preferred, better, strict=True))
+        return f"{by}: right on {right} of {len(pairs)} tasks"
+
+    lines = [
+        told(
+            "tuning seeds, each at its own best rate",
+            [cell.validation_loss < other.validation_loss for cell, other in pairs],
+        ),
+        told(
+            f"one run of each at {reference}'s best rate of that seed",
+            [_prefers_at_once(cell, other) for cell, other in pairs],
+        ),
+    ]
+    lines += [
+        told(
+            f"mean curves of test seeds at {share:.0%} of the steps",
+            [_loss_at(cell, share) < _loss_at(other, share) for cell, other in pairs],
+        )
+        for share in _SHARES
+    ]
+    return lines
+
+
+def _prefers_at_once(cell: Cell, other: Cell) -> bool:
+    """Return whether the first tuning seed has the lower loss at the other's best rate."""
+    seed = min(min(point.losses) for point in other.rates)
+    best = min(other.rates, key=lambda point: point.losses.get(seed, float("inf")))
+    mine = next((point.losses for point in cell.rates if point.rate == best.rate), {})
+    return mine.get(seed, float("inf")) < best.losses[seed]
+
+
+def _loss_at(cell: Cell, share: float) -> float:
+    return min(cell.curve, key=lambda point: abs(point[0] - share * cell.steps))[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("method", help="as the pages call it, such as 'loraplus (ratio 64)'")
+    parser.add_argument("reference")
+    parser.add_argument("--lines", type=Path, default=_ROOT / "benchmarks/results/comparison")
+    parser.add_argument("--choices", action="store_true")
+    arguments = parser.parse_args()
+    summary = summarize(read_lines(sorted(arguments.lines.glob("*.jsonl"))))
+    groups = [group for group in summary.groups if not group.condition]
+    for name in (arguments.method, arguments.reference):
+        if name not in summary.methods:
+            parser.error(f"no line is of {name!r}; choose two of {', '.join(summary.methods)}")
+    lines = paired_lines(groups, arguments.method, arguments.reference)
+    if arguments.choices:
+        lines += choice_lines(groups, arguments.method, arguments.reference)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
