@@ -27,22 +27,8 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-# Files whose tests start processes and take long: begun last, one would keep all others waiting.
-_LONG = {
-    "test_compare.py",
-    "test_deepspeed.py",
-    "test_launchers.py",
-    "test_package.py",
-    "test_ray_workers.py",
-    "test_several_processes.py",
-    "test_sharding.py",
-    "test_workers.py",
-}
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put long tests first, and let what libraries say of versions and of a card be no failure."""
-    items.sort(key=lambda item: item.path.name not in _LONG)
+    """Let what libraries say of each other's versions and of a card be no failure there."""
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.filterwarnings("default"))
