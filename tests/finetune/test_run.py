@@ -26,13 +26,11 @@ torch.set_num_threads(1)
 
 # One of each kind of adapter and of each change to the base's weights.
 RELOADED = {"lora", "pissa", "olora", "milora", "corda", "lora-ga", "mica", "eva", "eva-dora"}
-# They differ from eva in options of `evatune.initialize` alone, which has tests of its own.
-BY_OPTIONS = {"eva-whiten", "eva-paper", "eva-paper-rho1", "eva-centered", "eva-paper-centered"}
 # AdaLoRA has other matrices; the others freeze A.
 NO_GRADIENT_OF_A = {"adalora", "lora-fa", "eva-fa"}
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in BY_OPTIONS])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_reports(method: str, bert_folder: Path, tmp_path: Path) -> None:
     options = ["training.learning_rate=0.01", *NARROW_TARGETS.get(method, [])]
     recipe = small(bert_folder, f"method={method}", *options)

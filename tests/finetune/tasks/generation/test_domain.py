@@ -20,11 +20,7 @@ from tests.finetune.helpers import small_generation as small
 torch.set_num_threads(1)
 
 
-# Written by code like arithmetic, by the same way through a run; `compare` runs each.
-LIKE_ARITHMETIC = ("clock", "dates", "numbers")
-
-
-@pytest.mark.parametrize("task", [t for t in generation.TASKS if t not in LIKE_ARITHMETIC])
+@pytest.mark.parametrize("task", generation.TASKS)
 def test_every_task_trains_and_is_judged(task: str, tmp_path: Path) -> None:
     result = run(small(task, "method=eva"), tmp_path / "run", quiet=True)
     assert 0 <= result["score"] <= 1
