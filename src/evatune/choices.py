@@ -40,6 +40,11 @@ def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
 
 
+def largest_rank(rank: int, rho: float) -> int:
+    """Return ⌊ρ·r⌋, the most ranks that a layer gets; of a product a rounding below, the next."""
+    return math.floor(rank * rho + 1e-9)
+
+
 def require_rho(rho: float) -> None:
     """Raise a ConfigError unless 1 ≤ ρ < ∞."""
     if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 1 <= rho < math.inf:

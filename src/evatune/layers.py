@@ -32,6 +32,11 @@ class LayerSpec:
         return self.rank_group or self.name
 
     @property
+    def max_rank(self) -> int:
+        """The rank of the layer's weight, at most."""
+        return min(self.in_features, self.out_features)
+
+    @property
     def parameters_per_rank(self) -> int:
         """Trainable parameters that one more rank costs: a row of A and a column of B."""
         return self.in_features + self.out_features // self.groups

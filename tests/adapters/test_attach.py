@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 from evatune.adapters.attach import LoraOptions, add_lora
 from evatune.errors import TargetError
@@ -19,3 +20,9 @@ def test_the_adapter_is_what_the_options_say() -> None:
 def test_exclusions_that_match_nothing_name_the_layers() -> None:
     with pytest.raises(TargetError, match=r"leaves out none .* they are blocks\.0\.q"):
         add_lora(Toy(), LoraOptions(3, 6, "all-linear", ["nothing"], None))
+
+
+def test_a_refusal_of_pefts_is_not_blamed_on_an_exclusion_that_nobody_gave() -> None:
+    model = nn.Sequential(nn.Conv2d(6, 6, 1, groups=3))
+    with pytest.raises(TargetError, match=r"PEFT takes no adapter of rank 4 there: .*group"):
+        add_lora(model, LoraOptions(4, 4, "0", None, None))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from evatune.adapters.publish import base_model_of, published_files, require_repository
-from evatune.errors import ConfigError
+from evatune.errors import ConfigError, RecordError
 from tests.helpers import lora, tiny_bert
 
 
@@ -30,6 +30,16 @@ def test_records_pickles_and_folders_stay_here(adapter: Path) -> None:
     config = found["adapter_config.json"]
     assert isinstance(config, bytes)
     assert json.loads(config)["base_model_name_or_path"] == "org/base"
+
+
+def test_an_adapter_without_weights_that_others_may_read_is_not_pushed(
+    adapter: Path, tmp_path: Path
+) -> None:
+    for name in ("adapter_config.json", "README.md"):
+        (tmp_path / name).write_bytes((adapter / name).read_bytes())
+    (tmp_path / "adapter_model.bin").write_bytes(b"pickled")
+    with pytest.raises(RecordError, match=r"holds no adapter_model\.safetensors; save"):
+        published_files(tmp_path, "org/base")
 
 
 def test_the_base_is_what_the_user_says_else_the_cards_else_the_configs(adapter: Path) -> None:

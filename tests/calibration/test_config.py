@@ -43,6 +43,11 @@ def test_settings_out_of_range_say_what_is_allowed(options: dict[str, Any], text
         {"oversampling": 1.5},
         {"seed": 1.5},
         {"seed": -1},
+        {"center": 1},
+        {"center": "yes"},
+        {"distributed": None},
+        {"labels_only": 1},
+        {"labels_only": 0},
     ],
 )
 def test_settings_of_the_wrong_kind_are_named(options: dict[str, Any]) -> None:

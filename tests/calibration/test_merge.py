@@ -384,4 +384,17 @@ def test_other_layers_widths_and_models_are_named() -> None:
         ConfigError, match=r"a may get any number of ranks there and 1 in .*same rank_pattern"
     ):
         Calibration.merge([capped, first])
+    for change, words in (
+        ({"floor": 1}, "a gets at least 1 ranks there and 0 in"),
+        ({"groups": 2}, "a is 8→8 in 2 groups there and 8→8 in"),
+        ({"rank_group": "experts"}, "a is 8→8 as a part of experts there and 8→8 in"),
+    ):
+        layers = {
+            name: replace(layer, **change)
+            if "floor" in change
+            else replace(layer, spec=replace(layer.spec, **change))
+            for name, layer in first.layers.items()
+        }
+        with pytest.raises(ConfigError, match=words):
+            Calibration.merge([first, replace(first, layers=layers)])
     assert {layer.cap for layer in Calibration.merge([capped, capped]).layers.values()} == {1}

@@ -61,7 +61,11 @@ def test_progress_counts_inputs_and_their_memory() -> None:
     }
     assert {now.max_batches for now in seen} == {3}
     widths = {layer.input: layer.in_features for layer in calibration.layers.values()}
-    assert seen[-1].sketch_bytes > 12 * sum(width * min(width, 8) for width in widths.values())
+    columns = {
+        width: min(width, config.n_components + config.oversampling) for width in widths.values()
+    }
+    least = 4 * sum(2 * width * columns[width] for width in widths.values())  # basis and sums
+    assert seen[-1].sketch_bytes > least
     evatune.calibrate(Toy(), (x for x in inputs(3)), config, progress=seen.append)
     assert seen[-1].max_batches == config.max_batches
 

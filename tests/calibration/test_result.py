@@ -8,11 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import evatune
 from evatune import CalibrationConfig
 from evatune.errors import ConfigError, LayerError
 from tests.helpers import Toy, every_outcome, inputs
+
+
+def test_the_rows_that_lack_are_counted_by_what_the_layer_can_use() -> None:
+    calibration = evatune.calibrate(
+        nn.Sequential(nn.Linear(32, 3)), [torch.randn(2, 32)], CalibrationConfig(rank=8)
+    )
+    with pytest.raises(LayerError, match=r"0 \(2 rows for 3 components\)"):
+        calibration.require_usable()
 
 
 def test_layers_that_cannot_be_initialized_are_listed_with_the_batch_and_what_to_try() -> None:

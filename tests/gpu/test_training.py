@@ -77,3 +77,12 @@ def test_peft_loads_what_was_saved_on_a_gpu(
         assert found[name].device.type == device.type
         assert torch.equal(found[name], a), name
     assert not any(b.any() for b in matrices(loaded, "B").values())
+
+
+def test_the_gpus_generator_is_where_it_was(device: torch.device) -> None:
+    model = get_peft_model(tiny_bert().to(device), LoraConfig(r=4, target_modules="all-linear"))
+    batches = [{name: ids.to(device) for name, ids in batch.items()} for batch in words()]
+    before = torch.cuda.get_rng_state(device)
+    calibration = evatune.initialize(model, batches, rho=2)
+    assert len(set(calibration.allocate(rank=4).ranks.values())) > 1  # layers were made anew
+    assert torch.equal(torch.cuda.get_rng_state(device), before)

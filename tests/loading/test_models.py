@@ -28,6 +28,7 @@ def test_the_checkpoint_says_what_its_task_is(bert_folder: Path, llama_folder: P
     [
         ("GPT2LMHeadModel", "causal-lm"),
         ("T5ForConditionalGeneration", "seq2seq-lm"),
+        ("Gemma3ForConditionalGeneration", "causal-lm"),  # of images and text, a decoder
         ("BertForMaskedLM", "masked-lm"),
         ("BertForSequenceClassification", "sequence-classification"),
         ("BertForTokenClassification", "token-classification"),
@@ -37,6 +38,7 @@ def test_the_checkpoint_says_what_its_task_is(bert_folder: Path, llama_folder: P
 )
 def test_tasks_by_architecture(architecture: str | None, task: str) -> None:
     config = transformers.BertConfig(architectures=[architecture] if architecture else None)
+    config.is_encoder_decoder = task == "seq2seq-lm"
     assert models._task_of(config) == task
 
 
@@ -63,6 +65,19 @@ def test_a_tokenizer_without_padding_gets_some(bert_folder: Path, tmp_path: Path
     assert end.pad_token == "w5"
     assert none.pad_token_id == 0
     assert none(["w1", "w1 w2"], padding=True, return_tensors="pt")["attention_mask"].sum() == 3
+
+
+def test_a_classifier_that_reads_the_last_token_knows_the_padding(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    model = transformers.AutoModel.from_pretrained(llama_folder)
+    folder = save_model(model, tmp_path / "a", pad_token=None, eos_token="w5")
+    loaded = models.load_model(folder, "sequence-classification", "cpu")
+    texts = ["w1 w2", "w1"]
+    together = loaded.model(**loaded.tokenizer(texts, padding=True, return_tensors="pt")).logits
+    for text, row in zip(texts, together, strict=True):
+        alone = loaded.model(**loaded.tokenizer([text], return_tensors="pt")).logits[0]
+        assert torch.allclose(row, alone, atol=1e-5)
 
 
 def test_texts_are_never_longer_than_the_models_positions(bert_folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import UserDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from transformers import BatchEncoding
 
 import evatune
 from evatune.errors import DataError
+from evatune.modeling.forward import to_device
 from tests.helpers import EXACT, Toy, inputs
 
 torch.set_num_threads(1)
@@ -63,6 +64,26 @@ def test_batches_of_every_kind_give_the_same(kind: str) -> None:
     found = evatune.calibrate(Toy(), as_kind(kind, xs), EXACT)
     for name, spectrum in expected.spectra.items():
         assert torch.equal(found.spectra[name].energies, spectrum.energies)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    x: Tensor
+    attention_mask: Tensor
+
+
+@pytest.mark.parametrize("kind", [Batch, Frozen])
+def test_a_batch_that_is_a_dataclass_goes_to_the_models_device_as_one(
+    kind: type[Batch | Frozen],
+) -> None:
+    with torch.inference_mode():
+        batch = kind(torch.ones(2, 3), torch.ones(2))
+    moved = to_device(batch, torch.device("meta"))
+    assert type(moved) is kind
+    assert {getattr(moved, field.name).device.type for field in fields(moved)} == {"meta"}
+    assert batch.x.device.type == "cpu"
+    assert batch.x.is_inference()
+    assert not to_device(batch, None).x.is_inference()
 
 
 def test_each_batch_is_read_once_and_no_more_than_max_batches() -> None:

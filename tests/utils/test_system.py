@@ -13,6 +13,17 @@ from evatune.utils import system
 from tests.helpers import texts_below, write_folder
 
 
+def test_the_mask_is_read_without_being_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.umask(0o027)
+    try:
+        if Path("/proc/self/status").exists():
+            monkeypatch.setattr(os, "umask", None)
+        assert system.umask() == 0o027
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+
+
 def test_what_changes_in_the_very_moment_of_the_exchange_comes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

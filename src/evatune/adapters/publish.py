@@ -11,16 +11,16 @@ from typing import Any
 import huggingface_hub
 
 from evatune.adapters.saved import read_config
-from evatune.errors import ConfigError
+from evatune.errors import ConfigError, RecordError
 from evatune.loading.demo import model_id
 from evatune.schemas import telling
 from evatune.schemas.text import parse_json, read_text
 
-_CONFIG = "adapter_config.json"
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What a loader or a reader needs. Records, pages and optimizers hold paths and settings of this
 # machine, and some are pickled.
 _NEEDED = (
-    "adapter_model.safetensors",
+    _WEIGHTS,
     "*.png",
     "tokenizer*.json",
     "tokenizer.model",
@@ -62,12 +62,11 @@ def base_model_of(folder: Path, given: str | None, of_card: str | None) -> str:
             holds no LoRA adapter.
     """
     named = read_config(folder).base_model_name_or_path
-    for source in (given, of_card, named):
-        found = model_id(source) if source else None
-        if found is not None:
-            return found
-        if source is given and given is not None:
-            break
+    sources = [given] if given is not None else [of_card, named]
+    names = (model_id(source) for source in sources if source)
+    name = next((name for name in names if name is not None), None)
+    if name is not None:
+        return name
     raise ConfigError(
         f"the base model {str(given or named)!r} is no id on the model hub, so nobody else could"
         " load the adapter; give the id with --base-model, such as meta-llama/Llama-3.2-1B"
@@ -75,8 +74,15 @@ def base_model_of(folder: Path, given: str | None, of_card: str | None) -> str:
 
 
 def published_files(folder: Path, base_model: str) -> dict[str, bytes | Path]:
-    """Return what is to be pushed, by name: files, and the config with the base model's hub id."""
-    found: dict[str, bytes | Path] = {
+    """Return what is to be pushed, by name: files, and the config with the base model's hub id.
+
+    Raises RecordError for an adapter whose weights are missing, or pickled.
+    """
+    if not (folder / _WEIGHTS).is_file():
+        raise RecordError(
+            f"{str(folder)!r} holds no {_WEIGHTS}; save the adapter again, with save_pretrained"
+        )
+    files: dict[str, bytes | Path] = {
         path.name: path
         for pattern in _NEEDED
         for path in sorted(folder.glob(pattern))
@@ -86,7 +92,7 @@ def published_files(folder: Path, base_model: str) -> dict[str, bytes | Path]:
         config = parse_json(read_text(folder / _CONFIG))
     assert isinstance(config, dict)  # as `read_config` found it
     text = json.dumps(config | {"base_model_name_or_path": base_model}, indent=2) + "\n"
-    return found | {_CONFIG: text.encode("utf-8")}
+    return files | {_CONFIG: text.encode("utf-8")}
 
 
 def push_files(repository: str, content: Mapping[str, bytes | Path], *, private: bool) -> str:

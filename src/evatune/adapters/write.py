@@ -19,6 +19,7 @@ from evatune.adapters.adapter import LoraAdapter
 from evatune.adapters.lora_layers import LoraTarget, matrices_of, pairs
 from evatune.adapters.patterns import pattern_of, set_targets, targets_for
 from evatune.modeling.forward import model_device
+from evatune.modeling.state import cuda_devices
 from evatune.modeling.wrappers import peft_names
 
 
@@ -59,7 +60,8 @@ def write_rows(adapter: LoraAdapter, rows: Mapping[str, Tensor], rank: int) -> N
     plain_config = copy.copy(adapter.config)
     plain_config.init_lora_weights = True  # with BA = 0; not every kind of layer knows "eva"
     plain = replace(adapter, config=plain_config)
-    with torch.random.fork_rng(devices=[]):  # PEFT draws an A that is overwritten at once
+    # PEFT draws an A that is overwritten at once.
+    with torch.random.fork_rng(devices=cuda_devices(adapter.model)):
         for target in adapter.targets:
             if ranks[target.name]:
                 _fill(target.layer, matrices_of(target, rows), new[target.name], plain)

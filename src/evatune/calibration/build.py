@@ -76,7 +76,7 @@ def _lack(state: CalibrationState, target_layer: TargetLayer, spectrum: Spectrum
     """Return what the layer's rows lack, or None."""
     if state.shared_inputs.group_of(target_layer.name) is None:
         return Status.NEVER_CALLED
-    needed = min(state.config.n_components, target_layer.in_features, target_layer.out_features)
+    needed = min(state.config.n_components, target_layer.spec.max_rank)
     return shortage(spectrum.rows, spectrum.total_energy, needed)
 
 

@@ -17,6 +17,7 @@ from evatune.choices import (
     Metric,
     Objective,
     SketchName,
+    largest_rank,
     require_choice,
     require_rho,
 )
@@ -144,10 +145,7 @@ class CalibrationConfig:
             raise ConfigError(
                 f"rendezvous_timeout is {patience!r}; it must be a number of seconds above 0"
             )
-        if self.labels_only not in (None, False, True, "auto"):
-            raise ConfigError(
-                f"labels_only is {self.labels_only!r}; it must be True, False or 'auto'"
-            )
+        self._require_flags()
         for name, allowed in (
             ("objective", OBJECTIVES),
             ("sketch", SKETCH_NAMES),
@@ -161,6 +159,16 @@ class CalibrationConfig:
             raise ConfigError(
                 f"objective={self.objective!r} has a sketch of its own, about zero; leave out"
                 f" {setting}, or use objective='activations'"
+            )
+
+    def _require_flags(self) -> None:
+        """Raise a ConfigError for what is no truth value; to Python, 1 is equal to True."""
+        for name in ("center", "distributed"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        if not isinstance(self.labels_only, bool) and self.labels_only not in (None, "auto"):
+            raise ConfigError(
+                f"labels_only is {self.labels_only!r}; it must be True, False or 'auto'"
             )
 
     @property
@@ -183,7 +191,7 @@ class CalibrationConfig:
         """Directions kept per layer."""
         if self.components is not None:
             return self.components
-        return math.floor(self.redistribution.rank * self.redistribution.rho + 1e-9)
+        return largest_rank(self.redistribution.rank, self.redistribution.rho)
 
     def resolved(self) -> CalibrationConfig:
         """Return the same settings with nothing left open, as a record says them."""

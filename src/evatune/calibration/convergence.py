@@ -120,7 +120,7 @@ class ConvergenceMonitor:
         before, now = self._trial_plan(self._known_at_half(batches)), self._trial_plan(spectra)
         if before is None or now is None:
             return 1.0
-        return worth_gained(self._candidates(spectra), before, now)
+        return worth_gained(self._candidates(spectra), before, now, self._caps)
 
     def _known_at_half(self, batches: int) -> Mapping[InputGroup, Spectrum]:
         """Return the spectra of the check whose batches are nearest to half of these, by ratio."""

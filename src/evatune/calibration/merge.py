@@ -76,7 +76,7 @@ def merge_calibrations(shards: Sequence[Data]) -> Data:
             joined[inputs] = len(joined), spectrum
         number, spectra[name] = joined[inputs]
         layers[name] = replace(layer, input=number, estimated_missed=None)
-        needed = min(first.config.n_components, layer.in_features, layer.out_features)
+        needed = min(first.config.n_components, layer.spec.max_rank)
         lack = shortage(spectra[name].rows, spectra[name].total_energy, needed)
         status[name] = _joint_end(status[name], lack)
     return replace(
@@ -348,14 +348,17 @@ def _require_same(first: CalibrationData, other: CalibrationData, number: int) -
 
 
 def _require_same_layer(first: CalibratedLayer, other: CalibratedLayer, refused: str) -> None:
-    """Raise a ConfigError that begins with `refused` unless widths and caps agree."""
+    """Raise a ConfigError that begins with `refused` unless sizes and bounds of ranks agree."""
     name = first.spec.name
-    widths = first.in_features, first.out_features
-    other_widths = other.in_features, other.out_features
-    if other_widths != widths:
+    if other.spec != first.spec:
         raise ConfigError(
-            f"{refused}: {name} is {other_widths[0]}→{other_widths[1]} there and"
-            f" {widths[0]}→{widths[1]} in calibration 1; merge calibrations of the same model"
+            f"{refused}: {name} is {other.spec.described()} there and {first.spec.described()} in"
+            " calibration 1; merge calibrations of the same model"
+        )
+    if other.floor != first.floor:
+        raise ConfigError(
+            f"{refused}: {name} gets at least {other.floor} ranks there and {first.floor} in"
+            " calibration 1; merge calibrations for adapters of the same kind"
         )
     if other.cap != first.cap:
         raise ConfigError(

@@ -198,7 +198,7 @@ class Calibration(CalibrationData, Shown):
             where = "" if layer.bad_process is None else f" on process {layer.bad_process}"
             return f"{name} (first in batch {layer.first_bad_batch}{where})"
         if self.status[name] is Status.TOO_FEW_ROWS:
-            needed = min(self.config.n_components, layer.in_features)
+            needed = min(self.config.n_components, layer.spec.max_rank)
             return f"{name} ({spectrum.rows} rows for {needed} components)"
         return name
 

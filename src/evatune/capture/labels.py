@@ -17,6 +17,7 @@ from evatune.capture.row_selection import (
     wants_labels,
 )
 from evatune.modeling.loss import loss_in
+from evatune.modeling.state import cuda_devices
 from evatune.modeling.wrappers import output_embedding
 
 Run = Callable[[nn.Module, Any], Any]
@@ -150,7 +151,6 @@ def positions_in_loss(model: nn.Module, batch: Any, run: Run) -> Tensor | None:
         return None
     leaves: list[Tensor] = []
     outputs: list[Any] = []
-    cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
 
     def detach_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not args or not isinstance(args[0], Tensor):
@@ -166,7 +166,7 @@ def positions_in_loss(model: nn.Module, batch: Any, run: Run) -> Tensor | None:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(cuda))
+        stack.enter_context(torch.random.fork_rng(cuda_devices(model)))
         stack.callback(head.register_forward_pre_hook(detach_input).remove)
         stack.callback(model.register_forward_hook(keep_output).remove)
         try:

@@ -254,10 +254,6 @@ def _require_sizes(options: InitOptions) -> None:
             f"alpha is {options.lora_alpha:g}; it must be a number above 0, such as the rank or"
             " twice the rank"
         )
-    if not 0 <= options.seed < 2**63:
-        raise ConfigError(
-            f"seed is {options.seed}; it must be at least 0 and below 2 to the power 63"
-        )
     for name in ("batch_size", "max_length", "checkpoint_every"):
         value = getattr(options, name)
         if value is not None and value < 1:

@@ -203,7 +203,7 @@ def _pieces(groups: list[InputGroup]) -> Iterator[list[InputGroup]]:
     piece: list[InputGroup] = []
     for group in groups:
         piece.append(group)
-        if sum(_sketch_of(member).nbytes for member in piece) >= _PIECE_BYTES:
+        if sum(_sketch_of(member).sum_bytes for member in piece) >= _PIECE_BYTES:
             yield piece
             piece = []
     if piece:

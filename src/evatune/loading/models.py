@@ -310,7 +310,10 @@ def make_ready(model: Any, tokenizer: Any) -> None:
     if tokenizer.pad_token is None:
         # Any token will do: the attention mask leaves it out.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    text_config = model.config.get_text_config()
+    # Where classifiers that read the last token look for the end of a text.
+    text_config.pad_token_id = tokenizer.pad_token_id
+    positions = getattr(text_config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     if hasattr(model.config, "use_cache"):
@@ -338,10 +341,12 @@ def forward_for(task: str) -> Callable[[nn.Module, Any], Any] | None:
 def _task_of(config: Any) -> str:
     """Return the task of a checkpoint by the name of its architecture."""
     architectures = getattr(config, "architectures", None) or [""]
-    for suffix, task in _TASK_OF_SUFFIX.items():
-        if architectures[0].endswith(suffix):
-            return task
-    return "feature-extraction"
+    endings = (suffix for suffix in _TASK_OF_SUFFIX if architectures[0].endswith(suffix))
+    task = _TASK_OF_SUFFIX.get(next(endings, ""), "feature-extraction")
+    # Models of images and text are called like T5, and continue texts as a decoder does.
+    if task == "seq2seq-lm" and not getattr(config, "is_encoder_decoder", False):
+        return "causal-lm"
+    return task
 
 
 def _usable_device(device: str) -> torch.device:

@@ -77,11 +77,20 @@ def to_device(batch: Any, device: torch.device | None) -> Any:
         return moved
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(value, device) for value in batch)
+        values = [to_device(value, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return _dataclass_to_device(batch, device)
     return batch
+
+
+def _dataclass_to_device(batch: Any, device: torch.device | None) -> Any:
+    moved = copy.copy(batch)
+    for field in fields(batch):
+        value = to_device(getattr(batch, field.name), device)
+        object.__setattr__(moved, field.name, value)  # as dataclasses do that are frozen
+    return moved
 
 
 def model_device(model: nn.Module) -> torch.device | None:

@@ -127,7 +127,7 @@ def states_kept(model: nn.Module) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
     try:
-        with torch.random.fork_rng(devices=_cuda_devices(model)):
+        with torch.random.fork_rng(devices=cuda_devices(model)):
             yield
     finally:
         for module, training in modes:
@@ -174,7 +174,8 @@ def _set_mode(module: nn.Module, training: bool) -> None:
         module.training = training
 
 
-def _cuda_devices(model: nn.Module) -> list[int]:
+def cuda_devices(model: nn.Module) -> list[int]:
+    """Return the indices of the GPUs that hold parameters, whose generators a call may move."""
     devices = {parameter.device for parameter in model.parameters()}
     return sorted({device.index or 0 for device in devices if device.type == "cuda"})
 

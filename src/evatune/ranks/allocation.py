@@ -11,7 +11,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from evatune.choices import BUDGETS, METRICS, Budget, Metric, require_choice, require_rho
+from evatune.choices import (
+    BUDGETS,
+    METRICS,
+    Budget,
+    Metric,
+    largest_rank,
+    require_choice,
+    require_rho,
+)
 from evatune.errors import BudgetError, ConfigError
 from evatune.layers import LayerSpec
 from evatune.ranks.knapsack import choose_counts
@@ -103,7 +111,7 @@ def allocate(
     _require_options(rank, rho, budget, metric, min_rank)
     own_caps = _checked_caps(caps or {}, layers)
     usual = {name: own_caps.get(name, rank) for name in layers}  # without redistribution
-    most = math.floor(rank * rho + 1e-9)
+    most = largest_rank(rank, rho)
     floors = floors or {}
     shares = [
         _Share(
@@ -148,16 +156,18 @@ def allocate(
     )
 
 
-def worth_gained(layers: Mapping[str, Candidate], old: RankPlan, new: RankPlan) -> float:
+def worth_gained(
+    layers: Mapping[str, Candidate], old: RankPlan, new: RankPlan, caps: Mapping[str, int]
+) -> float:
     """Return the share of what the ranks of `new` are worth that those of `old` are worth less.
 
-    Both by the metric of `new` and the spectra of `layers`, for which `new` was made. Ranks that
-    move between components of equal worth gain nothing.
+    Both by the metric of `new`, and the spectra of `layers` and the caps for which `new` was made.
+    Ranks that move between components of equal worth gain nothing.
     """
-    cap = math.floor(new.rank * new.rho + 1e-9)
+    most = largest_rank(new.rank, new.rho)
     worth_of_old, worth_of_new = 0.0, 0.0
     for name, layer in layers.items():
-        worths = _worth(layer.spectrum, new.metric, _top(layer, cap))
+        worths = _worth(layer.spectrum, new.metric, _top(layer, caps.get(name, most)))
         worth_of_old += math.fsum(worths[: old.ranks.get(name, 0)])
         worth_of_new += math.fsum(worths[: new.ranks.get(name, 0)])
     return max(0.0, 1 - worth_of_old / worth_of_new) if worth_of_new > 0 else 0.0
@@ -262,7 +272,7 @@ def _parameters(layers: Mapping[str, Candidate], ranks: Mapping[str, int]) -> in
 
 def _top(layer: Candidate, cap: int) -> int:
     """Return the most ranks a layer can use, within its cap."""
-    most = min(cap, layer.spec.in_features, layer.spec.out_features)
+    most = min(cap, layer.spec.max_rank)
     of_gradients = layer.spectrum.inputs is not None
     if of_gradients and layer.spectrum.usable:
         return most  # the inputs have more directions than the gradients, and A is completed

@@ -51,7 +51,7 @@ class AdditiveSketch(Sketch):
         return torch.zeros(0, self.width, dtype=torch.float32, device="cpu")
 
     @property
-    def nbytes(self) -> int:
+    def sum_bytes(self) -> int:
         """Bytes of the sums that are tensors."""
         tensors = [value for value in self._sums().values() if isinstance(value, Tensor)]
         return sum(tensor.nbytes for tensor in tensors)

@@ -140,7 +140,6 @@ def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any, list[str]]:
     make_ready(model, tokenizer)
     if recipe.model == "demo" and _is_grammar(recipe):
         _add_ends(tokenizer)
-    model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer, new_modules(model, loaded["missing_keys"], MODELS.head(model))
 
 
