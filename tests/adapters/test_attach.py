@@ -24,5 +24,5 @@ def test_exclusions_that_match_nothing_name_the_layers() -> None:
 
 def test_a_refusal_of_pefts_is_not_blamed_on_an_exclusion_that_nobody_gave() -> None:
     model = nn.Sequential(nn.Conv2d(6, 6, 1, groups=3))
-    with pytest.raises(TargetError, match=r"PEFT takes no adapter of rank 4 there: .*group"):
+    with pytest.raises(TargetError, match=r"PEFT takes no adapter of rank 4 there \(.*group"):
         add_lora(model, LoraOptions(4, 4, "0", None, None))

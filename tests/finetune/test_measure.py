@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import DataCollatorWithPadding
 
+from evatune.errors import ConfigError
 from evatune.finetune.fingerprint import fingerprint
 from evatune.finetune.recipe import Recipe, parse
 from evatune.finetune.run import measure, run
@@ -21,7 +22,7 @@ from tests.finetune.helpers import small
 torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("method", ["eva", "full"])
+@pytest.mark.parametrize("method", ["eva", "full", "adalora"])
 def test_a_measured_run_has_the_figures_of_the_same_run_and_leaves_nothing(
     method: str, bert_folder: Path, tmp_path: Path
 ) -> None:
@@ -37,7 +38,7 @@ def test_a_measured_run_has_the_figures_of_the_same_run_and_leaves_nothing(
     assert found["curve"][-1][1:] == [found["validation"]["loss"], found["validation"]["score"]]
     assert found["validation"]["loss"] != found["test"]["loss"]
     assert found["parameters"] == kept["trainable_parameters"]
-    assert (found["kappa"] is None) == (found["participation"] is None) == (method == "full")
+    assert (found["kappa"] is None) == (found["participation"] is None) == (method != "eva")
     left = [path.name for path in (tmp_path / "measured").rglob("*") if path.is_file()]
     assert left == ["metrics.jsonl"]
 
@@ -54,6 +55,12 @@ def test_without_a_test_validation_is_measured_at_both_ends_alone(
     assert found["validation"] == tested["validation"]
     assert found["curve"] == [tested["curve"][0], tested["curve"][-1]]
     assert len(tested["curve"]) > 2
+
+
+def test_no_rate_can_be_chosen_by_test_examples(bert_folder: Path, tmp_path: Path) -> None:
+    recipe = small(bert_folder, "method=lora", "data.validation=0", "training.steps=1")
+    with pytest.raises(ConfigError, match=r"no examples to validate on; set data\.validation"):
+        measure(recipe, tmp_path, tested=False)
 
 
 class Linear(nn.Module):
@@ -95,6 +102,13 @@ def test_kappa_is_one_for_rows_of_pefts_length_and_counts_scale_and_length() -> 
     assert facts_of(usual, 4, recipe) == (pytest.approx(1), pytest.approx(width))
     assert facts_of(10 * usual, 4, recipe)[0] == pytest.approx(10)
     assert facts_of(usual, 12, recipe)[0] == pytest.approx(3)
+
+
+def test_of_a_long_example_rows_all_over_it_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = parse({"task": "bbc", "adapter": {"rank": 2, "alpha": 4}})
+    usual = torch.eye(8)[:2] / math.sqrt(3)
+    monkeypatch.setattr(Linear, "forward", lambda self, x: self.layer(x.repeat_interleave(400, 0)))
+    assert facts_of(usual, 4, recipe) == (pytest.approx(1), pytest.approx(8))
 
 
 def test_a_model_without_an_adapter_has_no_such_facts(bert_folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from evatune.finetune.metrics import METRICS, MetricsCallback, count_trainable, read_metrics
+from evatune.finetune.metrics import (
+    METRICS,
+    MetricsCallback,
+    count_trainable,
+    peak_memory,
+    read_metrics,
+    reset_peak_memory,
+)
 
 torch.set_num_threads(1)
 
@@ -67,3 +75,15 @@ def test_gradient_norms_are_those_before_clipping(
     assert line["grad_norm_A"] == pytest.approx(2 * factor)
     assert line["grad_norm_B"] == pytest.approx(4 * factor)
     assert line["trainable_parameters"] == count_trainable(model) == 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system forgets a process's peak")
+def test_a_runs_peak_of_memory_is_not_that_of_the_run_before() -> None:
+    size = 2**28
+    reset_peak_memory()
+    before = peak_memory()
+    block = torch.ones(size, dtype=torch.uint8)
+    assert peak_memory() >= before + size // 2
+    del block
+    reset_peak_memory()
+    assert peak_memory() < before + size // 2

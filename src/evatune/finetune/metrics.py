@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from evatune.schemas.text import read_text, validate_json
 from evatune.utils.atomic import write_text
 
 METRICS = "metrics.jsonl"
+_PROCESS_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_PEAK = "5"  # what CLEAR sets back, by proc(5)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -57,7 +61,7 @@ class MetricsCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self.batch_size = batch_size
         self.norms: dict[str, float] = {}
         self.first_step = 0
-        self.start_time = 0.0
+        self.start_time = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # A resumed run repeats the steps after its checkpoint; without one it begins anew.
@@ -133,8 +137,23 @@ def count_trainable(model: nn.Module) -> int:
 
 
 def peak_memory() -> int:
-    """Return the peak in bytes: of the accelerator where there is one, else of this process."""
+    """Return the peak in bytes since `reset_peak_memory`: of CUDA's allocator, else of the process.
+
+    Where a process cannot forget its peak (not on Linux), since it started.
+    """
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
+    with suppress(OSError):
+        line = re.search(r"^VmHWM:\s*(\d+) kB$", _PROCESS_STATUS.read_text(), re.MULTILINE)
+        if line is not None:
+            return int(line[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory() -> None:
+    """Begin a new peak: a process may have done other runs before, with larger ones."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        _CLEAR.write_text(_PEAK)

@@ -28,7 +28,7 @@ from evatune.finetune.another_task import another_task
 from evatune.finetune.compatibility import require_fit
 from evatune.finetune.fingerprint import data_fingerprint
 from evatune.finetune.methods import AdapterSetup, Method, Preparation, find_method
-from evatune.finetune.metrics import count_trainable, peak_memory, read_metrics
+from evatune.finetune.metrics import count_trainable, peak_memory, read_metrics, reset_peak_memory
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.resuming import newest_whole
 from evatune.finetune.run_folder import (
@@ -284,6 +284,7 @@ def _trained(
         kept: whether checkpoints and the calibration are written, instead of facts being measured.
     """
     own = own or folder
+    reset_peak_memory()
     transformers.set_seed(recipe.seed)
     method = find_method(recipe.method)
     require_fit(method, recipe)

@@ -1,4 +1,4 @@
-"""What is true of an adapter's start, whatever method made it: κ, participation ratio, ranks."""
+"""Facts about an adapter's start, whatever method made it: κ, participation ratio, ranks."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from torch import Tensor, nn
 from evatune.adapters.lora_layers import lora_layers
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks import Task
+from evatune.modeling.forward import call_model, model_device, to_device
+from evatune.modeling.state import states_kept
 
 _EXAMPLES = 24
+_MOST_ROWS = 128  # of an example, evenly over it
 
 
 @dataclass(frozen=True)
 class StartFacts:
-    """What is true of an adapter's start.
+    """Facts about an adapter's start.
 
     Attributes:
-        kappa: by which the first step is larger than that of PEFT's default start, the median over
-            layers. None without an adapter.
+        kappa: the factor by which the first step is larger than that of PEFT's default start, the
+            median over layers. None without an adapter, and of AdaLoRA's.
         participation: (tr C)² / tr C², C the second moments of a layer's input, the median over
-            layers. None without an adapter.
+            layers. None where kappa is.
         ranks: layer → rank, where they are not the same everywhere.
     """
 
@@ -41,7 +44,7 @@ NO_FACTS = StartFacts(None, None, None)
 
 
 def start_facts(model: nn.Module, task: Task, recipe: Recipe) -> StartFacts:
-    """Return what is true of the adapter's start, by a pass over some training examples.
+    """Return facts about the adapter's start, by a pass over some training examples.
 
     r and α of κ are the recipe's; see `kappas_and_participation`.
     """
@@ -63,12 +66,12 @@ def kappas_and_participation(
     layers = lora_layers(model)
     if not layers:
         return [], []
-    with _recorded_inputs(layers) as rows:
-        _forward_some(model, task)
+    with states_kept(model), _recorded_inputs(layers) as rows:
+        _run_training_examples(model.eval(), task)
     kappas, ratios = [], []
     for name, parts in rows.items():
         layer = layers[name]
-        x = torch.cat(parts)  # (n, d)
+        x = torch.cat(parts).float()  # (n, d)
         a = _matrix_a(layer)
         assert a is not None  # others are not recorded
         relative = (x @ a.T).square().sum() * 3 * x.shape[1] / (rank * x.square().sum())
@@ -78,24 +81,28 @@ def kappas_and_participation(
     return kappas, ratios
 
 
-def _forward_some(model: nn.Module, task: Task) -> None:
-    """Run some training examples, one by one: nothing of a batch is padding."""
-    was_training = model.training
-    device = next(model.parameters()).device
-    model.eval()
+def _run_training_examples(model: nn.Module, task: Task) -> None:
+    """Run the model on some training examples, one by one: nothing of a batch is padding."""
+    device = model_device(model)
     for index in range(min(_EXAMPLES, len(task.train))):
-        batch = task.collator([task.train[index]])
-        model(**{key: value.to(device) for key, value in batch.items()})
-    model.train(was_training)
+        call_model(model, to_device(task.collator([task.train[index]]), device))
 
 
 @contextmanager
 def _recorded_inputs(layers: Mapping[str, Any]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect the inputs of linear layers inside, as rows of float32 by layer."""
+    """Collect rows of the inputs of linear layers, by layer.
+
+    An input that several layers share is kept once.
+    """
     rows: dict[str, list[Tensor]] = defaultdict(list)
 
     def recorder(name: str) -> Callable[..., None]:
-        return lambda _, inputs: rows[name].append(inputs[0].flatten(0, -2).float())
+        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].flatten(0, -2)
+            every = math.ceil(len(x) / _MOST_ROWS)
+            rows[name].append(x[::every].clone() if every > 1 else x)
+
+        return record
 
     linear = {name: layer for name, layer in layers.items() if _matrix_a(layer) is not None}
     hooks = [layer.register_forward_pre_hook(recorder(name)) for name, layer in linear.items()]
@@ -107,11 +114,12 @@ def _recorded_inputs(layers: Mapping[str, Any]) -> Iterator[dict[str, list[Tenso
 
 
 def _matrix_a(layer: Any) -> Tensor | None:
-    """Return A (r, d) in float32; None where the layer is no linear one, or has rank 0."""
-    if "default" not in layer.lora_A:
-        return None
-    weight: Tensor = layer.lora_A["default"].weight
-    return weight.float() if weight.ndim == 2 else None
+    """Return A (r, d) in float32; None where the layer is no linear one, or has rank 0.
+
+    AdaLoRA's A is a parameter, beside singular values of 0 from which its first step is another.
+    """
+    a = layer.lora_A["default"] if layer.r.get("default") else None
+    return a.weight.float() if isinstance(a, nn.Linear) else None
 
 
 def _redistributed(layers: Mapping[str, Any], rank: int) -> dict[str, int] | None:

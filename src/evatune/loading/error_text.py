@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from evatune.utils.extras import extras
+from evatune.utils.text import first_line
 
 with extras(__name__):
     import datasets
@@ -22,10 +23,3 @@ def root_cause(error: BaseException) -> BaseException:
     while isinstance(error, wrapper) and error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def first_line(error: BaseException) -> str:
-    """Return an error's first line as a sentence."""
-    text = str(error).strip()
-    line = text.splitlines()[0] if text else type(error).__name__
-    return line if line.endswith((".", "!", "?")) else f"{line}."

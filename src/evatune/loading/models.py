@@ -13,8 +13,8 @@ import transformers
 from torch import Tensor, nn
 
 from evatune.errors import ConfigError, DataError
-from evatune.loading.error_text import first_line
 from evatune.loading.hub import reading, require_path
+from evatune.utils.text import first_line
 
 TASKS: dict[str, tuple[str, str]] = {  # name → transformers' auto class, PEFT's task type
     "causal-lm": ("AutoModelForCausalLM", "CAUSAL_LM"),

@@ -26,6 +26,13 @@ def shortened(names: Sequence[str], limit: int = 5) -> str:
     return f"{shown} and {hidden} more" if hidden > 0 else shown
 
 
+def first_line(error: BaseException) -> str:
+    """Return an error's first line as a sentence."""
+    text = str(error).strip()
+    line = text.splitlines()[0] if text else type(error).__name__
+    return line if line.endswith((".", "!", "?")) else f"{line}."
+
+
 def folded(text: str, indent: str) -> str:
     """Return a line folded at words on a terminal, whole in a pipe.
 

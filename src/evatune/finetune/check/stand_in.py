@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from evatune.errors import DataError
-from evatune.loading.error_text import first_line
+from evatune.utils.text import first_line
 
 _LAYERS, _HEADS, _HEAD_WIDTH, _EXPERTS = 2, 2, 16, 4
 _STAGE_SHARE = 8  # by which stages of growing width become narrower

@@ -25,8 +25,8 @@ from evatune.finetune.run import run
 from evatune.finetune.tasks import Task, find_domain
 from evatune.finetune.tasks.quantization import keep_trainable, quantized
 from evatune.loading.encoding import IGNORED
-from evatune.loading.error_text import first_line
 from evatune.loading.hub import reading
+from evatune.utils.text import first_line
 
 STEPS = 2
 """Of a trial."""

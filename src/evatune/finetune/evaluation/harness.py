@@ -14,9 +14,9 @@ from typing import Any
 
 from evatune.errors import ConfigError
 from evatune.loading.encoding import IGNORED, encode_answer
-from evatune.loading.error_text import first_line
 from evatune.loading.hub import reading
 from evatune.utils.extras import require
+from evatune.utils.text import first_line
 
 EXTRA, PURPOSE = "eval", "evatune evaluate"
 PREFIX = "evatune_"

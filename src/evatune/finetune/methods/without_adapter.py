@@ -17,6 +17,7 @@ class Full(Method):
     """Train every weight."""
 
     saved_as: ClassVar[str] = "model"
+    trains_base: ClassVar[bool] = True
 
     fits_quantized: bool = field(default=False, kw_only=True)
 
@@ -54,6 +55,7 @@ class Untouched(Full):
     """Train nothing: what the checkpoint can do."""
 
     trains: ClassVar[bool] = False
+    trains_base: ClassVar[bool] = False
 
     fits_shards: bool = field(default=False, kw_only=True)
 

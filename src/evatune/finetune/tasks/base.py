@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from evatune.capture.recorder import RowsFunction
+from evatune.errors import ConfigError
 from evatune.finetune.recipe import Recipe
 
 Part = Literal["validation", "test"]
@@ -59,8 +60,15 @@ class Task:
     about: str = ""
 
     def examples(self, part: Part) -> Any:
-        """Return the examples of one of the parts to evaluate on."""
-        return self.validation if part == "validation" else self.test
+        """Return the examples of one of the parts to evaluate on.
+
+        Raises ConfigError where the recipe asks for none to validate on.
+        """
+        if part == "test":
+            return self.test
+        if self.validation is None:
+            raise ConfigError("the task has no examples to validate on; set data.validation")
+        return self.validation
 
 
 UNTRAINED = "untrained"  # as model: a new one

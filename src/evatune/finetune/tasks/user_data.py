@@ -80,7 +80,7 @@ def load_examples(
         sizes = {"train": data.train, "validation": data.validation, "test": data.test}
         return Split(*(train.select(part) for part in draw(len(train), recipe.task, **sizes)))
     test = usable(tests)
-    data = sized(replace(data, test=data.test or _tenth(len(test))), len(train), 0)
+    data = sized(replace(data, test=data.test or held_out(len(test))), len(train), 0)
     learned, chosen_by = draw(len(train), recipe.task, train=data.train, validation=data.validation)
     (tested,) = draw(len(test), recipe.task, test=data.test)
     return Split(train.select(learned), train.select(chosen_by), test.select(tested))
@@ -171,10 +171,10 @@ def sized(data: DataOptions, total: int, with_test: int) -> DataOptions:
 
     Raises DataError for data that leave nothing to train on.
     """
-    test = data.test or _tenth(with_test)
+    test = data.test or held_out(with_test)
     validation = data.validation
     if data.train == 0 and validation == 0:
-        validation = _tenth(total)
+        validation = held_out(total)
     train = data.train or total - validation - (test if with_test else 0)
     if train < 1:
         raise DataError(
@@ -184,5 +184,6 @@ def sized(data: DataOptions, total: int, with_test: int) -> DataOptions:
     return replace(data, train=train, validation=validation, test=test)
 
 
-def _tenth(total: int) -> int:
+def held_out(total: int) -> int:
+    """Return how many of the examples validate, or test, where a recipe leaves it open."""
     return min(MOST_HELD_OUT, max(1, total // 10))

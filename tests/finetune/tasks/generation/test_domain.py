@@ -135,6 +135,12 @@ def test_without_a_network_a_hub_id_leads_to_what_works_offline(overrides: list[
         generation.prepare(small("code", *overrides))
 
 
+@pytest.mark.parametrize("trained", ["method=head", "adapter.bias=all"])
+def test_weights_that_are_trained_themselves_are_not_of_16_bits(trained: str) -> None:
+    recipe = small("clock", "training.precision=bf16", trained)
+    assert generation.prepare(recipe).model.dtype == torch.float32
+
+
 @pytest.mark.parametrize(("method", "dtype"), [("eva", torch.bfloat16), ("full", torch.float32)])
 def test_mixed_precision_holds_frozen_weights_alone_in_16_bits(
     method: str, dtype: torch.dtype, tmp_path: Path

@@ -27,6 +27,13 @@ def recipe(copies: Path, *more: str) -> Recipe:
     return load("paper-commonsense", [f"data.source={copies}", "data.validation=8", *more])
 
 
+def test_without_a_size_some_are_held_out_to_choose_settings_by(copies: Path) -> None:
+    sets = question_sets(recipe(copies, "data.train=0", "data.validation=0").data)
+    assert (len(sets.train), len(sets.validation)) == (8 * 6 - 4, 4)
+    few = question_sets(recipe(copies, "data.train=5", "data.validation=0").data)
+    assert (len(few.train), len(few.validation)) == (5, 0)
+
+
 def test_all_sets_are_learned_together_and_each_is_tested(copies: Path) -> None:
     found = question_sets(recipe(copies).data)
     assert (len(found.train), len(found.validation)) == (8 * 6 - 8, 8)

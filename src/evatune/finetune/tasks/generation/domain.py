@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from evatune.errors import ConfigError, DataError
+from evatune.finetune.methods import find_method
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.base import DataSource, Domain, ModelKind, Part, Task
 from evatune.finetune.tasks.generation import mathematics, question_sets, reviews
@@ -211,7 +212,8 @@ def _dtype(recipe: Recipe) -> torch.dtype:
     Adapters are float32 above a 16-bit base; weights that are trained themselves must not be of 16
     bits.
     """
-    half = recipe.training.precision == "bf16" and recipe.method != "full"
+    trained = find_method(recipe.method).trains_base or recipe.adapter.bias != "none"
+    half = recipe.training.precision == "bf16" and not trained
     return torch.bfloat16 if half else torch.float32
 
 

@@ -12,6 +12,7 @@ from evatune.finetune.recipe import HUB, DataOptions
 from evatune.finetune.tasks.base import DataSource
 from evatune.finetune.tasks.generation.base import Pair
 from evatune.finetune.tasks.splits import draw
+from evatune.finetune.tasks.user_data import held_out
 from evatune.loading.hub import reading
 from evatune.loading.tables import load_split
 
@@ -49,18 +50,19 @@ def drawn_sets(
     """Return as many questions as a recipe wants, drawn with the seed 0.
 
     Args:
-        data: `train` and `validation` count the learned ones, and 0 to train on is all that
-            validation leaves; `test` counts those of each test, and 0 is all.
+        data: `train` and `validation` count the learned ones; 0 to train on is all that validation
+            leaves, which is some of them then. `test` counts those of each test, and 0 is all.
 
     Raises ConfigError for sizes beyond the data.
     """
-    count = data.train or len(learned) - data.validation
+    validating = data.validation or (0 if data.train else held_out(len(learned)))
+    count = data.train or len(learned) - validating
     if count < 1:
         raise ConfigError(
-            f"data.validation is {data.validation}, and {task!r} has {len(learned)} questions to"
+            f"data.validation is {validating}, and {task!r} has {len(learned)} questions to"
             " train on; lower it"
         )
-    parts = draw(len(learned), task, train=count, validation=data.validation)
+    parts = draw(len(learned), task, train=count, validation=validating)
     train, validation = ([learned[i] for i in part] for part in parts)
     chosen = {}
     for name, questions in tests.items():
