@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from evatune.errors import ConfigError
+from evatune.finetune.recipe import all_settings, as_tree, load
 from evatune.finetune.run_lines import read_lines
 from evatune.finetune.tuned import Source, summarize
+from evatune.report.tuned import command_of
 from evatune.schemas.tuned import RunLine
 from tests.tuned_lines import FACTOR, STEPS, line_of, tuned_lines
 
@@ -75,6 +77,22 @@ def test_settings_that_differ_make_methods_and_conditions() -> None:
     cell = groups[0].cell("digits", "eva (rho 1)")
     assert cell is not None
     assert cell.overrides == {"adapter.rho": 1}
+
+
+def test_settings_that_a_run_leaves_out_at_their_defaults_make_conditions_too() -> None:
+    lines = tuned_lines(methods=("lora",), tasks=("digits",))
+    for line in list(lines):
+        adapter = {"rank": 2, "rho": 2, "quantize": "nf4"}
+        settings = line.settings.model_copy(update={"adapter": adapter})
+        lines.append(line.model_copy(update={"settings": settings, "id": f"{line.id}-nf4"}))
+    ours = all_settings(as_tree(load("images-digits", ["training.max_grad_norm=0.5"])))
+    same = ("adapter.quantize", "training.max_grad_norm")
+    source = Source("mine.yaml", {key: ours[key] for key in same})
+    groups = summarize(lines, {("images", "digits"): source}).groups
+    assert {group.condition for group in groups} == {"", "quantize nf4"}
+    command = command_of(groups[1].cells[0])
+    assert command is not None
+    assert command.endswith("adapter.quantize=nf4 training.max_grad_norm=1.0")
 
 
 def of_ratio(ratio: float, lines: list[RunLine]) -> list[RunLine]:

@@ -48,8 +48,8 @@ def add_lora(model: nn.Module, options: LoraOptions) -> PeftModel:
         except (ValueError, UserWarning) as error:
             if options.exclude is None:
                 raise TargetError(
-                    f"PEFT takes no adapter of rank {options.rank} there ({first_line(error)}); choose"
-                    " another rank, or other targets"
+                    f"PEFT takes no adapter of rank {options.rank} there ({first_line(error)});"
+                    " choose another rank, or other targets"
                 ) from error
             target_layers = find_target_layers(model, options.targets)
             names = ", ".join(layer.name for layer in target_layers[:3])

@@ -195,7 +195,7 @@ def _show_tuned(path: Path, sources: list[str], as_json: bool) -> None:
     import shlex
     import sys
 
-    from evatune.finetune.recipe import as_tree, flat, load
+    from evatune.finetune.recipe import all_settings, as_tree, load
     from evatune.finetune.run_lines import read_lines
     from evatune.finetune.tuned import Source, summarize
     from evatune.report.pages.tuned import render
@@ -206,7 +206,7 @@ def _show_tuned(path: Path, sources: list[str], as_json: bool) -> None:
     recipes = {}
     for source in sources:
         recipe = load(source)
-        recipes[recipe.domain, recipe.task] = Source(source, flat(as_tree(recipe)))
+        recipes[recipe.domain, recipe.task] = Source(source, all_settings(as_tree(recipe)))
     summary = summarize(read_lines([path]), recipes)
     command = shlex.join(["evatune", *sys.argv[1:]])
     written = write_pages(summary, path.parent / "tables", command)

@@ -447,16 +447,26 @@ def as_tree(recipe: Recipe) -> dict[str, Any]:
     tree = dataclasses.asdict(recipe)
     if not recipe.trust_remote_code:
         del tree["trust_remote_code"]
-    usual = {
-        "data": dataclasses.asdict(DataOptions()),
-        "adapter": dataclasses.asdict(AdapterOptions()),
-        "training": dataclasses.asdict(TrainingOptions()),
-    }
-    for part, keys in _LATER.items():
-        for key in keys:
-            if tree[part][key] == usual[part][key]:
-                del tree[part][key]
+    for path, default in _left_out().items():
+        part, _, key = path.rpartition(".")
+        if part and tree[part][key] == default:
+            del tree[part][key]
     return tree
+
+
+def all_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's settings by path, with the defaults that `as_tree` leaves out."""
+    return _left_out() | flat(tree)
+
+
+@cache
+def _left_out() -> dict[str, Any]:
+    """Return path → default of the settings that `as_tree` leaves out where they have it."""
+    usual = {"data": DataOptions(), "adapter": AdapterOptions(), "training": TrainingOptions()}
+    later = {
+        f"{part}.{key}": getattr(usual[part], key) for part, keys in _LATER.items() for key in keys
+    }
+    return {"trust_remote_code": False} | later
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

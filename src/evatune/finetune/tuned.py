@@ -16,7 +16,7 @@ from typing import Any
 
 from evatune.errors import ConfigError
 from evatune.finetune.curves import Point, convergence, mean_curve
-from evatune.finetune.recipe import REFERENCE, as_tree, flat, load, ours
+from evatune.finetune.recipe import REFERENCE, all_settings, as_tree, load, ours
 from evatune.finetune.tuning import best_position
 from evatune.schemas.tuned import RunLine
 
@@ -203,7 +203,7 @@ def own_recipes(lines: Iterable[RunLine]) -> dict[tuple[str, str], Source]:
     """Return the recipes that come with evatune for the tasks of the lines."""
     keys = {line.key for line in lines}
     return {
-        (domain, task): Source(name, flat(as_tree(load(name))))
+        (domain, task): Source(name, all_settings(as_tree(load(name))))
         for domain, task in keys
         if (name := f"{domain}-{task}") in ours()
     }
@@ -256,10 +256,10 @@ class _Placed:
 
 def _placed(lines: Sequence[RunLine], source: Source | None) -> list[_Placed]:
     """Return the lines of a task, each with its method and its conditions."""
-    trees = [flat(line.tree()) for line in lines]
+    trees = [all_settings(line.tree()) for line in lines]
     base = trees[0] if source is None else source.settings
     differing = [
-        {key: value for key, value in tree.items() if base.get(key, value) != value}
+        {key: value for key, value in tree.items() if key in base and base[key] != value}
         for tree in trees
     ]
     shared = [

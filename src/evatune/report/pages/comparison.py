@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evatune.finetune.recipe import REFERENCE, Recipe, as_tree, flat
+from evatune.finetune.recipe import REFERENCE, Recipe, all_settings, as_tree
 from evatune.finetune.statistics import DomainComparison, PairedDifference
 from evatune.finetune.summary import Comparison, MeanStd, MethodSummary
 from evatune.report.charts import Curve, Score, curves, scores
@@ -225,11 +225,11 @@ def _targets(comparison: Comparison) -> list[str]:
 
 def _settings(recipes: Sequence[Recipe]) -> Mapping[str, Any]:
     """Return the settings of the recipes: those that differ with the values of each."""
-    trees = [flat(as_tree(recipe)) for recipe in recipes]
+    trees = [all_settings(as_tree(recipe)) for recipe in recipes]
     varied = ("method", "seed")
     settings = {}
     for key in dict.fromkeys(key for tree in trees for key in tree):
-        values = list(dict.fromkeys(str(tree.get(key)) for tree in trees))
+        values = list(dict.fromkeys(str(tree[key]) for tree in trees))
         if key not in varied:
             settings[key] = ", ".join(values)
     return settings
