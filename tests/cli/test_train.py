@@ -36,7 +36,7 @@ def test_mistakes_have_one_sentence_and_status_2(command: Command, tmp_path: Pat
         (["understanding-bbc", "model=./nowhere"], "model './nowhere' does not exist"),
         (
             ["understanding-bbc", "training.schedule=jumpy"],
-            "training.schedule is 'jumpy'; choose one of linear",
+            "training.schedule is 'jumpy': choose one of linear",
         ),
         (["understanding-bbc", "adapter.targets=nothing"], "match no layer of this model"),
         (["understanding-bbc", f"seed={2**40}"], "seed is 1099511627776"),

@@ -88,3 +88,15 @@ def test_runs_that_are_not_done_are_left_out(tmp_path: Path) -> None:
     (line,) = summarize(runs).lines
     assert (line.method, line.seeds) == (runs[0].recipe.method, 1)
     assert line.score == MeanStd(0.5, None)
+
+
+@pytest.mark.parametrize("diverged", [0, 1])
+def test_the_target_is_what_seeds_reached_that_did_not_diverge(
+    diverged: int, tmp_path: Path
+) -> None:
+    for run in planted(tmp_path, [1e-3]):
+        lost = run.recipe.method == "lora" and run.recipe.seed == diverged
+        finish(run, 0.5, [2.0, math.nan if lost else 1.0])
+    comparison = summarize(planted(tmp_path, [1e-3]))
+    assert comparison.targets == {"bbc": 1.0}
+    assert [line.steps_to_target for line in comparison.lines] == [None, MeanStd(1, 0)]

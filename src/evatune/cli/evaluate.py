@@ -62,7 +62,7 @@ def evaluate(
     with loading_libraries(log):
         from evatune.finetune.evaluation.evaluate import EvaluationOptions
         from evatune.finetune.evaluation.evaluate import evaluate as measure
-        from evatune.finetune.run_folder import EVALUATION, RECIPE, finished_run
+        from evatune.finetune.run_folder import EVALUATION, finished_run
         from evatune.loading.quiet import quiet_libraries
         from evatune.report.pages.run import render
         from evatune.report.run_cards import write_run_card
@@ -84,7 +84,7 @@ def evaluate(
     with libraries_on_stderr(), progress_on_stderr(as_json):
         measured = measure(run, options)
     recipe, result = finished_run(run)
-    write_text(run / "report.html", render(run, recipe, str(run / RECIPE)))
+    write_text(run / "report.html", render(run, recipe))
     write_run_card(run, recipe, result)
     file = str(run / EVALUATION)
     if as_json:

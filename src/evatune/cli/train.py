@@ -81,7 +81,7 @@ def train(
         result = run(settings, folder, quiet=as_json, say=say)
     if not is_first():
         return
-    write_text(folder / "report.html", render(folder, settings, recipe))
+    write_text(folder / "report.html", render(folder, settings))
     write_run_card(folder, settings, result)
     if as_json:
         typer.echo(json.dumps({"out": str(folder)} | result))

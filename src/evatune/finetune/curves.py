@@ -28,13 +28,14 @@ def convergence(
     to_reference, to_full, sooner, area = {}, {}, {}, {}
     for seed, line in runs.items():
         reference = references.get(seed)
+        if reference is not None:
+            sooner[seed] = sooner_by(line, reference)
         goal = _ends(reference)
-        if reference is not None and goal is not None:
+        if goal is not None:
             start, end = goal
             to_reference[seed] = steps_until(line.curve, end)
-            sooner[seed] = sooner_by(line, reference)
-            mean = _mean_loss(line.curve)
-            if mean is not None and not line.diverged and start > end:
+            mean = start if line.diverged else _mean_loss(line.curve)  # then nothing is gained
+            if mean is not None and start > end:
                 area[seed] = (mean - end) / (start - end)
         goal = _ends(full.get(seed))
         if goal is not None:
@@ -46,12 +47,13 @@ def convergence(
 def sooner_by(line: RunLine, reference: RunLine) -> float:
     """Return by which share of a run one reaches what both reach: the larger of the final losses.
 
-    It is negative where the reference is sooner, and -1 where the run diverged. Exchanged, two runs
-    have the opposite figure, so that runs which differ by chance alone have 0 in the mean. Steps to
-    the reference's own final loss would favor the run: it is before the end there, or never.
+    It is negative where the reference is sooner, -1 where the run diverged, and 1 where the
+    reference did. Exchanged, two runs have the opposite figure, so that runs which differ by chance
+    alone have 0 in the mean. Steps to the reference's own final loss would favor the run: it is
+    before the end there, or never.
     """
-    if line.diverged:
-        return -1.0
+    if line.diverged or reference.diverged:
+        return float(reference.diverged) - float(line.diverged)
     goal = max(line.final_loss, reference.final_loss)
     steps = line.settings.training.steps
     # At the end at the latest, also where an evaluation on the way has no loss.

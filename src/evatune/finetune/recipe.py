@@ -36,13 +36,18 @@ def _require_name(name: str) -> str:
 Name = Annotated[str, AfterValidator(_require_name)]  # what becomes part of a path
 
 
-def _require_scale(scale: str) -> str:
-    if scale not in SCALES:
-        raise PydanticCustomError("scale", f"choose one of {', '.join(SCALES)}")
-    return scale
+def _one_of(choices: tuple[str, ...]) -> AfterValidator:
+    """Return what refuses any other text."""
+
+    def require(text: str) -> str:
+        if text not in choices:
+            raise PydanticCustomError("choice", f"choose one of {', '.join(choices)}")
+        return text
+
+    return AfterValidator(require)
 
 
-Scale = Annotated[str, AfterValidator(_require_scale)]
+Scale = Annotated[str, _one_of(SCALES)]
 REFERENCE = "lora"  # the method that others are held against
 _RECIPES = files("evatune.finetune").joinpath("recipes")
 _NAME_LINE = re.compile(r"^--- # (.+)\n", re.MULTILINE)
@@ -233,7 +238,7 @@ class TrainingOptions:
     warmup: _Real = Field(
         default=0.06, ge=0, lt=1, description="share of the steps in which the learning rate rises"
     )
-    schedule: _Text = Field(
+    schedule: Annotated[_Text, _one_of(SCHEDULES)] = Field(
         default="linear",
         description="learning rate after warm-up, as transformers names it",
         json_schema_extra={"enum": list(SCHEDULES)},
@@ -432,6 +437,12 @@ def _between_keys(recipe: Recipe) -> str | None:
     for name in ("train", "test"):
         if data.source is None and getattr(data, name) == 0:
             return f"data.{name} is 0, which is for data.source; give at least 1"
+    training = recipe.training
+    if training.floor and training.schedule != TO_FLOOR:
+        return (
+            f"training.floor is for training.schedule={TO_FLOOR}, and this is"
+            f" {training.schedule}; leave one of them out"
+        )
     if recipe.domain != "rl" and data.max_length < _FEWEST_TOKENS:
         return (
             f"data.max_length is {data.max_length}, but texts need at least {_FEWEST_TOKENS} tokens"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from evatune.calibration import Calibration
 from evatune.errors import ConfigError, EvatuneError
+from evatune.finetune.methods import find_method
 from evatune.finetune.metrics import METRICS
 from evatune.finetune.recipe import REFERENCE, Recipe, as_tree, flat, parse
 from evatune.schemas import Damage, shown, telling
@@ -85,6 +88,14 @@ def finished_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
     return recipe, result
 
 
+def read_start(recipe: Recipe, folder: Path) -> Calibration | None:
+    """Return the calibration that a run's adapter started from; None without, as in controls."""
+    path = folder / CALIBRATION
+    if not find_method(recipe.method).starts_as_calibrated or not path.is_file():
+        return None
+    return Calibration.load(path)
+
+
 def reference_run(recipe: Recipe, folder: Path) -> Path | None:
     """Return the folder of a finished run of LoRA beside this one; None where there is none.
 
@@ -101,7 +112,8 @@ def reference_run(recipe: Recipe, folder: Path) -> Path | None:
         except EvatuneError:  # what lies beside this run is no part of it
             continue
         if tree["method"] == REFERENCE and _without_method(tree) == own and result is not None:
-            losses[path.parent] = result["eval_loss"]
+            loss = result["eval_loss"]
+            losses[path.parent] = math.inf if math.isnan(loss) else loss
     return min(losses, key=lambda path: losses[path], default=None)
 
 

@@ -43,7 +43,7 @@ class MethodSummary:
     train_seconds: MeanStd
     curve: list[Point]  # means
     scores: dict[int, float]  # by seed
-    best: bool  # the method's learning rate of smallest mean loss on this task
+    best: bool  # of smallest mean loss on this task's validation examples
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def summarize(runs: Sequence[Run], target_loss: float | None = None) -> Comparis
 
     Args:
         target_loss: evaluation loss to reach. Default: per task what every seed of the first method
-            reached, at its best rate.
+            reached that did not diverge, at its best rate.
     """
     groups = _finished_by_key(runs)
     best = _best_rates(groups)
@@ -96,7 +96,8 @@ def summarize(runs: Sequence[Run], target_loss: float | None = None) -> Comparis
     for (task, method), rate in best.items():
         if task not in targets:  # the first method
             losses = [run.loss for run in groups[task, method, rate]]
-            targets[task] = max(losses) if target_loss is None else target_loss
+            reached = max(filter(math.isfinite, losses), default=math.nan)
+            targets[task] = reached if target_loss is None else target_loss
     lines = []
     for key, group in groups.items():
         task, method, rate = key

@@ -14,7 +14,7 @@ from torch import nn
 from evatune.errors import ConfigError
 from evatune.finetune.methods import Method, OptimizerOptions
 from evatune.finetune.metrics import METRICS, MetricsCallback
-from evatune.finetune.recipe import SCHEDULES, TO_FLOOR, Recipe
+from evatune.finetune.recipe import TO_FLOOR, Recipe
 from evatune.finetune.run_folder import CHECKPOINTS, MAKE_ROOM
 from evatune.finetune.sharding import sharding_arguments
 from evatune.finetune.tasks import Task
@@ -97,15 +97,6 @@ def _arguments(
     recipe: Recipe, model: Any, folder: Path, *, resumed: bool, saves: bool
 ) -> transformers.TrainingArguments:
     training = recipe.training
-    if training.schedule not in SCHEDULES:
-        raise ConfigError(
-            f"training.schedule is {training.schedule!r}; choose one of {', '.join(SCHEDULES)}"
-        )
-    if training.floor and training.schedule != TO_FLOOR:
-        raise ConfigError(
-            f"training.floor is for training.schedule={TO_FLOOR}, and this is"
-            f" {training.schedule}; leave one of them out"
-        )
     floor = {"min_lr_rate": training.floor} if training.schedule == TO_FLOOR else None
     share, rest = divmod(training.batch_size, processes())
     if rest:

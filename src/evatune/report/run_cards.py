@@ -7,11 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from evatune.calibration.result import Calibration
 from evatune.errors import RecordError
 from evatune.finetune.methods import find_method
 from evatune.finetune.recipe import Recipe
-from evatune.finetune.run_folder import CALIBRATION, read_evaluation
+from evatune.finetune.run_folder import read_evaluation, read_start
 from evatune.report.cards import WEIGHTS, CardFacts, write_card
 from evatune.report.evaluation import evaluation_cells
 from evatune.report.text import score_text
@@ -23,8 +22,6 @@ def write_run_card(folder: Path, recipe: Recipe, result: Mapping[str, Any]) -> N
     adapter = folder / method.saved_as
     if not (adapter / WEIGHTS).is_file():
         return
-    record = folder / CALIBRATION
-    calibration = Calibration.load(record) if record.is_file() else None
     facts = CardFacts(
         data=recipe.data.source or f"{recipe.domain} / {recipe.task}",
         fingerprint=result["data_fingerprint"],
@@ -38,4 +35,4 @@ def write_run_card(folder: Path, recipe: Recipe, result: Mapping[str, Any]) -> N
         evaluation=evaluation_cells(read_evaluation(folder)),
     )
     with suppress(RecordError):  # of another kind than LoRA, such as AdaLoRA's: PEFT's card stays
-        write_card(adapter, facts, calibration)
+        write_card(adapter, facts, read_start(recipe, folder))

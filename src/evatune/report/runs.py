@@ -106,7 +106,7 @@ def _averages(comparison: Comparison) -> list[list[str]]:
 
 def _caption(comparison: Comparison) -> list[str]:
     goals = ", ".join(f"{task} {loss:.3f}" for task, loss in comparison.targets.items())
-    chosen = "* the method's best rate, chosen on these very scores. "
+    chosen = "* the method's best rate: the smallest mean loss on validation examples. "
     return [
         f"{chosen if _has_rates(comparison) else ''}± is the standard deviation over seeds.",
         f"Target, an evaluation loss: {goals}. grad B: norm of the gradient of all B at step 1.",

@@ -280,7 +280,7 @@ def method_rows(group: Group) -> list[list[str]]:
             _median(cells, _count, ",.0f"),
             _median(cells, lambda cell: cell.init_seconds, ".1f"),
             _median(cells, lambda cell: cell.train_seconds, ".1f"),
-            _median(cells, lambda cell: (cell.peak_memory_bytes or 0) / 2**20 or None, ".0f"),
+            _median(cells, _megabytes, ".0f"),
         ]
         rows.append(row)
     return rows
@@ -338,6 +338,10 @@ def _cell_row(cell: Cell, paired: PairedDifference | None) -> list[str]:
 
 def _count(cell: Cell) -> float | None:
     return median(cell.parameters.values()) if cell.parameters else None
+
+
+def _megabytes(cell: Cell) -> float | None:
+    return cell.peak_memory_bytes / 2**20 if cell.peak_memory_bytes else None
 
 
 def _or(value: float | None, other: float) -> float:

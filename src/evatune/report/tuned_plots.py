@@ -192,17 +192,17 @@ def curves_plot(group: Group, methods: Sequence[str]) -> Figure:
     """
 
     def panel(axes: Axes, task: str, styles: dict[str, LineStyle]) -> None:
-        ends: list[float] = []
-        starts: list[float] = []
+        near: list[tuple[float, float]] = []  # smallest loss and second one of each curve
+        far: list[tuple[float, float]] = []
         for method in group.methods:
             cell = group.cell(task, method)
             points = cell.curve if cell else []
             if points:
                 steps, losses, _ = zip(*points, strict=True)
                 axes.plot(steps, losses, **styles[method].line(zorder=2 + (method in _FOREGROUND)))
-                if method not in _FAR or not ends:
-                    ends.append(min(losses))
-                    starts.append(losses[min(1, len(losses) - 1)])
+                extent = min(losses), losses[min(1, len(losses) - 1)]
+                (far if method in _FAR else near).append(extent)
+        ends, starts = zip(*(near or far), strict=True) if near or far else ((), ())
         if ends and 0 < min(ends) < max(starts):
             low, high = min(ends), float(np.quantile(starts, 0.75))
             axes.set_yscale("log")  # late in a run the methods are close
@@ -240,7 +240,8 @@ def rates_plot(group: Group, methods: Sequence[str], measure: str) -> Figure:
             chosen = [(r, v) for r, v in zip(rates, values, strict=True) if r == cell.rate]
             for place in chosen:
                 axes.plot(*place, "o", color=style.color, ms=4.5, zorder=4)
-                best += [place[1]] * (method not in _FAR)
+                if method not in _FAR:
+                    best.append(place[1])
             for rate, one in zip(rates, values, strict=True):
                 if math.isnan(one):
                     top = 0.97 if measure == "loss" else 0.03

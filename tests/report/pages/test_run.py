@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+import evatune
 from evatune.finetune.metrics import METRICS
 from evatune.finetune.recipe import Recipe, as_tree, parse
-from evatune.finetune.run_folder import RECIPE, RESULT, reference_run
+from evatune.finetune.run_folder import CALIBRATION, RECIPE, RESULT, reference_run
 from evatune.report.pages.run import render
+from tests.helpers import Toy, inputs
 from tests.report.pages.helpers import Document, specs
 
 RESULT_FIELDS: dict[str, Any] = {
@@ -45,15 +49,15 @@ def finished(
 
 def test_a_run_alone_shows_its_curves_and_names_the_comparison_as_next(tmp_path: Path) -> None:
     recipe = finished(tmp_path / "run", 0.75, scored=16, method="pissa")
-    text = render(tmp_path / "run", recipe, "my recipe.yaml")
+    text = render(tmp_path / "run", recipe)
     page = Document(text)
     assert "Score 0.750 (accuracy, n = 16), evaluation loss 0.500; no run" in page.text
     assert "n = 16 says little: by chance alone accuracy moves by ±25 points" in page.text
-    assert "evatune compare 'my recipe.yaml' --methods lora,pissa" in page.text
+    assert f"evatune compare {tmp_path / 'run' / RECIPE} --methods lora,pissa" in page.text
     assert "1,234 trainable parameters" in page.text
     plots = specs(text)
     assert plots.keys() == {"eval-loss", "score", "loss", "gradients", "seconds", "memory"}
-    assert plots["memory"]["data"]["value"] == {"numbers": [5.0]}
+    assert plots["memory"]["data"]["value"] == {"numbers": [pytest.approx(5_000_000 / 2**20)]}
     assert "torch version" in page.text
 
 
@@ -66,7 +70,7 @@ def test_loras_run_beside_it_is_drawn_beside_it(tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / RESULT).write_text("{")
     assert reference_run(recipe, tmp_path / "run") == tmp_path / "lora-better"
-    text = render(tmp_path / "run", recipe, "understanding-bbc")
+    text = render(tmp_path / "run", recipe)
     page = Document(text)
     told = "2.0 points above LoRA's 0.730 with the same seed: one run each, so no evidence of a"
     assert f"{told} difference. n = 99 says little" in page.text
@@ -74,15 +78,35 @@ def test_loras_run_beside_it_is_drawn_beside_it(tmp_path: Path) -> None:
     assert f"evatune push {tmp_path / 'run' / 'adapter'} YOUR-NAME/bbc" in page.text
 
 
-def test_a_run_on_the_users_data_has_no_size_to_say_and_no_short_command(tmp_path: Path) -> None:
-    recipe = finished(tmp_path / "run", 0.75, data={"source": "mine.csv"})
-    page = Document(render(tmp_path / "run", recipe, "own-understanding"))
+def test_a_run_on_the_users_data_has_no_size_to_say(tmp_path: Path) -> None:
+    recipe = finished(tmp_path / "my run", 0.75, data={"source": "my own.csv"})
+    page = Document(render(tmp_path / "my run", recipe))
     assert "Score 0.750, evaluation loss 0.500" in page.text
-    assert "evatune compare" not in page.text
+    assert f"evatune compare '{tmp_path / 'my run' / RECIPE}' --methods lora,eva" in page.text
+    finished(tmp_path / "lora", 0.72, method="lora", data={"source": "my own.csv"})
+    page = Document(render(tmp_path / "my run", recipe))
+    assert f"evatune push '{tmp_path / 'my run' / 'adapter'}' YOUR-NAME/bbc" in page.text
+
+
+def test_lora_runs_that_diverged_do_not_hide_one_that_did_not(tmp_path: Path) -> None:
+    recipe = finished(tmp_path / "run", 0.75)
+    finished(tmp_path / "a", 0.2, float("nan"), method="lora")
+    better = {"training": {"learning_rate": 1e-4}}
+    finished(tmp_path / "b", 0.72, method="lora", **better)
+    assert reference_run(recipe, tmp_path / "run") == tmp_path / "b"
+
+
+@pytest.mark.parametrize("method", ["eva", "eva-paper-random", "eva-shuffled", "lora-redist"])
+def test_a_control_does_not_say_that_its_start_is_evas(method: str, tmp_path: Path) -> None:
+    recipe = finished(tmp_path / "run", 0.75, method=method)
+    calibration = evatune.calibrate(Toy(), inputs(), evatune.CalibrationConfig(rank=4))
+    calibration.save(tmp_path / "run" / CALIBRATION)
+    text = Document(render(tmp_path / "run", recipe)).text
+    assert ("The chosen directions hold" in text) == (method == "eva")
 
 
 def test_a_run_that_diverged_says_so(tmp_path: Path) -> None:
     recipe = finished(tmp_path / "run", 0.1, float("nan"), method="full")
-    page = Document(render(tmp_path / "run", recipe, "understanding-bbc"))
+    page = Document(render(tmp_path / "run", recipe))
     assert "The run diverged" in page.text
     assert "no adapter" in page.text

@@ -122,7 +122,9 @@ def _has_preparation(recipe: Recipe) -> bool:
     try:
         with cache_only(True):
             for kind in kinds:
-                getattr(transformers, kind).from_pretrained(recipe.model)
+                getattr(transformers, kind).from_pretrained(
+                    recipe.model, trust_remote_code=recipe.trust_remote_code
+                )
     except Exception:  # of many kinds, all of which mean that it would have to be fetched
         return False
     return True

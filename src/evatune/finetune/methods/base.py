@@ -121,6 +121,8 @@ class Method:
     saved_as: ClassVar[str] = "adapter"
     # False where nothing is trained.
     trains: ClassVar[bool] = True
+    # True where the adapter starts as the calibration says, which it does not in controls.
+    starts_as_calibrated: ClassVar[bool] = False
     # True where weights of the checkpoint are trained themselves.
     trains_base: ClassVar[bool] = False
     # False where a checkpoint of the middle of a run cannot be loaded.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class Eva(Lora):
 
     initialize_options: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
+    starts_as_calibrated: ClassVar[bool] = True
+
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
         return preparation.initialize(**self.options_of_run(preparation))
 
@@ -50,6 +52,8 @@ class Eva(Lora):
 class OtherData(Eva):
     """EVA on the data of another task: the control of whether a task's own data matter."""
 
+    starts_as_calibrated: ClassVar[bool] = False
+
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
         return preparation.initialize_elsewhere(**self.options_of_run(preparation))
 
@@ -57,6 +61,8 @@ class OtherData(Eva):
 @dataclass(frozen=True)
 class RanksOnly(Eva):
     """EVA's ranks with PEFT's random A: the control of the directions."""
+
+    starts_as_calibrated: ClassVar[bool] = False
 
     linear_only: bool = field(default=True, kw_only=True)
 
@@ -72,6 +78,8 @@ class RandomDirections(Eva):
 
     Rows of A are orthogonal and of one length, at which E‖Ax‖² of every layer is what EVA has.
     """
+
+    starts_as_calibrated: ClassVar[bool] = False
 
     linear_only: bool = field(default=True, kw_only=True)
 

@@ -180,7 +180,7 @@ def _tables(
         rows = list(map(_difference_row, found.paired))
         tables.append(Table("differences", "Differences, paired by seed", headings, rows))
     if len(comparison.lines) > len(best):
-        note = "The best rate of a method is the one of the smallest mean loss."
+        note = "The best rate of a method is that of the smallest mean loss on validation examples."
         rows = list(map(_row, comparison.lines))
         tables.append(Table("rates", "All learning rates", _HEADINGS, rows, note))
     return tables

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from evatune.finetune.methods import find_method
 from evatune.finetune.metrics import read_metrics
 from evatune.finetune.recipe import REFERENCE, Recipe, as_tree, flat
 from evatune.finetune.run_folder import (
-    CALIBRATION,
+    RECIPE,
     read_evaluation,
     read_result,
+    read_start,
     reference_run,
 )
 from evatune.report.charts import Curve, curves
@@ -35,7 +37,7 @@ from evatune.report.text import caution, rate_text, score_text
 from evatune.report.text import verdict as start_verdict
 from evatune.utils.names import short_name
 
-_MEGABYTE = 1e6
+_MEGABYTE = 2**20
 # title, name of the plot, keys of a line of metrics with what each adds to the method's name, and
 # by what its figures are divided
 _PLOTS: tuple[tuple[str, str, dict[str, str], float], ...] = (
@@ -61,24 +63,18 @@ class FinishedRun:
     metrics: Sequence[Mapping[str, Any]]
 
 
-def render(folder: Path, recipe: Recipe, source: str) -> str:
-    """Return the page of the finished run in a folder as one HTML document.
-
-    Args:
-        source: what the recipe is called on the command line.
-    """
+def render(folder: Path, recipe: Recipe) -> str:
+    """Return the page of the finished run in a folder as one HTML document."""
     result = read_result(folder)
     assert result is not None
     run = FinishedRun(recipe.method, result, read_metrics(folder))
     reference = _reference(recipe, folder)
-    calibration = None
-    if (folder / CALIBRATION).is_file():
-        calibration = Calibration.load(folder / CALIBRATION)
+    calibration = read_start(recipe, folder)
     page = Page(
         title=f"{recipe.method} on {recipe.task}",
         facts=_facts(recipe, calibration),
         verdict=verdict(run, reference),
-        command=_command(recipe, source, folder, reference),
+        command=_command(recipe, folder, reference),
         tiles=_tiles(run),
         charts=charts([run] if reference is None else [run, reference]),
         tables=[*_evaluation_tables(read_evaluation(folder)), _metrics_table(run.metrics)],
@@ -92,12 +88,8 @@ def _with_start(page: Page, calibration: Calibration, recipe: Recipe) -> Page:
     plan = calibration.allocate()
     scale = find_method(recipe.method).scale(recipe.adapter.scale)
     notes = [start_verdict(calibration, plan), *start.notes(calibration, plan, scale)]
-    return Page(
-        title=page.title,
-        facts=page.facts,
-        verdict=page.verdict,
-        command=page.command,
-        tiles=page.tiles,
+    return replace(
+        page,
         charts=[*page.charts, *start.charts(calibration, plan)],
         tables=[*page.tables, *start.tables(calibration, plan)],
         notes=notes,
@@ -157,14 +149,17 @@ def verdict(run: FinishedRun, reference: FinishedRun | None) -> str:
     )
 
 
-def _command(recipe: Recipe, source: str, folder: Path, reference: FinishedRun | None) -> str:
+def _command(recipe: Recipe, folder: Path, reference: FinishedRun | None) -> str:
+    """Return the command to give next; empty where there is none."""
     method = find_method(recipe.method)
-    # With data of the user's the recipe's name alone is no command that repeats the run.
-    ours = recipe.data.source is None
-    if ours and reference is None and recipe.method != REFERENCE and method.trains:
-        return f"evatune compare {shlex.quote(source)} --methods {REFERENCE},{recipe.method}"
-    if method.trains and method.saved_as == "adapter":
-        return f"evatune push {shlex.quote(str(folder / method.saved_as))} YOUR-NAME/{recipe.task}"
+    if not method.trains:
+        return ""
+    if reference is None and recipe.method != REFERENCE:
+        methods = f"{REFERENCE},{recipe.method}"
+        return shlex.join(["evatune", "compare", str(folder / RECIPE), "--methods", methods])
+    if method.saved_as == "adapter":
+        repository = "YOUR-NAME/" + re.sub(r"[^a-zA-Z0-9_]+", "-", recipe.task).strip("-")
+        return shlex.join(["evatune", "push", str(folder / method.saved_as), repository])
     return ""
 
 
