@@ -14,6 +14,7 @@ from evatune.schemas.tuned import RunLine
 _SHARE_OF_FULL = 0.9  # of full fine-tuning's improvement
 
 Point = tuple[int, float | None, float | None]  # step, validation loss, score
+KnownPoint = tuple[int, float, float | None]  # one whose loss is known
 
 
 def convergence(
@@ -95,11 +96,11 @@ def _mean_loss(curve: Sequence[Point]) -> float | None:
 
 def mean_curve(
     curves: Sequence[Sequence[Point]],
-) -> list[tuple[int, float, float | None]]:
+) -> list[KnownPoint]:
     """Return mean validation losses and scores at the steps at which all curves have a loss."""
     by_step = [{step: (loss, score) for step, loss, score in curve} for curve in curves]
     common = sorted(set.intersection(*map(set, by_step))) if by_step else []
-    points = []
+    points: list[KnownPoint] = []
     for step in common:
         losses = [points_of[step][0] for points_of in by_step]
         scores = [points_of[step][1] for points_of in by_step]

@@ -182,7 +182,7 @@ def _pair(
         seeds=tuple(seeds),
         differences=tuple(differences.tolist()),
         mean=_mean(differences),
-        test=_t_test(differences),
+        test=t_test(differences),
         effect_size=_effect_size(differences),
         diverged=diverged,
         reference_diverged=reference_diverged,
@@ -212,8 +212,8 @@ def _effect_size(values: Vector) -> float | None:
     return _mean(values) / deviation if deviation else None
 
 
-def _t_test(values: Vector) -> TTest | None:
-    """Return the t-test of one sample's mean; None for fewer than two values."""
+def t_test(values: Vector) -> TTest | None:
+    """Return the t-test of the mean of values (n,); None for fewer than two."""
     count = len(values)
     if count < 2:
         return None
@@ -302,7 +302,7 @@ def _domain_differences(
     complete: Mapping[str, Sequence[PairedDifference]], seed: int
 ) -> tuple[DomainDifference, ...]:
     fixed = {method: _fixed_tasks_test(lines) for method, lines in complete.items()}
-    random = {method: _t_test(_means(lines)) for method, lines in complete.items()}
+    random = {method: t_test(_means(lines)) for method, lines in complete.items()}
     fixed_holm = dict(zip(fixed, holm([_p_value(test) for test in fixed.values()]), strict=True))
     random_holm = dict(zip(random, holm([_p_value(test) for test in random.values()]), strict=True))
     differences = []

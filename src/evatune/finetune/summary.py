@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from evatune.finetune.compare import Run
+from evatune.finetune.curves import KnownPoint, mean_curve
 from evatune.finetune.metrics import read_metrics
 
 Key = tuple[str, str, float]  # task, method, learning rate
-Point = tuple[int, float, float | None]  # step, evaluation loss, score where it was measured
 _MEASURED = ("score", "eval_loss", "trainable_parameters", "init_seconds", "train_seconds")
 
 
@@ -41,7 +41,7 @@ class MethodSummary:
     first_gradient_b: MeanStd | None
     init_seconds: MeanStd
     train_seconds: MeanStd
-    curve: list[Point]  # means
+    curve: list[KnownPoint]  # means
     scores: dict[int, float]  # by seed
     best: bool  # of smallest mean loss on this task's validation examples
 
@@ -152,14 +152,14 @@ def _summary(
         seeds=len(group),
         first_gradient_b=_mean_std_of_all(gradients),
         steps_to_target=_mean_std_of_all(steps),
-        curve=_mean_curve(curves),
+        curve=mean_curve(curves),
         scores={run.seed: run.result["score"] for run in group},
         best=best,
         **measured,
     )
 
 
-def _step_reaching(target_loss: float, curve: Sequence[Point]) -> int | None:
+def _step_reaching(target_loss: float, curve: Sequence[KnownPoint]) -> int | None:
     """Return the first step whose evaluation loss is at most the target."""
     for step, loss, _ in curve:
         if loss <= target_loss:
@@ -182,31 +182,18 @@ def _mean_std(values: Sequence[float]) -> MeanStd:
     return MeanStd(mean, statistics.stdev(values) if finite else math.nan)
 
 
-def _curve(run: _FinishedRun) -> list[Point]:
+def _curve(run: _FinishedRun) -> list[KnownPoint]:
     """Return the evaluations of a run.
 
     A score that no evaluation measures is known after the last one.
     """
     lines = [line for line in read_metrics(run.folder) if "eval_loss" in line]
-    points: list[Point] = []
+    points: list[KnownPoint] = []
     for number, line in enumerate(lines, 1):
         final = run.result["validation"] or run.result
         final_score = final["score"] if number == len(lines) else None
         points.append((line["step"], line["eval_loss"], line.get("eval_score", final_score)))
     return points
-
-
-def _mean_curve(curves: list[list[Point]]) -> list[Point]:
-    """Return the mean over seeds at the steps that every seed has."""
-    if not curves:
-        return []
-    by_step = [{step: (loss, score) for step, loss, score in curve} for curve in curves]
-    common = sorted(set.intersection(*(set(points) for points in by_step)))
-    means: list[Point] = []
-    for step in common:
-        losses, scores = zip(*(points[step] for points in by_step), strict=True)
-        means.append((step, _mean(losses), None if None in scores else _mean(scores)))
-    return means
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -15,7 +15,7 @@ from statistics import fmean, median
 from typing import Any
 
 from evatune.errors import ConfigError
-from evatune.finetune.curves import Point, convergence, mean_curve
+from evatune.finetune.curves import KnownPoint, Point, convergence, mean_curve
 from evatune.finetune.recipe import REFERENCE, all_settings, as_tree, load, ours
 from evatune.finetune.tuning import best_position
 from evatune.schemas.tuned import RunLine
@@ -107,7 +107,7 @@ class Cell:
         return fmean(value or 0.0 for value in self.scores.values()) if self.scores else None
 
     @property
-    def curve(self) -> list[tuple[int, float, float | None]]:
+    def curve(self) -> list[KnownPoint]:
         """Mean validation loss and score over the seeds, at the steps that all of them have."""
         return mean_curve(list(self.curves.values()))
 

@@ -352,7 +352,7 @@ def _task_of(config: Any) -> str:
 def _usable_device(device: str) -> torch.device:
     """Return a device by its name; ConfigError for one that cannot be used."""
     if device == "auto":
-        return _default_device()
+        return default_device()
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -372,7 +372,8 @@ def _usable_device(device: str) -> torch.device:
     return chosen
 
 
-def _default_device() -> torch.device:
+def default_device() -> torch.device:
+    """Return the accelerator where there is one, else the CPU."""
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     return torch.accelerator.current_accelerator() or torch.device("cpu")

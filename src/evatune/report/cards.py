@@ -18,7 +18,7 @@ from evatune.loading.demo import model_id
 from evatune.report.charts import HeatCell, heat_map
 from evatune.report.evaluation import HEADINGS, TITLE
 from evatune.report.summary import split_name, totals
-from evatune.report.text import percent, rate_text
+from evatune.report.text import LORA_RATE, percent, rate_text
 from evatune.report.vega import picture
 from evatune.utils.extras import extras
 from evatune.utils.markup import markdown_code, markdown_text
@@ -33,7 +33,6 @@ CARD, PICTURE = "README.md", "ranks.png"
 # Stand in a card until it is pushed, or its base model is known.
 REPOSITORY, _BASE, _UNNAMED = "YOUR-NAME/REPOSITORY", "BASE_MODEL", "a model of your own"
 _EMPTY_FORM = "[More Information Needed]"  # in what PEFT writes beside every adapter
-_LORA_RATE = 2e-4
 # PEFT's kind of task → the hub's, and transformers' class
 _TASKS = {
     "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
@@ -219,9 +218,9 @@ def _facts(
             )
         steps = t["step_ratio"].get(facts.scale)
         if facts.scale is not None and steps is not None:
-            rate = rate_text(_LORA_RATE / steps["median"])
+            rate = rate_text(LORA_RATE / steps["median"])
             found["length of A's rows"] = facts.scale
-            found["learning rate"] = f"{rate} does what {rate_text(_LORA_RATE)} does in LoRA"
+            found["learning rate"] = f"{rate} does what {rate_text(LORA_RATE)} does in LoRA"
     found |= facts.results
     return {
         name: value if value.startswith("`") else markdown_text(value)

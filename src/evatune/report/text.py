@@ -13,7 +13,7 @@ from evatune.ranks.allocation import RankPlan
 from evatune.report.summary import LayerRow, layer_rows, plan_of, totals
 from evatune.utils.text import shortened
 
-_LORA_RATE = 2e-4  # that many users of LoRA bring
+LORA_RATE = 2e-4  # that many users of LoRA bring
 _LITTLE = 2.0  # times a random A, below which there is little that data could say
 _FEW = 100  # examples, below which chance alone moves a score by ten points
 _SETTLED = 0.01  # estimated miss at which the default rule stops
@@ -156,7 +156,7 @@ def _lines_of_steps(figures: Mapping[str, Any], scales: Sequence[str]) -> list[s
     """Return what the spectra say about the learning rate, and about what there is to gain."""
     steps = {scale: figures["step_ratio"][scale] for scale in scales}
     rates = [
-        f"{rate_text(_LORA_RATE / spread['median'])} at scale={scale}, where κ is"
+        f"{rate_text(LORA_RATE / spread['median'])} at scale={scale}, where κ is"
         f" {_in_words(spread)}"
         for scale, spread in steps.items()
         if spread is not None
@@ -164,7 +164,7 @@ def _lines_of_steps(figures: Mapping[str, Any], scales: Sequence[str]) -> list[s
     lines = []
     if rates:
         lines.append(
-            f"A LoRA rate of {rate_text(_LORA_RATE)} corresponds to {'; '.join(rates)}. B's first"
+            f"A LoRA rate of {rate_text(LORA_RATE)} corresponds to {'; '.join(rates)}. B's first"
             " steps change the outputs κ times as much as LoRA's"
         )
     participation = figures["participation_ratio"]

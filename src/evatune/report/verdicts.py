@@ -8,12 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Any
+
+import numpy as np
 
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import REFERENCE
-from evatune.finetune.statistics import DomainComparison, DomainDifference, TTest, compare_domain
+from evatune.finetune.statistics import (
+    DomainComparison,
+    DomainDifference,
+    TTest,
+    compare_domain,
+    t_test,
+)
 from evatune.finetune.tuned import FULL, LOWER_RATES, Group, Values
 from evatune.finetune.tuning import STEPS_PER_DECADE
 from evatune.utils.extras import extras
@@ -293,33 +301,40 @@ def signed(share: float) -> str:
 
 
 def kappa_verdict(groups: Sequence[Group]) -> Verdict:
-    """Return whether κ is by how much the best rate is below LoRA's."""
+    """Return whether κ predicts the ratio of LoRA's best learning rate to the method's.
+
+    The correlation is taken within tasks, whose methods share LoRA's rate, and tested over tasks.
+    """
     claim = "Does κ predict the ratio of best rates?"
-    pairs = []
-    for group in groups:
-        for cell in group.cells:
-            reference = group.cell(cell.task, REFERENCE)
-            if (
-                cell.method != REFERENCE
-                and cell.kappa
-                and cell.rate
-                and reference is not None
-                and reference.rate
-            ):
-                pairs.append((cell.kappa, reference.rate / cell.rate))
-    correlation = _correlation(pairs)
-    if correlation is None:
-        return Verdict(claim, "unknown", f"{len(pairs)} cells have a κ and a best rate.")
-    off = [ratio / kappa for kappa, ratio in pairs]
+    tasks = [pairs for group in groups for task in group.tasks if (pairs := _kappas(group, task))]
+    correlations = [found.statistic for pairs in tasks if (found := _correlation(pairs, 3))]
+    test = t_test(np.array(correlations))
+    if test is None:
+        count = sum(map(len, tasks))
+        return Verdict(
+            claim, "unknown", f"{count} cells have a κ and a best rate; it takes 3 on two tasks."
+        )
+    off = [ratio / kappa for pairs in tasks for kappa, ratio in pairs]
     limit = _FACTOR * 1.001  # a step of the grid, to rounding
     near = sum(1 / limit <= one <= limit for one in off)
+    low, high = test.interval.low, test.interval.high
     return Verdict(
         claim,
-        _predicts(correlation),
-        f"Over {len(pairs)} cells the rank correlation of κ with {REFERENCE}'s best rate over the"
-        f" method's is {correlation.statistic:+.2f} (p = {correlation.pvalue:.2g}); the ratio is"
-        f" {median(off):.2f} κ in the median, and within a step of the grid of κ in {near}.",
+        {"tie": "no evidence", "win": "yes", "loss": "the other way round"}[test.interval.outcome],
+        f"Within {len(correlations)} tasks the rank correlation over methods of κ with"
+        f" {REFERENCE}'s best rate over the method's is {fmean(correlations):+.2f} in the mean"
+        f" [{low:+.2f}, {high:+.2f}]; over {len(off)} cells the ratio is {median(off):.2f} κ in the"
+        f" median, and within a step of the grid of κ in {near}.",
     )
+
+
+def _kappas(group: Group, task: str) -> list[tuple[float, float]]:
+    """Return κ and LoRA's best rate over the method's, for each method that has both."""
+    reference = group.cell(task, REFERENCE)
+    if reference is None or not reference.rate:
+        return []
+    cells = [cell for cell in group.cells if cell.task == task and cell is not reference]
+    return [(cell.kappa, reference.rate / cell.rate) for cell in cells if cell.kappa and cell.rate]
 
 
 def participation_verdict(groups: Sequence[Group]) -> Verdict:
@@ -333,7 +348,7 @@ def participation_verdict(groups: Sequence[Group]) -> Verdict:
             gain = gains.get(_task_name(group, cell.task, groups))
             if cell.participation is not None and gain is not None:
                 pairs.append((cell.participation, gain))
-    correlation = _correlation(pairs)
+    correlation = _correlation(pairs, _FEWEST_PAIRS)
     if correlation is None:
         return Verdict(claim, "unknown", f"{len(pairs)} tasks have a PR and a gain.")
     return Verdict(
@@ -345,9 +360,9 @@ def participation_verdict(groups: Sequence[Group]) -> Verdict:
     )
 
 
-def _correlation(pairs: list[tuple[float, float]]) -> Any:
-    """Return Spearman's correlation; None for few pairs, or where one side is constant."""
-    if len(pairs) < _FEWEST_PAIRS or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
+def _correlation(pairs: list[tuple[float, float]], fewest: int) -> Any:
+    """Return Spearman's correlation; None for fewer pairs, or where one side is constant."""
+    if len(pairs) < fewest or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
         return None
     found = spearmanr(*zip(*pairs, strict=True))
     return found if math.isfinite(found.statistic) else None

@@ -55,6 +55,8 @@ def test_the_verdict_tells_a_win_from_scatter() -> None:
     assert apart.endswith("more than the seeds scatter.")
     tie = verdict([lora, line("bbc", "eva", [0.4, 0.52, 0.62])])
     assert tie.endswith("the interval holds 0, so this is a tie.")
+    best = verdict([lora, *(line("bbc", name, [0.6, 0.61, 0.621]) for name in ("dora", "mica"))])
+    assert "more than the seeds scatter; as the best of 2, p = " in best
     single = verdict([line("bbc", "lora", [0.5]), line("bbc", "eva", [0.6])], failed=2)
     assert single.endswith("with one seed: no evidence of a difference; 2 runs failed.")
     assert verdict([lora]).startswith("There is nothing to compare")

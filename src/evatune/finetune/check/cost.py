@@ -27,6 +27,7 @@ from evatune.finetune.tasks import ModelKind, Task, find_domain
 from evatune.finetune.tasks.base import DTYPES
 from evatune.finetune.tasks.images.vtab import VTAB, VTAB_PIXELS
 from evatune.finetune.tasks.user_data import MOST_HELD_OUT
+from evatune.loading.models import default_device
 
 UTILIZATION = 0.4
 """Share of a matrix product's rate that training reaches, as is usual for large models."""
@@ -239,7 +240,7 @@ def measured_rate(precision: str) -> float:
     Args:
         precision: of training, as a recipe names it.
     """
-    device = _device()
+    device = default_device()
     side = _SIDE_CPU if device.type == "cpu" else _SIDE_ACCELERATOR
     matrix = torch.ones(side, side, dtype=DTYPES[precision], device=device)
     float((matrix @ matrix)[0, 0])  # the first one is slow
@@ -288,11 +289,6 @@ def _evaluated_examples(recipe: Recipe) -> int:
     validation = data.validation or (largest if data.has_validation else 0)
     meanwhile = 1 + training.steps // training.eval_every
     return meanwhile * validation + test if validation else (1 + meanwhile) * test
-
-
-def _device() -> torch.device:
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
 
 
 def _device_memory() -> float:

@@ -8,8 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from evatune.errors import ConfigError
 from evatune.finetune.evaluation import harness
 from evatune.finetune.evaluation.code_sets import CODE_SETS, METRIC, read_problems, share_passed
@@ -21,6 +19,7 @@ from evatune.finetune.tasks.generation import DOMAIN, question_sets
 from evatune.finetune.tasks.generation.domain import load_model
 from evatune.loading.chats import load_template
 from evatune.loading.hub import reading
+from evatune.loading.models import default_device
 from evatune.utils.lock import held
 from evatune.utils.names import resolved
 
@@ -157,5 +156,4 @@ def load_trained(recipe: Recipe, folder: Path) -> tuple[Any, Any]:
     saved = folder / method.saved_as
     with reading(saved, "what the run trained", "a run whose folder is as it was written"):
         model = method.load(model, saved)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.eval().to(device), tokenizer
+    return model.eval().to(default_device()), tokenizer

@@ -25,6 +25,7 @@ from evatune.report.pages.base import (
 )
 from evatune.report.summary import LayerRow, layer_rows, totals
 from evatune.report.text import (
+    LORA_RATE,
     effective,
     mean_captured,
     percent,
@@ -36,7 +37,6 @@ from evatune.report.text import (
 from evatune.report.vega import Spec
 from evatune.utils.names import short_name
 
-_LORA_RATE = 2e-4  # that many users of LoRA bring
 _MOST_ROWS = 2000  # of the table of layers, which is half a megabyte
 
 _MEANING = (
@@ -125,8 +125,8 @@ def tiles(calibration: Calibration, plan: RankPlan, scale: str | None) -> list[T
     ]
     steps = t["step_ratio"].get(scale)
     if steps:
-        rate = rate_text(_LORA_RATE / steps["median"])
-        found.append(Tile(rate, f"learning rate for LoRA's {rate_text(_LORA_RATE)} ({scale})"))
+        rate = rate_text(LORA_RATE / steps["median"])
+        found.append(Tile(rate, f"learning rate for LoRA's {rate_text(LORA_RATE)} ({scale})"))
     return found
 
 

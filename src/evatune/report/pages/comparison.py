@@ -104,8 +104,8 @@ def verdict(found: DomainComparison | None, best: Sequence[MethodSummary], faile
         return f"No run has ended{missing}."
     if found is None or not found.methods:
         return f"There is nothing to compare: no two methods share a seed on every task{missing}."
-    line = next((one for one in found.methods if one.method == SUBJECT), None)
-    line = line or max(found.methods, key=lambda one: one.mean)
+    named = [line for line in found.methods if line.method == SUBJECT]
+    line = named[0] if named else max(found.methods, key=lambda line: line.mean)
     side = "above" if line.mean >= 0 else "below"
     text = f"{line.method} is {100 * abs(line.mean):.1f} points {side} {found.reference} in score"
     if len(found.tasks) > 1:
@@ -113,13 +113,15 @@ def verdict(found: DomainComparison | None, best: Sequence[MethodSummary], faile
     test = line.fixed_tasks
     if test is None:
         return f"{text}, with one seed: no evidence of a difference{missing}."
-    ends = interval_text(test).strip()
-    told = {
+    meanings = {
         "tie": "the interval holds 0, so this is a tie",
         "win": "more than the seeds scatter",
         "loss": "more than the seeds scatter",
     }
-    return f"{text}, 95 % interval {ends}: {told[test.interval.outcome]}{missing}."
+    meaning = meanings[test.interval.outcome]
+    if not named and len(found.methods) > 1:  # the interval does not know that it was chosen
+        meaning += f"; as the best of {len(found.methods)}, p = {line.fixed_tasks_holm:.2g} by Holm"
+    return f"{text}, 95 % interval {interval_text(test).strip()}: {meaning}{missing}."
 
 
 def _tiles(comparison: Comparison, found: DomainComparison | None) -> list[Tile]:
