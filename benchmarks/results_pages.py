@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from evatune.finetune.run_lines import read_lines
-from evatune.finetune.tuned import summarize
+from evatune.finetune.comparison.run_lines import read_lines
+from evatune.finetune.comparison.tuned_summary import summarize
 from evatune.report.tuned import write_pages
 
 _ROOT = Path(__file__).resolve().parents[1]

@@ -40,12 +40,12 @@ import evatune
 from evatune.adapters.export import export_uniform
 from evatune.adapters.saved import adapter_rows
 from evatune.calibration.checkpoint import Checkpoint
-from evatune.finetune.compare import Run
+from evatune.finetune.comparison.grid import Run
+from evatune.finetune.comparison.summary import summarize
 from evatune.finetune.metrics import METRICS, read_metrics
 from evatune.finetune.recipe import as_tree, load
 from evatune.finetune.resuming import newest_whole
 from evatune.finetune.run_folder import RECIPE, RESULT, read_result, require_own_run
-from evatune.finetune.summary import summarize
 from evatune.loading.texts import load_texts
 
 SECONDS = 20.0

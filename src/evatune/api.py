@@ -113,9 +113,9 @@ def calibrate(
     """
     model = unwrapped(model)
     config = config or CalibrationConfig()
-    device, patience = model_device(model), config.rendezvous_timeout
+    device, timeout = model_device(model), config.rendezvous_timeout
     with (
-        ProcessGroup.create(config.distributed, device, patience) as process_group,
+        ProcessGroup.create(config.distributed, device, timeout) as process_group,
         reported(progress, config) as report,
     ):
         options = RunOptions(

@@ -1,4 +1,4 @@
-"""What named options may be: a type and a tuple of each, its default, and the check of a value.
+"""Values of named options: a type and a tuple of each, its default, and the check of a value.
 
 Nothing heavy loads here: `--help` lists these names.
 """
@@ -32,6 +32,9 @@ OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 # are as safe as in LoRA, whatever the width. See docs/learning-rate.md for what was measured.
 DEFAULT_SCALE: Scale = "matched"
 DEFAULT_RANK, DEFAULT_RHO = 16, 2.0
+
+IGNORED = -100
+"""Label of a token that the loss leaves out, by torch's and transformers' convention."""
 
 
 def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

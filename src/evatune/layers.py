@@ -1,8 +1,11 @@
-"""The one description of a layer that every room of the package shares."""
+"""The description of a layer that every room of the package shares, and PEFT's prefix of names."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+PEFT_PREFIX = "base_model.model."
+"""Begins the names of the base model's modules in a `PeftModel`, and in a saved adapter."""
 
 
 @dataclass(frozen=True)

@@ -326,7 +326,7 @@ def test_inspect_names_parameters_that_the_config_gives_by_their_ending(tmp_path
     ranks = redistributed(model).allocate().ranks
     model.save_pretrained(tmp_path)
     rows = adapter_rows(tmp_path / "adapter_model.safetensors")
-    assert {row["layer"]: row["rank"] for row in rows} == {
+    assert {row.layer: row.rank for row in rows} == {
         name.rpartition(".")[0]: rank for name, rank in ranks.items()
     }
 

@@ -51,16 +51,16 @@ def test_a_saved_adapter_says_the_rank_and_scale_of_every_kind(
     calibration, start = round_trip(
         build, LoraConfig(r=3, lora_alpha=6, **options), batches(), tmp_path
     )
-    rows = {row["layer"]: row for row in adapter_rows(tmp_path / "adapter_model.safetensors")}
+    rows = {row.layer: row for row in adapter_rows(tmp_path / "adapter_model.safetensors")}
     ranks = {
         name.removesuffix(".0"): rank
         for name, rank in calibration.allocate().ranks.items()
         if name[-1] not in "123"
     }
-    assert {name: row["rank"] for name, row in rows.items()} == {
+    assert {name: row.rank for name, row in rows.items()} == {
         name: rank for name, rank in ranks.items() if rank
     }
-    assert {row["scale"] for row in rows.values()} == {2}
+    assert {row.scale for row in rows.values()} == {2}
     assert rows.keys() == start.keys()
 
 
@@ -70,7 +70,7 @@ def test_rank_and_scale_of_an_adapter_of_plain_peft_are_those_that_peft_runs_wit
     plain(
         lora_alpha=8, use_rslora=True, target_modules=["q"], rank_pattern={"1.q": 9}
     ).save_pretrained(tmp_path)
-    assert [(row["rank"], row["scale"]) for row in adapter_rows(tmp_path / WEIGHTS)] == [
+    assert [(row.rank, row.scale) for row in adapter_rows(tmp_path / WEIGHTS)] == [
         (4, pytest.approx(4)),
         (9, pytest.approx(8 / 3)),
     ]
@@ -83,7 +83,7 @@ def test_ordinary_patterns_keep_the_meaning_that_peft_gives_them(tmp_path: Path)
         alpha_pattern={"blocks.0.k": 3},
     )
     model.save_pretrained(tmp_path)
-    found = {row["layer"]: (row["rank"], row["alpha"]) for row in adapter_rows(tmp_path / WEIGHTS)}
+    found = {row.layer: (row.rank, row.alpha) for row in adapter_rows(tmp_path / WEIGHTS)}
     assert (found["blocks.0.q"], found["blocks.0.k"], found["blocks.1.k"]) == (
         (2, 8),
         (4, 3),

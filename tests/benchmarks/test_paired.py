@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from evatune.finetune.tuned import summarize
+from evatune.finetune.comparison.tuned_summary import summarize
 from tests.tuned_lines import tuned_lines
 
 

@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import evatune
 from evatune import Calibration, CalibrationConfig
 from evatune.calibration.checkpoint import Checkpoint
 from evatune.errors import ConfigError, DataError, RecordError
+from evatune.schemas.tensors import read_sealed, save_sealed
 from evatune.sketch import SKETCHES
 from tests.helpers import Toy, inputs
 from tests.processes import FORKS
@@ -40,6 +42,15 @@ def require_same(a: Calibration, b: Calibration) -> None:
         assert all(torch.equal(tensor, other[key]) for key, tensor in spectrum.state().items()), (
             name
         )
+
+
+def rewrite(point: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the record of a checkpoint, and seal it again."""
+    kind = "evatune-checkpoint-3"
+    tensors, text = read_sealed(point, [kind], "a checkpoint")
+    record = json.loads(text)
+    change(record)
+    save_sealed(point, tensors, kind, json.dumps(record))
 
 
 def interrupted(
@@ -230,6 +241,15 @@ class TestWhatDoesNotFit:
             )
         with pytest.raises(RecordError, match="--resume"):
             self.resume(point)
+
+    def test_a_drifting_layer_that_there_is_not(self, point: Path) -> None:
+        rewrite(point, lambda record: record["drifting"].append("none"))
+        with pytest.raises(RecordError, match="'none' is no layer of the record"):
+            self.resume(point)
+
+    def test_a_record_without_drifting_layers_is_read(self, point: Path) -> None:
+        rewrite(point, lambda record: record.pop("drifting"))
+        assert self.resume(point).batches == 8
 
     def test_nothing_to_resume_is_a_start(self, tmp_path: Path) -> None:
         assert self.resume(tmp_path / "none").batches == 8

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from evatune.finetune import search
+from evatune.finetune.comparison import search
+from evatune.finetune.comparison.rate_rule import Seeds
+from evatune.finetune.comparison.search import Search
 from evatune.finetune.recipe import load
-from evatune.finetune.search import Search
-from evatune.finetune.tuning import Seeds
 from tests.conftest import Command, refused
 from tests.finetune.helpers import SMALL
 from tests.tuned_lines import tuned_lines

@@ -15,7 +15,7 @@ from evatune.errors import ConfigError
 from evatune.finetune.fingerprint import fingerprint
 from evatune.finetune.recipe import Recipe, parse
 from evatune.finetune.run import measure, run
-from evatune.finetune.start_facts import NO_FACTS, start_facts
+from evatune.finetune.start_facts import StartFacts, start_facts
 from evatune.finetune.tasks import Task
 from tests.finetune.helpers import small
 
@@ -125,7 +125,7 @@ def test_a_model_without_an_adapter_has_no_such_facts(bert_folder: Path) -> None
         new_head=False,
         task_type=None,
     )
-    assert start_facts(model, task, recipe) == NO_FACTS
+    assert start_facts(model, task, recipe) == StartFacts(None, None, None)
 
 
 def test_a_fingerprint_heeds_examples_and_weights_and_nothing_else(bert_folder: Path) -> None:

@@ -133,7 +133,7 @@ def test_lightning_callback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_shards_ray(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    # Ray itself, which is slow to start, is tested in tests/finetune/test_ray_workers.py
+    # Ray itself, which is slow to start, is tested in tests/finetune/comparison/test_ray_workers.py
     here = SimpleNamespace(
         init=lambda **_: None,
         shutdown=lambda: None,

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from evatune.calibration.checkpoint import Checkpoint
 from evatune.errors import ConfigError
-from evatune.finetune.compare import grid
+from evatune.finetune.comparison.grid import grid
 from evatune.finetune.recipe import load
 from evatune.finetune.run import run
 from evatune.finetune.tasks.user_data import load_examples

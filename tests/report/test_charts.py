@@ -9,20 +9,15 @@ from evatune.report.charts import (
     COLORS,
     Curve,
     HeatCell,
-    contrast,
     curves,
     heat_color,
     heat_map,
-    ink_on,
     spectra,
 )
+from evatune.report.colors import contrast, ink_on, rgb
 from evatune.report.vega import picture
 
 WHITE, DARK = (255, 255, 255), (0x14, 0x18, 0x1D)
-
-
-def rgb(color: str) -> tuple[int, int, int]:
-    return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)
 
 
 def test_figures_in_a_heat_map_have_the_contrast_of_wcag_aa() -> None:
@@ -39,7 +34,7 @@ def test_lines_have_contrast_on_light_and_dark_pages(ground: tuple[int, int, int
 
 def test_a_heat_map_is_centered_on_uniform_and_keeps_the_models_order() -> None:
     names = ["h.1.up", "h.0.up", "h.0.down", "head"]
-    cells = [HeatCell(name, "5", place - 1.0, {"rank": 5}) for place, name in enumerate(names)]
+    cells = [HeatCell(name, 5, place - 1.0, {"rank": 5}) for place, name in enumerate(names)]
     spec = heat_map(cells, "more or fewer")
     color = spec["layer"][0]["encoding"]["color"]
     assert color["scale"]["domain"] == [-2, 0, 2]
@@ -51,8 +46,8 @@ def test_a_heat_map_is_centered_on_uniform_and_keeps_the_models_order() -> None:
 
 def test_experts_share_a_cell_with_their_means() -> None:
     names = [f"h.{block}.experts.{expert}.up" for block in range(4) for expert in range(50)]
-    cells = [HeatCell(name, str(place % 2), place % 2, {}) for place, name in enumerate(names)]
-    values = heat_map([*cells, HeatCell("head", "–", 0, {})], "")["data"]["values"]
+    cells = [HeatCell(name, place % 2, place % 2, {}) for place, name in enumerate(names)]
+    values = heat_map([*cells, HeatCell("head", None, 0, {})], "")["data"]["values"]
     assert [value["block"] for value in values] == ["0", "1", "2", "3", "–"]
     assert [value["difference"] for value in values] == [0.5, 0.5, 0.5, 0.5, 0]
     assert values[0]["layers"] == 50

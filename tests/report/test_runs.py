@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from evatune.finetune.summary import Comparison, MeanStd, MethodSummary
+from evatune.finetune.comparison.summary import Comparison, MeanStd, MethodSummary
 from evatune.report.runs import comparison_markdown, comparison_table
 from evatune.utils.markup import printable
 from tests.helpers import NAMES, wide_terminal

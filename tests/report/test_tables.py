@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 import evatune
+from evatune.adapters.saved import AdapterRow
 from evatune.report.tables import adapter_table, show_calibration
 from evatune.utils.markup import printable
 from tests.helpers import NAMES, wide_terminal
@@ -17,8 +18,8 @@ from tests.helpers import NAMES, wide_terminal
 def test_a_table_shows_every_name_as_it_is(calibration: evatune.Calibration) -> None:
     shown = wide_terminal()
     show_calibration(shown, calibration)
-    row = {"rank": 1, "alpha": 1.0, "scale": 1.0, "parameters": 1, "a_row_norm": 1.0, "b_norm": 1.0}
-    shown.print(adapter_table(shown, [row | {"layer": name} for name in NAMES]))
+    rows = [AdapterRow(name, 1, 1.0, 1.0, 1, a_row_norm=1.0, b_norm=1.0) for name in NAMES]
+    shown.print(adapter_table(shown, rows))
     text = shown.file.getvalue()  # type: ignore[attr-defined]
     assert all(text.count(printable(name)) >= 2 for name in NAMES)
     assert "\x1b" not in text

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from evatune.errors import ConfigError
+from evatune.finetune.comparison.tuned_summary import TunedSummary, summarize
 from evatune.finetune.recipe import load
-from evatune.finetune.tuned import TunedSummary, summarize
 from evatune.report.tuned import (
     command_of,
     domain_page,

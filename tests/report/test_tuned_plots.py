@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evatune.finetune.tuned import summarize
+from evatune.finetune.comparison.tuned_summary import summarize
 from evatune.report.plots import save_figure
 from evatune.report.tuned_plots import line_styles, ranks_plot, rates_plot
 from tests.tuned_lines import METHODS, line_of, tuned_lines

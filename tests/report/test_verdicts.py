@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evatune.finetune.tuned import summarize
+from evatune.finetune.comparison.tuned_summary import summarize
 from evatune.report.verdicts import verdicts
 from evatune.schemas.tuned import RunLine
 from tests.tuned_lines import tuned_lines
@@ -93,6 +93,16 @@ def as_method(called: str, method: str, tasks: tuple[str, ...]) -> list[RunLine]
         settings = line.settings.model_copy(update={"method": name})
         swapped.append(line.model_copy(update={"settings": settings}))
     return swapped
+
+
+def test_a_control_does_not_compete_and_a_method_that_is_no_longer_registered_does() -> None:
+    tasks = ("digits", "fonts")
+    lines = tuned_lines(methods=("lora", "eva", "lora-orthogonal", "pissa"), tasks=tasks)
+    best = verdicts(summarize(lines).groups)[2]
+    assert "above pissa, the competitor" in best.text
+    lines += as_method("gone", "lora-ga", tasks)
+    best = verdicts(summarize(lines).groups)[2]
+    assert "above gone, the competitor" in best.text
 
 
 def test_lower_rates_are_those_below_loras_best() -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from evatune.errors import ConfigError, RecordError
-from evatune.finetune.compare import Run
+from evatune.finetune.comparison.grid import Run
+from evatune.finetune.comparison.summary import summarize
 from evatune.finetune.metrics import read_metrics
 from evatune.finetune.recipe import load
 from evatune.finetune.run import run
-from evatune.finetune.summary import summarize
 from tests.fuzzing import fuzz
 
 

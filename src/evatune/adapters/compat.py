@@ -340,13 +340,13 @@ def _rows(
 
     None for PEFT's defaults, which the engine's own rule replaces.
     """
-    usual = prepare_model is prepare_model_inputs_fn_language_modeling
-    if usual and prepare_layer is prepare_layer_inputs_fn_language_modeling:
+    is_default = prepare_model is prepare_model_inputs_fn_language_modeling
+    if is_default and prepare_layer is prepare_layer_inputs_fn_language_modeling:
         return None
     select = selector_for(model, config.labels_only or False, config.ignore_index)
 
     def prepare(batch: Any) -> Any:
-        if usual:  # PEFT's takes nothing but a dict, and does not shift labels
+        if is_default:  # PEFT's takes nothing but a dict, and does not shift labels
             return _positions(select(batch), batch)
         return batch if prepare_model is None else prepare_model(batch, peft_config)
 

@@ -1,5 +1,4 @@
-"""PEFT's LoRA layers by their kind: what each sees, where it keeps A and B, and which of them EVA
-cannot start."""
+"""PEFT's LoRA layers by kind: what each sees, where its A and B are, and which EVA cannot start."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ class LoraTarget:
 
     @property
     def is_linear(self) -> bool:
-        """Whether this is PEFT's usual layer: one A of (rank, in) and one B of (out, rank)."""
+        """True for PEFT's usual layer: one A of (rank, in) and one B of (out, rank)."""
         return (
             len(self.target_layers) == 1
             and self.target_layers[0].input_view == DenseRows()
@@ -46,7 +45,7 @@ class LoraTarget:
 
     @property
     def is_parameter(self) -> bool:
-        """Whether PEFT lists it under `target_parameters`."""
+        """True where PEFT lists it under `target_parameters`."""
         return isinstance(self.layer, ParamWrapper)
 
 
@@ -62,7 +61,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 def find_lora_targets(
     model: nn.Module, adapter_name: str
 ) -> tuple[list[LoraTarget], dict[str, LoraLayer]]:
-    """The adapter's LoRA layers in model order, and by path those that EVA does not initialise.
+    """Return the adapter's LoRA layers in model order, and by path those that EVA cannot start.
 
     Tied layers (`tied_layers`) are in neither: their weights are those of the embedding's adapter.
     """
@@ -71,13 +70,9 @@ def find_lora_targets(
     unsupported: dict[str, LoraLayer] = {}
     inside: tuple[str, ...] = ()  # attention, whose output projection has a LoRA layer of its own
     for path, layer in model.named_modules():
-        if (
-            not isinstance(layer, LoraLayer)
-            or adapter_name not in layer.r
-            or path.startswith(inside or ("\n",))
-        ):
+        if not isinstance(layer, LoraLayer) or adapter_name not in layer.r:
             continue
-        if layer in tied:
+        if layer in tied or path.startswith(inside):
             continue
         if isinstance(layer, MultiheadAttention):
             inside = (*inside, f"{path}.")
@@ -95,7 +90,7 @@ def find_lora_targets(
 
 
 def tied_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """By PEFT's names, the layers whose A and B are transposes of the embedding's B and A.
+    """Return, by PEFT's names, the layers whose A and B are the embedding's B and A, transposed.
 
     That is what `ensure_weight_tying` is for where the model's embeddings are tied.
     """
@@ -103,38 +98,34 @@ def tied_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     targets = tuple(f".{target}" for target in getattr(config, "target_modules_to_tie", None) or ())
     if not targets:
         return {}
-    ends = {path: module for path, module in model.named_modules() if f".{path}".endswith(targets)}
-    return {
-        peft_name(path): module
-        for path, module in ends.items()
-        if isinstance(module, LoraLayer) and adapter_name in module.r
-    }
+    tied: dict[str, LoraLayer] = {}
+    for path, module in model.named_modules():
+        carries = isinstance(module, LoraLayer) and adapter_name in module.r
+        if carries and f".{path}".endswith(targets):
+            tied[peft_name(path)] = module
+    return tied
 
 
 def describe(path: str, layer: LoraLayer) -> str:
-    """Name and kind of a layer that is not supported, and why where its kind is."""
+    """Return name and kind of a layer that is not supported, and why where its kind is."""
     base = layer.get_base_layer()
-    why = (
-        ", whose dilation PEFT's A does not have, so that PEFT cannot run it"
-        if isinstance(base, _CONVS)
-        else ""
-    )
+    why = ""
+    if isinstance(base, _CONVS):
+        why = ", whose dilation PEFT's A does not have, so that PEFT cannot run it"
     return f"{peft_name(path)} ({type(base).__name__}{why})"
 
 
 def pairs(
     layer: LoraLayer, adapter_name: str
 ) -> list[tuple[nn.Parameter, nn.Parameter, nn.Parameter | None]]:
-    """A, B and the bias of B, of every pair that the layer has."""
+    """Return A, B and B's bias of every pair of the layer."""
     if adapter_name in layer.lora_embedding_A:
         return [(layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name], None)]
     b = layer.lora_B[adapter_name]
-    own = (layer.lora_A[adapter_name].weight, b.weight, b.bias)
-    return (
-        [own, *pairs(layer.base_layer.out_proj, adapter_name)]
-        if isinstance(layer, MultiheadAttention)
-        else [own]
-    )
+    pair = (layer.lora_A[adapter_name].weight, b.weight, b.bias)
+    if isinstance(layer, MultiheadAttention):
+        return [pair, *pairs(layer.base_layer.out_proj, adapter_name)]
+    return [pair]
 
 
 def matrices_of(lora_target: LoraTarget, rows: Mapping[str, Tensor]) -> list[Tensor]:
@@ -155,7 +146,7 @@ def matrices_of(lora_target: LoraTarget, rows: Mapping[str, Tensor]) -> list[Ten
 
 
 def _target_layers(name: str, layer: LoraLayer, adapter_name: str) -> list[TargetLayer]:
-    """What the layer's A is multiplied with; nothing where EVA does not know it."""
+    """Return what the layer's A is multiplied with; nothing where EVA does not know it."""
     base = layer.get_base_layer()
     if isinstance(layer, ParamWrapper):
         return parameter_target_layers(f"{name}.{layer.parameter_name}", base)
@@ -174,7 +165,7 @@ def _target_layers(name: str, layer: LoraLayer, adapter_name: str) -> list[Targe
         spans = [(k - 1) * d for k, d in zip(base.kernel_size, base.dilation, strict=True)]
         same = base.padding == "same" or spans == [k - 1 for k in base.kernel_size]
         return [conv_target_layer(name, base, seen)] if same else []
-    if isinstance(a, nn.Linear):  # of any base, quantised or not: A says how wide its input is
+    if isinstance(a, nn.Linear):  # of any base, quantized or not: A says how wide its input is
         out_features = layer.lora_B[adapter_name].out_features
         return [TargetLayer(LayerSpec(name, a.in_features, out_features), base)]
     return []

@@ -4,20 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evatune.adapters.lora_scale import lora_scale
 from evatune.errors import RecordError
+from evatune.layers import PEFT_PREFIX
 from evatune.schemas import Damage, shown, telling
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import Tensor
 
-_PREFIX = "base_model.model."
 _MAX_NAME = 1024  # characters
 # Of embeddings, A and B are parameters and not layers.
 _PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """A layer of a saved adapter.
+
+    Attributes:
+        layer: its name in the base model.
+        scale: the factor of BA.
+        parameters: how many A and B hold together.
+        a_row_norm: mean length of the rows of A. b_norm: of B as a whole.
+    """
+
+    layer: str
+    rank: int
+    alpha: float
+    scale: float
+    parameters: int
+    a_row_norm: float
+    b_norm: float
 
 
 def is_adapter(file: Path) -> bool:
@@ -30,8 +52,8 @@ def is_adapter(file: Path) -> bool:
         return False
 
 
-def adapter_rows(weights: Path) -> list[dict[str, Any]]:
-    """Return rank, alpha, scale, parameters and norms of each layer of a saved adapter.
+def adapter_rows(weights: Path) -> list[AdapterRow]:
+    """Return the layers of a saved adapter.
 
     Raises RecordError for a damaged file, a damaged or absent config beside it, or an adapter that
     is not LoRA.
@@ -116,10 +138,10 @@ def require_ranks(weights: Path, state: Mapping[str, Tensor], config: LoraConfig
         return
     pattern = config.rank_pattern
     for key, tensor in state.items():
-        end = next((end for end in _PAIRS if key.endswith(end)), None)
+        end = _end_of_a(key)
         if end is None or ".base_layer" in key:
             continue
-        layer = key.removeprefix(_PREFIX).removesuffix(end)
+        layer = key.removeprefix(PEFT_PREFIX).removesuffix(end)
         rank = pattern.get(get_pattern_key(pattern.keys(), layer), config.r)
         if rank != len(tensor):
             raise RecordError(
@@ -156,7 +178,7 @@ def _require_matrix(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> N
         raise Damage(f"names a tensor in {len(name)} characters, and {_MAX_NAME} are the most")
     if ".lora_" in name and not (tensor.numel() and tensor.is_floating_point()):
         raise Damage(f"is damaged: {shown(name)} holds no numbers")
-    end = next((end for end in _PAIRS if name.endswith(end)), None)
+    end = _end_of_a(name)
     if end is None:
         return
     layer = name.removesuffix(end)
@@ -170,10 +192,18 @@ def _require_matrix(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> N
 
 def layer_names(state: Mapping[str, Tensor]) -> list[str]:
     """Return the names of the adapted layers as PEFT's patterns are matched with them."""
-    ends = [
-        (name.removeprefix(_PREFIX), end) for name in state for end in _PAIRS if name.endswith(end)
-    ]
-    return [name.removesuffix(end).partition(".base_layer")[0] for name, end in ends]
+    names = []
+    for key in state:
+        end = _end_of_a(key)
+        if end is not None:
+            path = key.removeprefix(PEFT_PREFIX).removesuffix(end)
+            names.append(path.partition(".base_layer")[0])
+    return names
+
+
+def _end_of_a(key: str) -> str | None:
+    """Return how the name of a matrix A ends; None for any other tensor."""
+    return next((end for end in _PAIRS if key.endswith(end)), None)
 
 
 def layer_scale(config: LoraConfig, layer: str, rank: int) -> tuple[float, float]:
@@ -183,15 +213,15 @@ def layer_scale(config: LoraConfig, layer: str, rank: int) -> tuple[float, float
     alpha = config.alpha_pattern.get(
         get_pattern_key(config.alpha_pattern.keys(), layer), config.lora_alpha
     )
-    return alpha, alpha / (rank**0.5 if config.use_rslora else rank)
+    return alpha, lora_scale(alpha, rank, config.use_rslora)
 
 
-def _rows(state: Mapping[str, Tensor], config: LoraConfig) -> list[dict[str, Any]]:
+def _rows(state: Mapping[str, Tensor], config: LoraConfig) -> list[AdapterRow]:
     rows = []
-    found = [(key, end) for key in state for end in _PAIRS if key.endswith(end)]
-    heights = {key.removeprefix(_PREFIX): len(state[key]) for key, _ in found}
-    for key, end in found:
-        path = key.removeprefix(_PREFIX).removesuffix(end)
+    pairs = [(key, end) for key in state for end in _PAIRS if key.endswith(end)]
+    heights = {key.removeprefix(PEFT_PREFIX): len(state[key]) for key, _ in pairs}
+    for key, end in pairs:
+        path = key.removeprefix(PEFT_PREFIX).removesuffix(end)
         a, b = state[key].float(), state[key.removesuffix(end) + _PAIRS[end]].float()
         # Attention's output projection, or one of several stacked weights, hangs in the wrapper of
         # its layer.
@@ -207,15 +237,15 @@ def _rows(state: Mapping[str, Tensor], config: LoraConfig) -> list[dict[str, Any
         )
         alpha, scale = layer_scale(config, name, rank)
         rows.append(
-            {
-                "layer": path.replace(".base_layer", "") if name == unit else name,
-                "rank": rank,
-                "alpha": alpha,
-                "scale": scale,
-                "parameters": a.numel() + b.numel(),
-                "a_row_norm": float(a.flatten(1).norm(dim=1).mean()),
-                "b_norm": float(b.norm()),
-            }
+            AdapterRow(
+                layer=path.replace(".base_layer", "") if name == unit else name,
+                rank=rank,
+                alpha=alpha,
+                scale=scale,
+                parameters=a.numel() + b.numel(),
+                a_row_norm=float(a.flatten(1).norm(dim=1).mean()),
+                b_norm=float(b.norm()),
+            )
         )
     return rows
 
@@ -236,9 +266,11 @@ def _stacked(
     """
     from peft.utils.other import get_pattern_key
 
-    ends = [target.rpartition(".") for target in config.target_parameters or ()]
-    here = [key for module, _, key in ends if not module or f".{unit}".endswith(f".{module}")]
-    names = [f"{unit}.{key}" for key in here]
+    names = []
+    for target in config.target_parameters or ():
+        module, _, key = target.rpartition(".")
+        if not module or f".{unit}".endswith(f".{module}"):
+            names.append(f"{unit}.{key}")
     pattern = config.rank_pattern
     ranks = {
         name: int(pattern.get(get_pattern_key(pattern.keys(), name), config.r)) for name in names

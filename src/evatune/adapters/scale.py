@@ -69,8 +69,8 @@ def scaled_rows(spectrum: Spectrum, rank: int, scale: Scale) -> Tensor:
     count = len(lengths)
     directions = spectrum.directions[:count].double()
     if _has_own_rows(spectrum, scale):
-        own = _own_rows(spectrum, count)
-        directions = own / own.norm(dim=1, keepdim=True)
+        rows = _own_rows(spectrum, count)
+        directions = rows / rows.norm(dim=1, keepdim=True)
     return (directions * lengths[:, None]).float()
 
 
@@ -102,8 +102,8 @@ def step_ratio(spectrum: Spectrum, rank: int, scale: Scale, usual_rank: int) -> 
         rest = spectrum.total_second_moment - float(moments.sum())
         along_others = max(0.0, rest) / max(1, width - count)
         energy += (rank - count) * _length_of_random_rows(lengths, scale) ** 2 * along_others
-    usual = usual_rank * _default_energy(spectrum)
-    return (energy / usual) ** 0.5 if usual > 0 else float("nan")
+    default = usual_rank * _default_energy(spectrum)
+    return (energy / default) ** 0.5 if default > 0 else float("nan")
 
 
 def _row_lengths(spectrum: Spectrum, rank: int, scale: Scale) -> Tensor:

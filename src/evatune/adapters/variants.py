@@ -16,7 +16,7 @@ from evatune.errors import AdapterError, DataError
 from evatune.modeling.wrappers import peft_name
 
 # Starts of PEFT's that leave the base weights, and the forward pass, as they are.
-_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 # PEFT's classes of variants that were run with ranks that change, in
 # tests/adapters/test_config_fields.py; of those that are no classes, rsLoRA and `lora_bias`.
@@ -56,7 +56,7 @@ def require_known_variant(model: nn.Module, lora: LoraConfig, adapter_name: str)
             "directions of the weights and trains A from 0, where EVA sets A and trains B from 0; "
             "use init_lora_weights=True or 'eva'"
         )
-    if start not in _PLAIN_STARTS:
+    if start not in PLAIN_STARTS:
         raise AdapterError(
             f"adapter {adapter_name!r} was started by init_lora_weights={start!r}, which changes "
             "the base weights; load the base model again, with a LoraConfig that says "

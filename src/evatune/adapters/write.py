@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from evatune.adapters.adapter import LoraAdapter
 from evatune.adapters.lora_layers import LoraTarget, matrices_of, pairs
+from evatune.adapters.lora_scale import lora_scale, scale_divisor
 from evatune.adapters.patterns import pattern_of, set_targets, targets_for
 from evatune.modeling.forward import model_device
 from evatune.modeling.state import cuda_devices
@@ -74,10 +75,10 @@ def write_rows(adapter: LoraAdapter, rows: Mapping[str, Tensor], rank: int) -> N
 
 def usual_start(layer: LoraLayer, adapter: LoraAdapter) -> None:
     """Have PEFT initialize a layer as it does by default."""
-    usual = copy.copy(adapter.config)
-    usual.init_lora_weights = True
+    plain_config = copy.copy(adapter.config)
+    plain_config.init_lora_weights = True
     now = RankAndAlpha(layer.r[adapter.name], layer.lora_alpha[adapter.name])
-    _update(layer, now, usual, adapter.name)
+    _update(layer, now, plain_config, adapter.name)
 
 
 def _new_config(
@@ -102,11 +103,8 @@ def _new_config(
     config.init_lora_weights, config.eva_config = True, None
 
     layers = {target.name: target.layer for target in adapter.targets} | dict(adapter.others)
-    parameters = [
-        name
-        for name, layer in layers.items()
-        if name in carriers and isinstance(layer, ParamWrapper)
-    ]
+    wrappers = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
+    parameters = [name for name in wrappers if name in carriers]
     tied = adapter.tied.keys()
     names = peft_names(adapter.model) - tied
     set_targets(config, names, carriers - tied - set(parameters))
@@ -128,12 +126,8 @@ def _new_alpha(layer: LoraLayer, adapter: LoraAdapter, new_rank: int, rank: int)
 
 
 def _alpha(alpha: float, rank: int, before: int, rslora: bool) -> float:
-    """Return the α that gives at `rank` the scale that `alpha` gave at the rank `before`.
-
-    The scale is α/r, and under rsLoRA α/√r.
-    """
-    ratio = rank / before
-    adjusted = alpha * (ratio**0.5 if rslora else ratio)
+    """Return the α that gives at `rank` the scale that `alpha` gave at the rank `before`."""
+    adjusted = alpha * scale_divisor(rank / before, rslora)
     return int(adjusted) if adjusted == int(adjusted) else adjusted
 
 
@@ -170,7 +164,7 @@ def _resize(layer: LoraLayer, new: RankAndAlpha, adapter: LoraAdapter) -> None:
     if has_magnitude or is_missing or layer.r[adapter.name] != new.rank:
         _replace_parameters(layer, new, adapter, old[0][0].dtype)
         return
-    scaling = new.alpha / (new.rank**0.5 if adapter.config.use_rslora else new.rank)
+    scaling = lora_scale(new.alpha, new.rank, adapter.config.use_rslora)
     # attention's output projection goes along
     for carrier in (layer, getattr(layer.base_layer, "out_proj", None)):
         if isinstance(carrier, LoraLayer):

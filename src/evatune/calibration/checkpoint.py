@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from evatune.errors import ConfigError
 from evatune.schemas import Damage, shown, telling
 from evatune.utils.outputs import claimed_file
 from evatune.utils.text import ABSENT, Difference, first_difference
+
+if TYPE_CHECKING:
+    from evatune.schemas.record import CheckpointRecord
 
 _FAMILY = "evatune-checkpoint-"
 _FORMAT = f"{_FAMILY}3"
@@ -75,7 +78,7 @@ class Checkpoint:
         with claimed_file(self.path, True, _is_checkpoint, _ADVICE):
             pass
 
-    def read(self, same: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def read(self, same: Mapping[str, Any]) -> tuple[dict[str, Tensor], CheckpointRecord] | None:
         """Return tensors and record, or None where there is nothing to resume.
 
         Raises:
@@ -93,12 +96,12 @@ class Checkpoint:
 
         with telling(self.path, "remove it, or leave --resume out"):
             tensors, text = read_sealed(self.path, [_FORMAT], "a checkpoint of evatune")
-            known = validate_json(CheckpointRecord, text)
+            record = validate_json(CheckpointRecord, text)
             unsupported = [name for name, tensor in tensors.items() if not _is_whole(tensor)]
             if unsupported:
                 raise Damage(f"is damaged: {shown(unsupported[0])} has NaN or Inf in it")
-        record = known.model_dump()
-        was = {**{key: record.get(key) for key in same}, **known.about}
+        values = record.model_dump()
+        was = {**{key: values.get(key) for key in same}, **record.about}
         now = json.loads(json.dumps({**same, **self.about}))
         keys = dict.fromkeys([*now, *was])
         difference = first_difference(

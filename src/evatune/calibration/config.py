@@ -10,6 +10,7 @@ from evatune.choices import (
     BUDGETS,
     DEFAULT_RANK,
     DEFAULT_RHO,
+    IGNORED,
     METRICS,
     OBJECTIVES,
     SKETCH_NAMES,
@@ -106,7 +107,7 @@ class CalibrationConfig:
         " --max-batches.",
     )
     labels_only: bool | Literal["auto"] | None = None
-    ignore_index: int = -100
+    ignore_index: int = IGNORED
     seed: int = _setting(0, "Of the order of texts, new weights and the sketch's start.")
     distributed: bool = True
     rendezvous_timeout: float = 120.0
@@ -136,14 +137,14 @@ class CalibrationConfig:
                 f"tolerance is {self.tolerance}; it must lie in [0, 1), and 0 means never stop"
                 " early"
             )
-        patience = self.rendezvous_timeout
+        timeout = self.rendezvous_timeout
         if (
-            isinstance(patience, bool)
-            or not isinstance(patience, (int, float))
-            or not 0 < patience < math.inf
+            isinstance(timeout, bool)
+            or not isinstance(timeout, (int, float))
+            or not 0 < timeout < math.inf
         ):
             raise ConfigError(
-                f"rendezvous_timeout is {patience!r}; it must be a number of seconds above 0"
+                f"rendezvous_timeout is {timeout!r}; it must be a number of seconds above 0"
             )
         self._require_flags()
         for name, allowed in (

@@ -37,7 +37,7 @@ class Estimate(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What an earlier check saw."""
+    """The spectra of an earlier check, and its batches."""
 
     batches: int
     spectra: dict[InputGroup, Spectrum]
@@ -167,8 +167,8 @@ class ConvergenceMonitor:
         shares = dict.fromkeys(rows, 1.0)
         for target_layer in self._target_layers:
             if target_layer.expert is not None:
-                most = max(1, busiest[target_layer.spec.rank_key])
-                shares[target_layer.name] = rows[target_layer.name] / most
+                most_rows = max(1, busiest[target_layer.spec.rank_key])
+                shares[target_layer.name] = rows[target_layer.name] / most_rows
         return shares
 
 

@@ -148,5 +148,5 @@ def _resume(
         return
     tensors, record = saved
     state.restore(tensors, record)
-    source.skip(record["batches"])
-    observer.stop_early = bool(record["stop_early"])
+    source.skip(record.batches)
+    observer.stop_early = record.stop_early

@@ -60,8 +60,8 @@ class LossObserver:
             batch = to_device(batch, self._device)
         examples = count_examples(batch)
         with as_base(self._model), parameters_frozen(self._model), torch.enable_grad():
-            own_rows = self._options.rows is not None
-            selector = RowSelector() if own_rows else self._selector_of(batch)
+            has_rows_function = self._options.rows is not None
+            selector = RowSelector() if has_rows_function else self._selector_of(batch)
             labels = None if self._options.loss is not None else self._denominator_of(batch)
             with self._recorder.watching(batch, selector):
                 loss = loss_of(self._model, batch, self._call, self._options.loss)
@@ -87,7 +87,7 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Mapping):
         values = batch.values()
     elif is_dataclass(batch) and not isinstance(batch, type):
-        values = [getattr(batch, each.name) for each in fields(batch)]
+        values = [getattr(batch, field.name) for field in fields(batch)]
     elif isinstance(batch, (tuple, list)):
         values = batch
     for value in values:

@@ -324,11 +324,11 @@ def _require_same(first: CalibrationData, other: CalibrationData, number: int) -
     That is if both are of the same layers of the same model, with settings of the same meaning.
     """
     refused = f"calibration {number} does not fit calibration 1"
-    for here, there, place in ((first, other, 1), (other, first, number)):
+    for here, there, number_here in ((first, other, 1), (other, first, number)):
         alone = [name for name in here.layers if name not in there.layers]
         if alone:
             raise ConfigError(
-                f"{refused}: only calibration {place} has {shortened(alone, 3)}; merge"
+                f"{refused}: only calibration {number_here} has {shortened(alone, 3)}; merge"
                 " calibrations of the same layers of the same model"
             )
     for name, layer in first.layers.items():
@@ -368,9 +368,9 @@ def _require_same_layer(first: CalibratedLayer, other: CalibratedLayer, refused:
         )
 
 
-def same_model(one: str, other: str) -> bool:
+def same_model(first: str, other: str) -> bool:
     """Return whether the `model` of two records says the same."""
-    return _model_name(one) == _model_name(other)
+    return _model_name(first) == _model_name(other)
 
 
 def _model_name(model: str) -> tuple[str, str]:

@@ -36,14 +36,18 @@ class NonFiniteWatch:
 
     def merge(self, everyone: Iterable[Mapping[str, Sequence[int]]]) -> None:
         """Take what all processes have seen; of one layer the first batch counts."""
-        seen = [(name, (place[0], place[1])) for one in everyone for name, place in one.items()]
+        seen = [
+            (name, (batch, process))
+            for first_seen in everyone
+            for name, (batch, process) in first_seen.items()
+        ]
         # the first batch is the one that stays
         latest_first = sorted(seen, key=lambda entry: entry[1], reverse=True)
         self.set_state(dict(latest_first))
 
     def set_state(self, first_seen: Mapping[str, Sequence[int]]) -> None:
         """Go on from an earlier `first_seen`."""
-        self.first_seen = {name: (place[0], place[1]) for name, place in first_seen.items()}
+        self.first_seen = {name: (batch, process) for name, (batch, process) in first_seen.items()}
         for name in self.first_seen:
             self._shared_inputs.stop_watching(name)
 

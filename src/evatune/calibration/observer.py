@@ -68,8 +68,8 @@ class Observer:
         if self._options.forward is None:
             batch = to_device(batch, self._device)
         with as_base(self._model), torch.no_grad():
-            own_rows = self._options.rows is not None
-            selector = RowSelector() if own_rows else self._selector_of(batch)
+            has_rows_function = self._options.rows is not None
+            selector = RowSelector() if has_rows_function else self._selector_of(batch)
             with self._recorder.watching(batch, selector, watch=step.has_batch):
                 self._call(self._model, batch)
         self._masks.warn_once()

@@ -90,12 +90,10 @@ class SketchRefresher:
         batches: int,
     ) -> None:
         """Remember layers whose newest rows are captured worse than the rows before them were."""
-        drifting = {
-            name
-            for group, spectrum in now.items()
-            if group in before and self._fell(before[group], spectrum, batches)
-            for name in group.members
-        }
+        drifting: set[str] = set()
+        for group, spectrum in now.items():
+            if group in before and self._fell(before[group], spectrum, batches):
+                drifting.update(group.members)
         self.drifts = bool(drifting)
         self.drifting |= drifting
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from evatune.modeling.forward import model_device
 from evatune.modeling.wrappers import describe
 from evatune.sketch import Sketch, SketchSettings, make_example_sketch, make_sketch
 from evatune.sketch.spectrum import Spectrum
+
+if TYPE_CHECKING:
+    from evatune.schemas.record import CheckpointRecord
 
 
 class CalibrationState:
@@ -61,9 +64,9 @@ class CalibrationState:
             "bad": self.nonfinite.first_seen,
         }
         everyone = self.process_group.gather(here)
-        self.nonfinite.merge(one["bad"] for one in everyone)
-        total = sum(one["batches"] for one in everyone)
-        source.synchronized(total, any(one["open"] for one in everyone))
+        self.nonfinite.merge(there["bad"] for there in everyone)
+        total = sum(there["batches"] for there in everyone)
+        source.synchronized(total, any(there["open"] for there in everyone))
 
     def has_converged(self, batches: int) -> bool:
         """Return what the stop rule says after a refresh, the same on every process.
@@ -111,28 +114,29 @@ class CalibrationState:
             "estimate": estimate and estimate._asdict(),
         }
 
-    def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], record: CheckpointRecord) -> None:
         """Go on from what `snapshot` returned."""
         states: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             number, key, tensor_name = name.split(".", 2)
             states.setdefault(f"{number}.{key}", {})[tensor_name] = tensor
-        self.convergence.known = [Known(batches, {}) for batches in record["checked"]]
+        self.convergence.known = [Known(batches, {}) for batches in record.checked]
         if self.convergence.known:  # the last check was of the last refresh
             self.refresher.latest = self.convergence.known[-1].spectra
-        groups = self.shared_inputs.arrange(record["groups"], self._sketch_by_name)
-        for place, group in enumerate(groups):
-            group.sketch.set_state(states[f"{place}.sketch"])
+        groups = self.shared_inputs.arrange(record.groups, self._sketch_by_name)
+        for index, group in enumerate(groups):
+            group.sketch.set_state(states[f"{index}.sketch"])
             for key, spectra in self._spectra_by_key().items():
-                if f"{place}.{key}" in states:
+                state = states.get(f"{index}.{key}")
+                if state is not None:
                     # copies: products of float32 round by where in memory a tensor begins
-                    copies = {name: part.clone() for name, part in states[f"{place}.{key}"].items()}
+                    copies = {name: tensor.clone() for name, tensor in state.items()}
                     spectra[group] = Spectrum.of_state(copies)
-        self.nonfinite.set_state(record["bad"])
-        estimate = record["estimate"]
-        self.convergence.latest = estimate and Estimate(**estimate)
-        self.convergence.settled = set(record["settled"])
-        self.refresher.drifting = set(record["drifting"])
+        self.nonfinite.set_state(record.bad)
+        if record.estimate is not None:
+            self.convergence.latest = Estimate(**record.estimate.model_dump())
+        self.convergence.settled = set(record.settled)
+        self.refresher.drifting = set(record.drifting)
 
     def _spectra_by_key(self) -> dict[str, dict[InputGroup, Spectrum]]:
         """Return the spectra of the last refresh, and those of the check before it."""

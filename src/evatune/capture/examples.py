@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evatune.capture.input_views import DenseRows
-from evatune.capture.layer_types import TargetLayer
+from evatune.capture.layer_types import TargetLayer, first_tensor
 from evatune.capture.masks import Masks
 from evatune.capture.recorder import RowsFunction
 from evatune.capture.row_selection import ALL_ROWS, RowSelector
@@ -80,11 +80,8 @@ class ExampleRecorder:
     ) -> None:
         _require_called(target_layers)
         watched = {target_layer.module for target_layer in target_layers}
-        self._embeddings = [
-            module
-            for module in model.modules()
-            if isinstance(module, nn.Embedding) and module not in watched
-        ]
+        embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        self._embeddings = [embedding for embedding in embeddings if embedding not in watched]
         self._target_layers = target_layers
         self._shared_inputs = shared_inputs
         self._rows = rows
@@ -138,7 +135,7 @@ class ExampleRecorder:
         def after(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> Any:
-            x = _first_tensor(args, kwargs)
+            x = first_tensor(args, kwargs)
             if x is None or not isinstance(output, Tensor):
                 return None
             calls = self._calls[target_layer.name]
@@ -159,12 +156,7 @@ class ExampleRecorder:
 
     def _call(self, target_layer: TargetLayer, x: Tensor) -> _Call:
         """Return a call, with the rows that count, which the masks know while it lasts."""
-        if not target_layer.input_view.accepts(x):
-            raise TargetError(
-                f"{target_layer.name} is an embedding ({type(target_layer.module).__name__}) that"
-                f" is called with {x.dtype} numbers and not with token ids; leave it out of the"
-                " targets, or with exclude_modules in the LoraConfig"
-            )
+        target_layer.require_readable(x)
         shape = target_layer.input_view.leading_shape(x)
         again = self._backward
         if self._rows is not None:
@@ -326,9 +318,9 @@ class _Block:
         """Yield the examples, so many at a time."""
         rows = self.rows  # of the first piece, as counting each would wait for the device
         for start in range(0, max(1, len(self.x)), size):
-            places = slice(start, start + size)
-            kept = None if self.kept is None else self.kept[places]
-            yield Examples(self.x[places], self.g[places], rows, kept, weight)
+            piece = slice(start, start + size)
+            kept = None if self.kept is None else self.kept[piece]
+            yield Examples(self.x[piece], self.g[piece], rows, kept, weight)
             rows = 0
 
 
@@ -351,8 +343,3 @@ def _start_graph(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tenso
     if not torch.is_grad_enabled() or not isinstance(output, Tensor) or output.requires_grad:
         return None
     return output.detach().requires_grad_().clone()
-
-
-def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-    return next(tensors, None)

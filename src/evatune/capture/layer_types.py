@@ -15,13 +15,14 @@ A new type is one entry of `LAYER_TYPES`, and an input view if its rows are none
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from evatune.capture.input_views import ConvPatches, DenseRows, OneHotRows
+from evatune.errors import TargetError
 from evatune.layers import LayerSpec
 from evatune.modeling.sharding import whole_shape
 
@@ -63,6 +64,21 @@ class TargetLayer:
         """Return the same layer under another name, as a layer that stands alone."""
         return replace(self, spec=replace(self.spec, name=name, rank_group=""))
 
+    def require_readable(self, x: Tensor) -> None:
+        """Raise a TargetError for an input that this layer's view does not read as rows."""
+        if not self.input_view.accepts(x):
+            raise TargetError(
+                f"{self.name} is an embedding ({type(self.module).__name__}) that is called with"
+                f" {x.dtype} numbers and not with token ids; leave it out of the targets, or with"
+                " exclude_modules in the LoraConfig"
+            )
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the input of a layer's call: the first argument that is a tensor, or None."""
+    tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    return next(tensors, None)
+
 
 def _as_they_are(rows: Tensor) -> Tensor:
     return rows
@@ -94,7 +110,7 @@ class LayerType:
 
 def layer_type_of(module: nn.Module) -> LayerType | None:
     """Return the type of a layer; None where it is of no type that is supported."""
-    return next((one for one in LAYER_TYPES if one.matches(module)), None)
+    return next((kind for kind in LAYER_TYPES if kind.matches(module)), None)
 
 
 def target_layers_of(name: str, module: nn.Module) -> list[TargetLayer]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from evatune.capture.layer_types import TargetLayer
 from evatune.capture.row_selection import ALL_ROWS, RowSelector, batch_field, token_mask
 from evatune.capture.shared_inputs import memory
+from evatune.choices import IGNORED
 from evatune.modeling.wrappers import is_wrapper
 from evatune.utils.text import shortened
 
@@ -90,7 +91,7 @@ class Masks:
         target_layers: Sequence[TargetLayer],
         *,
         labels_only: bool = False,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORED,
     ) -> None:
         self._decoder = decoder_of(model)
         followed = [model, *_around(model, target_layers)]
@@ -319,14 +320,16 @@ class Masks:
 
     def _is_of_other_length(self, x: Any, scope: RowSelector) -> bool:
         """Return whether `x` holds no row for each of the tokens that the masks around mean."""
-        selectors: list[RowSelector | None] = [scope]
+        selectors = [scope]
         for _, call in self._running:
             if call.mask is not None and call.mask.ndim < 4:
-                selectors.append(self._selector(call.mask, scope))
-        known = [one for one in selectors if one is not None and one.mask is not None]
-        if not known or not isinstance(x, Tensor):
+                selector = self._selector(call.mask, scope)
+                if selector is not None:
+                    selectors.append(selector)
+        masked = [selector for selector in selectors if selector.mask is not None]
+        if not masked or not isinstance(x, Tensor):
             return False
-        return not any(_may_hold_tokens(x, selector) for selector in known)
+        return not any(_may_hold_tokens(x, selector) for selector in masked)
 
 
 def decoder_of(model: nn.Module) -> nn.Module | None:

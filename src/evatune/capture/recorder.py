@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from evatune.capture.input_views import Piece
-from evatune.capture.layer_types import TargetLayer, sequences_of
+from evatune.capture.layer_types import TargetLayer, first_tensor, sequences_of
 from evatune.capture.masks import Masks
 from evatune.capture.matmul_tracing import MatmulTracer, TokenPositions, loops_over_experts
 from evatune.capture.row_selection import ALL_ROWS, RowSelector
 from evatune.capture.shared_inputs import SharedInputs
-from evatune.errors import DataError, TargetError
+from evatune.errors import DataError
 from evatune.modeling.state import full_precision
 from evatune.sketch import InputSketch, Sketch, SketchUpdate
 
@@ -103,8 +103,7 @@ class InputRecorder:
         """Record what a layer is called with."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-            x = next(tensors, None)
+            x = first_tensor(args, kwargs)
             if x is not None and self._recording:
                 rows = x.detach() if x.requires_grad else x
                 self._record(target_layer, rows, original=x)
@@ -176,12 +175,7 @@ class InputRecorder:
         """
         if x.is_inference():
             x = x.clone()
-        if not target_layer.input_view.accepts(x):
-            raise TargetError(
-                f"{target_layer.name} is an embedding ({type(target_layer.module).__name__}) that"
-                f" is called with {x.dtype} numbers and not with token ids; leave it out of the"
-                " targets, or with exclude_modules in the LoraConfig"
-            )
+        target_layer.require_readable(x)
         if self._rows is not None:
             selector, rows = ALL_ROWS, self._user_rows(target_layer, x)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evatune.choices import IGNORED
 from evatune.errors import DataError
 
 
@@ -65,7 +66,7 @@ class RowSelector:
         batch: Any,
         *,
         labels_only: bool | str = False,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORED,
         shift: bool = False,
         active: Tensor | None = None,
     ) -> RowSelector:

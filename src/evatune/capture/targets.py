@@ -50,7 +50,7 @@ def find_target_layers(model: nn.Module, targets: Targets = None) -> list[Target
     # attention that is chosen, and has its output projection as a part already
     covered: tuple[str, ...] = ()
     for name, module, plain in layers:
-        if covered and name.startswith(covered):
+        if name.startswith(covered):
             continue
         parts = target_layers_of(name, plain)
         weights = []
@@ -109,7 +109,8 @@ def _all_linear(model: nn.Module, layers: Layers) -> set[str]:
     """Return what PEFT means by "all-linear", without the output embedding."""
     head = output_embedding(model)
     output = None if head is None else plain_layer(head)
-    return {name for name, _, plain in layers if is_linear(plain) and plain is not output}
+    linear = [(name, plain) for name, _, plain in layers if is_linear(plain)]
+    return {name for name, plain in linear if plain is not output}
 
 
 def _matcher(targets: str | Iterable[str]) -> Callable[[str], bool]:

@@ -21,10 +21,10 @@ from evatune.utils.markup import printable
 from evatune.utils.names import as_shown
 
 if TYPE_CHECKING:
+    from evatune.finetune.comparison.rate_rule import Seeds, Trial
+    from evatune.finetune.comparison.search import Progress
+    from evatune.finetune.comparison.summary import Comparison
     from evatune.finetune.recipe import Recipe
-    from evatune.finetune.search import Progress
-    from evatune.finetune.summary import Comparison
-    from evatune.finetune.tuning import Seeds, Trial
     from evatune.utils.progress import Display
 
 
@@ -93,7 +93,7 @@ def compare(
     shared = (
         Path(sources[0]).stem
         if len(sources) == 1
-        else "-".join(dict.fromkeys(one.domain for one in settings))
+        else "-".join(dict.fromkeys(recipe.domain for recipe in settings))
     )
     folder = as_shown(out or RUNS / f"{'tuned' if tuned else 'compare'}-{shared}")
     chosen_seeds, rates = _numbers(seeds, int, "--seeds"), _numbers(lrs, float, "--lrs")
@@ -103,9 +103,9 @@ def compare(
     log = Console(stderr=True, quiet=as_json)
     with loading_libraries(log):
         from evatune.errors import ConfigError
-        from evatune.finetune.compare import grid, run_all
-        from evatune.finetune.summary import summarize
-        from evatune.finetune.tuning import Seeds
+        from evatune.finetune.comparison.grid import grid, run_all
+        from evatune.finetune.comparison.rate_rule import Seeds
+        from evatune.finetune.comparison.summary import summarize
         from evatune.report.runs import comparison_table
         from evatune.report.tables import console
         from evatune.utils.lock import held
@@ -126,14 +126,14 @@ def compare(
     with held(folder):
         with libraries_on_stderr():
             failed = _with_bar(as_json, runs, lambda tell: run_all(runs, count, tell, executor))
-        found = summarize(runs, target_loss)
+        comparison = summarize(runs, target_loss)
         following = _tuned_command(recipes, methods, settings)
-        facts = _write_comparison(found, failed, folder, settings, following)
+        facts = _write_comparison(comparison, failed, folder, settings, following)
     if as_json:
         typer.echo(json.dumps(facts))
-    elif found.lines:
+    elif comparison.lines:
         terminal = console()
-        terminal.print(comparison_table(terminal, found))
+        terminal.print(comparison_table(terminal, comparison))
         for name in ("report.html", "comparison.json", "comparison.md"):
             typer.echo(printable(str(folder / name)))
     if failed:
@@ -171,7 +171,7 @@ def _compare_tuned(
     import_module("evatune.report.tuned")  # which may lack an extra, and comes after hours
 
     from evatune.errors import EvatuneError
-    from evatune.finetune.search import tune
+    from evatune.finetune.comparison.search import tune
     from evatune.utils.lock import held
 
     path = folder / "runs.jsonl"
@@ -195,9 +195,9 @@ def _show_tuned(path: Path, sources: list[str], as_json: bool) -> None:
     import shlex
     import sys
 
+    from evatune.finetune.comparison.run_lines import read_lines
+    from evatune.finetune.comparison.tuned_summary import Source, summarize
     from evatune.finetune.recipe import all_settings, as_tree, load
-    from evatune.finetune.run_lines import read_lines
-    from evatune.finetune.tuned import Source, summarize
     from evatune.report.pages.tuned import render
     from evatune.report.tables import console, say
     from evatune.report.tuned import overview_lines, tuned_facts, tuned_tables, write_pages
@@ -243,7 +243,7 @@ def _search_bar(quiet: bool) -> Iterator[Progress]:
 
 
 def _write_comparison(
-    found: Comparison,
+    comparison: Comparison,
     failed: dict[Path, str],
     folder: Path,
     recipes: list[Recipe],
@@ -265,15 +265,15 @@ def _write_comparison(
     command = shlex.join(["evatune", *sys.argv[1:]])
     facts: dict[str, Any] = {
         "command": command,
-        "target_losses": found.targets,
-        "lines": [asdict(line) for line in found.lines],
-        "averages": found.averages(),
+        "target_losses": comparison.targets,
+        "lines": [asdict(line) for line in comparison.lines],
+        "averages": comparison.averages(),
         "failed": {str(path): why for path, why in failed.items()},
     }
     write_text(folder / "comparison.json", json.dumps(facts, indent=2) + "\n")
-    if found.lines:
-        write_text(folder / "comparison.md", comparison_markdown(found, command))
-        page = render(found, recipes, command, following, len(failed))
+    if comparison.lines:
+        write_text(folder / "comparison.md", comparison_markdown(comparison, command))
+        page = render(comparison, recipes, command, following, len(failed))
         write_text(folder / "report.html", page)
     return facts
 
@@ -304,7 +304,7 @@ def _require_comparison(folder: Path) -> None:
 
 @contextmanager
 def _bar(quiet: bool) -> Iterator[Display]:
-    """Yield the display of runs that have ended; it is no one's where nothing is to be shown."""
+    """Yield a progress display of finished runs; with `quiet`, one that shows nothing."""
     from evatune.utils.progress import display
 
     with progress_on_stderr(quiet), display("comparing", "runs", shown=not quiet) as bar:

@@ -1,4 +1,4 @@
-"""What the shell offers where Tab is pressed."""
+"""Completions that the shell offers where Tab is pressed."""
 
 from __future__ import annotations
 

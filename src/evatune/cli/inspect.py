@@ -24,6 +24,8 @@ def inspect(
     ] = False,
 ) -> None:
     """Print ranks, energies and statuses of a calibration, or ranks and scales of an adapter."""
+    from dataclasses import asdict
+
     load_torch()
     from evatune.adapters.saved import adapter_rows
     from evatune.calibration.result import Calibration
@@ -32,7 +34,9 @@ def inspect(
     rows = adapter_rows(adapter) if adapter else None
     calibration = Calibration.load(record) if record else None
     if as_json:
-        facts: dict[str, Any] = {} if rows is None else {"adapter": rows}
+        facts: dict[str, Any] = {}
+        if rows is not None:
+            facts["adapter"] = [asdict(row) for row in rows]
         typer.echo(json.dumps(facts | (calibration_facts(calibration) if calibration else {})))
         return
     from evatune.report.tables import adapter_table, console, show_calibration
@@ -56,17 +60,17 @@ def _find(file: Path) -> tuple[Path | None, Path | None]:
         )
     if not file.is_dir():
         return (file, None) if is_adapter(file) else (None, file)
-    found = [
+    files = [
         path if path.exists() else None
         for path in (file / "adapter_model.safetensors", file / "calibration.safetensors")
     ]
-    if not any(found):
+    if not any(files):
         raise RecordError(
             f"folder {str(file)!r} holds neither calibration.safetensors nor"
             " adapter_model.safetensors; give a folder that evatune init or PEFT's save_pretrained"
             " wrote"
         )
-    return found[0], found[1]
+    return files[0], files[1]
 
 
 def calibration_facts(calibration: Calibration) -> dict[str, Any]:

@@ -93,12 +93,12 @@ def _loss(bounds: Collection[LossBound], sketch: str) -> str:
         " layer"
         for shares in zip(*bounds, strict=True)
     )
-    found = (
-        "" if sketch == "exact" else f" if each shard's sketch found its best ones; else {proven}"
-    )
+    condition = ""
+    if sketch != "exact":
+        condition = f" if each shard's sketch found its best ones; else {proven}"
     return (
         "Energy that the chosen directions can have lost against one pass over all the data: at"
-        f" most {given_best}{found}"
+        f" most {given_best}{condition}"
     )
 
 

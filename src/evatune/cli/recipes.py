@@ -104,11 +104,11 @@ def check(
         quiet_libraries()
 
     with log.status("trying the recipe"), libraries_on_stderr():
-        found = check_recipe(settings, download=download)
+        report = check_recipe(settings, download=download)
     if as_json:
-        typer.echo(json.dumps(facts(found)))
+        typer.echo(json.dumps(facts(report)))
         return
-    show(console(), found, ["evatune", "train", recipe, *(overrides or [])])
+    show(console(), report, ["evatune", "train", recipe, *(overrides or [])])
 
 
 def _as_written(value: Any) -> str:

@@ -49,7 +49,7 @@ class ProcessGroup:
     @staticmethod
     @contextmanager
     def create(
-        together: bool, device: torch.device | None, patience: float
+        together: bool, device: torch.device | None, timeout: float
     ) -> Iterator[ProcessGroup]:
         """Yield the group of all of torch.distributed's processes, or of this one alone.
 
@@ -57,12 +57,12 @@ class ProcessGroup:
             together: True if processes share the work, if there are several.
             device: where sums live; they travel by the backend of that device, everything else by
                 gloo.
-            patience: seconds within which all processes must join.
+            timeout: seconds within which all processes must join.
         """
         if not together or not _has_several_processes():
             yield ProcessGroup()
             return
-        process_group = _DistributedGroup(device or torch.device("cpu"), patience)
+        process_group = _DistributedGroup(device or torch.device("cpu"), timeout)
         try:
             yield process_group
             process_group.gather(None)  # nobody leaves before all are done
@@ -127,12 +127,12 @@ class ProcessGroup:
 class _DistributedGroup(ProcessGroup):
     """Several processes of torch.distributed, with a gloo group of their own for JSON."""
 
-    def __init__(self, device: torch.device, patience: float) -> None:
+    def __init__(self, device: torch.device, timeout: float) -> None:
         super().__init__()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._name = f"evatune/{next(_numbers)}"
         try:
-            missing = self._wait_for_all(patience)
+            missing = self._wait_for_all(timeout)
             if not missing:
                 self.group: Any = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         except RuntimeError as error:
@@ -142,7 +142,7 @@ class _DistributedGroup(ProcessGroup):
         if missing:
             raise ProcessError(
                 f"process {_listed(missing)} of {self.size} did not come to calibrate within"
-                f" {patience:g} seconds; {_ADVICE}, or give slow ones time with"
+                f" {timeout:g} seconds; {_ADVICE}, or give slow ones time with"
                 " CalibrationConfig(rendezvous_timeout=...)"
             )
         self._store = self.group.get_group_store()
@@ -153,14 +153,14 @@ class _DistributedGroup(ProcessGroup):
         if _backend_of(device) == "gloo":
             self._transport = (self.group, torch.device("cpu"))
 
-    def _wait_for_all(self, patience: float) -> list[int]:
+    def _wait_for_all(self, timeout: float) -> list[int]:
         """Wait for all processes to come here; return the ranks that are missing at the end.
 
         `new_group` would wait as long as for a message later on, and not tell who is missing.
         """
         store = dist.group.WORLD.get_group_store()  # type: ignore[union-attr]
         store.set(f"{self._name}/came/{self.rank}", "")
-        end = time.monotonic() + patience
+        end = time.monotonic() + timeout
         missing = list(range(self.size))
         while missing:
             missing = [rank for rank in missing if not store.check([f"{self._name}/came/{rank}"])]

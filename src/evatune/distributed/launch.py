@@ -17,7 +17,7 @@ from evatune.version import __version__
 
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 _PLACE = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # as launchers tell it
-_PATIENCE = 300.0  # seconds in which all processes must have loaded their libraries
+_TIMEOUT = 300.0  # seconds in which all processes must have loaded their libraries
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def launched() -> Iterator[ProcessGroup]:
             " set; start them by torchrun or accelerate launch, or unset WORLD_SIZE"
         )
     PartialState(cpu=not torch.accelerator.is_available())  # NCCL on GPUs, gloo without
-    with ProcessGroup.create(True, None, _PATIENCE) as group:
+    with ProcessGroup.create(True, None, _TIMEOUT) as group:
         installed = {name: version(name) for name in _LIBRARIES}
         group.require_equal({"evatune": __version__, **installed}, "have the same libraries")
         yield group

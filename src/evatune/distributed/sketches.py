@@ -137,7 +137,7 @@ class DistributedSketches:
         reduced = self._process_group.reduce(torch.cat(sums), owner)
         if owner != self._process_group.rank:
             return
-        sizes = [len(one) for one in sums]
+        sizes = [len(flat) for flat in sums]
         for group, total in zip(groups, torch.split(reduced, sizes), strict=True):
             _sketch_of(group).set_sums(total)
 

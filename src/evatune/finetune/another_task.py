@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from evatune.errors import ConfigError
+from evatune.finetune.head import is_in_head
 from evatune.finetune.recipe import OWN_TASK, Recipe, load, ours
 from evatune.finetune.tasks import Task, find_domain
 
@@ -33,18 +34,19 @@ def another_task(recipe: Recipe) -> tuple[Recipe, Task]:
 
 
 def _others(recipe: Recipe) -> list[Recipe]:
-    """Return our recipes of other tasks of the domain for the same model, those after it first."""
-    named = [(name, load(name)) for name in ours()]
-    same = [
-        (name, other)
-        for name, other in named
-        if (other.domain, other.model) == (recipe.domain, "demo")
-        and other.task not in (recipe.task, OWN_TASK)
-    ]
-    after = f"{recipe.domain}-{recipe.task}"
-    return [other for name, other in same if name > after] + [
-        other for name, other in same if name < after
-    ]
+    """Return our recipes of other tasks of the domain for its demo model, those after it first."""
+    recipes = {name: load(name) for name in ours()}
+    others = {name: other for name, other in recipes.items() if _is_other(other, recipe)}
+    name_of_recipe = f"{recipe.domain}-{recipe.task}"
+    after = [other for name, other in others.items() if name > name_of_recipe]
+    before = [other for name, other in others.items() if name < name_of_recipe]
+    return after + before
+
+
+def _is_other(other: Recipe, recipe: Recipe) -> bool:
+    """Return whether a recipe of ours is for another task, on the demo model of the same domain."""
+    is_on_demo_model = (other.domain, other.model) == (recipe.domain, "demo")
+    return is_on_demo_model and other.task not in (recipe.task, OWN_TASK)
 
 
 def _without_classes(task: Task) -> Task:
@@ -64,5 +66,5 @@ def _shapes_of_base(task: Task) -> dict[str, Any]:
     return {
         name: tuple(parameter.shape)
         for name, parameter in task.model.named_parameters()
-        if not any(name.startswith(f"{head}.") or f".{head}." in name for head in task.head)
+        if not is_in_head(name, task.head)
     }

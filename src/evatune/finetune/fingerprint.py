@@ -1,4 +1,4 @@
-"""What stands for a task's examples and model, so that runs on others are not compared."""
+"""Digests of a task's examples and model, so that runs on others are not compared."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import transformers
 from torch import Tensor
 
+from evatune.finetune.head import is_in_head
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks import Task, find_domain
 
@@ -51,7 +52,7 @@ def _add_examples(digest: Any, task: Task) -> None:
 def _own_weights(task: Task) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of the checkpoint: a new head's are drawn."""
     for name, weight in task.model.named_parameters():
-        is_drawn = task.new_head and any(part in name.split(".") for part in task.head)
+        is_drawn = task.new_head and is_in_head(name, task.head)
         if not is_drawn:
             yield name, weight
 

@@ -44,8 +44,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             lines.append(validate_json(MetricsLine, text).model_dump())
         except Damage as damage:
             if number < len(texts):
-                place = f"line {number} of {str(path)!r}"
-                warnings.warn(f"{place} is left out: it {damage}", stacklevel=2)
+                where = f"line {number} of {str(path)!r}"
+                warnings.warn(f"{where} is left out: it {damage}", stacklevel=2)
     return lines
 
 

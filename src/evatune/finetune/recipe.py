@@ -18,7 +18,7 @@ from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, Val
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from evatune.choices import DEFAULT_SCALE, SCALES
+from evatune.choices import DEFAULT_RHO, DEFAULT_SCALE, SCALES
 from evatune.errors import ConfigError
 from evatune.finetune.recipe_keys import RecipeKey, keys_of, nearest_key
 from evatune.schemas import Damage, shown, telling
@@ -189,7 +189,7 @@ class AdapterOptions:
         json_schema_extra={"enum": list(SCALES)},
     )
     rho: _Real = Field(
-        default=2,
+        default=int(DEFAULT_RHO),  # recipes write 2, not 2.0
         ge=1,
         description="EVA: no layer gets more than rho times rank; 1 is no redistribution",
     )

@@ -58,7 +58,7 @@ class RecipeKey:
 
     @property
     def kind(self) -> str:
-        """What it may hold, in words."""
+        """The values that it may hold, in words."""
         if self.allowed is not None:
             return f"one of {', '.join(self.allowed)}"
         return f"{self.type}, {self.bounds}" if self.bounds else self.type
@@ -123,7 +123,7 @@ def _in_words(annotation: Any) -> str:
         return _in_words(arguments[0])
     if origin is list:
         return f"list of {_in_words(arguments[0])}s"
-    return " or ".join(_in_words(one) for one in arguments if one is not type(None))
+    return " or ".join(_in_words(kind) for kind in arguments if kind is not type(None))
 
 
 def _bounds(metadata: Sequence[Any]) -> str:

@@ -56,7 +56,8 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("checkpoint-*") if path.is_dir() and _step(path) >= 0]
+    folders = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    return [path for path in folders if _step(path) >= 0]
 
 
 def _step(path: Path) -> int:

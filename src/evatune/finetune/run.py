@@ -41,7 +41,7 @@ from evatune.finetune.run_folder import (
     finished_result,
 )
 from evatune.finetune.sharding import whole_weights
-from evatune.finetune.start_facts import NO_FACTS, StartFacts, start_facts
+from evatune.finetune.start_facts import start_facts
 from evatune.finetune.tasks import ModelKind, Part, Task, find_domain
 from evatune.finetune.tasks.quantization import keep_trainable
 from evatune.finetune.training import build_trainer, training_shown
@@ -55,7 +55,7 @@ _ABOUT_SPEED = ("runtime", "per_second", "model_preparation_time")
 
 
 def _say_nothing(sentence: str) -> None:
-    """Tell nobody."""
+    """Ignore the sentence."""
 
 
 def run(
@@ -96,7 +96,7 @@ def run(
         if finished is not None:
             return finished
         newest = newest_whole(folder / CHECKPOINTS) if processes.rank == 0 else None
-        shared = processes.gather(newest and str(newest))[0]
+        shared = processes.gather(None if newest is None else str(newest))[0]
         checkpoint = None if shared is None else Path(shared)
         result: dict[str, Any] = {}
         with processes.library_messages():
@@ -130,8 +130,10 @@ def _claimed(
 
 def _take_part(recipe: Recipe, folder: Path, checkpoint: Path | None, task: Task | None) -> None:
     """Do this process's share of a run that the first process writes."""
+    resumed = checkpoint is not None
     with tempfile.TemporaryDirectory() as scratch:
-        trained = _trained(recipe, folder, checkpoint, quiet=True, own=Path(scratch), task=task)
+        started = _start(recipe, folder, Path(scratch), quiet=True, resumed=resumed, task=task)
+        trained = _train(started, checkpoint, quiet=True)
         for part in ("validation", "test"):
             if part == "test" or trained.task.validation is not None:
                 trained.measures(part)
@@ -147,10 +149,14 @@ def _run(
     task: Task | None,
 ) -> dict[str, Any]:
     """Begin the run, or go on with it, and return its result."""
-    trained = _trained(recipe, folder, checkpoint, quiet=quiet, say=say, task=task)
+    resumed = checkpoint is not None
+    started = _start(recipe, folder, folder, quiet=quiet, resumed=resumed, say=say, task=task)
+    if started.calibration is not None:
+        started.calibration.save(folder / CALIBRATION)
+    trained = _train(started, checkpoint, quiet)
     validation = None if trained.task.validation is None else trained.measures("validation")
     measures = trained.measures("test")
-    method, model = trained.method, trained.trainer.model
+    method, model = started.method, trained.trainer.model
     weights = whole_weights(trained.trainer)
     if method.trains:
         with writing(folder / method.saved_as, MAKE_ROOM):
@@ -165,9 +171,9 @@ def _run(
         "validation": validation,
         "trainable_parameters": count_trainable(model),
         "first_gradient_b": _first_gradient_b(folder),
-        "init_seconds": trained.init_seconds,
+        "init_seconds": started.init_seconds,
         "train_seconds": trained.train_seconds,
-        "resumed": checkpoint is not None,
+        "resumed": resumed,
         "steps": recipe.training.steps,
         "peak_memory_bytes": peak_memory(),
         "versions": library_versions(),
@@ -203,7 +209,9 @@ def measure(recipe: Recipe, folder: Path, *, tested: bool) -> dict[str, Any]:
         recipe = replace(
             recipe, training=replace(recipe.training, eval_every=recipe.training.steps)
         )
-    trained = _trained(recipe, folder, None, quiet=True, kept=False)
+    started = _start(recipe, folder, folder, quiet=True, checkpoints=False)
+    facts = start_facts(started.trainer.model, started.task, recipe)
+    trained = _train(started, None, quiet=True)
     test = trained.measures("test") if tested else None
     validation = trained.measures("validation")
     lines = [line for line in read_metrics(folder) if "eval_loss" in line]
@@ -215,14 +223,32 @@ def measure(recipe: Recipe, folder: Path, *, tested: bool) -> dict[str, Any]:
         "test": test,
         "diverged": not last <= first,  # also where one is no number
         "parameters": count_trainable(trained.trainer.model),
-        "init_seconds": trained.init_seconds,
+        "init_seconds": started.init_seconds,
         "train_seconds": trained.train_seconds,
         "peak_memory_bytes": peak_memory(),
-        "kappa": trained.start.kappa,
-        "participation": trained.start.participation,
-        "ranks": trained.start.ranks,
+        "kappa": facts.kappa,
+        "participation": facts.participation,
+        "ranks": facts.ranks,
         "versions": library_versions(),
     }
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A run before its first step.
+
+    Attributes:
+        folder: for what every process of a run writes; see `_start`.
+        calibration: that the adapter starts from, where the method has one.
+    """
+
+    recipe: Recipe
+    trainer: Any
+    task: Task
+    method: Method
+    folder: Path
+    calibration: Calibration | None
+    init_seconds: float
 
 
 @dataclass(frozen=True)
@@ -230,15 +256,13 @@ class _Trained:
     """A run after its last step.
 
     Attributes:
+        folder: for what every process of a run writes.
         train_seconds: of the last stretch, if the run was resumed.
     """
 
     trainer: Any
     task: Task
-    method: Method
     folder: Path
-    start: StartFacts
-    init_seconds: float
     train_seconds: float
 
     def measures(self, part: Part) -> dict[str, Any]:
@@ -259,31 +283,31 @@ class _Trained:
                 measures[key.removeprefix(f"{prefix}_")] = value
         if part == "test":
             for name, examples in self.task.more_tests.items():
-                found = self.trainer.evaluate(examples, metric_key_prefix=name)
-                measures[f"{name}_score"] = found[f"{name}_score"]
+                more_measures = self.trainer.evaluate(examples, metric_key_prefix=name)
+                measures[f"{name}_score"] = more_measures[f"{name}_score"]
         if self.task.evaluate is not None:
             measures |= self.task.evaluate(self.trainer.model.eval(), part, self.folder)
         return measures
 
 
-def _trained(
+def _start(
     recipe: Recipe,
     folder: Path,
-    checkpoint: Path | None,
+    process_folder: Path,
     *,
     quiet: bool,
-    own: Path | None = None,
-    kept: bool = True,
+    resumed: bool = False,
+    checkpoints: bool = True,
     say: Callable[[str], object] = _say_nothing,
     task: Task | None = None,
-) -> _Trained:
-    """Do everything of a run up to its last step.
+) -> _Started:
+    """Do everything of a run up to its first step.
 
     Args:
-        own: folder for what every process of a run writes; default: the run's.
-        kept: whether checkpoints and the calibration are written, instead of facts being measured.
+        folder: of the run, for what its first process writes.
+        process_folder: for what every process writes.
+        checkpoints: whether Trainer writes any.
     """
-    own = own or folder
     reset_peak_memory()
     transformers.set_seed(recipe.seed)
     method = find_method(recipe.method)
@@ -292,27 +316,27 @@ def _trained(
     keep_trainable(task.model)
     if task.about:
         say(task.about)
-    resumed = checkpoint is not None
 
     start = time.perf_counter()
     model = method.adapt(task.model, adapter_setup(recipe, task, task.head))
-    trainer = build_trainer(recipe, task, method, model, folder, resumed=resumed, checkpoints=kept)
-    calibration = _initialize(trainer, recipe, task, method, own, quiet)
+    trainer = build_trainer(
+        recipe, task, method, model, folder, resumed=resumed, checkpoints=checkpoints
+    )
+    calibration = _initialize(trainer, recipe, task, method, process_folder, quiet)
     init_seconds = time.perf_counter() - start
-    if kept:
-        facts = NO_FACTS
-        if calibration is not None:
-            calibration.save(own / CALIBRATION)
-    else:
-        facts = start_facts(trainer.model, task, recipe)
+    return _Started(recipe, trainer, task, method, process_folder, calibration, init_seconds)
 
+
+def _train(started: _Started, checkpoint: Path | None, quiet: bool) -> _Trained:
+    """Train from the start or the checkpoint on, up to the last step."""
+    recipe, trainer = started.recipe, started.trainer
     transformers.set_seed(recipe.seed)  # whatever a method drew, all see the same batches
     start = time.perf_counter()
-    if method.trains:
+    if started.method.trains:
         with training_shown(trainer, quiet):
-            _train(trainer, checkpoint, recipe.training.steps)
+            _train_from(trainer, checkpoint, recipe.training.steps)
     train_seconds = time.perf_counter() - start
-    return _Trained(trainer, task, method, own, facts, init_seconds, train_seconds)
+    return _Trained(trainer, started.task, started.folder, train_seconds)
 
 
 def adapter_setup(recipe: Recipe, kind: Task | ModelKind, head: list[str]) -> AdapterSetup:
@@ -357,7 +381,7 @@ def _initialize(
     return method.prepare(trainer.model, preparation)
 
 
-def _train(trainer: Any, checkpoint: Path | None, steps: int) -> None:
+def _train_from(trainer: Any, checkpoint: Path | None, steps: int) -> None:
     """Train from the checkpoint on; one of the last step is loaded and not trained further."""
     if checkpoint is None:
         trainer.train()

@@ -53,8 +53,8 @@ def read_evaluation(folder: Path) -> dict[str, dict[str, Any]]:
 
 def add_evaluation(folder: Path, measured: Mapping[str, Mapping[str, Any]]) -> None:
     """Write what a run was measured on, beside its other tasks and in place of the same ones."""
-    found = Evaluation.model_validate({"tasks": {**read_evaluation(folder), **measured}})
-    write_text(folder / EVALUATION, json.dumps(found.model_dump(), indent=2) + "\n")
+    evaluation = Evaluation.model_validate({"tasks": {**read_evaluation(folder), **measured}})
+    write_text(folder / EVALUATION, json.dumps(evaluation.model_dump(), indent=2) + "\n")
 
 
 def finished_result(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
@@ -104,14 +104,14 @@ def reference_run(recipe: Recipe, folder: Path) -> Path | None:
     """
     if recipe.method == REFERENCE:
         return None
-    own = _without_method(as_tree(recipe))
+    settings = _without_method(as_tree(recipe))
     losses: dict[Path, float] = {}
     for path in sorted(folder.absolute().parent.glob(f"*/{RESULT}")):
         try:
             tree, result = as_tree(_read_recipe(path.parent / RECIPE)), read_result(path.parent)
         except EvatuneError:  # what lies beside this run is no part of it
             continue
-        if tree["method"] == REFERENCE and _without_method(tree) == own and result is not None:
+        if tree["method"] == REFERENCE and _without_method(tree) == settings and result is not None:
             loss = result["eval_loss"]
             losses[path.parent] = math.inf if math.isnan(loss) else loss
     return min(losses, key=lambda path: losses[path], default=None)

@@ -40,9 +40,6 @@ class StartFacts:
     ranks: dict[str, int] | None
 
 
-NO_FACTS = StartFacts(None, None, None)
-
-
 def start_facts(model: nn.Module, task: Task, recipe: Recipe) -> StartFacts:
     """Return facts about the adapter's start, by a pass over some training examples.
 

@@ -72,16 +72,16 @@ class Arrays:
                     f"{key} of {self.where} has {count:,} rows; at most {most:,} are read"
                 )
             begin, size = stream.tell(), dtype.itemsize * width
-            found = []
+            blocks = []
             for bound in [slice(0, count)] if bounds is None else bounds:
                 stream.seek(begin + bound.start * size)
                 content = stream.read((bound.stop - bound.start) * size)
                 if len(content) < (bound.stop - bound.start) * size:
                     raise DataError(f"{key} of {self.where} ends too soon; get it anew")
-                found.append(np.frombuffer(content, dtype).reshape(-1, width).astype(np.float32))
-        if not all(np.isfinite(part).all() for part in found):
+                blocks.append(np.frombuffer(content, dtype).reshape(-1, width).astype(np.float32))
+        if not all(np.isfinite(block).all() for block in blocks):
             raise DataError(f"{key} of {self.where} holds numbers that are not finite; get it anew")
-        return found
+        return blocks
 
     def _header(self, stream: IO[bytes], key: str, width: int) -> tuple[int, np.dtype[Any]]:
         """Return the number of rows and the type of an array's values, of which none is read."""

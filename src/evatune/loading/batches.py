@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import transformers
 
+from evatune.choices import IGNORED
 from evatune.errors import ConfigError
-from evatune.loading.encoding import IGNORED, Encoder, as_completion, has_loss, require_rows
+from evatune.loading.encoding import Encoder, as_completion, has_loss, require_rows
 from evatune.loading.records import Chat, Records
 from evatune.loading.sounds import read_wave
 from evatune.loading.texts import truncate_texts
@@ -140,10 +141,11 @@ class AnswerBatches(ShuffledBatches):
 
     def collate(self, rows: dict[str, list[Any]]) -> Any:
         encoded = [self.encoder(self.records.record(row)) for row in _by_row(rows)]
-        learned = [row for row in encoded if has_loss(row) or not self.labels]
-        if not learned:
+        if self.labels:
+            encoded = [row for row in encoded if has_loss(row)]
+        if not encoded:
             return None
-        batch = transformers.DataCollatorForSeq2Seq(self.encoder.tokenizer)(learned)
+        batch = transformers.DataCollatorForSeq2Seq(self.encoder.tokenizer)(encoded)
         if not self.labels:
             del batch["labels"]
         return batch

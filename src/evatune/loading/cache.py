@@ -22,7 +22,7 @@ from evatune.utils.atomic import atomic_file, writing
 from evatune.utils.progress import Display, display
 
 _ADVICE = "make room or rights there, or name another folder in EVATUNE_CACHE"
-_PATIENCE = 1800.0  # seconds to wait for another process that builds the same
+_TIMEOUT = 1800.0  # seconds to wait for another process that builds the same
 
 
 def cache_folder() -> Path:
@@ -82,7 +82,7 @@ def _alone(path: Path) -> Iterator[None]:
     with writing(path, _ADVICE):
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(Timeout):
-            lock.acquire(timeout=_PATIENCE)
+            lock.acquire(timeout=_TIMEOUT)
     try:
         yield
     finally:

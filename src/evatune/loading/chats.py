@@ -36,13 +36,13 @@ def load_template(source: str) -> str:
         raise DataError(f"chat template {source!r} does not exist; name a Jinja file or a model")
     require_path(source, "chat template")
     with reading(source, "a tokenizer", "a Jinja file"):
-        found = transformers.AutoTokenizer.from_pretrained(source).chat_template
-    if not isinstance(found, str):
+        template = transformers.AutoTokenizer.from_pretrained(source).chat_template
+    if not isinstance(template, str):
         raise DataError(
             f"the tokenizer of {source!r} has no chat template; name a model made for chats, or a"
             " Jinja file"
         )
-    return found
+    return template
 
 
 def require_template(tokenizer: Any, origin: Origin) -> None:
@@ -127,7 +127,7 @@ def _common(text: str, other: str) -> int:
     if text.startswith(other):  # quick, and so it is as a rule
         return len(other)
     pairs = zip(text, other, strict=False)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:

@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from evatune.choices import IGNORED
 from evatune.errors import DataError
 from evatune.loading.chats import tokens_of
 from evatune.loading.records import Chat, Completion, Instruction, Origin, Record, Records
 from evatune.loading.texts import CHARACTERS_PER_TOKEN
-
-IGNORED = -100  # the label of a token that the loss leaves out
 
 Row = dict[str, list[int]]
 
@@ -40,16 +39,17 @@ class Encoder:
 
     def rows(self, records: Records) -> list[Row]:
         """Return the records that have something to learn, encoded. DataError where none has."""
-        found = [row for row in map(self, records) if has_loss(row)]
-        require_rows(found, self.origin)
-        return found
+        rows = [row for row in map(self, records) if has_loss(row)]
+        require_rows(rows, self.origin)
+        return rows
 
     def _chat(self, chat: Chat) -> Row:
         tokens, said = tokens_of(self.tokenizer, chat, self.origin)
         start = _window(said, self.longest)
         tokens = tokens[start : start + self.longest]
         said = said[start : start + self.longest]
-        labels = [token if own else IGNORED for token, own in zip(tokens, said, strict=True)]
+        pairs = zip(tokens, said, strict=True)
+        labels = [token if is_answer else IGNORED for token, is_answer in pairs]
         return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
 
 

@@ -16,10 +16,14 @@ _JSON_NAMES = {
     dict: "an object",
     list: "a list",
     str: "a string",
-    float: "a number",
     bool: "true or false",
     type(None): "null",
 }
+
+
+def json_name(kind: type) -> str:
+    """Return what JSON calls a value of this type, in words."""
+    return _JSON_NAMES.get(kind, "a number")
 
 
 def require_utf8(path: Path) -> None:
@@ -112,6 +116,6 @@ def _parse(path: Path, line: int, raw: bytes) -> Any:
 
 def _not_a_record(path: Path, where: str, value: Any) -> DataError:
     return DataError(
-        f"{where} of {str(path)!r} is {_JSON_NAMES[type(value)]}, which is no record; write each as"
+        f"{where} of {str(path)!r} is {json_name(type(value))}, which is no record; write each as"
         ' an object, such as {"text": "…"}'
     )

@@ -1,4 +1,4 @@
-"""What `evatune init` runs a model on: the model, batches of the user's data, and what they are."""
+"""The inputs of `evatune init`: a model, batches of the user's data, and a sentence on these."""
 
 from __future__ import annotations
 

@@ -71,5 +71,5 @@ def find_label_column(table: Any, name: str | None, source: str) -> LabelColumn 
     if name is not None:
         require_labels(table, name, Origin(source))
         return LabelColumn(name, source)
-    found = next((each for each in LABEL_COLUMNS if each in table.column_names), None)
-    return None if found is None else LabelColumn(found, source)
+    name = next((column for column in LABEL_COLUMNS if column in table.column_names), None)
+    return None if name is None else LabelColumn(name, source)

@@ -39,7 +39,7 @@ _TASK_OF_SUFFIX = {  # ending of the architecture's name → task; any other is 
 
 @dataclass(frozen=True)
 class Medium:
-    """What models look at or listen to in place of texts.
+    """Images or audio: a kind of input other than text.
 
     Attributes:
         name: for messages, and of the option that gives it.
@@ -221,14 +221,14 @@ def _from_pretrained(
     options: Mapping[str, Any],
 ) -> tuple[Any, Any]:
     """Return a model by one of transformers' auto classes, and what was missing in its weights."""
-    found: tuple[Any, Any] = getattr(transformers, loader).from_pretrained(
+    model_and_info: tuple[Any, Any] = getattr(transformers, loader).from_pretrained(
         source,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
         **options,
     )
-    return found
+    return model_and_info
 
 
 def _fresh(info: Mapping[str, Any]) -> tuple[str, ...]:

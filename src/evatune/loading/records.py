@@ -1,4 +1,4 @@
-"""What the records of a data set are: chats, prompts with completions, instructions, or texts.
+"""The records of a data set: chats, prompts with completions, instructions, or texts.
 
 Recognition has its one home here, for every command that reads data of the user's.
 """
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from evatune.errors import ConfigError, DataError
 from evatune.loading.data_files import kind_of
+from evatune.loading.file_checks import json_name
 from evatune.utils.extras import extras
 
 with extras(__name__):
@@ -36,12 +37,11 @@ _MEDIA = {"images": (datasets.Image, "image"), "audio": (datasets.Audio, "audio"
 _PREFERENCE = {"chosen", "rejected"}
 _NAMES_SHOWN, _NAME_LENGTH = 8, 40
 _ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
-_JSON_NAMES = {str: "a string", list: "a list", dict: "an object", bool: "true or false"}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where records come from, and the options that read them in another way."""
+    """The source of records, and the options that read them in another way."""
 
     source: str
     columns: str = "--columns"
@@ -154,8 +154,8 @@ class Records:
 
     def _messages(self, value: Any) -> list[dict[str, Any]]:
         if not isinstance(value, list):
-            raise self._no_messages(f"is {_JSON_NAMES.get(type(value), 'a number')}, and no list")
-        return [self._message(each) for each in value]
+            raise self._no_messages(f"is {json_name(type(value))}, and no list")
+        return [self._message(message) for message in value]
 
     def _message(self, value: Any) -> dict[str, Any]:
         """Return a message by the keys that chat templates know."""
@@ -248,11 +248,16 @@ def media_column(table: Any, columns: Sequence[str], origin: Origin, medium: str
     """
     if len(columns) > 1:
         raise ConfigError(f"{origin.columns} is {list(columns)}; {medium} are in one column")
-    kind, usual = _MEDIA[medium]
-    found = [name for name, feature in table.features.items() if isinstance(feature, kind)]
-    column = columns[0] if columns else ([usual] if usual in found else [*found, usual])[0]
+    kind, default = _MEDIA[medium]
+    media_columns = [name for name, feature in table.features.items() if isinstance(feature, kind)]
+    if columns:
+        column = columns[0]
+    elif default in media_columns or not media_columns:
+        column = default
+    else:
+        column = media_columns[0]
     require_column(table, column, origin.source)
-    if column not in found:
+    if column not in media_columns:
         raise DataError(
             f"column {column!r} of {origin.source!r} holds no {medium}; name another with"
             f" {origin.columns}, or give a folder of {medium}"
@@ -373,15 +378,15 @@ def _require_one_shape(table: Any, layout: Layout, columns: Sequence[str], origi
     """Raise a DataError for rows with nothing in these columns, but a record of another kind."""
     others = [] if columns else [other for other in _fitting(table) if other != layout]
     for other in others:
-        own, another = layout.columns[-1], other.columns[-1]
-        if own == another:
+        column, other_column = layout.columns[-1], other.columns[-1]
+        if column == other_column:
             continue
-        mixed = _count(table, own, another)
+        mixed = _count(table, column, other_column)
         if mixed:
             raise DataError(
                 f"{origin.source!r} mixes shapes: {mixed:,} of its {len(table):,} rows hold"
-                f" {_listed(other.columns)} and no {own}; give each shape a file of its own, or say"
-                f" with {origin.columns} which to read"
+                f" {_listed(other.columns)} and no {column}; give each shape a file of its own, or"
+                f" say with {origin.columns} which to read"
             )
 
 
@@ -403,9 +408,7 @@ def _require_one_type(table: Any, column: str, origin: Origin) -> None:
         if value is not None:
             rows.setdefault(type(value), number)
     if len(rows) > 1:
-        kinds = " and ".join(
-            f"{_JSON_NAMES.get(kind, 'a number')} in row {number}" for kind, number in rows.items()
-        )
+        kinds = " and ".join(f"{json_name(kind)} in row {number}" for kind, number in rows.items())
         raise DataError(
             f"{origin.source!r} mixes shapes: column {column!r} holds {kinds}; give all rows the"
             " same shape, or each shape a file of its own"

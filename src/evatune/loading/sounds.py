@@ -54,20 +54,20 @@ def read_wave(sound: Mapping[str, Any], rate: int) -> Any:
     name = sound["path"] or "a sound"
     try:
         file: Any = io.BytesIO(sound["bytes"]) if sound["bytes"] is not None else sound["path"]
-        found, samples = _read(file)
+        file_rate, samples = _read(file)
     except (OSError, ValueError, RuntimeError, struct.error) as error:
         raise DataError(
             f"{name!r} cannot be read as a sound ({' '.join(str(error).split())[:200]}); give WAV"
             " files, or for others: pip install soundfile"
         ) from error
     mono = samples.mean(-1) if samples.ndim > 1 else samples
-    mono = mono[: _LONGEST * found]
-    if found != rate:
+    mono = mono[: _LONGEST * file_rate]
+    if file_rate != rate:
         with extras("--audio"):
             from scipy.signal import resample_poly  # takes half a second to import
 
-        common = math.gcd(found, rate)
-        mono = resample_poly(mono, rate // common, found // common)
+        common = math.gcd(file_rate, rate)
+        mono = resample_poly(mono, rate // common, file_rate // common)
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 

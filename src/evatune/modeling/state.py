@@ -79,15 +79,12 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     PEFT's own `disable_adapter` also rewrites `requires_grad`; this touches the one flag that the
     forward pass reads. It lets adapters on the meta device (low_cpu_mem_usage) stand aside as well.
     """
-    # Not hasattr(m, …): what a module does not have it looks for at length, and this runs for each
-    # batch.
-    key = "_disable_adapters"
-    switches = [m for m in model.modules() if key in m.__dict__ or hasattr(type(m), key)]
-    if any(getattr(m, "merged_adapters", None) for m in switches):
+    switches = [module for module in model.modules() if _has_adapter_switch(module)]
+    if any(getattr(module, "merged_adapters", None) for module in switches):
         raise AdapterError(
             "an adapter is merged into the base weights; call unmerge_adapter() first"
         )
-    before = [m._disable_adapters for m in switches]
+    before = [module._disable_adapters for module in switches]
     try:
         for module in switches:
             module._disable_adapters = True  # type: ignore[assignment]
@@ -95,6 +92,16 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module, value in zip(switches, before, strict=True):
             module._disable_adapters = value
+
+
+def _has_adapter_switch(module: nn.Module) -> bool:
+    """Return whether a module has `_disable_adapters`.
+
+    Not by hasattr(module, …): what a module does not have it looks for at length, and this runs for
+    each batch.
+    """
+    key = "_disable_adapters"
+    return key in module.__dict__ or hasattr(type(module), key)
 
 
 def may_stop_early(model: nn.Module) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from evatune.layers import PEFT_PREFIX
+
 # The only child of the modules that torch.compile, FSDP1 and torch's activation checkpointing put
 # around others.
 _WRAPPER_KEYS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -70,8 +72,8 @@ def peft_name(name: str) -> str:
     Args:
         name: in a `PeftModel`, compiled as a whole or not.
     """
-    while name.startswith(("_orig_mod.", "base_model.model.")):
-        name = name.removeprefix("_orig_mod.").removeprefix("base_model.model.")
+    while name.startswith(("_orig_mod.", PEFT_PREFIX)):
+        name = name.removeprefix("_orig_mod.").removeprefix(PEFT_PREFIX)
     return name
 
 
@@ -83,7 +85,7 @@ def without_wrappers(path: str) -> str:
 def peft_names(model: nn.Module) -> set[str]:
     """Return the names of the base model's modules as PEFT's patterns have them."""
     names: set[str] = set()
-    hidden: tuple[str, ...] = ("\n",)
+    hidden: tuple[str, ...] = ()
     for path, module in model.named_modules():
         if path.startswith(hidden):
             continue
@@ -123,7 +125,7 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]
 
     Wrappers and adapters are looked through.
     """
-    hidden: tuple[str, ...] = ("\n",)
+    hidden: tuple[str, ...] = ()
     for path, module in model.named_modules():
         if path.startswith(hidden):
             continue
@@ -187,6 +189,6 @@ def describe(model: nn.Module) -> str:
     inner = base_model(adapted(model))
     source = getattr(getattr(inner, "config", None), "_name_or_path", "") or ""
     # fully_shard puts a class of its own before the model's.
-    names = (one.__name__ for one in type(inner).__mro__)
+    names = (kind.__name__ for kind in type(inner).__mro__)
     class_name = next(name for name in names if not name.startswith("FSDP"))
     return f"{class_name} {source}".strip()

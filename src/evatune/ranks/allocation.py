@@ -109,26 +109,26 @@ def allocate(
     shapes only, gives way to filling the budget greedily by metric per parameter, never above it.
     """
     _require_options(rank, rho, budget, metric, min_rank)
-    own_caps = _checked_caps(caps or {}, layers)
-    usual = {name: own_caps.get(name, rank) for name in layers}  # without redistribution
-    most = largest_rank(rank, rho)
+    caps = _checked_caps(caps or {}, layers)
+    uniform_ranks = {name: caps.get(name, rank) for name in layers}  # without redistribution
+    largest = largest_rank(rank, rho)
     floors = floors or {}
     shares = [
         _Share(
             key=layer.spec.rank_group or name,
             candidate=layer,
-            usual=usual[name],
-            cap=_top(layer, own_caps.get(name, most)),
+            uniform_rank=uniform_ranks[name],
+            cap=_usable_rank(layer, caps.get(name, largest)),
             floor=max(min_rank, floors.get(name, 0)),
         )
         for name, layer in layers.items()
     ]
     groups = _rank_groups(shares, in_parameters=budget == "parameters")
-    limit = sum(group.usual * group.cost for group in groups)
+    limit = sum(group.uniform_rank * group.cost for group in groups)
     room = sum(group.cap * group.cost for group in groups)
     if room < limit:
-        tight = [f"{group.key} ({group.cap})" for group in groups if group.cap < group.usual]
-        share = f"{rank} or its cap" if own_caps else f"{rank}"
+        tight = [f"{group.key} ({group.cap})" for group in groups if group.cap < group.uniform_rank]
+        share = f"{rank} or its cap" if caps else f"{rank}"
         raise BudgetError(
             f"the budget of {limit} {budget} ({share} per layer over {len(layers)} layers) cannot"
             f" be met: the layers take at most {room}. Below {share}: {shortened(tight) or 'none'}."
@@ -152,7 +152,7 @@ def allocate(
         limit=limit,
         spent=sum(group_ranks[group.key] * group.cost for group in groups),
         parameters=_parameters(layers, ranks),
-        uniform_parameters=_parameters(layers, usual),
+        uniform_parameters=_parameters(layers, uniform_ranks),
     )
 
 
@@ -164,10 +164,11 @@ def worth_gained(
     Both by the metric of `new`, and the spectra of `layers` and the caps for which `new` was made.
     Ranks that move between components of equal worth gain nothing.
     """
-    most = largest_rank(new.rank, new.rho)
+    largest = largest_rank(new.rank, new.rho)
     worth_of_old, worth_of_new = 0.0, 0.0
     for name, layer in layers.items():
-        worths = _worth(layer.spectrum, new.metric, _top(layer, caps.get(name, most)))
+        cap = _usable_rank(layer, caps.get(name, largest))
+        worths = _worth(layer.spectrum, new.metric, cap)
         worth_of_old += math.fsum(worths[: old.ranks.get(name, 0)])
         worth_of_new += math.fsum(worths[: new.ranks.get(name, 0)])
     return max(0.0, 1 - worth_of_old / worth_of_new) if worth_of_new > 0 else 0.0
@@ -179,7 +180,7 @@ class _Share:
 
     key: str
     candidate: Candidate
-    usual: int
+    uniform_rank: int
     cap: int
     floor: int
 
@@ -190,14 +191,14 @@ class _RankGroup:
 
     Attributes:
         step: ranks come in multiples of this, as do `cap` and, unless the cap is lower, `floor`.
-        usual: the rank without redistribution.
+        uniform_rank: without redistribution.
         cost: of one rank in all its layers, in the unit of the budget.
     """
 
     key: str
     spectra: list[Spectrum]
     step: int
-    usual: int
+    uniform_rank: int
     cap: int
     floor: int
     cost: int
@@ -219,7 +220,7 @@ def _rank_groups(shares: Sequence[_Share], *, in_parameters: bool) -> list[_Rank
                 key=key,
                 spectra=[share.candidate.spectrum for share in tied],
                 step=step,
-                usual=tied[0].usual,
+                uniform_rank=tied[0].uniform_rank,
                 cap=cap,
                 floor=min(steps * step, cap),
                 cost=sum(spec.parameters_per_rank if in_parameters else 1 for spec in specs),
@@ -270,13 +271,13 @@ def _parameters(layers: Mapping[str, Candidate], ranks: Mapping[str, int]) -> in
     return sum(ranks[name] * layer.spec.parameters_per_rank for name, layer in layers.items())
 
 
-def _top(layer: Candidate, cap: int) -> int:
+def _usable_rank(layer: Candidate, cap: int) -> int:
     """Return the most ranks a layer can use, within its cap."""
-    most = min(cap, layer.spec.max_rank)
+    bound = min(cap, layer.spec.max_rank)
     of_gradients = layer.spectrum.inputs is not None
     if of_gradients and layer.spectrum.usable:
-        return most  # the inputs have more directions than the gradients, and A is completed
-    return min(most, layer.spectrum.usable)
+        return bound  # the inputs have more directions than the gradients, and A is completed
+    return min(bound, layer.spectrum.usable)
 
 
 def _require_options(rank: int, rho: float, budget: str, metric: str, min_rank: int) -> None:

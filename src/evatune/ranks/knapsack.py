@@ -65,7 +65,7 @@ def choose_counts(values: Mapping[int, Sequence[float]], limit: int) -> dict[int
     if len(values) <= 1:
         return greedy
     *classes, last = _cost_classes(values, limit)
-    budget = limit - sum(one.low * one.cost for one in (*classes, last))
+    budget = limit - sum(cost_class.low * cost_class.cost for cost_class in (*classes, last))
     table = _Table(_row([0.0]), 0)
     for cost_class in classes:
         extended = _extended(table, cost_class, budget)
@@ -146,11 +146,11 @@ def _finish(table: _Table, last: _CostClass, budget: int) -> dict[int, int] | No
     return {last.cost: last.low + count} | _walked_back(table, cell)
 
 
-def _is_better(one: tuple[int, float], other: tuple[int, float]) -> bool:
+def _is_better(choice: tuple[int, float], best: tuple[int, float]) -> bool:
     """Compare (spent, value): more is spent, or as much to more value than rounding explains."""
-    if one[0] != other[0]:
-        return one[0] > other[0]
-    return one[1] > other[1] + 1e-12
+    if choice[0] != best[0]:
+        return choice[0] > best[0]
+    return choice[1] > best[1] + 1e-12
 
 
 def _walked_back(table: _Table, cell: int) -> dict[int, int]:
@@ -177,11 +177,11 @@ def _greedy(
     """
     items: list[tuple[float, int, int]] = []
     for cost, worth in values.items():
-        items += [(-value / cost, place, cost) for place, value in enumerate(worth)]
+        items += [(-value / cost, index, cost) for index, value in enumerate(worth)]
     counts, left = dict.fromkeys(values, 0), limit
-    for _, place, cost in sorted(items):
+    for _, index, cost in sorted(items):
         # Only the next of its class may be taken, so that a class's items stay its leading ones.
-        if cost <= left and place == counts[cost]:
+        if cost <= left and index == counts[cost]:
             counts[cost] += 1
             left -= cost
         elif stop:

@@ -11,13 +11,13 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from evatune.adapters.saved import adapter_rows, read_config
+from evatune.adapters.saved import AdapterRow, adapter_rows, read_config
 from evatune.calibration.result import Calibration
 from evatune.errors import RecordError
 from evatune.loading.demo import model_id
 from evatune.report.charts import HeatCell, heat_map
 from evatune.report.evaluation import HEADINGS, TITLE
-from evatune.report.summary import split_name, totals
+from evatune.report.summary import split_name, totals_of
 from evatune.report.text import LORA_RATE, percent, rate_text
 from evatune.report.vega import picture
 from evatune.utils.extras import extras
@@ -46,7 +46,7 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM offers
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What an adapter's own files do not say.
+    """The facts that an adapter's own files do not say.
 
     Attributes:
         base_model: hub id. data: what it was calibrated or trained on; its hub id, or a name.
@@ -88,9 +88,9 @@ def card_files(
     }
 
 
-def _place(row: Mapping[str, Any]) -> list[tuple[int, str]]:
+def _place(row: AdapterRow) -> list[tuple[int, str]]:
     """Return what sorts layers by their names, block 2 before block 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in row["layer"].split(".")]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in row.layer.split(".")]
 
 
 def own_card(folder: Path) -> ModelCard | None:
@@ -132,7 +132,7 @@ def pushed_card(folder: Path, repository: str, base_model: str) -> dict[str, byt
 
 
 def _card(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[AdapterRow],
     config: Any,
     facts: CardFacts,
     calibration: Calibration | None,
@@ -147,7 +147,7 @@ def _card(
         datasets=[facts.data] if facts.data and hub_id(facts.data) and "/" in facts.data else None,
         tags=["evatune", "lora", facts.method],
     )
-    ranks = [row["rank"] for row in rows]
+    ranks = [row.rank for row in rows]
     largest = max(ranks)
     card: ModelCard = ModelCard.from_template(
         metadata,
@@ -173,10 +173,8 @@ def _card(
     return card
 
 
-def _about(
-    rows: Sequence[Mapping[str, Any]], facts: CardFacts, calibration: Calibration | None
-) -> str:
-    trained = any(row["b_norm"] for row in rows)
+def _about(rows: Sequence[AdapterRow], facts: CardFacts, calibration: Calibration | None) -> str:
+    trained = any(row.b_norm for row in rows)
     if not trained and calibration is not None:
         return (
             "A LoRA adapter that is initialized and not yet trained (B = 0): the model answers as"
@@ -191,46 +189,46 @@ def _about(
 
 
 def _facts(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[AdapterRow],
     config: Any,
     facts: CardFacts,
     calibration: Calibration | None,
 ) -> dict[str, str]:
-    found = {
+    fields = {
         "base model": facts.base_model or model_id(config.base_model_name_or_path or ""),
         "data": facts.data,
         "data fingerprint": facts.fingerprint and f"`{facts.fingerprint}`",
         "method": facts.method,
         "r, α": f"{config.r}, {config.lora_alpha:g}",
         "scale of every layer": ", ".join(f"{value:g}" for value in _scales(rows)),
-        "trainable parameters": f"{sum(row['parameters'] for row in rows):,}",
+        "trainable parameters": f"{sum(row.parameters for row in rows):,}",
     }
     if calibration is not None:
         plan = calibration.allocate()
-        t = totals(calibration, plan)
-        found["ρ"] = f"{plan.rho:g}"
-        found["calibrated on"] = f"{calibration.batches} batches"
-        if t["captured_mean"] is not None:
-            times = t["captured_mean"] / t["random_mean"]
-            found["energy of unseen rows captured"] = (
-                f"{percent(t['captured_mean'])}, {times:.1f} times a random A of the same ranks"
-                f" ({percent(t['random_mean'])})"
+        figures = totals_of(calibration, plan)
+        fields["ρ"] = f"{plan.rho:g}"
+        fields["calibrated on"] = f"{calibration.batches} batches"
+        if figures.captured_mean is not None and figures.random_mean is not None:
+            times = figures.captured_mean / figures.random_mean
+            fields["energy of unseen rows captured"] = (
+                f"{percent(figures.captured_mean)}, {times:.1f} times a random A of the same ranks"
+                f" ({percent(figures.random_mean)})"
             )
-        steps = t["step_ratio"].get(facts.scale)
+        steps = figures.step_ratio.get(facts.scale or "")
         if facts.scale is not None and steps is not None:
-            rate = rate_text(LORA_RATE / steps["median"])
-            found["length of A's rows"] = facts.scale
-            found["learning rate"] = f"{rate} does what {rate_text(LORA_RATE)} does in LoRA"
-    found |= facts.results
+            rate = rate_text(LORA_RATE / steps.median)
+            fields["length of A's rows"] = facts.scale
+            fields["learning rate"] = f"{rate} does what {rate_text(LORA_RATE)} does in LoRA"
+    fields |= facts.results
     return {
         name: value if value.startswith("`") else markdown_text(value)
-        for name, value in found.items()
+        for name, value in fields.items()
         if value
     }
 
 
-def _scales(rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    return sorted({round(row["scale"], 6) for row in rows})[:4]
+def _scales(rows: Sequence[AdapterRow]) -> list[float]:
+    return sorted({round(row.scale, 6) for row in rows})[:4]
 
 
 def _ranks_text(ranks: Sequence[int], usual: int) -> str:
@@ -245,9 +243,9 @@ def _ranks_text(ranks: Sequence[int], usual: int) -> str:
 _TYPE_HEADINGS = ("layer type", "layers", "rank min", "mean", "max", "energy captured", "random A")
 
 
-def _types(rows: Sequence[Mapping[str, Any]], calibration: Calibration | None) -> list[list[str]]:
+def _types(rows: Sequence[AdapterRow], calibration: Calibration | None) -> list[list[str]]:
     """Return a line per layer type, with the energy where a calibration knows it."""
-    ranks = {row["layer"]: row["rank"] for row in rows}
+    ranks = {row.layer: row.rank for row in rows}
     known = {} if calibration is None else calibration.layers
     captured = {}
     if calibration is not None:
@@ -272,11 +270,8 @@ def _types(rows: Sequence[Mapping[str, Any]], calibration: Calibration | None) -
     return lines
 
 
-def _rank_map(rows: Sequence[Mapping[str, Any]], usual: int) -> dict[str, Any]:
-    cells = [
-        HeatCell(row["layer"], str(row["rank"]), row["rank"] - usual, {"rank": row["rank"]})
-        for row in rows
-    ]
+def _rank_map(rows: Sequence[AdapterRow], usual: int) -> dict[str, Any]:
+    cells = [HeatCell(row.layer, row.rank, row.rank - usual, {"rank": row.rank}) for row in rows]
     return heat_map(cells, f"ranks against uniform ({usual})")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from evatune.calibration.result import Calibration
 from evatune.ranks.allocation import RankPlan
+from evatune.report.colors import Color, ink_on, rgb
 from evatune.report.summary import split_name
 from evatune.report.vega import SCHEMA, Spec
 
@@ -20,7 +21,7 @@ _DEPTHS = ["#e0701a", "#c8378f", "#4f74e6"]
 COLORS = ["#3f7fd1", "#e0701a", "#2f9e63", "#c8378f", "#8a6fd1", "#a8842c", "#3aa0ad", "#d15b5b"]
 _CHANCE = "#8a939c"
 _MOST_BLOCKS = 150  # across a map, and lines of a kind in a panel
-UNKNOWN = "–"
+_UNKNOWN = "–"
 _POINTS = 28  # of a spectrum, more of which no eye sees
 
 
@@ -29,13 +30,18 @@ class HeatCell:
     """A layer in a heat map: the figure that stands there, and by how much it is above uniform.
 
     Attributes:
+        figure: shown as a whole number; None where it is not known.
         facts: what the pointer shows, by the names of `_FACTS`.
     """
 
     name: str
-    text: str
+    figure: float | None
     difference: float
     facts: Mapping[str, Any]
+
+    @property
+    def text(self) -> str:
+        return _UNKNOWN if self.figure is None else f"{self.figure:.0f}"
 
 
 # Formats of the facts about a layer that are numbers.
@@ -45,7 +51,6 @@ _FACTS = {
     "captured": ".1%",
     "random A": ".1%",
     "PR": ".1f",
-    "alpha": "~g",
     "parameters": ",d",
     "status": "",
 }
@@ -57,18 +62,20 @@ def heat_map(cells: Sequence[HeatCell], legend: str) -> Spec:
     Args:
         legend: what the difference is.
     """
-    cells = _by_place(cells)
+    cells = _merged_experts(cells)
     largest = max((abs(cell.difference) for cell in cells), default=0) or 1
     values: list[dict[str, Any]] = []
     for cell in cells:
         block, kind = split_name(cell.name)
-        place = {"layer": cell.name, "block": block or "–", "type": kind}
+        position = {"layer": cell.name, "block": block or "–", "type": kind}
         drawn = {
             "text": cell.text,
             "difference": round(cell.difference, 4),
             "ink": ink_on(heat_color(cell.difference / largest)),
         }
-        values.append(place | drawn | {key: _rounded(value) for key, value in cell.facts.items()})
+        values.append(
+            position | drawn | {key: _rounded(value) for key, value in cell.facts.items()}
+        )
     shown = [key for key in _FACTS if any(key in cell.facts for cell in cells)]
     blocks = list(dict.fromkeys(value["block"] for value in values))
     types = list(dict.fromkeys(value["type"] for value in values))
@@ -95,8 +102,8 @@ def heat_map(cells: Sequence[HeatCell], legend: str) -> Spec:
         "height": {"step": 22},
         "resolve": {"scale": {"color": "independent"}},
         "encoding": {
-            "x": _place("block", blocks, "top"),
-            "y": _place("type", types, "left"),
+            "x": _axis("block", blocks, "top"),
+            "y": _axis("type", types, "left"),
             "tooltip": [_shown("layer"), *(_shown(key, _FACTS[key]) for key in shown)],
         },
         "layer": [
@@ -112,7 +119,7 @@ def heat_map(cells: Sequence[HeatCell], legend: str) -> Spec:
     }
 
 
-def _by_place(cells: Sequence[HeatCell]) -> list[HeatCell]:
+def _merged_experts(cells: Sequence[HeatCell]) -> list[HeatCell]:
     """Return the cells; where experts make too many, one per block and type with the means."""
     blocks = {split_name(cell.name)[0] for cell in cells}
     if len(blocks) <= _MOST_BLOCKS:
@@ -122,10 +129,10 @@ def _by_place(cells: Sequence[HeatCell]) -> list[HeatCell]:
         groups.setdefault(_without_expert(cell.name), []).append(cell)
     merged = []
     for name, members in groups.items():
-        figures = [float(cell.text) for cell in members if cell.text != UNKNOWN]
-        text = f"{fmean(figures):.0f}" if figures else UNKNOWN
+        figures = [cell.figure for cell in members if cell.figure is not None]
+        figure = fmean(figures) if figures else None
         difference = fmean(cell.difference for cell in members)
-        merged.append(HeatCell(name, text, difference, {"layers": len(members)}))
+        merged.append(HeatCell(name, figure, difference, {"layers": len(members)}))
     return merged
 
 
@@ -144,46 +151,19 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def _place(name: str, order: Sequence[str], side: str) -> dict[str, Any]:
+def _axis(name: str, order: Sequence[str], side: str) -> dict[str, Any]:
     axis = {"title": None, "orient": side, "labelAngle": 0, "labelLimit": 220, "ticks": False}
     axis |= {"domain": False, "labelOverlap": True}
     scale = {"paddingInner": 0.08}
     return {"field": name, "type": "nominal", "sort": order, "axis": axis, "scale": scale}
 
 
-def heat_color(share: float) -> tuple[int, int, int]:
+def heat_color(share: float) -> Color:
     """Return the color of a difference from −1 to 1, as the plot makes it: linear in RGB."""
-    ends = _rgb(_SAME), _rgb(_MORE if share > 0 else _LESS)
+    ends = rgb(_SAME), rgb(_MORE if share > 0 else _LESS)
     red, green, blue = (
         round(same + abs(share) * (end - same)) for same, end in zip(*ends, strict=True)
     )
-    return red, green, blue
-
-
-def ink_on(color: tuple[int, int, int]) -> str:
-    """Return black or white, whichever has more contrast: at least 4.5 on any color (WCAG AA)."""
-    return (
-        "#000000" if contrast(color, (0, 0, 0)) >= contrast(color, (255, 255, 255)) else "#ffffff"
-    )
-
-
-def contrast(one: tuple[int, int, int], other: tuple[int, int, int]) -> float:
-    """Return WCAG's contrast ratio of two colors, from 1 to 21."""
-    darker, lighter = sorted((_luminance(one), _luminance(other)))
-    return (lighter + 0.05) / (darker + 0.05)
-
-
-def _luminance(color: tuple[int, int, int]) -> float:
-    linear = [
-        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
-        for part in (channel / 255 for channel in color)
-    ]
-    red, green, blue = linear
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def _rgb(color: str) -> tuple[int, int, int]:
-    red, green, blue = bytes.fromhex(color.removeprefix("#"))
     return red, green, blue
 
 
@@ -345,7 +325,7 @@ def curves(
 
 def colors_of(methods: Sequence[str]) -> list[str]:
     """Return a color per method, told apart up to eight."""
-    return [COLORS[place % len(COLORS)] for place in range(len(methods))]
+    return [COLORS[number % len(COLORS)] for number in range(len(methods))]
 
 
 @dataclass(frozen=True)
@@ -358,13 +338,18 @@ class Score:
     deviation: float | None
 
 
-def scores(found: Sequence[Score], methods: Sequence[str]) -> Spec:
+def scores(points: Sequence[Score], methods: Sequence[str]) -> Spec:
     """Return a row per task and method, a dot at the mean and a line of a deviation each way."""
     values = [
-        {"task": one.task, "method": one.method, "score": one.mean, "deviation": one.deviation}
-        | {"low": one.mean - (one.deviation or 0), "high": one.mean + (one.deviation or 0)}
-        for one in found
-        if math.isfinite(one.mean)
+        {
+            "task": point.task,
+            "method": point.method,
+            "score": point.mean,
+            "deviation": point.deviation,
+        }
+        | {"low": point.mean - (point.deviation or 0), "high": point.mean + (point.deviation or 0)}
+        for point in points
+        if math.isfinite(point.mean)
     ]
     tasks = list(dict.fromkeys(value["task"] for value in values))
     color = {

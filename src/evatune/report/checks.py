@@ -26,33 +26,33 @@ _UNCOUNTED = {  # domain or task → what the estimate of time leaves out
 }
 
 
-def show(terminal: Console, found: Check, command: Sequence[str]) -> None:
+def show(terminal: Console, check: Check, command: Sequence[str]) -> None:
     """Print what a recipe reads, what it costs, and what its trial has shown.
 
     Args:
         command: that runs it.
     """
-    rows = [(need.what, need.source, _state(need)) for need in found.plan.needs]
-    if not found.plan.data:
+    rows = [(need.what, need.source, _state(need)) for need in check.plan.needs]
+    if not check.plan.data:
         rows.append(("data", "comes with evatune, or is made", "at hand"))
     terminal.print(fitted_table(terminal, "What it reads", _HEADINGS, rows))
-    say(terminal, *_lines(found))
-    if found.trial is not None:
+    say(terminal, *_lines(check))
+    if check.trial is not None:
         say(terminal, f"Ready: {shlex.join(command)}")
 
 
-def facts(found: Check) -> dict[str, Any]:
+def facts(check: Check) -> dict[str, Any]:
     """Return the same for `--json`."""
-    memory, seconds, trial = found.memory, found.time, found.trial
+    memory, seconds, trial = check.memory, check.time, check.trial
     return {
         "ready": trial is not None,
-        "needs": [asdict(need) for need in found.plan.needs],
-        "hub_reachable": found.plan.reachable,
-        "parameters": found.size and found.size.parameters,
-        "trained": found.size and found.size.trained,
+        "needs": [asdict(need) for need in check.plan.needs],
+        "hub_reachable": check.plan.reachable,
+        "parameters": check.size and check.size.parameters,
+        "trained": check.size and check.size.trained,
         "memory_bytes": memory and asdict(memory) | {"peak": memory.peak},
         "time": seconds and asdict(seconds) | {"seconds": seconds.seconds},
-        "missing": found.missing,
+        "missing": check.missing,
         "trial": trial
         and {
             "stand_in": trial.stand_in,
@@ -73,36 +73,36 @@ def _state(need: Need) -> str:
     return f"to download: {files}" + (f", {size(need.size)}" if need.size is not None else "")
 
 
-def _lines(found: Check) -> Iterator[str]:
-    yield from _costs(found)
-    if found.trial is not None:
-        yield from _tried(found)
+def _lines(check: Check) -> Iterator[str]:
+    yield from _costs(check)
+    if check.trial is not None:
+        yield from _tried(check)
         return
-    hub = ", once the hub can be reached" if found.plan.reachable is False else ""
+    hub = ", once the hub can be reached" if check.plan.reachable is False else ""
     yield (
-        f"Not tried: no run from end to end, for want of {shortened(found.missing)}. --download"
+        f"Not tried: no run from end to end, for want of {shortened(check.missing)}. --download"
         " fetches the data and what prepares the model's inputs, not its weights, and tries it"
         f"{hub}."
     )
 
 
-def _costs(found: Check) -> Iterator[str]:
-    if found.size is None:
+def _costs(check: Check) -> Iterator[str]:
+    if check.size is None:
         yield "Parameters, memory and time: unknown, for want of the model's configuration."
         return
-    total, trained = found.size.parameters, found.size.trained
+    total, trained = check.size.parameters, check.size.trained
     yield f"Parameters: {total:,}, of which {trained:,} are trained ({percent(trained / total)})."
-    if found.memory is None or found.time is None:
+    if check.memory is None or check.time is None:
         yield "Memory and time: unknown for this architecture."
         return
-    yield from _memory_lines(found.memory)
-    recipe = found.recipe
+    yield from _memory_lines(check.memory)
+    recipe = check.recipe
     uncounted = _UNCOUNTED.get(recipe.task) or _UNCOUNTED.get(recipe.domain)
     left_out = f", without {uncounted}" if uncounted else ""
     yield (
-        f"Time: about {duration(found.time.seconds)} on this machine{left_out}. That is rough, to a"
-        f" factor of two: {found.time.operations:.1e} operations, at {UTILIZATION:.0%} of the"
-        f" {found.time.rate:.1e} a second that a product of large matrices has here."
+        f"Time: about {duration(check.time.seconds)} on this machine{left_out}. That is rough, to a"
+        f" factor of two: {check.time.operations:.1e} operations, at {UTILIZATION:.0%} of the"
+        f" {check.time.rate:.1e} a second that a product of large matrices has here."
     )
 
 
@@ -127,14 +127,14 @@ def _memory_lines(memory: Memory) -> Iterator[str]:
         )
 
 
-def _tried(found: Check) -> Iterator[str]:
-    trial = found.trial
+def _tried(check: Check) -> Iterator[str]:
+    trial = check.trial
     assert trial is not None
     if trial.task.about:
         yield f"Data: {trial.task.about}."
     model = "the model itself"
     if trial.stand_in:
-        model = f"a small stand-in of {found.recipe.model}, with random weights"
+        model = f"a small stand-in of {check.recipe.model}, with random weights"
     steps = "data, two steps of training and the evaluation work"
     if trial.difference is not None:
         steps = f"{steps}, and what was saved gives the same outputs when it is read again"

@@ -17,9 +17,9 @@ def evaluation_rows(tasks: Mapping[str, Mapping[str, Any]]) -> list[tuple[Any, .
         tasks: as in `evaluation.json`.
     """
     return [
-        (name, metric, one["score"], one["standard_error"], task["examples"])
+        (name, metric, measure["score"], measure["standard_error"], task["examples"])
         for name, task in tasks.items()
-        for metric, one in task["measures"].items()
+        for metric, measure in task["measures"].items()
     ]
 
 

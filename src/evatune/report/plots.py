@@ -1,4 +1,4 @@
-"""What figures of matplotlib have in common: style, and how they are saved."""
+"""The common style of matplotlib's figures, and how they are saved."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ with extras(__name__):
     from rich.table import Table
 
 if TYPE_CHECKING:
-    from evatune.finetune.summary import Comparison, MeanStd, MethodSummary
+    from evatune.finetune.comparison.summary import Comparison, MeanStd, MethodSummary
 
 
 _HEADINGS = (

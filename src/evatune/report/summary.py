@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from evatune.calibration.data import CalibratedLayer
 from evatune.calibration.result import Calibration
 from evatune.calibration.status import Status
 from evatune.choices import SCALES
@@ -43,8 +44,15 @@ class LayerRow:
 
     @property
     def known(self) -> float | None:
-        """What is known of the energy in the directions, by unseen rows if there were any."""
+        """The share of the energy in the directions, by unseen rows if there were any."""
         return self.explained if self.captured is None else self.captured
+
+    @property
+    def of_achievable(self) -> float | None:
+        """Energy captured, over what the directions explain of the rows that chose them."""
+        if self.captured is None or not self.explained:
+            return None
+        return self.captured / self.explained
 
     @property
     def random(self) -> float:
@@ -90,20 +98,28 @@ def plan_of(calibration: Calibration) -> tuple[RankPlan, str | None]:
         config = calibration.config
         rank = config.redistribution.rank
         layers = calibration.layers.values()
-        usual = [layer.cap or rank for layer in layers]
-        uniform = sum((layer.cap or rank) * layer.spec.parameters_per_rank for layer in layers)
+        ranks = [uniform_rank(layer, rank) for layer in layers]
+        uniform = sum(
+            count * layer.spec.parameters_per_rank
+            for count, layer in zip(ranks, layers, strict=True)
+        )
         plan = RankPlan(
             ranks=dict.fromkeys(calibration.layers, 0),
             rank=rank,
             rho=config.redistribution.rho,
             budget=config.budget,
             metric=config.metric,
-            limit=sum(usual) if config.budget == "ranks" else uniform,
+            limit=sum(ranks) if config.budget == "ranks" else uniform,
             spent=0,
             parameters=0,
             uniform_parameters=uniform,
         )
         return plan, str(error)
+
+
+def uniform_rank(layer: CalibratedLayer, rank: int) -> int:
+    """Return the rank that uniform LoRA of this rank gives a layer: its cap, where it has one."""
+    return rank if layer.cap is None else layer.cap
 
 
 def layer_rows(calibration: Calibration, plan: RankPlan) -> list[LayerRow]:
@@ -156,43 +172,95 @@ def split_name(name: str) -> tuple[str, str]:
     return ".".join([match.group(1), *inner]), kind or name
 
 
+@dataclass(frozen=True)
+class Spread:
+    """The median and the ends of some figures."""
+
+    median: float
+    least: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The figures below the table of layers; None where nothing is known.
+
+    Attributes:
+        layers_with_rank: layers that get a rank; means, worst shares and spreads are over these.
+        captured_mean, captured_worst: shares of the energy of unseen rows. random_mean: what random
+            directions are expected to hold.
+        estimated_missed: share of the best directions' energy that is expected to be missed.
+        of_achievable_mean, of_achievable_worst: captured, of what the same ranks explain.
+        layers_above_pr: layers whose rank is above their participation ratio.
+        step_ratio: κ by the scale of A's rows.
+    """
+
+    layers: int
+    layers_with_rank: int
+    distinct_inputs: int
+    batches: int
+    ranks: int
+    budget: str
+    budget_limit: int
+    budget_spent: int
+    parameters: int
+    uniform_parameters: int
+    captured_mean: float | None
+    captured_worst: float | None
+    random_mean: float | None
+    estimated_missed: float | None
+    of_achievable_mean: float | None
+    of_achievable_worst: float | None
+    participation_ratio: Spread | None
+    layers_above_pr: int
+    step_ratio: Mapping[str, Spread | None]
+
+    @property
+    def parameter_change(self) -> float:
+        """The share by which there are more parameters than with uniform ranks."""
+        return self.parameters / self.uniform_parameters - 1 if self.uniform_parameters else 0.0
+
+
 def totals(calibration: Calibration, plan: RankPlan) -> dict[str, Any]:
+    """Return the figures below the table for `--json`."""
+    return asdict(totals_of(calibration, plan))
+
+
+def totals_of(calibration: Calibration, plan: RankPlan) -> Totals:
     """Return the figures below the table."""
     rows = [row for row in layer_rows(calibration, plan) if row.rank]
     captured = calibration.captured(plan.ranks).values()
-    ratios = [
-        row.captured / row.explained for row in rows if row.captured is not None and row.explained
-    ]
+    ratios = [ratio for row in rows if (ratio := row.of_achievable) is not None]
     participation = [row.participation_ratio for row in rows if row.participation_ratio]
-    return {
-        "layers": len(calibration.layers),
-        "layers_with_rank": len(rows),
-        "distinct_inputs": len(
+    return Totals(
+        layers=len(calibration.layers),
+        layers_with_rank=len(rows),
+        distinct_inputs=len(
             {layer.input for layer in calibration.layers.values() if layer.input is not None}
         ),
-        "batches": calibration.batches,
-        "ranks": sum(plan.ranks.values()),
-        "budget": plan.budget,
-        "budget_limit": plan.limit,
-        "budget_spent": plan.spent,
-        "parameters": plan.parameters,
-        "uniform_parameters": plan.uniform_parameters,
-        "captured_mean": sum(captured) / len(captured) if captured else None,
-        "captured_worst": min(captured) if captured else None,
-        "random_mean": sum(row.random for row in rows) / len(rows) if rows else None,
-        "estimated_missed": calibration.estimated_missed,
-        "of_achievable_mean": sum(ratios) / len(ratios) if ratios else None,
-        "of_achievable_worst": min(ratios) if ratios else None,
-        "participation_ratio": _spread(participation),
-        "layers_above_pr": sum(row.rank > (row.participation_ratio or math.inf) for row in rows),
-        "step_ratio": {
+        batches=calibration.batches,
+        ranks=sum(plan.ranks.values()),
+        budget=plan.budget,
+        budget_limit=plan.limit,
+        budget_spent=plan.spent,
+        parameters=plan.parameters,
+        uniform_parameters=plan.uniform_parameters,
+        captured_mean=sum(captured) / len(captured) if captured else None,
+        captured_worst=min(captured) if captured else None,
+        random_mean=sum(row.random for row in rows) / len(rows) if rows else None,
+        estimated_missed=calibration.estimated_missed,
+        of_achievable_mean=sum(ratios) / len(ratios) if ratios else None,
+        of_achievable_worst=min(ratios) if ratios else None,
+        participation_ratio=_spread(participation),
+        layers_above_pr=sum(row.rank > (row.participation_ratio or math.inf) for row in rows),
+        step_ratio={
             scale: _spread(calibration.step_ratios(scale, plan).values()) for scale in SCALES
         },
-    }
+    )
 
 
-def _spread(values: Collection[float]) -> dict[str, float] | None:
+def _spread(values: Collection[float]) -> Spread | None:
     """Return the median and the ends of some figures; None where there are none."""
     if not values:
         return None
-    return {"median": median(values), "least": min(values), "largest": max(values)}
+    return Spread(median(values), min(values), max(values))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from evatune.adapters.saved import AdapterRow
 from evatune.calibration.result import Calibration
 from evatune.choices import SCALES
 from evatune.ranks.allocation import RankPlan
@@ -142,11 +143,11 @@ def fitted_table(
                 no_wrap=number,
                 overflow="fold",
             )
-        for place, line in enumerate(lines):
+        for position, line in enumerate(lines):
             table.add_row(
                 *(plain(line[index]) for index in kept),
-                style=styles[place] if styles else "",
-                end_section=place in sections,
+                style=styles[position] if styles else "",
+                end_section=position in sections,
             )
         left_out = [f"Left out for want of room: {', '.join(gone)}. {notes[0]}"] if gone else []
         table.caption = Text("\n").join(map(plain, [*left_out, *notes[1:]]))
@@ -166,18 +167,18 @@ def evaluation_table(terminal: Console, tasks: Mapping[str, Mapping[str, Any]]) 
     return fitted_table(terminal, TITLE, HEADINGS, evaluation_cells(tasks), spare=SPARE)
 
 
-def adapter_table(terminal: Console, rows: Iterable[dict[str, Any]]) -> Table:
+def adapter_table(terminal: Console, rows: Iterable[AdapterRow]) -> Table:
     """Return a table with a line per layer of a saved adapter."""
     headings = ("layer", "rank", "alpha", "scale", "parameters", "mean row norm of A", "norm of B")
     lines = [
         (
-            row["layer"],
-            str(row["rank"]),
-            f"{row['alpha']:g}",
-            f"{row['scale']:g}",
-            f"{row['parameters']:,}",
-            f"{row['a_row_norm']:.4g}",
-            f"{row['b_norm']:.4g}",
+            row.layer,
+            str(row.rank),
+            f"{row.alpha:g}",
+            f"{row.scale:g}",
+            f"{row.parameters:,}",
+            f"{row.a_row_norm:.4g}",
+            f"{row.b_norm:.4g}",
         )
         for row in rows
     ]

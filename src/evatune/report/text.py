@@ -1,4 +1,4 @@
-"""What a calibration says, as cells and sentences of plain text; needs no other library."""
+"""Cells and sentences of plain text about a calibration; needs no other library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from evatune.calibration.result import Calibration
 from evatune.ranks.allocation import RankPlan
-from evatune.report.summary import LayerRow, layer_rows, plan_of, totals
+from evatune.report.summary import LayerRow, Spread, Totals, layer_rows, plan_of, totals_of
 from evatune.utils.text import shortened
 
 LORA_RATE = 2e-4  # that many users of LoRA bring
@@ -90,8 +90,8 @@ def verdict(calibration: Calibration, plan: RankPlan) -> str:
     problem = plan_of(calibration)[1] if not plan.spent else None
     if problem:
         return f"No ranks can be given: {problem}."
-    figures = totals(calibration, plan)
-    share, of_random = mean_captured(calibration, plan), figures["random_mean"]
+    figures = totals_of(calibration, plan)
+    share, of_random = mean_captured(calibration, plan), figures.random_mean
     if share is None or not of_random:
         return "Nothing is known of what the directions hold: no row was seen."
     ratio = share / of_random
@@ -122,28 +122,28 @@ def mean_captured(calibration: Calibration, plan: RankPlan) -> float | None:
 
 def summary_lines(calibration: Calibration, plan: RankPlan, scales: Sequence[str]) -> list[str]:
     """Return the lines below the table; one has the learning rates that belong to `scales`."""
-    t = totals(calibration, plan)
-    change = t["parameters"] / t["uniform_parameters"] - 1 if t["uniform_parameters"] else 0.0
+    figures = totals_of(calibration, plan)
     lines = [
         (
-            f"{t['layers']} layers with {t['distinct_inputs']} distinct inputs, {t['batches']}"
-            f" batches; {t['ranks']} ranks, {t['parameters']:,} parameters ({change:+.1%} against"
-            f" LoRA of rank {plan.rank} everywhere)"
+            f"{figures.layers} layers with {figures.distinct_inputs} distinct inputs,"
+            f" {figures.batches} batches; {figures.ranks} ranks, {figures.parameters:,} parameters"
+            f" ({figures.parameter_change:+.1%} against LoRA of rank {plan.rank} everywhere)"
         ),
     ]
-    if t["captured_mean"] is not None:
+    if figures.captured_mean is not None:
         lines.append(
-            f"Energy of unseen rows inside the chosen directions: {percent(t['captured_mean'])} on"
-            f" average, {percent(t['captured_worst'])} in the worst layer;"
-            f" {percent(t['of_achievable_mean'])} and {percent(t['of_achievable_worst'])} of what"
-            " the same ranks explain of the rows that chose them"
+            "Energy of unseen rows inside the chosen directions:"
+            f" {percent(figures.captured_mean)} on average,"
+            f" {percent(figures.captured_worst)} in the worst layer;"
+            f" {percent(figures.of_achievable_mean)} and {percent(figures.of_achievable_worst)} of"
+            " what the same ranks explain of the rows that chose them"
         )
-    if t["estimated_missed"] is not None:
+    if figures.estimated_missed is not None:
         lines.append(
-            f"Estimated miss: {percent(t['estimated_missed'])} of the energy that the best"
+            f"Estimated miss: {percent(figures.estimated_missed)} of the energy that the best"
             " directions would capture of fresh data, as a mean over the ranks"
         )
-    lines += _lines_of_steps(t, scales)
+    lines += _lines_of_steps(figures, scales)
     for status in dict.fromkeys(calibration.status.values()):
         if status != "converged":
             names = [name for name, other in calibration.status.items() if other == status]
@@ -152,12 +152,11 @@ def summary_lines(calibration: Calibration, plan: RankPlan, scales: Sequence[str
     return lines
 
 
-def _lines_of_steps(figures: Mapping[str, Any], scales: Sequence[str]) -> list[str]:
+def _lines_of_steps(figures: Totals, scales: Sequence[str]) -> list[str]:
     """Return what the spectra say about the learning rate, and about what there is to gain."""
-    steps = {scale: figures["step_ratio"][scale] for scale in scales}
+    steps = {scale: figures.step_ratio[scale] for scale in scales}
     rates = [
-        f"{rate_text(LORA_RATE / spread['median'])} at scale={scale}, where κ is"
-        f" {_in_words(spread)}"
+        f"{rate_text(LORA_RATE / spread.median)} at scale={scale}, where κ is {_in_words(spread)}"
         for scale, spread in steps.items()
         if spread is not None
     ]
@@ -167,18 +166,18 @@ def _lines_of_steps(figures: Mapping[str, Any], scales: Sequence[str]) -> list[s
             f"A LoRA rate of {rate_text(LORA_RATE)} corresponds to {'; '.join(rates)}. B's first"
             " steps change the outputs κ times as much as LoRA's"
         )
-    participation = figures["participation_ratio"]
+    participation = figures.participation_ratio
     if participation is not None:
         lines.append(
             "Participation ratio PR, the effective number of directions that an input has:"
-            f" {_in_words(participation)}; the rank is above it in {figures['layers_above_pr']} of"
-            f" {figures['layers_with_rank']} layers"
+            f" {_in_words(participation)}; the rank is above it in {figures.layers_above_pr} of"
+            f" {figures.layers_with_rank} layers"
         )
     return lines
 
 
-def _in_words(spread: Mapping[str, float]) -> str:
-    return "{median:.3g} (median; {least:.3g} to {largest:.3g})".format(**spread)
+def _in_words(spread: Spread) -> str:
+    return f"{spread.median:.3g} (median; {spread.least:.3g} to {spread.largest:.3g})"
 
 
 def score_text(result: Mapping[str, Any]) -> str:

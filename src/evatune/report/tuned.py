@@ -12,8 +12,8 @@ from statistics import median, stdev
 from typing import Any
 
 from evatune.errors import ConfigError
-from evatune.finetune.statistics import DomainDifference, PairedDifference, TTest
-from evatune.finetune.tuned import Cell, Group, TunedSummary
+from evatune.finetune.comparison.statistics import DomainDifference, PairedDifference, TTest
+from evatune.finetune.comparison.tuned_summary import Cell, Group, TunedSummary, base_name
 from evatune.report.plots import save_figure
 from evatune.report.tables import plain
 from evatune.report.tuned_plots import curves_plot, forest_plot, ranks_plot, rates_plot
@@ -90,9 +90,9 @@ def _slug(group: Group) -> str:
 
 def _figures(summary: TunedSummary) -> Iterable[tuple[str, Figure]]:
     for group in summary.groups:
-        found = score_differences([group])
-        if found is not None:
-            yield f"{_slug(group)}-forest", forest_plot(found, group.domain)
+        comparison = score_differences([group])
+        if comparison is not None:
+            yield f"{_slug(group)}-forest", forest_plot(comparison, group.domain)
         yield f"{_slug(group)}-curves", curves_plot(group, summary.methods)
         yield f"{_slug(group)}-loss-by-rate", rates_plot(group, summary.methods, "loss")
         yield f"{_slug(group)}-score-by-rate", rates_plot(group, summary.methods, "score")
@@ -121,10 +121,10 @@ def overview_page(summary: TunedSummary, command: str) -> str:
 def overview_lines(summary: TunedSummary) -> list[str]:
     """Return the verdicts as lines for the terminal."""
     return [
-        f"{' '.join(filter(None, (group.domain, group.condition)))}: {one.claim}"
-        f" {one.outcome.capitalize()}. {one.text}"
+        f"{' '.join(filter(None, (group.domain, group.condition)))}: {verdict.claim}"
+        f" {verdict.outcome.capitalize()}. {verdict.text}"
         for group in summary.groups
-        for one in verdicts([group])
+        for verdict in verdicts([group])
     ]
 
 
@@ -141,16 +141,17 @@ def protocol(summary: TunedSummary) -> list[str]:
     tuning = sorted({seed for group in summary.groups for seed in group.tuning_seeds})
     tests = sorted({seed for group in summary.groups for seed in group.test_seeds})
     cells = [cell for group in summary.groups for cell in group.cells]
-    outside = [c for c in cells if c.rate is not None and not c.inside and len(c.rates) > 1]
-    unsettled = [cell for cell in cells if cell.rate is not None and not cell.settled]
-    untested = [cell for cell in cells if cell.rate is not None and not cell.scores]
+    chosen = [cell for cell in cells if cell.rate is not None]
+    at_edge = [cell for cell in chosen if cell.at_edge]
+    unsettled = [cell for cell in chosen if not cell.settled]
+    untested = [cell for cell in chosen if not cell.scores]
     lost = [cell for cell in cells if cell.rate is None]
     texts = [
         f"{summary.runs} runs. Rates were chosen by the final validation loss of the seeds"
         f" {_seeds(tuning)}; test examples were measured once, with the seeds {_seeds(tests)}."
     ]
     for members, words in (
-        (outside, "have their best rate at the edge of the grid"),
+        (at_edge, "have their best rate at the edge of the grid"),
         (unsettled, "have fewer than three tuning seeds at the chosen rate"),
         (untested, "have no test yet at the chosen rate"),
         (lost, "diverged at every rate, or have no run that chooses one"),
@@ -168,8 +169,11 @@ def _seeds(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds)) or "(none yet)"
 
 
-def _verdict_lines(found: Iterable[Verdict]) -> list[str]:
-    return [f"- **{one.claim} {one.outcome.capitalize()}.** {one.text}" for one in found]
+def _verdict_lines(answers: Iterable[Verdict]) -> list[str]:
+    return [
+        f"- **{verdict.claim} {verdict.outcome.capitalize()}.** {verdict.text}"
+        for verdict in answers
+    ]
 
 
 def _domains_table(groups: Sequence[Group]) -> list[str]:
@@ -178,20 +182,15 @@ def _domains_table(groups: Sequence[Group]) -> list[str]:
     if len(groups) > 1:
         columns["all"] = score_differences(groups)
     by_column = {
-        name: {line.method: line for line in found.methods} if found else {}
-        for name, found in columns.items()
+        name: {line.method: line for line in comparison.methods} if comparison else {}
+        for name, comparison in columns.items()
     }
     methods = list(dict.fromkeys(name for group in groups for name in group.methods))
     rows = []
     for method in methods:
         lines = [by_method.get(method) for by_method in by_column.values()]
         if any(lines):
-            rows.append(
-                [
-                    method,
-                    *(_difference(one.mean, one.fixed_tasks) if one else _NONE for one in lines),
-                ]
-            )
+            rows.append([method, *map(_mean_difference, lines)])
     if not rows:
         return ["Nothing can be held against LoRA yet."]
     return ["Test score less LoRA's, points:", "", *_table(["method", *columns], rows)]
@@ -242,17 +241,17 @@ def _picture(group: Group, kind: str) -> list[str]:
 
 
 def _rank_lines(group: Group) -> list[str]:
-    found = score_differences([group])
-    if found is None or found.ranks.critical_difference is None:
+    comparison = score_differences([group])
+    if comparison is None or comparison.ranks.critical_difference is None:
         return []
     text = (
-        f"Mean ranks further apart than {found.ranks.critical_difference:.2f} differ at 5 %"
+        f"Mean ranks further apart than {comparison.ranks.critical_difference:.2f} differ at 5 %"
         f" (Nemenyi)."
     )
-    if found.incomplete_methods:
+    if comparison.incomplete_methods:
         names = ", ".join(
             f"{method} (without {', '.join(tasks)})"
-            for method, tasks in found.incomplete_methods.items()
+            for method, tasks in comparison.incomplete_methods.items()
         )
         text += f" Left out of means and ranks, as tasks are missing: {markdown_text(names)}."
     return [text, ""]
@@ -274,8 +273,8 @@ def method_rows(group: Group) -> list[list[str]]:
         area = areas_by_method.get(method)
         row += [
             _NONE if rank is None else f"{rank:.1f}",
-            _share(cells, lambda cell: cell.to_reference),
-            _share(cells, lambda cell: cell.to_full),
+            _share(cells, lambda cell: cell.convergence.to_reference),
+            _share(cells, lambda cell: cell.convergence.to_full),
             _NONE if area is None else signed(area),
             _median(cells, _count, ",.0f"),
             _median(cells, lambda cell: cell.init_seconds, ".1f"),
@@ -308,8 +307,9 @@ def _mean_score(group: Group, method: str) -> float:
 
 def cell_rows(group: Group) -> list[list[str]]:
     """Return a row per task and method, the best score of a task first."""
-    found = score_differences([group])
-    paired = {(one.task, one.method): one for one in (found.paired if found else ())}
+    comparison = score_differences([group])
+    lines = comparison.paired if comparison else ()
+    paired = {(line.task, line.method): line for line in lines}
     cells = sorted(
         group.cells, key=lambda cell: (group.tasks.index(cell.task), -_or(cell.score, -1.0))
     )
@@ -317,7 +317,7 @@ def cell_rows(group: Group) -> list[list[str]]:
 
 
 def _cell_row(cell: Cell, paired: PairedDifference | None) -> list[str]:
-    mark = "" if cell.inside or len(cell.rates) < 2 else " *"
+    mark = " *" if cell.at_edge else ""
     diverged = sum(score is None for score in cell.scores.values())
     return [
         cell.task,
@@ -327,12 +327,12 @@ def _cell_row(cell: Cell, paired: PairedDifference | None) -> list[str]:
         + (f" ({diverged} diverged)" if diverged else ""),
         _difference(paired.mean, paired.test) if paired else _NONE,
         _spread([loss for loss in cell.losses.values() if loss is not None], ".3f"),
-        _steps(cell.to_reference),
-        _steps(cell.to_full),
+        _steps(cell.convergence.to_reference),
+        _steps(cell.convergence.to_full),
         _median([cell], _count, ",.0f"),
-        _median([cell], lambda one: one.train_seconds, ".1f"),
-        _median([cell], lambda one: one.kappa, ".2f"),
-        _median([cell], lambda one: one.participation, ".1f"),
+        _median([cell], lambda cell: cell.train_seconds, ".1f"),
+        _median([cell], lambda cell: cell.kappa, ".2f"),
+        _median([cell], lambda cell: cell.participation, ".1f"),
     ]
 
 
@@ -346,6 +346,10 @@ def _megabytes(cell: Cell) -> float | None:
 
 def _or(value: float | None, other: float) -> float:
     return other if value is None else value
+
+
+def _mean_difference(line: DomainDifference | None) -> str:
+    return _NONE if line is None else _difference(line.mean, line.fixed_tasks)
 
 
 def _difference(mean: float, test: TTest | None) -> str:
@@ -393,7 +397,7 @@ def command_of(cell: Cell) -> str | None:
         return None
     settings = dict(cell.overrides)
     changed = {
-        "method": settings.pop("method", cell.method.split(" ")[0]),
+        "method": settings.pop("method", base_name(cell.method)),
         "seed": min(cell.scores),
         "training.learning_rate": cell.rate,
     }
@@ -442,9 +446,9 @@ def tuned_facts(summary: TunedSummary) -> dict[str, Any]:
     """Return verdicts and cells for `--json`; what is not finite is None."""
     return {
         "verdicts": [
-            {"domain": group.domain, "condition": group.condition} | asdict(one)
+            {"domain": group.domain, "condition": group.condition} | asdict(verdict)
             for group in summary.groups
-            for one in verdicts([group])
+            for verdict in verdicts([group])
         ],
         "cells": [
             {

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from evatune.finetune.comparison.statistics import DomainComparison, DomainDifference
+from evatune.finetune.comparison.tuned_summary import FULL, Cell, Group, RatePoint, base_name
 from evatune.finetune.recipe import REFERENCE
-from evatune.finetune.statistics import DomainComparison, DomainDifference
-from evatune.finetune.tuned import FULL, Cell, Group, RatePoint
 from evatune.report.plots import STYLE
 from evatune.report.summary import split_name
 from evatune.report.verdicts import signed
@@ -83,7 +83,7 @@ _SPARE = [
 
 @dataclass(frozen=True)
 class LineStyle:
-    """How a method is drawn, in every picture."""
+    """The style in which a method is drawn, in every picture."""
 
     color: str
     dashes: Any
@@ -105,8 +105,10 @@ def line_styles(methods: Sequence[str]) -> dict[str, LineStyle]:
     variants: dict[str, int] = {}
     styles = {}
     for method in methods:
-        base = method.split(" ")[0]
-        color, dashes = colors.setdefault(base, next(spare) if base not in colors else (_DARK, 0))
+        base = base_name(method)
+        if base not in colors:
+            colors[base] = next(spare)
+        color, dashes = colors[base]
         dashes += variants.get(base, 0)
         variants[base] = variants.get(base, 0) + 1
         width = 2.0 if method in _FOREGROUND else 1.2
@@ -127,8 +129,8 @@ def forest_plot(compared: DomainComparison, title: str) -> Figure:
         low, high = _forest_limits(compared)
         axes.set_xlim(low, high)
         axes.set_ylim(-0.6, len(lines) - 0.4)
-        for place, line in enumerate(lines):
-            _forest_row(axes, place, line, compared, styles[line.method])
+        for height, line in enumerate(lines):
+            _forest_row(axes, height, line, compared, styles[line.method])
         axes.axvline(0, color=_BLACK, lw=0.8)
         axes.set_yticks(range(len(lines)), [plot_text(line.method) for line in lines])
         axes.set_xlabel(f"score less {plot_text(compared.reference)}'s, points")
@@ -138,23 +140,25 @@ def forest_plot(compared: DomainComparison, title: str) -> Figure:
 
 
 def _forest_row(
-    axes: Axes, place: int, line: DomainDifference, compared: DomainComparison, style: LineStyle
+    axes: Axes, height: int, line: DomainDifference, compared: DomainComparison, style: LineStyle
 ) -> None:
     for test, width in ((line.random_tasks, 1.0), (line.fixed_tasks, 3.2)):
         if test is not None:
             ends = [100 * test.interval.low, 100 * test.interval.high]
-            axes.plot(ends, [place, place], color=style.color, lw=width, solid_capstyle="butt")
+            axes.plot(ends, [height, height], color=style.color, lw=width, solid_capstyle="butt")
     mean, (low, high) = 100 * line.mean, axes.get_xlim()
     if mean < low:
-        axes.text(low, place, f" ← {signed(line.mean)}", ha="left", **_BEYOND)
+        axes.text(low, height, f" ← {signed(line.mean)}", ha="left", **_BEYOND)
     elif mean > high:
-        axes.text(high, place, f"{signed(line.mean)} → ", ha="right", **_BEYOND)
+        axes.text(high, height, f"{signed(line.mean)} → ", ha="right", **_BEYOND)
     else:
-        axes.plot(mean, place, "D", color=style.color, ms=5.5, zorder=3)
-    for one in compared.paired:
-        if one.method == line.method:
-            marker = _TASK_MARKERS[compared.tasks.index(one.task) % len(_TASK_MARKERS)]
-            axes.plot(100 * one.mean, place - 0.28, marker, color=style.color, ms=3.2, alpha=0.75)
+        axes.plot(mean, height, "D", color=style.color, ms=5.5, zorder=3)
+    for of_task in compared.paired:
+        if of_task.method == line.method:
+            marker = _TASK_MARKERS[compared.tasks.index(of_task.task) % len(_TASK_MARKERS)]
+            axes.plot(
+                100 * of_task.mean, height - 0.28, marker, color=style.color, ms=3.2, alpha=0.75
+            )
 
 
 def _forest_limits(compared: DomainComparison) -> tuple[float, float]:
@@ -167,7 +171,7 @@ def _forest_limits(compared: DomainComparison) -> tuple[float, float]:
             if line.fixed_tasks:
                 interval = line.fixed_tasks.interval
                 values += [100 * interval.low, 100 * interval.high]
-    values += [100 * one.mean for one in compared.paired if one.method in near]
+    values += [100 * of_task.mean for of_task in compared.paired if of_task.method in near]
     margin = 0.06 * (max(values) - min(values)) or 1.0
     return min(values) - margin, max(values) + margin
 
@@ -226,7 +230,8 @@ def rates_plot(group: Group, methods: Sequence[str], measure: str) -> Figure:
         return point.loss if measure == "loss" else point.score
 
     def panel(axes: Axes, task: str, styles: dict[str, LineStyle]) -> None:
-        seen, best = [], []
+        seen: list[float] = []
+        best: list[float] = []
         for method in group.methods:
             cell = group.cell(task, method)
             if cell is None or not cell.rates:
@@ -238,12 +243,12 @@ def rates_plot(group: Group, methods: Sequence[str], measure: str) -> Figure:
             style = styles[method]
             axes.plot(rates, values, **style.line(zorder=2 + (method in _FOREGROUND)))
             chosen = [(r, v) for r, v in zip(rates, values, strict=True) if r == cell.rate]
-            for place in chosen:
-                axes.plot(*place, "o", color=style.color, ms=4.5, zorder=4)
+            for rate, chosen_value in chosen:
+                axes.plot(rate, chosen_value, "o", color=style.color, ms=4.5, zorder=4)
                 if method not in _FAR:
-                    best.append(place[1])
-            for rate, one in zip(rates, values, strict=True):
-                if math.isnan(one):
+                    best.append(chosen_value)
+            for rate, rate_value in zip(rates, values, strict=True):
+                if math.isnan(rate_value):
                     top = 0.97 if measure == "loss" else 0.03
                     axes.plot(
                         rate,
@@ -254,7 +259,7 @@ def rates_plot(group: Group, methods: Sequence[str], measure: str) -> Figure:
                         transform=axes.get_xaxis_transform(),
                     )
             if method not in _FAR:
-                seen += [one for one in values if math.isfinite(one)]
+                seen += filter(math.isfinite, values)
         axes.set_xscale("log")
         low, high = axes.get_xlim()
         ticks = _FEW_RATE_TICKS if high > _WIDE * low else _RATE_TICKS
@@ -299,16 +304,15 @@ def ranks_plot(group: Group, method: str) -> Figure | None:
 
 def _rank_panel(axes: Axes, cell: Cell) -> None:
     ranks = cell.ranks or {}
-    places = {name: split_name(name) for name in ranks}
-    blocks, types = (
-        list(dict.fromkeys(place[part] for place in places.values())) for part in (0, 1)
-    )
+    split = {name: split_name(name) for name in ranks}
+    blocks = list(dict.fromkeys(block for block, _ in split.values()))
+    types = list(dict.fromkeys(kind for _, kind in split.values()))
     table = np.full((len(types), len(blocks)), math.nan)
-    for name, (block, kind) in places.items():
+    for name, (block, kind) in split.items():
         table[types.index(kind), blocks.index(block)] = ranks[name]
     top = max(1, *ranks.values())
     axes.imshow(table, cmap="viridis", aspect="auto", vmin=0, vmax=top)
-    for name, (block, kind) in places.items():
+    for name, (block, kind) in split.items():
         shade = "black" if ranks[name] > 0.6 * top else "white"
         axes.text(
             blocks.index(block), types.index(kind), str(ranks[name]),

@@ -1,4 +1,4 @@
-"""What a tuned comparison says of the paper's claims, in sentences made by rule.
+"""Verdicts of a tuned comparison on the paper's claims, in sentences made by rule.
 
 A win is an interval above 0, a loss one below, a tie one that holds 0.
 """
@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 
 from evatune.errors import ConfigError
-from evatune.finetune.recipe import REFERENCE
-from evatune.finetune.statistics import (
+from evatune.finetune.comparison.rate_rule import STEPS_PER_DECADE
+from evatune.finetune.comparison.statistics import (
     DomainComparison,
     DomainDifference,
     TTest,
     compare_domain,
     t_test,
 )
-from evatune.finetune.tuned import FULL, LOWER_RATES, Group, Values
-from evatune.finetune.tuning import STEPS_PER_DECADE
+from evatune.finetune.comparison.tuned_summary import FULL, LOWER_RATES, Group, Values, base_name
+from evatune.finetune.methods import METHODS
+from evatune.finetune.recipe import REFERENCE
 from evatune.utils.extras import extras
 
 with extras(__name__):
@@ -31,7 +32,6 @@ with extras(__name__):
 
 SUBJECT = "eva"
 _OF_PAPER = "eva-paper-centered"  # directions of the covariance, unit rows
-_NO_COMPETITORS = ("untouched", "head", FULL, "lora-redist")  # and all of EVA's own
 _SIGNIFICANT = 0.05
 _FACTOR = 10 ** (1 / STEPS_PER_DECADE)  # between the rates of a grid
 _DIRECTIONS = (  # claim, EVA's directions, random ones
@@ -105,13 +105,13 @@ def _claim(
     groups: Sequence[Group],
     claim: str,
     of: Callable[[Group], Values],
-    told: Callable[[str, float], str],
+    describe: Callable[[str, float], str],
     subject: str = SUBJECT,
 ) -> Verdict:
     line = _line(compared(all_tasks(groups, of)), subject)
     if line is None:
         return Verdict(claim, "unknown", _missing(subject))
-    text = f"{told(subject, line.mean)} {_evidence(line)}"
+    text = f"{describe(subject, line.mean)} {_evidence(line)}"
     return Verdict(claim, _outcome(line.fixed_tasks), text)
 
 
@@ -149,13 +149,10 @@ def _size(share: float) -> str:
 
 def _against_best(groups: Sequence[Group], claim: str, subject: str) -> Verdict:
     scores = all_tasks(groups, Group.test_scores)
-    found = compared(scores)
-    rivals = [
-        line
-        for line in (found.methods if found else ())
-        if not line.method.startswith("eva") and line.method not in _NO_COMPETITORS
-    ]
-    if _line(found, subject) is None or not rivals:
+    comparison = compared(scores)
+    lines = comparison.methods if comparison else ()
+    rivals = [line for line in lines if _is_competitor(line.method)]
+    if _line(comparison, subject) is None or not rivals:
         return Verdict(claim, "unknown", "There is no competitor that has every task.")
     best = max(rivals, key=lambda line: line.mean).method
     line = _line(compared(scores, best), subject)
@@ -168,11 +165,17 @@ def _against_best(groups: Sequence[Group], claim: str, subject: str) -> Verdict:
     return Verdict(claim, _outcome(line.fixed_tasks), f"{text} {_evidence(line)}")
 
 
+def _is_competitor(method: str) -> bool:
+    """Return whether a method competes with EVA; one that is no longer registered does."""
+    known = METHODS.get(base_name(method))
+    return known is None or known.role == "competitor"
+
+
 def _precision(groups: Sequence[Group]) -> Verdict:
     """Return whether the scores would show a gain of half of what an adapter can gain at most."""
     claim = "Precise enough to tell?"
-    found = score_differences(groups)
-    line, full = _line(found, SUBJECT), _line(found, FULL)
+    comparison = score_differences(groups)
+    line, full = _line(comparison, SUBJECT), _line(comparison, FULL)
     if line is None:
         return Verdict(claim, "unknown", _missing())
     if line.fixed_tasks is None:
@@ -260,17 +263,17 @@ def _directions(groups: Sequence[Group]) -> list[Verdict]:
     Nothing where no task has runs of both.
     """
     scores = all_tasks(groups, Group.test_scores)
-    found = []
+    claims = []
     for claim, subject, reference in _DIRECTIONS:
         line = _line(compared(scores, reference), subject)
         if line is not None:
             text = f"{subject} is {_apart(line.mean)} {reference} in score on test examples."
-            found.append(Verdict(claim, _outcome(line.fixed_tasks), f"{text} {_evidence(line)}"))
-    return found
+            claims.append(Verdict(claim, _outcome(line.fixed_tasks), f"{text} {_evidence(line)}"))
+    return claims
 
 
-def _line(found: DomainComparison | None, method: str) -> DomainDifference | None:
-    lines = found.methods if found else ()
+def _line(comparison: DomainComparison | None, method: str) -> DomainDifference | None:
+    lines = comparison.methods if comparison else ()
     return next((line for line in lines if line.method == method), None)
 
 
@@ -306,23 +309,24 @@ def kappa_verdict(groups: Sequence[Group]) -> Verdict:
     The correlation is taken within tasks, whose methods share LoRA's rate, and tested over tasks.
     """
     claim = "Does κ predict the ratio of best rates?"
-    tasks = [pairs for group in groups for task in group.tasks if (pairs := _kappas(group, task))]
-    correlations = [found.statistic for pairs in tasks if (found := _correlation(pairs, 3))]
-    test = t_test(np.array(correlations))
+    of_tasks = [_kappas(group, task) for group in groups for task in group.tasks]
+    correlations = [_correlation(pairs, 3) for pairs in of_tasks]
+    coefficients = [correlation.statistic for correlation in correlations if correlation]
+    test = t_test(np.array(coefficients))
     if test is None:
-        count = sum(map(len, tasks))
+        count = sum(map(len, of_tasks))
         return Verdict(
             claim, "unknown", f"{count} cells have a κ and a best rate; it takes 3 on two tasks."
         )
-    off = [ratio / kappa for pairs in tasks for kappa, ratio in pairs]
+    off = [ratio / kappa for pairs in of_tasks for kappa, ratio in pairs]
     limit = _FACTOR * 1.001  # a step of the grid, to rounding
-    near = sum(1 / limit <= one <= limit for one in off)
+    near = sum(1 / limit <= factor <= limit for factor in off)
     low, high = test.interval.low, test.interval.high
     return Verdict(
         claim,
         {"tie": "no evidence", "win": "yes", "loss": "the other way round"}[test.interval.outcome],
-        f"Within {len(correlations)} tasks the rank correlation over methods of κ with"
-        f" {REFERENCE}'s best rate over the method's is {fmean(correlations):+.2f} in the mean"
+        f"Within {len(coefficients)} tasks the rank correlation over methods of κ with"
+        f" {REFERENCE}'s best rate over the method's is {fmean(coefficients):+.2f} in the mean"
         f" [{low:+.2f}, {high:+.2f}]; over {len(off)} cells the ratio is {median(off):.2f} κ in the"
         f" median, and within a step of the grid of κ in {near}.",
     )
@@ -333,15 +337,19 @@ def _kappas(group: Group, task: str) -> list[tuple[float, float]]:
     reference = group.cell(task, REFERENCE)
     if reference is None or not reference.rate:
         return []
-    cells = [cell for cell in group.cells if cell.task == task and cell is not reference]
-    return [(cell.kappa, reference.rate / cell.rate) for cell in cells if cell.kappa and cell.rate]
+    pairs = []
+    for cell in group.cells_on(task):
+        if cell is not reference and cell.kappa and cell.rate:
+            pairs.append((cell.kappa, reference.rate / cell.rate))
+    return pairs
 
 
 def participation_verdict(groups: Sequence[Group]) -> Verdict:
     """Return whether the inputs' participation ratio tells where EVA gains."""
     claim = "Does PR predict the gain?"
-    found = score_differences(groups)
-    gains = {one.task: one.mean for one in (found.paired if found else ()) if one.method == SUBJECT}
+    comparison = score_differences(groups)
+    paired = comparison.paired if comparison else ()
+    gains = {line.task: line.mean for line in paired if line.method == SUBJECT}
     pairs = []
     for group in groups:
         for cell in group.of(SUBJECT):
@@ -364,8 +372,8 @@ def _correlation(pairs: list[tuple[float, float]], fewest: int) -> Any:
     """Return Spearman's correlation; None for fewer pairs, or where one side is constant."""
     if len(pairs) < fewest or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
         return None
-    found = spearmanr(*zip(*pairs, strict=True))
-    return found if math.isfinite(found.statistic) else None
+    correlation = spearmanr(*zip(*pairs, strict=True))
+    return correlation if math.isfinite(correlation.statistic) else None
 
 
 def _predicts(correlation: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from evatune.calibration.result import Calibration
 from evatune.ranks.allocation import RankPlan
+from evatune.report.colors import ink_on
 from evatune.report.plots import STYLE
 from evatune.report.summary import plan_of, split_name
 from evatune.sketch.spectrum import Spectrum
@@ -21,7 +22,7 @@ with extras(__name__):
     from matplotlib.colors import Normalize, TwoSlopeNorm
     from matplotlib.ticker import PercentFormatter
 
-_INK, _PAPER = "#1b2733", "#ffffff"
+_INK = "#1b2733"
 
 
 def plot(value: Any, ax: Axes | None) -> Axes:
@@ -60,13 +61,13 @@ def _(calibration: Calibration, ax: Axes) -> None:
     names = list(calibration.layers)
     colors = matplotlib.colormaps["viridis"]
     depth = Normalize(0, max(1, len(names) - 1))
-    for place, name in enumerate(names):
+    for position, name in enumerate(names):
         number = calibration.layers[name].input
         if number is None or number in drawn:
             continue
         drawn.add(number)
         shares = _cumulative(calibration.spectra[name])
-        color = colors(depth(place))
+        color = colors(depth(position))
         _line(ax, shares, color=color, alpha=0.7)
         rank = min(plan.ranks[name], len(shares) - 1)
         ax.plot([rank], [shares[rank]], "o", color=color, ms=4)
@@ -79,21 +80,22 @@ def _(calibration: Calibration, ax: Axes) -> None:
 
 @draw.register(RankPlan)
 def _(plan: RankPlan, ax: Axes) -> None:
-    places = {name: split_name(name) for name in plan.ranks}
-    blocks = list(dict.fromkeys(block for block, _ in places.values()))
-    types = list(dict.fromkeys(layer_type for _, layer_type in places.values()))
+    split = {name: split_name(name) for name in plan.ranks}
+    blocks = list(dict.fromkeys(block for block, _ in split.values()))
+    types = list(dict.fromkeys(layer_type for _, layer_type in split.values()))
     table = [[math.nan] * len(blocks) for _ in types]
-    for name, (block, layer_type) in places.items():
+    for name, (block, layer_type) in split.items():
         table[types.index(layer_type)][blocks.index(block)] = plan.ranks[name]
     most = max(plan.rank + 1, *plan.ranks.values())
     image = ax.imshow(
         table, cmap="RdBu", aspect="auto", norm=TwoSlopeNorm(plan.rank, min(0, plan.rank - 1), most)
     )
-    grounds = image.to_rgba(numpy.array(table))
+    grounds = image.to_rgba(numpy.array(table), bytes=True)
     for down, row in enumerate(table):
         for across, rank in enumerate(row):
             if not math.isnan(rank):
-                ink = _ink(*grounds[down, across, :3])
+                red, green, blue = grounds[down, across, :3].tolist()
+                ink = ink_on((red, green, blue), _INK)
                 ax.text(across, down, f"{rank:.0f}", ha="center", va="center", color=ink)
     ax.set_xticks(range(len(blocks)), [plot_text(block) or "–" for block in blocks])
     ax.set_yticks(range(len(types)), [plot_text(layer_type) for layer_type in types])
@@ -106,8 +108,9 @@ def figure_size(value: Any) -> tuple[float, float]:
     """Return width and height of a figure in inches."""
     if not isinstance(value, RankPlan):
         return 7.0, 4.0
-    places = [split_name(name) for name in value.ranks]
-    blocks, types = ({place[part] for place in places} for part in (0, 1))
+    split = [split_name(name) for name in value.ranks]
+    blocks = {block for block, _ in split}
+    types = {layer_type for _, layer_type in split}
     longest = max((len(layer_type) for layer_type in types), default=0)
     return 2.0 + 0.08 * longest + 0.34 * len(blocks), 1.2 + 0.32 * len(types)
 
@@ -125,13 +128,3 @@ def _line(ax: Axes, shares: list[float], **style: Any) -> None:
 def _label_shares(ax: Axes) -> None:
     ax.set(xlabel="directions", ylabel="share of energy", ylim=(0, 1))
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-
-
-def _ink(red: float, green: float, blue: float) -> str:
-    """Return the color of text on a ground: the one with more contrast, by relative luminance."""
-    luminance = 0.2126 * _linear(red) + 0.7152 * _linear(green) + 0.0722 * _linear(blue)
-    return _INK if luminance > 0.22 else _PAPER
-
-
-def _linear(part: float) -> float:
-    return part / 12.92 if part <= 0.04045 else float(((part + 0.055) / 1.055) ** 2.4)

@@ -1,4 +1,4 @@
-"""What `evatune.utils.shown` shows of a result: text, HTML for a notebook, and a table of figures.
+"""Views of a result for `evatune.utils.shown`: text, HTML for a notebook, a table of figures.
 
 Only the last needs a library, pandas.
 """
@@ -109,13 +109,13 @@ def _(plan: RankPlan) -> View:
     cells = [
         (
             layer_type,
-            str(len(some)),
-            str(min(some)),
-            f"{sum(some) / len(some):.1f}",
-            str(max(some)),
-            f"{sum(some) - plan.rank * len(some):+d}",
+            str(len(type_ranks)),
+            str(min(type_ranks)),
+            f"{sum(type_ranks) / len(type_ranks):.1f}",
+            str(max(type_ranks)),
+            f"{sum(type_ranks) - plan.rank * len(type_ranks):+d}",
         )
-        for layer_type, some in ranks.items()
+        for layer_type, type_ranks in ranks.items()
     ]
     headings = ("layer type", "layers", "rank min", "mean", "max", "against uniform")
     empty = [name for name, rank in plan.ranks.items() if rank == 0]
@@ -227,9 +227,9 @@ def _fresh_shares(spectrum: Spectrum) -> list[float]:
 def _chosen(
     wanted: Sequence[str], headings: Sequence[str], cells: Sequence[Sequence[str]]
 ) -> tuple[Sequence[str], list[list[str]]]:
-    """Return some columns of a table."""
-    places = [headings.index(heading) for heading in wanted]
-    return wanted, [[row[place] for place in places] for row in cells]
+    """Return the columns of a table with these headings."""
+    columns = [headings.index(heading) for heading in wanted]
+    return wanted, [[row[column] for column in columns] for row in cells]
 
 
 def _html_row(tag: str, cells: Sequence[str], sides: Sequence[str]) -> str:

@@ -123,6 +123,7 @@ class CheckpointRecord(Strict):
     groups: list[Annotated[list[Name], Field(min_length=1)]]
     bad: dict[Name, Annotated[list[Count], Field(min_length=2, max_length=2)]]
     settled: list[Name]
+    drifting: list[Name] = []  # unknown in files of older versions
     checked: Annotated[list[Number], Field(max_length=2)]  # batches at the last checks
     estimate: EstimateRecord | None
     batches: Number
@@ -132,7 +133,7 @@ class CheckpointRecord(Strict):
     @model_validator(mode="after")
     def _names_are_of_layers(self) -> Self:
         grouped = [name for group in self.groups for name in group]
-        named = [*grouped, *self.bad, *self.settled]
+        named = [*grouped, *self.bad, *self.settled, *self.drifting]
         unknown = [name for name in named if name not in self.layers]
         if unknown:
             raise ValueError(f"{unknown[0][:80]!r} is no layer of the record")

@@ -14,8 +14,8 @@ _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Point = tuple[Count, _Number, _Number]
 
 
-class _Kept(BaseModel):
-    """Keys that a later version adds are no mistake."""
+class _Lenient(BaseModel):
+    """Base of records that ignore keys of later versions."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -39,14 +39,14 @@ class _Settings(BaseModel):
     training: _Training
 
 
-class Evaluation(_Kept):
-    """What a run reached on validation or test examples."""
+class Evaluation(_Lenient):
+    """Loss and score of a run on validation or test examples."""
 
     loss: _Number
     score: _Number
 
 
-class RunLine(_Kept):
+class RunLine(_Lenient):
     """A finished run."""
 
     id: Name

@@ -305,15 +305,15 @@ def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
     Those that are there already stay themselves.
     """
     moved = list(tensors)
-    places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for place, tensor in enumerate(tensors):
+    indices_by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, tensor in enumerate(tensors):
         if tensor.device.type != "cpu":
-            places.setdefault((tensor.device, tensor.dtype), []).append(place)
-    for group in places.values():
-        flat = torch.cat([tensors[place].flatten() for place in group]).cpu()
-        parts = torch.split(flat, [tensors[place].numel() for place in group])
-        for place, part in zip(group, parts, strict=True):
-            moved[place] = part.view(tensors[place].shape)
+            indices_by_kind.setdefault((tensor.device, tensor.dtype), []).append(index)
+    for indices in indices_by_kind.values():
+        flat = torch.cat([tensors[index].flatten() for index in indices]).cpu()
+        parts = torch.split(flat, [tensors[index].numel() for index in indices])
+        for index, part in zip(indices, parts, strict=True):
+            moved[index] = part.view(tensors[index].shape)
     return moved
 
 

@@ -1,4 +1,4 @@
-"""What a loss says of a layer, example by example: its inputs and output gradients, as rows."""
+"""A layer's inputs and output gradients, example by example, and the sketches that read them."""
 
 from __future__ import annotations
 

@@ -53,17 +53,17 @@ class _Solution:
 
     combinations: Tensor  # (G, l, l)
     energies: Tensor  # (G, l)
-    counts: list[int]  # 0: it is silent about this one
+    counts: list[int]  # 0: this one is not solved
 
     def parts(self) -> Iterator[tuple[list[int], _Solution | None]]:
-        """Yield the places in the stack that it tells, and those that it does not, with None."""
-        told = [place for place, count in enumerate(self.counts) if count]
-        untold = [place for place, count in enumerate(self.counts) if not count]
-        if told:
-            counts = [self.counts[place] for place in told]
-            yield told, _Solution(self.combinations[told], self.energies[told], counts)
-        if untold:
-            yield untold, None
+        """Yield the indices of solved sketches with their solution, then others with None."""
+        solved = [index for index, count in enumerate(self.counts) if count]
+        unsolved = [index for index, count in enumerate(self.counts) if not count]
+        if solved:
+            counts = [self.counts[index] for index in solved]
+            yield solved, _Solution(self.combinations[solved], self.energies[solved], counts)
+        if unsolved:
+            yield unsolved, None
 
 
 class NystromMoment(AdditiveSketch):
@@ -113,9 +113,9 @@ class NystromMoment(AdditiveSketch):
         stacks = list(_stackable(sketches))
         solutions = _solve([[sketches[position] for position in stack] for stack in stacks])
         for stack, solution in zip(stacks, solutions, strict=True):
-            for places, part in solution.parts():
-                positions = [stack[place] for place in places]
-                spectra = cls._refresh_stack([sketches[place] for place in positions], part)
+            for indices, part in solution.parts():
+                positions = [stack[index] for index in indices]
+                spectra = cls._refresh_stack([sketches[position] for position in positions], part)
                 answers.update(zip(positions, spectra, strict=True))
         return [answers[position] for position in range(len(sketches))]
 

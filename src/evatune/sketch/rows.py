@@ -33,11 +33,11 @@ class SelectedRows:
     def __len__(self) -> int:
         return len(self.x if self.index is None else self.index)
 
-    def take(self, places: slice) -> Tensor:
+    def take(self, rows: slice) -> Tensor:
         """Return some of the rows, a view where all are selected."""
         if self.index is None:
-            return self.x[places]
-        return self.x.index_select(0, self.index[places])
+            return self.x[rows]
+        return self.x.index_select(0, self.index[rows])
 
     def chunks(self, size: int) -> Iterator[Tensor]:
         """Yield the rows, so many at a time."""

@@ -19,7 +19,7 @@ from evatune.adapters.options import InitializeOptions
 from evatune.calibration.result import Calibration
 from evatune.distributed.group import ProcessGroup
 from evatune.errors import AdapterError, DataError
-from evatune.modeling.forward import call_model, model_device, to_device
+from evatune.modeling.forward import ForwardFunction, call_model, model_device, to_device
 from evatune.modeling.wrappers import adapted, unwrapped
 from evatune.trainers.summary import summary
 from evatune.trainers.trl import generates, is_prompts, model_inputs, prompt_inputs
@@ -69,24 +69,23 @@ def _require_untouched(trainer: Any) -> None:
 
 def _in_training_precision(trainer: Any, options: InitializeOptions) -> InitializeOptions:
     """Return options whose forward pass runs on the model's device, in the trainer's precision."""
-    call = options.run.forward or call_model
 
-    def forward(model: nn.Module, batch: Any) -> Any:
-        # of models to be sharded, not the trainer's yet
-        batch = to_device(batch, model_device(model))
-        with trainer.accelerator.autocast():  # the precision that training will run in
-            return call(model, batch)
-
-    loss = options.run.loss
-    if loss is not None:
-        own_loss = loss
-
-        def loss(model: nn.Module, batch: Any) -> Any:
+    def in_precision(function: ForwardFunction) -> ForwardFunction:
+        def call(model: nn.Module, batch: Any) -> Any:
+            # of models to be sharded, not the trainer's yet
             batch = to_device(batch, model_device(model))
-            with trainer.accelerator.autocast():
-                return own_loss(model, batch)
+            with trainer.accelerator.autocast():  # the precision that training will run in
+                return function(model, batch)
 
-    return replace(options, run=replace(options.run, forward=forward, loss=loss))
+        return call
+
+    forward, loss = options.run.forward or call_model, options.run.loss
+    run = replace(
+        options.run,
+        forward=in_precision(forward),
+        loss=None if loss is None else in_precision(loss),
+    )
+    return replace(options, run=run)
 
 
 def _own_batches(trainer: Any, process_group: ProcessGroup, *, labels: bool) -> Iterable[Any]:
@@ -158,7 +157,7 @@ def training_batches(
     else:
         order = RandomSampler(data, generator=torch.Generator("cpu").manual_seed(seed))
         share = islice(BatchSampler(order, size, drop_last=False), process, None, processes)
-        loader = (inner.collate_fn([data[place] for place in places]) for places in share)
+        loader = (inner.collate_fn([data[index] for index in indices]) for indices in share)
     yield from _Prepared(trainer, loader, labels)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from evatune.choices import IGNORED
 from evatune.errors import DataError
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-_IGNORED = -100
 _PICTURES = ("image", "images")
 
 
@@ -63,7 +63,7 @@ def model_inputs(inputs: Any, *, labels: bool) -> Any:
     taken = {key: inputs[key] for key in _INPUTS if key in inputs}
     if labels and "completion_mask" in inputs:
         prompt = inputs["completion_mask"] == 0
-        taken["labels"] = inputs["input_ids"].masked_fill(prompt, _IGNORED)
+        taken["labels"] = inputs["input_ids"].masked_fill(prompt, IGNORED)
     return taken
 
 

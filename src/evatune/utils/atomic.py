@@ -15,7 +15,7 @@ from evatune.utils.system import finish, sync
 
 NAME_ANOTHER = "name another with --out"
 _MAKE_ROOM = "make room or rights there, or name another place"
-_PATIENCE = 60.0  # seconds that the writing of one file waits for another process that writes it
+_TIMEOUT = 60.0  # seconds that the writing of one file waits for another process that writes it
 
 
 def write_text(path: Path, text: str) -> None:
@@ -31,7 +31,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     A link at `path` is replaced itself, not what it points to.
     """
     path = resolved(path.parent) / path.name
-    with writing(path, _MAKE_ROOM), staged(path, _PATIENCE) as stage:
+    with writing(path, _MAKE_ROOM), staged(path, _TIMEOUT) as stage:
         stage.making.touch()
         yield stage.making
         finish(stage.making)

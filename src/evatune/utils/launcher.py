@@ -1,4 +1,4 @@
-"""What a launcher, such as torchrun or accelerate launch, says of this process."""
+"""Facts about this process that a launcher gives, such as torchrun or accelerate launch."""
 
 from __future__ import annotations
 

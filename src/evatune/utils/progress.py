@@ -88,8 +88,11 @@ class Display:
             if self.seconds < LONG:
                 return None
         count, seconds = self._first
-        each = self.seconds / done if done == count else (self.seconds - seconds) / (done - count)
-        expected = self.seconds + each * (total - done)
+        if done == count:
+            seconds_per_step = self.seconds / done
+        else:
+            seconds_per_step = (self.seconds - seconds) / (done - count)
+        expected = self.seconds + seconds_per_step * (total - done)
         if expected < LONG:
             return None
         self._announced = True
@@ -118,11 +121,11 @@ def display(title: str, unit: str, *, shown: bool = True) -> Iterator[Display]:
         title: what is done: "calibrating". unit: what is counted: "batches".
         shown: False for one that shows nothing.
     """
-    one = Display(_renderer(title, unit) if shown else NoRenderer())
+    bar = Display(_renderer(title, unit) if shown else NoRenderer())
     try:
-        yield one
+        yield bar
     finally:
-        one.close()
+        bar.close()
 
 
 def _renderer(title: str, unit: str) -> Renderer:

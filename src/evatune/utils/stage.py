@@ -61,15 +61,15 @@ class Stage:
         return self.folder / "old"
 
     @classmethod
-    def claimed(cls, path: Path, shown: Path, patience: float = 0.0) -> Stage:
+    def claimed(cls, path: Path, shown: Path, timeout: float = 0.0) -> Stage:
         """Lock the stage of `path`, after clearing what a killed command left in it.
 
         Raises:
-            ConfigError: another process holds it for longer than `patience` seconds, or it is not
+            ConfigError: another process holds it for longer than `timeout` seconds, or it is not
                 ours.
         """
         folder = beside(path, ".", ".evatune")
-        lock = FileLock(folder / "lock", timeout=patience)
+        lock = FileLock(folder / "lock", timeout=timeout)
         for _ in range(_TRIES):
             with suppress(FileExistsError):
                 folder.mkdir(mode=0o700)
@@ -155,9 +155,9 @@ class Stage:
 
 
 @contextmanager
-def staged(path: Path, patience: float) -> Iterator[Stage]:
+def staged(path: Path, timeout: float) -> Iterator[Stage]:
     """Claim the stage of `path` for the block."""
-    stage = Stage.claimed(path, path, patience)
+    stage = Stage.claimed(path, path, timeout)
     try:
         yield stage
     finally:

@@ -29,15 +29,15 @@ def entries_of(path: Path) -> Entries | None:
     Links are not followed.
     """
     try:
-        found = {"": _identity(path)}
+        entries = {"": _identity(path)}
     except FileNotFoundError:
         return None
     if stat.S_ISDIR(path.lstat().st_mode):
         for parent, folders, files in os.walk(path):
             for name in (*folders, *files):
                 inside = Path(parent, name)
-                found[inside.relative_to(path).as_posix()] = _identity(inside)
-    return found
+                entries[inside.relative_to(path).as_posix()] = _identity(inside)
+    return entries
 
 
 def is_there(path: Path) -> bool:

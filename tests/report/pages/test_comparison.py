@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from evatune.finetune.comparison.summary import Comparison, MeanStd, MethodSummary
 from evatune.finetune.recipe import parse
-from evatune.finetune.summary import Comparison, MeanStd, MethodSummary
 from evatune.report.pages.comparison import render
 from tests.report.pages.helpers import Document, specs
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evatune.finetune.tuned import summarize
+from evatune.finetune.comparison.tuned_summary import summarize
 from evatune.report.pages.tuned import render
 from tests.report.pages.helpers import Document, specs
 from tests.tuned_lines import tuned_lines

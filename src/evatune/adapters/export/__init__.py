@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from evatune.adapters.export.request import Exported, ExportRequest
+from evatune.utils.lazy import names_from
 
 if TYPE_CHECKING:
     from evatune.adapters.export.uniform import export_uniform
@@ -64,8 +65,5 @@ def export_adapter(name: str, request: ExportRequest) -> Exported:
     return FORMATS[name].write(request)
 
 
-def __getattr__(name: str) -> Any:
-    """Load `export_uniform`, and PEFT with it, when it is first asked for."""
-    if name == "export_uniform":
-        return import_module(f"{__name__}.uniform").export_uniform
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# PEFT loads with it.
+__getattr__ = names_from(__name__, {"export_uniform": "adapters.export.uniform"})

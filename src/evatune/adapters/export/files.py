@@ -10,9 +10,7 @@ import yaml
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from evatune.adapters.saved import (
-    read_weights,
-)
+from evatune.adapters.saved import read_weights
 from evatune.errors import RecordError
 from evatune.utils.names import hub_id
 from evatune.version import __version__

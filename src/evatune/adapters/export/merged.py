@@ -20,17 +20,14 @@ from torch import Tensor, nn
 from evatune.adapters.export.files import read_adapter_weights, write_card, write_record
 from evatune.adapters.export.request import Exported, ExportRequest
 from evatune.adapters.lora_layers import lora_layers
-from evatune.adapters.saved import (
-    read_config,
-    require_quick_patterns,
-)
+from evatune.adapters.saved import read_config, require_quick_patterns
 from evatune.errors import AdapterError, DataError, RecordError
+from evatune.layers import PEFT_PREFIX
 from evatune.loading import models
 from evatune.utils.markup import markdown_code
 from evatune.utils.names import short_name
 from evatune.utils.outputs import claimed_folder, require_apart
 
-_PREFIX = "base_model.model."
 _HEAD = re.compile(r"\.(score|classifier|classifier\.out_proj)\.weight$")
 
 
@@ -182,7 +179,7 @@ def _extend(base: Any, state: Mapping[str, Tensor]) -> None:
         return
     embedding = base.get_input_embeddings()
     name = next((name for name, module in base.named_modules() if module is embedding), None)
-    saved = state.get(f"{_PREFIX}{name}.weight")
+    saved = state.get(f"{PEFT_PREFIX}{name}.weight")
     if saved is None or saved.shape == embedding.weight.shape:
         return
     # else it is another model's, as PEFT will say

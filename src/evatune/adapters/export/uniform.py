@@ -34,12 +34,12 @@ from evatune.adapters.saved import (
     require_quick_patterns,
     require_ranks,
 )
+from evatune.adapters.variants import PLAIN_STARTS
 from evatune.errors import AdapterError, RecordError
+from evatune.layers import PEFT_PREFIX
 from evatune.utils.markup import markdown_code
 from evatune.utils.names import short_name
 from evatune.utils.outputs import claimed_folder, require_apart
-
-_PREFIX = "base_model.model."
 
 # "….lora_A.weight" or "….lora_embedding_A"; the rank is the first dimension of A, the second of B.
 _KEY = re.compile(r"(?P<layer>.+)\.lora_(?:(?P<part>[AB])\.weight|embedding_(?P<table>[AB]))")
@@ -60,9 +60,6 @@ _VARIANTS = (
 )
 
 _MOST_GROWTH = 64  # evatune's own adapters grow by rho
-
-# initializations that leave the base weights alone
-_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "mica", "eva")
 
 
 @dataclass(frozen=True)
@@ -167,7 +164,7 @@ def _require_plain(config: LoraConfig) -> None:
             " merge it into the base model instead: --format merged"
         )
     start = config.init_lora_weights
-    if start not in _PLAIN_INITS:
+    if start not in (*PLAIN_STARTS, "mica"):
         raise AdapterError(
             f"the adapter was initialized with {start!r}, which changes the base weights, so it"
             " does not fit the original ones; save it with"
@@ -177,7 +174,7 @@ def _require_plain(config: LoraConfig) -> None:
 
 def _layers(state: dict[str, Tensor]) -> list[str]:
     """Return the names of the layers that have matrices, without PEFT's prefix, in order."""
-    names = (match["layer"].removeprefix(_PREFIX) for _, match in _lora_keys(state))
+    names = (match["layer"].removeprefix(PEFT_PREFIX) for _, match in _lora_keys(state))
     return list(dict.fromkeys(names))
 
 
@@ -193,7 +190,7 @@ def _pad(state: dict[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor
     """Return the same adapter at one rank and one scale."""
     ranks = _ranks(state)
     scales = {
-        layer: layer_scale(config, layer.removeprefix(_PREFIX), rank)[1]
+        layer: layer_scale(config, layer.removeprefix(PEFT_PREFIX), rank)[1]
         for layer, rank in ranks.items()
     }
     r = max(ranks.values())
@@ -219,7 +216,7 @@ def _pad(state: dict[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor
         alpha=alpha,
         layers=len(ranks),
         zeros=tuple(_layers(zeros)),
-        rescaled=tuple(layer.removeprefix(_PREFIX) for layer in rescaled),
+        rescaled=tuple(layer.removeprefix(PEFT_PREFIX) for layer in rescaled),
     )
 
 
@@ -257,8 +254,8 @@ def _require_served(match: re.Match[str], dimensions: int, rank: int, rank_of_a:
     else:
         return
     raise AdapterError(
-        f"{match['layer'].removeprefix(_PREFIX)} is a {kind}, whose adapter no server reads; serve"
-        " it with PEFT, or leave such layers out of the targets"
+        f"{match['layer'].removeprefix(PEFT_PREFIX)} is a {kind}, whose adapter no server reads;"
+        " serve it with PEFT, or leave such layers out of the targets"
     )
 
 

@@ -82,13 +82,13 @@ def _readable(recipe: Recipe) -> Iterator[Recipe]:
 
 
 def _checked(recipe: Recipe, download: bool) -> Check:
-    found = plan_of(recipe)
-    missing = [] if download else _missing(recipe, found)
+    plan = plan_of(recipe)
+    missing = [] if download else _missing(recipe, plan)
     trial = None
     if not missing:
         with cache_only(not download):
             trial = try_recipe(recipe)
-    config = _config(recipe, found)
+    config = _config(recipe, plan)
     if config is None:
         size = memory = time = None
     else:
@@ -99,7 +99,7 @@ def _checked(recipe: Recipe, download: bool) -> Check:
         time = None if lengths is None else time_of(recipe, size, lengths)
     return Check(
         recipe=recipe,
-        plan=found,
+        plan=plan,
         size=size,
         memory=memory,
         time=time,
@@ -108,10 +108,10 @@ def _checked(recipe: Recipe, download: bool) -> Check:
     )
 
 
-def _missing(recipe: Recipe, found: Plan) -> list[str]:
+def _missing(recipe: Recipe, plan: Plan) -> list[str]:
     """Return what a trial needs and is not at hand."""
-    names = [need.source for need in found.data if need.state != "at hand"]
-    prepared = found.needs[0].state == "at hand" or _has_preparation(recipe)
+    names = [need.source for need in plan.data if need.state != "at hand"]
+    prepared = plan.needs[0].state == "at hand" or _has_preparation(recipe)
     return names if prepared else [recipe.model, *names]
 
 
@@ -130,15 +130,15 @@ def _has_preparation(recipe: Recipe) -> bool:
     return True
 
 
-def _config(recipe: Recipe, found: Plan) -> Any:
+def _config(recipe: Recipe, plan: Plan) -> Any:
     """Return the configuration of a recipe's model, a few kilobytes; None where it is not had."""
     source = find_domain(recipe.domain).models.source(recipe)
     trust = recipe.trust_remote_code
-    if found.needs[0].state == "at hand":
+    if plan.needs[0].state == "at hand":
         with reading(source, "a model", INSTEAD):
             return transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust)
     try:
-        with cache_only(not found.reachable):
+        with cache_only(not plan.reachable):
             return transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust)
     except Exception:  # of many kinds; what a run would say of it, the trial does
         return None

@@ -156,8 +156,8 @@ def lengths_of(recipe: Recipe, config: Any, task: Task | None) -> Lengths | None
     longest = min(recipe.data.max_length, positions) if positions > 0 else recipe.data.max_length
     if task is None:
         return Lengths(longest, longest)
-    found = [len(row["input_ids"]) for row in task.train]
-    return Lengths(sum(found) / len(found), longest)
+    lengths = [len(row["input_ids"]) for row in task.train]
+    return Lengths(sum(lengths) / len(lengths), longest)
 
 
 def _patches(recipe: Recipe, config: Any) -> Lengths | None:
@@ -193,13 +193,13 @@ def memory_of(recipe: Recipe, size: Size, lengths: Lengths) -> Memory:
     widest = tokens * size.widest * number
     again = recipe.training.gradient_checkpointing and size.kept > 0
     computed = size.kept + _OF_A_LAYER * size.widest if again else size.widths
-    own = _FLOAT32 if size.trained < size.parameters else 0
+    adapter_weight = _FLOAT32 if size.trained < size.parameters else 0
     logits = size.vocabulary * (number + _SUMS)
     columns = int(_rho(recipe) * recipe.adapter.rank) + CalibrationConfig.oversampling
     sketches = sum(width * min(width, columns) for width in size.calibrated) * (_FLOAT32 + _SUMS)
     return Memory(
         weights=(size.parameters - quantized) * weight + quantized / 2,
-        training=size.trained * (own + _GRADIENT + _ADAMW),
+        training=size.trained * (adapter_weight + _GRADIENT + _ADAMW),
         activations=tokens * (computed * number + size.vocabulary * _SUMS),
         evaluation=recipe.evaluation_batch * lengths.longest * (size.widest * number + logits),
         calibration=sketches + widest if size.calibrated else 0,

@@ -162,7 +162,7 @@ def _data_need(source: DataSource, hub: _Hub) -> Need:
     if all(_is_cached_data(source.name, subset) for subset in source.subsets):
         return Need("data", source.name, "at hand")
     files = hub.files("data", source.name, data=True)
-    return _need("data", source.name, files, lambda found: _read_of_data(found, source.subsets))
+    return _need("data", source.name, files, lambda listed: _read_of_data(listed, source.subsets))
 
 
 def _files(name: str, wanted: Sequence[str], hub: _Hub) -> Need:
@@ -179,17 +179,17 @@ def _files(name: str, wanted: Sequence[str], hub: _Hub) -> Need:
         "data",
         name,
         files,
-        lambda found: [one for one in found if Path(one.rfilename).name in wanted],
+        lambda listed: [file for file in listed if Path(file.rfilename).name in wanted],
     )
 
 
 def _cached_folder(name: str, kind: str) -> Path | None:
     """Return the folder of a repository in the hub's cache; None where it has nothing of it."""
     try:
-        found = huggingface_hub.snapshot_download(name, repo_type=kind, local_files_only=True)
+        folder = huggingface_hub.snapshot_download(name, repo_type=kind, local_files_only=True)
     except (OSError, ValueError):
         return None
-    return Path(found)
+    return Path(folder)
 
 
 def _template(source: str, hub: _Hub) -> Need:
@@ -207,7 +207,7 @@ def _need(
     if files is None:
         return Need(what, source, "unknown")
     fetched = read(files)
-    sizes = [one.size for one in fetched]
+    sizes = [file.size for file in fetched]
     size = None if None in sizes or not sizes else sum(sizes)
     return Need(what, source, "to download", len(fetched), size)
 
@@ -215,30 +215,27 @@ def _need(
 def _read_of_model(files: Iterable[Any]) -> list[Any]:
     """Return the files that `from_pretrained` reads: one form of the weights, and what is small."""
     files = list(files)
-    weights = [one for one in files if _WEIGHTS.fullmatch(one.rfilename)]
-    safe = [one for one in weights if one.rfilename.endswith(".safetensors")]
+    weights = [file for file in files if _WEIGHTS.fullmatch(file.rfilename)]
+    safe = [file for file in weights if file.rfilename.endswith(".safetensors")]
     return [*(safe or weights), *_read_of_tokenizer(files)]
 
 
 def _read_of_tokenizer(files: Iterable[Any]) -> list[Any]:
-    return [
-        one
-        for one in files
-        if _BESIDE_WEIGHTS.fullmatch(one.rfilename) and not _NOT_READ.fullmatch(one.rfilename)
-    ]
+    beside_weights = [file for file in files if _BESIDE_WEIGHTS.fullmatch(file.rfilename)]
+    return [file for file in beside_weights if not _NOT_READ.fullmatch(file.rfilename)]
 
 
 def _read_of_data(files: Iterable[Any], subsets: Iterable[str | None]) -> list[Any]:
     """Return the data files of subsets, which have a folder each; all, where they have none."""
-    data = [one for one in files if _DATA.fullmatch(one.rfilename)]
+    data = [file for file in files if _DATA.fullmatch(file.rfilename)]
     folders = tuple(f"{subset}/" for subset in subsets if subset)
-    return [one for one in data if folders and one.rfilename.startswith(folders)] or data
+    return [file for file in data if file.rfilename.startswith(folders)] or data
 
 
-def _is_cached(source: str, weights: Iterable[str]) -> bool:
-    """Return whether the hub's cache has one of the files of a model."""
+def _is_cached(source: str, files: Iterable[str]) -> bool:
+    """Return whether the hub's cache has one of these files of a model."""
     return any(
-        isinstance(huggingface_hub.try_to_load_from_cache(source, name), str) for name in weights
+        isinstance(huggingface_hub.try_to_load_from_cache(source, name), str) for name in files
     )
 
 

@@ -110,15 +110,18 @@ def _with_few_layers(tree: Mapping[str, Any], config: Any) -> _Tree:
     total = getattr(config, "num_hidden_layers", None)
     kinds = getattr(config, "layer_types", None) or []
     chosen = sorted({kinds.index(kind) for kind in kinds})[:_LAYERS]
-    chosen += [place for place in range(total or 0) if place not in chosen]
+    chosen += [index for index in range(total or 0) if index not in chosen]
     chosen = sorted(chosen[:_LAYERS])
     counts = {
         key: min(_LAYERS, tree[key]) for key in _LAYER_COUNTS if isinstance(tree.get(key), int)
     }
+    if total is None or total <= _LAYERS:
+        return counts
+    lists = {key: value for key, value in tree.items() if isinstance(value, list)}
     per_layer = {
-        key: [value[place] for place in chosen]
-        for key, value in tree.items()
-        if isinstance(value, list) and total is not None and len(value) == total > _LAYERS
+        key: [value[index] for index in chosen]
+        for key, value in lists.items()
+        if len(value) == total
     }
     return counts | per_layer
 

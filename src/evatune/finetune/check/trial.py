@@ -17,6 +17,7 @@ import transformers
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 
+from evatune.choices import IGNORED
 from evatune.errors import AdapterError, DataError, EvatuneError
 from evatune.finetune.check.stand_in import write_stand_in
 from evatune.finetune.methods import find_method
@@ -24,7 +25,6 @@ from evatune.finetune.recipe import Recipe
 from evatune.finetune.run import run
 from evatune.finetune.tasks import Task, find_domain
 from evatune.finetune.tasks.quantization import keep_trainable, quantized
-from evatune.loading.encoding import IGNORED
 from evatune.loading.hub import reading
 from evatune.utils.text import first_line
 
@@ -146,7 +146,7 @@ def _windows(examples: Any) -> Any:
         return examples
     rows = []
     for row in examples:
-        counted = [place for place, label in enumerate(row["labels"]) if label != IGNORED]
+        counted = [position for position, label in enumerate(row["labels"]) if label != IGNORED]
         end = counted[-1] + 1 if counted else len(row["labels"])
         rows.append({key: value[max(0, end - _WINDOW) : end] for key, value in row.items()})
     return datasets.Dataset.from_list(rows)
@@ -167,8 +167,8 @@ def _difference(recipe: Recipe, task: Task, folder: Path) -> float | None:
     read = read.to(trained.device).eval()
     batch = task.collator([task.test[i] for i in range(min(_BATCH, len(task.test)))])
     inputs = {key: value.to(trained.device) for key, value in batch.items()}
-    expected, found = _outputs(trained(**inputs)), _outputs(read(**inputs))
-    difference = float((found - expected).norm() / expected.norm())
+    expected, reread = _outputs(trained(**inputs)), _outputs(read(**inputs))
+    difference = float((reread - expected).norm() / expected.norm())
     allowed = torch.finfo(trained.dtype).eps ** 0.5  # half of the digits, as sums in 16 bits need
     if not difference <= allowed:
         raise AdapterError(
@@ -198,5 +198,5 @@ def _fresh(recipe: Recipe, trained: Any) -> Any:
 
 
 def _outputs(output: Any) -> Tensor:
-    found = output.action_preds if hasattr(output, "action_preds") else output.logits
-    return found.float().flatten()  # type: ignore[no-any-return]
+    outputs = output.action_preds if hasattr(output, "action_preds") else output.logits
+    return outputs.float().flatten()  # type: ignore[no-any-return]

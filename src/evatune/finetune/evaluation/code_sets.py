@@ -92,9 +92,9 @@ def read_problems(name: str, source: str, limit: int | None) -> list[Problem]:
 
     Raises DataError for a set that cannot be had, or a row that is no problem.
     """
-    one = CODE_SETS[name]
+    code_set = CODE_SETS[name]
     data = DataOptions(source=source)
-    return read_rows(data, one.source, one.subset, "test", one.problem)[:limit]
+    return read_rows(data, code_set.source, code_set.subset, "test", code_set.problem)[:limit]
 
 
 def share_passed(
@@ -109,10 +109,10 @@ def share_passed(
     form = _Chat(tokenizer) if tokenizer.chat_template else _File(tokenizer, CODE_SETS[name].ends)
     with atomic_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for start in range(0, len(problems), size):
-            some = problems[start : start + size]
-            prompts = [form.tokens(problem) for problem in some]
+            chunk = problems[start : start + size]
+            prompts = [form.tokens(problem) for problem in chunk]
             texts = written(model, tokenizer, prompts, NEW_TOKENS, form.ends)
-            for problem, text in zip(some, texts, strict=True):
+            for problem, text in zip(chunk, texts, strict=True):
                 program = f"{problem.before}{form.code(text)}\n{problem.after}\n"
                 how = outcome(program)
                 passed += how == PASSED
@@ -134,8 +134,8 @@ class _File:
         return prompt_tokens(self.tokenizer, problem.begun)
 
     def code(self, text: str) -> str:
-        ends = [place for end in self.ends if (place := text.find(end)) >= 0]
-        return text[: min(ends, default=len(text))]
+        positions = [text.find(end) for end in self.ends if end in text]
+        return text[: min(positions, default=len(text))]
 
 
 @dataclass(frozen=True)

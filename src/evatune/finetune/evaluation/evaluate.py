@@ -67,9 +67,9 @@ def evaluate(folder: Path, options: EvaluationOptions) -> dict[str, dict[str, An
     options = _completed(recipe, options)
     with held(folder):
         measured: dict[str, dict[str, Any]] = {}
-        for found in _measured(recipe, folder, options):
-            add_evaluation(folder, found)
-            measured |= found
+        for entries in _measured(recipe, folder, options):
+            add_evaluation(folder, entries)
+            measured |= entries
     return measured
 
 
@@ -83,17 +83,17 @@ def _completed(recipe: Recipe, options: EvaluationOptions) -> EvaluationOptions:
             f"the run is of the domain {recipe.domain!r}, and tasks are for {DOMAIN.name!r}; its"
             " own score is in result.json"
         )
-    own = [harness.COMMONSENSE] if recipe.task == question_sets.TASK else []
-    tasks = options.tasks or own
+    tasks_of_recipe = [harness.COMMONSENSE] if recipe.task == question_sets.TASK else []
+    tasks = options.tasks or tasks_of_recipe
     if not tasks:
         raise ConfigError(
             f"a run of task {recipe.task!r} has no tasks of its own to be measured on; name some"
             f" with --tasks, such as {harness.COMMONSENSE}, {', '.join(CODE_SETS)}, or arc_easy and"
             " others of lm-evaluation-harness"
         )
-    for option, place in (("--include-path", options.include), ("--data", options.data)):
-        if place is not None and not place.is_dir():
-            raise ConfigError(f"{option} {str(place)!r} is no folder; name one that is there")
+    for option, path in (("--include-path", options.include), ("--data", options.data)):
+        if path is not None and not path.is_dir():
+            raise ConfigError(f"{option} {str(path)!r} is no folder; name one that is there")
     for name in tasks:
         if name in CODE_SETS and not options.run_code:
             harness.refuse_code(name)
@@ -123,25 +123,26 @@ def _measured(
     model, tokenizer = load_trained(
         replace(recipe, trust_remote_code=options.trust_remote_code), folder
     )
-    size = options.batch_size or 1
+    size = options.batch_size
+    assert size is not None  # `_completed` sets it
     if loaded is not None:
         scoring = harness.Scoring(recipe.data.max_length, size, options.limit, options.run_code)
         scores = harness.scores(model, tokenizer, loaded, scoring)
         yield {name: _entry(score, options, ["lm_eval"]) for name, score in scores.items()}
-    for name, some in problems.items():
+    for name, set_problems in problems.items():
         file = folder / f"answers-{name}.jsonl"
-        score = share_passed(model, tokenizer, name, some, size, file)
-        found = {"measures": {METRIC: score}, "examples": len(some)}
-        yield {name: _entry(found, options, [])}
+        score = share_passed(model, tokenizer, name, set_problems, size, file)
+        measured = {"measures": {METRIC: score}, "examples": len(set_problems)}
+        yield {name: _entry(measured, options, [])}
 
 
 def _entry(
-    found: Mapping[str, Any], options: EvaluationOptions, libraries: Sequence[str]
+    measured: Mapping[str, Any], options: EvaluationOptions, libraries: Sequence[str]
 ) -> dict[str, Any]:
     """Return what was measured on a task with its settings and the libraries' versions."""
     versions = library_versions() | {name: version(name) for name in libraries}
     settings = {"limit": options.limit, "batch_size": options.batch_size}
-    return {**found, **settings, "versions": versions}
+    return {**measured, **settings, "versions": versions}
 
 
 def load_trained(recipe: Recipe, folder: Path) -> tuple[Any, Any]:

@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from evatune.choices import IGNORED
 from evatune.errors import ConfigError
-from evatune.loading.encoding import IGNORED, encode_answer
+from evatune.loading.encoding import encode_answer
 from evatune.loading.hub import reading
 from evatune.utils.extras import require
 from evatune.utils.text import first_line
@@ -38,7 +39,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a model is run on tasks.
+    """The settings that a model is run on tasks with.
 
     Attributes:
         longest: tokens of a question of ours with an answer. batch_size: sequences at once.
@@ -74,8 +75,8 @@ def load_tasks(
                 _require_no_code(manager, name)
         loaded = Loaded(manager, [], [])
         for name in dict.fromkeys(names):
-            place = loaded.ours if name.startswith(PREFIX) else loaded.others
-            place += _load(manager, name, include)
+            tasks = loaded.ours if name.startswith(PREFIX) else loaded.others
+            tasks += _load(manager, name, include)
     return loaded
 
 
@@ -142,8 +143,10 @@ def _load(manager: Any, name: str, include: Path | None) -> list[Any]:
     path = manager.task_index[name].yaml_path
     is_users = include is not None and path is not None and path.is_relative_to(include)
     with reading(path if is_users else name, "a task", _INSTEAD):
-        found = manager.load([name])
-    return [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
+        loaded = manager.load([name])
+    if name in loaded["groups"]:
+        return [loaded["groups"][name]]
+    return list(loaded["tasks"].values())
 
 
 def scores(
@@ -154,11 +157,11 @@ def scores(
     Ours see the tokens of training: prompt and answer encoded apart, and the answer's end. Others
     see what lm-evaluation-harness makes of them for any model.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_name: dict[str, dict[str, Any]] = {}
     for tasks, as_trained in ((loaded.ours, True), (loaded.others, False)):
         if tasks:
-            found |= _scores(model, tokenizer, loaded.manager, tasks, scoring, as_trained)
-    return found
+            by_name |= _scores(model, tokenizer, loaded.manager, tasks, scoring, as_trained)
+    return by_name
 
 
 def _scores(
@@ -221,16 +224,16 @@ def _measures(fields: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
         fields: "METRIC,FILTER" and "METRIC_stderr,FILTER" → number, or text where there is none,
             beside others.
     """
-    found = {}
+    measures = {}
     for key, value in fields.items():
         metric, comma, kind = key.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
             error = fields.get(f"{metric}_stderr,{kind}")
-            found[metric if kind == "none" else f"{metric} ({kind})"] = {
+            measures[metric if kind == "none" else f"{metric} ({kind})"] = {
                 "score": float(value),
                 "standard_error": float(error) if isinstance(error, int | float) else None,
             }
-    return found
+    return measures
 
 
 @contextmanager

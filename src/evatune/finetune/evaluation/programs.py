@@ -41,7 +41,7 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a program may use.
+    """The most that a program may use.
 
     Attributes:
         seconds: by the clock, and of the processor. memory: bytes of address space.

@@ -22,8 +22,12 @@ def read_questions(name: str, evatune_source: str = HUB, **_: Any) -> dict[str, 
 
     Raises DataError for a set that cannot be had.
     """
-    one = SETS[name]
+    question_set = SETS[name]
     pairs = read_rows(
-        DataOptions(source=evatune_source), one.source, one.subset, one.tested_on, one.pair
+        DataOptions(source=evatune_source),
+        question_set.source,
+        question_set.subset,
+        question_set.tested_on,
+        question_set.pair,
     )
     return {"test": datasets.Dataset.from_list([asdict(pair) for pair in pairs])}

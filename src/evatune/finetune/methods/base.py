@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -23,6 +23,9 @@ from evatune.errors import ConfigError
 # Examples per batch → one pass over the training data, on the model's device.
 Batches = Callable[[int], Iterable[Any]]
 Initialize = Callable[..., Calibration]
+# In a comparison: what others are held against, EVA itself, what it competes with, and what tells
+# why EVA is better or not.
+Role = Literal["reference", "eva", "competitor", "control"]
 
 LOWER_THE_RANK = "lower adapter.rank, name other adapter.targets, or choose lora or eva"
 
@@ -105,6 +108,7 @@ class Method:
 
     Attributes:
         name: in recipes. about: what it does, in a few words. source: paper and year.
+        role: in a comparison.
         fits_quantized: False where the base's weights are decomposed, change or have a gradient,
             which those of 4 bits cannot.
         fits_shards: False where the optimizer is the method's own, weights of the base have a
@@ -114,6 +118,7 @@ class Method:
     name: str
     about: str = field(default="", kw_only=True)
     source: str = field(default="", kw_only=True)
+    role: Role = field(default="competitor", kw_only=True)
     fits_quantized: bool = field(default=True, kw_only=True)
     fits_shards: bool = field(default=True, kw_only=True)
 

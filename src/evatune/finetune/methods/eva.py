@@ -159,6 +159,7 @@ _EVA = Eva(
     "eva",
     about="A on the inputs' leading directions, ranks by what they explain",
     source="Paischer et al. 2024",
+    role="eva",
 )
 
 METHODS = (
@@ -219,13 +220,15 @@ METHODS = (
     RanksOnly(
         "lora-redist",
         about="control: EVA's ranks, random A",
+        role="control",
         initialize_options={"scale": "matched"},
     ),
     RandomDirections(
         "eva-paper-random",
         about="control: eva-paper-centered's ranks and first step, random directions",
+        role="control",
         initialize_options=_with("paper", center=True),
     ),
-    MinorDirections("eva-minor", about="control: directions with the least energy"),
-    OtherData("eva-shuffled", about="control: EVA on the data of another task"),
+    MinorDirections("eva-minor", about="control: directions with the least energy", role="control"),
+    OtherData("eva-shuffled", about="control: EVA on the data of another task", role="control"),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from evatune.finetune.methods.base import Lora
 
 METHODS = (
-    Lora("lora", about="random A, B = 0", source="Hu et al. 2021"),
+    Lora("lora", about="random A, B = 0", source="Hu et al. 2021", role="reference"),
     Lora(
         "rslora",
         {"use_rslora": True},

@@ -48,6 +48,7 @@ METHODS = (
     EvaFA(
         "eva-fa",
         about="control: eva-rho1 with A frozen at its start",
+        role="control",
         initialize_options={"rho": 1},
         linear_only=True,
     ),

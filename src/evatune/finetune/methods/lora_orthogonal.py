@@ -37,4 +37,8 @@ class LoraOrthogonal(Lora):
         return None
 
 
-METHODS = (LoraOrthogonal("lora-orthogonal", least_width=1, about="LoRA with random orthogonal A"),)
+METHODS = (
+    LoraOrthogonal(
+        "lora-orthogonal", least_width=1, about="LoRA with random orthogonal A", role="control"
+    ),
+)

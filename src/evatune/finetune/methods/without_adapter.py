@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from evatune.errors import ConfigError
+from evatune.finetune.head import is_in_head
 from evatune.finetune.methods.base import AdapterSetup, Method
 
 
@@ -47,7 +48,7 @@ class Head(Full):
         return adapted
 
     def _is_trained(self, name: str, setup: AdapterSetup) -> bool:
-        return any(module in name.split(".") for module in setup.head)
+        return is_in_head(name, setup.head)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Untouched(Full):
 
 
 METHODS = (
-    Full("full", about="every weight is trained"),
-    Head("head", about="the head alone is trained"),
-    Untouched("untouched", about="nothing is trained"),
+    Full("full", about="every weight is trained", role="reference"),
+    Head("head", about="the head alone is trained", role="reference"),
+    Untouched("untouched", about="nothing is trained", role="reference"),
 )

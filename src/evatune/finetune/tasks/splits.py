@@ -18,7 +18,7 @@ _Other = TypeVar("_Other")
 
 @dataclass(frozen=True)
 class Split(Generic[_Part]):
-    """What is trained on, what settings are chosen by, and what is tested on.
+    """The examples to train on, to choose settings by, and to test on.
 
     No example is in two of the parts.
     """
@@ -48,9 +48,9 @@ def draw_from(parts: Split[range], data: DataOptions, task: str) -> Split[list[i
     """
 
     def chosen(key: str, size: int) -> list[int]:
-        own = vars(parts)[key]
-        (drawn,) = draw(len(own), task, **{key: size})
-        return [own[i] for i in drawn]
+        of_part = vars(parts)[key]
+        (drawn,) = draw(len(of_part), task, **{key: size})
+        return [of_part[i] for i in drawn]
 
     return Split(*(chosen(key, vars(data)[key]) for key in vars(parts)))
 

@@ -155,11 +155,11 @@ def label_numbers(table: Any, data: DataOptions) -> list[float]:
 
 def more_tests(data: DataOptions, usable: Callable[[Any], _Examples]) -> dict[str, _Examples]:
     """Return the examples of `data.more_test_splits`; raises what `load_examples` does."""
-    source, found = str(data.source), {}
+    source, splits = str(data.source), {}
     for name in data.more_test_splits:
         with reading(source, "data", "other splits, or none with data.more_test_splits=[]"):
-            found[name] = usable(load_split(source, name, data.subset))
-    return found
+            splits[name] = usable(load_split(source, name, data.subset))
+    return splits
 
 
 def sized(data: DataOptions, total: int, with_test: int) -> DataOptions:

@@ -1,4 +1,4 @@
-"""What every page has in common: its parts, and the one self-contained HTML document of them."""
+"""The parts of every page, and the one self-contained HTML document of them."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _packed(chart: Chart) -> dict[str, Any]:
     columns = {}
     for key in dict.fromkeys(key for value in values for key in value):
         column = [value.get(key) for value in values]
-        words = {word: place for place, word in enumerate(dict.fromkeys(column))}
+        words = {word: number for number, word in enumerate(dict.fromkeys(column))}
         if any(isinstance(word, str) for word in words):
             columns[key] = {"words": list(words), "at": [words[word] for word in column]}
         else:

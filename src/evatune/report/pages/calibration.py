@@ -12,7 +12,7 @@ from evatune.calibration.result import Calibration
 from evatune.choices import DEFAULT_SCALE
 from evatune.loading.demo import model_id
 from evatune.ranks.allocation import RankPlan
-from evatune.report.charts import UNKNOWN, HeatCell, heat_map, spectra
+from evatune.report.charts import HeatCell, heat_map, spectra
 from evatune.report.pages.base import (
     Cell,
     Chart,
@@ -23,7 +23,7 @@ from evatune.report.pages.base import (
     number_cell,
     text_cell,
 )
-from evatune.report.summary import LayerRow, layer_rows, totals
+from evatune.report.summary import LayerRow, layer_rows, totals_of, uniform_rank
 from evatune.report.text import (
     LORA_RATE,
     effective,
@@ -107,27 +107,27 @@ def settings_of(calibration: Calibration, settings: Mapping[str, Any]) -> dict[s
 
 def tiles(calibration: Calibration, plan: RankPlan, scale: str | None) -> list[Tile]:
     """Return the figures below the header."""
-    t = totals(calibration, plan)
-    share, of_random = mean_captured(calibration, plan), t["random_mean"]
-    change = t["parameters"] / t["uniform_parameters"] - 1 if t["uniform_parameters"] else 0.0
-    seen = "unseen rows'" if t["captured_mean"] is not None else "the rows'"
-    found = [
+    figures = totals_of(calibration, plan)
+    share, of_random = mean_captured(calibration, plan), figures.random_mean
+    seen = "unseen rows'" if figures.captured_mean is not None else "the rows'"
+    shown = [
         Tile(percent(share), f"of {seen} energy captured, mean over layers"),
         Tile(
             times(share / of_random) if share is not None and of_random else "–",
             f"a random A of the same ranks ({percent(of_random)})",
         ),
-        Tile(percent(t["captured_worst"]), "captured in the worst layer"),
+        Tile(percent(figures.captured_worst), "captured in the worst layer"),
         Tile(
-            f"{t['parameters']:,}", f"trainable parameters, {change:+.1%} against rank {plan.rank}"
+            f"{figures.parameters:,}",
+            f"trainable parameters, {figures.parameter_change:+.1%} against rank {plan.rank}",
         ),
-        Tile(percent(t["estimated_missed"]), "estimated miss against the best directions"),
+        Tile(percent(figures.estimated_missed), "estimated miss against the best directions"),
     ]
-    steps = t["step_ratio"].get(scale)
-    if steps:
-        rate = rate_text(LORA_RATE / steps["median"])
-        found.append(Tile(rate, f"learning rate for LoRA's {rate_text(LORA_RATE)} ({scale})"))
-    return found
+    steps = figures.step_ratio.get(scale or "")
+    if steps is not None:
+        rate = rate_text(LORA_RATE / steps.median)
+        shown.append(Tile(rate, f"learning rate for LoRA's {rate_text(LORA_RATE)} ({scale})"))
+    return shown
 
 
 def charts(calibration: Calibration, plan: RankPlan) -> list[Chart]:
@@ -140,7 +140,7 @@ def charts(calibration: Calibration, plan: RankPlan) -> list[Chart]:
     experts = " Experts of a block share a cell, with their means." if merged else ""
     uniform = f"Uniform LoRA gives {plan.rank} to every layer.{experts}"
     energies = [_energy_cell(calibration, plan, row) for row in rows]
-    found = [
+    shown = [
         Chart(
             "ranks",
             "Rank of each layer",
@@ -160,8 +160,8 @@ def charts(calibration: Calibration, plan: RankPlan) -> list[Chart]:
             " first block (orange) to the last (blue). A dot is where the rank ends; dashed: as"
             " many random directions."
         )
-        found.append(Chart("spectra", "Spectra, cumulative", spectra(calibration, plan), note))
-    return found
+        shown.append(Chart("spectra", "Spectra, cumulative", spectra(calibration, plan), note))
+    return shown
 
 
 def rank_map(calibration: Calibration, plan: RankPlan) -> Spec:
@@ -169,8 +169,8 @@ def rank_map(calibration: Calibration, plan: RankPlan) -> Spec:
     cells = [
         HeatCell(
             row.name,
-            str(row.rank),
-            row.rank - _usual(calibration, plan, row),
+            row.rank,
+            row.rank - uniform_rank(calibration.layers[row.name], plan.rank),
             _layer_facts(row),
         )
         for row in layer_rows(calibration, plan)
@@ -180,8 +180,8 @@ def rank_map(calibration: Calibration, plan: RankPlan) -> Spec:
 
 def _energy_cell(calibration: Calibration, plan: RankPlan, row: LayerRow) -> HeatCell:
     share = row.known
-    text = UNKNOWN if share is None else f"{100 * share:.0f}"
-    return HeatCell(row.name, text, _gained(calibration, plan, row), _layer_facts(row))
+    figure = None if share is None else 100 * share
+    return HeatCell(row.name, figure, _gained(calibration, plan, row), _layer_facts(row))
 
 
 def _layer_facts(row: LayerRow) -> dict[str, Any]:
@@ -257,21 +257,15 @@ def _by_layer(rows: Sequence[LayerRow]) -> Table:
     return Table("layers", f"All {len(rows):,} layers", headings, shown, note, marked)
 
 
-def _usual(calibration: Calibration, plan: RankPlan, row: LayerRow) -> int:
-    """Return the rank that uniform LoRA would give a layer."""
-    cap = calibration.layers[row.name].cap
-    return plan.rank if cap is None else cap
-
-
 def _gained(calibration: Calibration, plan: RankPlan, row: LayerRow) -> float:
     """Return the points of energy that a layer holds more than at the uniform rank."""
     spectrum = calibration.spectra[row.name]
-    usual = _usual(calibration, plan, row)
+    uniform = uniform_rank(calibration.layers[row.name], plan.rank)
     if spectrum.certificate is not None:
-        held = [spectrum.certificate.captured(rank) for rank in (row.rank, usual)]
+        held = [spectrum.certificate.captured(rank) for rank in (row.rank, uniform)]
     else:
         shares = spectrum.explained_variance_ratio
-        held = [float(shares[:rank].sum()) for rank in (row.rank, usual)]
+        held = [float(shares[:rank].sum()) for rank in (row.rank, uniform)]
     return 100 * (held[0] - held[1])
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evatune.finetune.comparison.statistics import DomainComparison, PairedDifference
+from evatune.finetune.comparison.summary import Comparison, MeanStd, MethodSummary
 from evatune.finetune.recipe import REFERENCE, Recipe, all_settings, as_tree
-from evatune.finetune.statistics import DomainComparison, PairedDifference
-from evatune.finetune.summary import Comparison, MeanStd, MethodSummary
 from evatune.report.charts import Curve, Score, curves, scores
 from evatune.report.pages.base import (
     Cell,
@@ -47,15 +47,15 @@ def render(
     """
     best = [line for line in comparison.lines if line.best]
     methods = list(dict.fromkeys(line.method for line in comparison.lines))
-    found = _differences(best, methods)
+    differences = _differences(best, methods)
     page = Page(
         title=_title(methods, list(comparison.targets)),
         facts=_facts(comparison, recipes, methods),
-        verdict=verdict(found, best, failed),
+        verdict=verdict(differences, best, failed),
         command=next_command,
-        tiles=_tiles(comparison, found),
+        tiles=_tiles(comparison, differences),
         charts=_charts(best, methods),
-        tables=_tables(comparison, best, found),
+        tables=_tables(comparison, best, differences),
         notes=[f"Made by: {made_by}", *_targets(comparison), *_MEANING],
         settings=_settings(recipes),
     )
@@ -72,14 +72,15 @@ def _facts(
     comparison: Comparison, recipes: Sequence[Recipe], methods: Sequence[str]
 ) -> dict[str, str]:
     adapters = {
-        adapter_facts(one.adapter.rank, one.adapter.rho, one.adapter.alpha) for one in recipes
+        adapter_facts(recipe.adapter.rank, recipe.adapter.rho, recipe.adapter.alpha)
+        for recipe in recipes
     }
-    models = {model_name(one) for one in recipes}
+    models = {model_name(recipe) for recipe in recipes}
     rates = sorted({line.learning_rate for line in comparison.lines})
     seeds = sorted({seed for line in comparison.lines for seed in line.scores})
     return {
         "model": ", ".join(sorted(models)),
-        "data": ", ".join(f"{one.domain} / {one.task}" for one in recipes[:4])
+        "data": ", ".join(f"{recipe.domain} / {recipe.task}" for recipe in recipes[:4])
         + (" …" if len(recipes) > 4 else ""),
         "methods": ", ".join(methods),
         "r / ρ / α": ", ".join(sorted(adapters)),
@@ -97,19 +98,22 @@ def _differences(best: Sequence[MethodSummary], methods: Sequence[str]) -> Domai
     return compared(values, reference)
 
 
-def verdict(found: DomainComparison | None, best: Sequence[MethodSummary], failed: int) -> str:
+def verdict(
+    differences: DomainComparison | None, best: Sequence[MethodSummary], failed: int
+) -> str:
     """Return who is ahead and whether that is more than scatter, in one sentence."""
     missing = f"; {failed} runs failed" if failed else ""
     if not best:
         return f"No run has ended{missing}."
-    if found is None or not found.methods:
+    if differences is None or not differences.methods:
         return f"There is nothing to compare: no two methods share a seed on every task{missing}."
-    named = [line for line in found.methods if line.method == SUBJECT]
-    line = named[0] if named else max(found.methods, key=lambda line: line.mean)
+    named = [line for line in differences.methods if line.method == SUBJECT]
+    line = named[0] if named else max(differences.methods, key=lambda line: line.mean)
     side = "above" if line.mean >= 0 else "below"
-    text = f"{line.method} is {100 * abs(line.mean):.1f} points {side} {found.reference} in score"
-    if len(found.tasks) > 1:
-        text += f", mean over {len(found.tasks)} tasks"
+    apart = f"{100 * abs(line.mean):.1f} points {side} {differences.reference}"
+    text = f"{line.method} is {apart} in score"
+    if len(differences.tasks) > 1:
+        text += f", mean over {len(differences.tasks)} tasks"
     test = line.fixed_tasks
     if test is None:
         return f"{text}, with one seed: no evidence of a difference{missing}."
@@ -119,21 +123,23 @@ def verdict(found: DomainComparison | None, best: Sequence[MethodSummary], faile
         "loss": "more than the seeds scatter",
     }
     meaning = meanings[test.interval.outcome]
-    if not named and len(found.methods) > 1:  # the interval does not know that it was chosen
-        meaning += f"; as the best of {len(found.methods)}, p = {line.fixed_tasks_holm:.2g} by Holm"
+    if not named and len(differences.methods) > 1:  # the interval does not know that it was chosen
+        meaning += (
+            f"; as the best of {len(differences.methods)}, p = {line.fixed_tasks_holm:.2g} by Holm"
+        )
     return f"{text}, 95 % interval {interval_text(test).strip()}: {meaning}{missing}."
 
 
-def _tiles(comparison: Comparison, found: DomainComparison | None) -> list[Tile]:
+def _tiles(comparison: Comparison, differences: DomainComparison | None) -> list[Tile]:
     averages = comparison.averages()
     order = sorted(averages, key=lambda name: -averages[name])
     tiles = [Tile(f"{averages[name]:.3f}", f"score of {name}, mean") for name in order[:6]]
-    if found is not None:
-        line = next((one for one in found.methods if one.method == SUBJECT), None)
+    if differences is not None:
+        line = next((line for line in differences.methods if line.method == SUBJECT), None)
         if line is not None and line.wins + line.ties + line.losses:  # none of a single seed
             counts = f"{line.wins} / {line.ties} / {line.losses}"
             tiles.append(
-                Tile(counts, f"tasks {SUBJECT} won / tied / lost against {found.reference}")
+                Tile(counts, f"tasks {SUBJECT} won / tied / lost against {differences.reference}")
             )
     return tiles
 
@@ -151,7 +157,7 @@ def _charts(best: Sequence[MethodSummary], methods: Sequence[str]) -> list[Chart
         for line in best
         if (known := [(step, score) for step, _, score in line.curve if score is not None])
     ]
-    found = [
+    shown = [
         Chart(
             "scores",
             "Score after training",
@@ -162,24 +168,24 @@ def _charts(best: Sequence[MethodSummary], methods: Sequence[str]) -> list[Chart
     ]
     if any(len(curve.points) > 1 for curve in of_score):
         note = "Mean over seeds."
-        found.append(Chart("score", "Score while training", curves(of_score, "", methods), note))
-    return found
+        shown.append(Chart("score", "Score while training", curves(of_score, "", methods), note))
+    return shown
 
 
 def _tables(
-    comparison: Comparison, best: Sequence[MethodSummary], found: DomainComparison | None
+    comparison: Comparison, best: Sequence[MethodSummary], differences: DomainComparison | None
 ) -> list[Table]:
     tables = [Table("methods", "Methods", _HEADINGS, list(map(_row, best)), folded=False)]
-    if found is not None:
+    if differences is not None:
         headings = (
             "task",
             "method",
-            f"less {found.reference}",
+            f"less {differences.reference}",
             "95 % interval",
             "seeds",
             "outcome",
         )
-        rows = list(map(_difference_row, found.paired))
+        rows = list(map(_difference_row, differences.paired))
         tables.append(Table("differences", "Differences, paired by seed", headings, rows))
     if len(comparison.lines) > len(best):
         note = "The best rate of a method is that of the smallest mean loss on validation examples."
@@ -209,14 +215,14 @@ def _mean_cell(value: MeanStd | None, form: str) -> Cell:
     return number_cell(None if value is None else value.mean, form)
 
 
-def _difference_row(one: PairedDifference) -> list[Cell]:
+def _difference_row(line: PairedDifference) -> list[Cell]:
     return [
-        text_cell(one.task),
-        text_cell(one.method),
-        Cell(one.mean, f"{signed(one.mean)} points"),
-        text_cell(interval_text(one.test).strip() or "–"),
-        number_cell(len(one.seeds), "d"),
-        text_cell(one.outcome or "unknown (one seed)"),
+        text_cell(line.task),
+        text_cell(line.method),
+        Cell(line.mean, f"{signed(line.mean)} points"),
+        text_cell(interval_text(line.test).strip() or "–"),
+        number_cell(len(line.seeds), "d"),
+        text_cell(line.outcome or "unknown (one seed)"),
     ]
 
 

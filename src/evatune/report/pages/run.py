@@ -52,7 +52,7 @@ _PLOTS: tuple[tuple[str, str, dict[str, str], float], ...] = (
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run has written.
+    """The result and the metrics that a run has written.
 
     Attributes:
         name: of its method, and of its learning rate where that tells it from another run.
@@ -165,7 +165,7 @@ def _command(recipe: Recipe, folder: Path, reference: FinishedRun | None) -> str
 
 def _tiles(run: FinishedRun) -> list[Tile]:
     result = run.result
-    found = [
+    tiles = [
         Tile(f"{result['score']:.3f}", result["score_name"]),
         Tile(f"{result['eval_loss']:.3f}", "evaluation loss"),
         Tile(f"{result['trainable_parameters']:,}", "trainable parameters"),
@@ -174,13 +174,13 @@ def _tiles(run: FinishedRun) -> list[Tile]:
         Tile(f"{result['peak_memory_bytes'] / _MEGABYTE:,.0f} MB", "peak memory"),
     ]
     if result["first_gradient_b"] is not None:
-        found.append(Tile(f"{result['first_gradient_b']:.3g}", "gradient norm of B at step 1"))
-    return found
+        tiles.append(Tile(f"{result['first_gradient_b']:.3g}", "gradient norm of B at step 1"))
+    return tiles
 
 
 def charts(runs: Sequence[FinishedRun]) -> list[Chart]:
     """Return curves of one or several runs over their steps; without empty ones."""
-    found = []
+    shown = []
     for title, name, keys, unit in _PLOTS:
         lines = [
             Curve(run.name + suffix, points)
@@ -191,8 +191,8 @@ def charts(runs: Sequence[FinishedRun]) -> list[Chart]:
         if lines:
             names = [line.method for line in lines]
             spec = curves(lines, "", names, log=name == "gradients")
-            found.append(Chart(name, title, spec))
-    return found
+            shown.append(Chart(name, title, spec))
+    return shown
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], key: str, unit: float) -> list[tuple[int, float]]:

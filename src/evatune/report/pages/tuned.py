@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import stdev
 
+from evatune.finetune.comparison.tuned_summary import Cell, Group, TunedSummary
 from evatune.finetune.recipe import REFERENCE
-from evatune.finetune.tuned import Cell, Group, TunedSummary
 from evatune.report.charts import Curve, Score, curves, scores
 from evatune.report.pages.base import Chart, Page, Table, Tile, document, text_cell
 from evatune.report.tuned import (
@@ -33,15 +33,15 @@ def render(summary: TunedSummary, made_by: str) -> str:
     """
     condition = min((group.condition for group in summary.groups), default="")
     groups = [group for group in summary.groups if group.condition == condition]
-    found = verdicts(groups)
+    answers = verdicts(groups)
     page = Page(
         title=f"{len(summary.methods)} methods at tuned learning rates",
         facts=_facts(summary, condition),
-        verdict=_verdict(found),
+        verdict=_verdict(answers),
         command=_command(groups),
-        tiles=[Tile(one.outcome, one.claim) for one in found[:_FEW]],
+        tiles=[Tile(answer.outcome, answer.claim) for answer in answers[:_FEW]],
         charts=_charts(groups, summary.methods),
-        tables=_tables(summary, found),
+        tables=_tables(summary, answers),
         notes=[*_paragraphs(summary), LEGEND],
         settings={"made by": made_by},
     )
@@ -62,10 +62,10 @@ def _facts(summary: TunedSummary, condition: str) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def _verdict(found: Sequence[Verdict]) -> str:
+def _verdict(answers: Sequence[Verdict]) -> str:
     """Return the answer to whether the score is higher, which is what a reader came for."""
-    one = next(verdict for verdict in found if verdict.claim.startswith("Higher"))
-    return f"{one.outcome.capitalize()}: {one.text}"
+    higher = next(answer for answer in answers if answer.claim.startswith("Higher"))
+    return f"{higher.outcome.capitalize()}: {higher.text}"
 
 
 def _command(groups: Sequence[Group]) -> str:
@@ -75,18 +75,18 @@ def _command(groups: Sequence[Group]) -> str:
 
 
 def _charts(groups: Sequence[Group], methods: Sequence[str]) -> list[Chart]:
-    placed = [(_place(group, cell, groups), cell) for group in groups for cell in group.cells]
+    named = [(_panel(group, cell, groups), cell) for group in groups for cell in group.cells]
     points = [
-        Score(place, cell.method, cell.score, _deviation(cell.scores))
-        for place, cell in placed
+        Score(panel, cell.method, cell.score, _deviation(cell.scores))
+        for panel, cell in named
         if cell.score is not None
     ]
-    found = []
+    shown = []
     if points:
         note = (
             "Each method at its tuned rate; the line is a standard deviation over seeds each way."
         )
-        found.append(Chart("scores", "Test score", scores(points, methods), note))
+        shown.append(Chart("scores", "Test score", scores(points, methods), note))
     parts: tuple[tuple[str, str, Callable[[Cell], list[tuple[int, float]]]], ...] = (
         ("loss", "Validation loss", lambda cell: [(step, loss) for step, loss, _ in cell.curve]),
         (
@@ -96,14 +96,15 @@ def _charts(groups: Sequence[Group], methods: Sequence[str]) -> list[Chart]:
         ),
     )
     for name, title, points_of in parts:
-        lines = [Curve(cell.method, points_of(cell), place) for place, cell in placed]
+        lines = [Curve(cell.method, points_of(cell), panel) for panel, cell in named]
         if any(len(line.points) > 1 for line in lines):
             spec = curves(lines, "", methods)
-            found.append(Chart(name, title, spec, "Mean over test seeds, at the tuned rates."))
-    return found
+            shown.append(Chart(name, title, spec, "Mean over test seeds, at the tuned rates."))
+    return shown
 
 
-def _place(group: Group, cell: Cell, groups: Sequence[Group]) -> str:
+def _panel(group: Group, cell: Cell, groups: Sequence[Group]) -> str:
+    """Return the name of the panel of a cell's task."""
     return cell.task if len(groups) == 1 else f"{group.domain} / {cell.task}"
 
 
@@ -112,8 +113,11 @@ def _deviation(values: Mapping[int, float | None]) -> float | None:
     return stdev(known) if len(known) > 1 else None
 
 
-def _tables(summary: TunedSummary, found: Sequence[Verdict]) -> list[Table]:
-    claims = [[text_cell(one.claim), text_cell(one.outcome), text_cell(one.text)] for one in found]
+def _tables(summary: TunedSummary, answers: Sequence[Verdict]) -> list[Table]:
+    claims = [
+        [text_cell(answer.claim), text_cell(answer.outcome), text_cell(answer.text)]
+        for answer in answers
+    ]
     tables = [Table("verdicts", "Verdicts", ["claim", "outcome", "why"], claims, folded=False)]
     for number, group in enumerate(summary.groups, start=1):
         name = " ".join(filter(None, (group.domain, group.condition)))

@@ -13,10 +13,10 @@ import transformers
 from peft import PeftModel
 
 from evatune.errors import ConfigError, EvatuneError, MissingExtraError
-from evatune.finetune.compare import grid
+from evatune.finetune.comparison.grid import grid
+from evatune.finetune.comparison.summary import summarize
 from evatune.finetune.metrics import read_metrics
 from evatune.finetune.run import run
-from evatune.finetune.summary import summarize
 from evatune.finetune.tasks import rl
 from tests.finetune.helpers import batch_of
 from tests.finetune.helpers import small_rl as small

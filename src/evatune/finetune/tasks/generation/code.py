@@ -87,7 +87,9 @@ def _function_pair(node: ast.AST, lines: list[str]) -> Pair | None:
     if not docstring:
         return None
     # Not ast.get_source_segment, which splits the whole text each time.
-    first, *others = ["\n".join(lines[one.lineno - 1 : one.end_lineno]) for one in node.body[1:]]
+    first, *others = [
+        "\n".join(lines[statement.lineno - 1 : statement.end_lineno]) for statement in node.body[1:]
+    ]
     body = textwrap.dedent(first)
     for statement in others:
         if len(body) + len(statement) > _LONGEST:

@@ -86,12 +86,12 @@ def prepare(recipe: Recipe, most: int | None = None) -> Task:
 
 def _of_question_sets(recipe: Recipe, most: int | None) -> Task:
     """Return the task of eight sets of questions, scored by the mean over their accuracies."""
-    found = question_sets.question_sets(recipe.data).first(most)
+    sets = question_sets.question_sets(recipe.data).first(most)
     model, tokenizer = load_model(recipe)
     longest, size = recipe.data.max_length, recipe.evaluation_batch
 
     def shares(model: Any, part: Part, _: Path) -> dict[str, float]:
-        parts = {"all": found.validation} if part == "validation" else found.tests
+        parts = {"all": sets.validation} if part == "validation" else sets.tests
         return _with_mean(
             {
                 name: share_chosen(model, tokenizer, pairs, longest, size)
@@ -100,7 +100,7 @@ def _of_question_sets(recipe: Recipe, most: int | None) -> Task:
         )
 
     name = "accuracy, mean over eight sets"
-    task = _of_hub_sets(found, model, tokenizer, longest)
+    task = _of_hub_sets(sets, model, tokenizer, longest)
     return replace(task, metric=measures, evaluate=shares, score_name=name)
 
 
@@ -110,7 +110,7 @@ def _of_mathematics(recipe: Recipe, most: int | None) -> Task:
     Validation is scored by how likely its answers are.
     """
     require("eval", "the test of mathematics")
-    found = mathematics.mathematics(recipe.data).first(most)
+    sets = mathematics.mathematics(recipe.data).first(most)
     model, tokenizer = load_model(recipe)
     size = recipe.evaluation_batch
 
@@ -122,19 +122,19 @@ def _of_mathematics(recipe: Recipe, most: int | None) -> Task:
                 name: mathematics.share_solved(
                     model, tokenizer, problems, size, folder / f"answers-{name}.jsonl"
                 )
-                for name, problems in found.tests.items()
+                for name, problems in sets.tests.items()
             }
         )
 
     name = "mean share of GSM8K and of MATH solved"
-    task = _of_hub_sets(found, model, tokenizer, recipe.data.max_length)
+    task = _of_hub_sets(sets, model, tokenizer, recipe.data.max_length)
     return replace(task, evaluate=shares, score_name=name)
 
 
-def _of_hub_sets(found: HubSets, model: Any, tokenizer: Any, longest: int) -> Task:
+def _of_hub_sets(sets: HubSets, model: Any, tokenizer: Any, longest: int) -> Task:
     """Return the task of several tests, each still to be scored."""
-    tested = [pair for pairs in found.tests.values() for pair in pairs]
-    pairs = Split(found.train, found.validation, tested)
+    tested = [pair for pairs in sets.tests.values() for pair in pairs]
+    pairs = Split(sets.train, sets.validation, tested)
     return _task(model, tokenizer, _encoded(pairs, tokenizer, longest))
 
 
@@ -146,7 +146,7 @@ def _with_mean(shares: dict[str, float]) -> dict[str, float]:
 def _encoded(pairs: Split[list[Pair]], tokenizer: Any, longest: int) -> Split[list[Row]]:
     """Return the tokens of prompts and answers."""
     return pairs.map(
-        lambda part: [encode_answer(tokenizer, one.prompt, one.answer, longest) for one in part]
+        lambda part: [encode_answer(tokenizer, pair.prompt, pair.answer, longest) for pair in part]
     )
 
 
@@ -280,7 +280,8 @@ def _user_records(recipe: Recipe) -> Split[Records]:
 def _sources(recipe: Recipe) -> list[DataSource]:
     data = recipe.data
     if recipe.task == question_sets.TASK:
-        return set_sources(data, [(one.source, one.subset) for one in question_sets.SETS.values()])
+        sets = question_sets.SETS.values()
+        return set_sources(data, [(each.source, each.subset) for each in sets])
     if recipe.task == mathematics.TASK:
         return set_sources(data, mathematics.SETS)
     if data.source is None and recipe.task == reviews.TASK.name:

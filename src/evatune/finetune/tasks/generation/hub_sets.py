@@ -22,7 +22,7 @@ _Read = TypeVar("_Read")
 
 @dataclass(frozen=True)
 class HubSets:
-    """What is learned and validated on, and the questions of each test by its name."""
+    """Questions to train and to validate on, and those of each test by its name."""
 
     train: list[Pair]
     validation: list[Pair]
@@ -41,7 +41,7 @@ def set_sources(data: DataOptions, sets: Iterable[tuple[str, str | None]]) -> li
     subsets: dict[str, list[str | None]] = {}
     for name, subset in sets:
         subsets.setdefault(name, []).append(subset)
-    return [DataSource(name, tuple(some)) for name, some in subsets.items()]
+    return [DataSource(name, tuple(of_source)) for name, of_source in subsets.items()]
 
 
 def drawn_sets(
@@ -93,13 +93,13 @@ def read_rows(
             )
     with reading(source, "data", _INSTEAD):
         rows = load_split(source, split, subset)
-    found = []
+    problems = []
     for number, row in enumerate(rows):
         try:
-            found.append(read(row))
+            problems.append(read(row))
         except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
             raise DataError(
                 f"row {number} of {source!r}, split {split!r}, is no question with its right"
                 f" answer ({type(error).__name__}: {error}); get the data set anew"
             ) from error
-    return found
+    return problems

@@ -55,8 +55,8 @@ def mathematics(data: DataOptions) -> HubSets:
         "gsm8k": read_rows(data, *_WORD_PROBLEMS, "test", _word_problem),
         "math": [
             problem
-            for place in _COMPETITIONS
-            for problem in read_rows(data, *place, "test", _competition_problem)
+            for location in _COMPETITIONS
+            for problem in read_rows(data, *location, "test", _competition_problem)
         ],
     }
     return drawn_sets(data, learned, tests, TASK)
@@ -101,10 +101,10 @@ def share_solved(model: Any, tokenizer: Any, problems: list[Pair], size: int, fi
     solved = 0
     with atomic_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for start in range(0, len(problems), size):
-            some = problems[start : start + size]
-            prompts = [prompt_tokens(tokenizer, problem.prompt) for problem in some]
+            chunk = problems[start : start + size]
+            prompts = [prompt_tokens(tokenizer, problem.prompt) for problem in chunk]
             texts = written(model, tokenizer, prompts, NEW_TOKENS)
-            for problem, text in zip(some, texts, strict=True):
+            for problem, text in zip(chunk, texts, strict=True):
                 right = is_right(text, problem.answer)
                 solved += right
                 fields = {"prompt": problem.prompt, "written": text}

@@ -111,7 +111,15 @@ def question_sets(data: DataOptions) -> HubSets:
     """
     learned: list[Pair] = []
     tests: dict[str, list[Pair]] = {}
-    for name, one in SETS.items():
-        learned += read_rows(data, one.source, one.subset, "train", one.pair)
-        tests[name] = read_rows(data, one.source, one.subset, one.tested_on, one.pair)
+    for name, question_set in SETS.items():
+        learned += read_rows(
+            data, question_set.source, question_set.subset, "train", question_set.pair
+        )
+        tests[name] = read_rows(
+            data,
+            question_set.source,
+            question_set.subset,
+            question_set.tested_on,
+            question_set.pair,
+        )
     return drawn_sets(data, learned, tests, TASK)

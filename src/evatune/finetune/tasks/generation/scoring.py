@@ -10,8 +10,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from evatune.choices import IGNORED
 from evatune.finetune.tasks.generation.base import Pair
-from evatune.loading.encoding import IGNORED, encode_answer
+from evatune.loading.encoding import encode_answer
 
 _LARGEST_LOSS = 100.0  # of a run that diverged; its exponential is still a number
 
@@ -27,10 +28,10 @@ def token_losses(logits: Any, labels: Tensor) -> Tensor:
     counted = labels[:, 1:] != IGNORED
     scores = logits[:, :-1][counted].float()  # prompts and padding are most of a batch
     targets = labels[:, 1:][counted]
-    found: Tensor = scores.new_zeros(*labels.shape, 2)
+    scored: Tensor = scores.new_zeros(*labels.shape, 2)
     losses = torch.nn.functional.cross_entropy(scores, targets, reduction="none")
-    found[:, 1:][counted] = torch.stack([losses, (scores.argmax(-1) == targets).float()], dim=-1)
-    return found
+    scored[:, 1:][counted] = torch.stack([losses, (scores.argmax(-1) == targets).float()], dim=-1)
+    return scored
 
 
 def measures(prediction: Any) -> dict[str, float]:
@@ -83,9 +84,9 @@ def share_chosen(
     collate = transformers.DataCollatorForSeq2Seq(tokenizer)
     best: dict[int, tuple[float, str]] = {}
     for start in range(0, len(candidates), size):
-        some = candidates[start : start + size]
-        batch = collate([dict(encoded) for _, _, encoded in some]).to(model.device)
-        for (number, choice, _), loss in zip(some, _answer_losses(model, batch), strict=True):
+        chunk = candidates[start : start + size]
+        batch = collate([dict(encoded) for _, _, encoded in chunk]).to(model.device)
+        for (number, choice, _), loss in zip(chunk, _answer_losses(model, batch), strict=True):
             best[number] = min(best.get(number, (math.inf, "")), (loss, choice))
     right = [best[number][1] == pair.answer for number, pair in enumerate(pairs)]
     return sum(right) / len(right)

@@ -42,13 +42,13 @@ def written(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    found = model.generate(
+    tokens = model.generate(
         input_ids=torch.tensor(filled, dtype=torch.int64, device=model.device),
         attention_mask=torch.tensor(mask, dtype=torch.int64, device=model.device),
         generation_config=options,
         stopping_criteria=[_Stop(tokenizer, longest, stop_words)] if stop_words else None,
     )
-    texts: list[str] = tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
+    texts: list[str] = tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)
     return texts
 
 

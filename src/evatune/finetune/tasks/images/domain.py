@@ -225,13 +225,13 @@ def _processed(drawn: _Drawn) -> _Process:
 
 def _vtab_images(recipe: Recipe) -> tuple[_Labeled, Split[list[int]]]:
     """Return the images of one of VTAB's tasks, and which are in which part."""
-    found = vtab_images(recipe.task, recipe.data)
+    images = vtab_images(recipe.task, recipe.data)
 
     def picture(index: int) -> Image.Image:
-        with Image.open(found.files[index]) as opened:
+        with Image.open(images.files[index]) as opened:
             return opened.convert("RGB")
 
-    return _Labeled(picture, found.labels, VTAB[recipe.task].classes), found.parts
+    return _Labeled(picture, images.labels, VTAB[recipe.task].classes), images.parts
 
 
 def _user_images(recipe: Recipe) -> tuple[_Labeled, Split[list[int]], str]:

@@ -198,10 +198,10 @@ def _download(source: str) -> Path:
     instead = f"the folder {_TOP} of the bundle, or the file {ARCHIVE}"
     with reading(source, "VTAB-1K", instead):
         try:
-            found = huggingface_hub.hf_hub_download(source, ARCHIVE, repo_type="dataset")
+            path = huggingface_hub.hf_hub_download(source, ARCHIVE, repo_type="dataset")
         except HfHubHTTPError:
-            found = huggingface_hub.hf_hub_download(source, ARCHIVE)
-    return Path(found)
+            path = huggingface_hub.hf_hub_download(source, ARCHIVE)
+    return Path(path)
 
 
 def _extracted(archive: Path, name: str) -> Path:
@@ -223,11 +223,13 @@ def _extract_task(archive: Path, name: str, target: Path) -> None:
     try:
         with zipfile.ZipFile(archive) as opened:
             everything = opened.infolist()
-            members = [one for one in everything if name in PurePosixPath(one.filename).parts]
-            for one in members:
-                if not stays_below(one.filename) or stat.S_ISLNK(one.external_attr >> 16):
+            members = [
+                member for member in everything if name in PurePosixPath(member.filename).parts
+            ]
+            for member in members:
+                if not stays_below(member.filename) or stat.S_ISLNK(member.external_attr >> 16):
                     raise DataError(
-                        f"{str(archive)!r} holds {one.filename[:80]!r}, which leads out of its"
+                        f"{str(archive)!r} holds {member.filename[:80]!r}, which leads out of its"
                         " folder; get the bundle from elsewhere"
                     )
             if not members:
@@ -244,12 +246,12 @@ def _extract(
     opened: zipfile.ZipFile, members: list[zipfile.ZipInfo], name: str, folder: Path
 ) -> None:
     """Write the members of a task's folder below another one."""
-    for one in members:
-        parts = PurePosixPath(one.filename).parts
+    for member in members:
+        parts = PurePosixPath(member.filename).parts
         below = folder.joinpath(*parts[parts.index(name) + 1 :])
-        if one.is_dir():
+        if member.is_dir():
             below.mkdir(parents=True, exist_ok=True)
             continue
         below.parent.mkdir(parents=True, exist_ok=True)
-        with opened.open(one) as content, below.open("wb") as file:
+        with opened.open(member) as content, below.open("wb") as file:
             shutil.copyfileobj(content, file)

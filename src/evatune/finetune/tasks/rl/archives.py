@@ -112,8 +112,12 @@ def recorded(task: str, data: DataOptions, tasks: int) -> Split[dict[str, Tensor
 def _joined(episodes: Sequence[_Episode], best: float) -> dict[str, Tensor]:
     lengths = [len(episode.states) for episode in episodes]
     shares = [min(max(episode.total / best, 0.0), 1.0) for episode in episodes]
-    states = np.concatenate([np.empty((0, STATES), "f4"), *(one.states for one in episodes)])
-    actions = np.concatenate([np.empty((0, ACTIONS), "f4"), *(one.actions for one in episodes)])
+    states = np.concatenate(
+        [np.empty((0, STATES), "f4"), *(episode.states for episode in episodes)]
+    )
+    actions = np.concatenate(
+        [np.empty((0, ACTIONS), "f4"), *(episode.actions for episode in episodes)]
+    )
     returns = np.repeat(np.array(shares, "f4"), np.array(lengths, int))
     return {
         "states": torch.from_numpy(states),
@@ -252,16 +256,16 @@ class _Table:
             states = arrays.rows("observations", STATES, _MOST_STEPS, bounds)
             actions = arrays.rows("actions", ACTIONS, _MOST_STEPS, bounds)
             rewards = arrays.rows("rewards", 1, _MOST_STEPS, bounds)
-        for place, number in enumerate(numbers):
-            yield number, _Episode(states[place], actions[place], float(rewards[place].sum()))
+        for index, number in enumerate(numbers):
+            yield number, _Episode(states[index], actions[index], float(rewards[index].sum()))
 
 
 def _episodes_of(names: Sequence[str], path: Path) -> list[str]:
     """Return the names that are files of episodes; DataError where there are none."""
-    found = [name for name in names if name.endswith(_ARRAYS)]
+    arrays = [name for name in names if name.endswith(_ARRAYS)]
     others = [name for name in names if name.endswith(_OTHERS)]
-    if found:
-        return found
+    if arrays:
+        return arrays
     if others:
         raise DataError(
             f"{str(path)!r} holds episodes such as {others[0]!r}, and {_ARRAYS} alone is read here;"

@@ -59,13 +59,13 @@ def demonstrations(task: str, purpose: int, count: int) -> dict[str, Tensor]:
 def _successful_episodes(
     library: Any, task: str, purpose: int, count: int, progress: Display
 ) -> list[Steps]:
-    found: list[Steps] = []
+    episodes: list[Steps] = []
     number = 0
     with closing(Simulator(task)) as simulator:
-        while len(found) < count:
+        while len(episodes) < count:
             if number > 10 * count + 100:
                 raise DataError(
-                    f"the expert of task {task!r} succeeds too seldom: {len(found)} of {number}"
+                    f"the expert of task {task!r} succeeds too seldom: {len(episodes)} of {number}"
                     " episodes"
                 )
             seed = seed_for(purpose, number)
@@ -73,9 +73,9 @@ def _successful_episodes(
             steps = _expert_steps(policy, simulator.episode(seed), np.random.default_rng(seed))
             number += 1
             if steps is not None:
-                found.append(steps)
-            progress.update(len(found), count)
-    return found
+                episodes.append(steps)
+            progress.update(len(episodes), count)
+    return episodes
 
 
 def _expert_steps(policy: Any, episode: Episode, noise: np.random.Generator) -> Steps | None:

@@ -116,7 +116,7 @@ def _episodes(tasks: Sequence[str], data: DataOptions) -> Split[Episodes]:
 
     def joined(name: str) -> Episodes:
         of_tasks = [vars(part)[name] for part in parts]
-        return {key: torch.cat([one[key] for one in of_tasks]) for key in of_tasks[0]}
+        return {key: torch.cat([of_task[key] for of_task in of_tasks]) for key in of_tasks[0]}
 
     return Split(joined("train"), joined("validation"), joined("test"))
 

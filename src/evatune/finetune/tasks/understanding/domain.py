@@ -209,13 +209,13 @@ def _grammar_examples(recipe: Recipe) -> tuple[Split[_Labeled], int]:
     parts = _grammar_sentences(recipe.task)
 
     def first(part: str, count: int) -> _Labeled:
-        found = parts[part]
-        if count > len(found.texts):
+        examples = parts[part]
+        if count > len(examples.texts):
             raise ConfigError(
-                f"data.{part} is {count}, but task {recipe.task!r} has {len(found.texts)} such"
+                f"data.{part} is {count}, but task {recipe.task!r} has {len(examples.texts)} such"
                 " examples; lower it"
             )
-        return _Labeled([(text,) for text in found.texts[:count]], found.labels[:count])
+        return _Labeled([(text,) for text in examples.texts[:count]], examples.labels[:count])
 
     split = Split(
         first("train", data.train),

@@ -25,20 +25,20 @@ _Rivals = Mapping[str, list[str]]
 
 def _rivals(*groups: str) -> dict[str, list[str]]:
     """Return for each word the others of its groups."""
-    found: dict[str, list[str]] = defaultdict(list)
+    others_of: dict[str, list[str]] = defaultdict(list)
     for group in groups:
         words = group.split("/")
         for word in words:
-            found[word] += [other for other in words if other != word]
-    return dict(found)
+            others_of[word] += [other for other in words if other != word]
+    return dict(others_of)
 
 
 def _union(tables: Iterable[_Rivals]) -> _Rivals:
-    found: dict[str, list[str]] = defaultdict(list)
+    others_of: dict[str, list[str]] = defaultdict(list)
     for table in tables:
         for word, others in table.items():
-            found[word] += others
-    return dict(found)
+            others_of[word] += others
+    return dict(others_of)
 
 
 def _plurals(nouns: str) -> Iterator[str]:
@@ -130,7 +130,7 @@ PAIR = "pair"
 """The task whose windows all hold errors of two kinds, and whose classes are the pairs of kinds."""
 TASKS = (*ERRORS, KIND, ANY, PAIR)
 CLASSES = dict.fromkeys(TASKS, 2) | {KIND: len(ERRORS), PAIR: comb(len(ERRORS), 2)}
-"""How many classes a task has."""
+"""The number of classes of a task."""
 
 
 @dataclass(frozen=True)
@@ -192,13 +192,13 @@ def _judged(
     table: _Rivals, errors: int, windows: list[list[str]], draw: random.Random
 ) -> Sentences:
     """Return windows with so many words that can be replaced; by chance they are, or are not."""
-    found = Sentences([], [])
+    sentences = Sentences([], [])
     for window in windows:
-        if len(_places(window, table)) >= errors:
+        if len(_positions(window, table)) >= errors:
             label = draw.randrange(2)
-            found.texts.append(" ".join(_spoiled(window, table, label * errors, draw)))
-            found.labels.append(label)
-    return found
+            sentences.texts.append(" ".join(_spoiled(window, table, label * errors, draw)))
+            sentences.labels.append(label)
+    return sentences
 
 
 def _kinds(count: int, windows: list[list[str]], draw: random.Random) -> Sentences:
@@ -206,7 +206,7 @@ def _kinds(count: int, windows: list[list[str]], draw: random.Random) -> Sentenc
 
     Only windows that three classes or more are possible in; they get the rarest of these.
     """
-    found = Sentences([], [])
+    sentences = Sentences([], [])
     classes = list(combinations(ERRORS.values(), count))
     counts = [0] * len(classes)
     for window in windows:
@@ -217,27 +217,27 @@ def _kinds(count: int, windows: list[list[str]], draw: random.Random) -> Sentenc
             words = window
             for table in classes[label]:
                 words = _spoiled(words, table, 1, draw)
-            found.texts.append(" ".join(words))
-            found.labels.append(label)
-    return found
+            sentences.texts.append(" ".join(words))
+            sentences.labels.append(label)
+    return sentences
 
 
 def _can_hold(window: list[str], tables: Iterable[_Rivals]) -> bool:
     """Return whether each table can replace a word, and none the word of another."""
-    places = [set(_places(window, table)) for table in tables]
-    return all(places) and len(set.union(*places)) == sum(map(len, places))
+    positions = [set(_positions(window, table)) for table in tables]
+    return all(positions) and len(set.union(*positions)) == sum(map(len, positions))
 
 
-def _places(window: list[str], table: _Rivals) -> list[int]:
+def _positions(window: list[str], table: _Rivals) -> list[int]:
     """Return where a window has a word that the table can replace."""
-    return [place for place in range(_FIRST, len(window)) if window[place] in table]
+    return [position for position in range(_FIRST, len(window)) if window[position] in table]
 
 
 def _spoiled(window: list[str], table: _Rivals, count: int, draw: random.Random) -> list[str]:
     """Return the window with so many words replaced."""
-    words, places = list(window), _places(window, table)
+    words, positions = list(window), _positions(window, table)
     for _ in range(count):
-        place = draw.choice(places)
-        places.remove(place)
-        words[place] = draw.choice(table[window[place]])
+        position = draw.choice(positions)
+        positions.remove(position)
+        words[position] = draw.choice(table[window[position]])
     return words

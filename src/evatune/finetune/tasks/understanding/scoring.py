@@ -25,22 +25,22 @@ def class_measures(prediction: Any, metric: str) -> dict[str, float]:
     Args:
         prediction: Trainer's, with logits (n, classes) and labels (n,). metric: their names.
     """
-    found, labels = prediction.predictions.argmax(-1), prediction.label_ids
-    measured = {"accuracy": float((found == labels).mean())}
+    predicted, labels = prediction.predictions.argmax(-1), prediction.label_ids
+    measured = {"accuracy": float((predicted == labels).mean())}
     if prediction.predictions.shape[-1] == 2:
-        hits = 2 * int((found & labels).sum())
-        either = int(found.sum() + labels.sum())
+        hits = 2 * int((predicted & labels).sum())
+        either = int(predicted.sum() + labels.sum())
         measured["f1"] = hits / either if either else 0.0
-        measured["matthews"] = _correlation(pearsonr, found, labels)
+        measured["matthews"] = _correlation(pearsonr, predicted, labels)
     return _scored(measured, metric)
 
 
 def number_measures(prediction: Any, metric: str) -> dict[str, float]:
     """Return Pearson's and Spearman's correlation of predictions (n, 1) and labels, as above."""
-    found, labels = prediction.predictions[:, 0], prediction.label_ids
+    predicted, labels = prediction.predictions[:, 0], prediction.label_ids
     measured = {
-        "pearson": _correlation(pearsonr, found, labels),
-        "spearman": _correlation(spearmanr, found, labels),
+        "pearson": _correlation(pearsonr, predicted, labels),
+        "spearman": _correlation(spearmanr, predicted, labels),
     }
     return _scored(measured, metric)
 
@@ -49,7 +49,7 @@ def _scored(measured: dict[str, float], metric: str) -> dict[str, float]:
     return {"score": measured.pop(metric), **measured}
 
 
-def _correlation(of: Any, found: NDArray[Any], labels: NDArray[Any]) -> float:
-    if np.ptp(found) == 0 or np.ptp(labels) == 0:  # of which scipy warns, and gives NaN
+def _correlation(of: Any, predicted: NDArray[Any], labels: NDArray[Any]) -> float:
+    if np.ptp(predicted) == 0 or np.ptp(labels) == 0:  # of which scipy warns, and gives NaN
         return 0.0
-    return float(of(found, labels).statistic)
+    return float(of(predicted, labels).statistic)

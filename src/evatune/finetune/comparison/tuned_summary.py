@@ -15,9 +15,15 @@ from statistics import fmean, median
 from typing import Any
 
 from evatune.errors import ConfigError
-from evatune.finetune.curves import KnownPoint, Point, convergence, mean_curve
+from evatune.finetune.comparison.curves import (
+    Convergence,
+    KnownPoint,
+    Point,
+    convergence,
+    mean_curve,
+)
+from evatune.finetune.comparison.rate_rule import best_position
 from evatune.finetune.recipe import REFERENCE, all_settings, as_tree, load, ours
-from evatune.finetune.tuning import best_position
 from evatune.schemas.tuned import RunLine
 
 FULL = "full"
@@ -38,7 +44,7 @@ Values = dict[str, dict[str, dict[int, float | None]]]  # task → method → se
 
 @dataclass(frozen=True)
 class Source:
-    """What `evatune train` calls a recipe, and its settings."""
+    """The name of a recipe, as `evatune train` takes it, and its settings."""
 
     name: str
     settings: Mapping[str, Any]  # flat: {"training.steps": 60, …}
@@ -79,10 +85,7 @@ class Cell:
     losses: Mapping[int, float | None]  # on test examples
     curves: Mapping[int, tuple[Point, ...]]  # on validation examples
     steps: int  # of a run
-    to_reference: Mapping[int, float]  # steps to LoRA's final validation loss; infinite: never
-    to_full: Mapping[int, float]  # steps to 90 % of full fine-tuning's improvement
-    sooner: Mapping[int, float]  # share of a run by which it is before LoRA; see `sooner_by`
-    area: Mapping[int, float]  # share of LoRA's improvement that lacks, mean over the steps
+    convergence: Convergence
     parameters: Mapping[int, int]
     init_seconds: float | None  # medians over the runs at this rate
     train_seconds: float | None
@@ -93,8 +96,13 @@ class Cell:
 
     @property
     def inside(self) -> bool:
-        """Whether the chosen rate has worse rates on both sides."""
+        """True if the chosen rate has worse rates on both sides."""
         return self.rate is not None and self.rates[0].rate < self.rate < self.rates[-1].rate
+
+    @property
+    def at_edge(self) -> bool:
+        """True if the chosen rate is the smallest or the largest of several."""
+        return self.rate is not None and len(self.rates) > 1 and not self.inside
 
     @property
     def validation_loss(self) -> float:
@@ -136,17 +144,27 @@ class Group:
     def of(self, method: str) -> list[Cell]:
         return [cell for cell in self.cells if cell.method == method]
 
+    def cells_on(self, task: str) -> list[Cell]:
+        return [cell for cell in self.cells if cell.task == task]
+
     def test_scores(self) -> Values:
         """Return test scores; None where the run diverged."""
         return self._values(lambda cell: dict(cell.scores))
 
     def steps_saved(self) -> Values:
         """Return by which share of a run methods are before LoRA; see `sooner_by`."""
-        return self._values(lambda cell: dict(cell.sooner))
+        return self._values(lambda cell: dict(cell.convergence.sooner))
 
     def area_saved(self) -> Values:
-        """Return the share of LoRA's improvement that is there, mean over the steps."""
-        return self._values(lambda cell: {seed: 1 - area for seed, area in cell.area.items()})
+        """Return each run's mean progress toward LoRA's final validation loss.
+
+        It is a share of LoRA's improvement, and the mean is over the steps.
+        """
+
+        def saved(cell: Cell) -> dict[int, float | None]:
+            return {seed: 1 - area for seed, area in cell.convergence.area.items()}
+
+        return self._values(saved)
 
     def gained_at_lower_rates(self) -> Values:
         """Return what methods gain at rates below LoRA's best, over what LoRA gains at its best.
@@ -224,16 +242,26 @@ def summarize(
     known = own_recipes(lines) if recipes is None else recipes
     placed: dict[tuple[str, str], dict[tuple[str, str], list[_Placed]]] = {}
     for key in sorted({line.key for line in lines}):
-        for one in _placed([line for line in lines if line.key == key], known.get(key)):
-            group = placed.setdefault((key[0], one.condition), {})
-            group.setdefault((key[1], one.method), []).append(one)
-    groups = [_group(*place, cells, known) for place, cells in sorted(placed.items())]
+        domain, task = key
+        of_task = [line for line in lines if line.key == key]
+        for placed_line in _placed(of_task, known.get(key)):
+            group = placed.setdefault((domain, placed_line.condition), {})
+            group.setdefault((task, placed_line.method), []).append(placed_line)
+    groups = [
+        _group(domain, condition, cells, known)
+        for (domain, condition), cells in sorted(placed.items())
+    ]
     return TunedSummary(tuple(groups), len(lines))
+
+
+def base_name(method: str) -> str:
+    """Return a method's name in recipes: that of "eva (rho 1)" is "eva"."""
+    return method.split(" ")[0]
 
 
 def method_order(name: str) -> tuple[int, str]:
     """Return where a method stands among others: references, EVA, competitors, controls."""
-    base = name.split(" ")[0]
+    base = base_name(name)
     return (_ORDER.index(base) if base in _ORDER else len(_ORDER), name)
 
 
@@ -258,32 +286,37 @@ def _placed(lines: Sequence[RunLine], source: Source | None) -> list[_Placed]:
     """Return the lines of a task, each with its method and its conditions."""
     trees = [all_settings(line.tree()) for line in lines]
     base = trees[0] if source is None else source.settings
-    differing = [
-        {key: value for key, value in tree.items() if key in base and base[key] != value}
-        for tree in trees
-    ]
-    shared = [
-        key
-        for key in differing[0]
-        if all(key in other and other[key] == differing[0][key] for other in differing)
-    ]
+    differing = [_differing(tree, base) for tree in trees]
+    shared = _shared(differing)
     placed = []
     for line, overrides in zip(lines, differing, strict=True):
-        own = {
-            key: overrides[key]
-            for key, names in _OF_METHODS.items()
-            if key in overrides and line.method.startswith(names)
+        of_method = {
+            key: overrides[key] for key in _settings_of_method(line.method) if key in overrides
         }
-        rank = overrides.get("adapter.rank")
-        condition = {
-            key: value
-            for key, value in overrides.items()
-            if key not in (*_OF_THE_RUN, *_OF_METHODS, *shared)
-            and not (key == "adapter.alpha" and value == rank)
-        }
-        method = f"{line.method} ({_words(own)})" if own else line.method
+        no_condition = {*_OF_THE_RUN, *_OF_METHODS, *shared}
+        if overrides.get("adapter.alpha") == overrides.get("adapter.rank"):
+            no_condition.add("adapter.alpha")
+        condition = {key: value for key, value in overrides.items() if key not in no_condition}
+        method = f"{line.method} ({_words(of_method)})" if of_method else line.method
         placed.append(_Placed(line, method, _words(condition), overrides))
     return placed
+
+
+def _differing(tree: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that `base` has too, with another value."""
+    return {key: value for key, value in tree.items() if base.get(key, value) != value}
+
+
+def _shared(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys that all have with the same value."""
+    common = set.intersection(*map(set, settings))
+    first = settings[0]
+    return [key for key in common if all(other[key] == first[key] for other in settings)]
+
+
+def _settings_of_method(method: str) -> list[str]:
+    """Return the settings of which each value makes a method of its own of this one."""
+    return [key for key, names in _OF_METHODS.items() if method.startswith(names)]
 
 
 def _words(settings: Mapping[str, Any]) -> str:
@@ -306,21 +339,22 @@ def _group(
     placed: Mapping[tuple[str, str], Sequence[_Placed]],
     recipes: Mapping[tuple[str, str], Source],
 ) -> Group:
-    lines = [one.line for runs in placed.values() for one in runs]
+    lines = [placed_line.line for runs in placed.values() for placed_line in runs]
     for task in {task for task, _ in placed}:
         _require_one_origin([line for line in lines if line.settings.task == task])
     cells = []
     for (task, method), runs in placed.items():
-        goals = {
-            name: _final_runs([one.line for one in placed.get((task, name), [])])[2]
-            for name in (REFERENCE, FULL)
-        }
+        goals = {}
+        for name in (REFERENCE, FULL):
+            to_reach = [placed_line.line for placed_line in placed.get((task, name), [])]
+            _, _, goals[name] = _final_runs(to_reach)
         source = recipes.get((domain, task))
         cells.append(_cell(task, method, runs, goals, source))
-    order = {task: place for place, task in enumerate(dict.fromkeys(task for task, _ in placed))}
-    cells.sort(key=lambda cell: (order[cell.task], method_order(cell.method)))
-    seeds = [sorted({line.seed for line in lines if line.tested is part}) for part in (False, True)]
-    return Group(domain, condition, tuple(cells), tuple(seeds[0]), tuple(seeds[1]))
+    order = list(dict.fromkeys(task for task, _ in placed))
+    cells.sort(key=lambda cell: (order.index(cell.task), method_order(cell.method)))
+    tuning_seeds = sorted({line.seed for line in lines if not line.tested})
+    test_seeds = sorted({line.seed for line in lines if line.tested})
+    return Group(domain, condition, tuple(cells), tuple(tuning_seeds), tuple(test_seeds))
 
 
 def _require_one_origin(lines: Sequence[RunLine]) -> None:
@@ -339,7 +373,7 @@ def _cell(
     goals: Mapping[str, Mapping[int, RunLine]],
     source: Source | None,
 ) -> Cell:
-    lines = [one.line for one in placed]
+    lines = [placed_line.line for placed_line in placed]
     rates, rate, final = _final_runs(lines)
     overlap = {line.seed for line in lines if not line.tested} & set(final)
     if overlap:
@@ -349,7 +383,7 @@ def _cell(
         )
     at_rate = list(final.values()) or [line for line in lines if line.rate == rate]
     first = min(final.values(), key=lambda line: line.seed, default=lines[0])
-    overrides = next(one.overrides for one in placed if one.line is first)
+    overrides = next(other.overrides for other in placed if other.line is first)
     steps = first.settings.training.steps
     return Cell(
         task=task,
@@ -363,7 +397,7 @@ def _cell(
         losses={seed: _test(line, "loss") for seed, line in final.items()},
         curves={seed: line.curve for seed, line in final.items()},
         steps=steps,
-        **convergence(final, goals[REFERENCE], goals[FULL]),
+        convergence=convergence(final, goals[REFERENCE], goals[FULL]),
         parameters={seed: line.parameters for seed, line in final.items()},
         init_seconds=_median(line.init_seconds for line in at_rate),
         train_seconds=_median(line.train_seconds for line in at_rate),
@@ -378,14 +412,17 @@ def _gains_below(cell: Cell, reference: Cell | None) -> dict[int, float | None]:
     if reference is None or not reference.curve:
         return {}
     start, end = reference.curve[0][1], reference.curve[-1][1]
-    rates = [point.rate for point in reference.rates if point.rate < (reference.rate or 0)]
-    losses = [point.losses for point in cell.rates if point.rate in rates[-LOWER_RATES:]]
+    best = reference.rate or 0.0
+    lower = [point.rate for point in reference.rates if point.rate < best][-LOWER_RATES:]
+    losses = [point.losses for point in cell.rates if point.rate in lower]
     if len(losses) < LOWER_RATES or start <= end:
         return {}
     seeds = sorted(set.intersection(*map(set, losses)))
-    return {
-        seed: fmean(max(0.0, start - one[seed]) for one in losses) / (start - end) for seed in seeds
-    }
+    gains: dict[int, float | None] = {}
+    for seed in seeds:
+        gained = fmean(max(0.0, start - by_seed[seed]) for by_seed in losses)
+        gains[seed] = gained / (start - end)
+    return gains
 
 
 def _final_runs(
@@ -405,15 +442,16 @@ def _final_runs(
         for rate, runs in sorted(points.items())
     )
     rate = _chosen(rates)
-    tested = [line for line in lines if line.tested and line.rate == rate]
-    return rates, rate, {line.seed: line for line in sorted(tested, key=lambda line: line.seed)}
+    at_rate = [line for line in lines if line.rate == rate]
+    tested = sorted((line for line in at_rate if line.tested), key=lambda line: line.seed)
+    return rates, rate, {line.seed: line for line in tested}
 
 
 def _chosen(rates: Sequence[RatePoint]) -> float | None:
     """Return the rate that the search chose, or what the first seed would, while it is not done."""
     losses = {
-        (place, seed): loss
-        for place, point in enumerate(rates)
+        (position, seed): loss
+        for position, point in enumerate(rates)
         for seed, loss in point.losses.items()
     }
     counts = Counter(seed for _, seed in losses)
@@ -421,8 +459,8 @@ def _chosen(rates: Sequence[RatePoint]) -> float | None:
     if not seeds:
         return None
     done = any(len(point.losses) == len(seeds) for point in rates)
-    place = best_position(losses, seeds if done else seeds[:1])
-    return None if place is None else rates[place].rate
+    position = best_position(losses, seeds if done else seeds[:1])
+    return None if position is None else rates[position].rate
 
 
 def _test(line: RunLine, name: str) -> float | None:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from evatune.errors import ConfigError, EvatuneError, RecordError
+from evatune.finetune.comparison.ray_workers import run_calls_on_ray
+from evatune.finetune.comparison.run_lines import settings_digest
+from evatune.finetune.comparison.workers import run_calls
 from evatune.finetune.methods import find_method
-from evatune.finetune.ray_workers import run_calls_on_ray
 from evatune.finetune.recipe import Recipe, as_tree, parse
 from evatune.finetune.run_folder import read_result
-from evatune.finetune.run_lines import settings_digest
-from evatune.finetune.workers import run_calls
 
 EXECUTORS = {"process": run_calls, "ray": run_calls_on_ray}
 DIED = "its process died (out of memory?); run the same command again, with fewer --workers"

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evatune.errors import ConfigError
+from evatune.finetune.recipe import REFERENCE
 from evatune.utils.extras import extras
 
 with extras(__name__):
@@ -149,7 +150,7 @@ class DomainComparison:
     ranks: AverageRanks
 
 
-def paired_differences(scores: Scores, reference: str = "lora") -> list[PairedDifference]:
+def paired_differences(scores: Scores, reference: str = REFERENCE) -> list[PairedDifference]:
     """Return the differences to the reference, task by task and method by method.
 
     A t-test and not Wilcoxon's: of five seeds that one's least p-value is 0.06. Methods without a
@@ -234,7 +235,7 @@ def _t_test_from(mean: float, error: float, degrees: float) -> TTest:
     )
 
 
-def compare_domain(scores: Scores, reference: str = "lora", seed: int = 0) -> DomainComparison:
+def compare_domain(scores: Scores, reference: str = REFERENCE, seed: int = 0) -> DomainComparison:
     """Return the comparison of all methods with the reference over the tasks of one domain.
 
     Methods of which a task is missing take no part in averages, ranks and Holm's correction: their
@@ -389,12 +390,12 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
     None stays None and is not counted. SciPy corrects false discovery rates alone.
     """
-    known = [(p_value, place) for place, p_value in enumerate(p_values) if p_value is not None]
+    known = [(p_value, index) for index, p_value in enumerate(p_values) if p_value is not None]
     corrected: list[float | None] = [None] * len(p_values)
     highest = 0.0
-    for position, (p_value, place) in enumerate(sorted(known)):
+    for position, (p_value, index) in enumerate(sorted(known)):
         highest = max(highest, min(1.0, p_value * (len(known) - position)))
-        corrected[place] = highest
+        corrected[index] = highest
     return corrected
 
 

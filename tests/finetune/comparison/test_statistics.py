@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from evatune.errors import ConfigError
-from evatune.finetune.statistics import (
+from evatune.finetune.comparison.statistics import (
     DomainDifference,
     Interval,
     average_ranks,

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from evatune.errors import ConfigError, MissingExtraError
-from evatune.finetune.compare import grid, run_all
+from evatune.finetune.comparison.grid import grid, run_all
+from evatune.finetune.comparison.summary import summarize
 from evatune.finetune.metrics import METRICS
 from evatune.finetune.run import run
 from evatune.finetune.run_folder import RESULT
-from evatune.finetune.summary import summarize
 from tests.finetune.helpers import SMALL, command_line, small
 from tests.processes import FORKS
 

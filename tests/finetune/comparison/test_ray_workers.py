@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from evatune.finetune.compare import grid, run_all
+from evatune.finetune.comparison.grid import grid, run_all
+from evatune.finetune.comparison.summary import summarize
 from evatune.finetune.run import run
-from evatune.finetune.summary import summarize
 from tests.finetune.helpers import small
 
 torch.set_num_threads(1)

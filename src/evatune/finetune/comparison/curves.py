@@ -1,9 +1,10 @@
-"""What is read off the curves of runs: how soon one is where another ends, areas, means."""
+"""Figures read off the curves of runs: how soon one is where another ends, areas, means."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
@@ -17,16 +18,29 @@ Point = tuple[int, float | None, float | None]  # step, validation loss, score
 KnownPoint = tuple[int, float, float | None]  # one whose loss is known
 
 
+@dataclass(frozen=True)
+class Convergence:
+    """The speed of a method's runs beside LoRA's and full fine-tuning's, by seed."""
+
+    to_reference: Mapping[int, float]  # steps to LoRA's final validation loss; infinite: never
+    to_full: Mapping[int, float]  # steps to 90 % of full fine-tuning's improvement
+    sooner: Mapping[int, float]  # share of a run by which it is before LoRA; see `sooner_by`
+    area: Mapping[int, float]  # share of LoRA's improvement that lacks, mean over the steps
+
+
 def convergence(
     runs: Mapping[int, RunLine], references: Mapping[int, RunLine], full: Mapping[int, RunLine]
-) -> dict[str, dict[int, float]]:
-    """Return the fields of a `Cell` that say how soon its runs were, each by seed.
+) -> Convergence:
+    """Return how soon the runs of a method are where others end.
 
     Args:
         runs: of a method, by seed; each is held against the same seed of the others.
         references: LoRA's. full: full fine-tuning's.
     """
-    to_reference, to_full, sooner, area = {}, {}, {}, {}
+    to_reference: dict[int, float] = {}
+    to_full: dict[int, float] = {}
+    sooner: dict[int, float] = {}
+    area: dict[int, float] = {}
     for seed, line in runs.items():
         reference = references.get(seed)
         if reference is not None:
@@ -42,7 +56,7 @@ def convergence(
         if goal is not None:
             start, end = goal
             to_full[seed] = steps_until(line.curve, start - _SHARE_OF_FULL * (start - end))
-    return {"to_reference": to_reference, "to_full": to_full, "sooner": sooner, "area": area}
+    return Convergence(to_reference, to_full, sooner, area)
 
 
 def sooner_by(line: RunLine, reference: RunLine) -> float:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evatune.finetune.compare import Run
-from evatune.finetune.curves import KnownPoint, mean_curve
+from evatune.finetune.comparison.curves import KnownPoint, mean_curve
+from evatune.finetune.comparison.grid import Run
 from evatune.finetune.metrics import read_metrics
 
 Key = tuple[str, str, float]  # task, method, learning rate

@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
-from evatune.finetune.workers import run_calls
+from evatune.finetune.comparison.workers import run_calls
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 # -- what the workers call ---------------------------------------------------------------------
@@ -100,8 +100,8 @@ def require_gone(processes: list[psutil.Process], seconds: float) -> None:
 
 OURS = """
 import sys
-from evatune.finetune.workers import run_calls
-from tests.finetune.test_workers import linger
+from evatune.finetune.comparison.workers import run_calls
+from tests.finetune.comparison.test_workers import linger
 for answer in run_calls(linger, [(sys.argv[1], number) for number in range(4)], 2):
     print(answer)
 """
@@ -158,12 +158,12 @@ def test_a_worker_that_does_not_listen_is_killed(tmp_path: Path) -> None:
 ON_RAY = """
 import sys
 from pathlib import Path
-from evatune.finetune import compare
+from evatune.finetune.comparison import grid
 from evatune.finetune.recipe import load
-from tests.finetune.test_workers import cell
-compare._run_in_worker = cell
-cells = compare.grid([load("images-fonts")], ["lora"], range(4), [], Path(sys.argv[1]))
-compare.run_all(cells, 2, print, "ray")
+from tests.finetune.comparison.test_workers import cell
+grid._run_in_worker = cell
+cells = grid.grid([load("images-fonts")], ["lora"], range(4), [], Path(sys.argv[1]))
+grid.run_all(cells, 2, print, "ray")
 """
 
 

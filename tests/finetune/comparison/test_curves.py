@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from evatune.finetune.curves import convergence, sooner_by, steps_until
+from evatune.finetune.comparison.curves import convergence, sooner_by, steps_until
 from tests.tuned_lines import tuned_lines
 
 
@@ -38,8 +38,8 @@ def test_a_run_that_diverged_has_gained_nothing_and_counts() -> None:
     )
     lost = {seed: line.model_copy(update={"diverged": seed == 10}) for seed, line in eva.items()}
     facts = convergence(lost, lora, {})
-    assert facts["area"].keys() == facts["sooner"].keys() == eva.keys()
-    assert (facts["area"][10], facts["sooner"][10]) == (1, -1)
+    assert facts.area.keys() == facts.sooner.keys() == eva.keys()
+    assert (facts.area[10], facts.sooner[10]) == (1, -1)
     against = convergence(lora, lost, {})
-    assert against["sooner"][10] == 1
-    assert 10 not in against["area"]  # there is no improvement to be a share of
+    assert against.sooner[10] == 1
+    assert 10 not in against.area  # there is no improvement to be a share of

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from evatune.finetune.compare import Run, grid
+from evatune.finetune.comparison.grid import Run, grid
+from evatune.finetune.comparison.summary import MeanStd, summarize
 from evatune.finetune.metrics import METRICS
 from evatune.finetune.recipe import parse
 from evatune.finetune.run_folder import RESULT
-from evatune.finetune.summary import MeanStd, summarize
 
 RESULT_FIELDS: dict[str, Any] = {
     "measures": {},

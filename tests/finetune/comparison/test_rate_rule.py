@@ -7,8 +7,7 @@ import math
 import pytest
 
 from evatune.errors import ConfigError
-from evatune.finetune.tuning import (
-    Choice,
+from evatune.finetune.comparison.rate_rule import (
     Seeds,
     Trial,
     chosen,
@@ -52,12 +51,12 @@ def test_the_grid_grows_until_the_best_rate_lies_inside(best: int) -> None:
     assert {trial.position for trial in trials if trial.tested} == {best}
 
 
-def test_a_best_rate_beyond_all_bounds_is_chosen_at_the_edge_and_called_so() -> None:
+def test_a_best_rate_beyond_all_bounds_is_chosen_at_the_edge() -> None:
     trials = searched(100)
     positions_tried = {trial.position for trial in trials}
     assert len(positions_tried) == 13
     losses = {(t.position, t.seed): abs(t.position - 100.0) for t in trials}
-    assert chosen(losses, SEEDS) == Choice(max(positions_tried), inside=False)
+    assert chosen(losses, SEEDS) == max(positions_tried)
 
 
 def test_rates_that_diverge_are_never_chosen_and_a_search_that_only_diverges_ends() -> None:
@@ -75,14 +74,14 @@ def test_a_grid_that_ends_alike_everywhere_is_no_grid_with_a_best_rate_inside() 
     losses = {(position, 0): loss(position) for position in range(-2, 3)}
     while trials := next_trials(losses, SEEDS):
         losses |= {(trial.position, trial.seed): loss(trial.position) for trial in trials}
-    assert chosen(losses, SEEDS) == Choice(-5, inside=True)
+    assert chosen(losses, SEEDS) == -5
 
 
 def test_the_mean_over_seeds_decides_and_not_the_first_seed() -> None:
     losses = {(position, 0): abs(position) + 0.0 for position in range(-2, 3)}
     for seed in (1, 2):
         losses |= {(-1, seed): 3.0, (0, seed): 2.0, (1, seed): 1.0}
-    assert chosen(losses, SEEDS) == Choice(1, inside=True)
+    assert chosen(losses, SEEDS) == 1
 
 
 def test_nothing_is_chosen_before_the_search_has_ended() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from evatune.errors import ConfigError
+from evatune.finetune.comparison.run_lines import read_lines
+from evatune.finetune.comparison.tuned_summary import Source, summarize
 from evatune.finetune.recipe import all_settings, as_tree, load
-from evatune.finetune.run_lines import read_lines
-from evatune.finetune.tuned import Source, summarize
 from evatune.report.tuned import command_of
 from evatune.schemas.tuned import RunLine
 from tests.tuned_lines import FACTOR, STEPS, line_of, tuned_lines
@@ -30,13 +30,15 @@ def test_the_rate_is_chosen_on_tuning_seeds_and_tested_on_others() -> None:
     assert cell.settled
     assert list(cell.scores) == [10, 11, 12, 13, 14]
     assert [len(point.losses) for point in cell.rates] == [1, 3, 3, 3, 1]
-    assert 0 < cell.to_full[10] < cell.to_reference[10] < STEPS
+    assert 0 < cell.convergence.to_full[10] < cell.convergence.to_reference[10] < STEPS
     reference = group.cell("digits", "lora")
     assert reference is not None
-    assert set(reference.to_reference.values()) == {float(STEPS)}
-    assert cell.sooner[10] == pytest.approx(1 - cell.to_reference[10] / STEPS)
-    assert set(reference.sooner.values()) == {0.0}
-    assert cell.area[10] < reference.area[10] < 1
+    assert set(reference.convergence.to_reference.values()) == {float(STEPS)}
+    assert cell.convergence.sooner[10] == pytest.approx(
+        1 - cell.convergence.to_reference[10] / STEPS
+    )
+    assert set(reference.convergence.sooner.values()) == {0.0}
+    assert cell.convergence.area[10] < reference.convergence.area[10] < 1
     assert group.parameters_saved()["digits"]["eva"][10] == pytest.approx(0.04)
     # Seed 0 alone has both lower rates; one is nearly as good as the best, one a little worse.
     (gained,) = group.gained_at_lower_rates()["digits"]["lora"].items()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable
 from itertools import count
 from typing import Any
 
-from evatune.finetune.workers import Answer, Call
+from evatune.finetune.comparison.workers import Answer, Call
 from evatune.utils.extras import extras
 
 
@@ -29,14 +29,19 @@ def run_calls_on_ray(
     Raises:
         MissingExtraError: Ray is not installed.
     """
-    options = _options(workers)
+    cluster = _cluster_options(workers)
+    if cluster:
+        # Read when Ray is imported: as on a Mac, it then listens on the loopback address alone.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     with extras("executor 'ray'"):
         import ray
     started_here = not ray.is_initialized()
     numbers: dict[Any, int] = {}  # future → number of the call
     try:
         if started_here:
-            ray.init(**options)
+            ray.init(
+                log_to_driver=False, include_dashboard=False, configure_logging=False, **cluster
+            )
         environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         task = ray.remote(num_cpus=1, num_gpus=gpus, runtime_env=environment)(function)
@@ -60,15 +65,8 @@ def run_calls_on_ray(
             ray.shutdown()
 
 
-def _options(workers: int) -> dict[str, Any]:
-    """Return the options of `ray.init`; call it before Ray is imported."""
-    options: dict[str, Any] = {
-        "log_to_driver": False,
-        "include_dashboard": False,
-        "configure_logging": False,
-    }
+def _cluster_options(workers: int) -> dict[str, Any]:
+    """Return the options of a Ray that is started here; none where RAY_ADDRESS names a cluster."""
     if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
-        options |= {"address": "local", "num_cpus": max(1, workers)}
-        # Read when Ray is imported: as on a Mac, it then listens on the loopback address alone.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    return options
+        return {"address": "local", "num_cpus": max(1, workers)}
+    return {}

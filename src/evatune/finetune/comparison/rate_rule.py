@@ -53,14 +53,6 @@ class Trial:
     tested: bool = False
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The position that a search has chosen, and whether worse ones lie on both its sides."""
-
-    position: int
-    inside: bool
-
-
 def rate_at(position: int, center: float) -> float:
     """Return the learning rate at a position of the grid, which has the recipe's rate at 0."""
     return float(f"{center * 10 ** (position / STEPS_PER_DECADE):.4g}")
@@ -81,23 +73,19 @@ def next_trials(losses: Losses, seeds: Seeds) -> list[Trial]:
     pending = _to_tune(losses, seeds)
     if pending:
         return pending
-    choice = chosen(losses, seeds)
-    if choice is None:
+    position = chosen(losses, seeds)
+    if position is None:
         return []
-    tests = [Trial(choice.position, seed, tested=True) for seed in seeds.test]
+    tests = [Trial(position, seed, tested=True) for seed in seeds.test]
     return [trial for trial in tests if (trial.position, trial.seed) not in losses]
 
 
-def chosen(losses: Losses, seeds: Seeds) -> Choice | None:
+def chosen(losses: Losses, seeds: Seeds) -> int | None:
     """Return the position of the smallest mean loss over the tuning seeds; None before the end.
 
     It is None also where every trial has diverged.
     """
-    best = best_position(losses, seeds.tuning)
-    if best is None or _to_tune(losses, seeds):
-        return None
-    tried = _tried(losses, seeds.tuning[0])
-    return Choice(best, inside=tried[0] < best < tried[-1])
+    return None if _to_tune(losses, seeds) else best_position(losses, seeds.tuning)
 
 
 def _to_tune(losses: Losses, seeds: Seeds) -> list[Trial]:
@@ -144,13 +132,13 @@ def best_position(losses: Losses, seeds: Sequence[int]) -> int | None:
         seeds: to tune with, that of the whole grid first.
     """
     finalists = _ordered(losses, seeds[0])[:_FINALISTS]
-    means = {}
+    sums = {}
     for position in finalists:
         trials = [(position, seed) for seed in seeds]
         if all(trial in losses for trial in trials):
-            means[position] = sum(losses[trial] for trial in trials)
-    best = min(means, key=means.__getitem__, default=None)
-    return None if best is None or math.isinf(means[best]) else best
+            sums[position] = sum(losses[trial] for trial in trials)
+    best = min(sums, key=sums.__getitem__, default=None)
+    return None if best is None or math.isinf(sums[best]) else best
 
 
 def _beyond(losses: Losses, seeds: Seeds) -> list[int]:

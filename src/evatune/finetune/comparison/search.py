@@ -1,6 +1,6 @@
 """A tuned comparison: every method's learning rate is searched on every task, then tested.
 
-The search is `tuning`; here its trials become runs on many processes, and finished runs become
+The search is `rate_rule`; here its trials become runs on many processes, and finished runs become
 lines of a file, from which the same command goes on.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evatune.errors import ConfigError, EvatuneError
-from evatune.finetune.compare import (
+from evatune.finetune.comparison.grid import (
     DIED,
     EXECUTORS,
     quiet_worker,
@@ -23,10 +23,10 @@ from evatune.finetune.compare import (
     require_executor,
     variant,
 )
+from evatune.finetune.comparison.rate_rule import Seeds, Trial, next_trials, positions, rate_at
+from evatune.finetune.comparison.run_lines import append_line, read_lines, settings_digest
 from evatune.finetune.methods import find_method
 from evatune.finetune.recipe import Recipe, as_tree, parse
-from evatune.finetune.run_lines import append_line, read_lines, settings_digest
-from evatune.finetune.tuning import Choice, Seeds, Trial, chosen, next_trials, positions, rate_at
 from evatune.schemas.tuned import RunLine
 
 _Job = Literal["fingerprint", "tune", "test"]
@@ -55,12 +55,8 @@ class Search:
         return f"{self.recipe.task}, {self.method}"
 
     @property
-    def choice(self) -> Choice | None:
-        return chosen(self.losses, self.seeds)
-
-    @property
     def diverged(self) -> bool:
-        """Whether every trial of a search that is over has diverged."""
+        """True if the search is over and every trial has diverged."""
         over = not next_trials(self.losses, self.seeds)
         return over and all(math.isinf(loss) for loss in self.losses.values())
 
@@ -76,7 +72,7 @@ class Search:
         return variant(self.recipe, self.method, trial.seed, rate)
 
     def take(self, line: RunLine) -> None:
-        """Heed a run that has ended, if it is one of this search."""
+        """Record a run that has ended, if it is one of this search."""
         position = positions(self.recipe.training.learning_rate).get(line.rate)
         if position is None:
             return
@@ -177,7 +173,7 @@ class _TunedComparison:
     def take(
         self, number: int, result: dict[str, Any], problem: str | None, progress: Progress
     ) -> None:
-        """Heed an answer."""
+        """Record the outcome of a call, and report it."""
         recipe, search, trial = self.asked[number]
         if search is None or trial is None:
             self._take_origin(recipe, result, problem)
