@@ -30,6 +30,10 @@ class CalibratedLayer:
     estimated_missed: float | None = None
     floor: int = 0  # the fewest ranks it gets: 1 for embeddings that PEFT saves with their adapter
 
+    def uniform_rank(self, rank: int) -> int:
+        """Return its rank without redistribution, where `rank` is that of layers with no cap."""
+        return self.cap or rank
+
     @property
     def in_features(self) -> int:
         return self.spec.in_features

@@ -138,8 +138,8 @@ class Calibration(CalibrationData, Shown):
         plan = plan or self.allocate()
         ratios: dict[str, float] = {}
         for name, rank in plan.ranks.items():
-            usual_rank = self.layers[name].cap or plan.rank
-            ratio = step_ratio(self.spectra[name], rank, scale, usual_rank) if rank else math.nan
+            uniform_rank = self.layers[name].uniform_rank(plan.rank)
+            ratio = step_ratio(self.spectra[name], rank, scale, uniform_rank) if rank else math.nan
             if ratio > 0:  # and no NaN
                 ratios[name] = ratio
         return ratios

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from evatune.calibration.data import CalibratedLayer
 from evatune.calibration.result import Calibration
 from evatune.calibration.status import Status
 from evatune.choices import SCALES
@@ -98,7 +97,7 @@ def plan_of(calibration: Calibration) -> tuple[RankPlan, str | None]:
         config = calibration.config
         rank = config.redistribution.rank
         layers = calibration.layers.values()
-        ranks = [uniform_rank(layer, rank) for layer in layers]
+        ranks = [layer.uniform_rank(rank) for layer in layers]
         uniform = sum(
             count * layer.spec.parameters_per_rank
             for count, layer in zip(ranks, layers, strict=True)
@@ -115,11 +114,6 @@ def plan_of(calibration: Calibration) -> tuple[RankPlan, str | None]:
             uniform_parameters=uniform,
         )
         return plan, str(error)
-
-
-def uniform_rank(layer: CalibratedLayer, rank: int) -> int:
-    """Return the rank that uniform LoRA of this rank gives a layer: its cap, where it has one."""
-    return rank if layer.cap is None else layer.cap
 
 
 def layer_rows(calibration: Calibration, plan: RankPlan) -> list[LayerRow]:

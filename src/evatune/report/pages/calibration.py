@@ -23,7 +23,7 @@ from evatune.report.pages.base import (
     number_cell,
     text_cell,
 )
-from evatune.report.summary import LayerRow, layer_rows, totals_of, uniform_rank
+from evatune.report.summary import LayerRow, layer_rows, totals_of
 from evatune.report.text import (
     LORA_RATE,
     effective,
@@ -170,7 +170,7 @@ def rank_map(calibration: Calibration, plan: RankPlan) -> Spec:
         HeatCell(
             row.name,
             row.rank,
-            row.rank - uniform_rank(calibration.layers[row.name], plan.rank),
+            row.rank - calibration.layers[row.name].uniform_rank(plan.rank),
             _layer_facts(row),
         )
         for row in layer_rows(calibration, plan)
@@ -260,7 +260,7 @@ def _by_layer(rows: Sequence[LayerRow]) -> Table:
 def _gained(calibration: Calibration, plan: RankPlan, row: LayerRow) -> float:
     """Return the points of energy that a layer holds more than at the uniform rank."""
     spectrum = calibration.spectra[row.name]
-    uniform = uniform_rank(calibration.layers[row.name], plan.rank)
+    uniform = calibration.layers[row.name].uniform_rank(plan.rank)
     if spectrum.certificate is not None:
         held = [spectrum.certificate.captured(rank) for rank in (row.rank, uniform)]
     else:
