@@ -56,6 +56,18 @@ def test_nothing_is_said_of_a_default_that_nobody_ran() -> None:
     ]
 
 
+def test_a_comparison_without_eva_says_what_it_can() -> None:
+    other = verdicts(summarize(tuned_lines(methods=("lora", "dora", "full"))).groups)
+    assert [one.claim for one in other] == ["Faster?", "Higher?"] * 2
+    assert "full is 5." in other[1].text
+    assert (other[1].outcome, other[3].text.split(" is ")[0]) == ("win", "dora")
+    (alone,) = verdicts(summarize(tuned_lines(methods=("lora",))).groups)
+    assert (alone.outcome, alone.text) == (
+        "unknown",
+        "No method has tested runs on every task with a seed of lora's.",
+    )
+
+
 def test_validation_chooses_before_test_examples_are_seen() -> None:
     lines = as_method("eva-paper-centered", "lora-fa", ("digits",))
     lines += tuned_lines(methods=("lora", "eva-paper-centered"), tasks=("fonts",))

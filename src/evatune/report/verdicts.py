@@ -79,18 +79,22 @@ def _task_name(group: Group, task: str, groups: Sequence[Group]) -> str:
 
 def verdicts(groups: Sequence[Group]) -> list[Verdict]:
     """Return the verdicts on the paper's claims over the tasks of one or several domains."""
-    of_paper = _as_in_the_paper(groups)
-    asked = any(group.of(SUBJECT) for group in groups) or not of_paper
+    of_default, of_paper = _by_default(groups), _as_in_the_paper(groups)
+    if not of_default and not of_paper:
+        return [*_of_others(groups), *_directions(groups)]
     return [
-        *(_by_default(groups) if asked else []),
+        *of_default,
         *of_paper,
         *_directions(groups),
         kappa_verdict(groups),
-        *([participation_verdict(groups)] if asked else []),
+        *([participation_verdict(groups)] if of_default else []),
     ]
 
 
 def _by_default(groups: Sequence[Group]) -> list[Verdict]:
+    """Return the claims for EVA's defaults; nothing where nobody ran them."""
+    if not any(group.of(SUBJECT) for group in groups):
+        return []
     return [
         _claim(groups, "Faster convergence?", Group.steps_saved, _saved_text),
         _claim(groups, "Higher average?", Group.test_scores, _score_text),
@@ -99,6 +103,21 @@ def _by_default(groups: Sequence[Group]) -> list[Verdict]:
         _precision(groups),
         _lower_rates(groups),
     ]
+
+
+def _of_others(groups: Sequence[Group]) -> list[Verdict]:
+    """Return the claims of speed and scores for every method, where none of them is EVA."""
+    comparison = score_differences(groups)
+    if comparison is None or not comparison.methods:
+        text = f"No method has tested runs on every task with a seed of {REFERENCE}'s."
+        return [Verdict("Higher average?", "unknown", text)]
+    claims: list[Verdict] = []
+    for line in comparison.methods:
+        claims += [
+            _claim(groups, "Faster?", Group.steps_saved, _saved_text, line.method),
+            _claim(groups, "Higher?", Group.test_scores, _score_text, line.method),
+        ]
+    return claims
 
 
 def _claim(
