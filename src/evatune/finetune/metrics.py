@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import resource
 import sys
 import time
@@ -21,10 +20,10 @@ from evatune.schemas import Damage, telling
 from evatune.schemas.run import MetricsLine
 from evatune.schemas.text import read_text, validate_json
 from evatune.utils.atomic import write_text
+from evatune.utils.system import process_status
 
 METRICS = "metrics.jsonl"
-_PROCESS_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_PEAK = "5"  # what CLEAR sets back, by proc(5)
+_CLEAR, _PEAK = Path("/proc/self/clear_refs"), "5"  # the file that resets, and what, by proc(5)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -143,10 +142,9 @@ def peak_memory() -> int:
     """
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    with suppress(OSError):
-        line = re.search(r"^VmHWM:\s*(\d+) kB$", _PROCESS_STATUS.read_text(), re.MULTILINE)
-        if line is not None:
-            return int(line[1]) * 1024
+    highest = process_status("VmHWM")
+    if highest is not None:
+        return int(highest.removesuffix(" kB")) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

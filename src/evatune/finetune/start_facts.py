@@ -87,10 +87,7 @@ def _run_training_examples(model: nn.Module, task: Task) -> None:
 
 @contextmanager
 def _recorded_inputs(layers: Mapping[str, Any]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect rows of the inputs of linear layers, by layer.
-
-    An input that several layers share is kept once.
-    """
+    """Collect rows of the inputs of linear layers, by layer, in the precision that they have."""
     rows: dict[str, list[Tensor]] = defaultdict(list)
 
     def recorder(name: str) -> Callable[..., None]:

@@ -114,8 +114,12 @@ def _of_others(groups: Sequence[Group]) -> list[Verdict]:
     claims: list[Verdict] = []
     for line in comparison.methods:
         claims += [
-            _claim(groups, "Faster?", Group.steps_saved, _saved_text, line.method),
-            _claim(groups, "Higher?", Group.test_scores, _score_text, line.method),
+            _claim(
+                groups, f"Faster with {line.method}?", Group.steps_saved, _saved_text, line.method
+            ),
+            _claim(
+                groups, f"Higher with {line.method}?", Group.test_scores, _score_text, line.method
+            ),
         ]
     return claims
 

@@ -168,11 +168,19 @@ def sync(path: Path) -> None:
 
 def umask() -> int:
     """Return the process's file mode mask."""
-    with suppress(OSError):
-        line = re.search(r"^Umask:\s*(\d+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
-        if line is not None:
-            return int(line[1], 8)
-    # For a moment other threads make files that anybody may write; no other system tells it.
+    known = process_status("Umask")
+    if known is not None:
+        return int(known, 8)
+    # Where it can be read by setting it alone: other threads' files of this moment are open to all.
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def process_status(name: str) -> str | None:
+    """Return what Linux says of this process under a name of proc(5); None elsewhere."""
+    with suppress(OSError):
+        text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        line = re.search(rf"^{name}:\s*(.+)$", text, re.MULTILINE)
+        return None if line is None else line[1]
+    return None
