@@ -106,20 +106,18 @@ def _by_default(groups: Sequence[Group]) -> list[Verdict]:
 
 
 def _of_others(groups: Sequence[Group]) -> list[Verdict]:
-    """Return the claims of speed and scores for every method, where none of them is EVA."""
+    """Return the claims of speed and scores for every method, competitors first."""
     comparison = score_differences(groups)
     if comparison is None or not comparison.methods:
         text = f"No method has tested runs on every task with a seed of {REFERENCE}'s."
         return [Verdict("Higher average?", "unknown", text)]
     claims: list[Verdict] = []
-    for line in comparison.methods:
+    methods = [line.method for line in comparison.methods]
+    for method in sorted(methods, key=lambda method: not _is_competitor(method)):
+        faster, higher = f"Faster with {method}?", f"Higher with {method}?"
         claims += [
-            _claim(
-                groups, f"Faster with {line.method}?", Group.steps_saved, _saved_text, line.method
-            ),
-            _claim(
-                groups, f"Higher with {line.method}?", Group.test_scores, _score_text, line.method
-            ),
+            _claim(groups, faster, Group.steps_saved, _saved_text, method),
+            _claim(groups, higher, Group.test_scores, _score_text, method),
         ]
     return claims
 
