@@ -96,7 +96,8 @@ def load(name: str, setting: Setting) -> tuple[nn.Module, list[Any]]:
         shape = (2, 3, 28, 28) if setting.tiny else (32, 3, 224, 224)
         batches = [{"pixel_values": images} for images in _images(count, shape, setting.device)]
     else:
-        shape = (2, 32) if setting.tiny else (4, 2048) if "llama" in name else (32, 256)
+        usual = (4, 2048) if "llama" in name else (32, 256)
+        shape = (2, 32) if setting.tiny else usual
         batches = [{"input_ids": ids} for ids in _words(count, shape, config.vocab_size, setting)]
     return model, batches
 

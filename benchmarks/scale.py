@@ -409,7 +409,7 @@ def processes() -> dict[str, Any]:
     for name in MODELS:
         with tempfile.TemporaryDirectory() as folder:
             alone = _alone("joint", name, "0", "1", folder, environment=ONE_THREAD)
-            pair = _team("joint", name, folder)
+            pair = _two_processes("joint", name, folder)
         assert pair["batches"] == alone["batches"]
         assert pair["energy"] > 0.999 * alone["energy"], (pair, alone)
         found[name] = {
@@ -427,9 +427,9 @@ def traffic() -> dict[str, Any]:
     """The bytes that each of two processes sends in a whole initialization, beside those that PEFT
     gathers."""
     with tempfile.TemporaryDirectory() as folder:
-        ours = _team("whole", "minilm", folder)
+        ours = _two_processes("whole", "minilm", folder)
     with tempfile.TemporaryDirectory() as folder:
-        theirs = _team("gathering", "minilm", folder)
+        theirs = _two_processes("gathering", "minilm", folder)
     found = {
         "evatune": ours["bytes"],
         "evatune_batches": ours["batches"],
@@ -441,7 +441,7 @@ def traffic() -> dict[str, Any]:
     return found
 
 
-def _team(part: str, name: str, folder: str) -> Any:
+def _two_processes(part: str, name: str, folder: str) -> Any:
     """The answer of process 0 of two."""
     command = [sys.executable, __file__, "--alone", part, name]
     runs = [

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import operator
 import random
 
 import numpy as np
@@ -23,6 +24,7 @@ from evatune.finetune.tasks.generation.code import held_out, library
 from evatune.loading.corpora import bbc
 
 NAME, SEED, LENGTH, BATCH, VOCABULARY = "llama-small", 0, 128, 8, 4096
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 SPECIAL = ["<pad>", "<s>", "</s>"]
 
 
@@ -36,13 +38,11 @@ def documents() -> list[str]:
         lines = []
         for _ in range(12):
             a, b = source.randint(0, 40), source.randint(0, 20)
-            kind = source.choice("+-*")
+            kind = source.choice(list(OPERATIONS))
             if kind == "*":
                 a, b = source.randint(1, 10), source.randint(1, 10)
             a, b = max(a, b), min(a, b)
-            lines.append(
-                f"{a} {kind} {b} = {a + b if kind == '+' else a - b if kind == '-' else a * b}"
-            )
+            lines.append(f"{a} {kind} {b} = {OPERATIONS[kind](a, b)}")
         sums.append(source.choice(["\n", ". "]).join(lines))
     found = code + news + sums
     source.shuffle(found)

@@ -148,6 +148,6 @@ def test_finite_numbers_far_from_one_are_calibrated_saved_and_scaled_like_any(
     merged = Calibration.merge([found, found]).spectra["0"]
     assert torch.allclose(merged.energies, known.energies, rtol=1e-5)
     for scale in SCALES:
-        unit = 1.0 if scale == "paper" else 1 / factor if scale == "whiten" else 1.0
+        unit = 1 / factor if scale == "whiten" else 1.0
         far, near = scaled_rows(known, 4, scale), scaled_rows(usual, 4, scale)
         assert torch.allclose(far / unit, near, rtol=1e-3, atol=1e-4), scale
