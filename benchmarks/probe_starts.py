@@ -53,9 +53,9 @@ import evatune
 from evatune.calibration import CalibrationConfig
 from evatune.choices import SCALES, Objective
 from evatune.errors import ConfigError
-from evatune.finetune import recipe as recipes
 from evatune.finetune.methods import METHODS, AdapterSetup, Method, Preparation
 from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe_files import load
 from evatune.finetune.start_facts import kappas_and_participation
 from evatune.finetune.tasks import Task, find_domain
 from evatune.finetune.training import build_trainer
@@ -132,7 +132,7 @@ class Prepared:
 @cache
 def prepare(name: str, seed: int) -> Prepared:
     """Load a task; a new head depends on the seed, as in `evatune train`."""
-    recipe = recipes.load(name, [*SETTINGS[name].overrides, f"seed={seed}"])
+    recipe = load(name, [*SETTINGS[name].overrides, f"seed={seed}"])
     transformers.set_seed(seed)
     task = find_domain(recipe.domain).prepare(recipe)
     collator = task.collator

@@ -43,7 +43,8 @@ from evatune.calibration.checkpoint import Checkpoint
 from evatune.finetune.comparison.grid import Run
 from evatune.finetune.comparison.summary import summarize
 from evatune.finetune.metrics import METRICS, read_metrics
-from evatune.finetune.recipe import as_tree, load
+from evatune.finetune.recipe_files import load
+from evatune.finetune.recipe_tree import as_tree
 from evatune.finetune.resuming import newest_whole
 from evatune.finetune.run_folder import RECIPE, RESULT, read_result, require_own_run
 from evatune.loading.texts import load_texts

@@ -25,7 +25,7 @@ import evatune
 from evatune.adapters.scale import SCALES
 from evatune.cli.app import app
 from evatune.finetune.methods import METHODS
-from evatune.finetune.recipe import load
+from evatune.finetune.recipe_files import load
 from evatune.loading.assets import asset
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ import pytest
 from evatune.finetune.comparison import search
 from evatune.finetune.comparison.rate_rule import Seeds
 from evatune.finetune.comparison.search import Search
-from evatune.finetune.recipe import load
+from evatune.finetune.recipe_files import load
 from tests.conftest import Command, refused
 from tests.finetune.helpers import SMALL
 from tests.tuned_lines import tuned_lines

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from evatune.finetune.recipe import as_tree, load, ours, recipe_keys, text_of
+from evatune.finetune.recipe_files import load, ours, text_of
+from evatune.finetune.recipe_keys import recipe_keys
+from evatune.finetune.recipe_tree import as_tree
 from tests.conftest import Command, refused
 
 

@@ -16,7 +16,8 @@ from evatune import initialize
 from evatune.cli import main
 from evatune.finetune.methods import METHODS, AdapterSetup, Preparation
 from evatune.finetune.metrics import read_metrics
-from evatune.finetune.recipe import Recipe, load
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe_files import load
 from evatune.finetune.tasks.rl.policy import Windows
 from tests.helpers import tiny_bert, tiny_llama, tokens
 

@@ -13,7 +13,7 @@ import transformers
 from PIL import Image
 
 from evatune.finetune.check.stand_in import shrunk
-from evatune.finetune.recipe import load
+from evatune.finetune.recipe_files import load
 from evatune.finetune.tasks.generation import mathematics
 from evatune.finetune.tasks.generation.question_sets import SETS
 from evatune.finetune.tasks.images.vtab import VTAB

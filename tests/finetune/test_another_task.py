@@ -7,7 +7,8 @@ import pytest
 from evatune.errors import ConfigError
 from evatune.finetune import another_task as module
 from evatune.finetune.another_task import another_task
-from evatune.finetune.recipe import Recipe, load
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe_files import load
 
 SMALL = ("data.train=8", "data.validation=8", "data.test=8", "training.batch_size=4")
 

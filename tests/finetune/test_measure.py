@@ -13,7 +13,8 @@ from transformers import DataCollatorWithPadding
 
 from evatune.errors import ConfigError
 from evatune.finetune.fingerprint import fingerprint
-from evatune.finetune.recipe import Recipe, parse
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe_tree import parse
 from evatune.finetune.run import measure, run
 from evatune.finetune.start_facts import StartFacts, start_facts
 from evatune.finetune.tasks import Task

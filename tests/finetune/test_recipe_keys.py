@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from evatune.adapters.scale import SCALES
-from evatune.finetune.recipe import recipe_keys
-from evatune.finetune.recipe_keys import nearest_key
+from evatune.finetune.recipe_keys import nearest_key, recipe_keys
 
 KEYS = {key.name: key for key in recipe_keys()}
 
@@ -53,3 +52,7 @@ def test_defaults_are_there_but_for_what_must_be_given() -> None:
 )
 def test_the_key_that_is_meant_is_found(key: str, meant: str | None) -> None:
     assert nearest_key(key, list(KEYS)) == meant
+
+
+def test_every_key_has_a_help_text() -> None:
+    assert all(key.meaning and key.type for key in KEYS.values())

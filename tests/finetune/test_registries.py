@@ -14,7 +14,7 @@ from evatune.adapters.lora_layers import lora_layers
 from evatune.errors import ConfigError
 from evatune.finetune.methods import METHODS, find_method
 from evatune.finetune.methods.base import Lora, OptimizerOptions, Preparation
-from evatune.finetune.recipe import parse
+from evatune.finetune.recipe_tree import parse
 from evatune.finetune.run import run
 from evatune.finetune.tasks import DOMAINS, Domain, ModelKind, Task, find_domain
 from evatune.finetune.tasks.images import tasks as image_tasks

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from evatune.finetune.methods import find_method
-from evatune.finetune.recipe import expand, load
+from evatune.finetune.recipe_files import expand, load
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "cluster"

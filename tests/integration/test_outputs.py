@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from evatune.calibration.checkpoint import Checkpoint
 from evatune.errors import ConfigError
 from evatune.finetune.comparison.grid import grid
-from evatune.finetune.recipe import load
+from evatune.finetune.recipe_files import load
 from evatune.finetune.run import run
 from evatune.finetune.tasks.user_data import load_examples
 from evatune.loading.batches import TextBatches

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from evatune.finetune.check.trial import try_recipe
-from evatune.finetune.recipe import load, ours
+from evatune.finetune.recipe_files import load, ours
 from evatune.finetune.tasks import find_domain
 from evatune.finetune.tasks.generation.question_sets import SETS
 from evatune.finetune.tasks.images.vtab import VTAB

@@ -14,7 +14,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from evatune.errors import ConfigError, DataError
-from evatune.finetune.recipe import as_tree, load, parse
+from evatune.finetune.recipe_files import load
+from evatune.finetune.recipe_tree import as_tree, parse
 from evatune.finetune.tasks import DOMAINS, understanding
 from evatune.finetune.tasks.rl import simulator
 from evatune.loading.models import read_model

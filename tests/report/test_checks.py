@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from evatune.finetune.check import Check, Memory, Need, Plan, Size, Time
-from evatune.finetune.recipe import load
+from evatune.finetune.recipe_files import load
 from evatune.report.checks import facts, show
 from tests.helpers import wide_terminal
 

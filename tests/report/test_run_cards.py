@@ -7,7 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from evatune.finetune.recipe import parse
+from evatune.finetune.recipe_tree import parse
 from evatune.report.run_cards import write_run_card
 from tests.helpers import lora, tiny_bert
 

@@ -9,7 +9,7 @@ import pytest
 
 from evatune.errors import ConfigError
 from evatune.finetune.comparison.tuned_summary import TunedSummary, summarize
-from evatune.finetune.recipe import load
+from evatune.finetune.recipe_files import load
 from evatune.report.tuned import (
     command_of,
     domain_page,

@@ -12,7 +12,7 @@ from evatune.errors import ConfigError, RecordError
 from evatune.finetune.comparison.grid import Run
 from evatune.finetune.comparison.summary import summarize
 from evatune.finetune.metrics import read_metrics
-from evatune.finetune.recipe import load
+from evatune.finetune.recipe_files import load
 from evatune.finetune.run import run
 from tests.fuzzing import fuzz
 

@@ -82,7 +82,7 @@ def compare(
 ) -> None:
     """Compare methods under equal conditions; the same command again goes on."""
     from evatune.errors import EvatuneError
-    from evatune.finetune.recipe import expand, load
+    from evatune.finetune.recipe_files import expand, load
 
     sources = expand(text for text in recipes if "=" not in text)
     overrides = [text for text in recipes if "=" in text]
@@ -197,7 +197,8 @@ def _show_tuned(path: Path, sources: list[str], as_json: bool) -> None:
 
     from evatune.finetune.comparison.run_lines import read_lines
     from evatune.finetune.comparison.tuned_summary import Source, summarize
-    from evatune.finetune.recipe import all_settings, as_tree, load
+    from evatune.finetune.recipe_files import load
+    from evatune.finetune.recipe_tree import all_settings, as_tree
     from evatune.report.pages.tuned import render
     from evatune.report.tables import console, say
     from evatune.report.tuned import overview_lines, tuned_facts, tuned_tables, write_pages

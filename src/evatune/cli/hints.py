@@ -30,7 +30,6 @@ def _message(error: Any, path: str) -> str:
 
 def _setting(option: str) -> str | None:
     """Return the key of a recipe that has the name of an option, here or in other libraries."""
-    from evatune.finetune.recipe import recipe_keys
-    from evatune.finetune.recipe_keys import known_as
+    from evatune.finetune.recipe_keys import known_as, recipe_keys
 
     return known_as(option.lstrip("-"), [key.name for key in recipe_keys()])

@@ -23,7 +23,7 @@ def ls(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List the recipes that come with evatune."""
-    from evatune.finetune.recipe import load, ours, text_of
+    from evatune.finetune.recipe_files import load, ours, text_of
 
     about = {name: text_of(name).splitlines()[0].removeprefix("#").strip() for name in ours()}
     if not as_json:
@@ -51,7 +51,9 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print a recipe, and every key it may have: its value here, type, default and meaning."""
-    from evatune.finetune.recipe import as_tree, flat, load, recipe_keys, text_of
+    from evatune.finetune.recipe_files import load, text_of
+    from evatune.finetune.recipe_keys import recipe_keys
+    from evatune.finetune.recipe_tree import as_tree, flat
 
     settings = load(recipe)
     values = {key.name: False for key in recipe_keys()} | flat(as_tree(settings))
@@ -88,7 +90,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Tell what a recipe downloads and costs, and try it on a small stand-in of its model."""
-    from evatune.finetune.recipe import load
+    from evatune.finetune.recipe_files import load
 
     settings = load(recipe, [*(overrides or []), *([TRUSTED] if trust_remote_code else [])])
 
@@ -125,7 +127,7 @@ def cp(
 ) -> None:
     """Copy a recipe, to change it."""
     from evatune.errors import ConfigError
-    from evatune.finetune.recipe import text_of
+    from evatune.finetune.recipe_files import text_of
     from evatune.utils.outputs import claimed_file
 
     text = text_of(recipe)

@@ -50,7 +50,8 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Fine-tune by a recipe; again, it resumes a killed run or reads a finished one."""
-    from evatune.finetune.recipe import OWN_TASK, load
+    from evatune.finetune.recipe import OWN_TASK
+    from evatune.finetune.recipe_files import load
 
     settings = load(recipe, [*(overrides or []), *([TRUSTED] if trust_remote_code else [])])
     name = Path(recipe).stem

@@ -7,7 +7,8 @@ from typing import Any
 
 from evatune.errors import ConfigError
 from evatune.finetune.head import is_in_head
-from evatune.finetune.recipe import OWN_TASK, Recipe, load, ours
+from evatune.finetune.recipe import OWN_TASK, Recipe
+from evatune.finetune.recipe_files import load, ours
 from evatune.finetune.tasks import Task, find_domain
 
 

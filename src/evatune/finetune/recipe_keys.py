@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
+from evatune.finetune.recipe import Recipe
+
 _LONGEST = 13  # letters of a bound; larger numbers only keep nonsense out
 _TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 # What other libraries and other people call it.
@@ -68,11 +70,16 @@ class RecipeKey:
         return asdict(self)
 
 
-def keys_of(kind: Any, prefix: str = "") -> Iterator[RecipeKey]:
+def recipe_keys() -> list[RecipeKey]:
+    """Return every key that a recipe may have."""
+    return list(_keys_of(Recipe))
+
+
+def _keys_of(kind: Any, prefix: str = "") -> Iterator[RecipeKey]:
     """Yield the keys of a dataclass of pydantic's, and of those that it holds, in their order."""
     for name, field in kind.__pydantic_fields__.items():
         if is_dataclass(field.default):
-            yield from keys_of(type(field.default), f"{prefix}{name}.")
+            yield from _keys_of(type(field.default), f"{prefix}{name}.")
         else:
             yield _key(prefix + name, field)
 

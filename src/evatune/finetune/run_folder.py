@@ -14,7 +14,8 @@ from evatune.calibration import Calibration
 from evatune.errors import ConfigError, EvatuneError
 from evatune.finetune.methods import find_method
 from evatune.finetune.metrics import METRICS
-from evatune.finetune.recipe import REFERENCE, Recipe, as_tree, flat, parse
+from evatune.finetune.recipe import REFERENCE, Recipe
+from evatune.finetune.recipe_tree import as_tree, flat, parse
 from evatune.schemas import Damage, shown, telling
 from evatune.schemas.run import Evaluation, Result
 from evatune.schemas.text import parse_json, read_text, validate_json

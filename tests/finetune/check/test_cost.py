@@ -19,7 +19,8 @@ from evatune.finetune.check.cost import (
     size_of,
     time_of,
 )
-from evatune.finetune.recipe import Recipe, load
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe_files import load
 from evatune.finetune.tasks.understanding import domain as understanding
 
 CONFIG = transformers.LlamaConfig(

@@ -13,7 +13,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from evatune.errors import DataError
 from evatune.finetune.check import plan as module
 from evatune.finetune.check.plan import Need, plan_of
-from evatune.finetune.recipe import load
+from evatune.finetune.recipe_files import load
 
 MODEL = {
     "model.safetensors": 1000,

@@ -17,7 +17,8 @@ from evatune.errors import AdapterError, ConfigError, DataError, EvatuneError
 from evatune.finetune.check import check, trial
 from evatune.finetune.check.trial import try_recipe
 from evatune.finetune.methods import find_method
-from evatune.finetune.recipe import Recipe, load
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe_files import load
 
 
 def lines(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -17,7 +17,8 @@ from evatune.finetune.comparison.rate_rule import Seeds, Trial, chosen
 from evatune.finetune.comparison.run_lines import read_lines
 from evatune.finetune.comparison.search import Search, tune
 from evatune.finetune.comparison.workers import Answer, Call
-from evatune.finetune.recipe import Recipe, load
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe_files import load
 
 SEEDS = Seeds((0, 1), (10, 11))
 ORIGIN = {"data": "abc", "code": 1}

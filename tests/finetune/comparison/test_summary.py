@@ -12,7 +12,7 @@ import pytest
 from evatune.finetune.comparison.grid import Run, grid
 from evatune.finetune.comparison.summary import MeanStd, summarize
 from evatune.finetune.metrics import METRICS
-from evatune.finetune.recipe import parse
+from evatune.finetune.recipe_tree import parse
 from evatune.finetune.run_folder import RESULT
 
 RESULT_FIELDS: dict[str, Any] = {

@@ -11,7 +11,8 @@ import pytest
 from evatune.errors import ConfigError
 from evatune.finetune.comparison.run_lines import read_lines
 from evatune.finetune.comparison.tuned_summary import Source, summarize
-from evatune.finetune.recipe import all_settings, as_tree, load
+from evatune.finetune.recipe_files import load
+from evatune.finetune.recipe_tree import all_settings, as_tree
 from evatune.report.tuned import command_of
 from evatune.schemas.tuned import RunLine
 from tests.tuned_lines import FACTOR, STEPS, line_of, tuned_lines

@@ -159,7 +159,7 @@ ON_RAY = """
 import sys
 from pathlib import Path
 from evatune.finetune.comparison import grid
-from evatune.finetune.recipe import load
+from evatune.finetune.recipe_files import load
 from tests.finetune.comparison.test_workers import cell
 grid._run_in_worker = cell
 cells = grid.grid([load("images-fonts")], ["lora"], range(4), [], Path(sys.argv[1]))

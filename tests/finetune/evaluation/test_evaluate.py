@@ -18,7 +18,8 @@ import transformers
 
 from evatune.finetune.evaluation import code_sets
 from evatune.finetune.evaluation.evaluate import EvaluationOptions, evaluate, load_trained
-from evatune.finetune.recipe import Recipe, load
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe_files import load
 from evatune.finetune.run import run
 from evatune.finetune.run_folder import EVALUATION, RECIPE, RESULT, read_evaluation
 from evatune.finetune.tasks.generation.question_sets import SETS, question_sets

@@ -9,7 +9,7 @@ import torch
 
 from evatune.errors import ConfigError
 from evatune.finetune.methods import METHODS
-from evatune.finetune.recipe import load
+from evatune.finetune.recipe_files import load
 from evatune.finetune.run import run
 from tests.finetune.helpers import MethodCase
 

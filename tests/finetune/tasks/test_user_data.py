@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from evatune.errors import ConfigError, DataError
-from evatune.finetune.recipe import as_tree, load, parse
+from evatune.finetune.recipe_files import load
+from evatune.finetune.recipe_tree import as_tree, parse
 from evatune.finetune.tasks import generation, understanding
 from tests.finetune.helpers import small
 

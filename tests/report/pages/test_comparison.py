@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from evatune.finetune.comparison.summary import Comparison, MeanStd, MethodSummary
-from evatune.finetune.recipe import parse
+from evatune.finetune.recipe_tree import parse
 from evatune.report.pages.comparison import render
 from tests.report.pages.helpers import Document, specs
 

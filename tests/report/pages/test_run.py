@@ -10,7 +10,8 @@ import pytest
 
 import evatune
 from evatune.finetune.metrics import METRICS
-from evatune.finetune.recipe import Recipe, as_tree, parse
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe_tree import as_tree, parse
 from evatune.finetune.run_folder import CALIBRATION, RECIPE, RESULT, reference_run
 from evatune.report.pages.run import render
 from tests.helpers import Toy, inputs

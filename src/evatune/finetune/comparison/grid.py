@@ -15,7 +15,8 @@ from evatune.finetune.comparison.ray_workers import run_calls_on_ray
 from evatune.finetune.comparison.run_lines import settings_digest
 from evatune.finetune.comparison.workers import run_calls
 from evatune.finetune.methods import find_method
-from evatune.finetune.recipe import Recipe, as_tree, parse
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe_tree import as_tree, parse
 from evatune.finetune.run_folder import read_result
 
 EXECUTORS = {"process": run_calls, "ray": run_calls_on_ray}

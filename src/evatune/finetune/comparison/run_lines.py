@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from evatune.errors import ConfigError
-from evatune.finetune.recipe import Recipe, as_tree
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe_tree import as_tree
 from evatune.schemas import telling
 from evatune.schemas.damage import Damage
 from evatune.schemas.text import read_text, validate_json

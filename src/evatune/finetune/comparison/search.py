@@ -26,7 +26,8 @@ from evatune.finetune.comparison.grid import (
 from evatune.finetune.comparison.rate_rule import Seeds, Trial, next_trials, positions, rate_at
 from evatune.finetune.comparison.run_lines import append_line, read_lines, settings_digest
 from evatune.finetune.methods import find_method
-from evatune.finetune.recipe import Recipe, as_tree, parse
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe_tree import as_tree, parse
 from evatune.schemas.tuned import RunLine
 
 _Job = Literal["fingerprint", "tune", "test"]

@@ -23,7 +23,9 @@ from evatune.finetune.comparison.curves import (
     mean_curve,
 )
 from evatune.finetune.comparison.rate_rule import best_position
-from evatune.finetune.recipe import REFERENCE, all_settings, as_tree, load, ours
+from evatune.finetune.recipe import REFERENCE
+from evatune.finetune.recipe_files import load, ours
+from evatune.finetune.recipe_tree import all_settings, as_tree
 from evatune.schemas.tuned import RunLine
 
 FULL = "full"

@@ -7,7 +7,8 @@ from typing import Any
 
 from evatune.finetune.comparison.statistics import DomainComparison, PairedDifference
 from evatune.finetune.comparison.summary import Comparison, MeanStd, MethodSummary
-from evatune.finetune.recipe import REFERENCE, Recipe, all_settings, as_tree
+from evatune.finetune.recipe import REFERENCE, Recipe
+from evatune.finetune.recipe_tree import all_settings, as_tree
 from evatune.report.charts import Curve, Score, curves, scores
 from evatune.report.pages.base import (
     Cell,

@@ -13,7 +13,8 @@ from typing import Any
 from evatune.calibration.result import Calibration
 from evatune.finetune.methods import find_method
 from evatune.finetune.metrics import read_metrics
-from evatune.finetune.recipe import REFERENCE, Recipe, as_tree, flat
+from evatune.finetune.recipe import REFERENCE, Recipe
+from evatune.finetune.recipe_tree import as_tree, flat
 from evatune.finetune.run_folder import (
     RECIPE,
     read_evaluation,

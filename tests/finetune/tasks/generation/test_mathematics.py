@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from evatune.errors import ConfigError, DataError
-from evatune.finetune.recipe import Recipe, load
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe_files import load
 from evatune.finetune.run import run
 from evatune.finetune.tasks.generation import mathematics
 from tests.finetune.paper_data import save_mathematics, save_split

@@ -9,7 +9,8 @@ import transformers
 from peft import PeftModel
 
 from evatune.errors import ConfigError, DataError
-from evatune.finetune.recipe import Recipe, load
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe_files import load
 from evatune.finetune.run import run
 from evatune.finetune.tasks.generation.question_sets import SETS, question_sets
 from tests.finetune.paper_data import rows, save_set, save_stand_in

@@ -14,7 +14,8 @@ from PIL import Image
 
 from evatune.errors import ConfigError, DataError
 from evatune.finetune.metrics import read_metrics
-from evatune.finetune.recipe import Recipe, load
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe_files import load
 from evatune.finetune.run import run
 from evatune.finetune.run_folder import RESULT
 from evatune.finetune.tasks import images

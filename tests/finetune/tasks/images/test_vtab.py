@@ -17,7 +17,7 @@ from peft import PeftModel
 from PIL import Image
 
 from evatune.errors import ConfigError, DataError
-from evatune.finetune.recipe import load, ours
+from evatune.finetune.recipe_files import load, ours
 from evatune.finetune.run import run
 from evatune.finetune.tasks.images import domain as images
 from evatune.finetune.tasks.images import vtab

@@ -17,7 +17,8 @@ import transformers
 from peft import PeftModel
 
 from evatune.errors import ConfigError, DataError, EvatuneError
-from evatune.finetune.recipe import DataOptions, load, ours
+from evatune.finetune.recipe import DataOptions
+from evatune.finetune.recipe_files import load, ours
 from evatune.finetune.run import run
 from evatune.finetune.tasks.rl import archives, domain, playing
 from evatune.finetune.tasks.rl.archives import recorded

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from evatune.finetune.recipe import load, ours
+from evatune.finetune.recipe_files import load, ours
 from evatune.finetune.tasks import rl
 from evatune.finetune.tasks.rl.simulator import (
     PLAY,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from evatune.finetune.recipe import load
+from evatune.finetune.recipe_files import load
 from evatune.finetune.tasks import Task
 from evatune.finetune.tasks.understanding import domain
 from tests.finetune.helpers import small

@@ -11,7 +11,8 @@ import torch
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from evatune.errors import ConfigError, DataError
-from evatune.finetune.recipe import Recipe, load, ours
+from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe_files import load, ours
 from evatune.finetune.tasks.understanding import domain as understanding
 from evatune.finetune.tasks.understanding.scoring import class_measures, number_measures
 from tests.finetune.paper_data import save_glue, save_stand_in
