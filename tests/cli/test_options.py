@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from evatune.calibration.config import CalibrationConfig
-from evatune.cli.init import InitOptions
+from evatune.cli.init_options import InitOptions
 from evatune.cli.options import config_of, option, setting, takes_options
 
 

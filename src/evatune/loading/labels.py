@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from evatune.errors import DataError
-from evatune.loading.records import LABEL_COLUMNS, Origin, require_labels
+from evatune.loading.columns import LABEL_COLUMNS, require_labels
+from evatune.loading.records import Origin
 from evatune.utils.extras import extras
 
 with extras(__name__):

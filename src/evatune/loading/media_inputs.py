@@ -7,6 +7,7 @@ from typing import Any
 
 from evatune.errors import ConfigError
 from evatune.loading.batches import AudioBatches, ImageBatches
+from evatune.loading.columns import media_column
 from evatune.loading.data_files import is_saved_by_datasets
 from evatune.loading.hub import reading, require_path
 from evatune.loading.inputs import InputOptions, Inputs, Loading
@@ -19,7 +20,7 @@ from evatune.loading.models import (
     media_task,
     require_loadable,
 )
-from evatune.loading.records import Origin, media_column
+from evatune.loading.records import Origin
 from evatune.loading.sounds import load_sounds
 from evatune.loading.tables import load_split
 from evatune.loading.text_inputs import CLASSES, head_options

@@ -7,6 +7,7 @@ from typing import Any
 from evatune.errors import ConfigError
 from evatune.loading.batches import AnswerBatches, ShuffledBatches, TargetBatches, TextBatches
 from evatune.loading.chats import load_template, require_template
+from evatune.loading.columns import LABEL_COLUMNS, find_records, text_columns
 from evatune.loading.encoding import Encoder
 from evatune.loading.hub import reading
 from evatune.loading.inputs import InputOptions, Inputs, Loading
@@ -19,13 +20,7 @@ from evatune.loading.models import (
     task_of,
     tokenizer_of,
 )
-from evatune.loading.records import (
-    LABEL_COLUMNS,
-    Origin,
-    Records,
-    find_records,
-    text_columns,
-)
+from evatune.loading.records import Origin, Records
 from evatune.loading.tables import load_table
 
 CLASSES = "labels"  # column of our own, with the numbers of classes

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from evatune.loading.records import Origin, find_records, text_column
+from evatune.loading.columns import find_records, text_column
+from evatune.loading.records import Origin
 from evatune.loading.tables import load_table
 
 CHARACTERS_PER_TOKEN = 64  # many more than texts have

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 ABSENT: Final = object()  # the value of a key that a mapping does not have
+_NAMES_SHOWN, _NAME_LENGTH = 8, 40  # of names that come from the user's data
 
 
 class Difference(NamedTuple):
@@ -24,6 +25,17 @@ def shortened(names: Sequence[str], limit: int = 5) -> str:
     shown = ", ".join(names[:limit])
     hidden = len(names) - limit
     return f"{shown} and {hidden} more" if hidden > 0 else shown
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first names with commas between, long ones cut; "none" without any."""
+    if not names:
+        return "none"
+    shown = []
+    for name in names[:_NAMES_SHOWN]:
+        shown.append(name if len(name) <= _NAME_LENGTH else f"{name[:_NAME_LENGTH]}…")
+    more = ", …" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(shown) + more
 
 
 def first_line(error: BaseException) -> str:

@@ -39,9 +39,10 @@ from evatune.finetune.tasks.user_data import (
 from evatune.loading import corpora
 from evatune.loading.assets import asset
 from evatune.loading.chats import load_template, require_template
+from evatune.loading.columns import find_records
 from evatune.loading.encoding import Encoder, Row, encode_answer
 from evatune.loading.hub import reading, require_path
-from evatune.loading.records import Records, find_records
+from evatune.loading.records import Records
 from evatune.utils.extras import require
 
 _OFFLINE = "generation-code"

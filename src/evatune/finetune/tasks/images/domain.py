@@ -40,8 +40,8 @@ from evatune.finetune.tasks.user_data import (
 )
 from evatune.loading.assets import asset
 from evatune.loading.cache import build_once
+from evatune.loading.columns import media_column, require_labels
 from evatune.loading.hub import reading, require_path
-from evatune.loading.records import media_column, require_labels
 from evatune.utils.progress import Display
 
 _DRAWN_VERSION = 2  # of the code that draws

@@ -37,11 +37,11 @@ from evatune.finetune.tasks.user_data import (
     require_task,
 )
 from evatune.loading.assets import asset
+from evatune.loading.columns import text_columns
 from evatune.loading.corpora import ARCHIVE, SENTIMENT, bbc, sentiment
 from evatune.loading.demo import demo_model
 from evatune.loading.hub import reading, require_path
 from evatune.loading.models import make_ready
-from evatune.loading.records import text_columns
 from evatune.loading.texts import truncate_texts
 
 TASKS = (*SENTIMENT, "bbc", *grammar.TASKS)
