@@ -9,9 +9,7 @@ import pytest
 
 from evatune.errors import ConfigError
 from evatune.finetune.comparison.tuned_summary import TunedSummary, summarize
-from evatune.finetune.recipe_files import load
 from evatune.report.tuned import (
-    command_of,
     domain_page,
     overview_page,
     tuned_tables,
@@ -29,20 +27,6 @@ def test_pages_hold_their_pictures(tmp_path: Path) -> None:
         assert f"(images-{kind}.svg)](images-{kind}.png)" in page
         assert "<text" in (tmp_path / f"images-{kind}.svg").read_text()
     assert "[images](images.md)" in (tmp_path / "README.md").read_text()
-
-
-def test_a_command_repeats_a_row() -> None:
-    summary = summarize(tuned_lines(tasks=("digits",), methods=("lora", "eva"), rho=1))
-    cell = summary.groups[0].cell("digits", "eva (rho 1)")
-    assert cell is not None
-    command = command_of(cell)
-    assert command is not None
-    evatune, train, recipe, *overrides = command.split()
-    assert (evatune, train, recipe) == ("evatune", "train", "images-digits")
-    settings = load(recipe, overrides)
-    assert (settings.method, settings.seed, settings.adapter.rho) == ("eva", 10, 1)
-    assert settings.training.learning_rate == cell.rate
-    assert settings.training.steps == cell.steps
 
 
 def test_every_row_of_a_table_has_as_many_cells() -> None:

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from evatune.finetune.comparison.tuned_summary import summarize
-from evatune.report.verdicts import verdicts
+from evatune.report.verdicts import Verdict, verdicts
 from evatune.schemas.tuned import RunLine
 from tests.tuned_lines import tuned_lines
 
+FASTER, HIGHER = "Faster convergence?", "Higher average?"
+BEST, FEWER = "Above the best competitor?", "Fewer parameters?"
+PRECISE, LOWER = "Precise enough to tell?", "Better at lower rates?"
+KAPPA, PARTICIPATION = "Does κ predict the ratio of best rates?", "Does PR predict the gain?"
+VALIDATION = "Higher, where validation chooses?"
+
+
+def told(lines: Sequence[RunLine]) -> dict[str, Verdict]:
+    """Return the verdicts by their claims."""
+    return {verdict.claim: verdict for verdict in verdicts(summarize(lines).groups)}
+
 
 def test_planted_differences_are_told() -> None:
-    groups = summarize(tuned_lines(methods=("lora", "eva", "lora-ga", "pissa"))).groups
-    faster, higher, best, fewer, precise, _, kappa, _ = verdicts(groups)
+    answers = told(tuned_lines(methods=("lora", "eva", "lora-ga", "pissa")))
+    claims = (FASTER, HIGHER, BEST, FEWER, PRECISE, LOWER, KAPPA, PARTICIPATION)
+    assert tuple(answers) == claims
+    faster, higher, best, fewer, precise, _, kappa, _ = answers.values()
     assert [one.outcome for one in (faster, higher, fewer, kappa)] == ["win", "win", "win", "yes"]
     assert "of a run sooner than lora does. On these tasks: win [+" in faster.text
     assert "of tasks 4 won, 0 tied, 0 lost." in fewer.text
@@ -22,7 +37,7 @@ def test_planted_differences_are_told() -> None:
 
 def test_an_interval_is_precise_that_is_narrow_beside_what_full_fine_tuning_gains() -> None:
     lines = tuned_lines(methods=("lora", "eva", "full"), tasks=("digits", "fonts"), test_seeds=2)
-    *_, precise, _, _, _ = verdicts(summarize(lines).groups)
+    precise = told(lines)[PRECISE]
     assert precise.outcome == "yes"
     assert "full fine-tuning is 5." in precise.text
     scattered = [
@@ -31,14 +46,16 @@ def test_an_interval_is_precise_that_is_narrow_beside_what_full_fine_tuning_gain
         else line.model_copy(update={"test": line.test.model_copy(update={"score": line.seed % 2})})
         for line in lines
     ]
-    *_, precise, _, _, _ = verdicts(summarize(scattered).groups)
-    assert precise.outcome == "no"
+    assert told(scattered)[PRECISE].outcome == "no"
 
 
 def test_the_papers_settings_have_verdicts_of_their_own() -> None:
     methods = ("lora", "eva", "eva-paper-centered", "lora-ga", "pissa")
-    groups = summarize(tuned_lines(methods=methods)).groups
-    faster, higher, best, _ = verdicts(groups)[6:10]
+    answers = told(tuned_lines(methods=methods))
+    faster, higher, best = (
+        answers[f"{claim}, with the paper's settings?"]
+        for claim in ("Faster", "Higher", "Above the best competitor")
+    )
     assert (faster.outcome, higher.outcome, best.outcome) == ("win", "win", "win")
     assert "eva-paper-centered is 1.8 points above lora-ga, the competitor" in best.text
     assert "eva-paper-centered reaches the larger one" in faster.text
@@ -46,14 +63,18 @@ def test_the_papers_settings_have_verdicts_of_their_own() -> None:
 
 
 def test_nothing_is_said_of_a_default_that_nobody_ran() -> None:
-    told = verdicts(summarize(tuned_lines(methods=("lora", "eva-paper-centered"))).groups)
-    assert [one.claim.split(",")[0] for one in told] == [
-        "Faster",
-        "Higher",
-        "Above the best competitor",
-        "Higher",
-        "Does κ predict the ratio of best rates?",
-    ]
+    answers = told(tuned_lines(methods=("lora", "eva-paper-centered")))
+    assert tuple(answers) == (
+        "Faster, with the paper's settings?",
+        "Higher, with the paper's settings?",
+        VALIDATION,
+        KAPPA,
+    )
+
+
+def test_nothing_is_asked_that_takes_more_tasks_or_a_competitor() -> None:
+    few = told(tuned_lines(methods=("lora", "eva"), tasks=("digits",)))
+    assert tuple(few) == (FASTER, HIGHER, FEWER, PRECISE, LOWER)
 
 
 def test_a_comparison_without_eva_says_what_it_can() -> None:
@@ -73,7 +94,8 @@ def test_a_comparison_without_eva_says_what_it_can() -> None:
 def test_validation_chooses_before_test_examples_are_seen() -> None:
     lines = as_method("eva-paper-centered", "lora-fa", ("digits",))
     lines += tuned_lines(methods=("lora", "eva-paper-centered"), tasks=("fonts",))
-    _, higher, _, chosen, *_ = verdicts(summarize(lines).groups)
+    answers = told(lines)
+    higher, chosen = answers["Higher, with the paper's settings?"], answers[VALIDATION]
     assert (higher.outcome, chosen.outcome) == ("win", "win")
     assert "lower with eva-paper-centered than with lora on 1 of 2 tasks" in chosen.text
     assert "of tasks 1 won, 1 tied, 0 lost" in chosen.text
@@ -81,16 +103,15 @@ def test_validation_chooses_before_test_examples_are_seen() -> None:
 
 
 def test_frozen_starts_are_held_against_each_other() -> None:
-    groups = summarize(tuned_lines(methods=("lora", "eva", "lora-fa", "eva-fa"))).groups
-    frozen = verdicts(groups)[-3]
-    assert (frozen.claim, frozen.outcome) == ("Better directions where A is frozen?", "loss")
+    answers = told(tuned_lines(methods=("lora", "eva", "lora-fa", "eva-fa")))
+    frozen = answers["Better directions where A is frozen?"]
+    assert frozen.outcome == "loss"
     assert "points below lora-fa" in frozen.text
 
 
 def test_directions_are_held_against_random_ones_of_the_same_first_step() -> None:
     methods = ("lora", "eva", "eva-paper-centered", "eva-paper-random")
-    same_step = verdicts(summarize(tuned_lines(methods=methods)).groups)[-3]
-    assert same_step.claim == "Better directions at the same first step?"
+    same_step = told(tuned_lines(methods=methods))["Better directions at the same first step?"]
     assert same_step.outcome == "win"
     assert "eva-paper-centered is 1.0 points above eva-paper-random" in same_step.text
 
@@ -112,36 +133,34 @@ def as_method(called: str, method: str, tasks: tuple[str, ...]) -> list[RunLine]
 def test_a_control_does_not_compete_and_a_method_that_is_no_longer_registered_does() -> None:
     tasks = ("digits", "fonts")
     lines = tuned_lines(methods=("lora", "eva", "lora-orthogonal", "pissa"), tasks=tasks)
-    best = verdicts(summarize(lines).groups)[2]
-    assert "above pissa, the competitor" in best.text
+    assert "above pissa, the competitor" in told(lines)[BEST].text
     lines += as_method("gone", "lora-ga", tasks)
-    best = verdicts(summarize(lines).groups)[2]
-    assert "above gone, the competitor" in best.text
+    assert "above gone, the competitor" in told(lines)[BEST].text
 
 
 def test_lower_rates_are_those_below_loras_best() -> None:
-    lower = verdicts(summarize(as_eva("lora-fa")).groups)[5]
-    assert (lower.claim, lower.outcome) == ("Better at lower rates?", "loss")
+    lower = told(as_eva("lora-fa"))[LOWER]
+    assert lower.outcome == "loss"
     assert "1.8 and 3.2 times below lora's best, eva's validation loss falls by" in lower.text
     assert "% less than lora's" in lower.text
-    lower = verdicts(summarize(as_eva("lora-fa", ("digits",))).groups)[5]
+    lower = told(as_eva("lora-fa", ("digits",)))[LOWER]
     assert lower.outcome == "unknown (one task)"
     # whose first step is three times as long, and whose rates are others
-    lower = verdicts(summarize(as_eva("pissa")).groups)[5]
+    lower = told(as_eva("pissa"))[LOWER]
     assert (lower.outcome, "lack 2 rates" in lower.text) == ("unknown", True)
 
 
 def test_a_loss_is_told_like_a_win() -> None:
-    faster, higher, best, fewer, *_ = verdicts(summarize(as_eva("pissa")).groups)
+    answers = told(as_eva("pissa"))
+    faster, higher, fewer = answers[FASTER], answers[HIGHER], answers[FEWER]
     assert [faster.outcome, higher.outcome, fewer.outcome] == ["loss", "loss", "tie"]
     assert "of a run later than lora does" in faster.text
     assert "points below lora in score" in higher.text
-    assert best.outcome == "unknown"
 
 
 def test_one_seed_tells_nothing_of_precision() -> None:
     lines = tuned_lines(methods=("lora", "eva"), tasks=("digits",), test_seeds=1)
-    *_, precise, _, _, _ = verdicts(summarize(lines).groups)
+    precise = told(lines)[PRECISE]
     assert (precise.outcome, precise.text) == (
         "unknown (one seed)",
         "A mean of one seed has no interval.",

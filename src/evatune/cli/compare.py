@@ -199,6 +199,7 @@ def _show_tuned(path: Path, sources: list[str], as_json: bool) -> None:
     from evatune.finetune.comparison.tuned_summary import Source, summarize
     from evatune.finetune.recipe_files import load
     from evatune.finetune.recipe_tree import all_settings, as_tree
+    from evatune.report.advice import advice_lines
     from evatune.report.pages.tuned import render
     from evatune.report.tables import console, say
     from evatune.report.tuned import overview_lines, tuned_facts, tuned_tables, write_pages
@@ -221,6 +222,9 @@ def _show_tuned(path: Path, sources: list[str], as_json: bool) -> None:
     for table in tuned_tables(summary):
         terminal.print(table)
     say(terminal, *overview_lines(summary))
+    advised = advice_lines(summary.groups)
+    if advised:
+        say(terminal, "", "By validation:", *advised, "")
     for page in written:
         if page.suffix in (".md", ".html"):
             typer.echo(printable(str(page)))

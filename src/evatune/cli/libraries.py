@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 
 from evatune.cli.interrupt import ends_at_once
 from evatune.utils.extras import require
+from evatune.utils.loggers import quiet_loggers
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-# A torchao of another torch's time tells at each start which of its kernels it does without.
-_NOISY = ("torchao", "torch.utils._pytree")
 TRUST_HELP = "Run Python code that comes with the model. Look at it first."
 
 
@@ -28,8 +27,7 @@ def loading_libraries(log: Console) -> Iterator[None]:
     Raises MissingExtraError where it could not show its results in the end.
     """
     require("cli", "this command")
-    for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_loggers()
     with log.status("loading libraries"), libraries_on_stderr(), ends_at_once():
         yield
 

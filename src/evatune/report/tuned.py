@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 from evatune.errors import ConfigError
 from evatune.finetune.comparison.statistics import DomainDifference, PairedDifference, TTest
-from evatune.finetune.comparison.tuned_summary import Cell, Group, TunedSummary, base_name
+from evatune.finetune.comparison.tuned_summary import Cell, Group, TunedSummary
+from evatune.report.advice import advice, repeat_command
 from evatune.report.plots import save_figure
 from evatune.report.tables import plain
 from evatune.report.tuned_plots import curves_plot, forest_plot, ranks_plot, rates_plot
@@ -208,7 +208,8 @@ def domain_page(summary: TunedSummary, domain: str, command: str) -> str:
         for kind, words in _PICTURES.items():
             lines += [f"### {words}", "", *_picture(group, kind), ""]
         lines += ["### By task", "", *_table(CELL_HEADINGS, cell_rows(group)), ""]
-        lines += [r"\* at the edge of the grid of rates.", "", *_commands(group)]
+        lines += [r"\* at the edge of the grid of rates.", "", *_advice_lines(group)]
+        lines += _commands(group)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -391,26 +392,16 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     ]
 
 
-def command_of(cell: Cell) -> str | None:
-    """Return the command that repeats the cell's first test run; None without recipe or test."""
-    if cell.overrides is None or not cell.scores or cell.rate is None:
-        return None
-    settings = dict(cell.overrides)
-    changed = {
-        "method": settings.pop("method", base_name(cell.method)),
-        "seed": min(cell.scores),
-        "training.learning_rate": cell.rate,
-    }
-    settings.pop("seed", None)
-    words = [f"{key}={value}" for key, value in (changed | settings).items()]
-    return shlex.join(["evatune", "train", cell.recipe, *words])
+def _advice_lines(group: Group) -> list[str]:
+    lines = [f"- {markdown_text(f'{each.task}: {each.text}.')}" for each in advice(group)]
+    return ["By validation alone:", "", *lines, ""] if lines else []
 
 
 def _commands(group: Group) -> list[str]:
     """Return the command of each row, folded, with the scores of its seeds."""
     texts = []
     for cell in group.cells:
-        command = command_of(cell)
+        command = repeat_command(cell)
         if command is not None:
             scores = ", ".join(
                 f"{seed}: {'diverged' if score is None else format(score, '.4f')}"
@@ -450,6 +441,11 @@ def tuned_facts(summary: TunedSummary) -> dict[str, Any]:
             for group in summary.groups
             for verdict in verdicts([group])
         ],
+        "advice": [
+            {"domain": group.domain, "condition": group.condition} | asdict(each)
+            for group in summary.groups
+            for each in advice(group)
+        ],
         "cells": [
             {
                 "domain": group.domain,
@@ -460,7 +456,7 @@ def tuned_facts(summary: TunedSummary) -> dict[str, Any]:
                 "inside": cell.inside,
                 "score": cell.score,
                 "scores": dict(cell.scores),
-                "command": command_of(cell),
+                "command": repeat_command(cell),
             }
             for group in summary.groups
             for cell in group.cells

@@ -86,8 +86,7 @@ def verdicts(groups: Sequence[Group]) -> list[Verdict]:
         *of_default,
         *of_paper,
         *_directions(groups),
-        kappa_verdict(groups),
-        *([participation_verdict(groups)] if of_default else []),
+        *_predictions(groups),
     ]
 
 
@@ -98,7 +97,7 @@ def _by_default(groups: Sequence[Group]) -> list[Verdict]:
     return [
         _claim(groups, "Faster convergence?", Group.steps_saved, _saved_text),
         _claim(groups, "Higher average?", Group.test_scores, _score_text),
-        _against_best(groups, "Above the best competitor?", SUBJECT),
+        *_against_best(groups, "Above the best competitor?", SUBJECT),
         _claim(groups, "Fewer parameters?", Group.parameters_saved, _parameters_text),
         _precision(groups),
         _lower_rates(groups),
@@ -168,22 +167,25 @@ def _size(share: float) -> str:
     return f"{100 * abs(share):.1f}"
 
 
-def _against_best(groups: Sequence[Group], claim: str, subject: str) -> Verdict:
+def _against_best(groups: Sequence[Group], claim: str, subject: str) -> list[Verdict]:
+    """Return the claim against the competitor with the best score; nothing where none ran."""
+    if not any(_is_competitor(method) for group in groups for method in group.methods):
+        return []
     scores = all_tasks(groups, Group.test_scores)
     comparison = compared(scores)
     lines = comparison.methods if comparison else ()
     rivals = [line for line in lines if _is_competitor(line.method)]
     if _line(comparison, subject) is None or not rivals:
-        return Verdict(claim, "unknown", "There is no competitor that has every task.")
+        return [Verdict(claim, "unknown", "There is no competitor that has every task.")]
     best = max(rivals, key=lambda line: line.mean).method
     line = _line(compared(scores, best), subject)
     if line is None:
-        return Verdict(claim, "unknown", f"{subject} and {best} have no seed in common.")
+        return [Verdict(claim, "unknown", f"{subject} and {best} have no seed in common.")]
     text = (
         f"{subject} is {_apart(line.mean)} {best}, the competitor with the highest mean score on"
         " these same test examples, a choice in that one's favor."
     )
-    return Verdict(claim, _outcome(line.fixed_tasks), f"{text} {_evidence(line)}")
+    return [Verdict(claim, _outcome(line.fixed_tasks), f"{text} {_evidence(line)}")]
 
 
 def _is_competitor(method: str) -> bool:
@@ -246,7 +248,7 @@ def _as_in_the_paper(groups: Sequence[Group]) -> list[Verdict]:
     above_best = "Above the best competitor, with the paper's settings?"
     return [
         *(_claim(groups, *claim, _OF_PAPER) for claim in claims),
-        _against_best(groups, above_best, _OF_PAPER),
+        *_against_best(groups, above_best, _OF_PAPER),
         _validation_chooses(groups),
     ]
 
@@ -322,6 +324,17 @@ def _outcome(test: TTest | None) -> str:
 def signed(share: float) -> str:
     """Return a share in hundredths: "−0.4"."""
     return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def _predictions(groups: Sequence[Group]) -> list[Verdict]:
+    """Return what κ and PR predict; nothing of what it takes more tasks to tell."""
+    tasks = sum(len(group.tasks) for group in groups)
+    told = []
+    if tasks > 1:
+        told.append(kappa_verdict(groups))
+    if tasks >= _FEWEST_PAIRS and any(group.of(SUBJECT) for group in groups):
+        told.append(participation_verdict(groups))
+    return told
 
 
 def kappa_verdict(groups: Sequence[Group]) -> Verdict:

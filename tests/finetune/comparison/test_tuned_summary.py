@@ -13,7 +13,7 @@ from evatune.finetune.comparison.run_lines import read_lines
 from evatune.finetune.comparison.tuned_summary import Source, summarize
 from evatune.finetune.recipe_files import load
 from evatune.finetune.recipe_tree import all_settings, as_tree
-from evatune.report.tuned import command_of
+from evatune.report.advice import repeat_command
 from evatune.schemas.tuned import RunLine
 from tests.tuned_lines import FACTOR, STEPS, line_of, tuned_lines
 
@@ -93,7 +93,7 @@ def test_settings_that_a_run_leaves_out_at_their_defaults_make_conditions_too() 
     source = Source("mine.yaml", {key: ours[key] for key in same})
     groups = summarize(lines, {("images", "digits"): source}).groups
     assert {group.condition for group in groups} == {"", "quantize nf4"}
-    command = command_of(groups[1].cells[0])
+    command = repeat_command(groups[1].cells[0])
     assert command is not None
     assert command.endswith("adapter.quantize=nf4 training.max_grad_norm=1.0")
 

@@ -13,7 +13,8 @@ def test_the_page_begins_with_the_verdict_and_has_every_group() -> None:
     text = render(summarize(lines), "evatune compare x --tune")
     page = Document(text)
     assert text.partition('class="verdict">')[2].startswith("Win: eva is 1.9 points above lora")
-    assert "evatune train images-digits method=eva seed=10" in page.text
+    assert "evatune train images-digits method=eva training.learning_rate=" in page.text
+    assert "train with eva at" in page.text
     assert specs(text)["scores"]["usermeta"]["panels"] == 4
     assert specs(text).keys() >= {"scores", "loss"}
     assert all(

@@ -109,7 +109,13 @@ class Cell:
     @property
     def validation_loss(self) -> float:
         """Mean final loss of the tuning seeds at the chosen rate; infinite where all diverged."""
-        return next((point.loss for point in self.rates if point.rate == self.rate), math.inf)
+        losses = self.tuning_losses.values()
+        return fmean(losses) if losses else math.inf
+
+    @property
+    def tuning_losses(self) -> Mapping[int, float]:
+        """Final validation losses at the chosen rate, by tuning seed; empty if all diverged."""
+        return next((point.losses for point in self.rates if point.rate == self.rate), {})
 
     @property
     def score(self) -> float | None:

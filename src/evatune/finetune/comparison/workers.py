@@ -15,7 +15,10 @@ from itertools import count
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pkgutil import resolve_name
 from typing import Any, NoReturn, cast
+
+from evatune.utils.loggers import quiet_loggers
 
 _GRACE_SECONDS = 5.0  # seconds for a worker to leave by itself before it is killed
 Call = tuple[Any, ...]  # the arguments of one call
@@ -62,7 +65,7 @@ def run_calls(
                 connection = idle.pop()
             else:
                 connection, worker_end = context.Pipe()
-                arguments = (worker_end, function)
+                arguments = (worker_end, f"{function.__module__}:{function.__qualname__}")
                 processes[connection] = context.Process(target=_serve, args=arguments)
                 with _start_settings():
                     processes[connection].start()
@@ -126,10 +129,12 @@ def _end(processes: Collection[BaseProcess]) -> None:
             process.join(_GRACE_SECONDS)
 
 
-def _serve(connection: Connection, function: Callable[..., Any]) -> None:
-    """Make calls as they come, in a worker, until it is ended."""
+def _serve(connection: Connection, name: str) -> None:
+    """Make calls of the function of this name as they come, in a worker, until it is ended."""
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    quiet_loggers()  # before the function's module imports what they belong to
+    function = resolve_name(name)
     with suppress(EOFError, OSError):  # the parent has gone
         while True:
             connection.send(function(*connection.recv()))

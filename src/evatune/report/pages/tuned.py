@@ -7,6 +7,7 @@ from statistics import stdev
 
 from evatune.finetune.comparison.tuned_summary import Cell, Group, TunedSummary
 from evatune.finetune.recipe import REFERENCE
+from evatune.report.advice import Advice, advice, repeat_command
 from evatune.report.charts import Curve, Score, curves, scores
 from evatune.report.pages.base import Chart, Page, Table, Tile, document, text_cell
 from evatune.report.tuned import (
@@ -14,7 +15,6 @@ from evatune.report.tuned import (
     LEGEND,
     METHOD_HEADINGS,
     cell_rows,
-    command_of,
     method_rows,
     protocol,
 )
@@ -34,14 +34,15 @@ def render(summary: TunedSummary, made_by: str) -> str:
     condition = min((group.condition for group in summary.groups), default="")
     groups = [group for group in summary.groups if group.condition == condition]
     answers = verdicts(groups)
+    advised = [each for group in groups for each in advice(group)]
     page = Page(
         title=f"{len(summary.methods)} methods at tuned learning rates",
         facts=_facts(summary, condition),
         verdict=_verdict(answers),
-        command=_command(groups),
+        command=_command(groups, advised),
         tiles=[Tile(answer.outcome, answer.claim) for answer in answers[:_FEW]],
         charts=_charts(groups, summary.methods),
-        tables=_tables(summary, answers),
+        tables=_tables(summary, answers, advised),
         notes=[*_paragraphs(summary), LEGEND],
         settings={"made by": made_by},
     )
@@ -68,10 +69,13 @@ def _verdict(answers: Sequence[Verdict]) -> str:
     return f"{higher.outcome.capitalize()}: {higher.text}"
 
 
-def _command(groups: Sequence[Group]) -> str:
+def _command(groups: Sequence[Group], advised: Sequence[Advice]) -> str:
+    """Return the command that validation advises for the first task, or one that repeats a row."""
+    if advised and advised[0].command is not None:
+        return advised[0].command
     cells = [cell for group in groups for cell in group.cells]
     cells.sort(key=lambda cell: not cell.method.startswith("eva"))
-    return next((command for cell in cells if (command := command_of(cell))), "")
+    return next((command for cell in cells if (command := repeat_command(cell))), "")
 
 
 def _charts(groups: Sequence[Group], methods: Sequence[str]) -> list[Chart]:
@@ -113,20 +117,28 @@ def _deviation(values: Mapping[int, float | None]) -> float | None:
     return stdev(known) if len(known) > 1 else None
 
 
-def _tables(summary: TunedSummary, answers: Sequence[Verdict]) -> list[Table]:
+def _tables(
+    summary: TunedSummary, answers: Sequence[Verdict], advised: Sequence[Advice]
+) -> list[Table]:
+    tables = []
+    if advised:
+        choices = [[text_cell(each.task), text_cell(each.text)] for each in advised]
+        headings = ["task", "by validation"]
+        tables.append(Table("advice", "What to train with", headings, choices, folded=False))
     claims = [
         [text_cell(answer.claim), text_cell(answer.outcome), text_cell(answer.text)]
         for answer in answers
     ]
-    tables = [Table("verdicts", "Verdicts", ["claim", "outcome", "why"], claims, folded=False)]
+    headings = ["claim", "outcome", "why"]
+    tables.append(Table("verdicts", "Verdicts", headings, claims, folded=False))
     for number, group in enumerate(summary.groups, start=1):
         name = " ".join(filter(None, (group.domain, group.condition)))
-        for kind, headings, rows in (
+        for kind, columns, rows in (
             ("methods", METHOD_HEADINGS, method_rows(group)),
             ("cells", CELL_HEADINGS, cell_rows(group)),
         ):
             lines = [[text_cell(text) for text in row] for row in rows]
-            tables.append(Table(f"{kind}-{number}", f"{name}: {kind}", headings, lines))
+            tables.append(Table(f"{kind}-{number}", f"{name}: {kind}", columns, lines))
     return tables
 
 
