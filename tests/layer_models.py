@@ -105,12 +105,12 @@ class Attends(nn.Module):
     def forward(
         self, x: Tensor, memory: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
-        if memory is None:
-            memory = x
-        if self.attn.batch_first:
-            return self.head(self.attn(x, memory, memory)[0])
-        query, key = x.transpose(0, 1), memory.transpose(0, 1)
-        return self.head(self.attn(query, key, key)[0].transpose(0, 1))
+        query = self.as_called(x)
+        key = query if memory is None else self.as_called(memory)
+        return self.head(self.as_called(self.attn(query, key, key)[0]))
+
+    def as_called(self, x: Tensor) -> Tensor:
+        return x if self.attn.batch_first else x.transpose(0, 1)
 
 
 def sequences(cross: bool = False) -> list[dict[str, Tensor]]:

@@ -73,7 +73,9 @@ def calibrate(
             that see gradients (`config.objective`); replaces the loss that the model returns for a
             batch with labels. `rows` then chooses tokens, the same of inputs and of gradients: it
             is handed a number for each token's place in place of the activation, and so can neither
-            look at values nor compute rows of its own; layers share no sketches.
+            look at values nor compute rows of its own; layers share no sketches. A head of your
+            own in it must not lie in a reentrant checkpoint, which hides that its `.grad` is to be
+            left alone.
         progress: "auto" shows how far a run is that takes longer than a moment: as a bar in a
             terminal (on stderr) or a notebook, elsewhere as a line every few seconds of the logger
             "evatune", level INFO; before a run of more than 5 s one line says what it will take. Of
@@ -103,7 +105,8 @@ def calibrate(
             or settings.
 
     What the model itself raises passes through. In every case the model, its modes, hooks,
-    gradients and the random number generators are left as they were.
+    gradients and the random number generators are left as they were, but for buffers and weights
+    that its own forward pass writes to, such as a counter or the ranges of an observer.
 
     The first forward pass runs to its end. The later ones of a transformers model may end at the
     last watched layer, where nothing is lost by it: see `evatune.modeling.state.may_stop_early`.

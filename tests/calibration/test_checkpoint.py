@@ -20,7 +20,7 @@ from evatune.calibration.checkpoint import Checkpoint
 from evatune.errors import ConfigError, DataError, RecordError
 from evatune.schemas.tensors import read_sealed, save_sealed
 from evatune.sketch import SKETCHES
-from tests.helpers import Toy, inputs
+from tests.helpers import EXACT, Toy, inputs
 from tests.processes import FORKS
 
 
@@ -257,3 +257,13 @@ class TestWhatDoesNotFit:
     def test_never_is_not_a_number_of_batches(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="checkpoint_every is 0"):
             Checkpoint(tmp_path / "point", every=0)
+
+
+def test_a_path_may_be_text(tmp_path: Path) -> None:
+    where = str(tmp_path / "checkpoint")
+    for resume in (True, False, True):
+        checkpoint = Checkpoint(where, every=2, resume=resume)  # type: ignore[arg-type]
+        evatune.calibrate(Toy(), inputs(), EXACT, checkpoint=checkpoint, progress=None)
+    for every in (0, 2.5, "8", True):
+        with pytest.raises(ConfigError, match=r"must be a whole number of at least 1 batch"):
+            Checkpoint(tmp_path, every=every)  # type: ignore[arg-type]

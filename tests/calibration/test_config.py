@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 import evatune
@@ -48,6 +49,13 @@ def test_settings_out_of_range_say_what_is_allowed(options: dict[str, Any], text
         {"distributed": None},
         {"labels_only": 1},
         {"labels_only": 0},
+        {"tolerance": "0.1"},
+        {"tolerance": None},
+        {"tolerance": True},
+        {"tolerance": np.float32(0.01)},
+        {"ignore_index": -100.0},
+        {"ignore_index": "x"},
+        {"rendezvous_timeout": "120"},
     ],
 )
 def test_settings_of_the_wrong_kind_are_named(options: dict[str, Any]) -> None:

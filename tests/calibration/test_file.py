@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 import evatune
 from evatune import Calibration, CalibrationConfig, Status
@@ -151,3 +151,38 @@ def test_finite_numbers_far_from_one_are_calibrated_saved_and_scaled_like_any(
         unit = 1 / factor if scale == "whiten" else 1.0
         far, near = scaled_rows(known, 4, scale), scaled_rows(usual, 4, scale)
         assert torch.allclose(far / unit, near, rtol=1e-3, atol=1e-4), scale
+
+
+def test_inputs_that_parted_in_another_shard_are_saved_though_they_have_one_certificate(
+    tmp_path: Path,
+) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.q(x) + self.k(x)
+            return out
+
+    def apart(model: Any, x: Tensor) -> None:
+        model.q(0 * x), model.k(0 * x)
+
+    torch.manual_seed(0)
+    model, config = Model(), CalibrationConfig(rank=2, tolerance=0)
+    batches = [torch.randn(16, 8) for _ in range(4)]
+    shared = evatune.calibrate(model, batches, config, progress=None)
+    parted = evatune.calibrate(model, batches, config, progress=None, forward=apart)
+    merged = Calibration.merge([shared, parted])
+    merged.save(tmp_path / "c.safetensors")
+    assert Calibration.load(tmp_path / "c.safetensors").status == merged.status
+
+
+def test_paths_that_cannot_be_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="cannot be read"):
+        Calibration.load("a" * 5000)
+    (tmp_path / "file").write_text("")
+    saved = every_outcome()
+    for path in (str(tmp_path / "file" / "c.safetensors"), str(tmp_path / "a\0b")):
+        with pytest.raises(ConfigError, match="cannot be written"):
+            saved.save(path)

@@ -151,3 +151,66 @@ def test_padding_counts_neither_as_input_nor_as_gradient() -> None:
     )
     rows = sum(int(batch["attention_mask"].sum()) for batch in batches)
     assert {spectrum.rows for spectrum in found.spectra.values()} == {rows}
+
+
+class Halved(nn.Module):
+    """Every second token goes on, with a mask of its own, through a block that is checkpointed."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.input, self.inner, self.reentrant = nn.Linear(8, 8), Inner(reentrant), reentrant
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        h, mask = self.input(x)[:, ::2], attention_mask[:, ::2]
+        out = self.inner(h, attention_mask=mask).square().mean(-1)
+        return {"loss": (out * mask).sum(1).mean()}
+
+
+class Inner(nn.Module):
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.layer, self.reentrant = nn.Linear(8, 8), reentrant
+
+    def forward(self, h: Tensor, attention_mask: Tensor) -> Tensor:
+        def block(h: Tensor) -> Tensor:
+            return torch.tanh(self.layer(h))
+
+        if self.reentrant is None:
+            return block(h)
+        out: Tensor = checkpoint(block, h, use_reentrant=self.reentrant)
+        return out
+
+
+def test_a_mask_that_a_model_makes_on_the_way_counts_where_activations_are_computed_again() -> None:
+    mask = torch.ones(4, 12, dtype=torch.long)
+    mask[1:, 4:] = 0
+    x = torch.randn(4, 12, 8) * (1 + 9 * (1 - mask[..., None]))
+    batches = [{"x": x, "attention_mask": mask}] * 3
+    plain, *saved = (
+        evatune.calibrate(Halved(mode), batches, GRADIENTS, targets=["input", "layer"])
+        for mode in (None, False, True)
+    )
+    name = "inner.layer"
+    for calibration in saved:
+        assert calibration.spectra[name].rows == plain.spectra[name].rows == 36
+        energies = calibration.spectra[name].energies
+        assert torch.allclose(energies, plain.spectra[name].energies, rtol=1e-4)
+
+
+def test_rows_that_a_whole_batch_shares_are_of_one_example() -> None:
+    class WithPositions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.content, self.positions = nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            place = self.positions(torch.eye(8)[None])  # (1, tokens, 4), for all examples
+            return {"loss": (self.content(x) + place).square().sum((1, 2)).mean()}
+
+    config = evatune.CalibrationConfig(rank=8, rho=1, objective="gradients")
+    batches = [torch.randn(4, 8, 8)] * 3
+    found = evatune.calibrate(WithPositions(), batches, config, targets=["positions"])
+    energies = found.spectra["positions"].energies
+    # one gradient (4, 8) per batch has four directions; that of each pair of tokens would add up
+    assert energies[:4].min() > 100 * energies[4:].sum()

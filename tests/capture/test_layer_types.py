@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import evatune
+from evatune import CalibrationConfig
 from evatune.capture import TargetLayer, find_target_layers
 from evatune.capture.layer_types import LAYER_TYPES, LayerType
 from evatune.errors import LayerError, TargetError
@@ -121,3 +122,37 @@ def test_a_layer_type_is_added_by_one_entry() -> None:
     assert torch.allclose(calibration.spectra["0"].energies.double(), moments(x, 6), rtol=1e-4)
     with pytest.raises(TargetError, match=r"supported are .*, scaled layers and stacked"):
         find_target_layers(nn.ModuleDict({"a": nn.Bilinear(2, 2, 2)}), ["a"])
+
+
+@pytest.mark.parametrize("kind", ["complex", "sparse", "nested"])
+def test_inputs_that_are_no_dense_rows_of_real_numbers_are_refused(kind: str) -> None:
+    x = torch.randn(6, 16)
+    batch = {
+        "complex": lambda: x.to(torch.complex64),
+        "sparse": x.to_sparse,
+        "nested": lambda: torch.nested.nested_tensor([x, x[:3]], layout=torch.jagged),
+    }[kind]()
+    model = nn.Sequential(nn.Linear(16, 4, dtype=batch.dtype))
+    with pytest.raises(TargetError, match=r"^0 \(Linear\) is called with a .*leave it out"):
+        evatune.calibrate(model, [batch] * 2, CalibrationConfig(rank=2), progress=None)
+
+
+def test_a_batch_without_examples_counts_no_rows() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.conv = nn.Conv1d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            y = self.conv(self.attention(x, x, x)[0].transpose(1, 2))
+            return {"loss": y.square().sum()}
+
+    batches = [torch.randn(count, 6, 8) for count in (2, 0, 2)]
+    config = CalibrationConfig(rank=2, tolerance=0)
+    found = evatune.calibrate(Model(), batches, config, targets=["attention", "conv"])
+    assert found.spectra["conv"].rows == 16
+    assert found.spectra["attention"].rows == 24
+    config = CalibrationConfig(rank=2, tolerance=0, objective="gradients")
+    found = evatune.calibrate(Model(), batches, config, targets=["conv"])
+    assert found.spectra["conv"].rows == 16

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 import evatune
 from evatune import CalibrationConfig
@@ -126,3 +126,28 @@ def test_weights_of_every_layout_have_a_fingerprint() -> None:
     twin.inside = nn.Parameter(model.inside.detach().clone())
     twin.transposed = nn.Parameter(model.transposed.detach().contiguous())
     assert fingerprint(twin) == {name: found[name] for name in ("inside", "transposed")}
+
+
+@pytest.mark.parametrize(
+    "layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr]
+)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_sparse_buffers_have_a_fingerprint(layout: torch.layout) -> None:
+    def with_buffer(dense: Tensor) -> nn.Module:
+        model = nn.Module()
+        block = (2, 2) if layout == torch.sparse_bsr else None
+        model.register_buffer("a", dense.to_sparse(layout=layout, blocksize=block))
+        return model
+
+    other = torch.eye(8)
+    other[3, 3] = 2
+    assert fingerprint(with_buffer(torch.eye(8))) == fingerprint(with_buffer(torch.eye(8)))
+    assert fingerprint(with_buffer(torch.eye(8))) != fingerprint(with_buffer(other))
+
+
+def test_a_conjugate_view_has_the_fingerprint_of_its_values() -> None:
+    view, values = nn.Module(), nn.Module()
+    numbers = torch.randn(9, dtype=torch.complex64)
+    view.register_buffer("z", numbers.conj())
+    values.register_buffer("z", numbers.conj().resolve_conj())
+    assert fingerprint(view) == fingerprint(values)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 from transformers import BatchEncoding
 
 import evatune
@@ -120,3 +121,14 @@ def test_a_batch_the_model_does_not_take_gets_a_hint() -> None:
     with pytest.raises(TypeError) as caught:
         evatune.calibrate(Toy(), [{"pixels": torch.zeros(1)}])
     assert "pass forward=lambda model, batch" in caught.value.__notes__[0]
+
+
+def test_a_packed_sequence_is_one_argument_and_keeps_its_sizes_on_the_cpu() -> None:
+    packed = pack_sequence([torch.randn(3, 16), torch.randn(2, 16)])
+    moved = to_device((packed, torch.ones(2)), torch.device("meta"))[0]
+    assert (moved.data.device.type, moved.batch_sizes.device.type) == ("meta", "cpu")
+    model = nn.Module()
+    model.fc = nn.Linear(16, 4)
+    model.forward = lambda sequence: model.fc(sequence.data)  # type: ignore[method-assign]
+    found = evatune.calibrate(model, [packed] * 3, EXACT, progress=None)
+    assert found.spectra["fc"].rows == 15

@@ -138,3 +138,30 @@ def test_a_generator_that_fails_or_changes_modes_leaves_the_model_as_it_was() ->
     with pytest.raises(OSError, match="disk on fire"):
         evatune.calibrate(net, broken(), EXACT)
     assert state_of(net) == before
+
+
+def test_a_precision_for_all_products_still_reaches_those_of_matrices() -> None:
+    backends: Any = torch.backends
+    if not hasattr(backends, "fp32_precision"):
+        pytest.skip("torch < 2.9 has one setting for products of float32")
+    before = backends.fp32_precision
+    try:
+        backends.fp32_precision = "tf32"
+        evatune.calibrate(Toy(), inputs(2), EXACT, progress=None)
+        products = (backends.cuda.matmul, backends.mkldnn.matmul)
+        assert [each.fp32_precision for each in products] == ["tf32", "tf32"]
+        backends.fp32_precision = "ieee"
+        assert [each.fp32_precision for each in products] == ["ieee", "ieee"]
+    finally:
+        backends.fp32_precision = before
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_a_precision_of_products_of_matrices_comes_back(precision: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        evatune.calibrate(Toy(), inputs(2), EXACT, progress=None)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)

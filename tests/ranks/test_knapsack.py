@@ -20,11 +20,14 @@ CLASSES = st.dictionaries(st.integers(1, 9), VALUES, min_size=1, max_size=4)
 
 
 @settings(max_examples=100, deadline=None)
-@given(CLASSES, st.integers(0, 40))
+@given(CLASSES, st.integers(0, 40), st.sampled_from([1e-18, 1.0, 1e18]))
 def test_no_other_counts_spend_more_or_as_much_to_more_value(
-    drawn: dict[int, list[float]], limit: int
+    drawn: dict[int, list[float]], limit: int, unit: float
 ) -> None:
-    values = {cost: sorted(worth, reverse=True) for cost, worth in drawn.items()}
+    values = {
+        cost: sorted((unit * value for value in worth), reverse=True)
+        for cost, worth in drawn.items()
+    }
 
     def spent_and_value(counts: dict[int, int]) -> tuple[int, float]:
         spent = sum(cost * count for cost, count in counts.items())

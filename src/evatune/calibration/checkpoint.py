@@ -31,8 +31,8 @@ class Checkpoint:
     The batches must come in the same order again: those already seen are read and passed over.
 
     Attributes:
-        path: of the safetensors file; written under a temporary name and renamed, so that it is
-            never torn.
+        path: of the safetensors file, as text or a `Path`; written under a temporary name and
+            renamed, so that it is never torn.
         every: batches from one writing to the next.
         resume: go on from the file, if there is one.
         about: whatever else must be the same for the file to fit, such as a fingerprint of the
@@ -45,8 +45,11 @@ class Checkpoint:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ConfigError(f"checkpoint_every is {self.every}; it must be at least 1 batch")
+        object.__setattr__(self, "path", Path(self.path))
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ConfigError(
+                f"checkpoint_every is {self.every!r}; it must be a whole number of at least 1 batch"
+            )
 
     def due(self, batches: int) -> bool:
         """Return whether to write after this many batches."""

@@ -30,6 +30,11 @@ def _setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def _is_number(value: object) -> bool:
+    """Return whether a value is a number that JSON can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Redistribution:
     """Settings of the redistribution of ranks; see `evatune.ranks.allocate`."""
@@ -119,6 +124,7 @@ class CalibrationConfig:
             ("components", 1),
             ("oversampling", 0),
             ("seed", 0),
+            ("ignore_index", -(2**63)),
         ):
             value = getattr(self, name)
             if value is None and name in ("rank", "components"):
@@ -132,17 +138,13 @@ class CalibrationConfig:
                     f"{name} is {value}; it must be at least {least}, and below 2 to the power 63"
                 )
         require_rho(self.redistribution.rho)
-        if not 0 <= self.tolerance < 1:
+        if not (_is_number(self.tolerance) and 0 <= self.tolerance < 1):
             raise ConfigError(
-                f"tolerance is {self.tolerance}; it must lie in [0, 1), and 0 means never stop"
-                " early"
+                f"tolerance is {self.tolerance!r}; it must be a number in [0, 1), and 0 means never"
+                " stop early"
             )
         timeout = self.rendezvous_timeout
-        if (
-            isinstance(timeout, bool)
-            or not isinstance(timeout, (int, float))
-            or not 0 < timeout < math.inf
-        ):
+        if not (_is_number(timeout) and 0 < timeout < math.inf):
             raise ConfigError(
                 f"rendezvous_timeout is {timeout!r}; it must be a number of seconds above 0"
             )

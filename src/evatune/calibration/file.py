@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from evatune.calibration.config import CalibrationConfig
@@ -16,7 +17,7 @@ from evatune.calibration.status import Status
 from evatune.layers import LayerSpec
 from evatune.schemas import Damage, shown, telling
 from evatune.sketch.spectrum import Certificate, InputMoments, Spectrum, empty
-from evatune.utils.atomic import atomic_file
+from evatune.utils.atomic import MAKE_ROOM, atomic_file, writing
 
 if TYPE_CHECKING:
     from evatune.schemas.record import CalibrationRecord, InputRecord, LayerRecord
@@ -55,7 +56,8 @@ def save_calibration(calibration: CalibrationData, path: str | os.PathLike[str])
         "inputs": inputs,
         "layers": layers,
     }
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with writing(Path(path), MAKE_ROOM):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(Path(path)) as temporary:
         save_sealed(temporary, tensors, _FORMATS[0], json.dumps(record))
 
@@ -120,17 +122,21 @@ def _spectrum_facts(spectrum: Spectrum) -> dict[str, Any]:
 def _spectrum_tensors(key: str, spectrum: Spectrum) -> dict[str, Tensor]:
     """Return the tensors of a spectrum and its certificate, by their names in the file."""
     tensors = {
-        f"{key}.directions": spectrum.directions.contiguous(),
-        f"{key}.energies": spectrum.energies.contiguous(),
-        f"{key}.mean": spectrum.mean.contiguous(),
+        "directions": spectrum.directions,
+        "energies": spectrum.energies,
+        "mean": spectrum.mean,
     }
     if spectrum.certificate is not None:
-        tensors[f"{key}.fresh_energies"] = spectrum.certificate.energies.contiguous()
+        tensors["fresh_energies"] = spectrum.certificate.energies
     if spectrum.inputs is not None:
-        tensors[f"{key}.input_moments"] = spectrum.inputs.along.contiguous()
+        tensors["input_moments"] = spectrum.inputs.along
     if spectrum.mixing is not None:
-        tensors[f"{key}.mixing"] = spectrum.mixing.contiguous()
-    return tensors
+        tensors["mixing"] = spectrum.mixing
+    # copies, as two spectra may have one and the same, which safetensors does not write
+    return {
+        f"{key}.{name}": tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
 
 
 def _spectrum(

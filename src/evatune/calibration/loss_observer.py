@@ -28,7 +28,8 @@ class LossObserver:
     order matters: those of a batch's mean are multiplied by what it is the mean over, labels if
     every token has one, else examples. Between passes the model is as it was found: parameters
     require gradients as before, and no hook is left. No `.grad` is touched, of a parameter or of
-    whatever else the loss depends on.
+    whatever else the loss depends on, but for what a reentrant checkpoint in the caller's own
+    `loss` hides.
     """
 
     # The loss is at the end of the model.

@@ -58,8 +58,8 @@ _ADVICE = {
         "fewer rows than components came; give more data, or lower rank, rho or components"
     ),
     Status.NO_SIGNAL: (
-        "every input was zero (or, where the objective sees gradients, every gradient); check the"
-        " data, or leave the layer out with exclude_modules"
+        "every input was zero (with center=True, the same; where the objective sees gradients,"
+        " every gradient was zero); check the data, or leave the layer out with exclude_modules"
     ),
     Status.NON_FINITE: (
         "NaN or Inf came in (or back, as a gradient); check the batch named, or use float32 or"

@@ -43,18 +43,32 @@ class _Call:
     gradient: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _SilentCall:
+    """A call without a graph, which checkpointing may make again in the backward pass.
+
+    Attributes:
+        shape: of the rows by which masks know them. selector: of those that count, which the
+            modules around the layer tell in the forward pass alone.
+    """
+
+    device: torch.device
+    shape: torch.Size | None
+    selector: RowSelector
+
+
 @dataclass
 class _Calls:
     """The calls of one layer in a batch.
 
     Attributes:
         waiting: for a gradient. complete: with one, and not handed on yet.
-        silent: where the forward pass called it without a graph, once per call.
+        silent: those of the forward pass without a graph.
     """
 
     waiting: list[_Call] = field(default_factory=list)
     complete: list[_Call] = field(default_factory=list)
-    silent: list[torch.device] = field(default_factory=list)
+    silent: list[_SilentCall] = field(default_factory=list)
     recorded: bool = False
 
 
@@ -141,7 +155,9 @@ class ExampleRecorder:
             calls = self._calls[target_layer.name]
             if not torch.is_grad_enabled():
                 if not self._backward:
-                    calls.silent.append(x.device)
+                    shape = target_layer.input_view.leading_shape(x)
+                    selector = self._selector(target_layer, x, shape)
+                    calls.silent.append(_SilentCall(x.device, shape, selector))
                 return None
             replaced = _start_graph(module, args, output)
             output = output if replaced is None else replaced
@@ -161,10 +177,25 @@ class ExampleRecorder:
         again = self._backward
         if self._rows is not None:
             return _Call(x.detach(), self._user_rows(target_layer, x), False, again)
-        selector = self._masks.selector(target_layer.name, x, shape)
+        selector = self._selector(target_layer, x, shape)
         index = None if shape is None else selector.chosen(shape)
         time_first = shape is not None and selector.is_time_first(shape)
         return _Call(x.detach(), index, time_first, again)
+
+    def _selector(
+        self, target_layer: TargetLayer, x: Tensor, shape: torch.Size | None
+    ) -> RowSelector:
+        """Return the selector for the rows of a call; of one that is made again, the first one's.
+
+        Of several calls with rows of one shape that is the first.
+        """
+        if self._rows is not None:
+            return ALL_ROWS
+        if self._backward:
+            for call in self._calls[target_layer.name].silent:
+                if call.shape == shape:
+                    return call.selector
+        return self._masks.selector(target_layer.name, x, shape)
 
     def _user_rows(self, target_layer: TargetLayer, x: Tensor) -> Tensor:
         """Return the flat positions that the caller's own function chooses.
@@ -231,7 +262,8 @@ class ExampleRecorder:
             calls = self._calls[target_layer.name]
             if calls.complete:
                 self._record(target_layer, calls)
-            devices = [*(call.x.device for call in calls.waiting), *calls.silent]
+            devices = [call.x.device for call in calls.waiting]
+            devices += [call.device for call in calls.silent]
             if calls.recorded or not devices:
                 continue
             shape = (1, 1, target_layer.out_features)
@@ -270,6 +302,8 @@ class _Block:
 
         Whatever lies between the first dimension and the last, or the windows that a model has
         made of its images, are tokens of an example, as long as their number can be divided so.
+        Rows (1, T) that a whole batch shares, such as positions, are one example's, so that the
+        result of such a layer depends on the size of batches.
         """
         assert call.gradient is not None
         x, g = view.all_rows(call.x), view.output_rows(call.gradient)
@@ -286,7 +320,9 @@ class _Block:
             x, g = x.transpose(0, 1), g.transpose(0, 1)
             kept = None if kept is None else kept.reshape(leading).transpose(0, 1)
         total = leading.numel()
-        count = examples if total % examples == 0 else leading[:1].numel()
+        is_shared = len(leading) > 1 and leading[0] == 1
+        is_divisible = total % examples == 0 and not is_shared
+        count = examples if is_divisible else leading[:1].numel()
         shape = (count, total // max(1, count))
         x_shape = shape if view.is_tokens else (*shape, x.shape[-1])
         return _Block(

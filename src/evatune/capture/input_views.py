@@ -133,7 +133,8 @@ class ConvPatches(DenseRows):
     def all_rows(self, x: Tensor) -> Tensor:
         """Return (batch, positions, channels · kernel), a copy."""
         windows = self._windows(x)
-        return windows.reshape(len(windows), -1, self._width(windows))
+        positions = math.prod(windows.shape[1 : 1 + len(self.kernel)])
+        return windows.reshape(len(windows), positions, self._width(windows))
 
     def output_rows(self, y: Tensor) -> Tensor:
         spatial = len(self.kernel)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from evatune.capture.input_views import ConvPatches, DenseRows, OneHotRows
@@ -28,6 +29,7 @@ from evatune.modeling.sharding import whole_shape
 
 # from (n, d), the rows of a product, to (batch, tokens, d) where they can be told apart
 AsSequences = Callable[[Tensor], Tensor]
+_LEAVE_OUT = "leave it out of the targets, or with exclude_modules in the LoraConfig"
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,17 @@ class TargetLayer:
 
     def require_readable(self, x: Tensor) -> None:
         """Raise a TargetError for an input that this layer's view does not read as rows."""
+        kind = type(self.module).__name__
+        if x.is_nested or x.layout != torch.strided or x.is_complex():
+            form = "a nested tensor" if x.is_nested else f"a {x.layout} tensor of {x.dtype}"
+            raise TargetError(
+                f"{self.name} ({kind}) is called with {form}, and rows of real numbers in a dense"
+                f" tensor are needed; {_LEAVE_OUT}"
+            )
         if not self.input_view.accepts(x):
             raise TargetError(
-                f"{self.name} is an embedding ({type(self.module).__name__}) that is called with"
-                f" {x.dtype} numbers and not with token ids; leave it out of the targets, or with"
-                " exclude_modules in the LoraConfig"
+                f"{self.name} is an embedding ({kind}) that is called with {x.dtype} numbers and"
+                f" not with token ids; {_LEAVE_OUT}"
             )
 
 
@@ -199,7 +207,8 @@ def _attention_sequences(
     batch = 1 if query.ndim == 2 else query.shape[batch_dim]
 
     def with_batch_first(rows: Tensor) -> Tensor:
-        return rows.reshape(-1, batch, rows.shape[-1]).transpose(0, 1)
+        length = rows.shape[:-1].numel() // max(1, batch)
+        return rows.reshape(length, batch, rows.shape[-1]).transpose(0, 1)
 
     return with_batch_first
 

@@ -47,12 +47,26 @@ def _hash(tensor: Tensor) -> str:
 
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the tensors that a quantized one is made of, or the tensor itself, as (n,)."""
+    """Yield the parts of a quantized or sparse tensor, or the tensor itself, as (n,)."""
     if hasattr(tensor, "__tensor_flatten__"):
         for key in tensor.__tensor_flatten__()[0]:
             yield from _plain(getattr(tensor, key))
+    elif tensor.layout != torch.strided:
+        for part in _sparse_parts(tensor.detach()):
+            yield from _plain(part)
     else:
-        yield tensor.detach().as_subclass(Tensor).contiguous().reshape(-1)
+        plain = tensor.detach().as_subclass(Tensor).resolve_conj().resolve_neg()
+        yield plain.contiguous().reshape(-1)
+
+
+def _sparse_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return the indices and values of a tensor in one of torch's sparse layouts."""
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return tensor.indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
 
 
 def _sum(flat: Tensor) -> int:

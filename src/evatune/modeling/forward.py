@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from evatune.errors import DataError, EvatuneError
 from evatune.modeling.batches import fault_of
@@ -34,7 +35,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
         if is_dataclass(batch) and not isinstance(batch, type):
             names = [field.name for field in fields(batch)]
             return model(**{name: getattr(batch, name) for name in names})
-        if isinstance(batch, (tuple, list)):
+        if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
             return model(*batch)
         return model(batch)
     except EvatuneError:
@@ -78,11 +79,17 @@ def to_device(batch: Any, device: torch.device | None) -> Any:
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        values = [to_device(value, device) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+        return _sequence_to_device(batch, device)
     if is_dataclass(batch) and not isinstance(batch, type):
         return _dataclass_to_device(batch, device)
     return batch
+
+
+def _sequence_to_device(batch: Any, device: torch.device | None) -> Any:
+    if isinstance(batch, PackedSequence):  # whose sizes stay on the CPU
+        return batch if device is None else batch.to(device)  # type: ignore[arg-type]
+    values = [to_device(value, device) for value in batch]
+    return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
 
 
 def _dataclass_to_device(batch: Any, device: torch.device | None) -> Any:

@@ -54,8 +54,8 @@ def loss_of(
     if not value.requires_grad:
         raise DataError(
             f"the objective needs gradients, and the loss that {source} depends on no target layer"
-            " in a way that torch records; look for torch.no_grad(), detach() or item() in the"
-            " model or the loss"
+            " in a way that torch records; look for torch.no_grad(), detach(), item() or reentrant"
+            " checkpointing in the model or the loss"
         )
     return value.reshape(())
 

@@ -48,7 +48,7 @@ def _ieee_products() -> Iterator[None]:
             return
         libraries: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
         backends: list[Any] = [library.matmul for library in libraries]
-        before = [backend.fp32_precision for backend in backends]
+        before = [_own_precision(backend) for backend in backends]
         for backend in backends:
             backend.fp32_precision = "ieee"
         try:
@@ -56,6 +56,15 @@ def _ieee_products() -> Iterator[None]:
         finally:
             for backend, precision in zip(backends, before, strict=True):
                 backend.fp32_precision = precision
+
+
+def _own_precision(backend: Any) -> str:
+    """Return what was set for these products; "none" where they go by a setting for more."""
+    shown: str = backend.fp32_precision
+    backend.fp32_precision = "none"
+    inherited = backend.fp32_precision
+    backend.fp32_precision = shown
+    return "none" if inherited == shown else shown
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def _is_better(choice: tuple[int, float], best: tuple[int, float]) -> bool:
     """Compare (spent, value): more is spent, or as much to more value than rounding explains."""
     if choice[0] != best[0]:
         return choice[0] > best[0]
-    return choice[1] > best[1] + 1e-12
+    return choice[1] > best[1] + 1e-12 * abs(best[1])
 
 
 def _walked_back(table: _Table, cell: int) -> dict[int, int]:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from evatune.schemas.damage import Damage, shown
-from evatune.schemas.text import fitting, parse_json, readable
+from evatune.schemas.text import fitting, parse_json, readable, require_file
 
 _LENGTH_BYTES = 8  # of the header's length, before the header
 _HEADER_BYTES = 64 << 20
@@ -63,8 +63,7 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Return the header of a safetensors file, once it agrees with the size of the file."""
-    if not path.is_file():
-        raise Damage("is not a file")
+    require_file(path)
     with readable(), path.open("rb") as file:
         size = path.stat().st_size - _LENGTH_BYTES
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")

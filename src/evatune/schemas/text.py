@@ -23,8 +23,7 @@ _YAML_BYTES = 64 << 10  # the pure Python parser reads about 100 kB a second
 
 def read_text(path: Path, errors: str = "strict") -> str:
     """Return the text of a file in UTF-8 of a bounded size; `errors` as for `bytes.decode`."""
-    if not path.is_file():
-        raise Damage("is not a file")
+    require_file(path)
     with readable():
         size = path.stat().st_size
         if size > _TEXT_BYTES:
@@ -34,6 +33,14 @@ def read_text(path: Path, errors: str = "strict") -> str:
         return raw.decode("utf-8", errors)
     except UnicodeDecodeError as error:
         raise Damage(f"is not text in UTF-8 (byte {error.start} is not)") from error
+
+
+def require_file(path: Path) -> None:
+    """Raise Damage unless there is a file at a path, which the system may not even look at."""
+    with readable():
+        is_file = path.is_file()
+    if not is_file:
+        raise Damage("is not a file")
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from torch import Tensor
 from evatune.sketch.spectrum import Certificate, Spectrum, as_energies, fix_signs
 
 _CPU = torch.device("cpu")
+# Of the mean's energy: what the rounding of rows to float32 may leave of rows that are all alike.
+_ROUNDING = (4 * torch.finfo(torch.float32).eps) ** 2
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:
@@ -242,7 +244,10 @@ class Sketch(ABC):
         # sum of squared norms, about the mean if centered
         total = energy
         if self.center:
-            total = (energy - self.count * offset.square().sum()).clamp_min(0)
+            total = energy - self.count * offset.square().sum()
+            mean_energy = self.count * (shift + offset).square().sum()
+            total = torch.where(total > _ROUNDING * mean_energy, total, 0.0)
+            energies = energies if float(total) > 0 else torch.zeros_like(energies)
         return Spectrum(
             # no view of what others have a part of as well
             directions=directions.clone(memory_format=torch.contiguous_format),

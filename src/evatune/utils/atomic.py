@@ -14,7 +14,7 @@ from evatune.utils.stage import staged
 from evatune.utils.system import finish, sync
 
 NAME_ANOTHER = "name another with --out"
-_MAKE_ROOM = "make room or rights there, or name another place"
+MAKE_ROOM = "make room or rights there, or name another place"
 _TIMEOUT = 60.0  # seconds that the writing of one file waits for another process that writes it
 
 
@@ -31,7 +31,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     A link at `path` is replaced itself, not what it points to.
     """
     path = resolved(path.parent) / path.name
-    with writing(path, _MAKE_ROOM), staged(path, _TIMEOUT) as stage:
+    with writing(path, MAKE_ROOM), staged(path, _TIMEOUT) as stage:
         stage.making.touch()
         yield stage.making
         finish(stage.making)
@@ -58,6 +58,8 @@ def _why_unwritten(error: Exception) -> str | None:
         return _why_unwritten(error.__cause__)
     if isinstance(error, OSError):
         return error.strerror or str(error)
+    if isinstance(error, ValueError) and "null byte" in str(error):
+        return "its name has a null byte"
     # safetensors and tokenizers raise errors of their own kinds, PyTorch a RuntimeError without the
     # reason.
     code = re.search(r"\(os error (\d+)\)", str(error))
