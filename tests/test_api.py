@@ -118,3 +118,39 @@ def test_a_wrong_call_ends_in_one_sentence(call: Call, error: type[Exception], t
     assert isinstance(caught.value, evatune.EvatuneError)
     assert "\n" not in message
     assert not message.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"config": {"center": True}},
+            r"config is \{'center': True\}, a dict; give an evatune.Cal",
+        ),
+        ({"forward": 3}, "forward is 3; give a function"),
+        ({"rows": "all"}, "rows is 'all'; give a function"),
+        ({"loss": 3}, "loss is 3; give a function"),
+        ({"checkpoint": "x"}, r"checkpoint is 'x'; give an evatune.calibration.Checkpoint"),
+        ({"targets": 3}, "targets is 3; give 'all-linear', a list of names"),
+        ({"targets": [3]}, r"targets is \[3\]; give 'all-linear'"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_named(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(evatune.EvatuneError, match=text):
+        evatune.calibrate(Toy(), inputs(), progress=None, **options)
+
+
+def test_what_is_no_model_is_named() -> None:
+    text = r"the model is 'gpt2', a str; give a torch\.nn\.Module"
+    for door in (evatune.calibrate, evatune.initialize):
+        with pytest.raises(evatune.EvatuneError, match=text):
+            door("gpt2", inputs())  # type: ignore[operator]
+    trainer = type("Trainer", (), {"get_train_dataloader": None})()
+    with pytest.raises(evatune.EvatuneError, match=r"is a Trainer; call evatune.initialize"):
+        evatune.calibrate(trainer, inputs())
+
+
+def test_a_layer_that_a_calibration_does_not_have_is_named() -> None:
+    calibration = evatune.calibrate(Toy(), inputs(), progress=None)
+    with pytest.raises(evatune.EvatuneError, match="has no layer 'zz'; it has "):
+        calibration.captured({"zz": 4})

@@ -12,7 +12,7 @@ from evatune.adapters.options import InitializeOptions, RankOptions
 from evatune.calibration.checkpoint import Checkpoint
 from evatune.calibration.config import CalibrationConfig
 from evatune.calibration.loop import run
-from evatune.calibration.options import ProgressOption, RunOptions
+from evatune.calibration.options import ProgressOption, RunOptions, require_model, settings_of
 from evatune.calibration.progress import reported
 from evatune.calibration.result import Calibration
 from evatune.capture import find_target_layers
@@ -114,8 +114,8 @@ def calibrate(
     Cost: the forward passes plus 4·d·l flops per token and distinct layer input of width d, with
     l = components + oversampling; 12·d·l bytes per distinct input.
     """
-    model = unwrapped(model)
-    config = config or CalibrationConfig()
+    require_model(model)
+    model, config = unwrapped(model), settings_of(config)
     device, timeout = model_device(model), config.rendezvous_timeout
     with (
         ProcessGroup.create(config.distributed, device, timeout) as process_group,
@@ -150,7 +150,8 @@ def initialize(
 ) -> Calibration:
     """Calibrate, redistribute ranks and write the result into a model's LoRA layers, in place.
 
-    Call it before the optimizer exists: layers whose rank changes get new parameters.
+    Call it before the optimizer exists, or before its first step: layers whose rank changes have
+    the same parameters in other shapes, and those without a rank have none.
 
     Args:
         model: a `PeftModel` with a LoRA adapter (or a transformers model after `add_adapter`), or a
@@ -232,7 +233,7 @@ def initialize(
 
     The model is unchanged in every case.
     """
-    settings = config or CalibrationConfig()
+    settings = settings_of(config)
     finished = batches if isinstance(batches, Calibration) else None
     if finished is not None and progress == "auto":
         progress = None
@@ -247,6 +248,8 @@ def initialize(
             "initialize(model, batches) needs batches: a DataLoader, list or generator of model"
             " inputs, or a Calibration"
         )
+    if not is_trainer:
+        require_model(model)
     device = model_device(model.model if is_trainer else model)
     together = settings.distributed and finished is None
     with (

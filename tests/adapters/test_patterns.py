@@ -48,6 +48,37 @@ def test_names_that_end_in_one_another_are_told_apart(tmp_path: Path) -> None:
         assert torch.allclose(loaded.eval()(xs[0]), model.eval()(xs[0]), atol=1e-6)
 
 
+class Flux(nn.Module):
+    """Names that end in one another, and sort the other way than by their lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(24, 24)
+        self.zz = nn.ModuleDict({"fc": nn.Linear(24, 24), "gc": nn.Linear(24, 24)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.zz["gc"](torch.relu(self.zz["fc"](torch.relu(self.fc(x)))))
+        return out
+
+
+@pytest.mark.parametrize("rho", [1, 2])
+def test_a_saved_pattern_is_the_same_in_any_order(tmp_path: Path, rho: float) -> None:
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["fc", "gc"], alpha_pattern={"^fc": 16})
+    model = get_peft_model(Flux(), config)
+    batches = [torch.randn(64, 24) * torch.logspace(0, -2, 24) for _ in range(6)]
+    evatune.initialize(model, batches, rho=rho)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B["default"].weight.normal_()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Flux(), str(tmp_path))
+    for name, layer in lora_layers(model).items():
+        assert lora_layers(loaded)[name].r == layer.r
+        assert lora_layers(loaded)[name].scaling == pytest.approx(layer.scaling)
+    assert torch.allclose(loaded(batches[0]), model(batches[0]), atol=1e-5)
+
+
 def test_layers_whose_names_end_in_one_another_keep_their_own_ranks(tmp_path: Path) -> None:
     class Nested(nn.Module):
         def __init__(self) -> None:

@@ -126,6 +126,45 @@ def test_layers_of_rank_zero_carry_no_adapter_and_load_without_one(tmp_path: Pat
     assert torch.allclose(output(loaded, tokens()[0]), output(model, tokens()[0]), atol=1e-6)
 
 
+@pytest.mark.parametrize("others", [(), ("other",)])
+def test_a_bias_of_a_layer_of_rank_zero_is_frozen_as_it_is_not_saved(others: tuple[str]) -> None:
+    model = lora(tiny_bert(), bias="lora_only")
+    for name in others:
+        model.add_adapter(name, LoraConfig(r=2, target_modules=["query", "value", "dense"]))
+    ranks = evatune.initialize(model, tokens(8), rho=4, metric="raw").allocate().ranks
+    assert 0 in ranks.values()
+    for name, rank in ranks.items():
+        layer = model.get_submodule(f"base_model.model.{name}")
+        base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        assert base.bias.requires_grad == (rank > 0), name
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}])
+def test_an_optimizer_that_is_there_already_trains_what_has_a_rank(options: dict[str, Any]) -> None:
+    model = lora(tiny_bert(), **options)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    ranks = evatune.initialize(model, tokens(8), rho=4, metric="raw").allocate().ranks
+    assert len(set(ranks.values())) > 2
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(id(parameter) in held for parameter in trained.values())
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    for _ in range(2):
+        hidden, pooled = model(**tokens()[0])[:2]
+        (hidden.sin().mean() + pooled.mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(p, before[name]) for name, p in trained.items() if "_A." in name)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_layers_with_another_rank_are_in_the_mode_that_they_were_in(training: bool) -> None:
+    model = lora(tiny_bert(), lora_dropout=0.5).train(training)
+    ranks = evatune.initialize(model, tokens(8), rho=4, metric="raw").allocate().ranks
+    assert len(set(ranks.values())) > 2
+    assert {module.training for module in model.modules()} == {training}
+
+
 def test_adapter_weights_keep_the_precision_peft_chose() -> None:
     model = lora(tiny_bert().to(torch.bfloat16))
     kinds = {layer.lora_A["default"].weight.dtype for layer in lora_layers(model).values()}

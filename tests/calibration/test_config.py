@@ -16,7 +16,8 @@ from tests.helpers import Toy, inputs
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"rank": 0}, "rank is 0; it must be at least 1"),
+        ({"rank": 0}, "rank is 0; it must be at least 1$"),
+        ({"seed": 2**63}, "seed is 9223372036854775808; it must be below 2 to the power 63$"),
         ({"rho": 0.99}, "rho is 0.99"),
         ({"components": 0}, "components is 0"),
         ({"max_batches": 0}, "max_batches is 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 import subprocess
@@ -41,7 +42,13 @@ def test_every_option_is_explained(command: Command, name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["paint"], "'paint'"),
+        (["paint"], "no command 'paint' (did you mean 'init' or 'train'?);"),
+        (["zzz"], "no command 'zzz'; evatune --help lists the commands\n"),
+        (
+            ["initt"],
+            "no command 'initt' (did you mean 'init'?); evatune --help lists the commands\n",
+        ),
+        (["recipes", "shw"], "(did you mean 'show'?); evatune recipes --help lists the commands\n"),
         (["inspect"], "file"),
         (["init", "extra"], "extra"),
         (["--frobnicate"], "--frobnicate"),
@@ -49,6 +56,26 @@ def test_every_option_is_explained(command: Command, name: str) -> None:
 )
 def test_a_misspelled_call_gets_one_line(command: Command, arguments: list[str], part: str) -> None:
     refused(command(*arguments), part, "--help")
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a.bin"),
+            "cannot read or write 'a.bin' (No space left on device); make room or rights, then run",
+        ),
+        (OSError("no image"), "cannot read or write (no image); see to that, then run"),
+    ],
+)
+def test_room_and_rights_are_advised_where_they_help(
+    command: Command, monkeypatch: pytest.MonkeyPatch, error: OSError, sentence: str
+) -> None:
+    def failing(_: str) -> None:
+        raise error
+
+    monkeypatch.setattr("evatune.finetune.recipe_files.load", failing)
+    refused(command("recipes", "show", "images-digits"), sentence)
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])

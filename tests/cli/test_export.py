@@ -85,6 +85,14 @@ def test_export_merged_needs_no_peft_afterwards(
     assert {*files, MARK} == {path.name for path in Path("out").iterdir()}
 
 
+def test_options_about_the_base_model_are_refused_where_none_is_loaded(
+    command: Command, tmp_path: Path
+) -> None:
+    for option in (["--model", "x"], ["--trust-remote-code"]):
+        answer = command("export", tmp_path, "-o", tmp_path / "out", *option)
+        refused(answer, f"{option[0]} is for --format merged, ", "this is uniform; leave it out")
+
+
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_tokens_that_were_added_for_the_adapter_are_in_the_merged_model(
     command: Command, llama_folder: Path, tmp_path: Path

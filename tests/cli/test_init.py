@@ -101,6 +101,17 @@ def test_the_table_names_each_layer_with_rank_and_status(init: Command) -> None:
     assert answer.err == ""
 
 
+@pytest.mark.parametrize("limit", [["--max-batches", "4"], ["--max-batches=4"]])
+def test_the_next_command_repeats_no_option(
+    command: Command, work: Path, bert_folder: Path, text_file: Path, limit: list[str]
+) -> None:
+    options = ["--model", bert_folder, "--data", text_file, "--rank", 4]
+    answer = command("init", "--overwrite", *limit, *options, "--batch-size", 2)
+    assert answer.status == 0, answer.err
+    told = f"Next: evatune init --model {bert_folder} --data {text_file} --rank 4 --batch-size 2"
+    assert f"{told} --max-batches 8 --overwrite\n" in answer.out
+
+
 def test_a_wide_line_is_not_broken_in_a_pipe(init: Command) -> None:
     lines = init(max_batches=2).out.splitlines()
     assert any(

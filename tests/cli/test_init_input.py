@@ -117,6 +117,10 @@ def test_images_are_calibrated_on_by_a_model_of_images(
     config = json.loads((work / "out" / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["classifier"]
     assert "classifier" in str(list(load_file(work / "out" / "adapter_model.safetensors")))
+    (tmp_path / "photos" / "dog" / "9.png").write_bytes(b"\x89PNG")
+    broken = command("init", *options[:-1], "again", "--max-batches", 6)
+    assert broken.status == 2
+    assert "9.png' cannot be read as an image (its format is not known); mend it" in broken.err
 
 
 def test_sounds_are_calibrated_on_at_the_rate_that_the_model_listens_at(
@@ -153,6 +157,11 @@ def test_sounds_are_calibrated_on_at_the_rate_that_the_model_listens_at(
     assert facts["settings"]["recognized"] == about
     # 0.1 s at 16 kHz are 1600 samples, of which the convolutions make 160 and then 20
     assert {layer["rows"] for layer in facts["layers"]} == {8 * 20}
+    (tmp_path / "sounds" / "low" / "._9.wav").write_bytes(b"what a Mac keeps beside a file")
+    split = command("init", *options, "--split", "test", "--out", "again")
+    refused(
+        split, "--split is 'test', and a folder of audio has no splits", left=frozenset({"out"})
+    )
     (tmp_path / "sounds" / "low" / "9.wav").write_bytes(b"RIFF")
     again = command("init", *options, "--targets", "q_proj", "--out", "again")
     refused(again, "9.wav' cannot be read as a sound", "soundfile", left=frozenset({"out"}))
@@ -165,6 +174,8 @@ def test_a_model_and_data_of_other_kinds_are_refused(
     refused(init(model=asset("vit-glyphs")), "is no model of texts", "--images", folder=work)
     refused(init(data=None, images=tmp_path / "photos", model=None), "images", folder=work)
     refused(init(images=tmp_path / "photos"), "--data and --images were both given", folder=work)
+    cut = init(data=None, images=tmp_path / "photos", model=None, max_length=8)
+    refused(cut, "--max-length is for texts, and --images reads none", folder=work)
     refused(init(objective="gradients"), "--objective needs a loss", "causal-lm", folder=work)
 
 
@@ -201,7 +212,12 @@ def test_a_model_and_data_of_other_kinds_are_refused(
         ({"max_batches": 0}, ["max_batches is 0", "at least 1"]),
         ({"tolerance": 2}, ["tolerance is 2", "[0, 1)"]),
         ({"seed": -1}, ["seed is -1", "at least 0"]),
-        ({"split": "test"}, ['Unknown split "test"', "'train'"]),
+        ({"split": "test"}, ["texts.txt' has no split 'test'; choose one of train\n"]),
+        (
+            {"task": "image-classification"},
+            ["feature-extraction, or give --images, which image-classification is for"],
+        ),
+        ({"task": "ctc"}, ["or give --audio, which ctc is for"]),
         ({"text_column": "body"}, ["no column 'body'", "text"]),
         ({"columns": "a,b,c,d"}, ["--columns names 4 columns", "instruction, input and output"]),
         ({"chat_template": "no.jinja"}, ["chat template 'no.jinja' does not exist", "Jinja"]),

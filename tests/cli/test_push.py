@@ -72,6 +72,7 @@ def test_what_cannot_be_pushed_is_refused_in_one_sentence(
     refused(command("push", tmp_path, "me/mine"), "adapter_config.json' does not exist")
     assert hub == {}
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    refused(command("push", tmp_path / "nope", "me/mine"), "nope' is not a folder; give one")
     refused(command("push", written, "me/mine"), "no token", "hf auth login")
 
 

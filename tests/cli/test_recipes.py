@@ -33,6 +33,19 @@ def test_a_recipe_is_shown_with_every_key_that_it_may_have(command: Command) -> 
     assert [fact["name"] for fact in facts["keys"]] == [key.name for key in recipe_keys()]
 
 
+def test_a_key_that_a_recipe_leaves_out_is_shown_at_its_default(command: Command) -> None:
+    shown = command("recipes", "show", "images-triangle").out
+    assert "# training.max_grad_norm = 1" in shown
+    assert "# training.floor = 0" in shown
+    assert "# adapter.bias = none" in shown
+    assert "# adapter.quantize = none" in shown
+    assert "# data.more_test_splits = []" in shown
+    facts = json.loads(command("recipes", "show", "images-triangle", "--json").out)["keys"]
+    values = {fact["name"]: fact["value"] for fact in facts}
+    assert values["data.metric"] == "accuracy"
+    assert values["trust_remote_code"] is False
+
+
 def test_a_recipe_is_copied_as_it_is_and_onto_nothing(command: Command, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     assert command("recipes", "cp", "understanding-bbc", file).out == f"{file}\n"

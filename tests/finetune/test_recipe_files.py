@@ -35,8 +35,11 @@ def test_overrides_reach_into_the_tree() -> None:
 @pytest.mark.parametrize(
     ("source", "text"),
     [
-        ("understanding-movi", "did you mean understanding-movie"),
-        ("nothing/at/all.yaml", "there is no recipe or file"),
+        (
+            "understanding-movi",
+            "did you mean understanding-movie\\? `evatune recipes ls` lists ours$",
+        ),
+        ("zzz", "there is no recipe or file 'zzz'; ours are generation-"),
     ],
 )
 def test_an_unknown_recipe_names_ours(source: str, text: str) -> None:
@@ -46,7 +49,12 @@ def test_an_unknown_recipe_names_ours(source: str, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("content", "text"),
-    [("a: [", "is not YAML"), ("- 1", "holds list"), ("domain: x", "key 'task' is missing")],
+    [
+        ("a: [", "is not YAML"),
+        ("- 1", "holds a list, not keys"),
+        ("# nothing\n", "is empty, not keys"),
+        ("domain: x", "key 'task' is missing"),
+    ],
 )
 def test_a_file_that_is_no_recipe_says_so(content: str, text: str, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(content)

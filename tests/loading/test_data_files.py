@@ -34,6 +34,13 @@ def test_a_saved_data_set_is_read_with_and_without_splits(tmp_path: Path) -> Non
         load_texts(tmp_path / "plain", split="test")
 
 
+def test_a_file_has_one_split_of_which_parts_can_be_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "one\ntwo\n")
+    assert texts_of(path, split="train[:1]") == ["one"]
+    with pytest.raises(DataError, match=r"a\.txt' has no split 'dev'; choose one of train$"):
+        load_texts(path, split="dev")
+
+
 @pytest.mark.parametrize(
     "name", ["x[1].jsonl", "a*.jsonl", "q?.jsonl", "b[!x].jsonl", "d[1]/a.jsonl", "{a}.jsonl"]
 )

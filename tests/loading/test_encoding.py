@@ -52,6 +52,16 @@ def test_what_is_too_long_loses_the_start_of_the_prompt() -> None:
     assert row["labels"] == [-100] * (8 - len(answer)) + answer
 
 
+@pytest.mark.parametrize("longest", [1, 2, 3, 8, 64])
+def test_a_text_that_is_cut_begins_as_every_text(longest: int) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(asset("llama-small"))
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(5)
+    row = encode_answer(tokenizer, "a b c d e f g h i j k l m n o p", " yes", longest)
+    assert len(row["input_ids"]) == len(row["labels"]) <= longest
+    if longest > 1:
+        assert (row["input_ids"][0], row["labels"][0]) == (5, -100)
+
+
 @pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "marked"])
 def test_of_a_chat_the_answers_alone_are_learned(template: str) -> None:
     row = encoder(template)(Chat(CHAT))
@@ -89,6 +99,15 @@ def test_a_chat_that_is_too_long_keeps_an_answer() -> None:
     assert len(row["input_ids"]) == 8
     assert learned(row) == "w20 w3"
     assert learned(encoder(PLAIN, longest=6)(Chat(CHAT))) == "w20 w3"
+
+
+def test_a_chat_that_is_cut_begins_as_every_text() -> None:
+    long = [{"role": "user", "content": " ".join(["w5"] * 40)}, *CHAT[1:2]]
+    cut = encoder(f"w9 {PLAIN}", longest=8)
+    cut.tokenizer.bos_token = "w9"
+    row = cut(Chat(long))
+    assert (len(row["input_ids"]), learned(row)) == (8, "w20 w3")
+    assert (row["input_ids"][0], row["labels"][0]) == (cut.tokenizer.bos_token_id, -100)
 
 
 def test_instructions_take_the_template_or_alpacas_words() -> None:

@@ -19,6 +19,7 @@ from tests.loading.helpers import texts_of, write
             "text\none\ncaf\xe9\n".encode("latin-1"),
             "UTF-8: line 3 .* 0xe9 .*Latin-1.*iconv",
         ),
+        ("latin.txt", b"one\ncaf\xe9\n", "UTF-8: line 2 .* 0xe9 .*Latin-1.*iconv"),
         (
             "latin.jsonl",
             '{"text": "a"}\n{"text": "\xe9"}\n'.encode("latin-1"),

@@ -57,7 +57,7 @@ NO_BATCHES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: [{"input_ids": some_ids()}],
         r"input_ids of each batch is a list of 8 and not a tensor",
     ),
-    "encodings": (lambda: [object()], r"each batch is a object without a tensor in it"),
+    "encodings": (lambda: [object()], r"each batch is of type object, without a tensor in it"),
     "tensors of one dimension": (lambda: [torch.tensor(ids) for ids in some_ids()], SINGLE),
     "what a policy has made": (
         lambda: [
@@ -107,7 +107,10 @@ def test_pairs_for_a_model_of_one_argument_are_told_which_forward_to_pass(model:
             {"forward": lambda batch: None},
             r"forward is called as forward\(model, batch\), and what was given takes \(batch\)",
         ),
-        ({"forward": Toy()}, r"forward is called as forward\(model, batch\), and a Toy was given"),
+        (
+            {"forward": Toy()},
+            r"called as forward\(model, batch\), and a module of type Toy was given",
+        ),
         (
             {"rows": lambda activation: activation},
             r"rows is called as rows\(activation, batch, layer_name\)",

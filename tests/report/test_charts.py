@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+import torch
+from torch import nn
 
 import evatune
 from evatune.report.charts import (
@@ -63,6 +67,41 @@ def test_a_spectrum_is_cumulative_and_ends_at_its_rank(calibration: evatune.Cali
     assert [value["share"] for value in of_layer] == pytest.approx(shares, abs=1e-4)
     assert [value["rank"] for value in of_layer if "rank" in value] == [plan.ranks[name]]
     assert of_layer[0]["random"] == pytest.approx(1 / 8)
+
+
+class Blocks(nn.Module):
+    """Blocks 2 and 3, and a layer outside of blocks, which no other layer shares an input with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.ModuleDict({"up": nn.Linear(8, 8)})
+        self.h = nn.ModuleDict({"2": block, "3": nn.ModuleDict({"up": nn.Linear(8, 8)})})
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.h.values():
+            x = block["up"](x)
+        return self.head(x)
+
+
+def test_spectra_have_the_numbers_of_their_blocks_and_gray_for_what_is_in_none() -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(16, 8) for _ in range(4)]
+    calibration = evatune.calibrate(Blocks(), batches, evatune.CalibrationConfig(rank=2))
+    spec = spectra(calibration, calibration.allocate())
+    values = spec["data"]["values"]
+    depths = {value["layer"]: value.get("depth") for value in values}
+    assert depths == {"h.2.up": 0, "h.3.up": 1, "head": None}
+    assert {value["layer"] for value in values if "outside" in value} == {"head"}
+    drawn = picture(spec, "svg").decode()
+    labels = re.findall(r">([^<>]+)</text>", drawn)
+    assert labels[-4:] == ["2", "3", "block", "–"]  # a legend's title comes after its labels
+
+
+def test_one_figure_has_a_tick_that_says_it() -> None:
+    drawn = picture(curves([Curve("eva", [(0, 2.8), (5, 2.8)])], "", ["eva"]), "svg").decode()
+    assert ">2.8<" in drawn
+    assert "axis" not in curves([Curve("eva", [(0, 2.8), (5, 2.7)])], "", ["eva"])["encoding"]["y"]
 
 
 def test_curves_of_several_tasks_have_panels_and_no_numbers_that_are_none() -> None:

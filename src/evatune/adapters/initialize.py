@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from statistics import median
@@ -29,6 +28,7 @@ from evatune.modeling.state import adapters_off, require_trainable
 from evatune.modeling.wrappers import adapted, is_engine, unwrapped
 from evatune.modeling.wrappers import describe as describe_model
 from evatune.utils.text import shortened
+from evatune.utils.warn import warn
 
 _USUAL_SCALING = 0.5  # α/r from which on it is that of plain LoRA (1 or 2), and not of the paper
 
@@ -101,10 +101,7 @@ def _check_unsupported(adapter: LoraAdapter, on_unsupported: OnUnsupported) -> N
             f"EVA does not support these adapted layers: {unsupported}; leave them out with"
             f" exclude_modules in the LoraConfig{way_out if adapter.targets else ''}"
         )
-    warnings.warn(
-        f"EVA does not support these layers, which start as PEFT initialized them: {unsupported}",
-        stacklevel=4,
-    )
+    warn(f"EVA does not support these layers, which start as PEFT initialized them: {unsupported}")
 
 
 def _require_writable(
@@ -268,10 +265,9 @@ def _warn_of_long_steps(adapter: LoraAdapter, calibration: Calibration) -> None:
     if scaling < _USUAL_SCALING:
         return
     ratio = f"{median(calibration.step_ratios('paper').values()):.3g}"
-    warnings.warn(
+    warn(
         f"scale='paper' with α/r = {scaling:g}: B's first steps change the outputs {ratio} times as"
         " much as LoRA's do at the same learning rate; should training diverge, lower a rate that"
         f" suits LoRA, by {ratio} at most (calibration.learning_rate(lora_rate, scale='paper')), or"
-        " pass scale='matched' and keep it",
-        stacklevel=5,
+        " pass scale='matched' and keep it"
     )

@@ -8,22 +8,20 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 
 
 def pattern_of(values: dict[str, Any], default: Any) -> dict[str, Any]:
     """Return a PEFT pattern that gives each layer its value, with as few entries as that takes.
 
-    PEFT takes the first key that a layer's name ends in. So longer names come first, and a layer
-    with the default value needs an entry where another's name would match it.
+    PEFT takes the first key that a layer's name ends in, and saves them sorted. So a name in which
+    another one ends stands for itself alone, whatever the order.
     """
-    pattern = {_escaped(name): value for name, value in values.items() if value != default}
-    keys = list(pattern)
-    for name, value in values.items():
-        key = get_pattern_key(keys, name)
-        if key in keys and key != _escaped(name):
-            pattern[_escaped(name)] = value
-    return dict(sorted(pattern.items(), key=lambda item: -len(item[0])))
+
+    def key_of(name: str) -> str:
+        ends_another = any(other != name and _ends(other, name) for other in values)
+        return f"^{_escaped(name)}" if ends_another else _escaped(name)
+
+    return {key_of(name): value for name, value in values.items() if value != default}
 
 
 def set_targets(lora: LoraConfig, names: Set[str], wanted: Set[str]) -> None:

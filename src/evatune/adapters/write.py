@@ -175,10 +175,15 @@ def _resize(layer: LoraLayer, new: RankAndAlpha, adapter: LoraAdapter) -> None:
 def _replace_parameters(
     layer: LoraLayer, new: RankAndAlpha, adapter: LoraAdapter, dtype: torch.dtype
 ) -> None:
-    """Make new parameters of `dtype`; what was trainable stays so, and nothing else becomes so."""
-    # PEFT's update_layer makes every adapter of the layer trainable, and a magnitude vector of the
-    # base's dtype.
-    trainable = {name: p.requires_grad for name, p in layer.named_parameters()}
+    """Give parameters of `dtype` other shapes; what was trainable stays so, and nothing else.
+
+    They are the same objects as before, so that an optimizer which holds them goes on to.
+    """
+    # PEFT's update_layer makes new ones, makes those of every adapter of the layer trainable, a
+    # magnitude vector of the base's dtype, and its modules as in training.
+    before = dict(layer.named_parameters())
+    trainable = {name: parameter.requires_grad for name, parameter in before.items()}
+    training = {name: module.training for name, module in layer.named_modules()}
     _update(layer, new, adapter.config, adapter.name)
     for pair in pairs(layer, adapter.name):
         for parameter in pair:
@@ -187,9 +192,25 @@ def _replace_parameters(
                 parameter.data = parameter.data.to(dtype)
     if adapter.name in layer.lora_magnitude_vector:
         layer.lora_magnitude_vector[adapter.name].to(dtype)
-    for name, parameter in layer.named_parameters():
-        if name in trainable:
-            parameter.requires_grad_(trainable[name])
+    for name, parameter in list(layer.named_parameters()):
+        if name in before:
+            kept = _keep(layer, name, before[name], parameter)
+            kept.requires_grad_(trainable[name])
+    for name, module in layer.named_modules():
+        module.training = training.get(name, layer.training)
+
+
+def _keep(layer: LoraLayer, name: str, old: nn.Parameter, new: nn.Parameter) -> nn.Parameter:
+    """Put the old parameter in the place of the new one, with its values, and return it.
+
+    One on the meta device cannot hold them, and gives way.
+    """
+    if old is new or old.device.type == "meta":
+        return new
+    old.data, old.grad = new.data, None
+    path, _, key = name.rpartition(".")
+    setattr(layer.get_submodule(path), key, old)
+    return old
 
 
 def _tie(layer: LoraLayer, embedding: LoraLayer, new: RankAndAlpha, adapter: LoraAdapter) -> None:
@@ -216,6 +237,9 @@ def _put(parameter: Tensor, value: Tensor) -> None:
 def _remove(adapter: LoraAdapter, target: LoraTarget) -> None:
     """Take the adapter off a layer, and the wrapper with it unless another adapter needs it."""
     layer = target.layer
+    bias = getattr(layer.get_base_layer(), "bias", None)
+    if adapter.config.bias == "lora_only" and bias is not None:
+        bias.requires_grad_(False)  # PEFT would not save it
     if set(layer.r) != {adapter.name}:
         with _other_adapters_kept(layer):
             layer.delete_adapter(adapter.name)
@@ -231,8 +255,6 @@ def _remove(adapter: LoraAdapter, target: LoraTarget) -> None:
     elif target.is_parameter:
         plain = layer.base_layer  # another parameter of the module may have a wrapper too
     setattr(adapter.model.get_submodule(parent), child, plain)
-    if adapter.config.bias == "lora_only" and getattr(plain, "bias", None) is not None:
-        plain.bias.requires_grad_(False)  # PEFT would not save it
 
 
 @contextmanager

@@ -133,10 +133,10 @@ class CalibrationConfig:
                 raise ConfigError(
                     f"{name} is {value!r}; it must be a whole number of at least {least}"
                 )
-            if not least <= value < 2**63:
-                raise ConfigError(
-                    f"{name} is {value}; it must be at least {least}, and below 2 to the power 63"
-                )
+            if value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}")
+            if value >= 2**63:
+                raise ConfigError(f"{name} is {value}; it must be below 2 to the power 63")
         require_rho(self.redistribution.rho)
         if not (_is_number(self.tolerance) and 0 <= self.tolerance < 1):
             raise ConfigError(

@@ -107,10 +107,15 @@ class Calibration(CalibrationData, Shown):
     def captured(self, ranks: Mapping[str, int]) -> dict[str, float]:
         """Return the share of fresh rows' energy inside each layer's directions, as its rank is.
 
-        Layers without a rank, a certificate or a finite share are left out.
+        Layers without a rank, a certificate or a finite share are left out. A ConfigError names one
+        that the calibration does not have.
         """
         shares: dict[str, float] = {}
         for name, rank in ranks.items():
+            if name not in self.spectra:
+                raise ConfigError(
+                    f"the calibration has no layer {name!r}; it has {shortened(list(self.spectra))}"
+                )
             certificate = self.spectra[name].certificate
             share = certificate.captured(rank) if rank and certificate else math.nan
             if math.isfinite(share):

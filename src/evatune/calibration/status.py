@@ -55,7 +55,8 @@ _ADVICE = {
         " random (orthonormal); give more data if such an expert matters"
     ),
     Status.TOO_FEW_ROWS: (
-        "fewer rows than components came; give more data, or lower rank, rho or components"
+        "fewer rows than components came; give more data, or lower rank or rho (in Python"
+        " components too); where only tokens with a loss count, see that some labels are not -100"
     ),
     Status.NO_SIGNAL: (
         "every input was zero (with center=True, the same; where the objective sees gradients,"

@@ -9,7 +9,6 @@ patches of an image, of whatever number they may be.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from evatune.capture.shared_inputs import memory
 from evatune.choices import IGNORED
 from evatune.modeling.wrappers import is_wrapper
 from evatune.utils.text import shortened
+from evatune.utils.warn import warn
 
 _MASK, _ENCODED, _ENCODER_MASK = "attention_mask", "encoder_hidden_states", "encoder_attention_mask"
 
@@ -183,12 +183,11 @@ class Masks:
             return
         self._warned = True
         names = list(self._unplaced)
-        warnings.warn(
+        warn(
             "some tokens of the batch are masked out, and no mask fits the rows of these layers,"
             " of which all are counted:"
             f" {shortened(names)}; if those that are padding must not count, choose with"
-            " rows=lambda activation, batch, layer: …",
-            stacklevel=4,
+            " rows=lambda activation, batch, layer: …"
         )
 
     def _enter(

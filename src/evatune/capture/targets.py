@@ -123,7 +123,12 @@ def _matcher(targets: str | Iterable[str]) -> Callable[[str], bool]:
                 f"targets {targets!r} is not a regular expression: {error}"
             ) from error
         return lambda name: pattern.fullmatch(name) is not None
-    names = list(targets)
+    names = list(targets) if isinstance(targets, Iterable) else [targets]
+    if not all(isinstance(name, str) for name in names):
+        raise TargetError(
+            f"targets is {targets!r}; give 'all-linear', a list of names or their endings, or a"
+            " regular expression"
+        )
     return lambda name: any(name == target or name.endswith(f".{target}") for target in names)
 
 

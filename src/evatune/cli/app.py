@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Annotated, cast
 
 import typer
@@ -24,6 +25,8 @@ from evatune.version import __version__
 # Typer carries its own copy of click, or needs the package, depending on its version; this is
 # either's root.
 _UsageMistake = cast("type[Exception]", typer.BadParameter.__mro__[2])
+_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ROOM_OR_RIGHTS = (*_ROOM, errno.EACCES, errno.EPERM, errno.EROFS)
 
 app = typer.Typer(
     help="Start a LoRA adapter from what your data says.",
@@ -71,12 +74,17 @@ def run() -> tuple[int, str]:
     except _UsageMistake as error:
         return 2, sentence(error)
     except OSError as error:
-        what = f" {str(error.filename)!r}" if error.filename else ""
-        reason = error.strerror or error
-        advice = "make room or rights, then run the command again"
-        return 2, f"cannot read or write{what} ({reason}); {advice}"
+        return 2, _refused_by_system(error)
     except typer.Abort as error:  # an interrupt, as some versions of Typer pass it on
         raise KeyboardInterrupt from error
     if status == STATUS:  # and others
         raise KeyboardInterrupt
     return status, ""
+
+
+def _refused_by_system(error: OSError) -> str:
+    """Return what the system, or a library that reads files, refused, and what to do."""
+    what = f" {str(error.filename)!r}" if error.filename else ""
+    reason = error.strerror or error
+    advice = "make room or rights" if error.errno in _ROOM_OR_RIGHTS else "see to that"
+    return f"cannot read or write{what} ({reason}); {advice}, then run the command again"

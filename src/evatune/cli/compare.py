@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from evatune.utils.progress import Display
 
 
+_TEST_SEEDS = "10,11,12,13,14"
+
+
 def compare(
     recipes: Annotated[
         list[str],
@@ -58,8 +61,8 @@ def compare(
         ),
     ] = False,
     test_seeds: Annotated[
-        str, typer.Option(help="With --tune: seeds to test with.")
-    ] = "10,11,12,13,14",
+        str | None, typer.Option(help=f"With --tune: seeds to test with. Default: {_TEST_SEEDS}.")
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Runs at a time, of one thread each. Default: one per core."),
@@ -90,12 +93,7 @@ def compare(
     _require_no_axis(overrides, lrs)
     overrides += [TRUSTED] if trust_remote_code else []
     settings = [load(source, overrides) for source in sources]
-    shared = (
-        Path(sources[0]).stem
-        if len(sources) == 1
-        else "-".join(dict.fromkeys(recipe.domain for recipe in settings))
-    )
-    folder = as_shown(out or RUNS / f"{'tuned' if tuned else 'compare'}-{shared}")
+    folder = as_shown(out or _default_folder(sources, settings, tuned))
     chosen_seeds, rates = _numbers(seeds, int, "--seeds"), _numbers(lrs, float, "--lrs")
 
     from rich.console import Console
@@ -118,9 +116,15 @@ def compare(
                 "--tune chooses the learning rates and the losses to reach; leave out --lrs and"
                 " --target-loss"
             )
-        split_seeds = Seeds(tuple(chosen_seeds), tuple(_numbers(test_seeds, int, "--test-seeds")))
+        tests = _numbers(test_seeds or _TEST_SEEDS, int, "--test-seeds")
+        split_seeds = Seeds(tuple(chosen_seeds), tuple(tests))
         _compare_tuned(sources, settings, names, split_seeds, folder, count, executor, as_json)
         return
+    if test_seeds is not None:
+        raise ConfigError(
+            "--test-seeds are for --tune, which tests what other seeds chose; add --tune, or give"
+            " all seeds to --seeds"
+        )
     runs = grid(settings, names, chosen_seeds, rates, folder / "cells")
     _require_comparison(folder)
     with held(folder):
@@ -141,6 +145,16 @@ def compare(
         raise EvatuneError(
             f"{len(failed)} of {len(runs)} runs failed, for example {path.name}: {why}"
         )
+
+
+def _default_folder(sources: list[str], settings: list[Recipe], tuned: bool) -> Path:
+    """Return a folder that is named by what is compared."""
+    name = Path(sources[0]).stem
+    if len(sources) > 1:
+        name = "-".join(dict.fromkeys(recipe.domain for recipe in settings))
+    elif name == "recipe":  # as every run calls its own
+        name = f"{settings[0].domain}-{settings[0].task}"
+    return RUNS / f"{'tuned' if tuned else 'compare'}-{name}"
 
 
 def _require_no_axis(overrides: list[str], lrs: str) -> None:
@@ -180,7 +194,7 @@ def _compare_tuned(
         with libraries_on_stderr(), _search_bar(as_json) as tell:
             searches = tune(settings, methods, seeds, path, workers, tell, executor)
         if path.exists():
-            _show_tuned(path, sources, as_json)
+            _show_tuned(path, sources, settings, as_json)
     failed = {search.name: search.problem for search in searches if search.problem}
     failed |= {search.name: "every run diverged" for search in searches if search.diverged}
     if failed:
@@ -190,8 +204,12 @@ def _compare_tuned(
         )
 
 
-def _show_tuned(path: Path, sources: list[str], as_json: bool) -> None:
-    """Write the pages of a tuned comparison beside its lines, and print its tables."""
+def _show_tuned(path: Path, sources: list[str], settings: list[Recipe], as_json: bool) -> None:
+    """Write the pages of a tuned comparison beside its lines, and print its tables.
+
+    Args:
+        sources: of the recipes. settings: the recipes themselves, with what the command replaces.
+    """
     import shlex
     import sys
 
@@ -205,10 +223,10 @@ def _show_tuned(path: Path, sources: list[str], as_json: bool) -> None:
     from evatune.report.tuned import overview_lines, tuned_facts, tuned_tables, write_pages
     from evatune.utils.atomic import write_text
 
-    recipes = {}
-    for source in sources:
-        recipe = load(source)
-        recipes[recipe.domain, recipe.task] = Source(source, all_settings(as_tree(recipe)))
+    recipes = {
+        (recipe.domain, recipe.task): Source(source, all_settings(as_tree(load(source))))
+        for source, recipe in zip(sources, settings, strict=True)
+    }
     summary = summarize(read_lines([path]), recipes)
     command = shlex.join(["evatune", *sys.argv[1:]])
     written = write_pages(summary, path.parent / "tables", command)
@@ -263,6 +281,7 @@ def _write_comparison(
     import sys
     from dataclasses import asdict
 
+    from evatune.finetune.comparison.run_lines import finite
     from evatune.report.pages.comparison import render
     from evatune.report.runs import comparison_markdown
     from evatune.utils.atomic import write_text
@@ -275,6 +294,7 @@ def _write_comparison(
         "averages": comparison.averages(),
         "failed": {str(path): why for path, why in failed.items()},
     }
+    facts = finite(facts)
     write_text(folder / "comparison.json", json.dumps(facts, indent=2) + "\n")
     if comparison.lines:
         write_text(folder / "comparison.md", comparison_markdown(comparison, command))
@@ -287,7 +307,7 @@ def _tuned_command(recipes: list[str], methods: str, settings: list[Recipe]) -> 
     """Return the command of the fair comparison of the same methods, which searches their rates."""
     import shlex
 
-    validated = all(recipe.data.validation for recipe in settings)
+    validated = all(recipe.data.has_validation for recipe in settings)
     examples = [] if validated else ["data.validation=200"]
     return shlex.join(["evatune", "compare", *recipes, *examples, "--methods", methods, "--tune"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from evatune.adapters.export import FORMATS, ExportRequest, export_adapter
 from evatune.cli.libraries import TRUST_HELP, libraries_on_stderr, load_torch
+from evatune.errors import ConfigError
 from evatune.utils.markup import printable
 from evatune.utils.names import as_shown
 
@@ -41,6 +43,7 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write an adapter for servers without rank_pattern (vLLM, llama.cpp), or a merged model."""
+    _require_used(kind, {"--model": model is not None, "--trust-remote-code": trust_remote_code})
     load_torch()
     request = ExportRequest(adapter, out, overwrite, model, trust_remote_code)
     if kind in FORMATS and FORMATS[kind].loads_base_model and adapter.is_dir():
@@ -54,3 +57,20 @@ def export(
         typer.echo(json.dumps({"out": shown, "format": kind} | exported.facts))
     else:
         typer.echo(printable(f"{shown}  {exported.summary}"))
+
+
+def _require_used(kind: str, given: Mapping[str, bool]) -> None:
+    """Raise a ConfigError for an option about the base model, where the format loads none.
+
+    Args:
+        given: option → whether it was given.
+    """
+    if kind not in FORMATS or FORMATS[kind].loads_base_model:
+        return
+    loading = [name for name, format_ in FORMATS.items() if format_.loads_base_model]
+    for option, is_given in given.items():
+        if is_given:
+            raise ConfigError(
+                f"{option} is for --format {' or '.join(loading)}, which loads the base model, and"
+                f" this is {kind}; leave it out"
+            )

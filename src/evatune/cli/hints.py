@@ -6,13 +6,25 @@ from typing import Any
 
 # What a comparison has several of, by key of a recipe → its option.
 AXES = {"seed": "--seeds", "method": "--methods"}
+_NO_COMMAND = "No such command"  # begins the parser's sentence for one
 
 
 def sentence(error: Any) -> str:
     """Return what is wrong with a call and where to look, from the parser's error."""
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "evatune"
-    return f"{_message(error, path)}; {path} --help lists the options"
+    message = _message(error, path)
+    if message.startswith(_NO_COMMAND):
+        return f"{_of_command(message)}; {path} --help lists the commands"
+    return f"{message}; {path} --help lists the options"
+
+
+def _of_command(message: str) -> str:
+    """Return the parser's two sentences for a command that is none as one of ours."""
+    start, _, meant = message.partition(". Did you mean ")
+    names = meant.rstrip("?").replace(", ", " or ")
+    hint = f" (did you mean {names}?)" if names else ""
+    return start.replace(_NO_COMMAND, "no command") + hint
 
 
 def _message(error: Any, path: str) -> str:

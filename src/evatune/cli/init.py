@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
@@ -177,6 +177,13 @@ def _input_options(options: InitOptions) -> InputOptions:
         raise ConfigError(
             "--audio needs a --model of audio; name one, such as facebook/hubert-base-ls960"
         )
+    for_texts = ("chat_template", "max_length")
+    unused = [name for name in for_texts if getattr(options, name) is not None]
+    if unused and given in (["images"], ["audio"]):
+        raise ConfigError(
+            f"--{unused[0].replace('_', '-')} is for texts, and --{given[0]} reads none; leave it"
+            " out"
+        )
     demo = demo_model if options.images is None else demo_image_model
     data = getattr(options, given[0]) if given else None
     return InputOptions(
@@ -263,8 +270,9 @@ def _checkpoint(options: InitOptions, output: Output, log: Console) -> Checkpoin
 
 def _about(settings: dict[str, Any], batches: ShuffledBatches) -> dict[str, Any]:
     """Return what must be the same for a checkpoint to fit: the model and the data."""
-    same = ("model", "task", "dtype", "batch_size", "max_length", "seed", "columns")
-    return {key: settings[key] for key in same} | {"texts": batches.digest()}
+    same = ("model", "task", "dtype", "batch_size", "max_length", "seed", "columns", "label_column")
+    texts = {"texts": batches.digest(), "chat_template": batches.template}
+    return {key: settings[key] for key in same} | texts
 
 
 def _initialize(
@@ -337,8 +345,20 @@ def _next_command(calibration: Calibration, settings: dict[str, Any]) -> str:
 
     if not is_settled(calibration) and calibration.batches >= settings["max_batches"]:
         more = ["--max-batches", str(2 * settings["max_batches"]), "--overwrite"]
-        return shlex.join(["evatune", *sys.argv[1:], *more])
+        return shlex.join(["evatune", *_without_limit(sys.argv[1:]), *more])
     return f'model = PeftModel.from_pretrained(model, "{settings["out"]}", is_trainable=True)'
+
+
+def _without_limit(arguments: Sequence[str]) -> list[str]:
+    """Return the command's arguments without --max-batches, its value and --overwrite."""
+    kept = []
+    coming = iter(arguments)
+    for argument in coming:
+        if argument == "--max-batches":
+            next(coming, None)  # its value
+        elif argument != "--overwrite" and not argument.startswith("--max-batches="):
+            kept.append(argument)
+    return kept
 
 
 def _show(calibration: Calibration, out: Path, settings: dict[str, Any], as_json: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from evatune.cli.libraries import libraries_on_stderr, load_torch
+from evatune.errors import RecordError
 from evatune.utils.markup import printable
 
 
@@ -40,6 +41,11 @@ def push(
     )
 
     require_repository(repository)
+    if not adapter.is_dir():
+        raise RecordError(
+            f"adapter {str(adapter)!r} is not a folder; give one that evatune or PEFT's"
+            " save_pretrained wrote"
+        )
     require_token()
     with libraries_on_stderr():
         from evatune.report.cards import own_card, pushed_card

@@ -53,10 +53,10 @@ def show(
     """Print a recipe, and every key it may have: its value here, type, default and meaning."""
     from evatune.finetune.recipe_files import load, text_of
     from evatune.finetune.recipe_keys import recipe_keys
-    from evatune.finetune.recipe_tree import as_tree, flat
+    from evatune.finetune.recipe_tree import all_settings, as_tree
 
     settings = load(recipe)
-    values = {key.name: False for key in recipe_keys()} | flat(as_tree(settings))
+    values = all_settings(as_tree(settings))
     if as_json:
         keys = [key.facts() | {"value": values[key.name]} for key in recipe_keys()]
         typer.echo(json.dumps({"recipe": as_tree(settings), "keys": keys}))

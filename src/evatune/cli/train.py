@@ -88,8 +88,8 @@ def train(
         typer.echo(json.dumps({"out": str(folder)} | result))
         return
     typer.echo(
-        f"{settings.method} on {printable(settings.task)}: {score_text(result)}, evaluation"
-        f" loss {result['eval_loss']:.3f}; {result['trainable_parameters']:,} trainable parameters;"
+        f"{settings.method} on {printable(settings.task)}: {score_text(result)}, test loss"
+        f" {result['eval_loss']:.3f}; {result['trainable_parameters']:,} trainable parameters;"
         f" {result['init_seconds']:.1f} s to initialize, {result['train_seconds']:.1f} s to train"
         + (
             ""

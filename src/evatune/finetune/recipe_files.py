@@ -15,6 +15,7 @@ from typing import Any
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import OWN_TASK, SIZES, Recipe
 from evatune.finetune.recipe_tree import parse
+from evatune.loading.file_checks import json_name
 from evatune.schemas import Damage, telling
 from evatune.schemas.text import parse_yaml, read_text
 
@@ -73,8 +74,9 @@ def text_of(source: str) -> str:
         with telling(source, "give a YAML file; `evatune recipes show` shows one", ConfigError):
             return read_text(path)
     near = difflib.get_close_matches(source, ours(), n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise ConfigError(f"there is no recipe or file {source!r}; {hint}ours are {', '.join(ours())}")
+    names = f"ours are {', '.join(ours())}"
+    hint = f"did you mean {near[0]}? `evatune recipes ls` lists ours" if near else names
+    raise ConfigError(f"there is no recipe or file {source!r}; {hint}")
 
 
 def _for_data(source: str) -> str:
@@ -94,9 +96,10 @@ def load(source: str, overrides: Iterable[str] = ()) -> Recipe:
     with telling(source, "`evatune recipes show` shows a recipe", ConfigError):
         raw = parse_yaml(text)
     if not isinstance(raw, dict):
+        fault = "is empty" if raw is None else f"holds {json_name(type(raw))}"
         raise ConfigError(
-            f"recipe {source!r} holds {type(raw).__name__}, not keys with values; `evatune recipes"
-            f" show` shows one; {_for_data(source)}"
+            f"recipe {source!r} {fault}, not keys with values; `evatune recipes show` shows one;"
+            f" {_for_data(source)}"
         )
     if raw.get("trust_remote_code"):
         raise ConfigError(

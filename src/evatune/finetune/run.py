@@ -283,8 +283,10 @@ class _Trained:
                 measures[key.removeprefix(f"{prefix}_")] = value
         if part == "test":
             for name, examples in self.task.more_tests.items():
-                more_measures = self.trainer.evaluate(examples, metric_key_prefix=name)
-                measures[f"{name}_score"] = more_measures[f"{name}_score"]
+                # not by its name alone, which may be "eval", as Trainer calls the validation
+                more_prefix = f"more_{name}"
+                more_measures = self.trainer.evaluate(examples, metric_key_prefix=more_prefix)
+                measures[f"{name}_score"] = more_measures[f"{more_prefix}_score"]
         if self.task.evaluate is not None:
             measures |= self.task.evaluate(self.trainer.model.eval(), part, self.folder)
         return measures

@@ -14,6 +14,7 @@ import transformers
 from evatune.choices import IGNORED
 from evatune.errors import ConfigError
 from evatune.loading.encoding import Encoder, as_completion, has_loss, require_rows
+from evatune.loading.pictures import read_picture
 from evatune.loading.records import Chat, Records
 from evatune.loading.sounds import read_wave
 from evatune.loading.texts import truncate_texts
@@ -36,7 +37,7 @@ class ShuffledBatches(ABC):
     @property
     @abstractmethod
     def table(self) -> Any:
-        """The `datasets.Dataset`."""
+        """The `datasets.Dataset`, of images and sounds with what their files hold."""
 
     @abstractmethod
     def collate(self, rows: dict[str, list[Any]]) -> Any:
@@ -48,21 +49,22 @@ class ShuffledBatches(ABC):
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(
-                f"seed is {self.seed}; it must be at least 0 and below 2 to the power 63"
-            )
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must be at least 0")
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed is {self.seed}; it must be below 2 to the power 63")
 
     def digest(self) -> str:
         """Return a hash of what the rows hold, by which a run that goes on knows its data."""
         digest = hashlib.sha256()
-        for row in self.undecoded():
+        for row in self.table:
             digest.update(repr(row).encode("utf-8", "surrogatepass") + b"\0")
         return digest.hexdigest()
 
-    def undecoded(self) -> Any:
-        """Return the table with what its files hold, before it is made images of."""
-        return self.table
+    @property
+    def template(self) -> str | None:
+        """The chat template by which records become texts; None where there is none."""
+        return None
 
     def __len__(self) -> int:
         return -(-len(self.table) // self.batch_size)
@@ -138,6 +140,11 @@ class AnswerBatches(ShuffledBatches):
     @property
     def table(self) -> Any:
         return self.records.table
+
+    @property
+    def template(self) -> str | None:
+        template = self.encoder.tokenizer.chat_template
+        return None if template is None else str(template)
 
     def collate(self, rows: dict[str, list[Any]]) -> Any:
         encoded = [self.encoder(self.records.record(row)) for row in _by_row(rows)]
@@ -219,13 +226,14 @@ class MediaBatches(ShuffledBatches):
 
 
 class ImageBatches(MediaBatches):
-    """Batches of images."""
+    """Batches of images, each of which is decoded when its batch is made."""
 
-    def undecoded(self) -> Any:
+    @property
+    def table(self) -> Any:
         return self.rows.cast_column(self.column, datasets.Image(decode=False))
 
     def prepared(self, media: list[Any]) -> dict[str, Any]:
-        pictures = [picture.convert("RGB") for picture in media]
+        pictures = [read_picture(picture) for picture in media]
         return dict(self.processor(pictures, return_tensors="pt"))
 
 

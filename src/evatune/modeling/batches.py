@@ -108,8 +108,8 @@ def fault_of(batch: Any, model: nn.Module) -> str | None:
         )
         inside = f" ({', '.join(f'{key}: {kind}' for key, kind in kinds.items())})" if kinds else ""
         return (
-            f"each batch is a {type(batch).__name__}{inside} without a tensor in it; make tensors"
-            " of it, with a collate_fn"
+            f"each batch is of type {type(batch).__name__}{inside}, without a tensor in it; make"
+            " tensors of it, with a collate_fn"
         )
     return _too_many_arguments(batch, model)
 
@@ -125,8 +125,8 @@ def require_arguments(name: str, function: Callable[..., Any] | None, arguments:
     wanted = f"{name} is called as {name}({arguments})"
     if isinstance(function, nn.Module):
         raise ConfigError(
-            f"{wanted}, and a {type(function).__name__} was given; write {name}=lambda"
-            f" {arguments}: …"
+            f"{wanted}, and a module of type {type(function).__name__} was given; write"
+            f" {name}=lambda {arguments}: …"
         )
     try:
         signature = inspect.signature(function)

@@ -44,7 +44,7 @@ def loss_of(
     value = loss(model, batch) if loss is not None else loss_in(call(model, batch))
     source = "loss(model, batch) returned" if loss is not None else "the model returned"
     if not isinstance(value, Tensor):
-        what = "no loss" if value is None else f"a {type(value).__name__} where the loss should be"
+        what = "no loss" if value is None else f"{type(value).__name__} where the loss should be"
         raise DataError(f"the objective needs a loss, and {source} {what}; {_WAYS}")
     if value.numel() != 1 or not value.is_floating_point():
         raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ _LESS, _SAME, _MORE = "#b35806", "#f2f4f6", "#1f5fa8"
 _DEPTHS = ["#e0701a", "#c8378f", "#4f74e6"]
 COLORS = ["#3f7fd1", "#e0701a", "#2f9e63", "#c8378f", "#8a6fd1", "#a8842c", "#3aa0ad", "#d15b5b"]
 _CHANCE = "#8a939c"
+_OUTSIDE = "#7b8794"  # of layers outside blocks
 _MOST_BLOCKS = 150  # across a map, and lines of a kind in a panel
 _UNKNOWN = "–"
 _POINTS = 28  # of a spectrum, more of which no eye sees
@@ -173,22 +175,23 @@ def spectra(calibration: Calibration, plan: RankPlan) -> Spec:
     Types with the same inputs share a panel. A dot is where the largest rank of an input ends, the
     dashed line what random directions would hold.
     """
-    depths: dict[str, int] = {}
     panels: dict[int, list[str]] = {}  # input → layers
     for name, layer in calibration.layers.items():
         if layer.input is not None and calibration.spectra[name].rows:
             panels.setdefault(layer.input, []).append(name)
-            depths.setdefault(split_name(name)[0], len(depths))
-    if len(depths) > _MOST_BLOCKS:  # of experts, the first of each block
+    blocks = {number: split_name(names[0])[0] for number, names in panels.items()}
+    if len(set(blocks.values())) > _MOST_BLOCKS:  # of experts, the first of each block
         first = {_without_expert(names[0]): number for number, names in reversed(panels.items())}
         panels = {number: panels[number] for number in sorted(first.values())}
-        outer = dict.fromkeys(block.partition(".")[0] for block in depths)
-        depths = {block: list(outer).index(block.partition(".")[0]) for block in depths}
+        blocks = {number: blocks[number].partition(".")[0] for number in panels}
+    named = dict.fromkeys(block for block in blocks.values() if block)
+    depths = {block: depth for depth, block in enumerate(named)}
     titles = {number: _panel_title(names) for number, names in panels.items()}
     values: list[dict[str, Any]] = []
     for number, names in panels.items():
-        block = split_name(names[0])[0]
-        about = {"panel": titles[number], "layer": names[0], "depth": depths[block]}
+        about: dict[str, Any] = {"panel": titles[number], "layer": names[0]}
+        block = blocks[number]
+        about |= {"depth": depths[block]} if block else {"outside": _UNKNOWN}
         shares = calibration.spectra[names[0]].explained_variance_ratio.double().cumsum(0).tolist()
         width = calibration.layers[names[0]].in_features
         rank = min(max(plan.ranks[name] for name in names), len(shares))
@@ -203,7 +206,7 @@ def spectra(calibration: Calibration, plan: RankPlan) -> Spec:
             | ({"rank": rank} if count == rank else {})
             for count in sorted(kept)
         ]
-    return _spectra_spec(values, list(dict.fromkeys(titles.values())))
+    return _spectra_spec(values, list(dict.fromkeys(titles.values())), list(depths))
 
 
 def _panel_title(names: Sequence[str]) -> str:
@@ -221,8 +224,14 @@ def _spread_out(count: int) -> list[int]:
     return sorted({round(count ** (step / (_POINTS - 1))) for step in range(_POINTS)})
 
 
-def _spectra_spec(values: Sequence[Mapping[str, Any]], panels: Sequence[str]) -> Spec:
-    blocks = len({value["depth"] for value in values})
+def _spectra_spec(
+    values: Sequence[Mapping[str, Any]], panels: Sequence[str], blocks: Sequence[str]
+) -> Spec:
+    """Return the plot of such values.
+
+    Args:
+        blocks: names of the blocks, in the order of their depth.
+    """
     across: Spec = {"field": "directions", "type": "quantitative", "title": "directions"}
     across |= {"axis": {"tickMinStep": 1, "format": "d"}}
     up: Spec = {"field": "share", "type": "quantitative", "title": None}
@@ -233,9 +242,15 @@ def _spectra_spec(values: Sequence[Mapping[str, Any]], panels: Sequence[str]) ->
         "field": "depth",
         "type": "quantitative",
         "scale": {"range": _DEPTHS, "interpolate": "rgb"},
-        "legend": {"title": "block", "tickMinStep": 1} if blocks > 1 else None,
+        "legend": _block_legend(blocks) if len(blocks) > 1 else None,
     }
-    by_layer = {"x": across, "y": up, "color": depth, "detail": {"field": "layer"}}
+    outside = {
+        "field": "outside",
+        "type": "nominal",
+        "scale": {"domain": [_UNKNOWN], "range": [_OUTSIDE]},
+        "legend": {"title": None, "symbolType": "stroke"} if blocks else None,
+    }
+    by_layer: Spec = {"x": across, "y": up, "detail": {"field": "layer"}}
     shown = [_shown("layer"), _shown("directions", "d")]
     shown += [_shown("share", ".1%"), _shown("random", ".1%")]
     layers = [
@@ -243,12 +258,12 @@ def _spectra_spec(values: Sequence[Mapping[str, Any]], panels: Sequence[str]) ->
             "mark": {"type": "line", "strokeDash": [4, 3], "color": _CHANCE, "strokeWidth": 1.2},
             "encoding": {"x": across, "y": up | {"field": "random", "aggregate": "mean"}},
         },
-        {"mark": {"type": "line", "strokeWidth": 1.3, "opacity": 0.85}, "encoding": by_layer},
-        {
-            "transform": [{"filter": "isValid(datum.rank)"}],
-            "mark": {"type": "point", "filled": True, "size": 26, "opacity": 1},
-            "encoding": by_layer,
-        },
+        *_lines_with_dots("depth", by_layer, {"color": depth}, {"color": depth}),
+    ]
+    if any("outside" in value for value in values):
+        gray = {"color": {"value": _OUTSIDE}}
+        layers += _lines_with_dots("outside", by_layer, {"stroke": outside}, gray)
+    layers += [
         {
             "mark": {"type": "point", "size": 90, "opacity": 0},
             "encoding": by_layer | {"tooltip": shown},
@@ -264,6 +279,36 @@ def _spectra_spec(values: Sequence[Mapping[str, Any]], panels: Sequence[str]) ->
         "columns": 4,
         "spec": {"width": 190, "height": 120, "layer": layers},
         "resolve": {"scale": {"x": "independent"}},
+    }
+
+
+def _lines_with_dots(field: str, encoding: Spec, of_lines: Spec, of_dots: Spec) -> list[Spec]:
+    """Return the lines of what has a field, and the dots where their ranks end.
+
+    Args:
+        encoding: of both. of_lines, of_dots: what colors them.
+    """
+    has_field = {"filter": f"isValid(datum.{field})"}
+    return [
+        {
+            "transform": [has_field],
+            "mark": {"type": "line", "strokeWidth": 1.3, "opacity": 0.85},
+            "encoding": encoding | of_lines,
+        },
+        {
+            "transform": [has_field, {"filter": "isValid(datum.rank)"}],
+            "mark": {"type": "point", "filled": True, "size": 26, "opacity": 1},
+            "encoding": encoding | of_dots,
+        },
+    ]
+
+
+def _block_legend(blocks: Sequence[str]) -> Spec:
+    """Return the legend of depths, with the blocks' own numbers."""
+    return {
+        "title": "block",
+        "tickMinStep": 1,
+        "labelExpr": f"{json.dumps(list(blocks))}[datum.value]",
     }
 
 
@@ -298,6 +343,8 @@ def curves(
     up: Spec = {"field": "value", "type": "quantitative", "title": title, "scale": scale}
     if log:
         up |= {"axis": {"tickCount": 5, "format": "~g"}}
+    elif any(len(figures) == 1 for figures in _figures_of(values).values()):
+        up |= {"axis": {"format": ".6~g"}}  # by default one figure is shown as a whole number
     color = {
         "field": "method",
         "type": "nominal",
@@ -321,6 +368,14 @@ def curves(
         "spec": {"width": 240, "height": 150, "mark": mark, "encoding": encoding},
         "resolve": {"scale": {"y": "independent"}},
     }
+
+
+def _figures_of(values: Iterable[Mapping[str, Any]]) -> dict[str, set[float]]:
+    """Return panel → the figures in it."""
+    figures: dict[str, set[float]] = {}
+    for value in values:
+        figures.setdefault(value["panel"], set()).add(value["value"])
+    return figures
 
 
 def colors_of(methods: Sequence[str]) -> list[str]:

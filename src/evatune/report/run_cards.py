@@ -29,7 +29,7 @@ def write_run_card(folder: Path, recipe: Recipe, result: Mapping[str, Any]) -> N
         scale=method.scale(recipe.adapter.scale),
         results={
             "result on unseen examples": score_text(result),
-            "evaluation loss": f"{result['eval_loss']:.3f}",
+            "test loss": f"{result['eval_loss']:.3f}",
             "trained for": f"{result['steps']:,} steps at {recipe.training.learning_rate:g}",
         },
         evaluation=evaluation_cells(read_evaluation(folder)),

@@ -127,7 +127,8 @@ def summary_lines(calibration: Calibration, plan: RankPlan, scales: Sequence[str
         (
             f"{figures.layers} layers with {figures.distinct_inputs} distinct inputs,"
             f" {figures.batches} batches; {figures.ranks} ranks, {figures.parameters:,} parameters"
-            f" ({figures.parameter_change:+.1%} against LoRA of rank {plan.rank} everywhere)"
+            f" ({signed_percent(figures.parameter_change)} against LoRA of rank {plan.rank}"
+            " everywhere)"
         ),
     ]
     if figures.captured_mean is not None:
@@ -156,7 +157,7 @@ def _lines_of_steps(figures: Totals, scales: Sequence[str]) -> list[str]:
     """Return what the spectra say about the learning rate, and about what there is to gain."""
     steps = {scale: figures.step_ratio[scale] for scale in scales}
     rates = [
-        f"{rate_text(LORA_RATE / spread.median)} at scale={scale}, where κ is {_in_words(spread)}"
+        f"{rate_text(LORA_RATE / spread.median)} at scale={scale}, where κ is {in_words(spread)}"
         for scale, spread in steps.items()
         if spread is not None
     ]
@@ -170,14 +171,18 @@ def _lines_of_steps(figures: Totals, scales: Sequence[str]) -> list[str]:
     if participation is not None:
         lines.append(
             "Participation ratio PR, the effective number of directions that an input has:"
-            f" {_in_words(participation)}; the rank is above it in {figures.layers_above_pr} of"
+            f" {in_words(participation)}; the rank is above it in {figures.layers_above_pr} of"
             f" {figures.layers_with_rank} layers"
         )
     return lines
 
 
-def _in_words(spread: Spread) -> str:
-    return f"{spread.median:.3g} (median; {spread.least:.3g} to {spread.largest:.3g})"
+def in_words(spread: Spread) -> str:
+    """Return a median with the ends of its figures; alone where they look the same."""
+    middle, least, largest = (
+        f"{value:.3g}" for value in (spread.median, spread.least, spread.largest)
+    )
+    return middle if least == largest else f"{middle} (median; {least} to {largest})"
 
 
 def score_text(result: Mapping[str, Any]) -> str:
@@ -215,6 +220,16 @@ def effective(number: float | None) -> str:
 def percent(share: float | None) -> str:
     """Return a share in [0, 1] for people; a dash where there is none."""
     return "–" if share is None else f"{share:.1%}"
+
+
+def signed_percent(share: float) -> str:
+    """Return a difference of shares for people: "+4.4%", "−4.4%"."""
+    return with_minus(f"{share:+.1%}")
+
+
+def with_minus(number: str) -> str:
+    """Return a number with a minus sign, as charts have it, in place of a hyphen before it."""
+    return number.replace("-", "−", 1) if number.startswith("-") else number
 
 
 def times(ratio: float) -> str:

@@ -24,6 +24,7 @@ from evatune.report.text import (
     summary_lines,
     type_cells,
     verdict,
+    with_minus,
 )
 from evatune.sketch.spectrum import Spectrum
 from evatune.utils.markup import printable
@@ -113,7 +114,7 @@ def _(plan: RankPlan) -> View:
             str(min(type_ranks)),
             f"{sum(type_ranks) / len(type_ranks):.1f}",
             str(max(type_ranks)),
-            f"{sum(type_ranks) - plan.rank * len(type_ranks):+d}",
+            with_minus(f"{sum(type_ranks) - plan.rank * len(type_ranks):+d}"),
         )
         for layer_type, type_ranks in ranks.items()
     ]

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from evatune.errors import MissingExtraError
+from evatune.utils.extras import EXTRA_OF, missing
 
 if TYPE_CHECKING:
     import pandas
@@ -56,10 +57,14 @@ def _views() -> Any:
 
 
 def _require(library: str, what: str) -> None:
-    """Raise an MissingExtraError where a library is not installed."""
+    """Raise a MissingExtraError where a library is not installed."""
     try:
         import_module(library)
     except ImportError as error:
+        if library in EXTRA_OF:
+            raise missing(library, what) from error
         raise MissingExtraError(
-            f"{what} needs {library}, which is not installed: pip install {library}", name=library
+            f"{library} is not installed, which {what} needs; install it with: pip install"
+            f" {library}",
+            name=library,
         ) from error

@@ -12,7 +12,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import evatune
 from evatune.adapters.export import export_uniform
@@ -221,6 +221,19 @@ def test_a_layer_of_rank_zero_gets_zeros_where_its_neighbors_have_an_adapter(
     loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "out"))
     found = output(with_updates(tiny_llama(), sglang(config, state)), tokens()[0])
     assert torch.allclose(output(loaded, tokens()[0]), found, atol=1e-5)
+
+
+def test_a_layer_that_a_block_does_not_have_gets_no_zeros(tmp_path: Path) -> None:
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            names = (("q", "k"), ("q",))
+            blocks = [nn.ModuleDict({name: nn.Linear(8, 8) for name in each}) for each in names]
+            self.layers = nn.ModuleList(blocks)
+
+    model = get_peft_model(Blocks(), LoraConfig(r=2, target_modules=["q", "k"]))
+    uniform = export_uniform(model, tmp_path / "out")
+    assert (uniform.layers, uniform.zeros) == (3, ())
 
 
 def test_a_head_that_was_trained_beside_the_adapter_is_kept(tmp_path: Path) -> None:

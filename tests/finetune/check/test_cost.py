@@ -62,6 +62,12 @@ def test_methods_that_want_weights_have_a_size_too(method: str) -> None:
     assert size_of(recipe(f"method={method}"), CONFIG).trained > 0
 
 
+@pytest.mark.parametrize("method", ["lora-fa", "eva-fa", "mica"])
+def test_a_matrix_that_stays_as_it_starts_is_not_trained(method: str) -> None:
+    half = size_of(recipe("method=lora"), CONFIG).trained / 2
+    assert 0.5 * half < size_of(recipe(f"method={method}"), CONFIG).trained < 1.5 * half
+
+
 def test_what_a_method_cannot_run_on_is_refused() -> None:
     with pytest.raises(TargetError, match="match no layer of this model"):
         size_of(recipe("adapter.targets=nothing"), CONFIG)

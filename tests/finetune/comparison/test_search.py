@@ -114,13 +114,23 @@ def test_a_killed_comparison_goes_on_without_the_half_written_line(
     assert sorted(path.read_text().splitlines()) == sorted("".join(whole).splitlines())
 
 
-def test_a_tuning_seed_that_is_tested_later_is_run_again(jobs: list[Any], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("jobs")
+@pytest.mark.parametrize(
+    ("seeds", "text"),
+    [
+        (Seeds((5, 6), (0, 1)), r"location, lora: seed \d was chosen by before, .* be tested now"),
+        (Seeds((10, 11), (20, 21)), r"location, lora: seed \d+ was tested before, .* choose now"),
+    ],
+)
+def test_a_seed_does_not_choose_and_test_in_one_file(
+    seeds: Seeds, text: str, tmp_path: Path
+) -> None:
     path = tmp_path / "runs.jsonl"
     tuned(path, ["lora"])
-    swapped = Seeds((5, 6), (0, 1))
-    tune([recipe()], ["lora"], swapped, path, 1, lambda *_: None)
-    tested = {line.seed for line in read_lines([path]) if line.tested}
-    assert tested == {0, 1, 10, 11}
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=text):
+        tune([recipe()], ["lora"], seeds, path, 1, lambda *_: None)
+    assert path.read_bytes() == before
 
 
 def test_runs_on_other_data_or_by_other_code_are_refused(jobs: list[Any], tmp_path: Path) -> None:

@@ -68,6 +68,15 @@ def test_a_rate_at_which_a_run_diverged_is_not_the_best(tmp_path: Path) -> None:
     assert math.isnan(diverged_line.score.deviation or 0)
 
 
+def test_while_seeds_are_missing_rates_are_compared_by_those_that_all_have(tmp_path: Path) -> None:
+    for run in planted(tmp_path, [1e-3, 1e-2]):
+        is_higher = run.recipe.training.learning_rate == 1e-2
+        if not (is_higher and run.recipe.seed == 1):
+            finish(run, 0.5, [0.6 if is_higher else 0.5 + 0.5 * run.recipe.seed])
+    lines = summarize(planted(tmp_path, [1e-3, 1e-2])).lines
+    assert {line.learning_rate for line in lines if line.best} == {1e-3}
+
+
 def test_the_best_rate_is_chosen_by_validation_and_not_by_the_score_that_is_reported(
     tmp_path: Path,
 ) -> None:

@@ -64,6 +64,29 @@ def test_a_search_that_diverged_everywhere_has_no_rate() -> None:
     assert all(math.isinf(point.loss) for point in cell.rates)
 
 
+def test_a_seed_that_one_rate_has_alone_does_not_choose_it() -> None:
+    lines = tuned_lines(methods=("lora",), tasks=("digits",))
+    lines.append(line_of("images", "digits", "lora", 0.01 / FACTOR, 3, False))
+    (cell,) = summarize(lines).groups[0].cells
+    assert (cell.rate, cell.settled) == (0.01, True)
+
+
+def test_a_scale_that_differs_is_a_condition_also_where_the_rank_does() -> None:
+    def conditions(*alphas: int) -> list[str]:
+        lines = []
+        for alpha in alphas:
+            lines += tuned_lines(methods=TWO, tasks=("digits",), rank=16, alpha=alpha)
+        lines += tuned_lines(methods=TWO, tasks=("digits",), rank=2, alpha=2)
+        settings = {"adapter.rank": 2, "adapter.alpha": 2, "adapter.rho": 2}
+        source = Source("mine.yaml", settings)
+        return [
+            group.condition for group in summarize(lines, {("images", "digits"): source}).groups
+        ]
+
+    assert conditions(16) == ["", "rank 16"]
+    assert conditions(16, 2) == conditions(2, 16) == ["", "rank 16", "rank 16, alpha 2"]
+
+
 def test_settings_that_differ_make_methods_and_conditions() -> None:
     lines = tuned_lines(methods=TWO, tasks=("digits",))
     lines += tuned_lines(methods=TWO, tasks=("digits",), rho=1)

@@ -174,6 +174,20 @@ def test_data_that_cannot_be_read_are_refused(
         generation.prepare(load("own-generation", [f"data.source={path}", *more]))
 
 
+@pytest.mark.parametrize("key", ["data.test_split=train", "data.more_test_splits=[train]"])
+def test_what_is_trained_on_is_not_tested(key: str, bert_folder: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.jsonl", [{"text": f"w{i}", "label": i % 2} for i in range(40)])
+    with pytest.raises(ConfigError, match=r"'train' is data\.train_split and a split to test on"):
+        understanding.prepare(small(bert_folder, "task=mine", f"data.source={path}", key))
+
+
+def test_an_empty_entry_is_no_text(bert_folder: Path, tmp_path: Path) -> None:
+    rows = [{"text": None if i < 40 else "w1 w2 w3", "label": i % 2} for i in range(80)]
+    path = write(tmp_path / "mine.jsonl", rows)
+    task = understanding.prepare(small(bert_folder, "task=mine", f"data.source={path}"))
+    assert {len(ids) for ids in task.train["input_ids"]} == {2, 5}  # with the marks around them
+
+
 def test_a_size_of_0_is_for_data_of_the_user() -> None:
     with pytest.raises(ConfigError, match=r"data\.train is 0, which is for data\.source"):
         load("generation-reviews", ["data.train=0"])

@@ -72,6 +72,8 @@ def test_the_page_has_curves_and_tables_of_all_methods_and_tasks() -> None:
     assert "lora, eva on 2 tasks" in page.text
     assert "mean over 2 tasks" in page.text
     assert specs(text)["loss"]["usermeta"]["panels"] == 2
+    assert "Test loss" in page.text
+    assert "Evaluation loss" not in page.text
     names = ["methods", "differences", "rates"]
     assert [name for name in names if f'data-name="{name}"' in text] == names
     assert page.text.index("do this") < page.text.index("Made by: evatune compare x")

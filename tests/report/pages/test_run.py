@@ -42,7 +42,8 @@ def finished(
     lines = [
         {"step": 0, "eval_loss": 2.0, "eval_score": 0.1, "seconds": 0.1},
         {"step": 1, "loss": 1.0, "grad_norm_B": 1.0, "peak_memory_bytes": 5_000_000},
-        {"step": 2, "eval_loss": loss, "eval_score": score, "seconds": 2.0},
+        {"step": 2, "loss": 0.9, "seconds": 2.0},
+        {"step": 2, "eval_loss": loss, "eval_score": score, "seconds": 30.0},
     ]
     (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     return recipe
@@ -52,14 +53,33 @@ def test_a_run_alone_shows_its_curves_and_names_the_comparison_as_next(tmp_path:
     recipe = finished(tmp_path / "run", 0.75, scored=16, method="pissa")
     text = render(tmp_path / "run", recipe)
     page = Document(text)
-    assert "Score 0.750 (accuracy, n = 16), evaluation loss 0.500; no run" in page.text
+    assert "Score 0.750 (accuracy, n = 16), test loss 0.500; no run" in page.text
     assert "n = 16 says little: by chance alone accuracy moves by ±25 points" in page.text
     assert f"evatune compare {tmp_path / 'run' / RECIPE} --methods lora,pissa" in page.text
     assert "1,234 trainable parameters" in page.text
     plots = specs(text)
     assert plots.keys() == {"eval-loss", "score", "loss", "gradients", "seconds", "memory"}
+    assert plots["seconds"]["data"]["value"] == {"numbers": [0.1, 2.0]}  # of a step, the first
     assert plots["memory"]["data"]["value"] == {"numbers": [pytest.approx(5_000_000 / 2**20)]}
     assert "torch version" in page.text
+
+
+def test_curves_are_named_after_the_examples_that_they_are_of(tmp_path: Path) -> None:
+    titles = {
+        "test": ("Test loss", "Score on test examples"),
+        "validation": ("Validation loss", "Score on validation examples"),
+    }
+    for part, size in (("test", 0), ("validation", 10)):
+        recipe = finished(tmp_path / part, 0.75, data={"validation": size})
+        text = Document(render(tmp_path / part, recipe)).text
+        assert "0.500 test loss" in text
+        for other, (loss, score) in titles.items():
+            assert (loss in text, score in text) == (other == part, other == part)
+
+
+def test_settings_have_those_at_their_default(tmp_path: Path) -> None:
+    text = Document(render(tmp_path / "run", finished(tmp_path / "run", 0.75))).text
+    assert "training.max_grad_norm" in text
 
 
 def test_loras_run_beside_it_is_drawn_beside_it(tmp_path: Path) -> None:
@@ -82,7 +102,7 @@ def test_loras_run_beside_it_is_drawn_beside_it(tmp_path: Path) -> None:
 def test_a_run_on_the_users_data_has_no_size_to_say(tmp_path: Path) -> None:
     recipe = finished(tmp_path / "my run", 0.75, data={"source": "my own.csv"})
     page = Document(render(tmp_path / "my run", recipe))
-    assert "Score 0.750, evaluation loss 0.500" in page.text
+    assert "Score 0.750, test loss 0.500" in page.text
     assert f"evatune compare '{tmp_path / 'my run' / RECIPE}' --methods lora,eva" in page.text
     finished(tmp_path / "lora", 0.72, method="lora", data={"source": "my own.csv"})
     page = Document(render(tmp_path / "my run", recipe))

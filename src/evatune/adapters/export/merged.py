@@ -28,7 +28,7 @@ from evatune.utils.markup import markdown_code
 from evatune.utils.names import short_name
 from evatune.utils.outputs import claimed_folder, require_apart
 
-_HEAD = re.compile(r"\.(score|classifier|classifier\.out_proj)\.weight$")
+_HEAD = re.compile(r"\.(score|classifier|(classifier|classification_head)\.out_proj)\.weight$")
 
 
 def write(request: ExportRequest) -> Exported:

@@ -97,7 +97,8 @@ def export_uniform(
     layers; where a layer's is another, the quotient goes into B, which is then float32. rsLoRA
     becomes plain α/R. Where a layer has no adapter but its neighbors do (q_proj beside k_proj and
     v_proj) and the same layer of another block has one, it gets zeros: SGLang stacks neighbors and
-    needs all of them. `modules_to_save` and other trained tensors stay as they are.
+    needs all of them. A folder does not tell whether a block has that layer at all, a `PeftModel`
+    does. `modules_to_save` and other trained tensors stay as they are.
 
     Args:
         adapter: a folder that `save_pretrained` wrote, or a `PeftModel`.
@@ -114,7 +115,8 @@ def export_uniform(
     require_apart(out, adapter=None if isinstance(adapter, PeftModel) else adapter)
     with claimed_folder(out, overwrite) as output:
         state, config = _read(adapter, adapter_name)
-        state, uniform = _pad(state, config)
+        modules = None if isinstance(adapter, (str, Path)) else set(dict(adapter.named_modules()))
+        state, uniform = _pad(state, config, modules)
         with output.whole() as folder:
             _write(folder, state, config, uniform)
     return uniform
@@ -186,8 +188,14 @@ def _lora_keys(state: dict[str, Tensor]) -> Iterator[tuple[str, re.Match[str]]]:
             yield key, match
 
 
-def _pad(state: dict[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor], Uniform]:
-    """Return the same adapter at one rank and one scale."""
+def _pad(
+    state: dict[str, Tensor], config: LoraConfig, modules: set[str] | None
+) -> tuple[dict[str, Tensor], Uniform]:
+    """Return the same adapter at one rank and one scale.
+
+    Args:
+        modules: names of those that the model has; None where it is not known.
+    """
     ranks = _ranks(state)
     scales = {
         layer: layer_scale(config, layer.removeprefix(PEFT_PREFIX), rank)[1]
@@ -210,7 +218,11 @@ def _pad(state: dict[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor
                 value = (value.double() * quotients[layer]).float()
             value = _zero_padded(value, r, dim)
         padded[key] = value.detach().cpu().contiguous()
-    zeros = _zeros_for_neighbors(padded)
+    zeros = {
+        key: value
+        for key, value in _zeros_for_neighbors(padded).items()
+        if modules is None or key.partition(".lora_")[0] in modules
+    }
     return padded | zeros, Uniform(
         rank=r,
         alpha=alpha,
@@ -248,13 +260,13 @@ def _ranks(state: dict[str, Tensor]) -> dict[str, int]:
 def _require_served(match: re.Match[str], dimensions: int, rank: int, rank_of_a: int) -> None:
     """Raise an AdapterError for a matrix of a layer whose adapter no server reads."""
     if match["part"] == "B" and dimensions > 2 and rank < rank_of_a:
-        kind = "convolution with groups"
+        kind = "a convolution with groups"
     elif ".base_layer" in match["layer"]:
-        kind = "projection of nn.MultiheadAttention"
+        kind = "a projection of nn.MultiheadAttention"
     else:
         return
     raise AdapterError(
-        f"{match['layer'].removeprefix(PEFT_PREFIX)} is a {kind}, whose adapter no server reads;"
+        f"{match['layer'].removeprefix(PEFT_PREFIX)} is {kind}, whose adapter no server reads;"
         " serve it with PEFT, or leave such layers out of the targets"
     )
 

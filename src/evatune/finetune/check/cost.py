@@ -17,6 +17,7 @@ from evatune.adapters.lora_layers import lora_layers
 from evatune.calibration import CalibrationConfig
 from evatune.errors import ConfigError, TargetError
 from evatune.finetune.methods import Method, find_method
+from evatune.finetune.methods.base import Lora
 from evatune.finetune.methods.eva import Eva
 from evatune.finetune.methods.lora import METHODS as LORA_METHODS
 from evatune.finetune.methods.without_adapter import Full
@@ -257,11 +258,14 @@ def _adapted(recipe: Recipe, kind: ModelKind, method: Method, model: Any) -> Any
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # which the run itself says
         try:
-            return method.adapt(model, setup)
+            adapted = method.adapt(model, setup)
         except (ConfigError, TargetError):
             raise
         except Exception:  # such as a decomposition of weights that are not there
-            return LORA_METHODS[0].adapt(model, setup)
+            adapted = LORA_METHODS[0].adapt(model, setup)
+    if isinstance(method, Lora):
+        method.freeze(adapted)
+    return adapted
 
 
 def _products(model: nn.Module) -> Iterator[tuple[int, int]]:

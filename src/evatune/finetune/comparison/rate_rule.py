@@ -93,8 +93,7 @@ def _to_tune(losses: Losses, seeds: Seeds) -> list[Trial]:
     first, *others = seeds.tuning
     wanted = _grid(losses, first)
     if not wanted:
-        finalists = _ordered(losses, first)[:_FINALISTS]
-        wanted = [(position, seed) for position in finalists for seed in others]
+        wanted = [(position, seed) for position in finalists(losses, first) for seed in others]
         wanted = [trial for trial in wanted if trial not in losses]
     if not wanted:
         wanted = [(edge, first) for edge in _beyond(losses, seeds)]
@@ -123,6 +122,11 @@ def _are_alike(losses: Sequence[float]) -> bool:
     return max(losses) - min(losses) < _ALIKE * min(losses)
 
 
+def finalists(losses: Losses, first: int) -> Sequence[int]:
+    """Return the positions that the first seed leaves to the others, the best one first."""
+    return _ordered(losses, first)[:_FINALISTS]
+
+
 def best_position(losses: Losses, seeds: Sequence[int]) -> int | None:
     """Return the best finalist by its mean over all tuning seeds.
 
@@ -131,9 +135,8 @@ def best_position(losses: Losses, seeds: Sequence[int]) -> int | None:
     Args:
         seeds: to tune with, that of the whole grid first.
     """
-    finalists = _ordered(losses, seeds[0])[:_FINALISTS]
     sums = {}
-    for position in finalists:
+    for position in finalists(losses, seeds[0]):
         trials = [(position, seed) for seed in seeds]
         if all(trial in losses for trial in trials):
             sums[position] = sum(losses[trial] for trial in trials)

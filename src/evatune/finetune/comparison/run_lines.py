@@ -54,15 +54,16 @@ def append_line(path: Path, fields: dict[str, Any]) -> RunLine:
     Returns:
         The run as it is read again.
     """
-    finite = _finite(fields)
-    line = RunLine.model_validate(finite)
-    append_json_line(path, finite)
+    known = finite(fields)
+    line = RunLine.model_validate(known)
+    append_json_line(path, known)
     return line
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return a value for JSON, with None for numbers that are not finite."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

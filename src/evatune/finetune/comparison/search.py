@@ -73,15 +73,26 @@ class Search:
         return variant(self.recipe, self.method, trial.seed, rate)
 
     def take(self, line: RunLine) -> None:
-        """Record a run that has ended, if it is one of this search."""
+        """Record a run that has ended, if it is one of this search.
+
+        Raises ConfigError for a seed that is to choose the rate and was tested, or the other way.
+        """
         position = positions(self.recipe.training.learning_rate).get(line.rate)
         if position is None:
             return
         trial = Trial(position, line.seed, tested=line.seed in self.seeds.test)
-        is_own = settings_digest(self.recipe_of(trial)) == line.id
-        if is_own and (line.tested or not trial.tested):
-            self.losses[position, line.seed] = line.final_loss
-            self.running.discard(trial)
+        if settings_digest(self.recipe_of(trial)) != line.id:
+            return
+        known = line.seed in (*self.seeds.tuning, *self.seeds.test)
+        if known and line.tested != trial.tested:
+            was, is_to = ("tested", "choose") if line.tested else ("chosen by", "be tested")
+            raise ConfigError(
+                f"{self.name}: seed {line.seed} was {was} before, in the same file, and is to"
+                f" {is_to} now, so that what is tested would have been chosen by; give other seeds"
+                " to --seeds and --test-seeds, or name another --out"
+            )
+        self.losses[position, line.seed] = line.final_loss
+        self.running.discard(trial)
 
 
 # Name of a search, what its run was, and what went wrong or None.

@@ -121,13 +121,19 @@ def _best_rates(groups: Mapping[Key, list[_FinishedRun]]) -> dict[tuple[str, str
     """Return the learning rate of each method on each task with the smallest mean loss.
 
     Of several rates, which `grid` allows with validation examples only, it is the loss on those.
+    While seeds are missing, it is that of the seeds that every rate has.
     """
-    best: dict[tuple[str, str], float] = {}
-    smallest: dict[tuple[str, str], float] = {}
+    rates: dict[tuple[str, str], dict[float, dict[int, _FinishedRun]]] = {}
     for (task, method, rate), group in groups.items():
-        loss = _comparable_loss(group)
-        if (task, method) not in best or loss < smallest[task, method]:
-            best[task, method], smallest[task, method] = rate, loss
+        rates.setdefault((task, method), {})[rate] = {run.seed: run for run in group}
+    best: dict[tuple[str, str], float] = {}
+    for place, by_rate in rates.items():
+        shared = set.intersection(*map(set, by_rate.values()))
+        losses = {
+            rate: _comparable_loss([run for seed, run in runs.items() if seed in (shared or runs)])
+            for rate, runs in by_rate.items()
+        }
+        best[place] = min(losses, key=losses.__getitem__)
     return best
 
 
@@ -144,7 +150,7 @@ def _summary(
     curves = [_curve(run) for run in group]
     steps = [_step_reaching(target_loss, curve) for curve in curves]
     gradients = [run.result["first_gradient_b"] for run in group]
-    measured = {name: _mean_std([run.result[name] for run in group]) for name in _MEASURED}
+    measured = {name: _mean_std(_measures(group, name)) for name in _MEASURED}
     return MethodSummary(
         task=task,
         method=method,
@@ -157,6 +163,13 @@ def _summary(
         best=best,
         **measured,
     )
+
+
+def _measures(group: Sequence[_FinishedRun], name: str) -> list[float]:
+    """Return a measure of all runs; the seconds of those that were resumed are of a part alone."""
+    whole = [run for run in group if not run.result["resumed"]]
+    runs = whole if whole and name.endswith("_seconds") else group
+    return [run.result[name] for run in runs]
 
 
 def _step_reaching(target_loss: float, curve: Sequence[KnownPoint]) -> int | None:

@@ -22,7 +22,7 @@ from evatune.finetune.comparison.curves import (
     convergence,
     mean_curve,
 )
-from evatune.finetune.comparison.rate_rule import best_position
+from evatune.finetune.comparison.rate_rule import best_position, finalists
 from evatune.finetune.recipe import REFERENCE
 from evatune.finetune.recipe_files import load, ours
 from evatune.finetune.recipe_tree import all_settings, as_tree
@@ -31,6 +31,7 @@ from evatune.schemas.tuned import RunLine
 FULL = "full"
 _TUNING_SEEDS = 3  # of a rate that can be chosen
 LOWER_RATES = 2  # of the grid, next below LoRA's best
+_ALPHA = "adapter.alpha"
 _OF_THE_RUN = ("method", "seed", "training.learning_rate")
 # Settings of which each value is a method of its own, and how methods that heed them are called.
 _EVAS = ("eva", "lora-redist")
@@ -297,17 +298,28 @@ def _placed(lines: Sequence[RunLine], source: Source | None) -> list[_Placed]:
     differing = [_differing(tree, base) for tree in trees]
     shared = _shared(differing)
     placed = []
-    for line, overrides in zip(lines, differing, strict=True):
+    for line, tree, overrides in zip(lines, trees, differing, strict=True):
         of_method = {
             key: overrides[key] for key in _settings_of_method(line.method) if key in overrides
         }
-        no_condition = {*_OF_THE_RUN, *_OF_METHODS, *shared}
-        if overrides.get("adapter.alpha") == overrides.get("adapter.rank"):
-            no_condition.add("adapter.alpha")
+        no_condition = {*_OF_THE_RUN, *_OF_METHODS, *shared, _ALPHA}
         condition = {key: value for key, value in overrides.items() if key not in no_condition}
+        if _alpha_over_rank(tree) != _alpha_over_rank({**tree, **base}):
+            condition[_ALPHA] = _alpha(tree)
         method = f"{line.method} ({_words(of_method)})" if of_method else line.method
         placed.append(_Placed(line, method, _words(condition), overrides))
     return placed
+
+
+def _alpha_over_rank(tree: Mapping[str, Any]) -> float:
+    """Return α/r, of which another value is another condition."""
+    scale: float = _alpha(tree) / tree["adapter.rank"]
+    return scale
+
+
+def _alpha(tree: Mapping[str, Any]) -> float:
+    alpha: float = tree.get(_ALPHA, tree["adapter.rank"])
+    return alpha
 
 
 def _differing(tree: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
@@ -456,18 +468,23 @@ def _final_runs(
 
 
 def _chosen(rates: Sequence[RatePoint]) -> float | None:
-    """Return the rate that the search chose, or what the first seed would, while it is not done."""
+    """Return the rate that the search chose.
+
+    While it is not done, that of the seeds that have more than the first one's say so far.
+    """
     losses = {
         (position, seed): loss
         for position, point in enumerate(rates)
         for seed, loss in point.losses.items()
     }
     counts = Counter(seed for _, seed in losses)
-    seeds = sorted(counts, key=lambda seed: (-counts[seed], seed))
-    if not seeds:
+    if not counts:
         return None
-    done = any(len(point.losses) == len(seeds) for point in rates)
-    position = best_position(losses, seeds if done else seeds[:1])
+    first = min(counts, key=lambda seed: (-counts[seed], seed))
+    tried = [set(rates[position].losses) for position in finalists(losses, first)]
+    shared = [seeds for seeds in tried if len(seeds) > 1]
+    others = set.intersection(*shared) - {first} if shared else set()
+    position = best_position(losses, [first, *sorted(others)])
     return None if position is None else rates[position].rate
 
 

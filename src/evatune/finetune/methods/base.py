@@ -190,12 +190,14 @@ class Lora(Method):
         linear_only: the method is defined for linear layers.
         conv1d: the method is right on GPT-2's Conv1D, whose weight is (in, out).
         least_width: every layer must be at least this many times the rank wide, both in and out.
+        frozen: the matrix of each pair that stays as it starts; None where both are trained.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     linear_only: bool = field(default=False, kw_only=True)
     conv1d: bool = field(default=True, kw_only=True)
     least_width: int = field(default=0, kw_only=True)
+    frozen: Literal["A", "B"] | None = field(default=None, kw_only=True)
 
     def adapt(self, model: nn.Module, setup: AdapterSetup) -> Any:
         # Its error says what would match.
@@ -217,6 +219,12 @@ class Lora(Method):
                 ) from error
         self._require_fit(adapted)
         return adapted
+
+    def freeze(self, model: nn.Module) -> None:
+        """Let the matrices that stay as they start require no gradient."""
+        for layer in lora_layers(model).values():
+            if self.frozen is not None:
+                getattr(layer, f"lora_{self.frozen}")["default"].requires_grad_(False)
 
     def config(self, setup: AdapterSetup) -> Any:
         """Return PEFT's configuration of the adapter."""

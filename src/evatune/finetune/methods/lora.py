@@ -21,7 +21,8 @@ METHODS = (
     Lora(
         "mica",
         {"init_lora_weights": "mica"},
-        about="A on minor singular vectors of W, kept",
+        about="B kept on minor singular vectors of W, A from 0",
+        frozen="B",
         source="arXiv 2604.01694",
         fits_quantized=False,
     ),

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
-from evatune.adapters.lora_layers import lora_layers
 from evatune.calibration import Calibration
 from evatune.finetune.methods.base import Lora, Preparation
 from evatune.finetune.methods.eva import Eva
@@ -18,7 +15,7 @@ class LoraFA(Lora):
     """LoRA with PEFT's random A, frozen."""
 
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
-        _freeze(model)
+        self.freeze(model)
         return None
 
 
@@ -28,19 +25,15 @@ class EvaFA(Eva):
 
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
         calibration = super().prepare(model, preparation)
-        _freeze(model)
+        self.freeze(model)
         return calibration
-
-
-def _freeze(model: nn.Module) -> None:
-    for layer in lora_layers(model).values():
-        layer.lora_A["default"].requires_grad_(False)
 
 
 METHODS = (
     LoraFA(
         "lora-fa",
         about="LoRA with A frozen at its start",
+        frozen="A",
         source="Zhang et al. 2023",
         linear_only=True,
     ),
@@ -48,6 +41,7 @@ METHODS = (
     EvaFA(
         "eva-fa",
         about="control: eva-rho1 with A frozen at its start",
+        frozen="A",
         role="control",
         initialize_options={"rho": 1},
         linear_only=True,

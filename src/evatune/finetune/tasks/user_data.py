@@ -69,6 +69,13 @@ def load_examples(
             f"task {recipe.task!r} has data of its own; with data.source, leave the task out or"
             " give it another name"
         )
+    for split in (data.test_split, *data.more_test_splits):
+        if split == data.train_split:
+            raise ConfigError(
+                f"{split!r} is data.train_split and a split to test on, so that what is tested"
+                " would have been trained on; leave data.test_split out, which cuts unseen"
+                " examples off, or name another split"
+            )
     require_path(source, "data.source")
     instead = f"a folder or file of such data, or run the recipe {example}, which needs no network"
     with reading(source, "data", instead):

@@ -30,6 +30,7 @@ from evatune.report.text import (
     mean_captured,
     percent,
     rate_text,
+    signed_percent,
     summary_lines,
     times,
     verdict,
@@ -119,7 +120,8 @@ def tiles(calibration: Calibration, plan: RankPlan, scale: str | None) -> list[T
         Tile(percent(figures.captured_worst), "captured in the worst layer"),
         Tile(
             f"{figures.parameters:,}",
-            f"trainable parameters, {figures.parameter_change:+.1%} against rank {plan.rank}",
+            f"trainable parameters, {signed_percent(figures.parameter_change)} against rank"
+            f" {plan.rank}",
         ),
         Tile(percent(figures.estimated_missed), "estimated miss against the best directions"),
     ]
@@ -157,8 +159,8 @@ def charts(calibration: Calibration, plan: RankPlan) -> list[Chart]:
     if any(calibration.spectra[row.name].rows for row in rows):
         note = (
             "Share of the energy in the leading directions, a line per distinct input, from the"
-            " first block (orange) to the last (blue). A dot is where the rank ends; dashed: as"
-            " many random directions."
+            " first block (orange) to the last (blue), gray outside blocks. A dot is where the rank"
+            " ends; dashed: as many random directions."
         )
         shown.append(Chart("spectra", "Spectra, cumulative", spectra(calibration, plan), note))
     return shown

@@ -55,7 +55,7 @@ def render(
         verdict=verdict(differences, best, failed),
         command=next_command,
         tiles=_tiles(comparison, differences),
-        charts=_charts(best, methods),
+        charts=_charts(best, methods, _loss_title(recipes)),
         tables=_tables(comparison, best, differences),
         notes=[f"Made by: {made_by}", *_targets(comparison), *_MEANING],
         settings=_settings(recipes),
@@ -145,7 +145,15 @@ def _tiles(comparison: Comparison, differences: DomainComparison | None) -> list
     return tiles
 
 
-def _charts(best: Sequence[MethodSummary], methods: Sequence[str]) -> list[Chart]:
+def _loss_title(recipes: Sequence[Recipe]) -> str:
+    """Return the title of the losses while training, by the examples that they are of."""
+    validated = {recipe.data.has_validation for recipe in recipes}
+    if validated == {True}:
+        return "Validation loss"
+    return "Test loss" if validated == {False} else "Evaluation loss"
+
+
+def _charts(best: Sequence[MethodSummary], methods: Sequence[str], loss_title: str) -> list[Chart]:
     if not best:
         return []
     points = [Score(line.task, line.method, line.score.mean, line.score.deviation) for line in best]
@@ -165,7 +173,7 @@ def _charts(best: Sequence[MethodSummary], methods: Sequence[str]) -> list[Chart
             scores(points, methods),
             "Each method at its best rate; the line is a standard deviation over seeds each way.",
         ),
-        Chart("loss", "Evaluation loss", curves(losses, "", methods), "Mean over seeds."),
+        Chart("loss", loss_title, curves(losses, "", methods), "Mean over seeds."),
     ]
     if any(len(curve.points) > 1 for curve in of_score):
         note = "Mean over seeds."

@@ -14,7 +14,7 @@ from evatune.calibration.result import Calibration
 from evatune.finetune.methods import find_method
 from evatune.finetune.metrics import read_metrics
 from evatune.finetune.recipe import REFERENCE, Recipe
-from evatune.finetune.recipe_tree import as_tree, flat
+from evatune.finetune.recipe_tree import all_settings, as_tree
 from evatune.finetune.run_folder import (
     RECIPE,
     read_evaluation,
@@ -39,16 +39,18 @@ from evatune.report.text import verdict as start_verdict
 from evatune.utils.names import short_name
 
 _MEGABYTE = 2**20
+_LOSS, _SCORE = "eval-loss", "score"  # the plots of what was evaluated while training
 # title, name of the plot, keys of a line of metrics with what each adds to the method's name, and
 # by what its figures are divided
 _PLOTS: tuple[tuple[str, str, dict[str, str], float], ...] = (
-    ("Evaluation loss", "eval-loss", {"eval_loss": ""}, 1),
-    ("Score on unseen examples", "score", {"eval_score": ""}, 1),
+    ("Test loss", _LOSS, {"eval_loss": ""}, 1),
+    ("Score on test examples", _SCORE, {"eval_score": ""}, 1),
     ("Training loss", "loss", {"loss": ""}, 1),
     ("Gradient norm", "gradients", {"grad_norm_A": " A", "grad_norm_B": " B"}, 1),
     ("Seconds", "seconds", {"seconds": ""}, 1),
     ("Peak memory, MB", "memory", {"peak_memory_bytes": ""}, _MEGABYTE),
 )
+_VALIDATION = {_LOSS: "Validation loss", _SCORE: "Score on validation examples"}
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,9 @@ def render(folder: Path, recipe: Recipe) -> str:
         verdict=verdict(run, reference),
         command=_command(recipe, folder, reference),
         tiles=_tiles(run),
-        charts=charts([run] if reference is None else [run, reference]),
+        charts=charts([run] if reference is None else [run, reference], recipe),
         tables=[*_evaluation_tables(read_evaluation(folder)), _metrics_table(run.metrics)],
-        settings={**flat(as_tree(recipe)), **_versions(result)},
+        settings={**all_settings(as_tree(recipe)), **_versions(result)},
     )
     return document(page if calibration is None else _with_start(page, calibration, recipe))
 
@@ -134,11 +136,11 @@ def verdict(run: FinishedRun, reference: FinishedRun | None) -> str:
     """Return what the run reached, in a sentence, and whether it was measured on too little."""
     score, loss = run.result["score"], run.result["eval_loss"]
     if not math.isfinite(loss):
-        return "The run diverged: its evaluation loss is no number; try a smaller learning rate."
+        return "The run diverged: its test loss is no number; try a smaller learning rate."
     reached = f"S{score_text(run.result)[1:]}"
     few = f" {doubt}." if (doubt := caution(run.result)) else ""
     if reference is None:
-        return f"{reached}, evaluation loss {loss:.3f}; no run of LoRA lies beside it.{few}"
+        return f"{reached}, test loss {loss:.3f}; no run of LoRA lies beside it.{few}"
     other = reference.result["score"]
     points = 100 * (score - other)
     if not math.isfinite(points):
@@ -168,7 +170,7 @@ def _tiles(run: FinishedRun) -> list[Tile]:
     result = run.result
     tiles = [
         Tile(f"{result['score']:.3f}", result["score_name"]),
-        Tile(f"{result['eval_loss']:.3f}", "evaluation loss"),
+        Tile(f"{result['eval_loss']:.3f}", "test loss"),
         Tile(f"{result['trainable_parameters']:,}", "trainable parameters"),
         Tile(f"{result['init_seconds']:.1f} s", "to initialize"),
         Tile(f"{result['train_seconds']:.1f} s", f"to train {result['steps']:,} steps"),
@@ -179,8 +181,9 @@ def _tiles(run: FinishedRun) -> list[Tile]:
     return tiles
 
 
-def charts(runs: Sequence[FinishedRun]) -> list[Chart]:
+def charts(runs: Sequence[FinishedRun], recipe: Recipe) -> list[Chart]:
     """Return curves of one or several runs over their steps; without empty ones."""
+    titles = _VALIDATION if recipe.data.has_validation else {}
     shown = []
     for title, name, keys, unit in _PLOTS:
         lines = [
@@ -192,12 +195,17 @@ def charts(runs: Sequence[FinishedRun]) -> list[Chart]:
         if lines:
             names = [line.method for line in lines]
             spec = curves(lines, "", names, log=name == "gradients")
-            shown.append(Chart(name, title, spec))
+            shown.append(Chart(name, titles.get(name, title), spec))
     return shown
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], key: str, unit: float) -> list[tuple[int, float]]:
-    return [(line["step"], line[key] / unit) for line in metrics if key in line]
+    """Return a figure at each step; the first one where several lines share a step."""
+    points: dict[int, float] = {}
+    for line in metrics:
+        if key in line:
+            points.setdefault(line["step"], line[key] / unit)
+    return list(points.items())
 
 
 def _evaluation_tables(tasks: Mapping[str, Mapping[str, Any]]) -> list[Table]:

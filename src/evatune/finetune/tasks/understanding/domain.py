@@ -254,7 +254,8 @@ def _user_examples(
         return text_columns(table, data.columns, origin, data.label_column)
 
     def texts(table: Any) -> list[tuple[str, ...]]:
-        return list(zip(*(map(str, table[column]) for column in columns(table)), strict=True))
+        read = [[text or "" for text in table[column]] for column in columns(table)]
+        return list(zip(*read, strict=True))
 
     tables = load_examples(recipe, checked(columns), TASKS, "understanding-movie")
     others = more_tests(data, checked(columns))
