@@ -138,8 +138,8 @@ def lora_config(model: nn.Module, adapter_name: str) -> LoraConfig:
     config = configs[adapter_name]
     if not isinstance(config, LoraConfig) or type(config).__name__ != "LoraConfig":
         raise AdapterError(
-            f"adapter {adapter_name!r} is of type {type(config).__name__}; EVA initializes LoRA adapters"
-            " only"
+            f"adapter {adapter_name!r} is of type {type(config).__name__}; EVA initializes LoRA"
+            " adapters only"
         )
     return config
 

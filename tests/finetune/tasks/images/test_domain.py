@@ -249,3 +249,17 @@ def test_without_a_network_a_hub_id_leads_to_what_works_offline(overrides: list[
 def test_a_model_of_another_kind_is_told(bert_folder: Path) -> None:
     with pytest.raises(DataError, match="cannot load an image classifier"):
         images.prepare(small("digits", f"model={bert_folder}"))
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
+    for label in ("cat", "dog"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number in range(5):
+            picture = Image.fromarray(np.full((10, 12), 20 * number, np.uint8))
+            picture.save(tmp_path / "photos" / label / f"{number}.png")
+    (tmp_path / "photos" / "dog" / "9.png").write_bytes(b"no picture")
+    sizes = ("data.train=8", "data.test=3")
+    task = images.prepare(of_the_user(tmp_path / "photos", *sizes))
+    everything = [part[index] for part in (task.train, task.test) for index in range(len(part))]
+    with pytest.raises(DataError, match=r"dog/9\.png' cannot be read as an image"):
+        task.collator(everything)

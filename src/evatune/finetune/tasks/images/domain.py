@@ -42,6 +42,7 @@ from evatune.loading.assets import asset
 from evatune.loading.cache import build_once
 from evatune.loading.columns import media_column, require_labels
 from evatune.loading.hub import reading, require_path
+from evatune.loading.pictures import read_picture
 from evatune.utils.progress import Display
 
 _DRAWN_VERSION = 2  # of the code that draws
@@ -248,10 +249,10 @@ def _user_images(recipe: Recipe) -> tuple[_Labeled, Split[list[int]], str]:
     labels, _, classes = encode_labels(tables, data)
     what = f"{origin.source}: images in {column} with {classes} classes in {data.label_column}"
     rows = datasets.concatenate_datasets([tables.train, tables.validation, tables.test])
+    rows = rows.cast_column(column, datasets.Image(decode=False))
 
     def picture(index: int) -> Image.Image:
-        image: Image.Image = rows[index][column]
-        return image
+        return read_picture(rows[index][column])
 
     numbers = iter(range(len(rows)))
     split = labels.map(lambda part: list(islice(numbers, len(part))))
