@@ -22,7 +22,7 @@ def without_labels() -> list[dict[str, Tensor]]:
     [
         (without_labels(), None, "needs a loss, and the model returned no loss; give batches with"),
         (words(), lambda m, b: m(**b)["logits"], r"one number, and .* of shape \(3, 6, 5\)"),
-        (words(), lambda m, b: 1.0, "loss.model, batch. returned a float"),
+        (words(), lambda m, b: 1.0, "loss.model, batch. returned float"),
         (words(), lambda m, b: m(**b)["loss"].detach(), "depends on no target layer"),
         (words(), lambda m, b: b["labels"].sum(), "one number, and .*int64"),
     ],

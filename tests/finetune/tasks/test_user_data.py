@@ -181,11 +181,15 @@ def test_what_is_trained_on_is_not_tested(key: str, bert_folder: Path, tmp_path:
         understanding.prepare(small(bert_folder, "task=mine", f"data.source={path}", key))
 
 
-def test_an_empty_entry_is_no_text(bert_folder: Path, tmp_path: Path) -> None:
-    rows = [{"text": None if i < 40 else "w1 w2 w3", "label": i % 2} for i in range(80)]
+def test_rows_without_a_text_are_left_out(bert_folder: Path, tmp_path: Path) -> None:
+    rows = [{"text": text, "label": i % 2} for text in (None, " ", "w1 w2") for i in range(20)]
     path = write(tmp_path / "mine.jsonl", rows)
-    task = understanding.prepare(small(bert_folder, "task=mine", f"data.source={path}"))
-    assert {len(ids) for ids in task.train["input_ids"]} == {2, 5}  # with the marks around them
+    sizes = ("data.train=16", "data.test=4")
+    task = understanding.prepare(small(bert_folder, "task=mine", f"data.source={path}", *sizes))
+    assert {len(ids) for part in (task.train, task.test) for ids in part["input_ids"]} == {2}
+    path = write(tmp_path / "mine.jsonl", rows[:40])
+    with pytest.raises(DataError, match="holds no text: every entry of text is empty"):
+        understanding.prepare(small(bert_folder, "task=mine", f"data.source={path}", *sizes))
 
 
 def test_a_size_of_0_is_for_data_of_the_user() -> None:

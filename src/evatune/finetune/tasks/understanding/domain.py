@@ -13,7 +13,7 @@ import tokenizers
 import torch
 import transformers
 
-from evatune.errors import ConfigError
+from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks.base import DataSource, Domain, ModelKind, Task
 from evatune.finetune.tasks.new_modules import new_modules
@@ -26,7 +26,6 @@ from evatune.finetune.tasks.understanding.scoring import (
     number_measures,
 )
 from evatune.finetune.tasks.user_data import (
-    checked,
     describe_parts,
     encode_labels,
     label_numbers,
@@ -253,12 +252,23 @@ def _user_examples(
     def columns(table: Any) -> tuple[str, ...]:
         return text_columns(table, data.columns, origin, data.label_column)
 
+    def with_text(table: Any) -> Any:
+        has_text = partial(_has_text, columns=columns(table))
+        # In memory, eight bytes a row: else a folder that `datasets` saved would get cache files.
+        found = table.filter(has_text, keep_in_memory=True)
+        if len(found) == 0:
+            raise DataError(
+                f"{origin.source!r} holds no text: every entry of {', '.join(columns(table))} is"
+                " empty; name other columns with data.columns"
+            )
+        return found
+
     def texts(table: Any) -> list[tuple[str, ...]]:
         read = [[text or "" for text in table[column]] for column in columns(table)]
         return list(zip(*read, strict=True))
 
-    tables = load_examples(recipe, checked(columns), TASKS, "understanding-movie")
-    others = more_tests(data, checked(columns))
+    tables = load_examples(recipe, with_text, TASKS, "understanding-movie")
+    others = more_tests(data, with_text)
     labels: Split[Any]
     if data.metric in OF_NUMBERS:
         labels, classes = tables.map(partial(label_numbers, data=data)), 1
@@ -278,6 +288,11 @@ def _user_examples(
     what = f"{origin.source}: {names} with {kinds} in column {data.label_column}"
     more = {name: _Labeled(texts(table), of_others[name]) for name, table in others.items()}
     return examples, more, classes, f"{what}; {describe_parts(tables, data)}"
+
+
+def _has_text(row: dict[str, Any], columns: Sequence[str]) -> bool:
+    """Return whether a row has a text in any of its columns; one without says nothing."""
+    return any((row[column] or "").strip() for column in columns)
 
 
 def _sources(recipe: Recipe) -> list[DataSource]:
