@@ -132,7 +132,7 @@ def forest_plot(compared: DomainComparison, title: str) -> Figure:
         for height, line in enumerate(lines):
             _forest_row(axes, height, line, compared, styles[line.method])
         axes.axvline(0, color=_BLACK, lw=0.8)
-        axes.set_yticks(range(len(lines)), [plot_text(line.method) for line in lines])
+        axes.set_yticks(range(len(lines)), [_row_label(line.method) for line in lines])
         axes.set_xlabel(f"score less {plot_text(compared.reference)}'s, points")
         axes.set_title(plot_text(title), loc="left", fontsize=9)
         _task_legend(figure, compared.tasks)
@@ -174,6 +174,11 @@ def _forest_limits(compared: DomainComparison) -> tuple[float, float]:
     values += [100 * of_task.mean for of_task in compared.paired if of_task.method in near]
     margin = 0.06 * (max(values) - min(values)) or 1.0
     return min(values) - margin, max(values) + margin
+
+
+def _row_label(method: str) -> str:
+    """Return a method's name, with the settings that make it a method of its own below it."""
+    return plot_text(method).replace(" (", "\n(")
 
 
 def _task_legend(figure: Figure, tasks: Sequence[str]) -> None:
