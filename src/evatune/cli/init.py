@@ -17,7 +17,7 @@ import typer
 
 from evatune.calibration.config import CalibrationConfig
 from evatune.choices import SCALES, require_choice
-from evatune.cli.init_options import DEMO_LENGTH, EVERY, LENGTH, InitOptions
+from evatune.cli.init_options import CHECKPOINT_EVERY, DEMO_LENGTH, LENGTH, InitOptions
 from evatune.cli.libraries import (
     libraries_on_stderr,
     load_torch,
@@ -257,7 +257,7 @@ def _checkpoint(options: InitOptions, output: Output, log: Console) -> Checkpoin
     from evatune.report.tables import plain
 
     path = output.path.with_name(f"{output.path.name}.checkpoint")
-    checkpoint = Checkpoint(path, options.checkpoint_every or EVERY, options.resume)
+    checkpoint = Checkpoint(path, options.checkpoint_every or CHECKPOINT_EVERY, options.resume)
     if options.resume:
         if not path.exists():
             log.print(plain(f"Nothing to resume: there is no {path}. Starting from the beginning."))

@@ -12,7 +12,7 @@ from evatune.cli.options import option, setting
 
 # Tokens per text by default: of the demo model, and of others.
 DEMO_LENGTH, LENGTH = 128, 512
-EVERY = 8  # batches between checkpoints, by default
+CHECKPOINT_EVERY = 8  # batches between checkpoints, by default
 _DEFAULT_OUT = Path("evatune-adapter")
 _INPUT, _ADAPTER, _CALIBRATION, _OUTPUT = "Model and data", "Adapter", "Calibration", "Output"
 
@@ -115,7 +115,7 @@ class InitOptions:
     checkpoint_every: int | None = option(
         default=None,
         help="Batches from one checkpoint to the next, in OUT.checkpoint. Default: none; with"
-        f" --resume, {EVERY}.",
+        f" --resume, {CHECKPOINT_EVERY}.",
         panel=_CALIBRATION,
     )
     resume: bool = option(

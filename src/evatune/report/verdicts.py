@@ -25,6 +25,7 @@ from evatune.finetune.comparison.statistics import (
 from evatune.finetune.comparison.tuned_summary import FULL, LOWER_RATES, Group, Values, base_name
 from evatune.finetune.methods import METHODS
 from evatune.finetune.recipe import REFERENCE
+from evatune.report.text import with_minus
 from evatune.utils.extras import extras
 
 with extras(__name__):
@@ -323,7 +324,7 @@ def _outcome(test: TTest | None) -> str:
 
 def signed(share: float) -> str:
     """Return a share in hundredths: "−0.4"."""
-    return f"{100 * share:+.1f}".replace("-", "−")
+    return with_minus(f"{100 * share:+.1f}")
 
 
 def _predictions(groups: Sequence[Group]) -> list[Verdict]:
@@ -355,13 +356,16 @@ def kappa_verdict(groups: Sequence[Group]) -> Verdict:
     off = [ratio / kappa for pairs in of_tasks for kappa, ratio in pairs]
     limit = _FACTOR * 1.001  # a step of the grid, to rounding
     near = sum(1 / limit <= factor <= limit for factor in off)
-    low, high = test.interval.low, test.interval.high
+    mean, low, high = (
+        with_minus(f"{value:+.2f}")
+        for value in (fmean(coefficients), test.interval.low, test.interval.high)
+    )
     return Verdict(
         claim,
         {"tie": "no evidence", "win": "yes", "loss": "the other way round"}[test.interval.outcome],
         f"Within {len(coefficients)} tasks the rank correlation over methods of κ with"
-        f" {REFERENCE}'s best rate over the method's is {fmean(coefficients):+.2f} in the mean"
-        f" [{low:+.2f}, {high:+.2f}]; over {len(off)} cells the ratio is {median(off):.2f} κ in the"
+        f" {REFERENCE}'s best rate over the method's is {mean} in the mean"
+        f" [{low}, {high}]; over {len(off)} cells the ratio is {median(off):.2f} κ in the"
         f" median, and within a step of the grid of κ in {near}.",
     )
 
@@ -397,7 +401,7 @@ def participation_verdict(groups: Sequence[Group]) -> Verdict:
         claim,
         _predicts(correlation),
         f"Over {len(pairs)} tasks the rank correlation of the inputs' participation ratio with"
-        f" {SUBJECT}'s gain over {REFERENCE} is {correlation.statistic:+.2f}"
+        f" {SUBJECT}'s gain over {REFERENCE} is {with_minus(f'{correlation.statistic:+.2f}')}"
         f" (p = {correlation.pvalue:.2g}).",
     )
 

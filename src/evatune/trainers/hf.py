@@ -61,7 +61,7 @@ def _require_untouched(trainer: Any) -> None:
         )
     if getattr(trainer, "optimizer", None) is not None:
         raise AdapterError(
-            "the trainer already has an optimizer, which holds the adapter's old parameters; call"
+            "the trainer already has an optimizer, which was built for the adapter as it was; call"
             " evatune.initialize(trainer) right after Trainer(...), before trainer.train(), and"
             " pass no optimizers="
         )
