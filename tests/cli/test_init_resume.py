@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from tests.conftest import Command, refused, sentences
 @pytest.fixture
 def interrupted(init: Command, work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The checkpoint of a run that ended in its second writing."""
+    with monkeypatch.context() as patch:
+        interrupt_second_writing(patch)
+        assert init(batch_size=8, tolerance=0, checkpoint_every=2).status == 130
+    assert [path.name for path in work.iterdir()] == ["out.checkpoint"]
+    return work / "out.checkpoint"
+
+
+def interrupt_second_writing(patch: pytest.MonkeyPatch) -> None:
     from evatune.calibration.checkpoint import Checkpoint
 
     write, times = Checkpoint.write, 0
@@ -26,11 +35,7 @@ def interrupted(init: Command, work: Path, monkeypatch: pytest.MonkeyPatch) -> P
             raise KeyboardInterrupt
         write(self, *arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "write", stop_in_second)
-        assert init(batch_size=8, tolerance=0, checkpoint_every=2).status == 130
-    assert [path.name for path in work.iterdir()] == ["out.checkpoint"]
-    return work / "out.checkpoint"
+    patch.setattr(Checkpoint, "write", stop_in_second)
 
 
 def test_an_interrupted_init_resumes_and_ends_the_same(
@@ -79,6 +84,23 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(
         folder=work,
         left=left,
     )
+
+
+def test_another_chat_template_makes_other_texts(
+    init: Command, llama_folder: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = {"role": "assistant", "content": "w1 w2 w3"}
+    chats = [[{"role": "user", "content": text}, answer] for text in sentences(32)]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    template, other = tmp_path / "chat.jinja", tmp_path / "other.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}")
+    other.write_text("{% for m in messages %}{{ 'w1 ' + m['content'] }}{% endfor %}")
+    options = {"model": llama_folder, "data": path, "batch_size": 8, "tolerance": 0}
+    interrupt_second_writing(monkeypatch)
+    assert init(**options, chat_template=template, checkpoint_every=1).status == 130
+    resumed = init(**options, chat_template=other, resume=True)
+    refused(resumed, "chat_template was", folder=work, left=frozenset({"out.checkpoint"}))
 
 
 def test_a_run_from_the_beginning_says_that_it_replaces_a_checkpoint(

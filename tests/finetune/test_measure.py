@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -42,6 +43,22 @@ def test_a_measured_run_has_the_figures_of_the_same_run_and_leaves_nothing(
     assert (found["kappa"] is None) == (found["participation"] is None) == (method != "eva")
     left = [path.name for path in (tmp_path / "measured").rglob("*") if path.is_file()]
     assert left == ["metrics.jsonl"]
+
+
+def test_a_further_split_may_have_the_name_of_validation_at_trainer(
+    bert_folder: Path, tmp_path: Path
+) -> None:
+    rows = [{"text": f"w{i} w2", "label": i % 2} for i in range(64)]
+    turned = [row | {"label": 1 - int(row["label"])} for row in rows[48:]]
+    parts = {"train": rows[:48], "test": rows[48:], "eval": turned}
+    splits = {name: datasets.Dataset.from_list(part) for name, part in parts.items()}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "mine")
+    data = [f"data.source={tmp_path / 'mine'}", "data.test_split=test", "data.test=16"]
+    parts_wanted = ["data.train=32", "data.validation=16", "data.more_test_splits=[eval]"]
+    recipe = small(bert_folder, "method=lora", "task=mine", *data, *parts_wanted)
+    found = measure(recipe, tmp_path / "measured", tested=True)
+    assert found["test"]["eval_score"] == pytest.approx(1 - found["test"]["score"])
+    assert found["curve"][-1][1:] == [found["validation"]["loss"], found["validation"]["score"]]
 
 
 def test_without_a_test_validation_is_measured_at_both_ends_alone(
