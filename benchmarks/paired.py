@@ -62,10 +62,8 @@ def choice_lines(groups: Sequence[Group], method: str, reference: str) -> list[s
             "tuning seeds, each at its own best rate",
             [cell.validation_loss < other.validation_loss for cell, other in pairs],
         ),
-        told(
-            f"one run of each at {reference}'s best rate of that seed",
-            [_prefers_at_once(cell, other) for cell, other in pairs],
-        ),
+        f"one run of each at {reference}'s best rate of that seed:"
+        f" {', '.join(_right_at_once(pairs))} tasks, by tuning seed",
     ]
     lines += [
         told(
@@ -77,12 +75,23 @@ def choice_lines(groups: Sequence[Group], method: str, reference: str) -> list[s
     return lines
 
 
-def _prefers_at_once(cell: Cell, other: Cell) -> bool:
-    """Return whether the first tuning seed has the lower loss at the other's best rate."""
-    seed = min(min(point.losses) for point in other.rates)
-    best = min(other.rates, key=lambda point: point.losses.get(seed, float("inf")))
-    mine = next((point.losses for point in cell.rates if point.rate == best.rate), {})
-    return mine.get(seed, float("inf")) < best.losses[seed]
+def _right_at_once(pairs: Sequence[tuple[Cell, Cell]]) -> list[str]:
+    """Return, for each tuning seed, on how many tasks its runs prefer the better one.
+
+    Of all with the other's best rate of that seed; after the first seed some have other rates.
+    """
+    texts = []
+    for seed in sorted({seed for cell, _ in pairs for seed in cell.tuning_losses}):
+        right = []
+        for cell, other in pairs:
+            known = [point for point in other.rates if seed in point.losses]
+            best = min(known, key=lambda point: point.losses[seed])
+            mine = next((point.losses for point in cell.rates if point.rate == best.rate), {})
+            if seed in mine:
+                prefers = mine[seed] < best.losses[seed]
+                right.append(prefers == ((cell.score or 0) > (other.score or 0)))
+        texts.append(f"right on {sum(right)} of {len(right)}")
+    return texts
 
 
 def _loss_at(cell: Cell, share: float) -> float:

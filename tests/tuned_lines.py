@@ -73,7 +73,7 @@ def line_of(
     tree = {
         "domain": domain, "task": task, "model": "demo", "method": method, "seed": seed,
         "adapter": {"rank": 2, "rho": 2, **settings},
-        "training": {"learning_rate": rate, "steps": STEPS},
+        "training": {"learning_rate": rate, "steps": STEPS, "lora_plus_ratio": 16.0},
     }  # fmt: skip
     parameters = {"head": 1_000, "full": 1_000_000}.get(method, 50_000) - 2_000 * (method == "eva")
     return RunLine.model_validate(

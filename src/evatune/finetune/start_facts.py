@@ -29,7 +29,8 @@ class StartFacts:
 
     Attributes:
         kappa: the factor by which the first step is larger than that of PEFT's default start, the
-            median over layers. None without an adapter, and of AdaLoRA's.
+            median over layers, by A's rows and the adapter's scale: that B has a larger rate in
+            LoRA+ is not in it. None without an adapter, and of AdaLoRA's.
         participation: (tr C)² / tr C², C the second moments of a layer's input, the median over
             layers. None where kappa is.
         ranks: layer → rank, where they are not the same everywhere.

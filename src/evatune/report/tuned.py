@@ -146,15 +146,19 @@ def protocol(summary: TunedSummary) -> list[str]:
     unsettled = [cell for cell in chosen if not cell.settled]
     untested = [cell for cell in chosen if not cell.scores]
     lost = [cell for cell in cells if cell.rate is None]
+    tested_before = [cell for cell in cells if cell.tested_at_other_rates]
     texts = [
         f"{summary.runs} runs. Rates were chosen by the final validation loss of the seeds"
-        f" {_seeds(tuning)}; test examples were measured once, with the seeds {_seeds(tests)}."
+        f" {_seeds(tuning)}; test examples were measured with the seeds {_seeds(tests)}, by runs"
+        " that chose nothing. A verdict answers one question and is not corrected for the number"
+        " of questions; the p of the tables are, by Holm, over the methods of a domain."
     ]
     for members, words in (
         (at_edge, "have their best rate at the edge of the grid"),
         (unsettled, "have fewer than three tuning seeds at the chosen rate"),
         (untested, "have no test yet at the chosen rate"),
         (lost, "diverged at every rate, or have no run that chooses one"),
+        (tested_before, "were tested before, at a rate that more runs showed not to be the best"),
     ):
         if members:
             names = ", ".join(f"{cell.method} on {cell.task}" for cell in members[:8])
@@ -224,7 +228,9 @@ _PICTURES = {
 
 def _runs(groups: Iterable[Group]) -> int:
     return sum(
-        len(cell.scores) + sum(len(point.losses) for point in cell.rates)
+        len(cell.scores)
+        + cell.tested_at_other_rates
+        + sum(len(point.losses) for point in cell.rates)
         for group in groups
         for cell in group.cells
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
@@ -232,7 +232,7 @@ def _lower_rates(groups: Sequence[Group]) -> Verdict:
         f" {REFERENCE}'s falls by at its best."
     )
     if line.random_tasks is None:
-        return Verdict(claim, "unknown (one task)", text)
+        return Verdict(claim, "unknown (fewer than three tasks)", text)
     outcome = _outcome(line.random_tasks)
     tasks = f"On other tasks like these: {outcome}{interval_text(line.random_tasks)}."
     return Verdict(claim, outcome, f"{text} {tasks}")
@@ -258,14 +258,14 @@ def _validation_chooses(groups: Sequence[Group]) -> Verdict:
     """Return what is gained by taking EVA on the tasks where validation prefers it to LoRA."""
     claim = "Higher, where validation chooses?"
     scores: Values = {}
-    preferred = 0
+    kept = 0
     for group in groups:
         for cell in group.of(_OF_PAPER):
             reference = group.cell(cell.task, REFERENCE)
             if reference is None:
                 continue
             prefers = cell.validation_loss < reference.validation_loss
-            preferred += prefers
+            kept += not prefers
             scores[_task_name(group, cell.task, groups)] = {
                 REFERENCE: dict(reference.scores),
                 _OF_PAPER: dict((cell if prefers else reference).scores),
@@ -275,10 +275,13 @@ def _validation_chooses(groups: Sequence[Group]) -> Verdict:
         return Verdict(claim, "unknown", _missing(_OF_PAPER))
     text = (
         f"The tuning seeds' validation loss is lower with {_OF_PAPER} than with {REFERENCE} on"
-        f" {preferred} of {len(scores)} tasks. Who takes it there, and {REFERENCE} elsewhere, is"
-        f" {_apart(line.mean)} {REFERENCE} in score on test examples."
+        f" {len(scores) - kept} of {len(scores)} tasks. Who takes it there, and {REFERENCE}"
+        f" elsewhere, is {_apart(line.mean)} {REFERENCE} in score on test examples, the choice"
+        " being given."
     )
-    return Verdict(claim, _outcome(line.fixed_tasks), f"{text} {_evidence(line)}")
+    chosen = replace(line, ties=line.ties - kept)
+    text += f" {_evidence(chosen).removesuffix('.')}, {kept} left to {REFERENCE}."
+    return Verdict(claim, _outcome(line.fixed_tasks), text)
 
 
 def _directions(groups: Sequence[Group]) -> list[Verdict]:
@@ -308,7 +311,16 @@ def _evidence(line: DomainDifference) -> str:
             f"on other tasks like these: {_outcome(line.random_tasks)}"
             f"{interval_text(line.random_tasks)}"
         )
-    return f"{'; '.join(parts)}; of tasks {line.wins} won, {line.ties} tied, {line.losses} lost."
+    of_tasks = f"of tasks {line.wins} won, {line.ties} tied, {line.losses} lost"
+    return f"{'; '.join(parts)}{_uncorrected(line)}; {of_tasks}."
+
+
+def _uncorrected(line: DomainDifference) -> str:
+    """Return that an interval without 0 is one of several, where its p then says less."""
+    p_value = line.fixed_tasks_holm
+    if _outcome(line.fixed_tasks) == "tie" or p_value is None or p_value < _SIGNIFICANT:
+        return ""
+    return f"; as one of all methods not significant (p = {p_value:.2g} by Holm)"
 
 
 def interval_text(test: TTest | None) -> str:
@@ -333,8 +345,10 @@ def _predictions(groups: Sequence[Group]) -> list[Verdict]:
     told = []
     if tasks > 1:
         told.append(kappa_verdict(groups))
-    if tasks >= _FEWEST_PAIRS and any(group.of(SUBJECT) for group in groups):
-        told.append(participation_verdict(groups))
+    if tasks >= _FEWEST_PAIRS:
+        for subject in (SUBJECT, _OF_PAPER):
+            if any(group.of(subject) for group in groups):
+                told.append(participation_verdict(groups, subject))
     return told
 
 
@@ -356,17 +370,13 @@ def kappa_verdict(groups: Sequence[Group]) -> Verdict:
     off = [ratio / kappa for pairs in of_tasks for kappa, ratio in pairs]
     limit = _FACTOR * 1.001  # a step of the grid, to rounding
     near = sum(1 / limit <= factor <= limit for factor in off)
-    mean, low, high = (
-        with_minus(f"{value:+.2f}")
-        for value in (fmean(coefficients), test.interval.low, test.interval.high)
-    )
     return Verdict(
         claim,
-        {"tie": "no evidence", "win": "yes", "loss": "the other way round"}[test.interval.outcome],
+        _predicts(test),
         f"Within {len(coefficients)} tasks the rank correlation over methods of κ with"
-        f" {REFERENCE}'s best rate over the method's is {mean} in the mean"
-        f" [{low}, {high}]; over {len(off)} cells the ratio is {median(off):.2f} κ in the"
-        f" median, and within a step of the grid of κ in {near}.",
+        f" {REFERENCE}'s best rate over the method's is {_mean_correlation(coefficients, test)};"
+        f" over {len(off)} cells the ratio is {median(off):.2f} κ in the median, and within a step"
+        f" of the grid of κ in {near}.",
     )
 
 
@@ -382,28 +392,53 @@ def _kappas(group: Group, task: str) -> list[tuple[float, float]]:
     return pairs
 
 
-def participation_verdict(groups: Sequence[Group]) -> Verdict:
-    """Return whether the inputs' participation ratio tells where EVA gains."""
-    claim = "Does PR predict the gain?"
-    comparison = score_differences(groups)
-    paired = comparison.paired if comparison else ()
-    gains = {line.task: line.mean for line in paired if line.method == SUBJECT}
-    pairs = []
-    for group in groups:
-        for cell in group.of(SUBJECT):
-            gain = gains.get(_task_name(group, cell.task, groups))
-            if cell.participation is not None and gain is not None:
-                pairs.append((cell.participation, gain))
-    correlation = _correlation(pairs, _FEWEST_PAIRS)
-    if correlation is None:
-        return Verdict(claim, "unknown", f"{len(pairs)} tasks have a PR and a gain.")
+def participation_verdict(groups: Sequence[Group], subject: str) -> Verdict:
+    """Return whether the inputs' participation ratio tells where EVA gains.
+
+    The correlation is taken within domains, which differ in both, and tested over domains; of a
+    single one over its tasks.
+    """
+    claim = f"Does PR predict the gain of {subject}?"
+    pairs = [_gains_by_participation(group, subject) for group in groups]
+    correlations = [_correlation(of_domain, _FEWEST_PAIRS) for of_domain in pairs]
+    known = [correlation for correlation in correlations if correlation]
+    if not known:
+        return Verdict(claim, "unknown", f"{sum(map(len, pairs))} tasks have a PR and a gain.")
+    what = f"the rank correlation of the inputs' participation ratio with the gain over {REFERENCE}"
+    if len(known) == 1:
+        (correlation,) = known
+        outcome = _predicts(correlation)
+        of_tasks = f"{_figure(correlation.statistic)} (p = {correlation.pvalue:.2g})"
+        return Verdict(claim, outcome, f"Over {max(map(len, pairs))} tasks {what} is {of_tasks}.")
+    coefficients = [correlation.statistic for correlation in known]
+    test = t_test(np.array(coefficients))
+    assert test is not None  # of two or more
     return Verdict(
         claim,
-        _predicts(correlation),
-        f"Over {len(pairs)} tasks the rank correlation of the inputs' participation ratio with"
-        f" {SUBJECT}'s gain over {REFERENCE} is {with_minus(f'{correlation.statistic:+.2f}')}"
-        f" (p = {correlation.pvalue:.2g}).",
+        _predicts(test),
+        f"Within {len(known)} domains {what} is {_mean_correlation(coefficients, test)}.",
     )
+
+
+def _gains_by_participation(group: Group, subject: str) -> list[tuple[float, float]]:
+    """Return the participation ratio and the gain over LoRA of each task that has both."""
+    comparison = score_differences([group])
+    paired = comparison.paired if comparison else ()
+    gains = {line.task: line.mean for line in paired if line.method == subject}
+    return [
+        (cell.participation, gains[cell.task])
+        for cell in group.of(subject)
+        if cell.participation is not None and cell.task in gains
+    ]
+
+
+def _mean_correlation(coefficients: Sequence[float], test: TTest) -> str:
+    low, high = max(-1.0, test.interval.low), min(1.0, test.interval.high)
+    return f"{_figure(fmean(coefficients))} in the mean [{_figure(low)}, {_figure(high)}]"
+
+
+def _figure(correlation: float) -> str:
+    return with_minus(f"{correlation:+.2f}")
 
 
 def _correlation(pairs: list[tuple[float, float]], fewest: int) -> Any:
@@ -414,7 +449,12 @@ def _correlation(pairs: list[tuple[float, float]], fewest: int) -> Any:
     return correlation if math.isfinite(correlation.statistic) else None
 
 
-def _predicts(correlation: Any) -> str:
-    if correlation.pvalue >= _SIGNIFICANT:
-        return "no evidence"
-    return "yes" if correlation.statistic > 0 else "the other way round"
+def _predicts(found: Any) -> str:
+    """Return the answer of a correlation, SciPy's, or of the t-test of several."""
+    if isinstance(found, TTest):
+        side = found.interval.outcome
+    elif found.pvalue >= _SIGNIFICANT:
+        side = "tie"
+    else:
+        side = "win" if found.statistic > 0 else "loss"
+    return {"tie": "no evidence", "win": "yes", "loss": "the other way round"}[side]

@@ -119,7 +119,7 @@ def test_a_domains_mean_gives_every_task_one_weight() -> None:
     assert (eva.wins, eva.ties, eva.losses) == (1, 1, 0)
 
 
-def test_both_tests_of_a_domain_are_scipys() -> None:
+def test_the_test_on_given_tasks_is_scipys() -> None:
     a, b = [0.01, 0.03, 0.02, 0.05, 0.03], [0.02, 0.01, -0.01, 0.0, 0.03]
     zeros = by_seed([0.0] * 5)
     scores = {
@@ -128,16 +128,33 @@ def test_both_tests_of_a_domain_are_scipys() -> None:
     }
     (eva,) = compare_domain(scores).methods
     assert eva.fixed_tasks is not None
-    assert eva.random_tasks is not None
     # (mean of a + mean of b) / 2 is half of Welch's difference of a and −b
     welch = stats.ttest_ind(a, np.negative(b), equal_var=False)
     interval = welch.confidence_interval(0.95)
     assert eva.fixed_tasks.p_value == pytest.approx(welch.pvalue)
     assert eva.fixed_tasks.interval.low == pytest.approx(interval.low / 2)
     assert eva.fixed_tasks.interval.high == pytest.approx(interval.high / 2)
-    over_tasks = stats.ttest_1samp([np.mean(a), np.mean(b)], 0)
+
+
+def test_the_test_on_other_tasks_is_scipys_over_means_of_tasks() -> None:
+    rows = {"a": [0.01, 0.03], "b": [0.22, 0.21], "c": [-0.15, -0.14]}
+    zeros = by_seed([0.0] * 2)
+    scores = {task: {"lora": zeros, "eva": by_seed(row)} for task, row in rows.items()}
+    (eva,) = compare_domain(scores).methods
+    assert eva.random_tasks is not None
+    over_tasks = stats.ttest_1samp([np.mean(row) for row in rows.values()], 0)
     assert eva.random_tasks.p_value == pytest.approx(over_tasks.pvalue)
     assert eva.random_tasks.interval.low == pytest.approx(over_tasks.confidence_interval(0.95).low)
+
+
+def test_tasks_that_are_closer_than_their_seeds_allow_make_nothing_surer() -> None:
+    rows = ([-0.05, 0.07, 0.01], [-0.04, 0.06, 0.01], [-0.06, 0.08, 0.01])  # all of one mean
+    zeros = by_seed([0.0] * 3)
+    scores = {str(n): {"lora": zeros, "eva": by_seed(row)} for n, row in enumerate(rows)}
+    (eva,) = compare_domain(scores).methods
+    assert eva.fixed_tasks is not None
+    assert eva.random_tasks is not None
+    assert eva.random_tasks.interval.half_width > eva.fixed_tasks.interval.half_width > 0.01
 
 
 def test_intervals_hold_a_planted_effect_as_often_as_they_say() -> None:
@@ -173,6 +190,13 @@ def test_a_method_that_lacks_a_task_is_named_and_in_no_average() -> None:
     assert ("a", "dora") in [(line.task, line.method) for line in domain.paired]
 
 
+def test_two_tasks_have_no_interval_over_tasks() -> None:
+    runs = {"lora": by_seed(LORA), "eva": by_seed(EVA)}
+    (eva,) = compare_domain({"a": runs, "b": runs}).methods
+    assert (eva.random_tasks, eva.random_tasks_holm) == (None, None)
+    assert eva.bootstrap is not None
+
+
 def test_one_task_has_no_interval_over_tasks() -> None:
     (eva,) = compare_domain({"t": {"lora": by_seed(LORA), "eva": by_seed(EVA)}}).methods
     (line,) = paired_differences({"t": {"lora": by_seed(LORA), "eva": by_seed(EVA)}})
@@ -186,6 +210,7 @@ def test_single_seeds_have_an_interval_over_tasks_alone() -> None:
     scores = {
         "a": {"lora": {0: 0.5}, "eva": {0: 0.6}},
         "b": {"lora": {0: 0.5}, "eva": {0: 0.7}},
+        "c": {"lora": {0: 0.5}, "eva": {0: 0.5}},
     }
     (eva,) = compare_domain(scores).methods
     assert (eva.fixed_tasks, eva.fixed_tasks_holm, eva.bootstrap) == (None, None, None)

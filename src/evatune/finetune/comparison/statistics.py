@@ -27,6 +27,7 @@ Vector = NDArray[np.float64]
 
 _CONFIDENCE = 0.95
 _RESAMPLES = 10_000
+_FEWEST_TASKS = 3  # that say how tasks vary
 # Of a difference of scores: 0.91 − 0.90 is 0.92 − 0.91, and no deviation comes from rounding.
 _DECIMALS = 12
 
@@ -85,12 +86,13 @@ class DomainDifference:
 
     Three intervals answer two questions. "Is it better on these tasks?": `fixed_tasks`.
     "Would it be better on other tasks like these?": `random_tasks`, which is wider, and which
-    `bootstrap` estimates without a normal distribution.
+    `bootstrap` estimates without a normal distribution. Other tasks are other ones of the same
+    domains: of a domain that is not here no interval tells.
 
     Attributes:
         fixed_tasks: t over seeds, the tasks being given. None where a task has a single seed.
-        random_tasks: t over the means of tasks, which hold the seeds' deviations too. None for a
-            single task.
+        random_tasks: t over the means of tasks, which hold the seeds' deviations too, with at
+            least the standard error of `fixed_tasks`. None for fewer than three tasks.
         bootstrap: 2.5 and 97.5 % quantiles of `hierarchical_bootstrap`. Too narrow with few
             tasks: of four that differ more than their seeds do, it holds the truth in about 80 %
             of cases and not in 95. None for a single task, or where a task has a single seed.
@@ -303,7 +305,7 @@ def _domain_differences(
     complete: Mapping[str, Sequence[PairedDifference]], seed: int
 ) -> tuple[DomainDifference, ...]:
     fixed = {method: _fixed_tasks_test(lines) for method, lines in complete.items()}
-    random = {method: t_test(_means(lines)) for method, lines in complete.items()}
+    random = {method: _random_tasks_test(lines) for method, lines in complete.items()}
     fixed_holm = dict(zip(fixed, holm([_p_value(test) for test in fixed.values()]), strict=True))
     random_holm = dict(zip(random, holm([_p_value(test) for test in random.values()]), strict=True))
     differences = []
@@ -339,14 +341,35 @@ def _fixed_tasks_test(lines: Sequence[PairedDifference]) -> TTest | None:
 
     The tasks' deviations differ, so the degrees of freedom are those of Welch and Satterthwaite.
     """
-    if any(len(line.seeds) < 2 for line in lines):
+    squares = _squared_errors(lines)
+    if squares is None:
         return None
-    seeds = np.array([len(line.seeds) for line in lines])
-    # of the means of tasks: the squares of their standard errors, (tasks,)
-    squares = np.array([_deviation(np.array(line.differences)) ** 2 for line in lines]) / seeds
     total = squares.sum()
+    seeds = np.array([len(line.seeds) for line in lines])
     degrees = float(total**2 / (squares**2 / (seeds - 1)).sum()) if total else math.inf
     return _t_test_from(_mean(_means(lines)), math.sqrt(total) / len(lines), degrees)
+
+
+def _random_tasks_test(lines: Sequence[PairedDifference]) -> TTest | None:
+    """Return the t-test over the means of tasks; None for fewer than three.
+
+    Tasks whose means happen to be closer than their seeds allow do not make it surer.
+    """
+    if len(lines) < _FEWEST_TASKS:
+        return None
+    means, squares = _means(lines), _squared_errors(lines)
+    of_seeds = 0.0 if squares is None else math.sqrt(squares.sum()) / len(lines)
+    error = max(_deviation(means) / math.sqrt(len(lines)), of_seeds)
+    return _t_test_from(_mean(means), error, len(lines) - 1)
+
+
+def _squared_errors(lines: Sequence[PairedDifference]) -> Vector | None:  # (tasks,)
+    """Return the squares of the standard errors of tasks' means; None where one has one seed."""
+    if any(len(line.seeds) < 2 for line in lines):
+        return None
+    deviations = np.array([_deviation(np.array(line.differences)) for line in lines])
+    squares: Vector = deviations**2 / [len(line.seeds) for line in lines]
+    return squares
 
 
 def _bootstrap_interval(lines: Sequence[PairedDifference], seed: int) -> Interval | None:

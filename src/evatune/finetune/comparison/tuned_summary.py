@@ -30,16 +30,18 @@ from evatune.schemas.tuned import RunLine
 
 FULL = "full"
 _TUNING_SEEDS = 3  # of a rate that can be chosen
+_LORA_PLUS = "loraplus"
 LOWER_RATES = 2  # of the grid, next below LoRA's best
 _ALPHA = "adapter.alpha"
 _OF_THE_RUN = ("method", "seed", "training.learning_rate")
 # Settings of which each value is a method of its own, and how methods that heed them are called.
 _EVAS = ("eva", "lora-redist")
+_RATIO_OF_B = "training.lora_plus_ratio"
 _OF_METHODS = {
     "adapter.rho": _EVAS,
     "adapter.scale": _EVAS,
     "adapter.budget": _EVAS,
-    "training.lora_plus_ratio": ("loraplus",),
+    _RATIO_OF_B: (_LORA_PLUS,),
 }
 
 Values = dict[str, dict[str, dict[int, float | None]]]  # task → method → seed → value
@@ -75,6 +77,12 @@ class Cell:
     """A method on a task, at the rate that validation chose.
 
     Values by seed are those of test seeds, at this rate; empty while there are none.
+
+    Attributes:
+        kappa: the factor by which the first step is larger than LoRA's at the same rate, the
+            median over all runs. LoRA+'s larger rate of B is in it.
+        tested_at_other_rates: runs that were tested at a rate which later ones showed not to be
+            the best; nothing is made of them.
     """
 
     task: str
@@ -93,9 +101,10 @@ class Cell:
     init_seconds: float | None  # medians over the runs at this rate
     train_seconds: float | None
     peak_memory_bytes: float | None
-    kappa: float | None  # median over all runs of the cell
+    kappa: float | None
     participation: float | None
     ranks: Mapping[str, int] | None  # of the first test seed
+    tested_at_other_rates: int = 0
 
     @property
     def inside(self) -> bool:
@@ -422,10 +431,19 @@ def _cell(
         init_seconds=_median(line.init_seconds for line in at_rate),
         train_seconds=_median(line.train_seconds for line in at_rate),
         peak_memory_bytes=_median(line.peak_memory_bytes for line in at_rate),
-        kappa=_median(line.kappa for line in lines),
+        kappa=_median(_first_step(line) for line in lines),
         participation=_median(line.participation for line in lines),
         ranks=first.ranks,
+        tested_at_other_rates=sum(line.tested and line.rate != rate for line in lines),
     )
+
+
+def _first_step(line: RunLine) -> float | None:
+    """Return κ, of which a line has the part of A's rows and the adapter's scale."""
+    if line.kappa is None or line.method != _LORA_PLUS:
+        return line.kappa
+    ratio: float | None = all_settings(line.tree()).get(_RATIO_OF_B)
+    return None if ratio is None else line.kappa * ratio
 
 
 def _gains_below(cell: Cell, reference: Cell | None) -> dict[int, float | None]:
