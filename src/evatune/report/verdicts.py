@@ -280,7 +280,9 @@ def _validation_chooses(groups: Sequence[Group]) -> Verdict:
         " being given."
     )
     chosen = replace(line, ties=line.ties - kept)
-    text += f" {_evidence(chosen).removesuffix('.')}, {kept} left to {REFERENCE}."
+    text += f" {_evidence(chosen)}"
+    if kept:
+        text = f"{text.removesuffix('.')}, {kept} left to {REFERENCE}."
     return Verdict(claim, _outcome(line.fixed_tasks), text)
 
 
