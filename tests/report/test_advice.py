@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from evatune.finetune.comparison.tuned_summary import Group, summarize
+from evatune.finetune.comparison.tuned_cells import Group
+from evatune.finetune.comparison.tuned_summary import summarize
 from evatune.finetune.recipe_files import load
 from evatune.report.advice import advice, advice_lines, repeat_command, train_command
 from tests.tuned_lines import line_of, tuned_lines

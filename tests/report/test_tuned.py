@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from evatune.errors import ConfigError
-from evatune.finetune.comparison.tuned_summary import TunedSummary, summarize
+from evatune.finetune.comparison.tuned_cells import TunedSummary
+from evatune.finetune.comparison.tuned_summary import summarize
 from evatune.report.tuned import (
     domain_page,
     overview_page,

@@ -214,7 +214,8 @@ def _show_tuned(path: Path, sources: list[str], settings: list[Recipe], as_json:
     import sys
 
     from evatune.finetune.comparison.run_lines import read_lines
-    from evatune.finetune.comparison.tuned_summary import Source, summarize
+    from evatune.finetune.comparison.tuned_conditions import Source
+    from evatune.finetune.comparison.tuned_summary import summarize
     from evatune.finetune.recipe_files import load
     from evatune.finetune.recipe_tree import all_settings, as_tree
     from evatune.report.advice import advice_lines

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evatune.finetune.comparison.tuned_summary import Cell, Group, base_name
+from evatune.finetune.comparison.tuned_cells import Cell, Group, base_name
 from evatune.finetune.methods import METHODS
 from evatune.finetune.recipe import REFERENCE
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from evatune.errors import ConfigError
 from evatune.finetune.comparison.statistics import DomainDifference, PairedDifference, TTest
-from evatune.finetune.comparison.tuned_summary import Cell, Group, TunedSummary
+from evatune.finetune.comparison.tuned_cells import Cell, Group, TunedSummary
 from evatune.report.advice import advice, repeat_command
 from evatune.report.plots import save_figure
 from evatune.report.tables import plain

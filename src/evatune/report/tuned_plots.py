@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from evatune.finetune.comparison.statistics import DomainComparison, DomainDifference
-from evatune.finetune.comparison.tuned_summary import FULL, Cell, Group, RatePoint, base_name
+from evatune.finetune.comparison.tuned_cells import FULL, Cell, Group, RatePoint, base_name
 from evatune.finetune.recipe import REFERENCE
 from evatune.report.plots import STYLE
 from evatune.report.summary import split_name

@@ -22,7 +22,7 @@ from evatune.finetune.comparison.statistics import (
     compare_domain,
     t_test,
 )
-from evatune.finetune.comparison.tuned_summary import FULL, LOWER_RATES, Group, Values, base_name
+from evatune.finetune.comparison.tuned_cells import FULL, LOWER_RATES, Group, Values, base_name
 from evatune.finetune.methods import METHODS
 from evatune.finetune.recipe import REFERENCE
 from evatune.report.text import with_minus

@@ -10,7 +10,8 @@ import pytest
 
 from evatune.errors import ConfigError
 from evatune.finetune.comparison.run_lines import read_lines
-from evatune.finetune.comparison.tuned_summary import Source, summarize
+from evatune.finetune.comparison.tuned_conditions import Source
+from evatune.finetune.comparison.tuned_summary import summarize
 from evatune.finetune.recipe_files import load
 from evatune.finetune.recipe_tree import all_settings, as_tree
 from evatune.report.advice import repeat_command

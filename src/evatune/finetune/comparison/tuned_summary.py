@@ -6,233 +6,34 @@ convergence and cost, come from the runs of other seeds at the chosen rate.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from statistics import fmean, median
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 
 from evatune.errors import ConfigError
-from evatune.finetune.comparison.curves import (
-    Convergence,
-    KnownPoint,
-    Point,
-    convergence,
-    mean_curve,
-)
+from evatune.finetune.comparison.curves import convergence
 from evatune.finetune.comparison.rate_rule import best_position, finalists
+from evatune.finetune.comparison.tuned_cells import (
+    FULL,
+    Cell,
+    Group,
+    RatePoint,
+    TunedSummary,
+    method_order,
+)
+from evatune.finetune.comparison.tuned_conditions import (
+    LORA_PLUS,
+    RATIO_OF_B,
+    Placed,
+    Source,
+    place,
+)
 from evatune.finetune.recipe import REFERENCE
 from evatune.finetune.recipe_files import load, ours
 from evatune.finetune.recipe_tree import all_settings, as_tree
 from evatune.schemas.tuned import RunLine
 
-FULL = "full"
 _TUNING_SEEDS = 3  # of a rate that can be chosen
-_LORA_PLUS = "loraplus"
-LOWER_RATES = 2  # of the grid, next below LoRA's best
-_ALPHA = "adapter.alpha"
-_OF_THE_RUN = ("method", "seed", "training.learning_rate")
-# Settings of which each value is a method of its own, and how methods that heed them are called.
-_EVAS = ("eva", "lora-redist")
-_RATIO_OF_B = "training.lora_plus_ratio"
-_OF_METHODS = {
-    "adapter.rho": _EVAS,
-    "adapter.scale": _EVAS,
-    "adapter.budget": _EVAS,
-    _RATIO_OF_B: (_LORA_PLUS,),
-}
-
-Values = dict[str, dict[str, dict[int, float | None]]]  # task → method → seed → value
-
-
-@dataclass(frozen=True)
-class Source:
-    """The name of a recipe, as `evatune train` takes it, and its settings."""
-
-    name: str
-    settings: Mapping[str, Any]  # flat: {"training.steps": 60, …}
-
-
-@dataclass(frozen=True)
-class RatePoint:
-    """A learning rate of the search: what each tuning seed reached on validation examples."""
-
-    rate: float
-    losses: Mapping[int, float]  # by seed; infinite where the run diverged
-    scores: Mapping[int, float]  # by seed; 0 where the run diverged
-
-    @property
-    def loss(self) -> float:
-        return fmean(self.losses.values())
-
-    @property
-    def score(self) -> float:
-        return fmean(self.scores.values())
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A method on a task, at the rate that validation chose.
-
-    Values by seed are those of test seeds, at this rate; empty while there are none.
-
-    Attributes:
-        kappa: the factor by which the first step is larger than LoRA's at the same rate, the
-            median over all runs. LoRA+'s larger rate of B is in it.
-        tested_at_other_rates: runs that were tested at a rate which later ones showed not to be
-            the best; nothing is made of them.
-    """
-
-    task: str
-    method: str  # with settings that make it a method of its own: "eva (rho 1)"
-    overrides: Mapping[str, Any] | None  # of the recipe; None where the recipe is not known
-    recipe: str
-    rates: tuple[RatePoint, ...]  # rising
-    rate: float | None  # None where every rate diverged
-    settled: bool  # whether three tuning seeds chose it
-    scores: Mapping[int, float | None]  # on test examples; None where the run diverged
-    losses: Mapping[int, float | None]  # on test examples
-    curves: Mapping[int, tuple[Point, ...]]  # on validation examples
-    steps: int  # of a run
-    convergence: Convergence
-    parameters: Mapping[int, int]
-    init_seconds: float | None  # medians over the runs at this rate
-    train_seconds: float | None
-    peak_memory_bytes: float | None
-    kappa: float | None
-    participation: float | None
-    ranks: Mapping[str, int] | None  # of the first test seed
-    tested_at_other_rates: int = 0
-
-    @property
-    def inside(self) -> bool:
-        """True if the chosen rate has worse rates on both sides."""
-        return self.rate is not None and self.rates[0].rate < self.rate < self.rates[-1].rate
-
-    @property
-    def at_edge(self) -> bool:
-        """True if the chosen rate is the smallest or the largest of several."""
-        return self.rate is not None and len(self.rates) > 1 and not self.inside
-
-    @property
-    def validation_loss(self) -> float:
-        """Mean final loss of the tuning seeds at the chosen rate; infinite where all diverged."""
-        losses = self.tuning_losses.values()
-        return fmean(losses) if losses else math.inf
-
-    @property
-    def tuning_losses(self) -> Mapping[int, float]:
-        """Final validation losses at the chosen rate, by tuning seed; empty if all diverged."""
-        return next((point.losses for point in self.rates if point.rate == self.rate), {})
-
-    @property
-    def score(self) -> float | None:
-        """Mean test score; a run that diverged counts as 0."""
-        return fmean(value or 0.0 for value in self.scores.values()) if self.scores else None
-
-    @property
-    def curve(self) -> list[KnownPoint]:
-        """Mean validation loss and score over the seeds, at the steps that all of them have."""
-        return mean_curve(list(self.curves.values()))
-
-
-@dataclass(frozen=True)
-class Group:
-    """The cells of a domain under the same conditions: those of the recipes, or another rank."""
-
-    domain: str
-    condition: str  # "" for the settings of the recipes
-    cells: tuple[Cell, ...]
-    tuning_seeds: tuple[int, ...]
-    test_seeds: tuple[int, ...]
-
-    @cached_property
-    def tasks(self) -> list[str]:
-        return list(dict.fromkeys(cell.task for cell in self.cells))
-
-    @cached_property
-    def methods(self) -> list[str]:
-        return sorted({cell.method for cell in self.cells}, key=method_order)
-
-    def cell(self, task: str, method: str) -> Cell | None:
-        return self._by_place.get((task, method))
-
-    def of(self, method: str) -> list[Cell]:
-        return [cell for cell in self.cells if cell.method == method]
-
-    def cells_on(self, task: str) -> list[Cell]:
-        return [cell for cell in self.cells if cell.task == task]
-
-    def test_scores(self) -> Values:
-        """Return test scores; None where the run diverged."""
-        return self._values(lambda cell: dict(cell.scores))
-
-    def steps_saved(self) -> Values:
-        """Return by which share of a run methods are before LoRA; see `sooner_by`."""
-        return self._values(lambda cell: dict(cell.convergence.sooner))
-
-    def area_saved(self) -> Values:
-        """Return each run's mean progress toward LoRA's final validation loss.
-
-        It is a share of LoRA's improvement, and the mean is over the steps.
-        """
-
-        def saved(cell: Cell) -> dict[int, float | None]:
-            return {seed: 1 - area for seed, area in cell.convergence.area.items()}
-
-        return self._values(saved)
-
-    def gained_at_lower_rates(self) -> Values:
-        """Return what methods gain at rates below LoRA's best, over what LoRA gains at its best.
-
-        A gain is the fall of the validation loss in training, 0 where the run diverged; the mean
-        over `LOWER_RATES` rates, by tuning seed. Methods that lack one of the rates are left out.
-        """
-        return self._values(lambda cell: _gains_below(cell, self.cell(cell.task, REFERENCE)))
-
-    def parameters_saved(self) -> Values:
-        """Return by which share of LoRA's trainable parameters a method has fewer."""
-
-        def saved(cell: Cell) -> dict[int, float | None]:
-            reference = self.cell(cell.task, REFERENCE)
-            of_reference = reference.parameters if reference else {}
-            return {
-                seed: 1 - count / of_reference[seed]
-                for seed, count in cell.parameters.items()
-                if of_reference.get(seed)
-            }
-
-        return self._values(saved)
-
-    @cached_property
-    def _by_place(self) -> dict[tuple[str, str], Cell]:
-        return {(cell.task, cell.method): cell for cell in self.cells}
-
-    def _values(self, of: Callable[[Cell], dict[int, float | None]]) -> Values:
-        values: Values = {task: {} for task in self.tasks}
-        for cell in self.cells:
-            by_seed = of(cell)
-            if by_seed:
-                values[cell.task][cell.method] = by_seed
-        return values
-
-
-@dataclass(frozen=True)
-class TunedSummary:
-    """A tuned comparison, domain by domain."""
-
-    groups: tuple[Group, ...]
-    runs: int
-
-    @property
-    def methods(self) -> list[str]:
-        return sorted({name for group in self.groups for name in group.methods}, key=method_order)
-
-    @property
-    def domains(self) -> list[str]:
-        return list(dict.fromkeys(group.domain for group in self.groups))
 
 
 def own_recipes(lines: Iterable[RunLine]) -> dict[tuple[str, str], Source]:
@@ -258,11 +59,11 @@ def summarize(
     seed that both chose a rate and tested it.
     """
     known = own_recipes(lines) if recipes is None else recipes
-    placed: dict[tuple[str, str], dict[tuple[str, str], list[_Placed]]] = {}
+    placed: dict[tuple[str, str], dict[tuple[str, str], list[Placed]]] = {}
     for key in sorted({line.key for line in lines}):
         domain, task = key
         of_task = [line for line in lines if line.key == key]
-        for placed_line in _placed(of_task, known.get(key)):
+        for placed_line in place(of_task, known.get(key)):
             group = placed.setdefault((domain, placed_line.condition), {})
             group.setdefault((task, placed_line.method), []).append(placed_line)
     groups = [
@@ -272,100 +73,10 @@ def summarize(
     return TunedSummary(tuple(groups), len(lines))
 
 
-def base_name(method: str) -> str:
-    """Return a method's name in recipes: that of "eva (rho 1)" is "eva"."""
-    return method.split(" ")[0]
-
-
-def method_order(name: str) -> tuple[int, str]:
-    """Return where a method stands among others: references, EVA, competitors, controls."""
-    base = base_name(name)
-    return (_ORDER.index(base) if base in _ORDER else len(_ORDER), name)
-
-
-_ORDER = (
-    "untouched", "head", "full", "lora", "eva", "eva-rho1", "eva-paper", "eva-paper-rho1",
-    "eva-centered", "eva-paper-centered", "eva-dora", "eva-gradients", "eva-regression",
-    "lora-orthogonal", "lora-ga", "gradient-a", "pissa", "dora", "loraplus", "rslora", "adalora",
-    "milora", "olora", "corda", "lora-one", "mica", "lora-redist", "eva-paper-random", "eva-minor",
-    "eva-shuffled", "lora-fa", "eva-fa",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Placed:
-    line: RunLine
-    method: str
-    condition: str
-    overrides: Mapping[str, Any]
-
-
-def _placed(lines: Sequence[RunLine], source: Source | None) -> list[_Placed]:
-    """Return the lines of a task, each with its method and its conditions."""
-    trees = [all_settings(line.tree()) for line in lines]
-    base = trees[0] if source is None else source.settings
-    differing = [_differing(tree, base) for tree in trees]
-    shared = _shared(differing)
-    placed = []
-    for line, tree, overrides in zip(lines, trees, differing, strict=True):
-        of_method = {
-            key: overrides[key] for key in _settings_of_method(line.method) if key in overrides
-        }
-        no_condition = {*_OF_THE_RUN, *_OF_METHODS, *shared, _ALPHA}
-        condition = {key: value for key, value in overrides.items() if key not in no_condition}
-        if _alpha_over_rank(tree) != _alpha_over_rank({**tree, **base}):
-            condition[_ALPHA] = _alpha(tree)
-        method = f"{line.method} ({_words(of_method)})" if of_method else line.method
-        placed.append(_Placed(line, method, _words(condition), overrides))
-    return placed
-
-
-def _alpha_over_rank(tree: Mapping[str, Any]) -> float:
-    """Return α/r, of which another value is another condition."""
-    scale: float = _alpha(tree) / tree["adapter.rank"]
-    return scale
-
-
-def _alpha(tree: Mapping[str, Any]) -> float:
-    alpha: float = tree.get(_ALPHA, tree["adapter.rank"])
-    return alpha
-
-
-def _differing(tree: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that `base` has too, with another value."""
-    return {key: value for key, value in tree.items() if base.get(key, value) != value}
-
-
-def _shared(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the keys that all have with the same value."""
-    common = set.intersection(*map(set, settings))
-    first = settings[0]
-    return [key for key in common if all(other[key] == first[key] for other in settings)]
-
-
-def _settings_of_method(method: str) -> list[str]:
-    """Return the settings of which each value makes a method of its own of this one."""
-    return [key for key, names in _OF_METHODS.items() if method.startswith(names)]
-
-
-def _words(settings: Mapping[str, Any]) -> str:
-    """Return settings in words: "rank 16, budget parameters"."""
-    return ", ".join(f"{_word(key)} {_figure(value)}" for key, value in settings.items())
-
-
-def _word(key: str) -> str:
-    name = key.rsplit(".", 1)[-1].removeprefix("lora_plus_")  # beside the method's own name
-    return name.replace("_", " ")
-
-
-def _figure(value: object) -> object:
-    return f"{value:g}" if isinstance(value, float) else value
-
-
 def _group(
     domain: str,
     condition: str,
-    placed: Mapping[tuple[str, str], Sequence[_Placed]],
+    placed: Mapping[tuple[str, str], Sequence[Placed]],
     recipes: Mapping[tuple[str, str], Source],
 ) -> Group:
     lines = [placed_line.line for runs in placed.values() for placed_line in runs]
@@ -398,7 +109,7 @@ def _require_one_origin(lines: Sequence[RunLine]) -> None:
 def _cell(
     task: str,
     method: str,
-    placed: Sequence[_Placed],
+    placed: Sequence[Placed],
     goals: Mapping[str, Mapping[int, RunLine]],
     source: Source | None,
 ) -> Cell:
@@ -440,27 +151,10 @@ def _cell(
 
 def _first_step(line: RunLine) -> float | None:
     """Return κ, of which a line has the part of A's rows and the adapter's scale."""
-    if line.kappa is None or line.method != _LORA_PLUS:
+    if line.kappa is None or line.method != LORA_PLUS:
         return line.kappa
-    ratio: float | None = all_settings(line.tree()).get(_RATIO_OF_B)
+    ratio: float | None = all_settings(line.tree()).get(RATIO_OF_B)
     return None if ratio is None else line.kappa * ratio
-
-
-def _gains_below(cell: Cell, reference: Cell | None) -> dict[int, float | None]:
-    if reference is None or not reference.curve:
-        return {}
-    start, end = reference.curve[0][1], reference.curve[-1][1]
-    best = reference.rate or 0.0
-    lower = [point.rate for point in reference.rates if point.rate < best][-LOWER_RATES:]
-    losses = [point.losses for point in cell.rates if point.rate in lower]
-    if len(losses) < LOWER_RATES or start <= end:
-        return {}
-    seeds = sorted(set.intersection(*map(set, losses)))
-    gains: dict[int, float | None] = {}
-    for seed in seeds:
-        gained = fmean(max(0.0, start - by_seed[seed]) for by_seed in losses)
-        gains[seed] = gained / (start - end)
-    return gains
 
 
 def _final_runs(

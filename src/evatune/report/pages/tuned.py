@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import stdev
 
-from evatune.finetune.comparison.tuned_summary import Cell, Group, TunedSummary
+from evatune.finetune.comparison.tuned_cells import Cell, Group, TunedSummary
 from evatune.finetune.recipe import REFERENCE
 from evatune.report.advice import Advice, advice, repeat_command
 from evatune.report.charts import Curve, Score, curves, scores

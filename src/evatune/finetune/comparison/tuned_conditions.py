@@ -1,0 +1,108 @@
+"""The method and the condition of a run, by the settings in which runs of a task differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evatune.finetune.recipe_tree import all_settings
+from evatune.schemas.tuned import RunLine
+
+LORA_PLUS, RATIO_OF_B = "loraplus", "training.lora_plus_ratio"
+_ALPHA = "adapter.alpha"
+_OF_THE_RUN = ("method", "seed", "training.learning_rate")
+# Settings of which each value is a method of its own, and how methods that heed them are called.
+_EVAS = ("eva", "lora-redist")
+_OF_METHODS = {
+    "adapter.rho": _EVAS,
+    "adapter.scale": _EVAS,
+    "adapter.budget": _EVAS,
+    RATIO_OF_B: (LORA_PLUS,),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The name of a recipe, as `evatune train` takes it, and its settings."""
+
+    name: str
+    settings: Mapping[str, Any]  # flat: {"training.steps": 60, …}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A run, and where it stands.
+
+    Attributes:
+        method: with settings that make it one of its own: "eva (rho 1)".
+        condition: the settings in which it differs from the recipe, in words; "" for none.
+        overrides: those settings, and the method's.
+    """
+
+    line: RunLine
+    method: str
+    condition: str
+    overrides: Mapping[str, Any]
+
+
+def place(lines: Sequence[RunLine], source: Source | None) -> list[Placed]:
+    """Return the lines of a task, each with its method and its conditions."""
+    trees = [all_settings(line.tree()) for line in lines]
+    base = trees[0] if source is None else source.settings
+    differing = [_differing(tree, base) for tree in trees]
+    shared = _shared(differing)
+    placed = []
+    for line, tree, overrides in zip(lines, trees, differing, strict=True):
+        of_method = {
+            key: overrides[key] for key in _settings_of_method(line.method) if key in overrides
+        }
+        no_condition = {*_OF_THE_RUN, *_OF_METHODS, *shared, _ALPHA}
+        condition = {key: value for key, value in overrides.items() if key not in no_condition}
+        if _alpha_over_rank(tree) != _alpha_over_rank({**tree, **base}):
+            condition[_ALPHA] = _alpha(tree)
+        method = f"{line.method} ({_words(of_method)})" if of_method else line.method
+        placed.append(Placed(line, method, _words(condition), overrides))
+    return placed
+
+
+def _alpha_over_rank(tree: Mapping[str, Any]) -> float:
+    """Return α/r, of which another value is another condition."""
+    scale: float = _alpha(tree) / tree["adapter.rank"]
+    return scale
+
+
+def _alpha(tree: Mapping[str, Any]) -> float:
+    alpha: float = tree.get(_ALPHA, tree["adapter.rank"])
+    return alpha
+
+
+def _differing(tree: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that `base` has too, with another value."""
+    return {key: value for key, value in tree.items() if base.get(key, value) != value}
+
+
+def _shared(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys that all have with the same value."""
+    common = set.intersection(*map(set, settings))
+    first = settings[0]
+    return [key for key in common if all(other[key] == first[key] for other in settings)]
+
+
+def _settings_of_method(method: str) -> list[str]:
+    """Return the settings of which each value makes a method of its own of this one."""
+    return [key for key, names in _OF_METHODS.items() if method.startswith(names)]
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    """Return settings in words: "rank 16, budget parameters"."""
+    return ", ".join(f"{_word(key)} {_figure(value)}" for key, value in settings.items())
+
+
+def _word(key: str) -> str:
+    name = key.rsplit(".", 1)[-1].removeprefix("lora_plus_")  # beside the method's own name
+    return name.replace("_", " ")
+
+
+def _figure(value: object) -> object:
+    return f"{value:g}" if isinstance(value, float) else value
