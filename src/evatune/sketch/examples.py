@@ -89,6 +89,16 @@ class FloatExamples:
         sums = flat.new_zeros(self._width, flat.shape[1])
         return sums.index_add_(0, self._x.flatten().long(), flat).T
 
+    def gather_beside_rows(self, *coefficients: Tensor) -> tuple[Tensor, ...]:
+        """Return what `gather` does for each (S, T, m), and then the sum of the rows, (1, d).
+
+        One product takes all of them; sums in the dtype of sums that grow.
+        """
+        ones = coefficients[0].new_ones(*coefficients[0].shape[:2], 1)
+        columns = [*coefficients, ones]
+        sums = self.gather(torch.cat(columns, dim=-1)).to(self._dtype)
+        return torch.split(sums, [column.shape[-1] for column in columns])
+
     def products(self) -> Tensor:
         """(S, T, T) products of the rows of an example with each other."""
         if self._x.is_floating_point():

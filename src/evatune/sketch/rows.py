@@ -17,7 +17,7 @@ from evatune.sketch.base import InputSketch, SketchSettings, SketchUpdate
 _CHUNK_BYTES, _CHUNK_BYTES_ACCELERATOR = 8 << 20, 64 << 20
 # Rows that choose an empty sketch's shift and basis. Half as many cost the Nyström sketch a third
 # of a per cent of the energy in the worst layer of MiniLM, sixteen batches later.
-_FIRST_ROWS = 1024
+FIRST_ROWS = 1024
 _EPSILON = torch.finfo(torch.float32).eps
 # Root mean squares of rows between which float32 products neither overflow nor lose small
 # directions.
@@ -80,7 +80,7 @@ class RowSketch(InputSketch):
         if self._uncast_rows and x.dtype in (torch.bfloat16, torch.float16):
             return self._sum_uncast(rows)
         if self._scale is None and not self._may_look and self.dtype == torch.float64:
-            first_rows = rows.first(_FIRST_ROWS)
+            first_rows = rows.first(FIRST_ROWS)
             self._scale = power_of_two(first_rows.to(self.dtype))
         update = self._sum_rows(rows)
         if self._may_look and self._move_scale(rows, update):
@@ -95,7 +95,7 @@ class RowSketch(InputSketch):
 
     def _initialize(self, rows: SelectedRows) -> Tensor:
         """Choose the shift, the mean of a few rows; return those rows, shifted and finite."""
-        first_rows = rows.first(_FIRST_ROWS)
+        first_rows = rows.first(FIRST_ROWS)
         if not self.center:
             self.shift = first_rows.new_zeros(self.width)
             return first_rows
