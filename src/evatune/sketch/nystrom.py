@@ -69,9 +69,8 @@ class _Solution:
 class NystromMoment(AdditiveSketch):
     """A second moment C by its product with a basis that moves to C's leading eigenvectors.
 
-    What C is a sum of, and how its product with the basis is taken, is up to subclasses. The
-    products have max(k + oversampling, 32) columns, of which the basis takes all but one, at most
-    d. The first basis is random, by the seed and the width.
+    What C is a sum of, and how its product with the basis is taken, is up to subclasses. For the
+    size of the basis see `basis_columns`. The first basis is random, by the seed and the width.
     """
 
     _STATE: ClassVar = (*AdditiveSketch._STATE, "_padded", "product")
@@ -81,9 +80,7 @@ class NystromMoment(AdditiveSketch):
     def __init__(self, settings: SketchSettings) -> None:
         super().__init__(settings)
         width = settings.width
-        # One column of the products is for the sum of the rows, see `_reduce`.
-        columns = max(self.components + settings.oversampling, _MIN_COLUMNS) - 1
-        columns = min(columns, width)
+        columns = basis_columns(width, settings.components, settings.oversampling)
         # Both tensors have the columns of the text as rows: the second product runs a sixth faster
         # that way.
         # (l + 1, d): Ωᵀ and a row of zeros
@@ -305,6 +302,16 @@ class NystromSketch(NystromMoment, RowSketch):
             # small beside the moment, as the shift is close to the mean of the rows
             moment -= torch.outer(projected.sum(0), shift)
         return moment[-1], moment[:-1], squares
+
+
+def basis_columns(width: int, components: int, oversampling: int) -> int:
+    """Return the number of columns of a basis, l ≤ d.
+
+    The products have max(k + oversampling, 32) columns, of which the basis takes all but one.
+    """
+    # The one is for the sum of the rows, see `NystromSketch._reduce`.
+    columns = max(min(components, width) + oversampling, _MIN_COLUMNS) - 1
+    return min(columns, width)
 
 
 def _bases(sketches: Sequence[NystromMoment]) -> Tensor:

@@ -14,6 +14,8 @@ from evatune.utils.shown import Shown
 # By how much a spectrum from a file may miss its own laws. Sketches were seen to miss them by 4e-5
 # at most, on steep energies beside a mean a thousand and a sink ten thousand times as large.
 _RTOL = 1e-3
+# Tensors of a state that hold numbers.
+_FACTS = ("facts", "fresh_facts", "input_facts")
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,10 @@ class Spectrum(Shown):
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor]) -> Self:
+    def tensors(self) -> dict[str, Tensor]:
+        """Return its tensors, by the names of `state`, without the numbers beside them."""
+        return {name: tensor for name, tensor in self.state().items() if name not in _FACTS}
+
         """Return what `state` described."""
         total, rows, centered = state["facts"].tolist()
         return cls(
