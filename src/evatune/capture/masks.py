@@ -23,7 +23,8 @@ from evatune.capture.layer_types import TargetLayer
 from evatune.capture.row_selection import ALL_ROWS, RowSelector, batch_field, token_mask
 from evatune.capture.shared_inputs import memory
 from evatune.choices import IGNORED
-from evatune.modeling.wrappers import is_wrapper
+from evatune.modeling.batches import tensors_in
+from evatune.modeling.wrappers import encoder_decoders, is_wrapper
 from evatune.utils.text import shortened
 from evatune.utils.warn import warn
 
@@ -123,7 +124,7 @@ class Masks:
         """
         scope = self._scope
         others = any(
-            scope.mask is None or not _may_hold_tokens(x, scope) for x in _tensors(self._batch)
+            scope.mask is None or not _may_hold_tokens(x, scope) for x in _floats(self._batch)
         )
         for module, signature in self._signatures.items():
             if others or signature.takes_masks:
@@ -280,7 +281,7 @@ class Masks:
         call = self._running.pop()[1]
         outer = self._running[-1][1] if self._running else None
         if call.foreign and outer is not None and not outer.foreign:
-            self._foreign += _tensors(output)
+            self._foreign += _floats(output)
         if module is self._decoder:
             for _, around in self._running:
                 around.after = call
@@ -309,7 +310,7 @@ class Masks:
             return
         for name, value in given.items():
             if "mask" not in name:
-                self._foreign += [x for x in _tensors(value) if not _may_hold_tokens(x, selector)]
+                self._foreign += [x for x in _floats(value) if not _may_hold_tokens(x, selector)]
 
     def _is_foreign(self, x: Any) -> bool:
         if not self._foreign or not isinstance(x, Tensor):
@@ -336,10 +337,7 @@ def decoder_of(model: nn.Module) -> nn.Module | None:
 
     It is called with masks of its own.
     """
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "is_encoder_decoder", False) is not True:
-            continue
+    for module in encoder_decoders(model):
         if hasattr(module, "get_decoder"):
             decoder = module.get_decoder()  # type: ignore[operator]
             return decoder if isinstance(decoder, nn.Module) else None
@@ -412,12 +410,6 @@ def _may_be_tokens(leading_shape: torch.Size, mask: RowSelector) -> bool:
     return len(leading_shape) == 1 or b in leading_shape[:2]
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """Return the tensors of floating point numbers in (nested) lists, tuples and mappings."""
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if not isinstance(value, (list, tuple)):
-        return []
-    return [x for inner in value for x in _tensors(inner)]
+def _floats(value: Any) -> list[Tensor]:
+    """Return the tensors of floating point numbers in what a module is given or returns."""
+    return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
