@@ -296,9 +296,9 @@ def _parts(shards: Sequence[CalibrationData], name: str) -> list[Spectrum]:
 
 
 def _certain_end(shards: Sequence[CalibrationData], name: str) -> Status:
-    """Return the layer's status but for what the joined rows lack.
+    """Return the layer's status before its joined rows are judged.
 
-    Non-finite as in one pass, else that of the shard where it is least settled.
+    It is non-finite as in one pass, else that of the shard where it is least settled.
     """
     ends = {shard.status[name] for shard in shards}
     if Status.NON_FINITE in ends:
@@ -314,7 +314,7 @@ def _certain_end(shards: Sequence[CalibrationData], name: str) -> Status:
 
 
 def _joint_end(least_settled: Status, lack: Status | None) -> Status:
-    """Return the status of joined rows, which lack for what one pass would."""
+    """Return the status of joined rows, judged by what they lack as those of one pass are."""
     if least_settled is not Status.SELDOM_ROUTED:
         return lack or least_settled
     # in one shard; of all together there may be enough

@@ -185,9 +185,10 @@ class ExampleRecorder:
     def _selector(
         self, target_layer: TargetLayer, x: Tensor, shape: torch.Size | None
     ) -> RowSelector:
-        """Return the selector for the rows of a call; of one that is made again, the first one's.
+        """Return the selector for the rows of a call.
 
-        Of several calls with rows of one shape that is the first.
+        A call that checkpointing repeats in the backward pass has the selector that it had before:
+        that of the first call with rows of its shape.
         """
         if self._rows is not None:
             return ALL_ROWS
@@ -200,8 +201,8 @@ class ExampleRecorder:
     def _user_rows(self, target_layer: TargetLayer, x: Tensor) -> Tensor:
         """Return the flat positions that the caller's own function chooses.
 
-        It is handed a number for each position in place of the values: roots, of which no mean is
-        one again.
+        It is handed √1, √2, … as place markers in place of the values, so that a function which
+        averages rows is detected.
         """
         assert self._rows is not None
         view, name = target_layer.input_view, target_layer.name

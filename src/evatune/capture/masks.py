@@ -52,7 +52,9 @@ class _Signature:
 
 @dataclass(eq=False)
 class _Call:
-    """The arguments of a running module, and of those inside it that were called with nothing new.
+    """What a running module's arguments say about its rows.
+
+    Modules inside it share this unless they receive another mask or rows of another kind.
 
     Attributes:
         mask: of its own tokens.
@@ -155,7 +157,8 @@ class Masks:
     ) -> tuple[RowSelector, bool]:
         """Return the selector of the nearest mask that fits.
 
-        Also whether a mask should fit that masks rows out, and does not.
+        Also return True where a mask excludes tokens but cannot be matched to these rows, which may
+        be tokens.
         """
         around = calls[0].scope if calls else self._scope
         scope, given = around, [call.mask for call in calls if call.scope is around]

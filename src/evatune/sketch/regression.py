@@ -120,7 +120,7 @@ class RegressionSketch(ExampleMoment):
         return None
 
     def _mean_gradient(self) -> Tensor:
-        """(l, d) a matrix with the row space and singular values of Ḡ, per token."""
+        """Return a matrix (l, d) with the row space and singular values of Ḡ, per token."""
         range_basis = torch.linalg.qr(self.right.T)[0]  # (out, l)
         core = self._left_test.to(self.dtype) @ range_basis  # (m, l)
         gradient: Tensor = torch.linalg.pinv(core) @ self.left

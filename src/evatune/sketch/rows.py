@@ -47,7 +47,7 @@ class SelectedRows:
             yield self.take(slice(start, start + size))
 
     def first(self, limit: int) -> Tensor:
-        """(≤ limit, d) float32, evenly spread over the activation, zeros for NaN and Inf."""
+        """Return evenly spread rows, (≤ limit, d) float32, with zeros for NaN and Inf."""
         stride = max(1, -(-len(self) // limit))
         rows = self.take(slice(None, None, stride)).float()
         return torch.nan_to_num(rows, posinf=0.0, neginf=0.0)
@@ -69,7 +69,7 @@ class RowSketch(InputSketch):
         self._row_dtype = torch.float32  # what rows are multiplied in
         # () float64, a power of two for rows before they are squared
         self._scale: Tensor | None = None
-        self._may_look = self.device.type == "cpu"  # at values, for nothing
+        self._may_look = self.device.type == "cpu"  # True: values can be read without waiting
         self._uncast_rows = 0  # of 16 bits, that are multiplied as they are, so many at a time
 
     def summarize(self, x: Tensor, index: Tensor | None = None) -> SketchUpdate:
@@ -187,11 +187,11 @@ class RowSketch(InputSketch):
 
 
 def sum_of_rows(chunk: Tensor) -> Tensor:
-    """(d,) as a product and not as sum(0), which reads the rows at a fraction of the speed."""
+    """Return the sum (d,) by a product, as sum(0) reads the rows at a fraction of the speed."""
     return torch.mv(chunk.T, chunk.new_ones(len(chunk)))
 
 
 def power_of_two(values: Tensor) -> Tensor:
-    """() the factor that brings the largest of `values` to between 1/2 and 1; 1 if all are zero."""
+    """Return the factor () that brings the largest value to between 1/2 and 1; 1 if all are 0."""
     _, exponent = torch.frexp(values.abs().amax())
     return torch.exp2(-exponent.clamp(-126, 126).to(values.dtype))

@@ -27,7 +27,9 @@ class Certificate:
     data.
     """
 
-    energies: Tensor  # (k,), mean squared projection per fresh row, cumulative use only
+    # (k,), mean squared projection per fresh row; meaningful only as cumulative sums, since single
+    # directions may rotate
+    energies: Tensor
     total_energy: float  # mean squared norm per fresh row
     rows: int  # fresh rows the estimate rests on
 
@@ -184,12 +186,12 @@ class Spectrum(Shown):
             state["mixing"] = self.mixing
         return state
 
-    @classmethod
-    def of_state(cls, state: Mapping[str, Tensor]) -> Self:
     def tensors(self) -> dict[str, Tensor]:
         """Return its tensors, by the names of `state`, without the numbers beside them."""
         return {name: tensor for name, tensor in self.state().items() if name not in _FACTS}
 
+    @classmethod
+    def of_state(cls, state: Mapping[str, Tensor]) -> Self:
         """Return what `state` described."""
         total, rows, centered = state["facts"].tolist()
         return cls(
@@ -278,7 +280,7 @@ class Spectrum(Shown):
 
     @property
     def _mean_squares(self) -> Tensor:
-        """(k,) float64."""
+        """Squares of the mean row's projections on the directions, (k,) float64."""
         return (self.directions.double() @ self.mean.double()).square()
 
 
@@ -341,7 +343,7 @@ def captured_energy(directions: Tensor, rows: Tensor) -> float:
 
 
 def _facts(*values: float) -> Tensor:
-    """(n,) float64 on the CPU."""
+    """Return numbers as (n,) float64 on the CPU."""
     return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
