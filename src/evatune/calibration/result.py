@@ -58,9 +58,10 @@ class Calibration(CalibrationData, Shown):
 
         Rows, batches, means and total energies are exactly those of one pass. Directions and
         energies are those of what the records keep, so that energy outside a shard's own directions
-        may be lost: never more than the mean of its `tail_energy` over the rows of all shards.
-        Less is lost with more `components`, and nothing where the data of every shard lies in its
-        directions. `evatune merge` prints bounds, and `evatune.calibration.merge` derives them.
+        may be lost: per row never more than the mean of the shards' `tail_energy`, weighted by
+        their rows. More `components` lose less, and nothing is lost where each shard's directions
+        hold all of its data. `evatune merge` prints bounds; `evatune.calibration.merge` derives
+        them.
 
         Args:
             shards: two or more, of the same layers, with the same settings but for `max_batches`,
