@@ -5,16 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from evatune.sketch import Sketch, make_sketch
+from evatune.sketch import Sketch, SketchSettings, make_sketch
 from evatune.sketch.spectrum import Spectrum
 
 torch.set_num_threads(1)
 
 
 def build(kind: str, d: int, k: int, *, center: bool = False, seed: int = 0) -> Sketch:
-    return make_sketch(
-        kind, d, k, oversampling=8, center=center, seed=seed, device=torch.device("cpu")
-    )
+    return make_sketch(kind, SketchSettings(d, k, oversampling=8, center=center, seed=seed))
 
 
 def planted(n: int, d: int, *, seed: int = 0, decay: float = 0.8, mean: float = 0.0) -> Tensor:

@@ -3,6 +3,7 @@ its rows."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -274,7 +275,15 @@ class Towers(nn.Module):
         return self.text(x) + seen
 
 
-def test_the_mask_of_a_text_does_not_cut_images() -> None:
+@dataclass
+class TextAndPictures:
+    x: Tensor
+    pictures: Tensor
+    attention_mask: Tensor
+
+
+@pytest.mark.parametrize("kind", [dict, TextAndPictures])
+def test_the_mask_of_a_text_does_not_cut_images(kind: type) -> None:
     batch = {
         "x": torch.randn(3, 6, 8),
         "pictures": torch.randn(3, 2, 3, 8),
@@ -283,7 +292,7 @@ def test_the_mask_of_a_text_does_not_cut_images() -> None:
     batch["attention_mask"][:, 4:] = 0
     rows = {
         name: spectrum.rows
-        for name, spectrum in evatune.calibrate(Towers(), [batch], EXACT).spectra.items()
+        for name, spectrum in evatune.calibrate(Towers(), [kind(**batch)], EXACT).spectra.items()
     }
     assert rows == {"vision.0": 18, "vision.1": 18, "projector.0": 18, "text.0": 12, "text.1": 12}
 

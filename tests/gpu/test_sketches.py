@@ -31,9 +31,7 @@ CPU = torch.device("cpu")
 
 
 def build(kind: str, device: torch.device, *, center: bool = False) -> InputSketch:
-    return make_sketch(
-        kind, WIDTH, COMPONENTS, oversampling=16, center=center, seed=0, device=device
-    )
+    return make_sketch(kind, SketchSettings(WIDTH, COMPONENTS, center=center, device=device))
 
 
 def feed(sketch: InputSketch, rows: Tensor, index: Tensor | None = None) -> Spectrum:

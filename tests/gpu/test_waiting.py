@@ -14,8 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from evatune.capture import InputRecorder, Masks, SharedInputs, find_target_layers, selector_for
 from evatune.modeling.state import as_base
-from evatune.sketch import Sketch, make_sketch, refresh_all
-from evatune.sketch.registry import TOKEN_COUNTS
+from evatune.sketch import TOKEN_COUNTS, Sketch, SketchSettings, make_sketch, refresh_all
 from tests.gpu.helpers import words
 from tests.helpers import tiny_bert, tiny_llama
 
@@ -53,15 +52,8 @@ def recorded(
 
     def build(target_layer: Any, device: torch.device) -> Sketch:
         chosen = TOKEN_COUNTS if target_layer.input_view.is_tokens else kind
-        return make_sketch(
-            chosen,
-            target_layer.in_features,
-            8,
-            oversampling=16,
-            center=center,
-            seed=0,
-            device=device,
-        )
+        settings = SketchSettings(target_layer.in_features, 8, center=center, device=device)
+        return make_sketch(chosen, settings)
 
     shared_inputs, select = SharedInputs(build), selector_for(model, False, -100)
     recorder = InputRecorder(target_layers, shared_inputs, masks=Masks(model, target_layers))

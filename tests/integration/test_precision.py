@@ -221,12 +221,10 @@ def test_weights_that_are_elsewhere_until_they_are_needed(tmp_path: Path, where:
 def test_sketches_live_where_their_layer_runs() -> None:
     """Two devices in one model; the second is the meta device, on which shapes and places are all
     there is."""
-    from evatune.sketch import make_sketch
+    from evatune.sketch import SketchSettings, make_sketch
 
     for device in ("cpu", "meta"):
-        sketch = make_sketch(
-            "exact", 8, 2, oversampling=8, center=False, seed=0, device=torch.device(device)
-        )
+        sketch = make_sketch("exact", SketchSettings(8, 2, device=torch.device(device)))
         sketch.update(torch.randn(16, 8, device=device))
         assert {sketch.gram.device.type, sketch.row_sum.device.type, sketch.energy.device.type} == {
             device

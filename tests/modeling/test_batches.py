@@ -3,9 +3,11 @@ through."""
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,9 +17,34 @@ from transformers import BatchEncoding
 
 import evatune
 from evatune.errors import ConfigError, DataError
+from evatune.modeling.batches import map_tensors, tensors_in
 from tests.helpers import EXACT, Toy, inputs, tiny_llama, tokens
 
 torch.set_num_threads(1)
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Any
+
+
+@dataclass(frozen=True)
+class Example:
+    x: Any
+    name: str = "a"
+
+
+def test_every_container_gives_its_tensors_in_order_and_is_mapped_to_its_own_kind() -> None:
+    one, two, three, four = torch.arange(4.0)
+    batch = {"a": [one, "text"], "b": Pair(two, Example(three)), "c": UserDict({"d": (four, 1)})}
+    assert [int(tensor) for tensor in tensors_in(batch)] == [0, 1, 2, 3]
+    mapped = map_tensors(batch, lambda tensor: tensor + 1)
+    assert mapped == {
+        "a": [one + 1, "text"],
+        "b": Pair(two + 1, Example(three + 1)),
+        "c": UserDict({"d": (four + 1, 1)}),
+    }
+    assert batch["b"] == Pair(two, Example(three))
 
 
 def some_ids() -> list[list[int]]:

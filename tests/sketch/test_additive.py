@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from evatune.sketch import SKETCHES, AdditiveSketch, is_additive
-from evatune.sketch.spectrum import Spectrum, principal_angles
+from evatune.sketch.spectrum import principal_angles
 from tests.sketches import build, feed, planted
 
 ADDITIVE = [kind for kind in SKETCHES if is_additive(kind)]
@@ -30,34 +30,52 @@ def test_those_that_add_up_are_known() -> None:
     assert ADDITIVE == ["nystrom", "exact"]
 
 
-@pytest.mark.parametrize("kind", ADDITIVE)
-def test_with_equal_bases_order_and_split_do_not_matter(kind: str) -> None:
+def refreshed(kind: str) -> tuple[AdditiveSketch, Tensor]:
+    """A sketch that has a basis, and rows that are still to come."""
     rows = planted(4096, 96, seed=2)
-    start = additive(kind, 96, 12)
-    start.update(rows[:512])
-    start.refresh()
+    sketch = additive(kind, 96, 12)
+    sketch.update(rows[:512])
+    sketch.refresh()
+    return sketch, rows[512:]
 
-    def sketched(*parts: Tensor) -> Spectrum:
-        sketch = start.clone()
-        for part in parts:
-            sketch.update(part)
-        return sketch.spectrum()
 
-    whole = sketched(rows[512:])
-    shuffled = sketched(*reversed(rows[512:].split(256)))
-    assert principal_angles(whole.directions[:6], shuffled.directions[:6]).max() < 1e-4
-    assert torch.allclose(whole.energies, shuffled.energies, rtol=1e-5)
-    left, right = start.clone(), empty_like(start)
-    left.update(rows[512:2000])
-    right.update(rows[2000:])
+def assert_same(sketch: AdditiveSketch, other: AdditiveSketch) -> None:
+    one, two = sketch.spectrum(), other.spectrum()
+    assert one.rows == two.rows
+    assert principal_angles(one.directions[:6], two.directions[:6]).max() < 1e-4
+    assert torch.allclose(one.energies, two.energies, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ADDITIVE)
+def test_with_equal_bases_the_order_of_rows_does_not_matter(kind: str) -> None:
+    whole, rows = refreshed(kind)
+    shuffled = whole.clone()
+    whole.update(rows)
+    for part in reversed(rows.split(256)):
+        shuffled.update(part)
+    assert_same(whole, shuffled)
+
+
+@pytest.mark.parametrize("kind", ADDITIVE)
+def test_with_equal_bases_merged_halves_are_the_whole(kind: str) -> None:
+    whole, rows = refreshed(kind)
+    left, right = whole.clone(), empty_like(whole)
+    whole.update(rows)
+    left.update(rows[:1488])
+    right.update(rows[1488:])
     left.merge(right)
-    assert left.spectrum().rows == whole.rows
-    assert principal_angles(whole.directions[:6], left.spectrum().directions[:6]).max() < 1e-4
-    updates = [start.summarize(part) for part in rows[512:].split(700)]
-    added = start.clone()
+    assert_same(whole, left)
+
+
+@pytest.mark.parametrize("kind", ADDITIVE)
+def test_updates_may_be_made_by_a_sketch_with_an_equal_basis(kind: str) -> None:
+    whole, rows = refreshed(kind)
+    added = whole.clone()
+    updates = [whole.summarize(part) for part in rows.split(700)]
+    whole.update(rows)
     for update in updates:
         added.add(update)
-    assert principal_angles(whole.directions[:6], added.spectrum().directions[:6]).max() < 1e-4
+    assert_same(whole, added)
 
 
 @pytest.mark.parametrize("kind", ADDITIVE)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from evatune.sketch import SketchSettings, make_sketch
+from evatune.sketch.nystrom import NystromSketch, basis_columns
 from evatune.sketch.spectrum import principal_angles
 from tests.sketches import build, feed, planted, truth
 
@@ -21,6 +24,20 @@ def test_equal_seeds_give_equal_bits_and_the_seed_matters() -> None:
 
     assert torch.equal(run(0), run(0))
     assert not torch.equal(run(0), run(1))
+
+
+@pytest.mark.parametrize(
+    ("width", "components", "oversampling", "columns"),
+    [(768, 64, 16, 79), (768, 4, 16, 31), (40, 64, 16, 40), (20, 4, 0, 20)],
+    ids=["k + oversampling", "fewest", "no more than directions", "narrow"],
+)
+def test_the_basis_has_the_columns_that_are_said(
+    width: int, components: int, oversampling: int, columns: int
+) -> None:
+    sketch = make_sketch("nystrom", SketchSettings(width, components, oversampling))
+    assert isinstance(sketch, NystromSketch)
+    assert len(sketch.basis) == columns
+    assert basis_columns(width, components, oversampling) == columns
 
 
 def test_nystrom_never_reports_more_energy_than_there_is() -> None:

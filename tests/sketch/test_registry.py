@@ -12,7 +12,13 @@ import evatune
 from evatune import CalibrationConfig
 from evatune.calibration import config
 from evatune.errors import ConfigError
-from evatune.sketch import SKETCHES, SketchUpdate, is_additive, make_sketch
+from evatune.sketch import (
+    SKETCHES,
+    TOKEN_COUNTS,
+    SketchUpdate,
+    is_additive,
+    make_sketch,
+)
 from evatune.sketch.base import InputSketch, SketchSettings
 from evatune.sketch.spectrum import Spectrum
 from tests.helpers import Toy, inputs
@@ -88,9 +94,7 @@ def test_an_unknown_sketch_is_refused_with_the_known_ones() -> None:
 
 
 def test_token_counts_are_made_by_name_and_not_to_be_chosen() -> None:
-    sketch = make_sketch(
-        "counts", 8, 2, oversampling=8, center=False, seed=0, device=torch.device("cpu")
-    )
+    sketch = make_sketch(TOKEN_COUNTS, SketchSettings(8, 2))
     sketch.update(torch.tensor([3, 3, 1]))
     assert sketch.spectrum().energies.tolist() == pytest.approx([2 / 3, 1 / 3])
     with pytest.raises(ConfigError, match="sketch is 'counts'"):

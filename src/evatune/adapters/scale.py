@@ -138,7 +138,7 @@ def _has_own_rows(spectrum: Spectrum, scale: Scale) -> bool:
 
 
 def _own_rows(spectrum: Spectrum, count: int) -> Tensor:
-    """(count, d) float64, the rows of a regression: each sees an energy of 1, E[(a·x)²]."""
+    """Return the rows of a regression, (count, d) float64: each sees an energy of 1, E[(a·x)²]."""
     assert spectrum.mixing is not None
     return spectrum.mixing[:count, :count].double() @ spectrum.directions[:count].double()
 

@@ -26,8 +26,8 @@ class Estimate(NamedTuple):
         missed: of each layer that there is something to compare with.
         mean: over these layers, weighted by their ranks; None without any. A single layer that
             learns slowly does not hold up the rest; it gets a status of its own. An expert weighs
-            as its share of the tokens that the busiest expert got: one that none reach settles
-            never.
+            as its share of the tokens that the busiest expert got: otherwise an expert that no
+            token reaches would keep the run from stopping.
         mean_of_all: the same over all layers, where those of which nothing is known miss all.
     """
 
@@ -113,9 +113,9 @@ class ConvergenceMonitor:
         )
 
     def _missed_worth(self, spectra: Mapping[InputGroup, Spectrum], batches: int) -> float:
-        """Return the share of the redistribution's worth that its ranks miss, 1 without any.
+        """Return the share of these spectra's worth that the ranks of about half the data miss.
 
-        Like the directions', that is what the ranks of about half the data miss by these spectra.
+        It is 1 where there is too little data for ranks, then or now.
         """
         before, now = self._trial_plan(self._known_at_half(batches)), self._trial_plan(spectra)
         if before is None or now is None:
@@ -194,7 +194,7 @@ def estimated_missed(before: Spectrum, now: Spectrum) -> list[float]:
 
 
 def missed_energy(before: Spectrum, now: Spectrum) -> Tensor:
-    """(≤ k,) share of the energy of `now`'s leading 1, 2, … directions that `before`'s miss.
+    """Return the shares (≤ k,) of energy of `now`'s first 1, 2, … directions that `before`'s miss.
 
     Measured with the energies of `now`, of which `before` has not seen the latest rows. Unlike a
     cosine per vector it does not care how directions of equal energy rotate among themselves. Where

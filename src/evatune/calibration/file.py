@@ -121,21 +121,10 @@ def _spectrum_facts(spectrum: Spectrum) -> dict[str, Any]:
 
 def _spectrum_tensors(key: str, spectrum: Spectrum) -> dict[str, Tensor]:
     """Return the tensors of a spectrum and its certificate, by their names in the file."""
-    tensors = {
-        "directions": spectrum.directions,
-        "energies": spectrum.energies,
-        "mean": spectrum.mean,
-    }
-    if spectrum.certificate is not None:
-        tensors["fresh_energies"] = spectrum.certificate.energies
-    if spectrum.inputs is not None:
-        tensors["input_moments"] = spectrum.inputs.along
-    if spectrum.mixing is not None:
-        tensors["mixing"] = spectrum.mixing
     # copies, as two spectra may have one and the same, which safetensors does not write
     return {
         f"{key}.{name}": tensor.clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
+        for name, tensor in spectrum.tensors().items()
     }
 
 

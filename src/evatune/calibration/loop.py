@@ -12,7 +12,7 @@ from evatune.calibration.batches import BatchSource, Step
 from evatune.calibration.build import build_calibration
 from evatune.calibration.config import CalibrationConfig
 from evatune.calibration.loss_observer import LossObserver
-from evatune.calibration.observer import Observer
+from evatune.calibration.observer import BatchObserver, Observer
 from evatune.calibration.options import Progress, RunOptions
 from evatune.calibration.result import Calibration
 from evatune.calibration.state import CalibrationState
@@ -78,7 +78,7 @@ def run(
         return build_calibration(state, Status.CONVERGED if converged else ended, source.total)
 
 
-def _observer(state: CalibrationState, options: RunOptions) -> Observer | LossObserver:
+def _observer(state: CalibrationState, options: RunOptions) -> BatchObserver:
     """Return what runs the model on a batch, as the objective needs it."""
     if state.config.needs_loss:
         return LossObserver(state, options)
@@ -122,7 +122,7 @@ def _report(step: Step, state: CalibrationState, source: BatchSource, options: R
 def _save_checkpoint(
     state: CalibrationState,
     source: BatchSource,
-    observer: Observer | LossObserver,
+    observer: BatchObserver,
     options: RunOptions,
 ) -> None:
     """Write what `_resume` needs, when it is time."""
@@ -137,7 +137,7 @@ def _save_checkpoint(
 def _resume(
     state: CalibrationState,
     source: BatchSource,
-    observer: Observer | LossObserver,
+    observer: BatchObserver,
     options: RunOptions,
 ) -> None:
     """Go on from the checkpoint's file, if there is one."""

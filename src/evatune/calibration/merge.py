@@ -1,4 +1,27 @@
-"""Calibrations of one model on separate shards of the data, joined from their records alone."""
+"""Calibrations of one model on separate shards of the data, joined from their records alone.
+
+Per layer, a merge has the leading directions of Σ nᵢKᵢ / N, where shard i has nᵢ of the N rows and
+Kᵢ is what its record keeps of their second moment Cᵢ. Centered records join about the common mean.
+
+What that can lose. No sketch reports what its data does not hold: Cᵢ = Kᵢ + Rᵢ with Rᵢ ⪰ 0, and
+tr Rᵢ is the energy outside the shard's directions, its `tail_energy`. Let T = Σ nᵢ·tr Rᵢ / N. By
+Weyl's and Ky Fan's inequalities, for every r and per row,
+
+    best_r - T  ≤  Σ_{j≤r} energies_j  ≤  captured_r  ≤  best_r
+
+up to rounding, where best_r is the energy that the r best directions for all the data capture of
+it, and captured_r what the first r merged ones do. T is nearly reached where every shard drops one
+and the same direction, and 0 where the data of every shard has a rank of at most k.
+
+Where each shard's directions are the best for its own data, as with `sketch="exact"`, Rᵢ ⪯
+fᵢ(I - Pᵢ), with fᵢ the shard's smallest kept energy and Pᵢ the projection on its directions. Then
+Σ nᵢCᵢ / N ⪯ L + f·I, with f = Σ nᵢfᵢ / N and L the merge of the shards with their energies lowered
+by fᵢ, and T may be replaced by
+
+    D_r = Σ_{j≤r} (λ_j(L) + f - energies_j)  ≤  r·f
+
+which is 0 where all shards agree on their directions. `loss_bounds` has the figures of a merge.
+"""
 
 from __future__ import annotations
 
@@ -107,9 +130,9 @@ def merge_spectra(parts: Sequence[Spectrum], components: int) -> Spectrum:
         A spectrum whose certificate rests on rows that had no part in its directions: those of one
         half of the parts, seen by the directions of the other half, the one with more rows.
 
-    For what the directions can lose see `Calibration.merge`. Sums are float64. The order of parts
-    changes rounding only. Cost: O(d·(m·k)²) for m parts of k directions, m·k ≤ d, and 16·m·k·d
-    bytes.
+    For what the directions can lose see the top of this module. Sums are float64. The order of
+    parts changes rounding only. Cost: O(d·(m·k)²) for m parts of k directions, m·k ≤ d, and
+    16·m·k·d bytes.
     """
     if not any(part.rows for part in parts):
         return parts[0]
@@ -137,7 +160,7 @@ def loss_bounds(
 ) -> dict[str, LossBound]:
     """Return by layer the bounds for its first `ranks[name]` directions.
 
-    They are derived in `Calibration.merge`.
+    They are derived at the top of this module.
     """
     losses: dict[int | None, tuple[float, Tensor]] = {}
     bounds = {}
@@ -161,7 +184,7 @@ def loss_bounds(
 
 
 def _losses(merged: Spectrum, parts: Sequence[Spectrum], components: int) -> tuple[float, Tensor]:
-    """Return T and, for r = 1 … k, D_r of `Calibration.merge`, per row."""
+    """Return T and, for r = 1 … k, D_r, per row; both are defined at the top of this module."""
     weights = [part.rows / merged.rows for part in parts]
     outside = sum(weight * part.tail_energy for weight, part in zip(weights, parts, strict=True))
     # Fewer directions than were asked for: there is no energy in any other.
@@ -273,9 +296,9 @@ def _parts(shards: Sequence[CalibrationData], name: str) -> list[Spectrum]:
 
 
 def _certain_end(shards: Sequence[CalibrationData], name: str) -> Status:
-    """Return the layer's status but for what the joined rows lack.
+    """Return the layer's status before its joined rows are judged.
 
-    Non-finite as in one pass, else that of the shard where it is least settled.
+    It is non-finite as in one pass, else that of the shard where it is least settled.
     """
     ends = {shard.status[name] for shard in shards}
     if Status.NON_FINITE in ends:
@@ -291,7 +314,7 @@ def _certain_end(shards: Sequence[CalibrationData], name: str) -> Status:
 
 
 def _joint_end(least_settled: Status, lack: Status | None) -> Status:
-    """Return the status of joined rows, which lack for what one pass would."""
+    """Return the status of joined rows, judged by what they lack as those of one pass are."""
     if least_settled is not Status.SELDOM_ROUTED:
         return lack or least_settled
     # in one shard; of all together there may be enough

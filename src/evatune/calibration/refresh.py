@@ -100,8 +100,8 @@ class SketchRefresher:
     def _fell(self, before: Spectrum, now: Spectrum, batches: int) -> bool:
         """Return whether less was captured of the newest rows than of those before them.
 
-        Either share is of directions that had not seen the rows. In mixed data it rises, or stays
-        to chance, to which few rows leave more.
+        Both shares are of directions that were found without these rows. Where data is well mixed
+        the share rises or stays, but for chance, which moves it more where there are few rows.
         """
         known, fresh = before.certificate, now.certificate
         if batches <= MIN_BATCHES or not known or not fresh:

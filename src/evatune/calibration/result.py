@@ -56,36 +56,16 @@ class Calibration(CalibrationData, Shown):
     def merge(cls, shards: Sequence[Calibration]) -> Calibration:
         """Join calibrations of the same model, each made apart on a shard of the data.
 
-        Per layer, the leading directions of Σ nᵢKᵢ / N, where shard i has nᵢ of the N rows and Kᵢ
-        is what its record keeps of their second moment Cᵢ. Rows, batches, means and total energies
-        are exactly those of one pass; centered records join about the common mean. Sums are
-        float64; the order of shards changes rounding only.
-
-        What that can lose. No sketch reports what its data does not hold: Cᵢ = Kᵢ + Rᵢ with Rᵢ ⪰ 0,
-        and tr Rᵢ is the energy outside the shard's directions, its `tail_energy`. Let T = Σ nᵢ·tr
-        Rᵢ / N. By Weyl's and Ky Fan's inequalities, for every r and per row,
-
-            best_r - T  ≤  Σ_{j≤r} energies_j  ≤  captured_r  ≤  best_r
-
-        up to rounding, where best_r is the energy that the r best directions for all the data
-        capture of it, and captured_r what the first r merged ones do. T is nearly reached where
-        every shard drops one and the same direction, and 0 where the data of every shard has a rank
-        of at most k.
-
-        Where each shard's directions are the best for its own data, as with `sketch="exact"`, Rᵢ ⪯
-        fᵢ(I - Pᵢ), with fᵢ the shard's smallest kept energy and Pᵢ the projection on its
-        directions. Then Σ nᵢCᵢ / N ⪯ L + f·I, with f = Σ nᵢfᵢ / N and L the merge of the shards
-        with their energies lowered by fᵢ, and T may be replaced by
-
-            D_r = Σ_{j≤r} (λ_j(L) + f - energies_j)  ≤  r·f
-
-        which is 0 where all shards agree on their directions. More `components` make both smaller.
-        For the figures of a merge see `evatune.calibration.merge.loss_bounds`; `evatune merge`
-        prints them.
+        Rows, batches, means and total energies are exactly those of one pass. Directions and
+        energies are those of what the records keep, so that energy outside a shard's own directions
+        may be lost: per row never more than the mean of the shards' `tail_energy`, weighted by
+        their rows. More `components` lose less, and nothing is lost where each shard's directions
+        hold all of its data. `evatune merge` prints bounds; `evatune.calibration.merge` derives
+        them.
 
         Args:
-            shards: two or more, of the same layers, with the same settings but for `seed` and
-                `max_batches`.
+            shards: two or more, of the same layers, with the same settings but for `max_batches`,
+                `seed`, `distributed` and `rendezvous_timeout`. Their order changes rounding only.
 
         Returns:
             A new calibration. Its certificates are what the directions of one half of the shards

@@ -20,7 +20,13 @@ from evatune.distributed.group import ProcessGroup
 from evatune.modeling.fingerprint import fingerprint
 from evatune.modeling.forward import model_device
 from evatune.modeling.wrappers import describe
-from evatune.sketch import Sketch, SketchSettings, make_example_sketch, make_sketch
+from evatune.sketch import (
+    TOKEN_COUNTS,
+    Sketch,
+    SketchSettings,
+    make_example_sketch,
+    make_sketch,
+)
 from evatune.sketch.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -71,7 +77,7 @@ class CalibrationState:
     def has_converged(self, batches: int) -> bool:
         """Return what the stop rule says after a refresh, the same on every process.
 
-        Data that drifts has settled nowhere.
+        Never true while any layer drifts.
         """
         converged = self.convergence.check(self.refresher.latest, batches)
         converged = converged and not self.refresher.drifts
@@ -144,24 +150,19 @@ class CalibrationState:
         return {"latest": self.refresher.latest, "before": before}
 
     def _new_sketch(self, target_layer: TargetLayer, device: torch.device) -> Sketch:
-        if self.config.needs_loss:
-            settings = SketchSettings(
-                target_layer.in_features,
-                self.config.n_components,
-                oversampling=self.config.oversampling,
-                seed=self.config.seed,
-                device=device,
-            )
-            return make_example_sketch(self.config.objective, settings, target_layer.out_features)
-        return make_sketch(
-            "counts" if target_layer.input_view.is_tokens else self.config.sketch,
+        config = self.config
+        settings = SketchSettings(
             target_layer.in_features,
-            self.config.n_components,
-            oversampling=self.config.oversampling,
-            center=self.config.center,
-            seed=self.config.seed,
+            config.n_components,
+            oversampling=config.oversampling,
+            center=config.center,
+            seed=config.seed,
             device=device,
         )
+        if config.needs_loss:
+            return make_example_sketch(config.objective, settings, target_layer.out_features)
+        kind = TOKEN_COUNTS if target_layer.input_view.is_tokens else config.sketch
+        return make_sketch(kind, settings)
 
     def _sketch_by_name(self, name: str) -> Sketch:
         """Return an empty sketch for a layer that has not been called on this process."""

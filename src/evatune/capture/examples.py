@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evatune.capture.input_views import DenseRows
+from evatune.capture.example_blocks import ExampleBlock, ExampleCall
 from evatune.capture.layer_types import TargetLayer, first_tensor
 from evatune.capture.masks import Masks
 from evatune.capture.recorder import RowsFunction
@@ -25,22 +25,6 @@ from evatune.utils.text import shortened
 
 # Bytes of inputs and gradients that go into a sketch at a time, as copies in float32.
 _PIECE_BYTES = 64 << 20
-
-
-@dataclass(eq=False)
-class _Call:
-    """A call of a layer, until its gradient comes.
-
-    Attributes:
-        index: which of the flat positions count; None: all.
-        again: it was made in the backward pass, where checkpointing computes a second time.
-    """
-
-    x: Tensor
-    index: Tensor | None
-    time_first: bool
-    again: bool = False
-    gradient: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +50,8 @@ class _Calls:
         silent: those of the forward pass without a graph.
     """
 
-    waiting: list[_Call] = field(default_factory=list)
-    complete: list[_Call] = field(default_factory=list)
+    waiting: list[ExampleCall] = field(default_factory=list)
+    complete: list[ExampleCall] = field(default_factory=list)
     silent: list[_SilentCall] = field(default_factory=list)
     recorded: bool = False
 
@@ -170,24 +154,25 @@ class ExampleRecorder:
 
         undo.callback(target_layer.module.register_forward_hook(after, with_kwargs=True).remove)
 
-    def _call(self, target_layer: TargetLayer, x: Tensor) -> _Call:
+    def _call(self, target_layer: TargetLayer, x: Tensor) -> ExampleCall:
         """Return a call, with the rows that count, which the masks know while it lasts."""
         target_layer.require_readable(x)
         shape = target_layer.input_view.leading_shape(x)
         again = self._backward
         if self._rows is not None:
-            return _Call(x.detach(), self._user_rows(target_layer, x), False, again)
+            return ExampleCall(x.detach(), self._user_rows(target_layer, x), False, again)
         selector = self._selector(target_layer, x, shape)
         index = None if shape is None else selector.chosen(shape)
         time_first = shape is not None and selector.is_time_first(shape)
-        return _Call(x.detach(), index, time_first, again)
+        return ExampleCall(x.detach(), index, time_first, again)
 
     def _selector(
         self, target_layer: TargetLayer, x: Tensor, shape: torch.Size | None
     ) -> RowSelector:
-        """Return the selector for the rows of a call; of one that is made again, the first one's.
+        """Return the selector for the rows of a call.
 
-        Of several calls with rows of one shape that is the first.
+        A call that checkpointing repeats in the backward pass has the selector that it had before:
+        that of the first call with rows of its shape.
         """
         if self._rows is not None:
             return ALL_ROWS
@@ -200,8 +185,8 @@ class ExampleRecorder:
     def _user_rows(self, target_layer: TargetLayer, x: Tensor) -> Tensor:
         """Return the flat positions that the caller's own function chooses.
 
-        It is handed a number for each position in place of the values: roots, of which no mean is
-        one again.
+        It is handed √1, √2, … as place markers in place of the values, so that a function which
+        averages rows is detected.
         """
         assert self._rows is not None
         view, name = target_layer.input_view, target_layer.name
@@ -227,7 +212,7 @@ class ExampleRecorder:
 
     # -- gradients ---------------------------------------------------------------------------------
 
-    def _arrived(self, target_layer: TargetLayer, call: _Call, gradient: Tensor) -> None:
+    def _arrived(self, target_layer: TargetLayer, call: ExampleCall, gradient: Tensor) -> None:
         if not self._backward:
             return  # of a derivative that the loss has a part in
         with self._lock:
@@ -271,15 +256,15 @@ class ExampleRecorder:
             x = zeros.new_zeros(1, 1, target_layer.in_features)
             if target_layer.input_view.is_tokens:
                 x = torch.zeros(1, 1, dtype=torch.int64, device=devices[0])
-            nothing = _Call(x, None, time_first=False, gradient=zeros)
+            nothing = ExampleCall(x, None, time_first=False, gradient=zeros)
             self._record(target_layer, _Calls(complete=[nothing]))
 
-    def _pieces(self, target_layer: TargetLayer, calls: list[_Call]) -> Iterator[Examples]:
+    def _pieces(self, target_layer: TargetLayer, calls: list[ExampleCall]) -> Iterator[Examples]:
         """Yield the examples of a layer's calls, of bounded size."""
         view = target_layer.input_view
-        blocks = [_Block.of(view, call, self._n_examples) for call in calls]
+        blocks = [ExampleBlock.of(view, call, self._n_examples) for call in calls]
         if len({len(block.x) for block in blocks}) == 1:
-            blocks = [_Block.joined(blocks)]
+            blocks = [ExampleBlock.joined(blocks)]
         for block in blocks:
             numbers = target_layer.in_features + target_layer.out_features
             per_example = 4 * numbers * max(1, block.x.shape[1])
@@ -287,81 +272,8 @@ class ExampleRecorder:
             yield from block.pieces(step, self._weight)
 
 
-@dataclass(frozen=True)
-class _Block:
-    """The examples of a call: (S, T, d) or (S, T) tokens, (S, T, out) and (S, T) bool or None."""
-
-    x: Tensor
-    g: Tensor
-    rows: int  # that count
-    kept: Tensor | None
-
-    @staticmethod
-    def of(view: DenseRows, call: _Call, examples: int) -> _Block:
-        """Return the tokens of a call by the examples that they are of.
-
-        Whatever lies between the first dimension and the last, or the windows that a model has
-        made of its images, are tokens of an example, as long as their number can be divided so.
-        Rows (1, T) that a whole batch shares, such as positions, are one example's, so that the
-        result of such a layer depends on the size of batches.
-        """
-        assert call.gradient is not None
-        x, g = view.all_rows(call.x), view.output_rows(call.gradient)
-        leading = g.shape[:-1]
-        kept = view.real_tokens(call.x)
-        rows = leading.numel() if call.index is None else len(call.index)
-        if kept is not None:
-            rows = int(kept.sum() if call.index is None else kept.flatten()[call.index].sum())
-        if call.index is not None:
-            chosen = torch.zeros(leading.numel(), dtype=torch.bool, device=g.device)
-            chosen[call.index.to(g.device)] = True
-            kept = chosen if kept is None else chosen & kept.flatten()
-        if call.time_first:
-            x, g = x.transpose(0, 1), g.transpose(0, 1)
-            kept = None if kept is None else kept.reshape(leading).transpose(0, 1)
-        total = leading.numel()
-        is_shared = len(leading) > 1 and leading[0] == 1
-        is_divisible = total % examples == 0 and not is_shared
-        count = examples if is_divisible else leading[:1].numel()
-        shape = (count, total // max(1, count))
-        x_shape = shape if view.is_tokens else (*shape, x.shape[-1])
-        return _Block(
-            x.reshape(x_shape),
-            g.reshape(*shape, g.shape[-1]),
-            rows,
-            None if kept is None else kept.reshape(shape),
-        )
-
-    @staticmethod
-    def joined(blocks: list[_Block]) -> _Block:
-        """Return several calls as one, in which an example has the tokens of all."""
-        if len(blocks) == 1:
-            return blocks[0]
-        kept = None
-        if any(block.kept is not None for block in blocks):
-            kept = torch.cat([block.all_kept() for block in blocks], dim=1)
-        x = torch.cat([block.x for block in blocks], dim=1)
-        g = torch.cat([block.g for block in blocks], dim=1)
-        return _Block(x, g, sum(block.rows for block in blocks), kept)
-
-    def all_kept(self) -> Tensor:
-        """Return `kept`, with ones where it is None."""
-        if self.kept is not None:
-            return self.kept
-        return torch.ones(self.g.shape[:2], dtype=torch.bool, device=self.g.device)
-
-    def pieces(self, size: int, weight: float) -> Iterator[Examples]:
-        """Yield the examples, so many at a time."""
-        rows = self.rows  # of the first piece, as counting each would wait for the device
-        for start in range(0, max(1, len(self.x)), size):
-            piece = slice(start, start + size)
-            kept = None if self.kept is None else self.kept[piece]
-            yield Examples(self.x[piece], self.g[piece], rows, kept, weight)
-            rows = 0
-
-
 def _require_called(target_layers: Sequence[TargetLayer]) -> None:
-    """Raise a TargetError for layers whose outputs are not to be had by a hook."""
+    """Raise a TargetError for layers whose outputs no hook is handed."""
     inside = [target_layer.name for target_layer in target_layers if target_layer.parameter]
     if inside:
         raise TargetError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,9 +16,10 @@ from evatune.capture.row_selection import (
     label_mask,
     wants_labels,
 )
+from evatune.modeling.batches import map_tensors, tensors_in
 from evatune.modeling.loss import loss_in
 from evatune.modeling.state import cuda_devices
-from evatune.modeling.wrappers import output_embedding
+from evatune.modeling.wrappers import encoder_decoders, output_embedding
 
 Run = Callable[[nn.Module, Any], Any]
 
@@ -77,8 +78,7 @@ def loss_denominator(model: nn.Module, ignore_index: int, run: Run) -> Callable[
 
 def decodes_labels(model: nn.Module) -> bool:
     """Return whether labels belong to a decoder with tokens of its own, in an encoder-decoder."""
-    configs = (getattr(module, "config", None) for module in model.modules())
-    return any(getattr(config, "is_encoder_decoder", False) is True for config in configs)
+    return any(True for _ in encoder_decoders(model))
 
 
 class LabelShift:
@@ -170,7 +170,8 @@ def positions_in_loss(model: nn.Module, batch: Any, run: Run) -> Tensor | None:
         stack.callback(head.register_forward_pre_hook(detach_input).remove)
         stack.callback(model.register_forward_hook(keep_output).remove)
         try:
-            run(model, _copied(batch))
+            # copies, as tensors made in inference mode cannot be kept for a backward pass
+            run(model, map_tensors(batch, torch.clone))
             loss = _loss_of(outputs[-1]) if outputs else None
             if loss is None or len(leaves) != 1:
                 return None
@@ -186,13 +187,10 @@ def one_example(batch: Any, index: int) -> Any:
 
     None where the tensors of the batch do not all have the examples as their first dimension.
     """
-    if not isinstance(batch, Mapping):
-        return None
-    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
-    lengths = {len(value) if value.ndim else None for value in tensors.values()}
+    lengths = {len(tensor) if tensor.ndim else None for tensor in tensors_in(batch)}
     if len(lengths) != 1 or None in lengths:
         return None
-    return dict(batch) | {key: value[index : index + 1] for key, value in tensors.items()}
+    return map_tensors(batch, lambda tensor: tensor[index : index + 1])
 
 
 def declares_shift(model: nn.Module) -> bool:
@@ -215,15 +213,3 @@ def _loss_of(output: Any) -> Tensor | None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         return None
     return loss if loss.requires_grad else None
-
-
-def _copied(batch: Any) -> Any:
-    """Return the batch with copies of its tensors.
-
-    Those made in inference mode cannot be kept for a backward pass.
-    """
-    if not isinstance(batch, Mapping):
-        return batch
-    return {
-        key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()
-    }

@@ -4,14 +4,30 @@ Models make masks of their own on the way: of audio frames from one of samples, 
 to a window, of choices laid out one after another. A module that is called with such a mask has
 rows of that kind inside. A mask says nothing about what did not come from its tokens, such as the
 patches of an image, of whatever number they may be.
+
+Three batches of four examples, and which rows of a linear layer inside count:
+
+Text, `input_ids` and `attention_mask` (4, 12). The model is called with the mask, and so are its
+blocks, or they are called with nothing new. A layer that is handed (4, 12, d) has a row for each
+position of the mask, and those of padding are left out.
+
+The same with `pixel_values` (4, 3, 32, 32). These cannot be tokens of the mask, by their shape, and
+are noted as foreign. The vision tower is handed them, so all rows inside it count, though there may
+be 12 patches too; what it returns is foreign as well, and so all rows inside the projector count.
+Where the model puts the result between embedded tokens it makes a new tensor, which is not foreign:
+in the language model the mask of the tokens decides again.
+
+An encoder-decoder, with `decoder_input_ids` (4, 7) beside the text. In the encoder the mask of the
+text decides. The decoder begins anew: its own mask decides, or the labels, or else all rows count.
+Its cross-attention is handed the encoder's output as `encoder_hidden_states`. Layers that are given
+this very tensor, of keys and values, go by the mask of the text, and those of queries by the
+decoder's.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -19,57 +35,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evatune.capture.calls import (
+    ENCODED,
+    ENCODER_MASK,
+    MASK,
+    Call,
+    Signature,
+    inputs_of,
+    tensor_argument,
+)
+from evatune.capture.foreign_rows import ForeignRows, floats_in, may_be_tokens, may_hold_tokens
 from evatune.capture.layer_types import TargetLayer
 from evatune.capture.row_selection import ALL_ROWS, RowSelector, batch_field, token_mask
 from evatune.capture.shared_inputs import memory
 from evatune.choices import IGNORED
-from evatune.modeling.wrappers import is_wrapper
+from evatune.modeling.wrappers import encoder_decoders, is_wrapper
 from evatune.utils.text import shortened
 from evatune.utils.warn import warn
-
-_MASK, _ENCODED, _ENCODER_MASK = "attention_mask", "encoder_hidden_states", "encoder_attention_mask"
-
-
-@dataclass(frozen=True)
-class _Signature:
-    """The arguments that a module's `forward` takes by position.
-
-    Attributes:
-        is_model: the module is a whole model of transformers.
-    """
-
-    names: tuple[str, ...]
-    is_model: bool
-
-    @property
-    def takes_masks(self) -> bool:
-        """True where a mask may come with a call: by name, or among keywords of any name."""
-        if self.is_model or not self.names:
-            return True
-        return not {_MASK, _ENCODER_MASK, _ENCODED}.isdisjoint(self.names)
-
-
-@dataclass(eq=False)
-class _Call:
-    """The arguments of a running module, and of those inside it that were called with nothing new.
-
-    Attributes:
-        mask: of its own tokens.
-        encoded: rows of an encoder, handed to it.
-        encoder_mask: of those.
-        scope: of the tokens around it, and where inner masks find their labels.
-        foreign: its rows come from no token of the masks around it.
-        mixed: it is handed such rows as well.
-        after: the decoder that has run inside it, to whose tokens what comes later belongs.
-    """
-
-    mask: Tensor | None
-    encoded: Tensor | None
-    encoder_mask: Tensor | None
-    scope: RowSelector
-    foreign: bool
-    mixed: bool
-    after: _Call | None = None
 
 
 class Masks:
@@ -97,7 +79,7 @@ class Masks:
         followed = [model, *_around(model, target_layers)]
         if self._decoder is not None:
             followed.append(self._decoder)
-        self._signatures = {module: _signature(module) for module in followed}
+        self._signatures = {module: Signature.of(module) for module in followed}
         self._labels_only = labels_only
         self._ignore_index = ignore_index
         # layers whose rows no mask could tell apart, though some are masked out
@@ -108,11 +90,11 @@ class Masks:
     def begin(self, batch: Any, scope: RowSelector) -> None:
         """Get ready for a forward pass on `batch`, which itself says `scope`."""
         self._batch, self._scope = batch, scope
-        self._running: list[tuple[nn.Module, _Call]] = []
-        self._foreign: list[Tensor] = []  # kept, so that nothing else comes to lie in their memory
+        self._running: list[tuple[nn.Module, Call]] = []
+        self._foreign = ForeignRows()
         self._known: dict[Any, tuple[Tensor, RowSelector | None]] = {}
         self._answers: dict[Any, tuple[RowSelector, bool]] = {}
-        given = batch_field(batch, _MASK)
+        given = batch_field(batch, MASK)
         if isinstance(given, Tensor):
             self._known[scope, memory(given)] = given, scope
 
@@ -123,7 +105,7 @@ class Masks:
         """
         scope = self._scope
         others = any(
-            scope.mask is None or not _may_hold_tokens(x, scope) for x in _tensors(self._batch)
+            scope.mask is None or not may_hold_tokens(x, scope) for x in floats_in(self._batch)
         )
         for module, signature in self._signatures.items():
             if others or signature.takes_masks:
@@ -137,7 +119,7 @@ class Masks:
         Args:
             leading_shape: of the activation; None where no mask can speak about its rows.
         """
-        if leading_shape is None or self._is_foreign(x):
+        if leading_shape is None or x in self._foreign:
             return ALL_ROWS
         calls = list(dict.fromkeys(call.after or call for _, call in reversed(self._running)))
         encoders = [call.encoder_mask for call in calls if call.encoded is x]
@@ -150,11 +132,12 @@ class Masks:
         return answer
 
     def _find(
-        self, calls: list[_Call], encoders: list[Tensor | None], leading_shape: torch.Size
+        self, calls: list[Call], encoders: list[Tensor | None], leading_shape: torch.Size
     ) -> tuple[RowSelector, bool]:
         """Return the selector of the nearest mask that fits.
 
-        Also whether a mask should fit that masks rows out, and does not.
+        Also return True where a mask excludes tokens but cannot be matched to these rows, which may
+        be tokens.
         """
         around = calls[0].scope if calls else self._scope
         scope, given = around, [call.mask for call in calls if call.scope is around]
@@ -175,7 +158,7 @@ class Masks:
                 return ALL_ROWS if selector.index is None else selector, False
             missed = missed if selector.index is None else selector
         mixed = bool(calls) and calls[0].mixed
-        return ALL_ROWS, missed is not None and not mixed and _may_be_tokens(leading_shape, missed)
+        return ALL_ROWS, missed is not None and not mixed and may_be_tokens(leading_shape, missed)
 
     def warn_once(self) -> None:
         """Warn of the layers of which padding may have been counted, after the first such pass."""
@@ -192,46 +175,46 @@ class Masks:
 
     def _enter(
         self,
-        signature: _Signature,
+        signature: Signature,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
         outer = self._running[-1][1] if self._running else None
-        given = _arguments(signature.names, args, kwargs)
+        given = signature.arguments(args, kwargs)
         new = outer is None or self._says_something_new(signature, module, given, outer)
         call = self._call(signature, module, given, outer) if new else outer
         assert call is not None
         self._running.append((module, call))
 
     def _says_something_new(
-        self, signature: _Signature, module: nn.Module, given: Mapping[str, Any], outer: _Call
+        self, signature: Signature, module: nn.Module, given: Mapping[str, Any], outer: Call
     ) -> bool:
         """Return whether a call tells more than the one around it.
 
         Most do not, and cost next to nothing.
         """
-        if self._foreign or outer.encoded is not None or given.get(_ENCODED) is not None:
+        if self._foreign or outer.encoded is not None or given.get(ENCODED) is not None:
             return True
         if module is self._decoder:
             return True
-        mask = given.get(_MASK)
+        mask = given.get(MASK)
         return signature.is_model if mask is None else mask is not outer.mask
 
     def _call(
         self,
-        signature: _Signature,
+        signature: Signature,
         module: nn.Module,
         given: Mapping[str, Any],
-        outer: _Call | None,
-    ) -> _Call:
+        outer: Call | None,
+    ) -> Call:
         scope = self._scope if outer is None else outer.scope
-        mask, encoder_mask = _tensor(given, _MASK), _tensor(given, _ENCODER_MASK)
-        inputs = [value for name, value in given.items() if _is_input(name, value)]
+        mask, encoder_mask = tensor_argument(given, MASK), tensor_argument(given, ENCODER_MASK)
+        inputs = inputs_of(given)
         if outer is None:
             foreign = False
             selector = None if mask is None else self._selector(mask, scope)
-            self._note_foreign(given, selector or scope)
+            self._foreign.add_inputs(given, selector or scope)
         else:
             foreign = outer.foreign or self._enters_foreign(signature, given, inputs, scope)
             if foreign and not outer.foreign:
@@ -240,31 +223,31 @@ class Masks:
             scope, foreign = self._of_decoder(mask), False
         encoded = self._encoded(given, inputs)
         # cross-attention, which has one mask
-        if encoded is not None and _ENCODER_MASK not in (*signature.names, *given):
+        if encoded is not None and ENCODER_MASK not in (*signature.names, *given):
             mask, encoder_mask = None, mask
-        mixed = any(self._is_foreign(value) for value in inputs[1:])
-        return _Call(mask, encoded, encoder_mask, scope, foreign, mixed)
+        mixed = any(value in self._foreign for value in inputs[1:])
+        return Call(mask, encoded, encoder_mask, scope, foreign, mixed)
 
     def _enters_foreign(
         self,
-        signature: _Signature,
+        signature: Signature,
         given: Mapping[str, Any],
         inputs: Sequence[Tensor],
         scope: RowSelector,
     ) -> bool:
         """Return whether the rows of a call come from no token of the masks around it."""
-        mask = _tensor(given, _MASK)
+        mask = tensor_argument(given, MASK)
         if mask is not None and (scope, memory(mask)) in self._known:
             return False  # the model inside its wrapper, or around its parts
         first = inputs[0] if inputs else None
-        if self._is_foreign(first):
+        if first in self._foreign:
             return True
-        nested = signature.is_model and given.get(_MASK) is None
+        nested = signature.is_model and given.get(MASK) is None
         return nested and self._is_of_other_length(first, scope)
 
     def _encoded(self, given: Mapping[str, Any], inputs: Sequence[Tensor]) -> Tensor | None:
         """Return the rows of an encoder that are handed on; cross-attention may rename them."""
-        encoded = _tensor(given, _ENCODED)
+        encoded = tensor_argument(given, ENCODED)
         if encoded is not None:
             return encoded
         for _, call in self._running:
@@ -280,7 +263,7 @@ class Masks:
         call = self._running.pop()[1]
         outer = self._running[-1][1] if self._running else None
         if call.foreign and outer is not None and not outer.foreign:
-            self._foreign += _tensors(output)
+            self._foreign.add_output(output)
         if module is self._decoder:
             for _, around in self._running:
                 around.after = call
@@ -298,24 +281,10 @@ class Masks:
         labels = batch_field(self._batch, "labels")
         per_token = isinstance(labels, Tensor) and labels.ndim == 2
         use_labels = per_token and (self._labels_only or mask is None)
-        decoded = {_MASK: mask, "labels": labels}
+        decoded = {MASK: mask, "labels": labels}
         return RowSelector.of_batch(
             decoded, labels_only=use_labels, ignore_index=self._ignore_index
         )
-
-    def _note_foreign(self, given: Mapping[str, Any], selector: RowSelector) -> None:
-        """Remember what a model is given beside the tokens of its mask: images, sounds."""
-        if selector.mask is None:
-            return
-        for name, value in given.items():
-            if "mask" not in name:
-                self._foreign += [x for x in _tensors(value) if not _may_hold_tokens(x, selector)]
-
-    def _is_foreign(self, x: Any) -> bool:
-        if not self._foreign or not isinstance(x, Tensor):
-            return False
-        address = x.untyped_storage().data_ptr()
-        return any(address == other.untyped_storage().data_ptr() for other in self._foreign)
 
     def _is_of_other_length(self, x: Any, scope: RowSelector) -> bool:
         """Return whether `x` holds no row for each of the tokens that the masks around mean."""
@@ -328,7 +297,7 @@ class Masks:
         masked = [selector for selector in selectors if selector.mask is not None]
         if not masked or not isinstance(x, Tensor):
             return False
-        return not any(_may_hold_tokens(x, selector) for selector in masked)
+        return not any(may_hold_tokens(x, selector) for selector in masked)
 
 
 def decoder_of(model: nn.Module) -> nn.Module | None:
@@ -336,10 +305,7 @@ def decoder_of(model: nn.Module) -> nn.Module | None:
 
     It is called with masks of its own.
     """
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "is_encoder_decoder", False) is not True:
-            continue
+    for module in encoder_decoders(model):
         if hasattr(module, "get_decoder"):
             decoder = module.get_decoder()  # type: ignore[operator]
             return decoder if isinstance(decoder, nn.Module) else None
@@ -360,64 +326,3 @@ def _around(model: nn.Module, target_layers: Sequence[TargetLayer]) -> list[nn.M
     # torch's attention is handed several sequences itself.
     around += [target_layer.module for target_layer in target_layers if target_layer.parameter]
     return list(dict.fromkeys(around))
-
-
-def _signature(module: nn.Module) -> _Signature:
-    try:
-        parameters = inspect.signature(module.forward).parameters.values()
-    except (TypeError, ValueError):  # some builtins have none
-        parameters = ()  # type: ignore[assignment]
-    names = tuple(
-        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    )
-    # Those models are handed the mask of their own input, if it has one.
-    return _Signature(names, hasattr(type(module), "main_input_name"))
-
-
-def _arguments(
-    parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the arguments of a call by name, in the order of the signature."""
-    given = dict(zip(parameters, args, strict=False))
-    given |= {str(index): value for index, value in enumerate(args[len(parameters) :])}
-    given |= {name: kwargs[name] for name in parameters if name in kwargs}
-    return given | dict(kwargs)
-
-
-def _tensor(given: Mapping[str, Any], name: str) -> Tensor | None:
-    value = given.get(name)
-    return value if isinstance(value, Tensor) else None
-
-
-def _is_input(name: str, value: Any) -> bool:
-    return isinstance(value, Tensor) and "mask" not in name
-
-
-def _may_hold_tokens(x: Tensor, mask: RowSelector) -> bool:
-    """Return whether `x` may be the token ids, embedded tokens or features in time of a mask."""
-    assert mask.mask is not None
-    return x.ndim <= 3 and set(mask.mask.shape) <= set(x.shape)
-
-
-def _may_be_tokens(leading_shape: torch.Size, mask: RowSelector) -> bool:
-    """Return whether rows that a mask does not fit may be tokens all the same.
-
-    They are not if they are pooled, or without padding already.
-    """
-    assert mask.mask is not None
-    assert mask.index is not None
-    b, count = len(mask.mask), len(mask.index)
-    if leading_shape.numel() == count or leading_shape.numel() <= b:
-        return False
-    return len(leading_shape) == 1 or b in leading_shape[:2]
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Return the tensors of floating point numbers in (nested) lists, tuples and mappings."""
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if not isinstance(value, (list, tuple)):
-        return []
-    return [x for inner in value for x in _tensors(inner)]

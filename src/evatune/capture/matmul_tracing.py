@@ -104,9 +104,9 @@ class MatmulTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._on_product(name, expert, rows.flatten(0, -2), positions)
 
     def _report_all_experts(self, name: str, rows: Tensor) -> None:
-        """Report a product of all experts at once, each with all the tokens.
+        """Report a product of all experts at once.
 
-        Those of other experts are zero.
+        Each is given all the tokens, with zeros for those of other experts.
         """
         for expert, tokens in enumerate(rows):
             routed = tokens.any(1).nonzero().flatten()

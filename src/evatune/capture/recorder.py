@@ -176,32 +176,31 @@ class InputRecorder:
         if x.is_inference():
             x = x.clone()
         target_layer.require_readable(x)
-        if self._rows is not None:
-            selector, rows = ALL_ROWS, self._user_rows(target_layer, x)
-
-            def pieces() -> Iterator[Piece]:
-                yield rows, None
-
-        elif positions is not None:
-            selector = self._selector(target_layer, original, torch.Size([positions[1]]))
-            index = selector.at_positions(*positions)
-
-            def pieces() -> Iterator[Piece]:
-                yield x, index
-
-        else:
-            leading_shape = target_layer.input_view.leading_shape(x)
-            selector = self._selector(target_layer, original, leading_shape)
-
-            def pieces() -> Iterator[Piece]:
-                return target_layer.input_view.pieces(x, selector)
+        selector, pieces = self._choose(target_layer, x, original, positions)
 
         def summarize(sketch: Sketch) -> SketchUpdate:
             assert isinstance(sketch, InputSketch)
-            return sketch.summarize_pieces(pieces())
+            return sketch.summarize_pieces(pieces)
 
         with full_precision(x.device):
             self._shared_inputs.record(target_layer, original, selector, summarize)
+
+    def _choose(
+        self,
+        target_layer: TargetLayer,
+        x: Tensor,
+        original: Tensor,
+        positions: TokenPositions | None,
+    ) -> tuple[RowSelector, Iterator[Piece]]:
+        """Return the selector of a call's rows, and the rows that it takes, yet to be read."""
+        if self._rows is not None:
+            return ALL_ROWS, iter([(self._user_rows(target_layer, x), None)])
+        if positions is not None:
+            selector = self._selector(target_layer, original, torch.Size([positions[1]]))
+            return selector, iter([(x, selector.at_positions(*positions))])
+        leading_shape = target_layer.input_view.leading_shape(x)
+        selector = self._selector(target_layer, original, leading_shape)
+        return selector, target_layer.input_view.pieces(x, selector)
 
     def _selector(
         self, target_layer: TargetLayer, original: Tensor, leading_shape: torch.Size | None

@@ -49,7 +49,7 @@ class _Pending:
     """An activation of this forward pass that only some members of the group have seen yet."""
 
     identity: _Identity
-    summarize: SketchUpdate
+    update: SketchUpdate
 
 
 @dataclass(eq=False)
@@ -75,7 +75,7 @@ class InputGroup:
         """Add to the sketch what every member has seen."""
         while self.pending and min(self.consumed.values()) > 0:
             self.open = False
-            self.sketch.add(self.pending.pop(0).summarize)
+            self.sketch.add(self.pending.pop(0).update)
             for name in self.consumed:
                 self.consumed[name] -= 1
 
@@ -109,8 +109,8 @@ class SharedInputs:
         self._share = share
         self._group: dict[str, InputGroup] = {}
         # made in this forward pass, by their first tensor
-        self._uninitialized: dict[object, tuple[_Identity, InputGroup]] = {}
-        self._uninitialized_groups: set[InputGroup] = set()
+        self._open_groups: dict[object, tuple[_Identity, InputGroup]] = {}
+        self._new_groups: set[InputGroup] = set()
         self._dropped: set[str] = set()
 
     @property
@@ -148,7 +148,7 @@ class SharedInputs:
             group.pending.append(_Pending(_Identity(x, selector), summarize(group.sketch)))
         group.consumed[name] = seen + 1
         # others may still join a group of this forward pass, and must find all of it pending
-        if group not in self._uninitialized_groups:
+        if group not in self._new_groups:
             group.flush()
 
     def stop_watching(self, name: str) -> None:
@@ -178,9 +178,9 @@ class SharedInputs:
         return groups
 
     def end_of_forward(self) -> None:
-        """Part groups whose members have not all seen the same, so that nothing stays pending."""
-        self._uninitialized.clear()
-        self._uninitialized_groups.clear()
+        """Split groups whose members have not seen the same activations; nothing stays pending."""
+        self._open_groups.clear()
+        self._new_groups.clear()
         for group in self.groups:
             group.flush()
             while group.pending:
@@ -196,15 +196,15 @@ class SharedInputs:
         group = self._joinable(key, x, selector)
         if group is None:
             group = InputGroup(self._make(target_layer, x.device))
-            self._uninitialized[key] = (_Identity(x, selector), group)
-            self._uninitialized_groups.add(group)
+            self._open_groups[key] = (_Identity(x, selector), group)
+            self._new_groups.add(group)
         group.consumed[target_layer.name] = 0
         self._group[target_layer.name] = group
         return group
 
     def _joinable(self, key: object, x: Tensor, selector: object) -> InputGroup | None:
         """Return the group of this forward pass that a layer with the input `x` may still join."""
-        if not self._share or key not in self._uninitialized:
+        if not self._share or key not in self._open_groups:
             return None
-        first, group = self._uninitialized[key]
+        first, group = self._open_groups[key]
         return group if group.open and first.matches(x, selector) else None

@@ -105,7 +105,7 @@ class ProcessGroup:
         """Raise ProcessError on every process, naming a difference, unless `facts` are equal.
 
         Args:
-            what: that the processes do not do otherwise.
+            what: all of them should do, in the words of the message.
         """
         text = json.dumps(facts, sort_keys=True)
         hashes = self.gather(hashlib.sha256(text.encode()).hexdigest())
@@ -339,13 +339,13 @@ def _unpacked(header: bytes, payload: Tensor) -> dict[str, Tensor]:
 
 
 def _bytes(text: bytes, size: int) -> Tensor:
-    """(size,) uint8, filled up with zeros."""
+    """Return bytes as (size,) uint8, filled up with zeros."""
     padded = text.ljust(size, b"\0")
     return torch.tensor(list(padded), dtype=torch.uint8, device="cpu")
 
 
 def _integers(*values: int) -> Tensor:
-    """(n,) int64 on the CPU."""
+    """Return integers as (n,) int64 on the CPU."""
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 

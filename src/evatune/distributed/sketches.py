@@ -91,7 +91,7 @@ class DistributedSketches:
         return {"groups": of_names, "rows": [group.sketch.count for group in numbers]}
 
     def _find_common_basis(self, owners: dict[InputGroup, int]) -> None:
-        """Carry sketches that have a basis of their own process over to that of their owner."""
+        """Give sketches that chose their basis on their own process the basis of their owner."""
         uncommon = {
             group: owner
             for group, owner in owners.items()
@@ -104,8 +104,7 @@ class DistributedSketches:
                 continue
             for group, basis_state in zip(groups, received, strict=True):
                 _sketch_of(group).change_basis(basis_state)
-        # One that has not seen a row will choose its basis by its first ones, on each process by
-        # other ones.
+        # A sketch without rows has yet to choose its basis, and each process would choose another.
         for group in uncommon:
             if group.sketch.shift is not None:
                 self._common.update(group.members)

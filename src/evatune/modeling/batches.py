@@ -1,14 +1,18 @@
-"""Checks what was given as batches, and says in one sentence what to do where it is none."""
+"""Walks over the tensors of a batch; says in one sentence what to do where there is no batch."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from operator import length_hint
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from evatune.errors import ConfigError, DataError
 
@@ -30,6 +34,60 @@ _TOKENIZE = (
     "models take token ids: DataLoader(texts, batch_size=…, collate_fn=lambda some: tokenizer(some,"
     " padding=True, return_tensors='pt'))"
 )
+
+
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a batch in their order.
+
+    They may be in mappings, tuples, lists and dataclasses of any depth.
+    """
+    values: Iterable[Any] = ()
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        values = batch.values()
+    elif isinstance(batch, (tuple, list)):
+        values = batch
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        values = [getattr(batch, field.name) for field in fields(batch)]
+    for value in values:
+        yield from tensors_in(value)
+
+
+def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return the batch with `function` of each of its tensors, in containers of its own.
+
+    The sizes of a packed sequence, which stay on the CPU, are none of them.
+    """
+    if isinstance(batch, Tensor):
+        return function(batch)
+    # transformers' BatchEncoding, whose own methods would change the caller's
+    if isinstance(batch, UserDict):
+        mapped = copy.copy(batch)
+        mapped.data = {key: map_tensors(value, function) for key, value in batch.items()}
+        return mapped
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(value, function) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return _map_sequence(batch, function)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return _map_dataclass(batch, function)
+    return batch
+
+
+def _map_sequence(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    values = [map_tensors(value, function) for value in batch]
+    if isinstance(batch, PackedSequence):
+        values[1] = batch.batch_sizes
+    return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+
+
+def _map_dataclass(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    mapped = copy.copy(batch)
+    for field in fields(batch):
+        value = map_tensors(getattr(batch, field.name), function)
+        object.__setattr__(mapped, field.name, value)  # as dataclasses do that are frozen
+    return mapped
 
 
 def iterate(batches: Iterable[Any]) -> Iterator[Any]:
@@ -100,7 +158,7 @@ def fault_of(batch: Any, model: nn.Module) -> str | None:
     single = _single_example(batch, model)
     if single is not None:
         return single
-    if not _holds_tensor(batch):
+    if not any(True for _ in tensors_in(batch)):
         kinds = (
             {str(key): type(value).__name__ for key, value in batch.items()}
             if isinstance(batch, Mapping)
@@ -145,7 +203,9 @@ def _is_text(batch: Any) -> bool:
     if isinstance(batch, Mapping):
         values = list(batch.values())
         known = _DIMENSIONS.keys() & batch.keys()
-        return not known and not _holds_tensor(batch) and any(_is_text(value) for value in values)
+        if known or any(True for _ in tensors_in(batch)):
+            return False
+        return any(_is_text(value) for value in values)
     if isinstance(batch, (list, tuple)):
         return bool(batch) and all(isinstance(x, (str, bytes)) for x in batch)
     return isinstance(batch, (str, bytes))
@@ -202,11 +262,3 @@ def _binds(signature: inspect.Signature, count: int) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return any(_holds_tensor(inner) for inner in value)
-    return isinstance(value, Tensor) or hasattr(value, "__dataclass_fields__")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections import UserDict
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from evatune.errors import DataError, EvatuneError
-from evatune.modeling.batches import fault_of
+from evatune.modeling.batches import fault_of, map_tensors
 from evatune.modeling.wrappers import base_model
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
@@ -68,36 +66,12 @@ def to_device(batch: Any, device: torch.device | None) -> Any:
     Tensors made under `torch.inference_mode()` are copied: outside of it a model could not write to
     them.
     """
-    if isinstance(batch, Tensor):
-        batch = batch if device is None else batch.to(device)
-        return batch.clone() if batch.is_inference() else batch
-    # transformers' BatchEncoding, whose own `to` would change the caller's
-    if isinstance(batch, UserDict):
-        moved = copy.copy(batch)
-        moved.data = {key: to_device(value, device) for key, value in batch.items()}
-        return moved
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return _sequence_to_device(batch, device)
-    if is_dataclass(batch) and not isinstance(batch, type):
-        return _dataclass_to_device(batch, device)
-    return batch
 
+    def moved(tensor: Tensor) -> Tensor:
+        tensor = tensor if device is None else tensor.to(device)
+        return tensor.clone() if tensor.is_inference() else tensor
 
-def _sequence_to_device(batch: Any, device: torch.device | None) -> Any:
-    if isinstance(batch, PackedSequence):  # whose sizes stay on the CPU
-        return batch if device is None else batch.to(device)  # type: ignore[arg-type]
-    values = [to_device(value, device) for value in batch]
-    return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-
-
-def _dataclass_to_device(batch: Any, device: torch.device | None) -> Any:
-    moved = copy.copy(batch)
-    for field in fields(batch):
-        value = to_device(getattr(batch, field.name), device)
-        object.__setattr__(moved, field.name, value)  # as dataclasses do that are frozen
-    return moved
+    return map_tensors(batch, moved)
 
 
 def model_device(model: nn.Module) -> torch.device | None:

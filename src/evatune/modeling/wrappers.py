@@ -173,6 +173,14 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
     return None
 
 
+def encoder_decoders(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that are encoder-decoder models, as their configuration says."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "is_encoder_decoder", False) is True:
+            yield module
+
+
 def base_model(model: nn.Module) -> nn.Module:
     """Return the model of the library or the user, inside compiled graphs, FSDP1 and PEFT."""
     inner = wrapped_module(model)

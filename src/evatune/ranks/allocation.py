@@ -159,7 +159,7 @@ def allocate(
 def worth_gained(
     layers: Mapping[str, Candidate], old: RankPlan, new: RankPlan, caps: Mapping[str, int]
 ) -> float:
-    """Return the share of what the ranks of `new` are worth that those of `old` are worth less.
+    """Return the share of `new`'s total worth that `old`'s ranks would miss.
 
     Both by the metric of `new`, and the spectra of `layers` and the caps for which `new` was made.
     Ranks that move between components of equal worth gain nothing.

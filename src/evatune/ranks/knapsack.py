@@ -51,12 +51,12 @@ class _Table:
 def choose_counts(values: Mapping[int, Sequence[float]], limit: int) -> dict[int, int]:
     """Return how many of the leading items of each cost class to take.
 
-    The most is spent that is possible within `limit`, and then to the most value. A knapsack whose
-    items come in few costs and, per cost, in descending order of value. Integer programs of this
-    form have an optimum within 2Δ + 1 items of the one that fills the budget greedily by value per
-    cost, Δ the largest cost in units of the greatest common divisor (Eisenbrand & Weismantel 2018,
-    Proximity results and faster algorithms for integer programming using the Steinitz lemma), so
-    the exact search need only look there.
+    Spend as much of `limit` as possible; among such choices take the most valuable. This is a
+    knapsack whose items come in few costs and, per cost, in descending order of value. Integer
+    programs of this form have an optimum within 2Δ + 1 items of the one that fills the budget
+    greedily by value per cost, Δ the largest cost in units of the greatest common divisor
+    (Eisenbrand & Weismantel 2018, Proximity results and faster algorithms for integer programming
+    using the Steinitz lemma), so the exact search need only look there.
 
     Args:
         values: cost → values of its items.
@@ -147,7 +147,7 @@ def _finish(table: _Table, last: _CostClass, budget: int) -> dict[int, int] | No
 
 
 def _is_better(choice: tuple[int, float], best: tuple[int, float]) -> bool:
-    """Compare (spent, value): more is spent, or as much to more value than rounding explains."""
+    """Return whether (spent, value) spends more, or as much for more value than rounding gives."""
     if choice[0] != best[0]:
         return choice[0] > best[0]
     return choice[1] > best[1] + 1e-12 * abs(best[1])
@@ -173,7 +173,7 @@ def _greedy(
     """Take items by value per cost.
 
     Args:
-        stop: the first that no longer fits ends the filling; else it is passed over.
+        stop: end at the first item that no longer fits, instead of passing it over.
     """
     items: list[tuple[float, int, int]] = []
     for cost, worth in values.items():

@@ -10,6 +10,7 @@ from evatune.sketch.incremental import IncrementalSketch
 from evatune.sketch.nystrom import NystromSketch
 from evatune.sketch.registry import (
     SKETCHES,
+    TOKEN_COUNTS,
     is_additive,
     make_example_sketch,
     make_sketch,
@@ -19,6 +20,7 @@ from evatune.sketch.token_counts import CountSketch
 
 __all__ = [
     "SKETCHES",
+    "TOKEN_COUNTS",
     "AdditiveSketch",
     "CountSketch",
     "ExactSketch",

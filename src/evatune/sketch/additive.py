@@ -47,7 +47,7 @@ class AdditiveSketch(Sketch):
         self.merge(rows)
 
     def leading(self, count: int) -> Tensor:
-        """(≤ count, d) float32 on the CPU, first directions as far as `basis_state` tells them."""
+        """Return the first directions that `basis_state` tells, (≤ count, d) float32 on the CPU."""
         return torch.zeros(0, self.width, dtype=torch.float32, device="cpu")
 
     @property
@@ -57,7 +57,7 @@ class AdditiveSketch(Sketch):
         return sum(tensor.nbytes for tensor in tensors)
 
     def sums(self) -> Tensor:
-        """(m,) all sums in one row of `dtype`, for adding up over sketches of an equal basis."""
+        """Return all sums as (m,) of `dtype`, to be added up over sketches of an equal basis."""
         tensors = [
             torch.as_tensor(value, dtype=self.dtype, device=self.device)
             for value in self._sums().values()

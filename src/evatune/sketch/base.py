@@ -88,7 +88,10 @@ class Sketch(ABC):
     # -- the protocol ------------------------------------------------------------------------------
 
     def add(self, update: SketchUpdate) -> None:
-        """Add sums that this sketch summarized, or one that it was cloned from since a refresh."""
+        """Add an update that this sketch made, or one with the same basis.
+
+        The basis is the same in a clone until either of the two is refreshed.
+        """
         self.count += update.rows
         self.row_sum += update.row_sum
         self.energy += update.energy
@@ -99,7 +102,7 @@ class Sketch(ABC):
 
     @property
     def finite(self) -> Tensor:
-        """() bool on the device: True if every row so far was finite, else the sketch is void."""
+        """True if every row so far was finite, else the sketch is void; () bool on the device."""
         return torch.isfinite(self.watched_energy)
 
     @property
@@ -110,7 +113,7 @@ class Sketch(ABC):
 
     @property
     def watched_energy(self) -> Tensor:
-        """() a sum that is not finite if any row was not."""
+        """A sum () that is not finite if any row was not."""
         return self.energy
 
     def merge(self, other: Self) -> None:
@@ -180,7 +183,7 @@ class Sketch(ABC):
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def _offset_of(self, other: Self) -> Tensor:
-        """(d,) the other's shift minus this one's."""
+        """Return the other's shift minus this one's, (d,)."""
         assert self.shift is not None
         assert other.shift is not None
         return (other.shift - self.shift).to(self.dtype)
@@ -193,7 +196,7 @@ class Sketch(ABC):
         self.count += other.count
 
     def _start_fresh(self, directions: int) -> None:
-        """Count rows for a certificate from zero, about so many directions."""
+        """Start to count rows for a certificate of so many directions."""
         self._fresh = self._zeros(directions)
         self._fresh_energy = self._zeros()
         self._fresh_count = 0
@@ -211,7 +214,7 @@ class Sketch(ABC):
         return Certificate(energies, float(fresh_energy) / rows, rows)
 
     def _mean_offset(self) -> Tensor:
-        """(d,) mean row minus the shift."""
+        """Return the mean row minus the shift, (d,)."""
         return self.row_sum / max(self.count, 1)
 
     def _answer(self, directions: Tensor, energies: Tensor) -> Spectrum:

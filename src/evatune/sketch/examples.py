@@ -69,18 +69,18 @@ class FloatExamples:
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """Number of tokens of an example, T."""
         return self._x.shape[1]
 
     def times(self, basis: Tensor) -> Tensor:
-        """(S, T, m) products of the rows with those of `basis` (m, d) float32."""
+        """Return the products (S, T, m) of the rows with those of `basis` (m, d) float32."""
         if self._x.is_floating_point():
             return self._x @ basis.T
         projected = nn.functional.embedding(self._x, basis.T)
         return projected if self._counts is None else projected * self._counts
 
     def gather(self, coefficients: Tensor) -> Tensor:
-        """(m, d) Σ coefficient · row over all tokens, for `coefficients` (S, T, m)."""
+        """Return Σ coefficient · row over all tokens, (m, d), for `coefficients` (S, T, m)."""
         flat = coefficients.flatten(0, 1)
         if self._x.is_floating_point():
             return flat.T @ self._x.flatten(0, 1)
@@ -89,15 +89,25 @@ class FloatExamples:
         sums = flat.new_zeros(self._width, flat.shape[1])
         return sums.index_add_(0, self._x.flatten().long(), flat).T
 
+    def gather_beside_rows(self, *coefficients: Tensor) -> tuple[Tensor, ...]:
+        """Return what `gather` does for each (S, T, m), and then the sum of the rows, (1, d).
+
+        One product takes all of them; sums in the dtype of sums that grow.
+        """
+        ones = coefficients[0].new_ones(*coefficients[0].shape[:2], 1)
+        columns = [*coefficients, ones]
+        sums = self.gather(torch.cat(columns, dim=-1)).to(self._dtype)
+        return torch.split(sums, [column.shape[-1] for column in columns])
+
     def products(self) -> Tensor:
-        """(S, T, T) products of the rows of an example with each other."""
+        """Return the products of the rows of an example with each other, (S, T, T)."""
         if self._x.is_floating_point():
             return self._x @ self._x.mT
         same = (self._x[:, :, None] == self._x[:, None, :]).float()
         return same if self._counts is None else same * self._counts * self._counts.mT
 
     def energy(self) -> Tensor:
-        """() Σ of the rows' squared norms."""
+        """Return the sum () of the rows' squared norms."""
         if self._x.is_floating_point():
             norms: Tensor = torch.linalg.vector_norm(self._x, dim=-1)
             return norms.to(self._dtype).square().sum()
@@ -135,5 +145,5 @@ def _zero_unless(kept: Tensor | None, values: Tensor) -> Tensor:
 
 
 def _extremes(values: Tensor) -> Tensor:
-    """(2,) the smallest and the largest, in one reading."""
+    """Return the smallest and the largest, (2,), in one reading."""
     return torch.stack(torch.aminmax(values)) if values.numel() else values.new_zeros(2)

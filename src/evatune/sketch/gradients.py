@@ -25,13 +25,12 @@ import torch
 from torch import Tensor
 
 from evatune.sketch.base import SketchSettings, SketchUpdate
-from evatune.sketch.examples import Examples, ExampleSketch, FloatExamples
+from evatune.sketch.example_moment import ExampleMoment
+from evatune.sketch.examples import FloatExamples
 from evatune.sketch.low_rank import COLUMN_RTOL, SecondMoment
-from evatune.sketch.nystrom import POWER_STEPS, NystromMoment, random_rows
+from evatune.sketch.nystrom import NystromMoment, random_rows
 from evatune.sketch.spectrum import InputMoments, Spectrum, as_energies
 
-# Rows that choose an empty sketch's basis.
-_FIRST_ROWS = 1024
 # Random directions by which the gradients' energy outside the basis is estimated. The estimate is
 # unbiased; its standard deviation is a third of that energy if it lies in one direction, and less
 # by the root of their number where it is spread over many.
@@ -46,7 +45,7 @@ class GradientUpdate(SketchUpdate):
     input_energy: Tensor  # (), Σ ‖x‖²
 
 
-class GradientSketch(NystromMoment, ExampleSketch):
+class GradientSketch(ExampleMoment):
     """Streaming sketch of R, and of C = E[x xᵀ] along its directions, which scales need.
 
     Rows are tokens, and energies are per token, so that energy times rows is the sum over the data
@@ -57,7 +56,8 @@ class GradientSketch(NystromMoment, ExampleSketch):
     products instead, which is less.
     """
 
-    _STATE: ClassVar = (*NystromMoment._STATE, "input_product", "input_energy")
+    _EXTRA: ClassVar = ("input_product", "input_energy")
+    _STATE: ClassVar = (*NystromMoment._STATE, *_EXTRA)
     # G·ω is a sum over tokens, of which float32 leaves 1e-7 of the largest where they cancel out;
     # in the second moment of rows it would be the square of that.
     _COLUMN_RTOL: ClassVar = 3e-3
@@ -71,26 +71,17 @@ class GradientSketch(NystromMoment, ExampleSketch):
 
     # -- examples ----------------------------------------------------------------------------------
 
-    def _summarize(self, examples: Examples) -> GradientUpdate:
-        if self.shift is None:
-            self._initialize(examples.first(_FIRST_ROWS))
-        floats = FloatExamples(examples, self.width, self.dtype)
+    def _sum(self, floats: FloatExamples, rows: int) -> GradientUpdate:
         projected, image, energy = self._products(floats)
-        ones = projected.new_ones(*projected.shape[:2], 1)
-        sums = floats.gather(torch.cat([image, projected, ones], dim=-1)).to(self.dtype)
-        columns = len(self.basis)
-        moment, input_product, row_sum = torch.split(sums, [columns, columns, 1])
-        squares = self._fresh
-        if len(squares):
-            squares = (projected * image).sum((0, 1), dtype=self.dtype)
+        moment, input_product, row_sum = floats.gather_beside_rows(image, projected)
         of_inputs = floats.x_back.square()
         of_gradients = of_inputs * floats.g_back.square()
         return GradientUpdate(
-            rows=examples.rows,
+            rows=rows,
             row_sum=row_sum[0] * floats.x_back,
             energy=energy * of_gradients,
             moment=moment * of_gradients,
-            fresh=squares * of_gradients,
+            fresh=self._fresh_squares(projected, image) * of_gradients,
             input_product=input_product * of_inputs,
             input_energy=floats.energy() * of_inputs,
         )
@@ -109,19 +100,9 @@ class GradientSketch(NystromMoment, ExampleSketch):
         inside, outside = (part.square().sum(dtype=self.dtype) for part in (known, missed))
         return projected[..., :columns], g @ known, inside + outside / _PROBES
 
-    def _initialize(self, examples: Examples) -> None:
-        """Choose the first basis, by power steps on a few examples."""
-        floats = FloatExamples(examples, self.width, self.dtype)
-        self.shift = self.basis.new_zeros(self.width)
-        for _ in range(POWER_STEPS):
-            _, image, _ = self._products(floats)
-            self._power_step(floats.gather(image))
-
-    def add(self, update: SketchUpdate) -> None:
-        assert isinstance(update, GradientUpdate)
-        super().add(update)
-        self.input_product += update.input_product
-        self.input_energy += update.input_energy
+    def _image(self, floats: FloatExamples) -> Tensor:
+        _, image, _ = self._products(floats)
+        return floats.gather(image)
 
     # -- the answer, and the inputs beside it ------------------------------------------------------
 
@@ -149,18 +130,14 @@ class GradientSketch(NystromMoment, ExampleSketch):
         self.input_product = inputs.times(self.basis.to(self.dtype))
 
     def change_basis(self, basis_state: Mapping[str, Tensor]) -> None:
-        inputs, energy = self._inputs(), self.input_energy.clone()
+        inputs = self._inputs()
         super().change_basis(basis_state)
         self.input_product = inputs.times(self.basis.to(self.dtype))
-        self.input_energy = energy
 
     def _merge_moment(self, other: Self, offset: Tensor) -> None:
         same_basis = torch.equal(self.basis, other.basis)
         mine, theirs = self._inputs(), other._inputs()
         super()._merge_moment(other, offset)
-        self.input_energy = self.input_energy + other.input_energy
-        if same_basis:
-            self.input_product = self.input_product + other.input_product
-        else:
+        if not same_basis:
             basis = self.basis.to(self.dtype)
             self.input_product = mine.times(basis) + theirs.times(basis)

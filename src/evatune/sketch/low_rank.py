@@ -50,19 +50,19 @@ class SecondMoment:
         return cls(factors, directions, _mean_outside(directions, energies.sum(), trace))
 
     def along(self, directions: Tensor) -> Tensor:
-        """(k,) v·C·v for each of the orthonormal rows v of `directions` (k, d)."""
+        """Return v·C·v, (k,), for each of the orthonormal rows v of `directions` (k, d)."""
         inside = (directions @ self.factors.T).square().sum(1)
         outside = 1 - (directions @ self.known.T).square().sum(1)
         return inside + self.tail * outside.clamp_min(0)
 
     def times(self, rows: Tensor) -> Tensor:
-        """(k, d) rows·C."""
+        """Return rows·C, (k, d)."""
         outside = rows - (rows @ self.known.T) @ self.known
         return (rows @ self.factors.T) @ self.factors + self.tail * outside
 
 
 def times_inverse_root(rows: Tensor, directions: Tensor, energies: Tensor, trace: Tensor) -> Tensor:
-    """(k, d) rows·C^(-½), for C by its leading eigenpairs (m, d) and (m,), and its trace ().
+    """Return rows·C^(-½), (k, d), for C by its leading eigenpairs (m, d), (m,) and its trace ().
 
     Those outside are taken to be as large as the smallest of these, which they are at most. Their
     mean would be nearer to the truth on the whole, and blow up the largest of them.

@@ -69,9 +69,8 @@ class _Solution:
 class NystromMoment(AdditiveSketch):
     """A second moment C by its product with a basis that moves to C's leading eigenvectors.
 
-    What C is a sum of, and how its product with the basis is taken, is up to subclasses. The
-    products have max(k + oversampling, 32) columns, of which the basis takes all but one, at most
-    d. The first basis is random, by the seed and the width.
+    What C is a sum of, and how its product with the basis is taken, is up to subclasses. For the
+    size of the basis see `basis_columns`. The first basis is random, by the seed and the width.
     """
 
     _STATE: ClassVar = (*AdditiveSketch._STATE, "_padded", "product")
@@ -81,9 +80,7 @@ class NystromMoment(AdditiveSketch):
     def __init__(self, settings: SketchSettings) -> None:
         super().__init__(settings)
         width = settings.width
-        # One column of the products is for the sum of the rows, see `_reduce`.
-        columns = max(self.components + settings.oversampling, _MIN_COLUMNS) - 1
-        columns = min(columns, width)
+        columns = basis_columns(width, settings.components, settings.oversampling)
         # Both tensors have the columns of the text as rows: the second product runs a sixth faster
         # that way.
         # (l + 1, d): Ωᵀ and a row of zeros
@@ -94,7 +91,7 @@ class NystromMoment(AdditiveSketch):
 
     @property
     def basis(self) -> Tensor:
-        """Ωᵀ (l, d) float32, orthonormal rows."""
+        """The basis Ωᵀ, (l, d) float32, orthonormal rows."""
         return self._padded[:-1]
 
     # -- the answer, and the next basis ------------------------------------------------------------
@@ -156,7 +153,7 @@ class NystromMoment(AdditiveSketch):
         self.product.copy_(product)
 
     def _completed(self, directions: Tensor) -> Tensor:
-        """(l, d) orthonormal rows, the first of them `directions` (≤ l, d).
+        """Return orthonormal rows (l, d), the first of them `directions` (≤ l, d).
 
         Fewer directions than columns have energy. The rest of the basis must still watch for new
         ones, so it keeps its old columns, the least energetic first, and not whatever QR makes up.
@@ -236,18 +233,18 @@ class NystromMoment(AdditiveSketch):
         self._start_fresh(0)
 
     def _product_with(self, factor: Tensor) -> Tensor:
-        """(l, d) the product with this basis of the moment FᵀF, for F = `factor` (m, d)."""
+        """Return the product (l, d) of this basis with the moment FᵀF, for F = `factor` (m, d)."""
         return self.basis.to(self.dtype) @ factor.T @ factor
 
     def _moved(self, image: Tensor, basis: Tensor, offset: Tensor) -> Tensor:
-        """(C·basisᵀ)ᵀ (l, d) about `shift - offset`, from `image`, the same about `shift`."""
+        """Return (C·basisᵀ)ᵀ (l, d) about `shift - offset`, from `image`, that about `shift`."""
         basis = basis.to(self.dtype)
         projected = basis @ offset
         crossed = torch.outer(projected, self.row_sum) + torch.outer(basis @ self.row_sum, offset)
         return image + crossed + self.count * torch.outer(projected, offset)
 
     def _factor(self) -> Tensor:
-        """F (l, d) with FᵀF the Nyström approximation about the shift; empty rows are zero."""
+        """Return F (l, d), FᵀF the Nyström approximation about the shift; empty rows are zero."""
         basis = self.basis.to(self.dtype)
         return nystrom_factors(basis[None], self.product[None], self._COLUMN_RTOL)[0]
 
@@ -307,13 +304,23 @@ class NystromSketch(NystromMoment, RowSketch):
         return moment[-1], moment[:-1], squares
 
 
+def basis_columns(width: int, components: int, oversampling: int) -> int:
+    """Return the number of columns of a basis, l ≤ d.
+
+    The products have max(k + oversampling, 32) columns, of which the basis takes all but one.
+    """
+    # The one is for the sum of the rows, see `NystromSketch._reduce`.
+    columns = max(min(components, width) + oversampling, _MIN_COLUMNS) - 1
+    return min(columns, width)
+
+
 def _bases(sketches: Sequence[NystromMoment]) -> Tensor:
-    """(G, l, d), of sketches of equal shape."""
+    """Return the bases (G, l, d) of sketches of equal shape."""
     return torch.stack([sketch.basis for sketch in sketches]).to(sketches[0].dtype)
 
 
 def _products(sketches: Sequence[NystromMoment]) -> Tensor:
-    """(G, l, d), of sketches of equal shape; about the mean if they center."""
+    """Return the products (G, l, d) of sketches of equal shape; about the mean if they center."""
     products = torch.stack([sketch.product for sketch in sketches])
     if sketches[0].center:
         for product, sketch in zip(products, sketches, strict=True):
@@ -350,7 +357,7 @@ def _solve(stacks: Sequence[Sequence[NystromMoment]]) -> list[_Solution]:
 
 
 def random_rows(width: int, count: int, seed: int) -> Tensor:
-    """(count, width) float32 on the CPU, standard normal, the same for all devices."""
+    """Return standard normal rows, (count, width) float32 on the CPU: the same for all devices."""
     cpu = torch.device("cpu")
     generator = torch.Generator(cpu).manual_seed((seed * 1_000_003 + width) % 2**63)
     columns = torch.randn(width, count, generator=generator, dtype=torch.float32, device=cpu)
@@ -359,7 +366,7 @@ def random_rows(width: int, count: int, seed: int) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _random_basis(width: int, count: int, seed: int) -> Tensor:
-    """(count, width) float32 on the CPU, orthonormal rows; inputs of one width start from one."""
+    """Return orthonormal rows, (count, width) float32 on the CPU, the same for one width."""
     return orthonormal(random_rows(width, count, seed))
 
 

@@ -17,7 +17,7 @@ def takes_16_bits(device: torch.device) -> bool:
 
 
 def thin_product(a: Tensor, b: Tensor) -> Tensor:
-    """(n, m) float32, a·b, both float32 or one of them of 16 bits.
+    """Return a·b, (n, m) float32, of two float32 matrices or one of them of 16 bits.
 
     A product of two numbers of 16 bits has at most 22 bits, and a float32 holds it exactly. So
     tensor cores, which add such products up in float32, lose nothing but the rounding of the sums.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from evatune.choices import OBJECTIVES
 from evatune.sketch.additive import AdditiveSketch
 from evatune.sketch.base import InputSketch, Sketch, SketchSettings
@@ -27,18 +25,8 @@ SKETCHES: dict[str, type[InputSketch]] = {
 TOKEN_COUNTS = "counts"  # not a choice: the sketch of rows that come as token ids
 
 
-def make_sketch(
-    kind: str,
-    width: int,
-    components: int,
-    *,
-    oversampling: int,
-    center: bool,
-    seed: int,
-    device: torch.device,
-) -> InputSketch:
-    """Return an empty sketch of a kind in `SKETCHES`, or "counts" for rows that are token ids."""
-    settings = SketchSettings(width, components, oversampling, center, seed, device)
+def make_sketch(kind: str, settings: SketchSettings) -> InputSketch:
+    """Return an empty sketch of a kind in `SKETCHES`, or `TOKEN_COUNTS` for token ids."""
     if kind == TOKEN_COUNTS:
         return CountSketch(settings)
     if kind not in SKETCHES:

@@ -15,21 +15,18 @@ streaming Nyström sketch. Both take thin products only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from evatune.sketch.base import SketchSettings, SketchUpdate
-from evatune.sketch.examples import Examples, ExampleSketch, FloatExamples
+from evatune.sketch.example_moment import ExampleMoment
+from evatune.sketch.examples import FloatExamples
 from evatune.sketch.low_rank import SecondMoment, times_inverse_root
-from evatune.sketch.nystrom import POWER_STEPS, NystromMoment, orthonormal, random_rows
+from evatune.sketch.nystrom import NystromMoment, orthonormal, random_rows
 from evatune.sketch.spectrum import Certificate, InputMoments, Spectrum, as_energies
-
-# Rows that choose the first basis of C.
-_FIRST_ROWS = 1024
 
 
 @dataclass
@@ -41,7 +38,7 @@ class RegressionUpdate(SketchUpdate):
     gradient_energy: Tensor  # (), Σ ‖g‖²
 
 
-class RegressionSketch(NystromMoment, ExampleSketch):
+class RegressionSketch(ExampleMoment):
     """Streaming sketch of Ḡ and C, and the regression of one on the other.
 
     Its certificate is none: it has no directions of which fresh rows could tell anything.
@@ -49,7 +46,8 @@ class RegressionSketch(NystromMoment, ExampleSketch):
     Memory: 12·d·l bytes for C and 8·(l·out + 2·l·d) for Ḡ. Time: 8·d·l + 6·out·l flops per token.
     """
 
-    _STATE: ClassVar = (*NystromMoment._STATE, "right", "left", "gradient_energy")
+    _EXTRA: ClassVar = ("right", "left", "gradient_energy")
+    _STATE: ClassVar = (*NystromMoment._STATE, *_EXTRA)
 
     def __init__(self, settings: SketchSettings, out_features: int) -> None:
         super().__init__(settings)
@@ -69,47 +67,27 @@ class RegressionSketch(NystromMoment, ExampleSketch):
 
     # -- examples ----------------------------------------------------------------------------------
 
-    def _summarize(self, examples: Examples) -> RegressionUpdate:
-        if self.shift is None:
-            self._initialize(examples.first(_FIRST_ROWS))
-        floats = FloatExamples(examples, self.width, self.dtype)
-        columns = len(self.basis)
+    def _sum(self, floats: FloatExamples, rows: int) -> RegressionUpdate:
         tests = torch.cat([self.basis, self._right_test])
-        projected, tested = torch.split(floats.times(tests), columns, dim=-1)
-        ones = projected.new_ones(*projected.shape[:2], 1)
-        coefficients = torch.cat([projected, floats.g @ self._left_test.T, ones], dim=-1)
-        sums = floats.gather(coefficients).to(self.dtype)
-        moment, left, row_sum = torch.split(sums, [columns, len(self._left_test), 1])
+        projected, tested = torch.split(floats.times(tests), len(self.basis), dim=-1)
+        tested_gradients = floats.g @ self._left_test.T
+        moment, left, row_sum = floats.gather_beside_rows(projected, tested_gradients)
         right = tested.flatten(0, 1).T @ floats.g.flatten(0, 1)
-        squares = self._fresh
-        if len(squares):
-            squares = projected.square().sum((0, 1), dtype=self.dtype)
         both = floats.x_back * floats.g_back
         norms = torch.linalg.vector_norm(floats.g, dim=-1).to(self.dtype)
         return RegressionUpdate(
-            rows=examples.rows,
+            rows=rows,
             row_sum=row_sum[0] * floats.x_back,
             energy=floats.energy() * floats.x_back.square(),
             moment=moment * floats.x_back.square(),
-            fresh=squares * floats.x_back.square(),
+            fresh=self._fresh_squares(projected, projected) * floats.x_back.square(),
             right=right.to(self.dtype) * both,
             left=left * both,
             gradient_energy=norms.square().sum() * floats.g_back.square(),
         )
 
-    def _initialize(self, examples: Examples) -> None:
-        """Choose the first basis, by power steps on a few rows."""
-        floats = FloatExamples(examples, self.width, self.dtype)
-        self.shift = self.basis.new_zeros(self.width)
-        for _ in range(POWER_STEPS):
-            self._power_step(floats.gather(floats.times(self.basis)))
-
-    def add(self, update: SketchUpdate) -> None:
-        assert isinstance(update, RegressionUpdate)
-        super().add(update)
-        self.right += update.right
-        self.left += update.left
-        self.gradient_energy += update.gradient_energy
+    def _image(self, floats: FloatExamples) -> Tensor:
+        return floats.gather(floats.times(self.basis))
 
     # -- the answer --------------------------------------------------------------------------------
 
@@ -142,21 +120,8 @@ class RegressionSketch(NystromMoment, ExampleSketch):
         return None
 
     def _mean_gradient(self) -> Tensor:
-        """(l, d) a matrix with the row space and singular values of Ḡ, per token."""
+        """Return a matrix (l, d) with the row space and singular values of Ḡ, per token."""
         range_basis = torch.linalg.qr(self.right.T)[0]  # (out, l)
         core = self._left_test.to(self.dtype) @ range_basis  # (m, l)
         gradient: Tensor = torch.linalg.pinv(core) @ self.left
         return gradient / max(self.count, 1)
-
-    # -- several sketches --------------------------------------------------------------------------
-
-    def change_basis(self, basis_state: Mapping[str, Tensor]) -> None:
-        right, left, energy = self.right.clone(), self.left.clone(), self.gradient_energy.clone()
-        super().change_basis(basis_state)
-        self.right, self.left, self.gradient_energy = right, left, energy
-
-    def _merge_moment(self, other: Self, offset: Tensor) -> None:
-        super()._merge_moment(other, offset)
-        self.right = self.right + other.right
-        self.left = self.left + other.left
-        self.gradient_energy = self.gradient_energy + other.gradient_energy

@@ -17,7 +17,7 @@ from evatune.sketch.base import InputSketch, SketchSettings, SketchUpdate
 _CHUNK_BYTES, _CHUNK_BYTES_ACCELERATOR = 8 << 20, 64 << 20
 # Rows that choose an empty sketch's shift and basis. Half as many cost the Nyström sketch a third
 # of a per cent of the energy in the worst layer of MiniLM, sixteen batches later.
-_FIRST_ROWS = 1024
+FIRST_ROWS = 1024
 _EPSILON = torch.finfo(torch.float32).eps
 # Root mean squares of rows between which float32 products neither overflow nor lose small
 # directions.
@@ -47,7 +47,7 @@ class SelectedRows:
             yield self.take(slice(start, start + size))
 
     def first(self, limit: int) -> Tensor:
-        """(≤ limit, d) float32, evenly spread over the activation, zeros for NaN and Inf."""
+        """Return evenly spread rows, (≤ limit, d) float32, with zeros for NaN and Inf."""
         stride = max(1, -(-len(self) // limit))
         rows = self.take(slice(None, None, stride)).float()
         return torch.nan_to_num(rows, posinf=0.0, neginf=0.0)
@@ -69,7 +69,7 @@ class RowSketch(InputSketch):
         self._row_dtype = torch.float32  # what rows are multiplied in
         # () float64, a power of two for rows before they are squared
         self._scale: Tensor | None = None
-        self._may_look = self.device.type == "cpu"  # at values, for nothing
+        self._may_look = self.device.type == "cpu"  # True: values can be read without waiting
         self._uncast_rows = 0  # of 16 bits, that are multiplied as they are, so many at a time
 
     def summarize(self, x: Tensor, index: Tensor | None = None) -> SketchUpdate:
@@ -80,7 +80,7 @@ class RowSketch(InputSketch):
         if self._uncast_rows and x.dtype in (torch.bfloat16, torch.float16):
             return self._sum_uncast(rows)
         if self._scale is None and not self._may_look and self.dtype == torch.float64:
-            first_rows = rows.first(_FIRST_ROWS)
+            first_rows = rows.first(FIRST_ROWS)
             self._scale = power_of_two(first_rows.to(self.dtype))
         update = self._sum_rows(rows)
         if self._may_look and self._move_scale(rows, update):
@@ -95,7 +95,7 @@ class RowSketch(InputSketch):
 
     def _initialize(self, rows: SelectedRows) -> Tensor:
         """Choose the shift, the mean of a few rows; return those rows, shifted and finite."""
-        first_rows = rows.first(_FIRST_ROWS)
+        first_rows = rows.first(FIRST_ROWS)
         if not self.center:
             self.shift = first_rows.new_zeros(self.width)
             return first_rows
@@ -187,11 +187,11 @@ class RowSketch(InputSketch):
 
 
 def sum_of_rows(chunk: Tensor) -> Tensor:
-    """(d,) as a product and not as sum(0), which reads the rows at a fraction of the speed."""
+    """Return the sum (d,) by a product, as sum(0) reads the rows at a fraction of the speed."""
     return torch.mv(chunk.T, chunk.new_ones(len(chunk)))
 
 
 def power_of_two(values: Tensor) -> Tensor:
-    """() the factor that brings the largest of `values` to between 1/2 and 1; 1 if all are zero."""
+    """Return the factor () that brings the largest value to between 1/2 and 1; 1 if all are 0."""
     _, exponent = torch.frexp(values.abs().amax())
     return torch.exp2(-exponent.clamp(-126, 126).to(values.dtype))

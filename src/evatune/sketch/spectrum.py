@@ -14,6 +14,8 @@ from evatune.utils.shown import Shown
 # By how much a spectrum from a file may miss its own laws. Sketches were seen to miss them by 4e-5
 # at most, on steep energies beside a mean a thousand and a sink ten thousand times as large.
 _RTOL = 1e-3
+# Tensors of a state that hold numbers.
+_FACTS = ("facts", "fresh_facts", "input_facts")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,9 @@ class Certificate:
     data.
     """
 
-    energies: Tensor  # (k,), mean squared projection per fresh row, cumulative use only
+    # (k,), mean squared projection per fresh row; meaningful only as cumulative sums, since single
+    # directions may rotate
+    energies: Tensor
     total_energy: float  # mean squared norm per fresh row
     rows: int  # fresh rows the estimate rests on
 
@@ -182,6 +186,10 @@ class Spectrum(Shown):
             state["mixing"] = self.mixing
         return state
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return its tensors, by the names of `state`, without the numbers beside them."""
+        return {name: tensor for name, tensor in self.state().items() if name not in _FACTS}
+
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor]) -> Self:
         """Return what `state` described."""
@@ -272,7 +280,7 @@ class Spectrum(Shown):
 
     @property
     def _mean_squares(self) -> Tensor:
-        """(k,) float64."""
+        """Squares of the mean row's projections on the directions, (k,) float64."""
         return (self.directions.double() @ self.mean.double()).square()
 
 
@@ -335,7 +343,7 @@ def captured_energy(directions: Tensor, rows: Tensor) -> float:
 
 
 def _facts(*values: float) -> Tensor:
-    """(n,) float64 on the CPU."""
+    """Return numbers as (n,) float64 on the CPU."""
     return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 

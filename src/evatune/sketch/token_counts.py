@@ -84,6 +84,6 @@ class CountSketch(AdditiveSketch, InputSketch):
 
 
 def _one_hot(tokens: Tensor, width: int) -> Tensor:
-    """(n, width) float32."""
+    """Return the one-hot rows of tokens (n,), (n, width) float32."""
     rows = torch.zeros(len(tokens), width, dtype=torch.float32, device=tokens.device)
     return rows.scatter_(1, tokens[:, None], 1.0)
