@@ -223,20 +223,17 @@ def initialize(
             LoftQ, LoRA-GA), or of a variant of LoRA that does not fit
             (`evatune.adapters.variants`); a `Calibration` of another model; several adapted models
             in one module; a Trainer that has an optimizer already, or a `model_init`, by which it
-            builds its model anew. When it begins to train: a Trainer whose model was replaced
-            since.
+            builds its model anew; a model without weights (on the meta device), or one that was
+            made under `torch.inference_mode()` and cannot be trained. When it begins to train: a
+            Trainer whose model was replaced since.
         LayerError: layers without a usable result. BudgetError: the budget cannot be met.
         ConfigError: options that contradict each other, the adapter's config or the `Calibration`.
         DataError, TargetError: as for `calibrate`.
-        AdapterError: a model without weights (on the meta device), or one that was made under
-            `torch.inference_mode()` and cannot be trained.
 
     The model is unchanged in every case.
     """
     settings = settings_of(config)
     finished = batches if isinstance(batches, Calibration) else None
-    if finished is not None and progress == "auto":
-        progress = None
     is_trainer = hasattr(model, "get_train_dataloader")
     if is_trainer and batches is not finished:
         raise DataError(
@@ -254,7 +251,7 @@ def initialize(
     together = settings.distributed and finished is None
     with (
         ProcessGroup.create(together, device, settings.rendezvous_timeout) as process_group,
-        reported(progress, settings) as report,
+        reported(progress, settings, runs=finished is None) as report,
     ):
         options = InitializeOptions(
             ranks=RankOptions(rank=rank, rho=rho, budget=budget, metric=metric),

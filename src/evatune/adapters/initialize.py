@@ -191,6 +191,7 @@ def _require_no_run(options: InitializeOptions) -> None:
         "rows": options.run.rows,
         "loss": options.run.loss,
         "progress": options.run.progress,
+        "checkpoint": options.run.checkpoint,
     }
     for option, value in of_a_run.items():
         if value is not None:
