@@ -63,8 +63,7 @@ class RanksOnly(Eva):
     """EVA's ranks with PEFT's random A: the control of the directions."""
 
     starts_as_calibrated: ClassVar[bool] = False
-
-    linear_only: bool = field(default=True, kw_only=True)
+    linear_only: ClassVar[bool] = True
 
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
         calibration = super().prepare(model, preparation)
@@ -80,8 +79,7 @@ class RandomDirections(Eva):
     """
 
     starts_as_calibrated: ClassVar[bool] = False
-
-    linear_only: bool = field(default=True, kw_only=True)
+    linear_only: ClassVar[bool] = True
 
     @torch.no_grad()
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
@@ -108,8 +106,7 @@ def _length_of_equal_energy(a: Tensor, spectrum: Spectrum) -> float:
 class MinorDirections(Lora):
     """Uniform ranks and the directions with least energy: the control of EVA's claim."""
 
-    linear_only: bool = field(default=True, kw_only=True)
-    least_width: int = field(default=1, kw_only=True)
+    linear_only: ClassVar[bool] = True
 
     @torch.no_grad()
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
@@ -229,6 +226,11 @@ METHODS = (
         role="control",
         initialize_options=_with("paper", center=True),
     ),
-    MinorDirections("eva-minor", about="control: directions with the least energy", role="control"),
+    MinorDirections(
+        "eva-minor",
+        least_width=1,
+        about="control: directions with the least energy",
+        role="control",
+    ),
     OtherData("eva-shuffled", about="control: EVA on the data of another task", role="control"),
 )

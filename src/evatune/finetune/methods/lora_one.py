@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -33,9 +33,9 @@ class LoraOne(Lora):
     its defaults.
     """
 
-    fits_quantized: bool = field(default=False, kw_only=True)
-    fits_shards: bool = field(default=False, kw_only=True)
-    linear_only: bool = field(default=True, kw_only=True)
+    fits_quantized: ClassVar[bool] = False
+    fits_shards: ClassVar[bool] = False
+    linear_only: ClassVar[bool] = True
 
     @torch.no_grad()
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:

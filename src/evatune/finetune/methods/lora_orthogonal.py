@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ class LoraOrthogonal(Lora):
     orthogonal.
     """
 
-    linear_only: bool = field(default=True, kw_only=True)
+    linear_only: ClassVar[bool] = True
 
     @torch.no_grad()
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
