@@ -41,7 +41,6 @@ from torch import Tensor, nn
 from evatune.adapters.adapter import LoraAdapter, lora_config
 from evatune.adapters.lora_layers import LoraTarget
 from evatune.adapters.options import with_label_mask
-from evatune.adapters.scale import scaled_rows
 from evatune.adapters.variants import active_positions, require_known_variant
 from evatune.adapters.write import usual_start, write_rows
 from evatune.calibration.config import CalibrationConfig
@@ -59,6 +58,7 @@ from evatune.modeling.batches import iterate
 from evatune.modeling.forward import model_device, to_device
 from evatune.modeling.state import require_trainable
 from evatune.modeling.wrappers import peft_name
+from evatune.scaling import scaled_rows
 
 ModelInputs = Callable[[Any, LoraConfig], Any]
 LayerInputs = Callable[[Any, Any, str], Tensor]

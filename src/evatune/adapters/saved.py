@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evatune.adapters.lora_scale import lora_scale
 from evatune.errors import RecordError
 from evatune.layers import PEFT_PREFIX
+from evatune.scaling import lora_scale
 from evatune.schemas import Damage, shown, telling
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from evatune.adapters.adapter import LoraAdapter
 from evatune.adapters.lora_layers import LoraTarget, matrices_of, pairs
-from evatune.adapters.lora_scale import lora_scale, scale_divisor
 from evatune.adapters.patterns import pattern_of, set_targets, targets_for
 from evatune.modeling.forward import model_device
 from evatune.modeling.state import cuda_devices
 from evatune.modeling.wrappers import peft_names
+from evatune.scaling import lora_scale, scale_divisor
 
 
 @dataclass(frozen=True)

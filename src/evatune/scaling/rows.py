@@ -1,6 +1,6 @@
 """Length of the rows of A: the formulas behind `initialize(scale=...)`, in their one home.
 
-And what they mean for the learning rate: κ, see `step_ratio`. No peft here: torch and a spectrum.
+And what they mean for the learning rate: κ, see `step_ratio`.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from evatune.choices import DEFAULT_SCALE, SCALES, Scale, require_choice
-from evatune.errors import ConfigError
+from evatune.choices import SCALES, Scale, require_choice
 from evatune.sketch.spectrum import Spectrum, fix_signs
 
 # A direction along which the input hardly varies would be blown up without bound by 1/σ.
@@ -41,23 +40,6 @@ def completed(rows: Tensor, rank: int, scale: Scale, *, seed: int) -> Tensor:
     return torch.cat([rows, fix_signs(orthonormal[:, len(rows) :].T) * length])
 
 
-def choose_scale(scale: Scale | None, whiten: bool) -> Scale:
-    """Return the scale in force: the caller's, else what `EvaConfig.whiten` of the adapter says.
-
-    Raises:
-        ConfigError: a scale that does not exist, or one that contradicts `whiten`.
-    """
-    if scale is None:
-        return "whiten" if whiten else DEFAULT_SCALE
-    require_choice("scale", scale, SCALES)
-    if whiten and scale != "whiten":
-        raise ConfigError(
-            f"scale is {scale!r} but the adapter's EvaConfig says whiten=True; leave out one of the"
-            " two, or pass scale='whiten'"
-        )
-    return scale
-
-
 def scaled_rows(spectrum: Spectrum, rank: int, scale: Scale) -> Tensor:
     """Return the matrix A of a layer, (rank, d) float32, and no view of the spectrum.
 
@@ -68,8 +50,8 @@ def scaled_rows(spectrum: Spectrum, rank: int, scale: Scale) -> Tensor:
     lengths = _row_lengths(spectrum, rank, scale)
     count = len(lengths)
     directions = spectrum.directions[:count].double()
-    if _has_own_rows(spectrum, scale):
-        rows = _own_rows(spectrum, count)
+    if _uses_regression_rows(spectrum, scale):
+        rows = _regression_rows(spectrum, count)
         directions = rows / rows.norm(dim=1, keepdim=True)
     return (directions * lengths[:, None]).float()
 
@@ -95,8 +77,9 @@ def step_ratio(spectrum: Spectrum, rank: int, scale: Scale, usual_rank: int) -> 
     count, width = len(lengths), spectrum.directions.shape[1]
     moments = spectrum.second_moments[:count].double()
     energies = moments
-    if _has_own_rows(spectrum, scale):
-        energies = _own_rows(spectrum, count).square().sum(1).reciprocal()  # of rows of length 1
+    if _uses_regression_rows(spectrum, scale):
+        # of rows of length 1
+        energies = _regression_rows(spectrum, count).square().sum(1).reciprocal()
     energy = float((lengths.square() * energies).sum())
     if count < rank:  # see `completed`
         rest = spectrum.total_second_moment - float(moments.sum())
@@ -111,8 +94,8 @@ def _row_lengths(spectrum: Spectrum, rank: int, scale: Scale) -> Tensor:
     require_choice("scale", scale, SCALES)
     rank = min(rank, spectrum.usable)
     moments = spectrum.second_moments[:rank].double()
-    if _has_own_rows(spectrum, scale):
-        lengths: Tensor = _own_rows(spectrum, rank).norm(dim=1)
+    if _uses_regression_rows(spectrum, scale):
+        lengths: Tensor = _regression_rows(spectrum, rank).norm(dim=1)
         if scale == "whiten":
             return lengths
         lengths *= _default_energy(spectrum) ** 0.5
@@ -132,12 +115,12 @@ def _row_lengths(spectrum: Spectrum, rank: int, scale: Scale) -> Tensor:
     return lengths if spectrum.inputs is None else lengths.clamp_max(1)
 
 
-def _has_own_rows(spectrum: Spectrum, scale: Scale) -> bool:
+def _uses_regression_rows(spectrum: Spectrum, scale: Scale) -> bool:
     """Return whether the rows at this scale are those of a regression, which whiten the input."""
     return spectrum.mixing is not None and scale in ("whiten", "whiten-matched")
 
 
-def _own_rows(spectrum: Spectrum, count: int) -> Tensor:
+def _regression_rows(spectrum: Spectrum, count: int) -> Tensor:
     """(count, d) float64, the rows of a regression: each sees an energy of 1, E[(a·x)²]."""
     assert spectrum.mixing is not None
     return spectrum.mixing[:count, :count].double() @ spectrum.directions[:count].double()
