@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from evatune.choices import SCALES, Scale, require_choice
+from evatune.scaling.random_rows import DEFAULT_LENGTH, seeded_generator
 from evatune.sketch.spectrum import Spectrum, fix_signs
 
 # A direction along which the input hardly varies would be blown up without bound by 1/σ.
@@ -16,8 +17,6 @@ _SIGMA_FLOOR = 1e-3
 # Share of the whole energy below which a direction is whitened no further. `Spectrum.usable` counts
 # directions from 1e-8 on, where float32 products leave no digit of an energy; here two are left.
 _ENERGY_FLOOR = 1e-6
-# PEFT draws the entries of A from ±1/√in, which have variance 1 / (3·in): rows of length 1/√3.
-_DEFAULT_LENGTH = 3**-0.5
 
 
 def completed(rows: Tensor, rank: int, scale: Scale, *, seed: int) -> Tensor:
@@ -30,11 +29,9 @@ def completed(rows: Tensor, rank: int, scale: Scale, *, seed: int) -> Tensor:
     """
     if len(rows) >= rank:
         return rows
-    cpu = torch.device("cpu")
-    generator = torch.Generator(cpu).manual_seed(seed)
-    drawn = torch.randn(
-        rows.shape[1], rank - len(rows), generator=generator, dtype=torch.float32, device=cpu
-    )
+    generator = seeded_generator(seed)
+    shape = rows.shape[1], rank - len(rows)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device)
     orthonormal = torch.linalg.qr(torch.cat([rows.T, drawn], dim=1))[0]
     length = _length_of_random_rows(rows.norm(dim=1), scale)
     return torch.cat([rows, fix_signs(orthonormal[:, len(rows) :].T) * length])
@@ -129,7 +126,7 @@ def _regression_rows(spectrum: Spectrum, count: int) -> Tensor:
 def _length_of_random_rows(lengths: Tensor, scale: Scale) -> float:
     """Return the length of random rows beside directions whose rows have these lengths, (n,)."""
     if scale in ("matched", "whiten-matched"):
-        return _DEFAULT_LENGTH
+        return DEFAULT_LENGTH
     return float(lengths.mean()) if len(lengths) else 1.0
 
 

@@ -14,6 +14,7 @@ from evatune.api import calibrate
 from evatune.calibration import Calibration, CalibrationConfig
 from evatune.choices import Scale
 from evatune.finetune.methods.base import Lora, Preparation
+from evatune.scaling import default_rows, orthogonal_rows, seeded_generator
 from evatune.sketch.spectrum import Spectrum
 
 _MINOR_BATCHES, _MINOR_EXAMPLES = 16, 16
@@ -85,12 +86,10 @@ class RandomDirections(Eva):
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
         calibration = super().prepare(model, preparation)
         assert calibration is not None
-        cpu = torch.device("cpu")  # where a seed gives the same numbers for all devices
-        generator = torch.Generator(cpu).manual_seed(preparation.seed)
+        generator = seeded_generator(preparation.seed)
         for path, a in _rows_of_a(model).items():
             length = _length_of_equal_energy(a, calibration.spectra[path])
-            rows = torch.empty(a.shape, dtype=torch.float32, device=cpu)
-            a.copy_(nn.init.orthogonal_(rows, gain=length, generator=generator))
+            a.copy_(orthogonal_rows(a.shape, length, generator))
         return calibration
 
 
@@ -141,11 +140,9 @@ def _rows_of_a(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def _redraw(model: nn.Module, seed: int) -> None:
     """Give every layer PEFT's default A, at the rank that it has."""
-    cpu = torch.device("cpu")  # where a seed gives the same numbers for all devices
-    generator = torch.Generator(cpu).manual_seed(seed)
+    generator = seeded_generator(seed)
     for a in _rows_of_a(model).values():
-        drawn = torch.rand(a.shape, generator=generator, dtype=torch.float32, device=cpu)
-        a.copy_((2 * drawn - 1) / a.shape[1] ** 0.5)
+        a.copy_(default_rows(a.shape, generator))
 
 
 def _with(scale: Scale, **options: Any) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from evatune.adapters.lora_layers import lora_layers
 from evatune.calibration import Calibration
 from evatune.finetune.methods.base import Batches, Lora, Preparation
-from evatune.finetune.methods.gradients import leading_triplets, mean_gradients
+from evatune.finetune.methods.gradients import mean_gradients
+from evatune.finetune.methods.singular import leading_triplets
 from evatune.finetune.methods.weight_init import (
     WeightInit,
     initialize_by_peft,

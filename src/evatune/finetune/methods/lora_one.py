@@ -11,7 +11,8 @@ import torch
 from evatune.adapters.lora_layers import lora_layers
 from evatune.calibration import Calibration
 from evatune.finetune.methods.base import Lora, Preparation
-from evatune.finetune.methods.gradients import leading_triplets, mean_gradients
+from evatune.finetune.methods.gradients import mean_gradients
+from evatune.finetune.methods.singular import leading_triplets
 from evatune.modeling.state import evaluation_state
 
 _BATCHES, _EXAMPLES = 8, 1

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from evatune.adapters.lora_layers import lora_layers
 from evatune.calibration import Calibration
 from evatune.finetune.methods.base import Lora, Preparation
+from evatune.scaling import DEFAULT_LENGTH, orthogonal_rows, seeded_generator
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,10 @@ class LoraOrthogonal(Lora):
 
     @torch.no_grad()
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
-        cpu = torch.device("cpu")  # where a seed gives the same numbers for all devices
-        generator = torch.Generator(cpu).manual_seed(preparation.seed)
+        generator = seeded_generator(preparation.seed)
         for layer in lora_layers(model).values():
             a = layer.lora_A["default"].weight
-            rows = torch.empty(a.shape, dtype=torch.float32, device=cpu)
-            a.copy_(nn.init.orthogonal_(rows, gain=3**-0.5, generator=generator))
+            a.copy_(orthogonal_rows(a.shape, DEFAULT_LENGTH, generator))
         return None
 
 
