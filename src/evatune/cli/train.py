@@ -61,9 +61,9 @@ def train(
 
     from rich.console import Console
 
-    from evatune.utils.launcher import is_first
+    from evatune.utils.launcher import is_main_process
 
-    log = Console(stderr=True, quiet=as_json or not is_first())
+    log = Console(stderr=True, quiet=as_json or not is_main_process())
     with loading_libraries(log):
         from evatune.finetune.run import run
         from evatune.loading.quiet import quiet_libraries
@@ -80,7 +80,7 @@ def train(
 
     with libraries_on_stderr(), progress_on_stderr(as_json):
         result = run(settings, folder, quiet=as_json, say=say)
-    if not is_first():
+    if not is_main_process():
         return
     write_text(folder / "report.html", render(folder, settings))
     write_run_card(folder, settings, result)

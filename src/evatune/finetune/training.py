@@ -19,7 +19,7 @@ from evatune.finetune.run_folder import CHECKPOINTS, MAKE_ROOM
 from evatune.finetune.sharding import sharding_arguments
 from evatune.finetune.tasks import Task
 from evatune.utils.atomic import writing
-from evatune.utils.launcher import is_first, processes
+from evatune.utils.launcher import is_main_process, processes
 from evatune.utils.progress import Display, display
 from evatune.utils.text import duration
 
@@ -53,7 +53,7 @@ def build_trainer(
     )
     batch_size = training.batch_size * training.accumulate
     callbacks: list[Any] = [_AfterStep(method)]
-    if is_first():
+    if is_main_process():
         callbacks.append(MetricsCallback(folder / METRICS, batch_size))
     saves = checkpoints and method.resumable
     arguments = _arguments(recipe, model, folder, resumed=resumed, saves=saves)

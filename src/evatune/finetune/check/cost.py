@@ -18,7 +18,7 @@ from evatune.calibration import CalibrationConfig
 from evatune.choices import largest_rank
 from evatune.errors import ConfigError, TargetError
 from evatune.finetune.methods import Method, find_method
-from evatune.finetune.methods.base import Lora
+from evatune.finetune.methods.base import EvaOptions, Lora
 from evatune.finetune.methods.eva import Eva
 from evatune.finetune.methods.lora import METHODS as LORA_METHODS
 from evatune.finetune.methods.without_adapter import Head
@@ -280,8 +280,8 @@ def _products(model: nn.Module) -> Iterator[tuple[int, int]]:
 
 def _rho(recipe: Recipe) -> float:
     method = find_method(recipe.method)
-    options = method.initialize_options if isinstance(method, Eva) else {}
-    return float(options.get("rho", recipe.adapter.rho))
+    options = method.initialize_options if isinstance(method, Eva) else EvaOptions()
+    return options.get("rho", recipe.adapter.rho)
 
 
 def _evaluated_examples(recipe: Recipe) -> int:

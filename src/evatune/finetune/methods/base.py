@@ -6,28 +6,42 @@ import warnings
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, TypedDict, Unpack
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from evatune.adapters.lora_layers import find_lora_targets, lora_layers
-from evatune.calibration import Calibration
+from evatune.calibration import Calibration, CalibrationConfig
 from evatune.calibration.options import ProgressOption
 from evatune.capture.recorder import RowsFunction
 from evatune.capture.targets import find_target_layers
-from evatune.choices import DEFAULT_SCALE
+from evatune.choices import DEFAULT_SCALE, Budget, Scale
 from evatune.errors import ConfigError
 
 # Examples per batch → one pass over the training data, on the model's device.
 Batches = Callable[[int], Iterable[Any]]
-Initialize = Callable[..., Calibration]
 # In a comparison: what others are held against, EVA itself, what it competes with, and what tells
 # why EVA is better or not.
 Role = Literal["reference", "eva", "competitor", "control"]
 
 LOWER_THE_RANK = "lower adapter.rank, name other adapter.targets, or choose lora or eva"
+
+
+class EvaOptions(TypedDict, total=False):
+    """Options of `evatune.initialize` that a method may set."""
+
+    rho: float
+    budget: Budget
+    scale: Scale
+    config: CalibrationConfig
+
+
+class Initialize(Protocol):
+    """`evatune.initialize`, bound to a model or trainer."""
+
+    def __call__(self, **options: Unpack[EvaOptions]) -> Calibration: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +99,8 @@ class Preparation:
     rho: float
     seed: int
     initial_adapter: Path
-    budget: str = "ranks"
-    scale: str = DEFAULT_SCALE
+    budget: Budget = "ranks"
+    scale: Scale = DEFAULT_SCALE
     rows: RowsFunction | None = None
     progress: ProgressOption = None
 

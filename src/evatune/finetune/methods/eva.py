@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from evatune.adapters.lora_layers import lora_layers
 from evatune.api import calibrate
 from evatune.calibration import Calibration, CalibrationConfig
-from evatune.choices import Scale
-from evatune.finetune.methods.base import Lora, Preparation
+from evatune.finetune.methods.base import EvaOptions, Lora, Preparation
 from evatune.scaling import default_rows, orthogonal_rows, seeded_generator
 from evatune.sketch.spectrum import Spectrum
 
@@ -28,16 +27,16 @@ class Eva(Lora):
         initialize_options: of `evatune.initialize`, beside the run's.
     """
 
-    initialize_options: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    initialize_options: EvaOptions = field(default_factory=EvaOptions, kw_only=True)
 
     starts_as_calibrated: ClassVar[bool] = True
 
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
         return preparation.initialize(**self.options_of_run(preparation))
 
-    def options_of_run(self, preparation: Preparation) -> dict[str, Any]:
+    def options_of_run(self, preparation: Preparation) -> EvaOptions:
         """Return the options of `evatune.initialize`: the run's, or the method's own."""
-        usual = {
+        usual: EvaOptions = {
             "rho": preparation.rho,
             "budget": preparation.budget,
             "scale": preparation.scale,
@@ -45,8 +44,7 @@ class Eva(Lora):
         return usual | self.initialize_options
 
     def scale(self, usual: str) -> str | None:
-        scale: str = self.initialize_options.get("scale", usual)
-        return scale
+        return self.initialize_options.get("scale", usual)
 
 
 @dataclass(frozen=True)
@@ -145,10 +143,6 @@ def _redraw(model: nn.Module, seed: int) -> None:
         a.copy_(default_rows(a.shape, generator))
 
 
-def _with(scale: Scale, **options: Any) -> dict[str, Any]:
-    return {"config": CalibrationConfig(**options), "scale": scale}
-
-
 _EVA = Eva(
     "eva",
     about="A on the inputs' leading directions, ranks by what they explain",
@@ -189,26 +183,29 @@ METHODS = (
         _EVA,
         name="eva-centered",
         about="EVA by the covariance of the inputs",
-        initialize_options=_with("matched", center=True),
+        initialize_options={"scale": "matched", "config": CalibrationConfig(center=True)},
     ),
     replace(
         _EVA,
         name="eva-paper-centered",
         about="eva-centered with unit rows of A",
-        initialize_options=_with("paper", center=True),
+        initialize_options={"scale": "paper", "config": CalibrationConfig(center=True)},
     ),
     # The directions in which the loss has gradients, where LoRA's own learning rate fits.
     replace(
         _EVA,
         name="eva-gradients",
         about="EVA by the directions of the gradients",
-        initialize_options=_with("matched", objective="gradients"),
+        initialize_options={"scale": "matched", "config": CalibrationConfig(objective="gradients")},
     ),
     replace(
         _EVA,
         name="eva-regression",
         about="EVA by the regression of gradients on inputs",
-        initialize_options=_with("whiten-matched", objective="regression"),
+        initialize_options={
+            "scale": "whiten-matched",
+            "config": CalibrationConfig(objective="regression"),
+        },
     ),
     # Its A is PEFT's in the end, which has the length of these rows.
     RanksOnly(
@@ -221,7 +218,7 @@ METHODS = (
         "eva-paper-random",
         about="control: eva-paper-centered's ranks and first step, random directions",
         role="control",
-        initialize_options=_with("paper", center=True),
+        initialize_options={"scale": "paper", "config": CalibrationConfig(center=True)},
     ),
     MinorDirections(
         "eva-minor",
