@@ -50,13 +50,13 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Fine-tune by a recipe; again, it resumes a killed run or reads a finished one."""
-    from evatune.finetune.recipe import OWN_TASK
+    from evatune.finetune.recipe import USER_TASK
     from evatune.finetune.recipe_files import load
 
     settings = load(recipe, [*(overrides or []), *([TRUSTED] if trust_remote_code else [])])
     name = Path(recipe).stem
     if settings.data.source is not None:  # one recipe is for all of the user's data
-        name += f"-{settings.task.removeprefix(f'{OWN_TASK}-')}"
+        name += f"-{settings.task.removeprefix(f'{USER_TASK}-')}"
     folder = as_shown(out or RUNS / f"{name}-{settings.method}-seed{settings.seed}")
 
     from rich.console import Console

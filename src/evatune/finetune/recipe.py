@@ -53,7 +53,7 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 # In recipes that wait for the user's data, and the beginning of such a task's name.
-OWN_TASK = "own"
+USER_TASK = "own"
 HUB = "hub"  # as data.source: a task's own data on the hub
 SUCCESS = "success"  # the one metric of rl
 SIZES = ("train", "validation", "test")  # of the parts of the data

@@ -13,10 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import (
-    OWN_TASK,
     SIZES,
     SUCCESS,
     TO_FLOOR,
+    USER_TASK,
     AdapterOptions,
     DataOptions,
     Recipe,
@@ -155,7 +155,7 @@ def _with_own_data(tree: Mapping[str, Any]) -> Mapping[str, Any]:
         return tree
     stem = Path(data["source"]).stem
     name = "".join(sign if sign.isprintable() else "_" for sign in stem) or "data"
-    implied = {"task": f"{OWN_TASK}-{name.encode()[:_TASK_BYTES].decode(errors='ignore')}"}
+    implied = {"task": f"{USER_TASK}-{name.encode()[:_TASK_BYTES].decode(errors='ignore')}"}
     return {**implied, **tree, "data": {**dict.fromkeys(SIZES, 0), **data}}
 
 

@@ -37,8 +37,8 @@ from evatune.finetune.run_folder import (
     CALIBRATION,
     CHECKPOINTS,
     INITIAL_ADAPTER,
-    MAKE_ROOM,
     RESULT,
+    RESUME_ADVICE,
     claimed_run,
     finished_result,
 )
@@ -161,7 +161,7 @@ def _run(
     method, model = started.method, trained.trainer.model
     weights = whole_weights(trained.trainer)
     if method.trains:
-        with writing(folder / method.saved_as, MAKE_ROOM):
+        with writing(folder / method.saved_as, RESUME_ADVICE):
             method.save(model, folder / method.saved_as, folder / INITIAL_ADAPTER, weights)
     task = trained.task
     result = {

@@ -24,7 +24,7 @@ from evatune.utils.text import ABSENT, shortened
 
 RESULT, RECIPE, EVALUATION = "result.json", "recipe.json", "evaluation.json"
 CALIBRATION, INITIAL_ADAPTER, CHECKPOINTS = "calibration.safetensors", "start", "checkpoints"
-MAKE_ROOM = "make room, then run the same command again to go on"
+RESUME_ADVICE = "make room, then run the same command again to go on"
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

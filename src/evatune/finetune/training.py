@@ -15,7 +15,7 @@ from evatune.errors import ConfigError
 from evatune.finetune.methods import Method, OptimizerOptions
 from evatune.finetune.metrics import METRICS, MetricsCallback
 from evatune.finetune.recipe import TO_FLOOR, Recipe
-from evatune.finetune.run_folder import CHECKPOINTS, MAKE_ROOM
+from evatune.finetune.run_folder import CHECKPOINTS, RESUME_ADVICE
 from evatune.finetune.sharding import sharding_arguments
 from evatune.finetune.tasks import Task
 from evatune.utils.atomic import writing
@@ -181,7 +181,7 @@ class _Trainer(transformers.Trainer):  # type: ignore[misc]
         return 0
 
     def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
-        with writing(self.args.output_dir, MAKE_ROOM):
+        with writing(self.args.output_dir, RESUME_ADVICE):
             super()._save_checkpoint(*arguments, **options)
 
 
