@@ -47,9 +47,10 @@ def calibrate(
             engine. Where a module of your own, or of sentence-transformers, holds the one model
             that carries adapters, the whole is run, and names are those in that model.
         batches: DataLoader, list, iterator or generator. Each batch is read once, one pass at most.
-            Making them may run the model, which is as it was found meanwhile: its modes, its
-            adapters, no hook; nothing of that is counted. They must be mixed: of data that comes
-            sorted, the stop rule sees the first kind only and finds it settled.
+            The iterator may itself run the model: between our forward passes the model is as it was
+            found, with its modes and adapters and without hooks, and those runs are not counted.
+            Batches must be mixed: of sorted data, the stop rule sees the first kind only and finds
+            it settled.
         config: settings; `CalibrationConfig()` by default.
         targets: which layers, as PEFT names them: "all-linear", a list of names or suffixes, or a
             regular expression for whole names. Default: the layers that carry an adapter, else
@@ -86,10 +87,11 @@ def calibrate(
 
     Several processes of torch.distributed work together (unless `config.distributed` is False): all
     call this, each with batches of its own. They see up to `max_batches` in all, stop together and
-    end with the same directions, bit for bit, as one process would that sees their batches in turn,
-    but for the first batch of each: of that, all but one process keep what their leading directions
-    hold. Only sums of a sketch's size travel. A model in shards (FSDP, ZeRO-3) runs in step:
-    processes whose data has ended repeat their last batch, and it is not counted.
+    end with the same directions, bit for bit. The result equals, to rounding, that of one process
+    which reads all batches in turn, with one exception: of its first batch, every process but one
+    keeps only the part inside its leading directions. Only sums of a sketch's size travel. A model
+    in shards (FSDP, ZeRO-3) runs in step: processes whose data has ended repeat their last batch,
+    and it is not counted.
 
     Returns:
         A `Calibration`: per layer a `Spectrum` and a `Status`. Layers that went wrong are there

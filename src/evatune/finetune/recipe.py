@@ -23,7 +23,7 @@ Name = Annotated[str, AfterValidator(_require_name)]  # what becomes part of a p
 
 
 def _one_of(choices: tuple[str, ...]) -> AfterValidator:
-    """Return what refuses any other text."""
+    """Return a validator that accepts these texts alone."""
 
     def require(text: str) -> str:
         if text not in choices:

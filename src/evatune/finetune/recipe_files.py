@@ -137,7 +137,7 @@ def _put(tree: dict[str, Any], key: str, text: str) -> None:
 
 
 def _leave_own_task(tree: dict[str, Any]) -> None:
-    """Take out of a recipe for data of ours what is about them, so that the user's data decide."""
+    """Remove task and sizes from a recipe for bundled data: the user's own data imply them."""
     data = tree.get("data")
     if isinstance(data, dict) and data.get("source") is not None:
         return  # a recipe for such data: another copy of them
