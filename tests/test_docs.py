@@ -22,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import evatune
-from evatune.adapters.scale import SCALES
+from evatune.choices import SCALES
 from evatune.cli.app import app
 from evatune.finetune.methods import METHODS
 from evatune.finetune.recipe_files import load

@@ -133,7 +133,7 @@ def test_each_library_is_imported_in_its_rooms_only(library: str, places: set[st
 
 # room → rooms of ours that it may import; the first ones are the numerical core
 BASE = {"errors", "version", "choices", "layers", "utils"}
-CORE = {"sketch", "ranks"}
+CORE = {"sketch", "ranks", "scaling"}
 ROOMS = {
     "errors": set(),
     "version": set(),
@@ -142,15 +142,13 @@ ROOMS = {
     "utils": {"errors", "version"},
     "sketch": {"errors", "choices", "layers", "utils.shown", "utils.text"},
     "ranks": {"errors", "choices", "layers", "utils.shown", "utils.text", "sketch"},
+    "scaling": {"errors", "choices", "sketch.spectrum"},
     # What a file may hold is said in terms of what it is read into.
     "schemas": BASE | {"calibration.config", "calibration.status"},
     "modeling": BASE,
     "capture": BASE | {"modeling", "sketch"},
     "distributed": BASE | {"capture", "modeling", "sketch"},
-    # `adapters.scale` is formulas about spectra, which a calibration answers questions with.
-    "calibration": BASE
-    | CORE
-    | {"schemas", "modeling", "capture", "distributed", "adapters.scale"},
+    "calibration": BASE | CORE | {"schemas", "modeling", "capture", "distributed"},
     "loading": BASE | {"schemas", "modeling"},
     "adapters": BASE
     | CORE
@@ -162,7 +160,7 @@ ROOMS = {
     | {"schemas", "modeling", "capture", "distributed", "calibration", "adapters"}
     | {"trainers", "loading", "api"},
     "report": BASE
-    | {"sketch.spectrum", "ranks", "calibration", "adapters.scale", "adapters.saved", "finetune"}
+    | {"sketch.spectrum", "ranks", "calibration", "adapters.saved", "finetune"}
     | {"loading.cache", "loading.demo"},
 }
 

@@ -47,9 +47,10 @@ def calibrate(
             engine. Where a module of your own, or of sentence-transformers, holds the one model
             that carries adapters, the whole is run, and names are those in that model.
         batches: DataLoader, list, iterator or generator. Each batch is read once, one pass at most.
-            Making them may run the model, which is as it was found meanwhile: its modes, its
-            adapters, no hook; nothing of that is counted. They must be mixed: of data that comes
-            sorted, the stop rule sees the first kind only and finds it settled.
+            The iterator may itself run the model: between our forward passes the model is as it was
+            found, with its modes and adapters and without hooks, and those runs are not counted.
+            Batches must be mixed: of sorted data, the stop rule sees the first kind only and finds
+            it settled.
         config: settings; `CalibrationConfig()` by default.
         targets: which layers, as PEFT names them: "all-linear", a list of names or suffixes, or a
             regular expression for whole names. Default: the layers that carry an adapter, else
@@ -86,10 +87,11 @@ def calibrate(
 
     Several processes of torch.distributed work together (unless `config.distributed` is False): all
     call this, each with batches of its own. They see up to `max_batches` in all, stop together and
-    end with the same directions, bit for bit, as one process would that sees their batches in turn,
-    but for the first batch of each: of that, all but one process keep what their leading directions
-    hold. Only sums of a sketch's size travel. A model in shards (FSDP, ZeRO-3) runs in step:
-    processes whose data has ended repeat their last batch, and it is not counted.
+    end with the same directions, bit for bit. The result equals, to rounding, that of one process
+    which reads all batches in turn, with one exception: of its first batch, every process but one
+    keeps only the part inside its leading directions. Only sums of a sketch's size travel. A model
+    in shards (FSDP, ZeRO-3) runs in step: processes whose data has ended repeat their last batch,
+    and it is not counted.
 
     Returns:
         A `Calibration`: per layer a `Spectrum` and a `Status`. Layers that went wrong are there
@@ -223,20 +225,17 @@ def initialize(
             LoftQ, LoRA-GA), or of a variant of LoRA that does not fit
             (`evatune.adapters.variants`); a `Calibration` of another model; several adapted models
             in one module; a Trainer that has an optimizer already, or a `model_init`, by which it
-            builds its model anew. When it begins to train: a Trainer whose model was replaced
-            since.
+            builds its model anew; a model without weights (on the meta device), or one that was
+            made under `torch.inference_mode()` and cannot be trained. When it begins to train: a
+            Trainer whose model was replaced since.
         LayerError: layers without a usable result. BudgetError: the budget cannot be met.
         ConfigError: options that contradict each other, the adapter's config or the `Calibration`.
         DataError, TargetError: as for `calibrate`.
-        AdapterError: a model without weights (on the meta device), or one that was made under
-            `torch.inference_mode()` and cannot be trained.
 
     The model is unchanged in every case.
     """
     settings = settings_of(config)
     finished = batches if isinstance(batches, Calibration) else None
-    if finished is not None and progress == "auto":
-        progress = None
     is_trainer = hasattr(model, "get_train_dataloader")
     if is_trainer and batches is not finished:
         raise DataError(
@@ -254,7 +253,7 @@ def initialize(
     together = settings.distributed and finished is None
     with (
         ProcessGroup.create(together, device, settings.rendezvous_timeout) as process_group,
-        reported(progress, settings) as report,
+        reported(progress, settings, runs=finished is None) as report,
     ):
         options = InitializeOptions(
             ranks=RankOptions(rank=rank, rho=rho, budget=budget, metric=metric),

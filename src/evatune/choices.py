@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from evatune.errors import ConfigError
 
-# Length of the rows of A, see `evatune.adapters.scale`.
+# Length of the rows of A, see `evatune.scaling`.
 Scale = Literal["paper", "whiten", "matched", "whiten-matched"]
 # What components are ranked by, and what stays as in uniform LoRA: see `evatune.ranks.allocation`.
 Metric = Literal["ratio", "raw", "max", "sum"]

@@ -6,7 +6,7 @@ import torch
 from peft import EvaConfig
 
 import evatune
-from evatune.adapters.scale import scaled_rows
+from evatune.scaling import scaled_rows
 from tests.helpers import (
     lora,
     lora_layers,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import evatune
+from evatune.calibration import Checkpoint
 from evatune.errors import AdapterError, ConfigError
 from tests.helpers import Toy, inputs, lora, tiny_bert, tokens, train_a_little
 
@@ -177,20 +179,6 @@ def other_unit() -> evatune.Calibration:
                 r" 4.*components=8"
             ),
         ),
-        (
-            lora_of_bert,
-            lambda m: evatune.initialize(
-                m, of_bert(), config=evatune.CalibrationConfig(center=True)
-            ),
-            ConfigError,
-            "config is about a pass over batches",
-        ),
-        (
-            lora_of_bert,
-            lambda m: evatune.initialize(m, of_bert(), forward=lambda model, batch: model(**batch)),
-            ConfigError,
-            "forward is about a pass over batches",
-        ),
     ],
 )
 def test_bad_input_is_one_clear_error_and_the_model_is_as_it_was(
@@ -210,6 +198,24 @@ def test_bad_input_is_one_clear_error_and_the_model_is_as_it_was(
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("config", evatune.CalibrationConfig(center=True)),
+        ("forward", lambda model, batch: model(**batch)),
+        ("rows", lambda activation, batch, name: activation[:, 0]),
+        ("loss", lambda model, batch: model(**batch).last_hidden_state.sum()),
+        ("progress", lambda now: None),
+        ("checkpoint", Checkpoint(Path("calibration.checkpoint"))),
+    ],
+)
+def test_options_of_a_pass_over_batches_do_not_go_with_a_finished_calibration(
+    option: str, value: Any
+) -> None:
+    with pytest.raises(ConfigError, match=f"{option} is about a pass over batches"):
+        evatune.initialize(lora_of_bert(), of_bert(), **{option: value})
 
 
 def test_a_calibration_of_layers_that_went_wrong_is_refused_with_their_names() -> None:

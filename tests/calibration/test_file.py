@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import evatune
 from evatune import Calibration, CalibrationConfig, Status
-from evatune.adapters.scale import scaled_rows
 from evatune.choices import SCALES
 from evatune.errors import ConfigError, RecordError
+from evatune.scaling import scaled_rows
 from tests.helpers import Toy, every_outcome, inputs
 
 

@@ -83,6 +83,8 @@ def test_another_process_than_the_first_and_none_show_nothing(
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     with reported("auto", config) as report:
         assert report is not None
+    with reported("auto", config, runs=False) as report:
+        assert report is None
 
 
 @pytest.mark.parametrize("value", ["bar", True, 3])

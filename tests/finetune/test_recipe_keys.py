@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from evatune.adapters.scale import SCALES
+from evatune.choices import SCALES
 from evatune.finetune.recipe_keys import nearest_key, recipe_keys
 
 KEYS = {key.name: key for key in recipe_keys()}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from evatune import Calibration
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.run import run
-from evatune.utils.launcher import is_first
+from evatune.utils.launcher import is_main_process
 from tests.finetune.helpers import command_line, small
 from tests.processes import error_of, launched
 
@@ -76,7 +76,7 @@ def test_a_mistake_ends_all_processes_with_one_sentence(steady_bert: Path, tmp_p
 
 class _KillSelf(transformers.TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 3 and not is_first():
+        if state.global_step == 3 and not is_main_process():
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -158,6 +158,25 @@ def test_a_transformers_model_with_an_adapter_of_another_name(
     assert eva.calibration.batches == 8
 
 
+@pytest.mark.parametrize("objective", ["activations", "gradients"])
+def test_the_callers_functions_run_in_the_trainers_precision(
+    tmp_path: Path, objective: Any
+) -> None:
+    in_bfloat16: list[bool] = []
+
+    def call(model: nn.Module, batch: Any) -> Any:
+        in_bfloat16.append(torch.is_autocast_enabled("cpu"))
+        output = model(input_ids=batch[0], labels=batch[1])
+        return output.loss if objective == "gradients" else output
+
+    name = "loss" if objective == "gradients" else "forward"
+    config = evatune.CalibrationConfig(objective=objective)
+    eva = EvaCallback(config=config, **{name: call})
+    trainer(tmp_path, eva, precision="bf16-mixed").fit(Classifier(), datamodule=Data())
+    assert in_bfloat16
+    assert all(in_bfloat16)
+
+
 def test_batches_given_take_the_place_of_the_loaders(tmp_path: Path) -> None:
     eva = EvaCallback(batches=tokens(5))
     given = DataLoader(

@@ -41,7 +41,6 @@ from torch import Tensor, nn
 from evatune.adapters.adapter import LoraAdapter, lora_config
 from evatune.adapters.lora_layers import LoraTarget
 from evatune.adapters.options import with_label_mask
-from evatune.adapters.scale import scaled_rows
 from evatune.adapters.variants import active_positions, require_known_variant
 from evatune.adapters.write import usual_start, write_rows
 from evatune.calibration.config import CalibrationConfig
@@ -59,11 +58,13 @@ from evatune.modeling.batches import iterate
 from evatune.modeling.forward import model_device, to_device
 from evatune.modeling.state import require_trainable
 from evatune.modeling.wrappers import peft_name
+from evatune.scaling import default_rows, scaled_rows
 
 ModelInputs = Callable[[Any, LoraConfig], Any]
 LayerInputs = Callable[[Any, Any, str], Tensor]
 
-_WEIGHT = 0.1  # of the energy, in the vectors that settle last: what `tau` is about
+# Share of the energy that is in the vectors which settle last, those that `tau` is about.
+_ENERGY_SETTLING_LAST = 0.1
 
 
 @torch.inference_mode(mode=False)
@@ -135,7 +136,7 @@ def get_eva_state_dict(
     if not target_layers:
         return {}
     _require_known_names(prepare_layer_inputs_fn, target_layers)
-    tolerance = round(_WEIGHT * (1 - eva.tau), 9)
+    tolerance = round(_ENERGY_SETTLING_LAST * (1 - eva.tau), 9)
     config = CalibrationConfig(
         rank=peft_config.r,
         rho=eva.rho,
@@ -238,10 +239,9 @@ def initialize_lora_eva_weights(
         )
     rows = _fitting(eva_state_dict, adapter.targets)
     missing = [target for target in adapter.targets if target.name not in rows]
-    for target in missing:  # PEFT's default: uniform on ±1/√in
+    for target in missing:
         shape = target.layer.r[adapter_name], target.target_layers[0].in_features
-        a = torch.empty(shape, dtype=torch.float32, device="cpu")
-        rows[target.name] = nn.init.kaiming_uniform_(a, a=5**0.5)
+        rows[target.name] = default_rows(shape)
     for layer in adapter.others.values():  # they may be on the meta device
         usual_start(layer, adapter)
     write_rows(adapter, rows, lora.r)

@@ -13,20 +13,20 @@ from torch import nn
 from evatune.adapters.adapter import LoraAdapter, lora_config
 from evatune.adapters.lora_layers import describe, pairs
 from evatune.adapters.options import InitializeOptions, needed_components
-from evatune.adapters.scale import choose_scale, completed, scaled_rows
 from evatune.adapters.variants import active_positions, require_known_variant
 from evatune.adapters.write import usual_start, write_rows
 from evatune.calibration.config import CalibrationConfig
 from evatune.calibration.loop import run
 from evatune.calibration.merge import same_model
 from evatune.calibration.result import Calibration
-from evatune.choices import OnUnsupported, Scale
+from evatune.choices import DEFAULT_SCALE, SCALES, OnUnsupported, Scale, require_choice
 from evatune.distributed.group import ProcessGroup
 from evatune.errors import AdapterError, ConfigError, DataError, TargetError
 from evatune.modeling.sharding import is_sharded, is_sharded_parameter, require_weights
 from evatune.modeling.state import adapters_off, require_trainable
 from evatune.modeling.wrappers import adapted, is_engine, unwrapped
 from evatune.modeling.wrappers import describe as describe_model
+from evatune.scaling import completed, scaled_rows
 from evatune.utils.text import shortened
 from evatune.utils.warn import warn
 
@@ -76,12 +76,23 @@ def initialize_model(
 
 
 def scale_in_force(lora: LoraConfig, scale: Scale | None) -> Scale:
-    """Return the scale that `evatune.initialize(scale=...)` writes into an adapter of this config.
+    """Return the caller's scale, else what `EvaConfig.whiten` of the adapter's config says.
 
     The config says it before the adapter is written, and not after.
+
+    Raises:
+        ConfigError: a scale that does not exist, or one that contradicts `whiten`.
     """
     whiten = lora.eva_config is not None and lora.eva_config.whiten
-    return choose_scale(scale, whiten)
+    if scale is None:
+        return "whiten" if whiten else DEFAULT_SCALE
+    require_choice("scale", scale, SCALES)
+    if whiten and scale != "whiten":
+        raise ConfigError(
+            f"scale is {scale!r} but the adapter's EvaConfig says whiten=True; leave out one of the"
+            " two, or pass scale='whiten'"
+        )
+    return scale
 
 
 def _check_unsupported(adapter: LoraAdapter, on_unsupported: OnUnsupported) -> None:
@@ -191,6 +202,7 @@ def _require_no_run(options: InitializeOptions) -> None:
         "rows": options.run.rows,
         "loss": options.run.loss,
         "progress": options.run.progress,
+        "checkpoint": options.run.checkpoint,
     }
     for option, value in of_a_run.items():
         if value is not None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evatune.adapters.lora_scale import lora_scale
 from evatune.errors import RecordError
 from evatune.layers import PEFT_PREFIX
+from evatune.scaling import lora_scale
 from evatune.schemas import Damage, shown, telling
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def require_ranks(weights: Path, state: Mapping[str, Tensor], config: LoraConfig
         end = _end_of_a(key)
         if end is None or ".base_layer" in key:
             continue
-        layer = key.removeprefix(PEFT_PREFIX).removesuffix(end)
+        layer = _path(key, end)
         rank = pattern.get(get_pattern_key(pattern.keys(), layer), config.r)
         if rank != len(tensor):
             raise RecordError(
@@ -196,9 +197,22 @@ def layer_names(state: Mapping[str, Tensor]) -> list[str]:
     for key in state:
         end = _end_of_a(key)
         if end is not None:
-            path = key.removeprefix(PEFT_PREFIX).removesuffix(end)
-            names.append(path.partition(".base_layer")[0])
+            names.append(_module_of(_path(key, end)))
     return names
+
+
+def _path(key: str, end: str) -> str:
+    """Return where an adapter's matrix is in the model, wrappers and all."""
+    return key.removeprefix(PEFT_PREFIX).removesuffix(end)
+
+
+def _module_of(path: str) -> str:
+    """Return the module of the base model, which may have several wrappers, one in another.
+
+    Attention's output projection, or one of several stacked weights, hangs in the wrapper of its
+    layer.
+    """
+    return path.partition(".base_layer")[0]
 
 
 def _end_of_a(key: str) -> str | None:
@@ -219,26 +233,26 @@ def layer_scale(config: LoraConfig, layer: str, rank: int) -> tuple[float, float
 def _rows(state: Mapping[str, Tensor], config: LoraConfig) -> list[AdapterRow]:
     rows = []
     pairs = [(key, end) for key in state for end in _PAIRS if key.endswith(end)]
-    heights = {key.removeprefix(PEFT_PREFIX): len(state[key]) for key, _ in pairs}
+    heights: Counter[str] = Counter()
     for key, end in pairs:
-        path = key.removeprefix(PEFT_PREFIX).removesuffix(end)
+        heights[_module_of(_path(key, end))] += len(state[key])
+    stacked = {
+        module: _StackedExperts.of(module, height, config) for module, height in heights.items()
+    }
+    for key, end in pairs:
+        path = _path(key, end)
+        module = _module_of(path)
         a, b = state[key].float(), state[key.removesuffix(end) + _PAIRS[end]].float()
-        # Attention's output projection, or one of several stacked weights, hangs in the wrapper of
-        # its layer.
-        unit = path.partition(".base_layer")[0]
-        beside = [
-            height
-            for other, height in heights.items()
-            if other.startswith((unit + ".lora_", unit + ".base_layer"))
-        ]
-        name, rank = _stacked(config, unit, path.count(".base_layer"), len(a), sum(beside)) or (
-            unit,
-            len(a),
-        )
+        layer = path.replace(".base_layer", "")
+        name, rank = module, len(a)
+        parameter = stacked[module].parameter(len(a), path.count(".base_layer"))
+        if parameter is not None:
+            name, rank = parameter
+            layer = name
         alpha, scale = layer_scale(config, name, rank)
         rows.append(
             AdapterRow(
-                layer=path.replace(".base_layer", "") if name == unit else name,
+                layer=layer,
                 rank=rank,
                 alpha=alpha,
                 scale=scale,
@@ -250,31 +264,44 @@ def _rows(state: Mapping[str, Tensor], config: LoraConfig) -> list[AdapterRow]:
     return rows
 
 
-def _stacked(
-    config: LoraConfig, unit: str, depth: int, height: int, together: int
-) -> tuple[str, int] | None:
-    """Return name and rank of an adapted parameter of stacked experts of the module `unit`.
+@dataclass(frozen=True)
+class _StackedExperts:
+    """The adapted parameters of one module in which the weights of its experts are stacked.
 
-    A has the experts' rows one after another. The file does not say how many experts there are:
-    the ranks in the config do, since all parameters of a module have equally many. None for other
-    layers.
+    A has the experts' rows one after another: of `experts.gate_up_proj` with 8 experts at rank 4
+    it has 32 rows. The file does not say how many experts there are. The ranks in the config do,
+    since all parameters of a module have equally many: 64 rows at ranks 4 and 4 are 8 experts.
 
-    Args:
-        depth: how many wrappers are around this one; evatune lists the parameters of a module in
-            this order.
-        height: rows of this A. together: of all A of the module.
+    Attributes:
+        ranks: parameter → rank, in the order of the config; empty for any other layer.
+        experts: how many there are.
     """
-    from peft.utils.other import get_pattern_key
 
-    names = []
-    for target in config.target_parameters or ():
-        module, _, key = target.rpartition(".")
-        if not module or f".{unit}".endswith(f".{module}"):
-            names.append(f"{unit}.{key}")
-    pattern = config.rank_pattern
-    ranks = {
-        name: int(pattern.get(get_pattern_key(pattern.keys(), name), config.r)) for name in names
-    }
-    experts = max(1, together // sum(ranks.values())) if ranks else 1
-    likely = names[depth:] + names[:depth]
-    return next(((name, ranks[name]) for name in likely if ranks[name] * experts == height), None)
+    ranks: Mapping[str, int]
+    experts: int
+
+    @classmethod
+    def of(cls, module: str, height: int, config: LoraConfig) -> _StackedExperts:
+        """Return what the config says of a module, all of whose A have `height` rows together."""
+        from peft.utils.other import get_pattern_key
+
+        pattern, ranks = config.rank_pattern, {}
+        for target in config.target_parameters or ():
+            parent, _, key = target.rpartition(".")
+            if not parent or f".{module}".endswith(f".{parent}"):
+                name = f"{module}.{key}"
+                ranks[name] = int(pattern.get(get_pattern_key(pattern.keys(), name), config.r))
+        return cls(ranks, max(1, height // sum(ranks.values())) if ranks else 1)
+
+    def parameter(self, height: int, depth: int) -> tuple[str, int] | None:
+        """Return name and rank of the parameter whose A has `height` rows; None if there is none.
+
+        Args:
+            depth: how many wrappers are around it. Of equal ranks this decides, since evatune
+                lists the parameters of a module from the outermost wrapper to the innermost.
+        """
+        names = list(self.ranks)
+        for name in names[depth:] + names[:depth]:
+            if self.ranks[name] * self.experts == height:
+                return name, self.ranks[name]
+        return None

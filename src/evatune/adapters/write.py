@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from evatune.adapters.adapter import LoraAdapter
 from evatune.adapters.lora_layers import LoraTarget, matrices_of, pairs
-from evatune.adapters.lora_scale import lora_scale, scale_divisor
 from evatune.adapters.patterns import pattern_of, set_targets, targets_for
 from evatune.modeling.forward import model_device
 from evatune.modeling.state import cuda_devices
 from evatune.modeling.wrappers import peft_names
+from evatune.scaling import lora_scale, scale_divisor
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ def write_rows(adapter: LoraAdapter, rows: Mapping[str, Tensor], rank: int) -> N
 
     That config is the adapter's alone: the one it was built from may be that of other models and
     adapters too, and stays as it is. Layers in `adapter.others` stay as they are.
+
+    The order: ranks, α and the new config are worked out before anything is written. Then each
+    layer is resized (`_resize`, where the old parameters take over what PEFT makes) and filled, or
+    loses the adapter. Tied layers follow, which share the matrices that the embedding has by then.
+    The config comes last.
 
     Args:
         adapter: what to write into.
@@ -175,9 +180,9 @@ def _resize(layer: LoraLayer, new: RankAndAlpha, adapter: LoraAdapter) -> None:
 def _replace_parameters(
     layer: LoraLayer, new: RankAndAlpha, adapter: LoraAdapter, dtype: torch.dtype
 ) -> None:
-    """Give parameters of `dtype` other shapes; what was trainable stays so, and nothing else.
+    """Resize the layer's parameters, as `dtype`; each stays trainable or frozen as it was.
 
-    They are the same objects as before, so that an optimizer which holds them goes on to.
+    They remain the same objects, so that an optimizer which holds them keeps training them.
     """
     # PEFT's update_layer makes new ones, makes those of every adapter of the layer trainable, a
     # magnitude vector of the base's dtype, and its modules as in training.
@@ -201,9 +206,9 @@ def _replace_parameters(
 
 
 def _keep(layer: LoraLayer, name: str, old: nn.Parameter, new: nn.Parameter) -> nn.Parameter:
-    """Put the old parameter in the place of the new one, with its values, and return it.
+    """Put the old parameter back, with the values of the new one, and return it.
 
-    One on the meta device cannot hold them, and gives way.
+    If the old one is on the meta device, which holds no values, the new one stays.
     """
     if old is new or old.device.type == "meta":
         return new

@@ -17,12 +17,13 @@ from evatune.utils.text import duration, size
 
 @contextmanager
 def reported(
-    progress: ProgressOption, config: CalibrationConfig
+    progress: ProgressOption, config: CalibrationConfig, *, runs: bool = True
 ) -> Iterator[ProgressFunction | None]:
     """Yield the function that a run calls after each batch; None for none.
 
     Args:
         progress: as for `evatune.calibrate`.
+        runs: whether there are batches to run; without any, "auto" shows nothing.
 
     Raises ConfigError for a value that is none of the three.
     """
@@ -33,7 +34,7 @@ def reported(
             f"progress is {progress!r}; it must be 'auto', None, or a function of one"
             " evatune.Progress"
         )
-    elif not _is_first_process():
+    elif not (runs and _is_first_process()):
         yield None
     else:
         with display("calibrating", "batches") as shown:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from evatune.adapters.scale import step_ratio
 from evatune.calibration.data import CalibrationData
 from evatune.calibration.file import load_calibration, save_calibration
 from evatune.calibration.merge import merge_calibrations
@@ -17,6 +16,7 @@ from evatune.calibration.status import Status
 from evatune.choices import DEFAULT_SCALE, SCALES, Budget, Metric, Scale, require_choice
 from evatune.errors import ConfigError, LayerError
 from evatune.ranks.allocation import Candidate, RankPlan, allocate
+from evatune.scaling import step_ratio
 from evatune.utils.shown import Shown
 from evatune.utils.text import shortened
 
@@ -110,7 +110,7 @@ class Calibration(CalibrationData, Shown):
         The layer at its rank is compared with LoRA at the rank that it would have without
         redistribution, and at the same α/r, which `evatune.initialize` keeps in every layer (unless
         the adapter's `EvaConfig.adjust_scaling_factors` is off: then κ is to be multiplied by that
-        rank over the layer's own). For the formula see `evatune.adapters.scale.step_ratio`.
+        rank over the layer's own). For the formula see `evatune.scaling.step_ratio`.
 
         Args:
             scale: as for `evatune.initialize`.

@@ -12,7 +12,7 @@ from typing import NoReturn
 from evatune.cli.interrupt import SENTENCE, STATUS, Interrupts, ends_at_once
 from evatune.errors import MissingExtraError
 from evatune.utils.extras import extras
-from evatune.utils.launcher import is_first
+from evatune.utils.launcher import is_main_process
 from evatune.utils.markup import printable
 
 _GRACE_SECONDS = 5.0  # for the first process of several, where another has failed
@@ -51,7 +51,7 @@ def _end(status: int, message: str) -> NoReturn:
         print(f"evatune: {printable(message)}", file=sys.stderr)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
-        if status and not is_first():
+        if status and not is_main_process():
             # The launcher ends all with the first that ends: not before that one has tidied up.
             time.sleep(_GRACE_SECONDS)
         # A thread of gloo, which DDP holds on to, may take the interpreter's end for a crash

@@ -4,136 +4,76 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from evatune.cli.completion import recipe_names
+from evatune.cli.compare_options import TEST_SEEDS, CompareOptions
 from evatune.cli.hints import AXES
 from evatune.cli.libraries import libraries_on_stderr, loading_libraries, progress_on_stderr
-from evatune.cli.train import RUNS, TRUSTED, Trust
+from evatune.cli.options import takes_options
+from evatune.cli.train import RUNS, TRUSTED
 from evatune.utils.launcher import require_alone
 from evatune.utils.markup import printable
 from evatune.utils.names import as_shown
 
 if TYPE_CHECKING:
-    from evatune.finetune.comparison.rate_rule import Seeds, Trial
-    from evatune.finetune.comparison.search import Progress
     from evatune.finetune.comparison.summary import Comparison
     from evatune.finetune.recipe import Recipe
-    from evatune.utils.progress import Display
 
 
-_TEST_SEEDS = "10,11,12,13,14"
-
-
-def compare(
-    recipes: Annotated[
-        list[str],
-        typer.Argument(
-            help=(
-                "Recipes of ours, patterns of their names such as 'images-*', or YAML files; with"
-                " settings that replace "
-                "theirs, such as training.steps=100."
-            ),
-            autocompletion=recipe_names,
-        ),
-    ],
-    methods: Annotated[str, typer.Option(help="Methods, with commas between.")] = "lora,eva",
-    seeds: Annotated[
-        str, typer.Option(help="Seeds, with commas between; with --tune, to tune with.")
-    ] = "0,1,2",
-    lrs: Annotated[
-        str, typer.Option(help="Learning rates, with commas between. Default: the recipe's.")
-    ] = "",
-    tuned: Annotated[
-        bool,
-        typer.Option(
-            "--tune",
-            help=(
-                "Search each method's learning rate around the recipe's on validation examples"
-                " (data.validation), then test it with other seeds."
-            ),
-        ),
-    ] = False,
-    test_seeds: Annotated[
-        str | None, typer.Option(help=f"With --tune: seeds to test with. Default: {_TEST_SEEDS}.")
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Runs at a time, of one thread each. Default: one per core."),
-    ] = None,
-    executor: Annotated[
-        str, typer.Option(help="process, or ray: a cluster (RAY_ADDRESS), else this machine.")
-    ] = "process",
-    target_loss: Annotated[
-        float | None,
-        typer.Option(
-            help="Evaluation loss to reach. Default: what every seed of the first method reached."
-        ),
-    ] = None,
-    trust_remote_code: Trust = False,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="Folder. Default: runs/compare-RECIPE, or -DOMAIN."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
+@takes_options(CompareOptions)
+def compare(options: CompareOptions) -> None:
     """Compare methods under equal conditions; the same command again goes on."""
-    from evatune.errors import EvatuneError
     from evatune.finetune.recipe_files import expand, load
 
-    sources = expand(text for text in recipes if "=" not in text)
-    overrides = [text for text in recipes if "=" in text]
+    sources = expand(text for text in options.recipes if "=" not in text)
+    overrides = [text for text in options.recipes if "=" in text]
     require_alone("evatune compare")
-    _require_no_axis(overrides, lrs)
-    overrides += [TRUSTED] if trust_remote_code else []
+    _require_no_axis(overrides, options.lrs)
+    overrides += [TRUSTED] if options.trust_remote_code else []
     settings = [load(source, overrides) for source in sources]
-    folder = as_shown(out or _default_folder(sources, settings, tuned))
-    chosen_seeds, rates = _numbers(seeds, int, "--seeds"), _numbers(lrs, float, "--lrs")
+    folder = as_shown(options.out or _default_folder(sources, settings, options.tuned))
+    if options.tuned:
+        _compare_tuned(options, sources, settings, folder)
+    else:
+        _compare_grid(options, settings, folder)
 
-    from rich.console import Console
 
-    log = Console(stderr=True, quiet=as_json)
-    with loading_libraries(log):
-        from evatune.errors import ConfigError
-        from evatune.finetune.comparison.grid import grid, run_all
-        from evatune.finetune.comparison.rate_rule import Seeds
+def _compare_grid(options: CompareOptions, settings: list[Recipe], folder: Path) -> None:
+    """Run every method with every seed and rate, write table and page, and print the table."""
+    from evatune.errors import ConfigError, EvatuneError
+
+    seeds, rates = _numbers(options.seeds, int, "--seeds"), _numbers(options.lrs, float, "--lrs")
+    if options.test_seeds is not None:
+        raise ConfigError(
+            "--test-seeds are for --tune, which tests what other seeds chose; add --tune, or give"
+            " all seeds to --seeds"
+        )
+    with _loading(options):
+        from evatune.finetune.comparison.grid import Run, grid, run_all
         from evatune.finetune.comparison.summary import summarize
         from evatune.report.runs import comparison_table
         from evatune.report.tables import console
         from evatune.utils.lock import held
 
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    count = workers or os.cpu_count() or 1
-    if tuned:
-        if rates or target_loss is not None:
-            raise ConfigError(
-                "--tune chooses the learning rates and the losses to reach; leave out --lrs and"
-                " --target-loss"
-            )
-        tests = _numbers(test_seeds or _TEST_SEEDS, int, "--test-seeds")
-        split_seeds = Seeds(tuple(chosen_seeds), tuple(tests))
-        _compare_tuned(sources, settings, names, split_seeds, folder, count, executor, as_json)
-        return
-    if test_seeds is not None:
-        raise ConfigError(
-            "--test-seeds are for --tune, which tests what other seeds chose; add --tune, or give"
-            " all seeds to --seeds"
-        )
-    runs = grid(settings, names, chosen_seeds, rates, folder / "cells")
+    runs = grid(settings, _methods(options), seeds, rates, folder / "cells")
     _require_comparison(folder)
     with held(folder):
-        with libraries_on_stderr():
-            failed = _with_bar(as_json, runs, lambda tell: run_all(runs, count, tell, executor))
-        comparison = summarize(runs, target_loss)
-        following = _tuned_command(recipes, methods, settings)
+        with libraries_on_stderr(), _runs_shown(options.as_json, len(runs)) as tell:
+
+            def ended(run: Run, problem: str | None) -> None:
+                tell(run.folder.name, problem)
+
+            failed = run_all(runs, _workers(options), ended, options.executor)
+        comparison = summarize(runs, options.target_loss)
+        following = _tuned_command(options, settings)
         facts = _write_comparison(comparison, failed, folder, settings, following)
-    if as_json:
+    if options.as_json:
         typer.echo(json.dumps(facts))
     elif comparison.lines:
         terminal = console()
@@ -172,29 +112,40 @@ def _require_no_axis(overrides: list[str], lrs: str) -> None:
 
 
 def _compare_tuned(
-    sources: list[str],
-    settings: list[Recipe],
-    methods: list[str],
-    seeds: Seeds,
-    folder: Path,
-    workers: int,
-    executor: str,
-    as_json: bool,
+    options: CompareOptions, sources: list[str], settings: list[Recipe], folder: Path
 ) -> None:
     """Search, test, write tables and pictures, and print them."""
-    import_module("evatune.report.tuned")  # which may lack an extra, and comes after hours
+    from evatune.errors import ConfigError, EvatuneError
 
-    from evatune.errors import EvatuneError
-    from evatune.finetune.comparison.search import tune
-    from evatune.utils.lock import held
+    tuning = _numbers(options.seeds, int, "--seeds")
+    tests = _numbers(options.test_seeds or TEST_SEEDS, int, "--test-seeds")
+    if options.lrs or options.target_loss is not None:
+        raise ConfigError(
+            "--tune chooses the learning rates and the losses to reach; leave out --lrs and"
+            " --target-loss"
+        )
+    with _loading(options):
+        from evatune.finetune.comparison.rate_rule import Seeds, Trial
+        from evatune.finetune.comparison.search import tune
+        from evatune.utils.lock import held
 
+        import_module("evatune.report.tuned")  # which may lack an extra, and comes after hours
+
+    seeds, workers = Seeds(tuple(tuning), tuple(tests)), _workers(options)
     path = folder / "runs.jsonl"
     _require_comparison(folder)
     with held(folder):
-        with libraries_on_stderr(), _search_bar(as_json) as tell:
-            searches = tune(settings, methods, seeds, path, workers, tell, executor)
+        with libraries_on_stderr(), _runs_shown(options.as_json, None) as tell:
+
+            def ended(name: str, trial: Trial, problem: str | None) -> None:
+                aim = "test" if trial.tested else "tune"
+                tell(f"{name}, {aim}, seed {trial.seed}", problem)
+
+            searches = tune(
+                settings, _methods(options), seeds, path, workers, ended, options.executor
+            )
         if path.exists():
-            _show_tuned(path, sources, settings, as_json)
+            _show_tuned(path, sources, settings, options.as_json)
     failed = {search.name: search.problem for search in searches if search.problem}
     failed |= {search.name: "every run diverged" for search in searches if search.diverged}
     if failed:
@@ -249,23 +200,6 @@ def _show_tuned(path: Path, sources: list[str], settings: list[Recipe], as_json:
             typer.echo(printable(str(page)))
 
 
-@contextmanager
-def _search_bar(quiet: bool) -> Iterator[Progress]:
-    """Show how many runs of a tuned comparison have ended, and which was the last."""
-    with _bar(quiet) as bar:
-        bar.begin(None)
-        done = 0
-
-        def tell(name: str, trial: Trial, problem: str | None) -> None:
-            nonlocal done
-            done += 1
-            aim = "test" if trial.tested else "tune"
-            state = "failed" if problem else "done"
-            bar.update(done, None, f"{state}: {name}, {aim}, seed {trial.seed}")
-
-        yield tell
-
-
 def _write_comparison(
     comparison: Comparison,
     failed: dict[Path, str],
@@ -304,13 +238,14 @@ def _write_comparison(
     return facts
 
 
-def _tuned_command(recipes: list[str], methods: str, settings: list[Recipe]) -> str:
+def _tuned_command(options: CompareOptions, settings: list[Recipe]) -> str:
     """Return the command of the fair comparison of the same methods, which searches their rates."""
     import shlex
 
     validated = all(recipe.data.has_validation for recipe in settings)
     examples = [] if validated else ["data.validation=200"]
-    return shlex.join(["evatune", "compare", *recipes, *examples, "--methods", methods, "--tune"])
+    asked = [*options.recipes, *examples, "--methods", options.methods, "--tune"]
+    return shlex.join(["evatune", "compare", *asked])
 
 
 def _require_comparison(folder: Path) -> None:
@@ -328,28 +263,39 @@ def _require_comparison(folder: Path) -> None:
         )
 
 
+def _loading(options: CompareOptions) -> AbstractContextManager[None]:
+    """Return the block in which a comparison imports what it needs, before it begins anything."""
+    from rich.console import Console
+
+    return loading_libraries(Console(stderr=True, quiet=options.as_json))
+
+
 @contextmanager
-def _bar(quiet: bool) -> Iterator[Display]:
-    """Yield a progress display of finished runs; with `quiet`, one that shows nothing."""
+def _runs_shown(quiet: bool, total: int | None) -> Iterator[Callable[[str, str | None], None]]:
+    """Yield a function that shows how many runs have ended, and which was the last.
+
+    It takes the run's name and what went wrong, or None. With `quiet` it shows nothing.
+    """
     from evatune.utils.progress import display
 
     with progress_on_stderr(quiet), display("comparing", "runs", shown=not quiet) as bar:
-        yield bar
-
-
-def _with_bar(quiet: bool, runs: Any, work: Any) -> dict[Path, str]:
-    with _bar(quiet) as bar:
-        bar.begin(len(runs))
+        bar.begin(total)
         done = 0
 
-        def tell(run_: Any, problem: str | None) -> None:
+        def tell(name: str, problem: str | None) -> None:
             nonlocal done
             done += 1
-            state = "failed" if problem else "done"
-            bar.update(done, len(runs), f"{state}: {run_.folder.name}")
+            bar.update(done, total, f"{'failed' if problem else 'done'}: {name}")
 
-        failed: dict[Path, str] = work(tell)
-        return failed
+        yield tell
+
+
+def _methods(options: CompareOptions) -> list[str]:
+    return [name.strip() for name in options.methods.split(",") if name.strip()]
+
+
+def _workers(options: CompareOptions) -> int:
+    return options.workers or os.cpu_count() or 1
 
 
 def _numbers(text: str, kind: Any, option: str) -> list[Any]:

@@ -25,7 +25,7 @@ from evatune.cli.libraries import (
     progress_on_stderr,
 )
 from evatune.cli.options import config_of, takes_options
-from evatune.utils.launcher import is_first
+from evatune.utils.launcher import is_main_process
 from evatune.utils.markup import printable
 from evatune.utils.outputs import Output, claimed_folder, require_apart
 from evatune.utils.text import shortened
@@ -81,7 +81,7 @@ def init(options: InitOptions) -> None:
 
     from rich.console import Console
 
-    log = Console(stderr=True, quiet=options.as_json or not is_first())
+    log = Console(stderr=True, quiet=options.as_json or not is_main_process())
     with loading_libraries(log):
         from evatune.distributed.launch import launched
         from evatune.loading.quiet import quiet_libraries
@@ -90,19 +90,19 @@ def init(options: InitOptions) -> None:
             import_module(f"evatune.loading.{module}")
         import_module("evatune.report.tables")
         quiet_libraries()
-    with launched() as processes, ExitStack() as held:
+    with launched() as process_group, ExitStack() as held:
         output = checkpoint = None
-        if processes.rank == 0:
+        if process_group.rank == 0:
             output = held.enter_context(claimed_folder(options.out, options.overwrite))
             checkpoint = _checkpoint(options, output, log)
-        processes.gather(None)  # the others begin where the first one can write
-        with processes.library_messages():
+        process_group.gather(None)  # the others begin where the first one can write
+        with process_group.library_messages():
             job = _load(options, log)
             settings = _recorded(options, job)
             if checkpoint is not None:
                 checkpoint = replace(checkpoint, about=_about(settings, job.inputs.batches))
             with libraries_on_stderr(), progress_on_stderr(options.as_json):
-                calibration = _initialize(options, job, config, checkpoint, processes)
+                calibration = _initialize(options, job, config, checkpoint, process_group)
         if output is None:
             return
         with output.whole() as folder:
@@ -280,7 +280,7 @@ def _initialize(
     job: _Job,
     config: CalibrationConfig,
     checkpoint: Checkpoint | None,
-    processes: ProcessGroup,
+    process_group: ProcessGroup,
 ) -> Calibration:
     """Initialize the adapter, and say what to try where the model does not run on the data.
 
@@ -294,8 +294,8 @@ def _initialize(
     if inputs.labels_only:
         config = replace(config, labels_only=True)
     batches: Iterable[Any] = inputs.batches
-    if processes.size > 1:
-        batches = islice(batches, processes.rank, None, processes.size)
+    if process_group.size > 1:
+        batches = islice(batches, process_group.rank, None, process_group.size)
     try:
         return initialize(
             job.adapted,

@@ -14,14 +14,23 @@ Config = TypeVar("Config")
 Options = TypeVar("Options")
 
 
-def option(*names: str, default: Any, help: str, panel: str) -> Any:
+def argument(*, help: str, autocompletion: Callable[[str], list[str]]) -> Any:
+    """Return a dataclass field that is a required argument of a command."""
+    info = typer.Argument(help=help, autocompletion=autocompletion)
+    return field(metadata={"option": info})
+
+
+def option(
+    *names: str, default: Any, help: str, panel: str | None = None, least: int | None = None
+) -> Any:
     """Return a dataclass field that is an option of a command.
 
     Args:
         names: on the command line; "--" and the field's name where none is given.
-        panel: heading of the box of `--help` in which it stands.
+        panel: heading of the box of `--help` in which it stands, if not with all others.
+        least: bound of a number.
     """
-    info = typer.Option(*names, help=help, rich_help_panel=panel)
+    info = typer.Option(*names, help=help, rich_help_panel=panel, min=least)
     return field(default=default, metadata={"option": info})
 
 
@@ -51,7 +60,7 @@ def takes_options(
         inspect.Parameter(
             each.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=each.default,
+            default=inspect.Parameter.empty if each.default is MISSING else each.default,
             annotation=Annotated[types[each.name], each.metadata["option"]],
         )
         for each in fields(options)  # type: ignore[arg-type]

@@ -50,20 +50,20 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Fine-tune by a recipe; again, it resumes a killed run or reads a finished one."""
-    from evatune.finetune.recipe import OWN_TASK
+    from evatune.finetune.recipe import USER_TASK
     from evatune.finetune.recipe_files import load
 
     settings = load(recipe, [*(overrides or []), *([TRUSTED] if trust_remote_code else [])])
     name = Path(recipe).stem
     if settings.data.source is not None:  # one recipe is for all of the user's data
-        name += f"-{settings.task.removeprefix(f'{OWN_TASK}-')}"
+        name += f"-{settings.task.removeprefix(f'{USER_TASK}-')}"
     folder = as_shown(out or RUNS / f"{name}-{settings.method}-seed{settings.seed}")
 
     from rich.console import Console
 
-    from evatune.utils.launcher import is_first
+    from evatune.utils.launcher import is_main_process
 
-    log = Console(stderr=True, quiet=as_json or not is_first())
+    log = Console(stderr=True, quiet=as_json or not is_main_process())
     with loading_libraries(log):
         from evatune.finetune.run import run
         from evatune.loading.quiet import quiet_libraries
@@ -80,7 +80,7 @@ def train(
 
     with libraries_on_stderr(), progress_on_stderr(as_json):
         result = run(settings, folder, quiet=as_json, say=say)
-    if not is_first():
+    if not is_main_process():
         return
     write_text(folder / "report.html", render(folder, settings))
     write_run_card(folder, settings, result)

@@ -7,7 +7,7 @@ from typing import Any
 
 from evatune.errors import ConfigError
 from evatune.finetune.head import is_in_head
-from evatune.finetune.recipe import OWN_TASK, Recipe
+from evatune.finetune.recipe import USER_TASK, Recipe
 from evatune.finetune.recipe_files import load, ours
 from evatune.finetune.tasks import Task, find_domain
 
@@ -47,7 +47,7 @@ def _others(recipe: Recipe) -> list[Recipe]:
 def _is_other(other: Recipe, recipe: Recipe) -> bool:
     """Return whether a recipe of ours is for another task, on the demo model of the same domain."""
     is_on_demo_model = (other.domain, other.model) == (recipe.domain, "demo")
-    return is_on_demo_model and other.task not in (recipe.task, OWN_TASK)
+    return is_on_demo_model and other.task not in (recipe.task, USER_TASK)
 
 
 def _without_classes(task: Task) -> Task:

@@ -29,8 +29,8 @@ _CLEAR, _PEAK = Path("/proc/self/clear_refs"), "5"  # the file that resets, and 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics, in the order of their steps.
 
-    A damaged line is left out with a warning, but for the last one: of a killed run that may be
-    half a line.
+    Damaged lines are left out, with a warning for all but the last: a killed run may have written
+    half of that one.
     """
     path = folder / METRICS
     if not path.exists():

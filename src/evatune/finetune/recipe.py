@@ -23,7 +23,7 @@ Name = Annotated[str, AfterValidator(_require_name)]  # what becomes part of a p
 
 
 def _one_of(choices: tuple[str, ...]) -> AfterValidator:
-    """Return what refuses any other text."""
+    """Return a validator that accepts these texts alone."""
 
     def require(text: str) -> str:
         if text not in choices:
@@ -53,7 +53,7 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 # In recipes that wait for the user's data, and the beginning of such a task's name.
-OWN_TASK = "own"
+USER_TASK = "own"
 HUB = "hub"  # as data.source: a task's own data on the hub
 SUCCESS = "success"  # the one metric of rl
 SIZES = ("train", "validation", "test")  # of the parts of the data

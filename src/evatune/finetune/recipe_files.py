@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evatune.errors import ConfigError
-from evatune.finetune.recipe import OWN_TASK, SIZES, Recipe
+from evatune.finetune.recipe import SIZES, USER_TASK, Recipe
 from evatune.finetune.recipe_tree import parse
 from evatune.loading.file_checks import json_name
 from evatune.schemas import Damage, telling
@@ -80,7 +80,7 @@ def text_of(source: str) -> str:
 
 
 def _for_data(source: str) -> str:
-    name = f"{OWN_TASK}-generation"
+    name = f"{USER_TASK}-generation"
     return f"if it is data to train on: {name} data.source={shlex.quote(source)}"
 
 
@@ -137,7 +137,7 @@ def _put(tree: dict[str, Any], key: str, text: str) -> None:
 
 
 def _leave_own_task(tree: dict[str, Any]) -> None:
-    """Take out of a recipe for data of ours what is about them, so that the user's data decide."""
+    """Remove task and sizes from a recipe for bundled data: the user's own data imply them."""
     data = tree.get("data")
     if isinstance(data, dict) and data.get("source") is not None:
         return  # a recipe for such data: another copy of them

@@ -13,10 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import (
-    OWN_TASK,
     SIZES,
     SUCCESS,
     TO_FLOOR,
+    USER_TASK,
     AdapterOptions,
     DataOptions,
     Recipe,
@@ -57,7 +57,7 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
 
 
 def _between_keys(recipe: Recipe) -> str | None:
-    """Return what is wrong with a value in the company of others; None where nothing is."""
+    """Return why settings that are valid each do not go together; None if they do."""
     data, usual = recipe.data, DataOptions()
     for key in ("metric", "more_test_splits"):
         value = getattr(data, key)
@@ -85,7 +85,8 @@ def _between_keys(recipe: Recipe) -> str | None:
 def as_tree(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as plain values, as YAML and JSON hold them.
 
-    What came later than the first runs, whom the tree identifies, is no part of it by default.
+    Settings added after the first runs are left out at their default, so that those runs keep the
+    same digest.
     """
     tree = dataclasses.asdict(recipe)
     if not recipe.trust_remote_code:
@@ -149,13 +150,13 @@ def _with_alpha(tree: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _with_own_data(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the tree with a task's name and sizes, where data of the user's are to imply them."""
+    """Return the tree with the task's name and sizes, where `data.source` implies them."""
     data = tree.get("data")
     if not isinstance(data, Mapping) or not isinstance(data.get("source"), str):
         return tree
     stem = Path(data["source"]).stem
     name = "".join(sign if sign.isprintable() else "_" for sign in stem) or "data"
-    implied = {"task": f"{OWN_TASK}-{name.encode()[:_TASK_BYTES].decode(errors='ignore')}"}
+    implied = {"task": f"{USER_TASK}-{name.encode()[:_TASK_BYTES].decode(errors='ignore')}"}
     return {**implied, **tree, "data": {**dict.fromkeys(SIZES, 0), **data}}
 
 

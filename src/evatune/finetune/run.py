@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, cast
 
 import torch
 import transformers
@@ -22,12 +22,14 @@ import transformers
 from evatune.api import initialize
 from evatune.calibration import Calibration
 from evatune.calibration.options import ProgressOption
+from evatune.choices import Scale
 from evatune.distributed.group import ProcessGroup
 from evatune.distributed.launch import launched
 from evatune.finetune.another_task import another_task
 from evatune.finetune.compatibility import require_fit
 from evatune.finetune.fingerprint import data_fingerprint
 from evatune.finetune.methods import AdapterSetup, Method, Preparation, find_method
+from evatune.finetune.methods.base import EvaOptions
 from evatune.finetune.metrics import count_trainable, peak_memory, read_metrics, reset_peak_memory
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.resuming import newest_whole
@@ -35,8 +37,8 @@ from evatune.finetune.run_folder import (
     CALIBRATION,
     CHECKPOINTS,
     INITIAL_ADAPTER,
-    MAKE_ROOM,
     RESULT,
+    RESUME_ADVICE,
     claimed_run,
     finished_result,
 )
@@ -92,40 +94,40 @@ def run(
     find_domain(recipe.domain)
     require_fit(find_method(recipe.method), recipe)
     folder = resolved(folder)  # what is checked here and what is written later are the same place
-    with launched() as processes, _claimed(recipe, folder, processes) as finished:
+    with launched() as process_group, _claimed(recipe, folder, process_group) as finished:
         if finished is not None:
             return finished
-        newest = newest_whole(folder / CHECKPOINTS) if processes.rank == 0 else None
-        shared = processes.gather(None if newest is None else str(newest))[0]
+        newest = newest_whole(folder / CHECKPOINTS) if process_group.rank == 0 else None
+        shared = process_group.gather(None if newest is None else str(newest))[0]
         checkpoint = None if shared is None else Path(shared)
         result: dict[str, Any] = {}
-        with processes.library_messages():
-            if processes.rank == 0:
+        with process_group.library_messages():
+            if process_group.rank == 0:
                 result = _run(recipe, folder, checkpoint, quiet, say, task)
             else:
                 _take_part(recipe, folder, checkpoint, task)
-        return dict(processes.gather(result)[0])
+        return dict(process_group.gather(result)[0])
 
 
 @contextmanager
 def _claimed(
-    recipe: Recipe, folder: Path, processes: ProcessGroup
+    recipe: Recipe, folder: Path, process_group: ProcessGroup
 ) -> Iterator[dict[str, Any] | None]:
     """Yield what a finished run has written; else None, with the folder held for this run."""
-    if processes.rank > 0:  # the first one looks after it
-        yield processes.gather(None)[0]
+    if process_group.rank > 0:  # the first one looks after it
+        yield process_group.gather(None)[0]
         return
     result = finished_result(recipe, folder)
     if result is not None:
-        yield processes.gather(result)[0]
+        yield process_group.gather(result)[0]
         return
     with held(folder):
         result = finished_result(recipe, folder)  # by whoever held the folder until now
         if result is not None:
-            yield processes.gather(result)[0]
+            yield process_group.gather(result)[0]
             return
         with claimed_run(recipe, folder):
-            yield processes.gather(None)[0]
+            yield process_group.gather(None)[0]
 
 
 def _take_part(recipe: Recipe, folder: Path, checkpoint: Path | None, task: Task | None) -> None:
@@ -159,7 +161,7 @@ def _run(
     method, model = started.method, trained.trainer.model
     weights = whole_weights(trained.trainer)
     if method.trains:
-        with writing(folder / method.saved_as, MAKE_ROOM):
+        with writing(folder / method.saved_as, RESUME_ADVICE):
             method.save(model, folder / method.saved_as, folder / INITIAL_ADAPTER, weights)
     task = trained.task
     result = {
@@ -361,20 +363,21 @@ def _initialize(
     """Start the adapter from data or weights, and return the calibration, where there is one."""
     progress: ProgressOption = None if quiet else "auto"
 
-    def initialize_elsewhere(**options: Any) -> Calibration:
+    def initialize_here(**options: Unpack[EvaOptions]) -> Calibration:
+        return initialize(trainer, rows=task.rows, progress=progress, **options)
+
+    def initialize_elsewhere(**options: Unpack[EvaOptions]) -> Calibration:
         other_recipe, other = another_task(recipe)
         other_trainer = build_trainer(other_recipe, other, method, trainer.model, folder)
         return initialize(other_trainer, rows=other.rows, progress=progress, **options)
 
     preparation = Preparation(
-        initialize=lambda **options: initialize(
-            trainer, rows=task.rows, progress=progress, **options
-        ),
+        initialize=initialize_here,
         initialize_elsewhere=initialize_elsewhere,
         batches=lambda size: training_batches(trainer, size, recipe.seed),
         rho=recipe.adapter.rho,
         budget=recipe.adapter.budget,
-        scale=recipe.adapter.scale,
+        scale=cast("Scale", recipe.adapter.scale),  # which the recipe has checked
         seed=recipe.seed,
         initial_adapter=folder / INITIAL_ADAPTER,
         rows=task.rows,

@@ -24,7 +24,7 @@ from evatune.utils.text import ABSENT, shortened
 
 RESULT, RECIPE, EVALUATION = "result.json", "recipe.json", "evaluation.json"
 CALIBRATION, INITIAL_ADAPTER, CHECKPOINTS = "calibration.safetensors", "start", "checkpoints"
-MAKE_ROOM = "make room, then run the same command again to go on"
+RESUME_ADVICE = "make room, then run the same command again to go on"
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -40,7 +40,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def read_evaluation(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return what a finished run was measured on since, by task; nothing where it was not.
+    """Return the scores that `evatune evaluate` added to a finished run, by task; {} without any.
 
     Raises RecordError for a damaged file.
     """
@@ -168,10 +168,9 @@ def _is_free(folder: Path) -> bool:
 
 @contextmanager
 def claimed_run(recipe: Recipe, folder: Path) -> Iterator[None]:
-    """Mark the folder as this run's; a run that ends before it trains leaves nothing in it.
+    """Mark the folder as this run's, and clear it again if the run fails before it trains.
 
-    Not until then has everything been looked at that a recipe can get wrong, down to a rank budget
-    that the layers cannot take up.
+    Some mistakes in a recipe show only then, such as a rank budget that the layers cannot take up.
     """
     try:
         if not (folder / RECIPE).exists():

@@ -15,11 +15,11 @@ from evatune.errors import ConfigError
 from evatune.finetune.methods import Method, OptimizerOptions
 from evatune.finetune.metrics import METRICS, MetricsCallback
 from evatune.finetune.recipe import TO_FLOOR, Recipe
-from evatune.finetune.run_folder import CHECKPOINTS, MAKE_ROOM
+from evatune.finetune.run_folder import CHECKPOINTS, RESUME_ADVICE
 from evatune.finetune.sharding import sharding_arguments
 from evatune.finetune.tasks import Task
 from evatune.utils.atomic import writing
-from evatune.utils.launcher import is_first, processes
+from evatune.utils.launcher import is_main_process, processes
 from evatune.utils.progress import Display, display
 from evatune.utils.text import duration
 
@@ -53,7 +53,7 @@ def build_trainer(
     )
     batch_size = training.batch_size * training.accumulate
     callbacks: list[Any] = [_AfterStep(method)]
-    if is_first():
+    if is_main_process():
         callbacks.append(MetricsCallback(folder / METRICS, batch_size))
     saves = checkpoints and method.resumable
     arguments = _arguments(recipe, model, folder, resumed=resumed, saves=saves)
@@ -181,7 +181,7 @@ class _Trainer(transformers.Trainer):  # type: ignore[misc]
         return 0
 
     def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
-        with writing(self.args.output_dir, MAKE_ROOM):
+        with writing(self.args.output_dir, RESUME_ADVICE):
             super()._save_checkpoint(*arguments, **options)
 
 

@@ -52,7 +52,7 @@ def initialize_trainer(
 
 
 def _require_untouched(trainer: Any) -> None:
-    """Raise an AdapterError for a trainer that would train other parameters than the new ones."""
+    """Raise an AdapterError for a trainer that would not train the parameters written here."""
     if getattr(trainer, "model_init", None) is not None:
         raise AdapterError(
             "this trainer has a model_init, by which train() builds its model anew and throws the"
@@ -198,7 +198,7 @@ def _features(trainer: Any, inputs: Any) -> list[Any]:
 
 
 def _loader(trainer: Any) -> Any:
-    """Return the trainer's loader of training batches, without a trace of it in the trainer."""
+    """Return a new loader of the trainer's training batches, which the trainer does not keep."""
     n_before = len(trainer.accelerator._dataloaders)
     loader = trainer.get_train_dataloader()
     # accelerate saves the state of all it has prepared

@@ -50,7 +50,7 @@ class EvaCallback(pl.Callback):  # type: ignore[misc]  # not a type: its library
             of `evatune.calibrate`, which for a batch `(x, y)` means `model(x, y)`; if the training
             step calls `self.model(x)`, give `forward=lambda model, batch: model(batch[0])`. Either
             runs in the trainer's precision (autocast).
-        options: any other of `evatune.initialize`.
+        options: any other of `evatune.initialize`; a `loss` runs in that precision too.
 
     Attributes:
         calibration: the `Calibration`, after `setup`. Its summary goes to the trainer's loggers at
@@ -106,16 +106,22 @@ class EvaCallback(pl.Callback):  # type: ignore[misc]  # not a type: its library
             )
         source = _training_batches(trainer) if batches is None else batches
 
-        def prepared(model: nn.Module, batch: Any) -> Any:
-            with trainer.precision_plugin.forward_context():
-                return (self.forward or call_model)(model, batch)
+        def in_precision(function: ForwardFunction) -> ForwardFunction:
+            def call(model: nn.Module, batch: Any) -> Any:
+                with trainer.precision_plugin.forward_context():
+                    return function(model, batch)
+
+            return call
 
         def moved() -> Iterator[Any]:
             for batch in iterate(source):
                 yield trainer.strategy.batch_to_device(batch)
 
         trainer.strategy.model_to_device()  # as Lightning does soon after
-        return initialize(model, moved(), forward=prepared, **self.options)
+        functions = {"forward": in_precision(self.forward or call_model)}
+        if self.options.get("loss") is not None:
+            functions["loss"] = in_precision(self.options["loss"])
+        return initialize(model, moved(), **(self.options | functions))
 
 
 def _training_batches(trainer: Any) -> Iterator[Any]:

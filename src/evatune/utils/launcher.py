@@ -12,7 +12,7 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Return whether this is the process that writes files and speaks to the user."""
     return os.environ.get("RANK", "0") == "0"
 

@@ -100,7 +100,7 @@ class Stage:
         )
 
     def note(self, *ours: Entries | None) -> None:
-        """Write down what may be deleted here, before anything is exchanged."""
+        """Write the journal of what may be deleted here, before files change places."""
         journal = self.folder / "journal"
         journal.write_text(
             json.dumps([entries for entries in ours if entries is not None]), encoding="utf-8"

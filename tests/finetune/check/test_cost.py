@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,13 @@ def test_memory_is_the_sum_of_its_parts() -> None:
         memory.training + max(memory.activations, memory.evaluation), memory.calibration
     )
     assert memory.device > 2**28
+
+
+def test_sketches_have_a_column_for_every_rank_that_a_layer_may_get() -> None:
+    settings = recipe("adapter.rank=25", "adapter.rho=1.16")  # 29, or 28.999999999999996
+    size = replace(size_of(recipe(), CONFIG), calibrated=(100,), widest=0)
+    columns = 29 + 16
+    assert memory_of(settings, size, Lengths(7, 10)).calibration == 12 * 100 * columns
 
 
 def test_all_weights_need_no_second_copy_and_bfloat16_is_half() -> None:

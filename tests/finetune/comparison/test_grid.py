@@ -36,7 +36,7 @@ def test_a_comparison_keeps_what_is_done_and_goes_on_past_what_fails(
     run(runs[0].recipe, runs[0].folder, quiet=True)
     before = (runs[0].folder / RESULT).stat().st_mtime_ns
     told: dict[Path, str | None] = {}
-    failed = run_all([failing, *runs], 2, lambda done, problem: told.update({done.folder: problem}))
+    failed = run_all([failing, *runs], 1, lambda done, problem: told.update({done.folder: problem}))
     assert list(failed) == [failing.folder]
     assert "holds no run of evatune" in failed[failing.folder]
     assert told == failed | {run_.folder: None for run_ in runs}

@@ -7,7 +7,7 @@ import torch
 
 from evatune.adapters.lora_layers import lora_layers
 from evatune.errors import DataError
-from evatune.finetune.methods.gradients import leading_triplets, mean_gradients
+from evatune.finetune.methods.gradients import mean_gradients
 from tests.finetune.helpers import MethodCase
 
 torch.set_num_threads(1)
@@ -58,12 +58,3 @@ def test_a_gradient_that_is_not_finite_is_named() -> None:
         model.base_model.model.classifier.modules_to_save["default"].bias.fill_(float("nan"))
     with pytest.raises(DataError, match=r"by the weights of bert\.\S+ is not finite \(NaN or inf"):
         mean_gradients(model, lora_layers(model), case.batches)
-
-
-def test_triplets_are_those_of_an_exact_svd_with_the_signs_of_its_rows() -> None:
-    torch.manual_seed(0)
-    matrix = torch.randn(12, 7)
-    u, values, vt = leading_triplets(matrix, 7, width=100, iterations=4)
-    assert torch.allclose(u * values @ vt, matrix, atol=1e-5)
-    assert torch.allclose(values, torch.linalg.svdvals(matrix), atol=1e-5)
-    assert (vt.gather(1, vt.abs().argmax(1, keepdim=True)) > 0).all()

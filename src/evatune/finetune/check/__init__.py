@@ -70,7 +70,7 @@ def check(recipe: Recipe, *, download: bool = False) -> Check:
 
 @contextmanager
 def _readable(recipe: Recipe) -> Iterator[Recipe]:
-    """Yield the recipe, whose model is in a folder for as long where it would be a new one."""
+    """Yield the recipe; where its model is to be a new one, with such a model in a folder."""
     new = find_domain(recipe.domain).models.untrained
     if recipe.model != UNTRAINED or new is None:
         yield recipe

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from evatune.adapters.lora_layers import lora_layers
 from evatune.calibration import CalibrationConfig
+from evatune.choices import largest_rank
 from evatune.errors import ConfigError, TargetError
 from evatune.finetune.methods import Method, find_method
-from evatune.finetune.methods.base import Lora
+from evatune.finetune.methods.base import EvaOptions, Lora
 from evatune.finetune.methods.eva import Eva
 from evatune.finetune.methods.lora import METHODS as LORA_METHODS
-from evatune.finetune.methods.without_adapter import Full
+from evatune.finetune.methods.without_adapter import Head
 from evatune.finetune.metrics import count_trainable
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.run import adapter_setup
@@ -196,7 +197,8 @@ def memory_of(recipe: Recipe, size: Size, lengths: Lengths) -> Memory:
     computed = size.kept + _OF_A_LAYER * size.widest if again else size.widths
     adapter_weight = _FLOAT32 if size.trained < size.parameters else 0
     logits = size.vocabulary * (number + _SUMS)
-    columns = int(_rho(recipe) * recipe.adapter.rank) + CalibrationConfig.oversampling
+    components = largest_rank(recipe.adapter.rank, _rho(recipe))
+    columns = components + CalibrationConfig.oversampling
     sketches = sum(width * min(width, columns) for width in size.calibrated) * (_FLOAT32 + _SUMS)
     return Memory(
         weights=(size.parameters - quantized) * weight + quantized / 2,
@@ -229,10 +231,10 @@ def _passes(recipe: Recipe) -> int:
     method = find_method(recipe.method)
     if not method.trains:
         return 0
+    if isinstance(method, Head):
+        return 1
     again = int(recipe.training.gradient_checkpointing)
-    if recipe.method == "full":
-        return 3 + again
-    return 1 if isinstance(method, Full) else 2 + again
+    return (3 if method.trains_base else 2) + again
 
 
 def measured_rate(precision: str) -> float:
@@ -278,8 +280,8 @@ def _products(model: nn.Module) -> Iterator[tuple[int, int]]:
 
 def _rho(recipe: Recipe) -> float:
     method = find_method(recipe.method)
-    options = method.initialize_options if isinstance(method, Eva) else {}
-    return float(options.get("rho", recipe.adapter.rho))
+    options = method.initialize_options if isinstance(method, Eva) else EvaOptions()
+    return options.get("rho", recipe.adapter.rho)
 
 
 def _evaluated_examples(recipe: Recipe) -> int:

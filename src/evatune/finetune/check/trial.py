@@ -87,7 +87,7 @@ def try_recipe(recipe: Recipe) -> Trial:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back what is said of so few steps and examples."""
+    """Silence warnings that are about the small number of steps and examples."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

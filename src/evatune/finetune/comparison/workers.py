@@ -1,4 +1,4 @@
-"""Calls in processes of their own: each is answered for, and no process stays behind."""
+"""Run calls in worker processes: every call gets an answer, and no process is left behind."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def run_calls(
 
 @contextmanager
 def _start_settings() -> Iterator[None]:
-    """Start processes inside with one thread of OpenMP, and deaf to Ctrl-C.
+    """Have processes that start in the block use one OpenMP thread and ignore Ctrl-C.
 
     torch reads the number of threads when it is imported. A terminal sends Ctrl-C to all processes:
     this one ends the others, each of which would answer with a traceback.
@@ -115,7 +115,7 @@ def _start_settings() -> Iterator[None]:
 
 
 def _end(processes: Collection[BaseProcess]) -> None:
-    """End the processes: asked, so that they clear away and end their own children, then killed."""
+    """Terminate the processes, which then clean up and end their children; kill what remains."""
     started = [process for process in processes if process.pid is not None]
     deadline = time.monotonic() + _GRACE_SECONDS
     for process in started:
@@ -130,7 +130,7 @@ def _end(processes: Collection[BaseProcess]) -> None:
 
 
 def _serve(connection: Connection, name: str) -> None:
-    """Make calls of the function of this name as they come, in a worker, until it is ended."""
+    """Answer calls of the function of this name, in a worker, until the parent ends it."""
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     quiet_loggers()  # before the function's module imports what they belong to
@@ -145,7 +145,7 @@ def _leave(*_: Any) -> NoReturn:
 
 
 def _die_with_parent() -> None:
-    """Let no worker outlive a killed parent, whose successor would make the same call beside it."""
+    """End this worker once its parent has died: the next command would repeat its call."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -81,7 +81,7 @@ def load_tasks(
 
 
 def _manager_of(names: Sequence[str], include: Path | None, source: str) -> Any:
-    """Return what knows tasks; lm-eval's own 15,000, which take long, where they are needed."""
+    """Return lm-eval's task manager; its own 15,000 tasks are read only if one is named."""
     from lm_eval.tasks import TaskManager
 
     folders = [_OURS] if include is None else [_OURS, include]

@@ -26,7 +26,7 @@ _REFUSED = (
 
 
 def limit(seconds: int, memory: int) -> None:
-    """Let this process no longer use more than so much, write, fork, or speak to the network.
+    """Bound this process's time and memory, and forbid it to write, fork or use the network.
 
     Args:
         seconds: of the processor. memory: bytes of address space.
@@ -44,7 +44,7 @@ def limit(seconds: int, memory: int) -> None:
 
 
 def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    """Raise a PermissionError for what a program of a task has no need of."""
+    """Raise a PermissionError for an audit event that no program of a task needs."""
     writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITES
     if writes or event.startswith(_REFUSED):
         raise PermissionError(f"{event} is not allowed here")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from peft import AdaLoraConfig
@@ -18,8 +18,7 @@ class AdaLora(Lora):
 
     # PEFT cannot load what was pruned into a fresh adapter, so that a killed run begins again.
     resumable: ClassVar[bool] = False
-
-    fits_shards: bool = field(default=False, kw_only=True)
+    fits_shards: ClassVar[bool] = False
 
     def config(self, setup: AdapterSetup) -> Any:
         # 1.5 times the rank at first, pruned to it over the middle part of the run.

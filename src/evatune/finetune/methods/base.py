@@ -6,28 +6,42 @@ import warnings
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, TypedDict, Unpack
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from evatune.adapters.lora_layers import find_lora_targets, lora_layers
-from evatune.calibration import Calibration
+from evatune.calibration import Calibration, CalibrationConfig
 from evatune.calibration.options import ProgressOption
 from evatune.capture.recorder import RowsFunction
 from evatune.capture.targets import find_target_layers
-from evatune.choices import DEFAULT_SCALE
+from evatune.choices import DEFAULT_SCALE, Budget, Scale
 from evatune.errors import ConfigError
 
 # Examples per batch → one pass over the training data, on the model's device.
 Batches = Callable[[int], Iterable[Any]]
-Initialize = Callable[..., Calibration]
 # In a comparison: what others are held against, EVA itself, what it competes with, and what tells
 # why EVA is better or not.
 Role = Literal["reference", "eva", "competitor", "control"]
 
 LOWER_THE_RANK = "lower adapter.rank, name other adapter.targets, or choose lora or eva"
+
+
+class EvaOptions(TypedDict, total=False):
+    """Options of `evatune.initialize` that a method may set."""
+
+    rho: float
+    budget: Budget
+    scale: Scale
+    config: CalibrationConfig
+
+
+class Initialize(Protocol):
+    """`evatune.initialize`, bound to a model or trainer."""
+
+    def __call__(self, **options: Unpack[EvaOptions]) -> Calibration: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +99,8 @@ class Preparation:
     rho: float
     seed: int
     initial_adapter: Path
-    budget: str = "ranks"
-    scale: str = DEFAULT_SCALE
+    budget: Budget = "ranks"
+    scale: Scale = DEFAULT_SCALE
     rows: RowsFunction | None = None
     progress: ProgressOption = None
 
@@ -109,18 +123,12 @@ class Method:
     Attributes:
         name: in recipes. about: what it does, in a few words. source: paper and year.
         role: in a comparison.
-        fits_quantized: False where the base's weights are decomposed, change or have a gradient,
-            which those of 4 bits cannot.
-        fits_shards: False where the optimizer is the method's own, weights of the base have a
-            gradient or change, or ranks change on the way.
     """
 
     name: str
     about: str = field(default="", kw_only=True)
     source: str = field(default="", kw_only=True)
     role: Role = field(default="competitor", kw_only=True)
-    fits_quantized: bool = field(default=True, kw_only=True)
-    fits_shards: bool = field(default=True, kw_only=True)
 
     # The folder of a run in which the result is saved.
     saved_as: ClassVar[str] = "adapter"
@@ -132,6 +140,12 @@ class Method:
     trains_base: ClassVar[bool] = False
     # False where a checkpoint of the middle of a run cannot be loaded.
     resumable: ClassVar[bool] = True
+    # False where the base's weights are decomposed, change or have a gradient, which those of 4
+    # bits cannot.
+    fits_quantized: ClassVar[bool] = True
+    # False where the optimizer is the method's own, weights of the base have a gradient or change,
+    # or ranks change on the way.
+    fits_shards: ClassVar[bool] = True
 
     def adapt(self, model: nn.Module, setup: AdapterSetup) -> Any:
         """Return the model with what the method trains set up, before any data is seen.
@@ -187,17 +201,18 @@ class Lora(Method):
 
     Attributes:
         options: of `LoraConfig`.
-        linear_only: the method is defined for linear layers.
         conv1d: the method is right on GPT-2's Conv1D, whose weight is (in, out).
         least_width: every layer must be at least this many times the rank wide, both in and out.
         frozen: the matrix of each pair that stays as it starts; None where both are trained.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
-    linear_only: bool = field(default=False, kw_only=True)
     conv1d: bool = field(default=True, kw_only=True)
     least_width: int = field(default=0, kw_only=True)
     frozen: Literal["A", "B"] | None = field(default=None, kw_only=True)
+
+    # True where the method is defined for linear layers alone.
+    linear_only: ClassVar[bool] = False
 
     def adapt(self, model: nn.Module, setup: AdapterSetup) -> Any:
         # Its error says what would match.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from evatune.adapters.lora_layers import lora_layers
 from evatune.api import calibrate
 from evatune.calibration import Calibration, CalibrationConfig
-from evatune.choices import Scale
-from evatune.finetune.methods.base import Lora, Preparation
+from evatune.finetune.methods.base import EvaOptions, Lora, Preparation
+from evatune.scaling import default_rows, orthogonal_rows, seeded_generator
 from evatune.sketch.spectrum import Spectrum
 
 _MINOR_BATCHES, _MINOR_EXAMPLES = 16, 16
@@ -27,16 +27,16 @@ class Eva(Lora):
         initialize_options: of `evatune.initialize`, beside the run's.
     """
 
-    initialize_options: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    initialize_options: EvaOptions = field(default_factory=EvaOptions, kw_only=True)
 
     starts_as_calibrated: ClassVar[bool] = True
 
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
         return preparation.initialize(**self.options_of_run(preparation))
 
-    def options_of_run(self, preparation: Preparation) -> dict[str, Any]:
+    def options_of_run(self, preparation: Preparation) -> EvaOptions:
         """Return the options of `evatune.initialize`: the run's, or the method's own."""
-        usual = {
+        usual: EvaOptions = {
             "rho": preparation.rho,
             "budget": preparation.budget,
             "scale": preparation.scale,
@@ -44,8 +44,7 @@ class Eva(Lora):
         return usual | self.initialize_options
 
     def scale(self, usual: str) -> str | None:
-        scale: str = self.initialize_options.get("scale", usual)
-        return scale
+        return self.initialize_options.get("scale", usual)
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,7 @@ class RanksOnly(Eva):
     """EVA's ranks with PEFT's random A: the control of the directions."""
 
     starts_as_calibrated: ClassVar[bool] = False
-
-    linear_only: bool = field(default=True, kw_only=True)
+    linear_only: ClassVar[bool] = True
 
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
         calibration = super().prepare(model, preparation)
@@ -80,19 +78,16 @@ class RandomDirections(Eva):
     """
 
     starts_as_calibrated: ClassVar[bool] = False
-
-    linear_only: bool = field(default=True, kw_only=True)
+    linear_only: ClassVar[bool] = True
 
     @torch.no_grad()
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
         calibration = super().prepare(model, preparation)
         assert calibration is not None
-        cpu = torch.device("cpu")  # where a seed gives the same numbers for all devices
-        generator = torch.Generator(cpu).manual_seed(preparation.seed)
+        generator = seeded_generator(preparation.seed)
         for path, a in _rows_of_a(model).items():
             length = _length_of_equal_energy(a, calibration.spectra[path])
-            rows = torch.empty(a.shape, dtype=torch.float32, device=cpu)
-            a.copy_(nn.init.orthogonal_(rows, gain=length, generator=generator))
+            a.copy_(orthogonal_rows(a.shape, length, generator))
         return calibration
 
 
@@ -108,8 +103,7 @@ def _length_of_equal_energy(a: Tensor, spectrum: Spectrum) -> float:
 class MinorDirections(Lora):
     """Uniform ranks and the directions with least energy: the control of EVA's claim."""
 
-    linear_only: bool = field(default=True, kw_only=True)
-    least_width: int = field(default=1, kw_only=True)
+    linear_only: ClassVar[bool] = True
 
     @torch.no_grad()
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
@@ -144,15 +138,9 @@ def _rows_of_a(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def _redraw(model: nn.Module, seed: int) -> None:
     """Give every layer PEFT's default A, at the rank that it has."""
-    cpu = torch.device("cpu")  # where a seed gives the same numbers for all devices
-    generator = torch.Generator(cpu).manual_seed(seed)
+    generator = seeded_generator(seed)
     for a in _rows_of_a(model).values():
-        drawn = torch.rand(a.shape, generator=generator, dtype=torch.float32, device=cpu)
-        a.copy_((2 * drawn - 1) / a.shape[1] ** 0.5)
-
-
-def _with(scale: Scale, **options: Any) -> dict[str, Any]:
-    return {"config": CalibrationConfig(**options), "scale": scale}
+        a.copy_(default_rows(a.shape, generator))
 
 
 _EVA = Eva(
@@ -195,26 +183,29 @@ METHODS = (
         _EVA,
         name="eva-centered",
         about="EVA by the covariance of the inputs",
-        initialize_options=_with("matched", center=True),
+        initialize_options={"scale": "matched", "config": CalibrationConfig(center=True)},
     ),
     replace(
         _EVA,
         name="eva-paper-centered",
         about="eva-centered with unit rows of A",
-        initialize_options=_with("paper", center=True),
+        initialize_options={"scale": "paper", "config": CalibrationConfig(center=True)},
     ),
     # The directions in which the loss has gradients, where LoRA's own learning rate fits.
     replace(
         _EVA,
         name="eva-gradients",
         about="EVA by the directions of the gradients",
-        initialize_options=_with("matched", objective="gradients"),
+        initialize_options={"scale": "matched", "config": CalibrationConfig(objective="gradients")},
     ),
     replace(
         _EVA,
         name="eva-regression",
         about="EVA by the regression of gradients on inputs",
-        initialize_options=_with("whiten-matched", objective="regression"),
+        initialize_options={
+            "scale": "whiten-matched",
+            "config": CalibrationConfig(objective="regression"),
+        },
     ),
     # Its A is PEFT's in the end, which has the length of these rows.
     RanksOnly(
@@ -227,8 +218,13 @@ METHODS = (
         "eva-paper-random",
         about="control: eva-paper-centered's ranks and first step, random directions",
         role="control",
-        initialize_options=_with("paper", center=True),
+        initialize_options={"scale": "paper", "config": CalibrationConfig(center=True)},
     ),
-    MinorDirections("eva-minor", about="control: directions with the least energy", role="control"),
+    MinorDirections(
+        "eva-minor",
+        least_width=1,
+        about="control: directions with the least energy",
+        role="control",
+    ),
     OtherData("eva-shuffled", about="control: EVA on the data of another task", role="control"),
 )

@@ -1,7 +1,4 @@
-"""The mean gradient of the loss by the weights, and its leading singular triplets.
-
-What LoRA-GA and LoRA-One start from.
-"""
+"""The mean gradient of the loss by the weights, which LoRA-GA and LoRA-One start from."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from torch import Tensor, nn
 
 from evatune.errors import DataError
 from evatune.modeling.forward import call_model
-from evatune.sketch.spectrum import fix_signs
+from evatune.modeling.loss import loss_in
 
 
 def mean_gradients(
@@ -41,9 +38,7 @@ def mean_gradients(
     count = 0
     with torch.enable_grad(), _gradients_into(sums, model, weights.values()):
         for batch in batches:
-            output = call_model(model, batch)
-            loss = output["loss"] if isinstance(output, Mapping) else output[0]
-            loss.backward()
+            loss_in(call_model(model, batch)).backward()
             count += 1
     means = {}
     for name, weight in weights.items():
@@ -96,22 +91,3 @@ def _gradients_into(
             handle.remove()
         for parameter, required in before:
             parameter.requires_grad_(required)
-
-
-def leading_triplets(
-    matrix: Tensor,  # (out, in)
-    rank: int,
-    *,
-    width: int,
-    iterations: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (out, rank), Σ (rank,) and Vᵀ (rank, in) of the largest singular values, falling.
-
-    By a randomized SVD of `width` columns and so many power iterations, exact where the matrix is
-    no wider. Signs are those that make the largest entry of each row of Vᵀ positive.
-    """
-    u, values, v = torch.svd_lowrank(matrix, q=min(width, *matrix.shape), niter=iterations)
-    rows = v.T[:rank]
-    fixed = fix_signs(rows)
-    signs = (fixed * rows).sum(1).sign()  # U must turn with V
-    return u[:, :rank] * signs, values[:rank], fixed

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 from evatune.finetune.methods.base import Lora
+
+
+@dataclass(frozen=True)
+class Mica(Lora):
+    """MiCA: B starts on minor singular vectors of W and stays there."""
+
+    fits_quantized: ClassVar[bool] = False
+
 
 METHODS = (
     Lora("lora", about="random A, B = 0", source="Hu et al. 2021", role="reference"),
@@ -18,12 +29,11 @@ METHODS = (
         about="LoRA of directions, magnitudes apart",
         source="Liu et al. 2024",
     ),
-    Lora(
+    Mica(
         "mica",
         {"init_lora_weights": "mica"},
         about="B kept on minor singular vectors of W, A from 0",
         frozen="B",
         source="arXiv 2604.01694",
-        fits_quantized=False,
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from evatune.calibration import Calibration
 from evatune.finetune.methods.base import Lora, Preparation
@@ -14,6 +14,8 @@ from evatune.finetune.methods.eva import Eva
 class LoraFA(Lora):
     """LoRA with PEFT's random A, frozen."""
 
+    linear_only: ClassVar[bool] = True
+
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
         self.freeze(model)
         return None
@@ -22,6 +24,8 @@ class LoraFA(Lora):
 @dataclass(frozen=True)
 class EvaFA(Eva):
     """EVA's A, frozen."""
+
+    linear_only: ClassVar[bool] = True
 
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
         calibration = super().prepare(model, preparation)
@@ -35,7 +39,6 @@ METHODS = (
         about="LoRA with A frozen at its start",
         frozen="A",
         source="Zhang et al. 2023",
-        linear_only=True,
     ),
     # All layers keep their rank, so that it has as many parameters as `lora-fa`.
     EvaFA(
@@ -44,6 +47,5 @@ METHODS = (
         frozen="A",
         role="control",
         initialize_options={"rho": 1},
-        linear_only=True,
     ),
 )

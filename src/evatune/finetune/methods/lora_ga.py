@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.lora import LoraGAConfig
@@ -13,7 +13,8 @@ from torch import Tensor
 from evatune.adapters.lora_layers import lora_layers
 from evatune.calibration import Calibration
 from evatune.finetune.methods.base import Batches, Lora, Preparation
-from evatune.finetune.methods.gradients import leading_triplets, mean_gradients
+from evatune.finetune.methods.gradients import mean_gradients
+from evatune.finetune.methods.singular import leading_triplets
 from evatune.finetune.methods.weight_init import (
     WeightInit,
     initialize_by_peft,
@@ -71,9 +72,9 @@ class GradientA(Lora):
     orthonormal rows makes it larger: the first steps go down as much of G as the rank holds.
     """
 
-    fits_quantized: bool = field(default=False, kw_only=True)
-    fits_shards: bool = field(default=False, kw_only=True)
-    linear_only: bool = field(default=True, kw_only=True)
+    fits_quantized: ClassVar[bool] = False
+    fits_shards: ClassVar[bool] = False
+    linear_only: ClassVar[bool] = True
 
     @torch.no_grad()
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:

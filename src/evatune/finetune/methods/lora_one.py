@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from evatune.adapters.lora_layers import lora_layers
 from evatune.calibration import Calibration
 from evatune.finetune.methods.base import Lora, Preparation
-from evatune.finetune.methods.gradients import leading_triplets, mean_gradients
+from evatune.finetune.methods.gradients import mean_gradients
+from evatune.finetune.methods.singular import leading_triplets
 from evatune.modeling.state import evaluation_state
 
 _BATCHES, _EXAMPLES = 8, 1
@@ -33,9 +34,9 @@ class LoraOne(Lora):
     its defaults.
     """
 
-    fits_quantized: bool = field(default=False, kw_only=True)
-    fits_shards: bool = field(default=False, kw_only=True)
-    linear_only: bool = field(default=True, kw_only=True)
+    fits_quantized: ClassVar[bool] = False
+    fits_shards: ClassVar[bool] = False
+    linear_only: ClassVar[bool] = True
 
     @torch.no_grad()
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:

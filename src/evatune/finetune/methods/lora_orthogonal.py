@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from evatune.adapters.lora_layers import lora_layers
 from evatune.calibration import Calibration
 from evatune.finetune.methods.base import Lora, Preparation
+from evatune.scaling import DEFAULT_LENGTH, orthogonal_rows, seeded_generator
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,14 @@ class LoraOrthogonal(Lora):
     orthogonal.
     """
 
-    linear_only: bool = field(default=True, kw_only=True)
+    linear_only: ClassVar[bool] = True
 
     @torch.no_grad()
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
-        cpu = torch.device("cpu")  # where a seed gives the same numbers for all devices
-        generator = torch.Generator(cpu).manual_seed(preparation.seed)
+        generator = seeded_generator(preparation.seed)
         for layer in lora_layers(model).values():
             a = layer.lora_A["default"].weight
-            rows = torch.empty(a.shape, dtype=torch.float32, device=cpu)
-            a.copy_(nn.init.orthogonal_(rows, gain=3**-0.5, generator=generator))
+            a.copy_(orthogonal_rows(a.shape, DEFAULT_LENGTH, generator))
         return None
 
 

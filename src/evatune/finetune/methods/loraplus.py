@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from peft.optimizers import create_loraplus_optimizer
@@ -16,7 +16,7 @@ from evatune.finetune.methods.base import Lora, OptimizerOptions
 class LoraPlus(Lora):
     """LoRA with PEFT's LoRA+ optimizer."""
 
-    fits_shards: bool = field(default=False, kw_only=True)
+    fits_shards: ClassVar[bool] = False
 
     def optimizer(self, model: nn.Module, options: OptimizerOptions) -> Any:
         return create_loraplus_optimizer(

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from evatune.adapters.lora_layers import lora_layers
 from evatune.finetune.methods.base import Batches
+from evatune.finetune.methods.singular import minor_triplets
 from evatune.finetune.methods.weight_init import WeightInit, subtract_from_base
-from evatune.sketch.spectrum import fix_signs
 
 
 @dataclass(frozen=True)
@@ -29,23 +28,11 @@ class Milora(WeightInit):
         for layer in lora_layers(model).values():
             weight = layer.get_base_layer().weight
             rank = layer.r["default"]
-            u, values, vt = _minor_triplets(weight.T if layer.fan_in_fan_out else weight, rank)
+            u, values, vt = minor_triplets(weight.T if layer.fan_in_fan_out else weight, rank)
             root = (values / layer.scaling["default"]).sqrt()
             layer.lora_A["default"].weight.copy_(root[:, None] * vt)
             layer.lora_B["default"].weight.copy_(u * root)
             subtract_from_base(layer)
-
-
-def _minor_triplets(
-    weight: Tensor,  # (out, in)
-    rank: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (out, r), Σ (r,) and Vᵀ (r, in) of the smallest singular values, falling."""
-    u, values, vt = torch.linalg.svd(weight.float(), full_matrices=False)
-    rows = vt[-rank:]
-    fixed = fix_signs(rows)
-    signs = (fixed * rows).sum(1).sign()  # U must turn with V
-    return u[:, -rank:] * signs, values[-rank:], fixed
 
 
 METHODS = (

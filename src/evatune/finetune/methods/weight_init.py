@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import re
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
@@ -35,9 +35,9 @@ from evatune.utils.outputs import claimed_folder
 class WeightInit(Lora):
     """LoRA whose A and B start as a part of the base weights, which then lack it."""
 
-    fits_quantized: bool = field(default=False, kw_only=True)
-    fits_shards: bool = field(default=False, kw_only=True)
-    linear_only: bool = field(default=True, kw_only=True)
+    fits_quantized: ClassVar[bool] = False
+    fits_shards: ClassVar[bool] = False
+    linear_only: ClassVar[bool] = True
 
     @abstractmethod
     def apply(self, model: Any, batches: Batches) -> None:

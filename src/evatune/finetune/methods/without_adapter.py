@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,8 +19,7 @@ class Full(Method):
 
     saved_as: ClassVar[str] = "model"
     trains_base: ClassVar[bool] = True
-
-    fits_quantized: bool = field(default=False, kw_only=True)
+    fits_quantized: ClassVar[bool] = False
 
     def adapt(self, model: nn.Module, setup: AdapterSetup) -> Any:
         for name, parameter in model.named_parameters():
@@ -57,8 +56,7 @@ class Untouched(Full):
 
     trains: ClassVar[bool] = False
     trains_base: ClassVar[bool] = False
-
-    fits_shards: bool = field(default=False, kw_only=True)
+    fits_shards: ClassVar[bool] = False
 
     def _is_trained(self, name: str, setup: AdapterSetup) -> bool:
         return False

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any, Protocol, Self, TypeVar
 
 from evatune.errors import ConfigError, DataError
-from evatune.finetune.recipe import OWN_TASK, DataOptions, Recipe
+from evatune.finetune.recipe import USER_TASK, DataOptions, Recipe
 from evatune.finetune.tasks.base import DataSource
 from evatune.finetune.tasks.splits import Split, draw
 from evatune.loading.hub import reading, require_path
@@ -34,7 +34,7 @@ _Examples = TypeVar("_Examples", bound=_Selectable)
 
 def require_task(task: str, tasks: Sequence[str], domain: str) -> None:
     """Raise a ConfigError for a task that the domain does not have."""
-    if task == OWN_TASK:
+    if task == USER_TASK:
         raise ConfigError(
             "recipes for your own data need them: give data.source=FILE, a folder or a hub id"
         )

@@ -1,4 +1,4 @@
-"""LoRA's scale of BA: α/r, and α/√r under rsLoRA. No peft here."""
+"""LoRA's scale of BA: α/r, and α/√r under rsLoRA."""
 
 from __future__ import annotations
 

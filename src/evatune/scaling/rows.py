@@ -1,6 +1,6 @@
 """Length of the rows of A: the formulas behind `initialize(scale=...)`, in their one home.
 
-And what they mean for the learning rate: κ, see `step_ratio`. No peft here: torch and a spectrum.
+And what they mean for the learning rate: κ, see `step_ratio`.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from evatune.choices import DEFAULT_SCALE, SCALES, Scale, require_choice
-from evatune.errors import ConfigError
+from evatune.choices import SCALES, Scale, require_choice
+from evatune.scaling.random_rows import DEFAULT_LENGTH, seeded_generator
 from evatune.sketch.spectrum import Spectrum, fix_signs
 
 # A direction along which the input hardly varies would be blown up without bound by 1/σ.
@@ -17,8 +17,6 @@ _SIGMA_FLOOR = 1e-3
 # Share of the whole energy below which a direction is whitened no further. `Spectrum.usable` counts
 # directions from 1e-8 on, where float32 products leave no digit of an energy; here two are left.
 _ENERGY_FLOOR = 1e-6
-# PEFT draws the entries of A from ±1/√in, which have variance 1 / (3·in): rows of length 1/√3.
-_DEFAULT_LENGTH = 3**-0.5
 
 
 def completed(rows: Tensor, rank: int, scale: Scale, *, seed: int) -> Tensor:
@@ -31,31 +29,12 @@ def completed(rows: Tensor, rank: int, scale: Scale, *, seed: int) -> Tensor:
     """
     if len(rows) >= rank:
         return rows
-    cpu = torch.device("cpu")
-    generator = torch.Generator(cpu).manual_seed(seed)
-    drawn = torch.randn(
-        rows.shape[1], rank - len(rows), generator=generator, dtype=torch.float32, device=cpu
-    )
+    generator = seeded_generator(seed)
+    shape = rows.shape[1], rank - len(rows)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device)
     orthonormal = torch.linalg.qr(torch.cat([rows.T, drawn], dim=1))[0]
     length = _length_of_random_rows(rows.norm(dim=1), scale)
     return torch.cat([rows, fix_signs(orthonormal[:, len(rows) :].T) * length])
-
-
-def choose_scale(scale: Scale | None, whiten: bool) -> Scale:
-    """Return the scale in force: the caller's, else what `EvaConfig.whiten` of the adapter says.
-
-    Raises:
-        ConfigError: a scale that does not exist, or one that contradicts `whiten`.
-    """
-    if scale is None:
-        return "whiten" if whiten else DEFAULT_SCALE
-    require_choice("scale", scale, SCALES)
-    if whiten and scale != "whiten":
-        raise ConfigError(
-            f"scale is {scale!r} but the adapter's EvaConfig says whiten=True; leave out one of the"
-            " two, or pass scale='whiten'"
-        )
-    return scale
 
 
 def scaled_rows(spectrum: Spectrum, rank: int, scale: Scale) -> Tensor:
@@ -68,8 +47,8 @@ def scaled_rows(spectrum: Spectrum, rank: int, scale: Scale) -> Tensor:
     lengths = _row_lengths(spectrum, rank, scale)
     count = len(lengths)
     directions = spectrum.directions[:count].double()
-    if _has_own_rows(spectrum, scale):
-        rows = _own_rows(spectrum, count)
+    if _uses_regression_rows(spectrum, scale):
+        rows = _regression_rows(spectrum, count)
         directions = rows / rows.norm(dim=1, keepdim=True)
     return (directions * lengths[:, None]).float()
 
@@ -95,8 +74,9 @@ def step_ratio(spectrum: Spectrum, rank: int, scale: Scale, usual_rank: int) -> 
     count, width = len(lengths), spectrum.directions.shape[1]
     moments = spectrum.second_moments[:count].double()
     energies = moments
-    if _has_own_rows(spectrum, scale):
-        energies = _own_rows(spectrum, count).square().sum(1).reciprocal()  # of rows of length 1
+    if _uses_regression_rows(spectrum, scale):
+        # of rows of length 1
+        energies = _regression_rows(spectrum, count).square().sum(1).reciprocal()
     energy = float((lengths.square() * energies).sum())
     if count < rank:  # see `completed`
         rest = spectrum.total_second_moment - float(moments.sum())
@@ -111,8 +91,8 @@ def _row_lengths(spectrum: Spectrum, rank: int, scale: Scale) -> Tensor:
     require_choice("scale", scale, SCALES)
     rank = min(rank, spectrum.usable)
     moments = spectrum.second_moments[:rank].double()
-    if _has_own_rows(spectrum, scale):
-        lengths: Tensor = _own_rows(spectrum, rank).norm(dim=1)
+    if _uses_regression_rows(spectrum, scale):
+        lengths: Tensor = _regression_rows(spectrum, rank).norm(dim=1)
         if scale == "whiten":
             return lengths
         lengths *= _default_energy(spectrum) ** 0.5
@@ -132,12 +112,12 @@ def _row_lengths(spectrum: Spectrum, rank: int, scale: Scale) -> Tensor:
     return lengths if spectrum.inputs is None else lengths.clamp_max(1)
 
 
-def _has_own_rows(spectrum: Spectrum, scale: Scale) -> bool:
+def _uses_regression_rows(spectrum: Spectrum, scale: Scale) -> bool:
     """Return whether the rows at this scale are those of a regression, which whiten the input."""
     return spectrum.mixing is not None and scale in ("whiten", "whiten-matched")
 
 
-def _own_rows(spectrum: Spectrum, count: int) -> Tensor:
+def _regression_rows(spectrum: Spectrum, count: int) -> Tensor:
     """Return the rows of a regression, (count, d) float64: each sees an energy of 1, E[(a·x)²]."""
     assert spectrum.mixing is not None
     return spectrum.mixing[:count, :count].double() @ spectrum.directions[:count].double()
@@ -146,7 +126,7 @@ def _own_rows(spectrum: Spectrum, count: int) -> Tensor:
 def _length_of_random_rows(lengths: Tensor, scale: Scale) -> float:
     """Return the length of random rows beside directions whose rows have these lengths, (n,)."""
     if scale in ("matched", "whiten-matched"):
-        return _DEFAULT_LENGTH
+        return DEFAULT_LENGTH
     return float(lengths.mean()) if len(lengths) else 1.0
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import evatune
-from evatune.adapters.scale import completed, scaled_rows, step_ratio
+from evatune.scaling import completed, scaled_rows, step_ratio
 from evatune.sketch.spectrum import InputMoments
 from tests.helpers import (
     Toy,
