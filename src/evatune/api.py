@@ -23,7 +23,7 @@ from evatune.distributed.group import ProcessGroup
 from evatune.errors import DataError
 from evatune.modeling.forward import ForwardFunction, model_device
 from evatune.modeling.loss import LossFunction
-from evatune.modeling.wrappers import adapted, unwrapped
+from evatune.modeling.wrappers import adapted, carries_adapters, unwrapped
 
 
 @torch.inference_mode(mode=False)
@@ -51,7 +51,8 @@ def calibrate(
             found, with its modes and adapters and without hooks, and those runs are not counted.
             Batches must be mixed: of sorted data, the stop rule sees the first kind only and finds
             it settled.
-        config: settings; `CalibrationConfig()` by default.
+        config: settings; `CalibrationConfig()` by default. Of a model with one LoRA adapter, what
+            it leaves open is as the adapter's config says, as in `evatune.initialize`.
         targets: which layers, as PEFT names them: "all-linear", a list of names or suffixes, or a
             regular expression for whole names. Default: the layers that carry an adapter, else
             "all-linear". Besides linear layers: convolutions (their own patches;
@@ -117,17 +118,22 @@ def calibrate(
     l = components + oversampling; 12·d·l bytes per distinct input.
     """
     require_model(model)
-    model, config = unwrapped(model), settings_of(config)
-    device, timeout = model_device(model), config.rendezvous_timeout
+    model = unwrapped(model)
+    base, settings = adapted(model), settings_of(config)
+    if carries_adapters(base):
+        from evatune.adapters.initialize import calibration_settings
+
+        settings = calibration_settings(base, settings)
+    device, timeout = model_device(model), settings.rendezvous_timeout
     with (
-        ProcessGroup.create(config.distributed, device, timeout) as process_group,
-        reported(progress, config) as report,
+        ProcessGroup.create(settings.distributed, device, timeout) as process_group,
+        reported(progress, settings) as report,
     ):
         options = RunOptions(
             forward=forward, rows=rows, loss=loss, progress=report, checkpoint=checkpoint
         )
-        target_layers = find_target_layers(adapted(model), targets)
-        return run(model, target_layers, batches, config, process_group, options)
+        target_layers = find_target_layers(base, targets)
+        return run(model, target_layers, batches, settings, process_group, options)
 
 
 @torch.inference_mode(mode=False)  # which would leave parameters that cannot be trained

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import EvaConfig
+from peft import EvaConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import evatune
-from evatune.errors import AdapterError, ConfigError, LayerError, TargetError
+from evatune import CalibrationConfig
+from evatune.errors import AdapterError, BudgetError, ConfigError, LayerError, TargetError
 from tests.helpers import (
     lora,
     tiny_bert,
@@ -75,6 +76,46 @@ def test_nan_in_one_layer_names_the_layer_and_the_batch() -> None:
         LayerError, match=r"encoder\.layer\.1\.attention\.self\.query \(first in batch 1\).*float32"
     ):
         evatune.initialize(model, tokens())
+
+
+def narrow(**options: Any) -> nn.Module:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    return get_peft_model(model, LoraConfig(r=8, target_modules=["0", "2"], **options))
+
+
+def test_layers_too_narrow_for_the_rank_are_told_before_any_batch_is_read() -> None:
+    batches = iter(batches_of_rows())
+    with pytest.raises(BudgetError, match=r"Below 8: 2 \(2\).*rank_pattern={'2': 2}\)"):
+        evatune.initialize(narrow(), batches, rho=1)
+    assert len(list(batches)) == 4
+    calibration = evatune.initialize(narrow(rank_pattern={"2": 2}), batches_of_rows(), rho=1)
+    assert calibration.allocate().ranks == {"0": 8, "2": 2}
+
+
+def batches_of_rows() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(64, 8, generator=generator) for _ in range(4)]
+
+
+def test_a_calibration_leaves_to_the_adapter_what_initialize_does() -> None:
+    eva = EvaConfig(rho=1.5)
+    model = lora(tiny_bert(), r=24, init_lora_weights="eva", eva_config=eva)
+    config = evatune.calibrate(model, tokens(), CalibrationConfig(max_batches=1)).config
+    assert (config.rank, config.rho, config.n_components) == (24, 1.5, 36)
+    assert config.labels_only == "auto"
+    given = CalibrationConfig(max_batches=1, rank=4, rho=1, components=5, labels_only=False)
+    config = evatune.calibrate(model, tokens(), given).config
+    assert (config.rank, config.rho, config.n_components) == (4, 1, 5)
+    assert config.labels_only is False
+    # for other ranks there are as many directions as without an adapter
+    config = evatune.calibrate(lora(tiny_bert(), r=4), tokens()).config
+    assert (config.rank, config.n_components) == (4, 32)
+
+
+def test_of_several_adapters_a_calibration_asks_none() -> None:
+    model = lora(tiny_bert(), r=4)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["query"]))
+    assert evatune.calibrate(model, tokens()).config.rank == 16
 
 
 def test_a_merged_adapter_is_refused() -> None:

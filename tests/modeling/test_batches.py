@@ -80,6 +80,10 @@ NO_BATCHES: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         r"each batch is a list of 4 single examples \(dict\).*collat",
     ),
+    "an empty text": (
+        lambda: [{"input_ids": torch.zeros(1, 0, dtype=torch.long)}],
+        r"a batch is empty \(a tensor of shape \(1, 0\)\); leave out .*empty texts",
+    ),
     "tokenized without tensors": (
         lambda: [{"input_ids": some_ids()}],
         r"input_ids of each batch is a list of 8 and not a tensor",
@@ -168,9 +172,10 @@ def test_errors_of_the_model_itself_stay_what_they_are() -> None:
         with pytest.raises(type(error), match=str(error)) as caught:
             evatune.calibrate(model, inputs())
         notes = getattr(caught.value, "__notes__", [])
-        assert ["default rule" in note for note in notes] == (
-            [] if isinstance(error, RuntimeError) else [True]
+        assert ["default rule" in note for note in notes[:-1]] == (
+            [True] if isinstance(error, ValueError) else []
         )
+        assert notes[-1] == "in batch 1 of the calibration"
 
 
 def test_what_only_looks_like_no_batch_and_works_is_let_through() -> None:

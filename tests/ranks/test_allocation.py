@@ -249,8 +249,10 @@ def test_a_vocabulary_of_odd_size_does_not_stop_the_exact_search() -> None:
 
 def test_a_budget_that_cannot_be_met_names_the_layers_that_are_too_small() -> None:
     layers = {"wide": candidate([3, 2, 1, 1], 9, 9), "narrow": candidate([3, 2], 9, 2)}
-    with pytest.raises(BudgetError, match=r"narrow \(2\).*Lower rank, raise rho"):
+    own = r"LoraConfig\(rank_pattern={'narrow': 2}\)"
+    with pytest.raises(BudgetError, match=rf"narrow \(2\).*Lower rank, raise rho .*{own}"):
         allocate(layers, rank=4, rho=1)
+    assert allocate(layers, rank=4, rho=1, caps={"narrow": 2}).ranks == {"wide": 4, "narrow": 2}
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from evatune.modeling.sharding import is_sharded, is_sharded_parameter, require_
 from evatune.modeling.state import adapters_off, require_trainable
 from evatune.modeling.wrappers import adapted, is_engine, unwrapped
 from evatune.modeling.wrappers import describe as describe_model
+from evatune.ranks.allocation import require_wide_enough
 from evatune.scaling import completed, scaled_rows
 from evatune.utils.text import shortened
 from evatune.utils.warn import warn
@@ -62,6 +63,7 @@ def initialize_model(
     else:
         run_options = replace(options.run, caps=caps, active=active_positions(lora))
         settings = options.settings(lora, caps)
+        _require_wide_enough(adapter, settings, caps)
         calibration = run(
             outer, adapter.target_layers, batches, settings, process_group, run_options
         )
@@ -73,6 +75,29 @@ def initialize_model(
     if scale == "paper" and process_group.rank == 0:
         _warn_of_long_steps(adapter, calibration)
     return calibration
+
+
+def calibration_settings(model: nn.Module, config: CalibrationConfig) -> CalibrationConfig:
+    """Return the settings of a calibration of an adapted model that writes to no adapter.
+
+    What `config` leaves open is as the config of the model's one LoRA adapter says. Where there is
+    not one but several, or none of LoRA's, nothing is asked. There are no fewer components than
+    without an adapter, since the calibration may be for another one.
+    """
+    loras = {
+        name: lora
+        for name, lora in model.peft_config.items()  # type: ignore[operator,union-attr]
+        if isinstance(lora, LoraConfig)
+    }
+    if len(loras) != 1:
+        return config
+    (name,) = loras
+    options = InitializeOptions(config=config, adapter_name=name)
+    adapter = LoraAdapter.find(model, name)
+    caps = adapter.pattern_ranks() if options.keeps_rank_pattern else {}
+    settings = options.settings(adapter.config, caps)
+    usual = config.n_components
+    return settings if settings.n_components >= usual else replace(settings, components=usual)
 
 
 def scale_in_force(lora: LoraConfig, scale: Scale | None) -> Scale:
@@ -157,6 +182,19 @@ def _parameters_stay(
         if adapter.name in target.layer.lora_magnitude_vector:
             return False
     return True
+
+
+def _require_wide_enough(
+    adapter: LoraAdapter, config: CalibrationConfig, caps: Mapping[str, int]
+) -> None:
+    """Raise a BudgetError before any batch for layers too narrow for the ranks to be spent."""
+    require_wide_enough(
+        {target_layer.name: target_layer.spec for target_layer in adapter.target_layers},
+        rank=config.redistribution.rank,
+        rho=config.redistribution.rho,
+        budget=config.budget,
+        caps=caps,
+    )
 
 
 def _fitted(

@@ -11,6 +11,7 @@ from evatune.calibration.batches import Step
 from evatune.calibration.options import RunOptions
 from evatune.calibration.state import CalibrationState
 from evatune.capture import InputRecorder, Masks, RowSelector, selector_for
+from evatune.errors import EvatuneError
 from evatune.modeling.forward import call_model, model_device, to_device
 from evatune.modeling.sharding import is_sharded
 from evatune.modeling.state import as_base, may_stop_early
@@ -54,8 +55,14 @@ class BatchObserver(ABC):
         batch = step.batch
         if self._options.forward is None:
             batch = to_device(batch, self._device)
-        with as_base(self._model):
-            self._run(step, batch)
+        try:
+            with as_base(self._model):
+                self._run(step, batch)
+        except EvatuneError:
+            raise
+        except Exception as error:
+            error.add_note(f"in batch {step.batch_number} of the calibration")
+            raise
         self._masks.warn_once()
         self._shared_inputs.end_of_forward()
 

@@ -155,21 +155,11 @@ def fault_of(batch: Any, model: nn.Module) -> str | None:
             " completion_ids), as of TRL's GRPOTrainer and its like; call"
             " evatune.initialize(trainer), which reads its prompts, or give tokenized prompts"
         )
-    single = _single_example(batch, model)
-    if single is not None:
-        return single
-    if not any(True for _ in tensors_in(batch)):
-        kinds = (
-            {str(key): type(value).__name__ for key, value in batch.items()}
-            if isinstance(batch, Mapping)
-            else {}
-        )
-        inside = f" ({', '.join(f'{key}: {kind}' for key, kind in kinds.items())})" if kinds else ""
-        return (
-            f"each batch is of type {type(batch).__name__}{inside}, without a tensor in it; make"
-            " tensors of it, with a collate_fn"
-        )
-    return _too_many_arguments(batch, model)
+    return (
+        _single_example(batch, model)
+        or _without_content(batch)
+        or _too_many_arguments(batch, model)
+    )
 
 
 def require_arguments(name: str, function: Callable[..., Any] | None, arguments: str) -> None:
@@ -237,6 +227,28 @@ def _single_example(batch: Any, model: nn.Module) -> str | None:
                 " length and make tensors of them: tokenizer(…, padding=True, return_tensors='pt')"
             )
     return None
+
+
+def _without_content(batch: Any) -> str | None:
+    """Return advice for a batch without a tensor in it, or whose tensors have no entries."""
+    tensors = list(tensors_in(batch))
+    if any(tensor.numel() for tensor in tensors):
+        return None
+    if tensors:
+        return (
+            f"a batch is empty (a tensor of shape {tuple(tensors[0].shape)}); leave out examples"
+            " without content, such as empty texts"
+        )
+    kinds = (
+        {str(key): type(value).__name__ for key, value in batch.items()}
+        if isinstance(batch, Mapping)
+        else {}
+    )
+    inside = f" ({', '.join(f'{key}: {kind}' for key, kind in kinds.items())})" if kinds else ""
+    return (
+        f"each batch is of type {type(batch).__name__}{inside}, without a tensor in it; make"
+        " tensors of it, with a collate_fn"
+    )
 
 
 def _too_many_arguments(batch: Any, model: nn.Module) -> str | None:

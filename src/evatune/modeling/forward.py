@@ -42,7 +42,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
         fault = fault_of(batch, base_model(model))
         if fault is not None:
             raise DataError(fault) from error
-        if not isinstance(error, RuntimeError):
+        if not isinstance(error, (RuntimeError, IndexError)):
             error.add_note(
                 f"evatune called the model with a batch of type {type(batch).__name__} by its"
                 " default rule (mapping → keywords, tuple → positions). If that is not how this"

@@ -32,9 +32,14 @@ def adapted_inside(model: nn.Module) -> dict[str, nn.Module]:
     carriers: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         inside = any(not outer or path.startswith(f"{outer}.") for outer in carriers)
-        if not inside and isinstance(getattr(module, "peft_config", None), dict):
+        if not inside and carries_adapters(module):
             carriers[path] = module
     return carriers
+
+
+def carries_adapters(module: nn.Module) -> bool:
+    """Return whether PEFT has put adapters into this model."""
+    return isinstance(getattr(module, "peft_config", None), dict)
 
 
 def adapted(model: nn.Module) -> nn.Module:

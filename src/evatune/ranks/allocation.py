@@ -27,6 +27,8 @@ from evatune.sketch.spectrum import Spectrum
 from evatune.utils.shown import Shown
 from evatune.utils.text import shortened
 
+_SHOWN = 5  # entries of a rank pattern in a message
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -115,33 +117,24 @@ def allocate(
     floors = floors or {}
     shares = [
         _Share(
-            key=layer.spec.rank_group or name,
-            candidate=layer,
+            name=name,
+            spec=layer.spec,
             uniform_rank=uniform_ranks[name],
-            cap=_usable_rank(layer, caps.get(name, largest)),
+            cap=min(caps.get(name, largest), _usable_rank(layer)),
             floor=max(min_rank, floors.get(name, 0)),
         )
         for name, layer in layers.items()
     ]
     groups = _rank_groups(shares, in_parameters=budget == "parameters")
+    _require_room(groups, rank, rho, budget, caps)
     limit = sum(group.uniform_rank * group.cost for group in groups)
-    room = sum(group.cap * group.cost for group in groups)
-    if room < limit:
-        tight = [f"{group.key} ({group.cap})" for group in groups if group.cap < group.uniform_rank]
-        share = f"{rank} or its cap" if caps else f"{rank}"
-        raise BudgetError(
-            f"the budget of {limit} {budget} ({share} per layer over {len(layers)} layers) cannot"
-            f" be met: the layers take at most {room}. Below {share}: {shortened(tight) or 'none'}."
-            f" Lower rank, raise rho (now {rho:g}), use more data, or leave these layers out of the"
-            " targets"
-        )
     left = limit - sum(group.floor * group.cost for group in groups)
     if left < 0:
         raise BudgetError(
             f"min_rank={min_rank} alone costs {limit - left} {budget}, the budget is {limit};"
             " lower it"
         )
-    group_ranks = _redistribute(groups, metric, left)
+    group_ranks = _redistribute(groups, layers, metric, left)
     ranks = {name: group_ranks[layer.spec.rank_group or name] for name, layer in layers.items()}
     return RankPlan(
         ranks=ranks,
@@ -156,6 +149,33 @@ def allocate(
     )
 
 
+def require_wide_enough(
+    specs: Mapping[str, LayerSpec],
+    *,
+    rank: int,
+    rho: float,
+    budget: Budget,
+    caps: Mapping[str, int],
+) -> None:
+    """Raise the BudgetError of `allocate` for layers that no spectra could help: too narrow ones.
+
+    All arguments are as for `allocate`.
+    """
+    largest = largest_rank(rank, rho)
+    shares = [
+        _Share(
+            name=name,
+            spec=spec,
+            uniform_rank=caps.get(name, rank),
+            cap=min(caps.get(name, largest), spec.max_rank),
+            floor=0,
+        )
+        for name, spec in specs.items()
+    ]
+    groups = _rank_groups(shares, in_parameters=budget == "parameters")
+    _require_room(groups, rank, rho, budget, caps)
+
+
 def worth_gained(
     layers: Mapping[str, Candidate], old: RankPlan, new: RankPlan, caps: Mapping[str, int]
 ) -> float:
@@ -167,7 +187,7 @@ def worth_gained(
     largest = largest_rank(new.rank, new.rho)
     worth_of_old, worth_of_new = 0.0, 0.0
     for name, layer in layers.items():
-        cap = _usable_rank(layer, caps.get(name, largest))
+        cap = min(caps.get(name, largest), _usable_rank(layer))
         worths = _worth(layer.spectrum, new.metric, cap)
         worth_of_old += math.fsum(worths[: old.ranks.get(name, 0)])
         worth_of_new += math.fsum(worths[: new.ranks.get(name, 0)])
@@ -176,10 +196,10 @@ def worth_gained(
 
 @dataclass(frozen=True)
 class _Share:
-    """A layer with the bounds of its rank, and the rank group that it is in."""
+    """A layer with the bounds of its rank."""
 
-    key: str
-    candidate: Candidate
+    name: str
+    spec: LayerSpec
     uniform_rank: int
     cap: int
     floor: int
@@ -190,13 +210,15 @@ class _RankGroup:
     """Layers that have one rank; most often a single one.
 
     Attributes:
+        key: of the group; a single layer's name.
+        names: of its layers.
         step: ranks come in multiples of this, as do `cap` and, unless the cap is lower, `floor`.
         uniform_rank: without redistribution.
         cost: of one rank in all its layers, in the unit of the budget.
     """
 
     key: str
-    spectra: list[Spectrum]
+    names: list[str]
     step: int
     uniform_rank: int
     cap: int
@@ -207,10 +229,10 @@ class _RankGroup:
 def _rank_groups(shares: Sequence[_Share], *, in_parameters: bool) -> list[_RankGroup]:
     members: dict[str, list[_Share]] = {}
     for share in shares:
-        members.setdefault(share.key, []).append(share)
+        members.setdefault(share.spec.rank_group or share.name, []).append(share)
     groups = []
     for key, tied in members.items():
-        specs = [share.candidate.spec for share in tied]
+        specs = [share.spec for share in tied]
         step = specs[0].groups
         cap = max(share.cap for share in tied) // step * step
         floor = max(share.floor for share in tied)
@@ -218,7 +240,7 @@ def _rank_groups(shares: Sequence[_Share], *, in_parameters: bool) -> list[_Rank
         groups.append(
             _RankGroup(
                 key=key,
-                spectra=[share.candidate.spectrum for share in tied],
+                names=[share.name for share in tied],
                 step=step,
                 uniform_rank=tied[0].uniform_rank,
                 cap=cap,
@@ -229,13 +251,42 @@ def _rank_groups(shares: Sequence[_Share], *, in_parameters: bool) -> list[_Rank
     return groups
 
 
-def _redistribute(groups: Sequence[_RankGroup], metric: str, budget: int) -> dict[str, int]:
+def _require_room(
+    groups: Sequence[_RankGroup], rank: int, rho: float, budget: Budget, caps: Mapping[str, int]
+) -> None:
+    """Raise a BudgetError where the groups' caps leave less room than their uniform ranks cost."""
+    limit = sum(group.uniform_rank * group.cost for group in groups)
+    room = sum(group.cap * group.cost for group in groups)
+    if room >= limit:
+        return
+    tight = {group.key: group.cap for group in groups if group.cap < group.uniform_rank}
+    named = shortened([f"{key} ({cap})" for key, cap in tight.items()])
+    share = f"{rank} or its cap" if caps else f"{rank}"
+    layers = sum(len(group.names) for group in groups)
+    raise BudgetError(
+        f"the budget of {limit} {budget} ({share} per layer over {layers} layers) cannot be met:"
+        f" the layers take at most {room}. Below {share}: {named or 'none'}. Lower rank, raise rho"
+        f" (now {rho:g}), use more data, leave these layers out of the targets, or give them ranks"
+        f" of their own: LoraConfig(rank_pattern={_pattern(tight)})"
+    )
+
+
+def _pattern(ranks: Mapping[str, int]) -> str:
+    """Return a rank pattern as it is written, with the first few of many layers."""
+    items = [f"{name!r}: {max(rank, 1)}" for name, rank in ranks.items()]
+    more = ", …" if len(items) > _SHOWN else ""
+    return "{" + ", ".join(items[:_SHOWN]) + more + "}"
+
+
+def _redistribute(
+    groups: Sequence[_RankGroup], layers: Mapping[str, Candidate], metric: str, budget: int
+) -> dict[str, int]:
     """Return the rank of every group: its floor, and what it gets of the budget beyond."""
     # One list per cost class, in the stated order; within a class the best m components are its
     # first m.
     classes: dict[int, list[tuple[float, int, int]]] = {}
     for order, group in enumerate(groups):
-        worths = [_worth(spectrum, metric, group.cap) for spectrum in group.spectra]
+        worths = [_worth(layers[name].spectrum, metric, group.cap) for name in group.names]
         components = classes.setdefault(group.step * group.cost, [])
         for j in range(group.floor, group.cap, group.step):
             gain = math.fsum(gain for worth in worths for gain in worth[j : j + group.step])
@@ -271,13 +322,13 @@ def _parameters(layers: Mapping[str, Candidate], ranks: Mapping[str, int]) -> in
     return sum(ranks[name] * layer.spec.parameters_per_rank for name, layer in layers.items())
 
 
-def _usable_rank(layer: Candidate, cap: int) -> int:
-    """Return the most ranks a layer can use, within its cap."""
-    bound = min(cap, layer.spec.max_rank)
+def _usable_rank(layer: Candidate) -> int:
+    """Return the most ranks that a layer can use."""
+    widest = layer.spec.max_rank
     of_gradients = layer.spectrum.inputs is not None
     if of_gradients and layer.spectrum.usable:
-        return bound  # the inputs have more directions than the gradients, and A is completed
-    return min(bound, layer.spectrum.usable)
+        return widest  # the inputs have more directions than the gradients, and A is completed
+    return min(widest, layer.spectrum.usable)
 
 
 def _require_options(rank: int, rho: float, budget: str, metric: str, min_rank: int) -> None:

@@ -83,7 +83,7 @@ def test_memory_is_the_sum_of_its_parts() -> None:
     assert memory.training == 16 * size.trained
     assert memory.activations == 30 * (4 * WIDTHS + 8 * 60)
     assert memory.evaluation == 120 * (96 * 4 + 60 * 12)
-    sketches = 12 * 18 * sum(size.calibrated)
+    sketches = 12 * sum(width * min(width, 31) for width in size.calibrated)
     assert memory.calibration == sketches + 30 * 96 * 4
     assert memory.peak == memory.weights + max(
         memory.training + max(memory.activations, memory.evaluation), memory.calibration
@@ -94,7 +94,7 @@ def test_memory_is_the_sum_of_its_parts() -> None:
 def test_sketches_have_a_column_for_every_rank_that_a_layer_may_get() -> None:
     settings = recipe("adapter.rank=25", "adapter.rho=1.16")  # 29, or 28.999999999999996
     size = replace(size_of(recipe(), CONFIG), calibrated=(100,), widest=0)
-    columns = 29 + 16
+    columns = 29 + 16 - 1
     assert memory_of(settings, size, Lengths(7, 10)).calibration == 12 * 100 * columns
 
 

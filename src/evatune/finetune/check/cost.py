@@ -30,6 +30,7 @@ from evatune.finetune.tasks.base import DTYPES
 from evatune.finetune.tasks.images.vtab import VTAB, VTAB_PIXELS
 from evatune.finetune.tasks.user_data import MOST_HELD_OUT
 from evatune.loading.models import default_device
+from evatune.sketch.nystrom import basis_columns
 
 UTILIZATION = 0.4
 """Share of a matrix product's rate that training reaches, as is usual for large models."""
@@ -185,8 +186,8 @@ def memory_of(recipe: Recipe, size: Size, lengths: Lengths) -> Memory:
       logits are copied to float32, and have a gradient. With training.gradient_checkpointing: the
       inputs of all layers, and all of one layer, taken for three times its widest matrix.
     - evaluation of a batch, which may be larger: the widest layer, and the logits twice.
-    - calibration: a basis in float32 and sums in float64 of ⌊ρ·r⌋ + 16 columns for each adapted
-      layer, and the widest layer's activations. Layers that share an input are counted apart.
+    - calibration: a basis in float32 and sums in float64 of `basis_columns` for each adapted layer,
+      and the widest layer's activations. Layers that share an input are counted apart.
     """
     weight = find_domain(recipe.domain).models.dtype(recipe).itemsize
     quantized = size.quantizable if recipe.adapter.quantize != "none" else 0
@@ -198,8 +199,9 @@ def memory_of(recipe: Recipe, size: Size, lengths: Lengths) -> Memory:
     adapter_weight = _FLOAT32 if size.trained < size.parameters else 0
     logits = size.vocabulary * (number + _SUMS)
     components = largest_rank(recipe.adapter.rank, _rho(recipe))
-    columns = components + CalibrationConfig.oversampling
-    sketches = sum(width * min(width, columns) for width in size.calibrated) * (_FLOAT32 + _SUMS)
+    oversampling = CalibrationConfig.oversampling
+    entries = sum(w * basis_columns(w, components, oversampling) for w in size.calibrated)
+    sketches = entries * (_FLOAT32 + _SUMS)
     return Memory(
         weights=(size.parameters - quantized) * weight + quantized / 2,
         training=size.trained * (adapter_weight + _GRADIENT + _ADAMW),
