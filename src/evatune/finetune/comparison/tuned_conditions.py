@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+from evatune.finetune.methods import METHODS
 from evatune.finetune.recipe_tree import all_settings
 from evatune.schemas.tuned import RunLine
 
-LORA_PLUS, RATIO_OF_B = "loraplus", "training.lora_plus_ratio"
 _ALPHA = "adapter.alpha"
 _OF_THE_RUN = ("method", "seed", "training.learning_rate")
-# Settings of which each value is a method of its own, and how methods that heed them are called.
-_EVAS = ("eva", "lora-redist")
-_OF_METHODS = {
-    "adapter.rho": _EVAS,
-    "adapter.scale": _EVAS,
-    "adapter.budget": _EVAS,
-    RATIO_OF_B: (LORA_PLUS,),
-}
+_OF_METHODS = tuple(dict.fromkeys(chain(*(method.own_settings for method in METHODS.values()))))
 
 
 @dataclass(frozen=True)
@@ -54,9 +48,7 @@ def place(lines: Sequence[RunLine], source: Source | None) -> list[Placed]:
     shared = _shared(differing)
     placed = []
     for line, tree, overrides in zip(lines, trees, differing, strict=True):
-        of_method = {
-            key: overrides[key] for key in _settings_of_method(line.method) if key in overrides
-        }
+        of_method = {key: overrides[key] for key in _own_settings(line.method) if key in overrides}
         no_condition = {*_OF_THE_RUN, *_OF_METHODS, *shared, _ALPHA}
         condition = {key: value for key, value in overrides.items() if key not in no_condition}
         if _alpha_over_rank(tree) != _alpha_over_rank({**tree, **base}):
@@ -89,9 +81,10 @@ def _shared(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in common if all(other[key] == first[key] for other in settings)]
 
 
-def _settings_of_method(method: str) -> list[str]:
-    """Return the settings of which each value makes a method of its own of this one."""
-    return [key for key, names in _OF_METHODS.items() if method.startswith(names)]
+def _own_settings(method: str) -> tuple[str, ...]:
+    """Return the settings that a method heeds and others do not; all where it is not known."""
+    known = METHODS.get(method)
+    return _OF_METHODS if known is None else known.own_settings
 
 
 def _words(settings: Mapping[str, Any]) -> str:

@@ -21,13 +21,9 @@ from evatune.finetune.comparison.tuned_cells import (
     TunedSummary,
     method_order,
 )
-from evatune.finetune.comparison.tuned_conditions import (
-    LORA_PLUS,
-    RATIO_OF_B,
-    Placed,
-    Source,
-    place,
-)
+from evatune.finetune.comparison.tuned_conditions import Placed, Source, place
+from evatune.finetune.methods import METHODS
+from evatune.finetune.methods.loraplus import RATIO_OF_B
 from evatune.finetune.recipe import REFERENCE
 from evatune.finetune.recipe_files import load, ours
 from evatune.finetune.recipe_tree import all_settings, as_tree
@@ -151,7 +147,8 @@ def _cell(
 
 def _first_step(line: RunLine) -> float | None:
     """Return κ, of which a line has the part of A's rows and the adapter's scale."""
-    if line.kappa is None or line.method != LORA_PLUS:
+    method = METHODS.get(line.method)
+    if line.kappa is None or method is None or RATIO_OF_B not in method.own_settings:
         return line.kappa
     ratio: float | None = all_settings(line.tree()).get(RATIO_OF_B)
     return None if ratio is None else line.kappa * ratio

@@ -146,6 +146,9 @@ class Method:
     # False where the optimizer is the method's own, weights of the base have a gradient or change,
     # or ranks change on the way.
     fits_shards: ClassVar[bool] = True
+    # The settings of a recipe that this method heeds and others do not: in a comparison each value
+    # makes a method of its own.
+    own_settings: ClassVar[tuple[str, ...]] = ()
 
     def adapt(self, model: nn.Module, setup: AdapterSetup) -> Any:
         """Return the model with what the method trains set up, before any data is seen.

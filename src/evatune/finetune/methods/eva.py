@@ -30,6 +30,7 @@ class Eva(Lora):
     initialize_options: EvaOptions = field(default_factory=EvaOptions, kw_only=True)
 
     starts_as_calibrated: ClassVar[bool] = True
+    own_settings: ClassVar[tuple[str, ...]] = ("adapter.rho", "adapter.scale", "adapter.budget")
 
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
         return preparation.initialize(**self.options_of_run(preparation))

@@ -11,12 +11,15 @@ from torch import nn
 
 from evatune.finetune.methods.base import Lora, OptimizerOptions
 
+RATIO_OF_B = "training.lora_plus_ratio"
+
 
 @dataclass(frozen=True)
 class LoraPlus(Lora):
     """LoRA with PEFT's LoRA+ optimizer."""
 
     fits_shards: ClassVar[bool] = False
+    own_settings: ClassVar[tuple[str, ...]] = (RATIO_OF_B,)
 
     def optimizer(self, model: nn.Module, options: OptimizerOptions) -> Any:
         return create_loraplus_optimizer(
