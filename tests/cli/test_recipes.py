@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evatune.finetune.recipe_files import load, ours, text_of
+from evatune.finetune.recipe_files import bundled_recipes, load, text_of
 from evatune.finetune.recipe_keys import recipe_keys
 from evatune.finetune.recipe_tree import as_tree
 from tests.conftest import Command, refused
@@ -15,10 +15,10 @@ from tests.conftest import Command, refused
 
 def test_recipes_are_listed_each_with_what_it_is(command: Command) -> None:
     lines = command("recipes", "ls").out.splitlines()
-    assert [line.split()[0] for line in lines] == list(ours())
+    assert [line.split()[0] for line in lines] == list(bundled_recipes())
     assert all(len(line.split()) > 2 for line in lines)
     facts = json.loads(command("recipes", "ls", "--json").out)["recipes"]
-    assert [fact["name"] for fact in facts] == list(ours())
+    assert [fact["name"] for fact in facts] == list(bundled_recipes())
     assert {"domain", "task", "model", "about"} < facts[0].keys()
 
 

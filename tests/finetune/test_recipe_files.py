@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from evatune.errors import ConfigError
-from evatune.finetune.recipe_files import expand, load, ours, text_of
+from evatune.finetune.recipe_files import bundled_recipes, expand, load, text_of
 
 
-@pytest.mark.parametrize("name", ours())
+@pytest.mark.parametrize("name", bundled_recipes())
 def test_each_of_ours_loads_and_names_its_command(name: str) -> None:
     recipe = load(name)
     assert name.startswith((recipe.domain, "paper-", "own-"))
@@ -96,7 +96,7 @@ def test_patterns_name_recipes_of_ours() -> None:
         expand([])
 
 
-@pytest.mark.parametrize("name", [name for name in ours() if name.startswith("paper-")])
+@pytest.mark.parametrize("name", [name for name in bundled_recipes() if name.startswith("paper-")])
 def test_the_papers_runs_say_its_alpha_and_its_scale(name: str) -> None:
     recipe = load(name)
     if recipe.method != "full":

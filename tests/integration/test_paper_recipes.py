@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from evatune.finetune.check.trial import try_recipe
-from evatune.finetune.recipe_files import load, ours
+from evatune.finetune.recipe_files import bundled_recipes, load
 from evatune.finetune.tasks import find_domain
 from evatune.finetune.tasks.generation.question_sets import SETS
 from evatune.finetune.tasks.images.vtab import VTAB
@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
 ]
 
-PAPER = [name for name in ours() if name.startswith("paper-")]
+PAPER = [name for name in bundled_recipes() if name.startswith("paper-")]
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
 # What a task's own measures are, beside its score and loss.
 MEASURES = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evatune.errors import ConfigError
-from evatune.schemas import Damage, shown, telling
+from evatune.schemas import Damage, brief, naming_file
 from evatune.utils.outputs import claimed_file
 from evatune.utils.text import ABSENT, Difference, first_difference
 
@@ -97,12 +97,12 @@ class Checkpoint:
         from evatune.schemas.tensors import read_sealed
         from evatune.schemas.text import validate_json
 
-        with telling(self.path, "remove it, or leave --resume out"):
+        with naming_file(self.path, "remove it, or leave --resume out"):
             tensors, text = read_sealed(self.path, [_FORMAT], "a checkpoint of evatune")
             record = validate_json(CheckpointRecord, text)
             unsupported = [name for name, tensor in tensors.items() if not _is_whole(tensor)]
             if unsupported:
-                raise Damage(f"is damaged: {shown(unsupported[0])} has NaN or Inf in it")
+                raise Damage(f"is damaged: {brief(unsupported[0])} has NaN or Inf in it")
         values = record.model_dump()
         was = {**{key: values.get(key) for key in same}, **record.about}
         now = json.loads(json.dumps({**same, **self.about}))

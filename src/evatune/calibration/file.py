@@ -15,7 +15,7 @@ from evatune.calibration.config import CalibrationConfig
 from evatune.calibration.data import CalibratedLayer, CalibrationData
 from evatune.calibration.status import Status
 from evatune.layers import LayerSpec
-from evatune.schemas import Damage, shown, telling
+from evatune.schemas import Damage, brief, naming_file
 from evatune.sketch.spectrum import Certificate, InputMoments, Spectrum, empty
 from evatune.utils.atomic import MAKE_ROOM, atomic_file, writing
 
@@ -68,7 +68,7 @@ def load_calibration(path: str | os.PathLike[str], kind: type[Data]) -> Data:
     from evatune.schemas.tensors import read_sealed
     from evatune.schemas.text import validate_json
 
-    with telling(path, _ADVICE):
+    with naming_file(path, _ADVICE):
         tensors, text = read_sealed(Path(path), _FORMATS, "an evatune calibration")
         try:
             return _from_record(validate_json(CalibrationRecord, text), tensors, kind)
@@ -84,7 +84,7 @@ def _from_record(record: CalibrationRecord, tensors: dict[str, Tensor], kind: ty
         number: _spectrum(number, facts, config, tensors) for number, facts in record.inputs.items()
     }
     if tensors:
-        raise Damage(f"does not say what the tensor {shown(min(tensors))} is")
+        raise Damage(f"does not say what the tensor {brief(min(tensors))} is")
     spectra, status, layers = {}, {}, {}
     for name, facts in record.layers.items():
         status[name] = facts.status
@@ -203,9 +203,9 @@ def _require_fit(name: str, layer: CalibratedLayer, status: Status, spectrum: Sp
     """Raise Damage unless the spectrum is one of this layer that may have ended so."""
     if layer.input is not None and spectrum.directions.shape[1] != layer.in_features:
         raise Damage(
-            f"gives {shown(name)} {layer.in_features} inputs, and others in its directions"
+            f"gives {brief(name)} {layer.in_features} inputs, and others in its directions"
         )
     # An expert may get an adapter that no row says anything of.
     seldom = status is Status.SELDOM_ROUTED
     if status.usable and not seldom and not (spectrum.rows and spectrum.total_energy):
-        raise Damage(f"calls {shown(name)} {status}, and its rows have no energy")
+        raise Damage(f"calls {brief(name)} {status}, and its rows have no energy")

@@ -5,6 +5,6 @@ from __future__ import annotations
 
 def recipe_names(incomplete: str) -> list[str]:
     """Return the recipes of ours whose names begin with what is there."""
-    from evatune.finetune.recipe_files import ours
+    from evatune.finetune.recipe_files import bundled_recipes
 
-    return [name for name in ours() if name.startswith(incomplete)]
+    return [name for name in bundled_recipes() if name.startswith(incomplete)]

@@ -23,9 +23,11 @@ def ls(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List the recipes that come with evatune."""
-    from evatune.finetune.recipe_files import load, ours, text_of
+    from evatune.finetune.recipe_files import bundled_recipes, load, text_of
 
-    about = {name: text_of(name).splitlines()[0].removeprefix("#").strip() for name in ours()}
+    about = {
+        name: text_of(name).splitlines()[0].removeprefix("#").strip() for name in bundled_recipes()
+    }
     if not as_json:
         for name, text in about.items():
             typer.echo(folded(f"{name:24} {text}", " " * 4))

@@ -8,7 +8,7 @@ from typing import Any
 from evatune.errors import ConfigError
 from evatune.finetune.head import is_in_head
 from evatune.finetune.recipe import USER_TASK, Recipe
-from evatune.finetune.recipe_files import load, ours
+from evatune.finetune.recipe_files import bundled_recipes, load
 from evatune.finetune.tasks import Task, find_domain
 
 
@@ -36,7 +36,7 @@ def another_task(recipe: Recipe) -> tuple[Recipe, Task]:
 
 def _others(recipe: Recipe) -> list[Recipe]:
     """Return our recipes of other tasks of the domain for its demo model, those after it first."""
-    recipes = {name: load(name) for name in ours()}
+    recipes = {name: load(name) for name in bundled_recipes()}
     others = {name: other for name, other in recipes.items() if _is_other(other, recipe)}
     name_of_recipe = f"{recipe.domain}-{recipe.task}"
     after = [other for name, other in others.items() if name > name_of_recipe]

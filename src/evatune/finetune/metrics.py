@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 
 from evatune.modeling.sharding import is_sharded_parameter, whole_shape
-from evatune.schemas import Damage, telling
+from evatune.schemas import Damage, naming_file
 from evatune.schemas.run import MetricsLine
 from evatune.schemas.text import read_text, validate_json
 from evatune.utils.atomic import write_text
@@ -35,7 +35,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     if not path.exists():
         return []
-    with telling(path, "remove it; the result of the run stands without"):
+    with naming_file(path, "remove it; the result of the run stands without"):
         texts = read_text(path, errors="replace").splitlines()
     lines = []
     for number, text in enumerate(texts, start=1):

@@ -16,7 +16,7 @@ from evatune.errors import ConfigError
 from evatune.finetune.recipe import SIZES, USER_TASK, Recipe
 from evatune.finetune.recipe_tree import parse
 from evatune.loading.file_checks import json_name
-from evatune.schemas import Damage, telling
+from evatune.schemas import Damage, naming_file
 from evatune.schemas.text import parse_yaml, read_text
 
 _RECIPES = files("evatune.finetune").joinpath("recipes")
@@ -25,7 +25,7 @@ _SUFFIXES = (".yaml", ".yml", ".json", "")  # of recipes
 _OWN_DATA = "data.source"
 
 
-def ours() -> list[str]:
+def bundled_recipes() -> list[str]:
     """Return the names of the recipes that come with evatune."""
     return sorted(_our_texts())
 
@@ -54,12 +54,14 @@ def expand(sources: Iterable[str]) -> list[str]:
     expanded: list[str] = []
     for source in sources:
         is_pattern = any(sign in source for sign in "*?[")
-        names = fnmatch.filter(ours(), source) if is_pattern else [source]
+        names = fnmatch.filter(bundled_recipes(), source) if is_pattern else [source]
         if not names:
-            raise ConfigError(f"no recipe of ours fits {source!r}; ours are {', '.join(ours())}")
+            raise ConfigError(
+                f"no recipe of ours fits {source!r}; ours are {', '.join(bundled_recipes())}"
+            )
         expanded += names
     if not expanded:
-        raise ConfigError(f"name at least one recipe; ours are {', '.join(ours())}")
+        raise ConfigError(f"name at least one recipe; ours are {', '.join(bundled_recipes())}")
     return list(dict.fromkeys(expanded))
 
 
@@ -71,10 +73,10 @@ def text_of(source: str) -> str:
     if path.is_dir() or (path.is_file() and path.suffix.lower() not in _SUFFIXES):
         raise ConfigError(f"{source!r} is no recipe, which is a YAML file; {_for_data(source)}")
     if path.is_file():
-        with telling(source, "give a YAML file; `evatune recipes show` shows one", ConfigError):
+        with naming_file(source, "give a YAML file; `evatune recipes show` shows one", ConfigError):
             return read_text(path)
-    near = difflib.get_close_matches(source, ours(), n=1, cutoff=0.4)
-    names = f"ours are {', '.join(ours())}"
+    near = difflib.get_close_matches(source, bundled_recipes(), n=1, cutoff=0.4)
+    names = f"ours are {', '.join(bundled_recipes())}"
     hint = f"did you mean {near[0]}? `evatune recipes ls` lists ours" if near else names
     raise ConfigError(f"there is no recipe or file {source!r}; {hint}")
 
@@ -93,7 +95,7 @@ def load(source: str, overrides: Iterable[str] = ()) -> Recipe:
     Raises ConfigError that lists every mistake at once, each with the nearest valid key.
     """
     text = text_of(source)
-    with telling(source, "`evatune recipes show` shows a recipe", ConfigError):
+    with naming_file(source, "`evatune recipes show` shows a recipe", ConfigError):
         raw = parse_yaml(text)
     if not isinstance(raw, dict):
         fault = "is empty" if raw is None else f"holds {json_name(type(raw))}"

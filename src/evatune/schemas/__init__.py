@@ -7,6 +7,6 @@ makes a sentence of it with `telling`.
 
 from __future__ import annotations
 
-from evatune.schemas.damage import Damage, shown, telling
+from evatune.schemas.damage import Damage, brief, naming_file
 
-__all__ = ["Damage", "shown", "telling"]
+__all__ = ["Damage", "brief", "naming_file"]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from evatune.schemas.damage import Damage, shown
+from evatune.schemas.damage import Damage, brief
 from evatune.schemas.text import fitting
 
 _Rank = Annotated[int, Field(ge=1, le=2**24)]
@@ -69,7 +69,7 @@ def require_lora(fields: Mapping[str, Any]) -> None:
             re.compile(expression)
         except (re.error, RecursionError, OverflowError) as error:
             raise Damage(
-                f"holds the pattern {shown(pattern)}, which is no regular expression ({error})"
+                f"holds the pattern {brief(pattern)}, which is no regular expression ({error})"
             ) from error
 
 
@@ -96,7 +96,7 @@ def require_quick(fields: Mapping[str, Any], names: Iterable[str]) -> None:
     except (subprocess.SubprocessError, OSError) as error:
         raise Damage(
             "holds patterns that cannot be matched with the names of the layers within "
-            f"{_TRIAL_SECONDS:g} s, among them {shown(doubtful[0])}"
+            f"{_TRIAL_SECONDS:g} s, among them {brief(doubtful[0])}"
         ) from error
 
 

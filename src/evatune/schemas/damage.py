@@ -20,13 +20,13 @@ class Damage(ValueError):
     """A fault of a file, as the second half of a sentence: "is no JSON: …"."""
 
 
-def shown(value: object) -> str:
+def brief(value: object) -> str:
     """Return a value that came from a file as a short text in one line."""
     return _repr.repr(value)
 
 
 @contextmanager
-def telling(
+def naming_file(
     path: str | os.PathLike[str], advice: str, error: type[EvatuneError] = RecordError
 ) -> Iterator[None]:
     """Raise `error`, with the file's name and what to do, for any `Damage` in the block."""

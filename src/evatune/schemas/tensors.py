@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from evatune.schemas.damage import Damage, shown
+from evatune.schemas.damage import Damage, brief
 from evatune.schemas.text import fitting, parse_json, readable, require_file
 
 _LENGTH_BYTES = 8  # of the header's length, before the header
@@ -110,7 +110,7 @@ def read_sealed(path: Path, kinds: Sequence[str], what: str) -> tuple[dict[str, 
     kind = metadata.get("format")
     if kind not in kinds:
         known = " or ".join(kinds)
-        raise Damage(f"is a safetensors file but not {what} (format {shown(kind)}, not {known})")
+        raise Damage(f"is a safetensors file but not {what} (format {brief(kind)}, not {known})")
     has_checksum = kind == kinds[0]
     expected = {"format", "record"}
     if has_checksum:
@@ -157,11 +157,11 @@ def _require_covered(entries: Mapping[str, _Entry], size: int) -> None:
     in_order = sorted(entries.items(), key=lambda item: item[1].data_offsets)
     for name, entry in in_order:
         if entry.dtype not in _BYTES:
-            raise Damage(f"names the type {shown(entry.dtype)} for {shown(name)}")
+            raise Damage(f"names the type {brief(entry.dtype)} for {brief(name)}")
         first, last = entry.data_offsets
         nbytes = math.prod(entry.shape) * _BYTES[entry.dtype]
         if first != end or last - first != nbytes:
-            raise Damage(f"declares {shown(name)} as {shown(entry.shape)}, which is not its size")
+            raise Damage(f"declares {brief(name)} as {brief(entry.shape)}, which is not its size")
         end = last
     if end != size:
         raise Damage(f"declares {end} bytes of tensors, and {size} are there")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from evatune.schemas.damage import Damage, shown
+from evatune.schemas.damage import Damage, brief
 
 _T = TypeVar("_T")
 
@@ -108,19 +108,19 @@ def explained(error: ValidationError) -> str:
     more = f", and {len(others)} more" if others else ""
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("missing", "missing_argument"):
-        return f"key {shown(key)} is missing{more}"
+        return f"key {brief(key)} is missing{more}"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"key {shown(key)} is unknown{more}"
+        return f"key {brief(key)} is unknown{more}"
     if not key:
         return f"{reason}{more}"
-    return f"{shown(key)} is {shown(first['input'])}: {reason[:1].lower()}{reason[1:]}{more}"
+    return f"{brief(key)} is {brief(first['input'])}: {reason[:1].lower()}{reason[1:]}{more}"
 
 
 def _without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     mapping: dict[str, Any] = {}
     for key, value in pairs:
         if key in mapping:
-            raise Damage(f"holds the key {shown(key)} twice")
+            raise Damage(f"holds the key {brief(key)} twice")
         mapping[key] = value
     return mapping
 
@@ -166,9 +166,9 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise Damage(f"holds an anchor or alias of YAML ({shown(event.anchor)}); write it out")
+            raise Damage(f"holds an anchor or alias of YAML ({brief(event.anchor)}); write it out")
         if event.tag is not None:
-            raise Damage(f"holds a tag of YAML ({shown(event.tag)}); write plain values")
+            raise Damage(f"holds a tag of YAML ({brief(event.tag)}); write plain values")
         if self._nesting > _MAX_NESTING:
             raise Damage(f"holds YAML that is nested deeper than {_MAX_NESTING} levels")
         self._nesting += 1
@@ -183,9 +183,9 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
         for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise Damage(f"holds the key {shown(key)}, which is not text")
+                raise Damage(f"holds the key {brief(key)}, which is not text")
             if key in mapping:
-                raise Damage(f"holds the key {shown(key)} twice")
+                raise Damage(f"holds the key {brief(key)} twice")
             mapping[key] = self.construct_object(value_node, deep=deep)
         return mapping
 

@@ -12,7 +12,7 @@ from typing import Any
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.recipe_tree import as_tree
-from evatune.schemas import telling
+from evatune.schemas import naming_file
 from evatune.schemas.damage import Damage
 from evatune.schemas.text import read_text, validate_json
 from evatune.schemas.tuned import RunLine
@@ -34,7 +34,7 @@ def read_lines(paths: Iterable[Path]) -> list[RunLine]:
     """
     lines: dict[str, RunLine] = {}
     for path in paths:
-        with telling(path, "is it the runs.jsonl of `evatune compare --tune`?", ConfigError):
+        with naming_file(path, "is it the runs.jsonl of `evatune compare --tune`?", ConfigError):
             for number, text in enumerate(whole_lines(read_text(path)), 1):
                 try:
                     line = validate_json(RunLine, text)

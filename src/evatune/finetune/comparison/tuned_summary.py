@@ -25,20 +25,20 @@ from evatune.finetune.comparison.tuned_conditions import Placed, Source, place
 from evatune.finetune.methods import METHODS
 from evatune.finetune.methods.loraplus import RATIO_OF_B
 from evatune.finetune.recipe import REFERENCE
-from evatune.finetune.recipe_files import load, ours
+from evatune.finetune.recipe_files import bundled_recipes, load
 from evatune.finetune.recipe_tree import all_settings, as_tree
 from evatune.schemas.tuned import RunLine
 
 _TUNING_SEEDS = 3  # of a rate that can be chosen
 
 
-def own_recipes(lines: Iterable[RunLine]) -> dict[tuple[str, str], Source]:
+def bundled_sources(lines: Iterable[RunLine]) -> dict[tuple[str, str], Source]:
     """Return the recipes that come with evatune for the tasks of the lines."""
     keys = {line.key for line in lines}
     return {
         (domain, task): Source(name, all_settings(as_tree(load(name))))
         for domain, task in keys
-        if (name := f"{domain}-{task}") in ours()
+        if (name := f"{domain}-{task}") in bundled_recipes()
     }
 
 
@@ -54,7 +54,7 @@ def summarize(
     Raises ConfigError for lines of one task that were made from different data or code, and for a
     seed that both chose a rate and tested it.
     """
-    known = own_recipes(lines) if recipes is None else recipes
+    known = bundled_sources(lines) if recipes is None else recipes
     placed: dict[tuple[str, str], dict[tuple[str, str], list[Placed]]] = {}
     for key in sorted({line.key for line in lines}):
         domain, task = key

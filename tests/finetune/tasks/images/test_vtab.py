@@ -17,7 +17,7 @@ from peft import PeftModel
 from PIL import Image
 
 from evatune.errors import ConfigError, DataError
-from evatune.finetune.recipe_files import load, ours
+from evatune.finetune.recipe_files import bundled_recipes, load
 from evatune.finetune.run import run
 from evatune.finetune.tasks.images import domain as images
 from evatune.finetune.tasks.images import vtab
@@ -47,7 +47,7 @@ def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_task_of_the_benchmark_has_a_recipe() -> None:
-    names = [name for name in ours() if name.startswith("paper-vtab-")]
+    names = [name for name in bundled_recipes() if name.startswith("paper-vtab-")]
     assert {load(name).task for name in names} == set(VTAB)
     assert len(VTAB) == 19
     assert len({task.folder for task in VTAB.values()}) == 19

@@ -18,7 +18,7 @@ from peft import PeftModel
 
 from evatune.errors import ConfigError, DataError, EvatuneError
 from evatune.finetune.recipe import DataOptions
-from evatune.finetune.recipe_files import load, ours
+from evatune.finetune.recipe_files import bundled_recipes, load
 from evatune.finetune.run import run
 from evatune.finetune.tasks.rl import archives, domain, playing
 from evatune.finetune.tasks.rl.archives import recorded
@@ -179,7 +179,7 @@ def test_the_papers_tasks_are_metaworlds_fifty() -> None:
     names = {name.removesuffix("-v3") for name in load_metaworld().env_dict.ALL_V3_ENVIRONMENTS}
     assert names == set(MT40) | set(CW10)
     assert len(names) == len(MT40) + len(CW10) == 50
-    recipes = [name for name in ours() if name.startswith("paper-cw10-")]
+    recipes = [name for name in bundled_recipes() if name.startswith("paper-cw10-")]
     assert {load(name).task for name in recipes} == set(CW10)
     assert {f"paper-cw10-{load(name).task}" for name in recipes} == set(recipes)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from evatune.finetune.recipe_files import load, ours
+from evatune.finetune.recipe_files import bundled_recipes, load
 from evatune.finetune.tasks import rl
 from evatune.finetune.tasks.rl.simulator import (
     PLAY,
@@ -63,7 +63,7 @@ def test_episodes_that_share_a_world_do_not_disturb_each_other(task: str) -> Non
 
 
 def test_every_recipe_names_a_task() -> None:
-    found = [load(name) for name in ours() if name.startswith("rl-")]
+    found = [load(name) for name in bundled_recipes() if name.startswith("rl-")]
     assert {recipe.task for recipe in found} <= set(rl.TASKS)
     assert len({recipe.task for recipe in found}) == len(found)
     assert all(recipe.domain == "rl" for recipe in found)

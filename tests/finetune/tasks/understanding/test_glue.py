@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 
 from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import Recipe
-from evatune.finetune.recipe_files import load, ours
+from evatune.finetune.recipe_files import bundled_recipes, load
 from evatune.finetune.tasks.understanding import domain as understanding
 from evatune.finetune.tasks.understanding.scoring import class_measures, number_measures
 from tests.finetune.paper_data import save_glue, save_stand_in
@@ -45,7 +45,7 @@ def recipe(name: str, roberta: Path, folder: Path, *more: str) -> Recipe:
 
 
 def test_glue_is_whole() -> None:
-    assert {name for name in ours() if name.startswith("paper-glue-")} == {
+    assert {name for name in bundled_recipes() if name.startswith("paper-glue-")} == {
         f"paper-glue-{task}" for task in TASKS
     }
 
