@@ -26,6 +26,12 @@ def paired(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 @pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Import `benchmarks/moved.py`."""
+    yield from _imported("moved", monkeypatch)
+
+
+@pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """Import `benchmarks/gpu.py`."""
     yield from _imported("gpu", monkeypatch)
