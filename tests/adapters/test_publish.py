@@ -55,6 +55,7 @@ def test_the_base_is_what_the_user_says_else_the_cards_else_the_configs(adapter:
         assert base_model_of(adapter, given, of_card) == base
     with pytest.raises(ConfigError, match=r"'\./here' is no id on the model hub.*--base-model"):
         base_model_of(adapter, "./here", "c/d")
+    assert base_model_of(adapter, None, ["c/d", "e/f"]) == "c/d"
 
 
 @pytest.mark.parametrize("name", ["mine", "a/b/c", "", "me/", "me/a b", "me/..", "me/a--b"])

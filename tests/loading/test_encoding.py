@@ -148,3 +148,16 @@ def test_what_has_nothing_to_learn_is_told() -> None:
     row = encoder(PLAIN)(Chat(CHAT[:1]))
     assert not has_loss(row)
     assert has_loss(encoder()(Completion("", "w1 w2")))
+
+
+def test_an_answer_after_a_tools_result_in_json_is_learned() -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}w2 {{ m['content'] }} w3 {% else"
+        " %}w1 {{ m['content'] | tojson }} {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}w2 {% endif %}"
+    )
+    result = {"role": "tool", "content": '{"w10": "w11"}\nw12'}
+    question = {"role": "user", "content": "w13"}
+    chat = [question, {"role": "assistant", "content": "w20"}, result]
+    chat.append({"role": "assistant", "content": "w21"})
+    assert learned(encoder(template)(Chat(chat))) == "w20 w3 w21 w3"

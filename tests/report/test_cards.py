@@ -63,6 +63,10 @@ def test_an_empty_form_is_replaced_and_a_written_card_stays(adapter: Path, tmp_p
     assert "license: mit" in kept
     assert "# Mine" in kept
     assert "base_model: org/base" in kept
+    card.write_text("---\nbase_model: [a/b, c/d]\n---\n\n# A model of your own: set BASE_MODEL\n")
+    kept = pushed_card(tmp_path, "me/mine", "org/base")["README.md"].decode()
+    assert "base_model:\n- org/base\n- c/d" in kept
+    assert "# A model of your own: set BASE_MODEL" in kept
     card.write_text("---\nbase_model: [\n---\n")
     with pytest.raises(RecordError, match="is no model card"):
         own_card(tmp_path)

@@ -48,6 +48,13 @@ def test_a_heat_map_is_centered_on_uniform_and_keeps_the_models_order() -> None:
     assert picture(spec).startswith(b"\x89PNG")
 
 
+def test_many_blocks_without_experts_keep_their_facts() -> None:
+    cells = [HeatCell(f"h.{block}.up", 1.0, 0.0, {"rank": block}) for block in range(200)]
+    spec = heat_map(cells, "points")
+    assert spec["data"]["values"][7]["layer"] == "h.7.up"
+    assert spec["data"]["values"][7]["rank"] == 7
+
+
 def test_experts_share_a_cell_with_their_means() -> None:
     names = [f"h.{block}.experts.{expert}.up" for block in range(4) for expert in range(50)]
     cells = [HeatCell(name, place % 2, place % 2, {}) for place, name in enumerate(names)]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import re
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from evatune.errors import ConfigError
 from evatune.finetune.comparison.tuned_cells import TunedSummary
@@ -38,10 +41,19 @@ def test_every_row_of_a_table_has_as_many_cells() -> None:
         for before, row in itertools.pairwise(rows):
             if before.startswith("|") and row.startswith("|"):
                 assert before.count("|") == row.count("|")
-    (table,) = tuned_tables(summary)
     terminal = wide_terminal()
-    terminal.print(table)
+    terminal.print(*tuned_tables(summary, terminal))
     assert "lora-orthogonal" in terminal.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_narrow_terminal_has_whole_scores_and_fewer_columns() -> None:
+    summary = summarize(tuned_lines(tasks=("digits",), methods=("lora", "eva")))
+    terminal = Console(width=80, file=StringIO())
+    terminal.print(*tuned_tables(summary, terminal))
+    printed = terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in printed
+    assert re.search(r"digits +eva +0\.0025 +7\d\.\d ± 0\.\d", printed)
+    assert "Left out for want of room: PR, κ, train s" in " ".join(printed.split())
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

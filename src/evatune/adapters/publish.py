@@ -51,18 +51,19 @@ def require_token() -> None:
         )
 
 
-def base_model_of(folder: Path, given: str | None, of_card: str | None) -> str:
+def base_model_of(folder: Path, given: str | None, of_card: str | list[str] | None) -> str:
     """Return the hub id of the adapter's base model.
 
     Args:
-        given: by the user. of_card: that the adapter's model card names.
+        given: by the user. of_card: what the adapter's model card names, of several the first.
 
     Raises:
         ConfigError: none of them, nor the adapter's config, is a hub id. RecordError: the folder
             holds no LoRA adapter.
     """
     named = read_config(folder).base_model_name_or_path
-    sources = [given] if given is not None else [of_card, named]
+    first = of_card[:1] if isinstance(of_card, list) else [of_card]
+    sources = [given] if given is not None else [*first, named]
     names = (model_id(source) for source in sources if source)
     name = next((name for name in names if name is not None), None)
     if name is not None:

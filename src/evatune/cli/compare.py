@@ -189,7 +189,7 @@ def _show_tuned(path: Path, sources: list[str], settings: list[Recipe], as_json:
         typer.echo(json.dumps({"pages": [str(page) for page in written]} | tuned_facts(summary)))
         return
     terminal = console()
-    for table in tuned_tables(summary):
+    for table in tuned_tables(summary, terminal):
         terminal.print(table)
     say(terminal, *overview_lines(summary))
     advised = advice_lines(summary.groups)

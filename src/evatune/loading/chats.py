@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,15 @@ def _compared(tokenizer: Any, chat: Chat) -> tuple[str, Spans]:
         until = _rendered(tokenizer, chat.messages[: number + 1])
         start, stop = _common(text, before), _common(text, until)
         asked = chat.messages[number - 1]["content"].strip() if number else ""
-        if start < stop and asked in text[:start]:
+        if start < stop and _is_in(text[:start], asked):
             spans.append((start, stop))
     return text, spans
+
+
+def _is_in(text: str, content: str) -> bool:
+    """Return whether a message's content is in a text as it is or as JSON, as results of tools."""
+    as_json = (json.dumps(content, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
+    return content in text or any(form in text for form in as_json)
 
 
 def _common(text: str, other: str) -> int:

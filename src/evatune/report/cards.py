@@ -32,6 +32,7 @@ WEIGHTS = "adapter_model.safetensors"
 CARD, PICTURE = "README.md", "ranks.png"
 # Stand in a card until it is pushed, or its base model is known.
 REPOSITORY, _BASE, _UNNAMED = "YOUR-NAME/REPOSITORY", "BASE_MODEL", "a model of your own"
+_FOOTER = "Made with evatune "  # below a card that we wrote
 _EMPTY_FORM = "[More Information Needed]"  # in what PEFT writes beside every adapter
 # PEFT's kind of task → the hub's, and transformers' class
 _TASKS = {
@@ -123,8 +124,12 @@ def pushed_card(folder: Path, repository: str, base_model: str) -> dict[str, byt
         calibration = Calibration.load(record) if record.is_file() else None
         files = card_files(folder, CardFacts(base_model=base_model), calibration)
     else:
-        card.data["base_model"] = base_model
+        named = card.data.get("base_model")
+        others = named[1:] if isinstance(named, list) else []
+        card.data["base_model"] = [base_model, *others] if others else base_model
         files = {CARD: str(card).encode()}
+        if _FOOTER not in card.text:  # the user's own, of whose words nothing is known
+            return files
     text = files[CARD].decode("utf-8").replace(REPOSITORY, repository)
     text = text.replace(f"({_BASE})", f'("{base_model}")').replace(_BASE, base_model)
     text = text.replace(_UNNAMED, base_model)

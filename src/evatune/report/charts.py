@@ -131,6 +131,9 @@ def _merged_experts(cells: Sequence[HeatCell]) -> list[HeatCell]:
         groups.setdefault(_without_expert(cell.name), []).append(cell)
     merged = []
     for name, members in groups.items():
+        if len(members) == 1:
+            merged += members
+            continue
         figures = [cell.figure for cell in members if cell.figure is not None]
         figure = fmean(figures) if figures else None
         difference = fmean(cell.difference for cell in members)

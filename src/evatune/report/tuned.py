@@ -15,7 +15,7 @@ from evatune.finetune.comparison.statistics import DomainDifference, PairedDiffe
 from evatune.finetune.comparison.tuned_cells import Cell, Group, TunedSummary
 from evatune.report.advice import advice, repeat_command
 from evatune.report.plots import save_figure
-from evatune.report.tables import plain
+from evatune.report.tables import fitted_table
 from evatune.report.tuned_plots import curves_plot, forest_plot, ranks_plot, rates_plot
 from evatune.report.verdicts import (
     SUBJECT,
@@ -32,7 +32,7 @@ from evatune.utils.markup import markdown_code, markdown_text, printable
 
 with extras(__name__):
     from matplotlib.figure import Figure
-    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
     from rich.table import Table
 
 _NONE = "–"
@@ -44,6 +44,9 @@ METHOD_HEADINGS = (
 CELL_HEADINGS = (
     "task", "method", "rate", "score", "less LoRA's", "loss", "steps to LoRA's loss",
     "steps to 90 % of full", "parameters", "train s", "κ", "PR",
+)  # fmt: skip
+_SPARE = (  # of a narrow terminal, the most dispensable first
+    "PR", "κ", "train s", "parameters", "steps to 90 % of full", "loss", "steps to LoRA's loss",
 )  # fmt: skip
 LEGEND = (
     "Scores in points (hundredths), ± the standard deviation over seeds. Differences to LoRA are"
@@ -422,21 +425,18 @@ def _commands(group: Group) -> list[str]:
     ]  # fmt: skip
 
 
-def tuned_tables(summary: TunedSummary) -> list[Table]:
-    """Return a table per domain and condition, for the terminal."""
-    tables = []
-    for group in summary.groups:
-        table = Table(
-            title=f"{group.domain} {group.condition}".strip(), title_justify="left",
-            box=SIMPLE_HEAD, pad_edge=False,
-        )  # fmt: skip
-        for heading in CELL_HEADINGS:
-            side = "left" if heading in ("task", "method") else "right"
-            table.add_column(heading, justify=side, no_wrap=True)  # type: ignore[arg-type]
-        for row in cell_rows(group):
-            table.add_row(*map(plain, row))
-        tables.append(table)
-    return tables
+def tuned_tables(summary: TunedSummary, terminal: Console) -> list[Table]:
+    """Return a table per domain and condition, as wide as the terminal allows."""
+    return [
+        fitted_table(
+            terminal,
+            f"{group.domain} {group.condition}".strip(),
+            CELL_HEADINGS,
+            cell_rows(group),
+            spare=_SPARE,
+        )
+        for group in summary.groups
+    ]
 
 
 def tuned_facts(summary: TunedSummary) -> dict[str, Any]:

@@ -87,6 +87,10 @@ def test_a_chat_is_asked_for_a_block_and_its_first_one_is_run(passed: Passed) ->
     rest = "```\n    return x / 3\n```"
     assert passed("humaneval", whole, rest, template=TEMPLATE) == [True, True]
     assert passed.ends == ("<end>",)
+    listed = "1. Here:\n   ```python\n   def add(x):\n       return x + 1\n   ```"
+    thought = "<think>```\nno code\n```</think>```\ndef add(x): return x + 1\n```"
+    assert passed("mbpp", listed, template=TEMPLATE) == [True]
+    assert passed("mbpp", thought, template=TEMPLATE) == [True]
     cut = "```python\ndef add(x):\n    return x + 1"
     assert passed("mbpp", cut, template=TEMPLATE) == [True]
     assert passed("mbpp", "I do not know", template=TEMPLATE) == [False]

@@ -192,6 +192,14 @@ def test_rows_without_a_text_are_left_out(bert_folder: Path, tmp_path: Path) -> 
         understanding.prepare(small(bert_folder, "task=mine", f"data.source={path}", *sizes))
 
 
+def test_texts_are_cut_to_what_the_model_can_read(llama_folder: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.jsonl", [{"text": "w1 " * 3000}] * 4 + [{"text": "w2 w3"}] * 4)
+    settings = [f"model={llama_folder}", f"data.source={path}", "data.max_length=9999"]
+    task = generation.prepare(load("own-generation", settings))
+    longest = max(len(row["input_ids"]) for row in [*task.train, *task.test])
+    assert longest == task.model.config.max_position_embeddings
+
+
 def test_a_size_of_0_is_for_data_of_the_user() -> None:
     with pytest.raises(ConfigError, match=r"data\.train is 0, which is for data\.source"):
         load("generation-reviews", ["data.train=0"])

@@ -23,7 +23,8 @@ from evatune.utils.atomic import atomic_file
 NEW_TOKENS = 512
 """Of an answer, at most."""
 METRIC = "pass@1"
-_BLOCK = re.compile(r"```[^\n]*\n(.*?)(?:\n\s*```|\Z)", re.DOTALL)
+_BLOCK = re.compile(r"^([ \t]*)```[^\n]*\n(.*?)(?:\n\s*```|\Z)", re.DOTALL | re.MULTILINE)
+_THOUGHT = "</think>"
 # What begins something else than what was asked for, where a model goes on with a file.
 _ENDS = ("\nif ", "\nprint(", "\nassert ", '\n"""', "\n```")
 _ENDS_OF_FUNCTION = (*_ENDS, "\ndef ", "\nclass ", "\n#", "\n@")
@@ -156,8 +157,12 @@ class _Chat:
         return (end,) if end else ()
 
     def code(self, text: str) -> str:
-        block = _BLOCK.search(text)
-        return "\n" + (text if block is None else block[1])
+        answer = text.rpartition(_THOUGHT)[2]
+        block = _BLOCK.search(answer)
+        if block is None:
+            return "\n" + answer
+        indent, code = block.groups()  # of a block in a list
+        return "\n" + re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
 
     def _rendered(self, asked: str, *more: dict[str, str], **options: Any) -> str:
         messages = [{"role": "user", "content": asked}, *more]

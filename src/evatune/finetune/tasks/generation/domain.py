@@ -136,7 +136,15 @@ def _of_hub_sets(sets: HubSets, model: Any, tokenizer: Any, longest: int) -> Tas
     """Return the task of several tests, each still to be scored."""
     tested = [pair for pairs in sets.tests.values() for pair in pairs]
     pairs = Split(sets.train, sets.validation, tested)
+    longest = min(longest, _positions(model, tokenizer))
     return _task(model, tokenizer, _encoded(pairs, tokenizer, longest))
+
+
+def _positions(model: Any, tokenizer: Any) -> int:
+    """Return how many tokens the model can read at once."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    known: int = tokenizer.model_max_length
+    return known if positions is None else min(positions, known)
 
 
 def _with_mean(shares: dict[str, float]) -> dict[str, float]:
@@ -162,7 +170,8 @@ def _of_the_user(recipe: Recipe, most: int | None) -> Task:
     train = records.train
     if train.layout.kind == "chat":
         require_template(tokenizer, train.origin)
-    encoder = Encoder(tokenizer, data.max_length, train.origin)
+    longest = min(data.max_length, _positions(model, tokenizer))
+    encoder = Encoder(tokenizer, longest, train.origin)
     parts = records.map(lambda part: part.select(range(len(part))[:most]))
     rows = parts.map(lambda part: encoder.rows(part) if len(part) else [])
     count = len(records.train) + len(records.validation) + len(records.test)

@@ -38,6 +38,8 @@ _COMPETITIONS = [("EleutherAI/hendrycks_math", subject) for subject in _SUBJECTS
 SETS = (_LEARNED, _WORD_PROBLEMS, *_COMPETITIONS)
 """Hub id and subset of each set."""
 _SAID = "The answer is:"  # as MetaMathQA ends its answers
+# What math_verify takes for the beginning of mathematics.
+_MARKED = re.compile(r"(?<!\\)\$|\\[(\[]|\\boxed")
 
 
 def mathematics(data: DataOptions) -> HubSets:
@@ -82,13 +84,15 @@ def _competition_problem(row: Any) -> Pair:
 def is_right(text: str, answer: str) -> bool:
     """Return whether what a model wrote ends with the right answer.
 
-    That is what stands behind "The answer is:", else the last piece of mathematics.
+    That is what stands behind "The answer is:" in its line, with or without marks of mathematics
+    around it, else the last piece of mathematics.
     """
     with extras("the test of mathematics"):
         from math_verify import parse, verify
-    said = text.rpartition(_SAID)[2].strip().rstrip(".")
-    if _SAID in text and not re.search(r"[$\\]", said):
-        said = f"${said}$"
+    said = text
+    if _SAID in text:
+        said = text.rpartition(_SAID)[2].strip().partition("\n")[0].rstrip(" .")
+        said = said if _MARKED.search(said) else f"${said}$"
     return bool(verify(parse(answer), parse(said)))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ def written(
 ) -> list[str]:
     """Return what a model writes after each prompt, decoded at once.
 
+    Each token is the likeliest, whatever options of writing the model comes with.
+
     Args:
         prompts: tokens. new_tokens: at most.
         stop_words: a text that holds one goes on no further; what follows it may be there in part.
@@ -42,14 +45,32 @@ def written(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    tokens = model.generate(
-        input_ids=torch.tensor(filled, dtype=torch.int64, device=model.device),
-        attention_mask=torch.tensor(mask, dtype=torch.int64, device=model.device),
-        generation_config=options,
-        stopping_criteria=[_Stop(tokenizer, longest, stop_words)] if stop_words else None,
-    )
+    with _own_options_aside(model):
+        tokens = model.generate(
+            input_ids=torch.tensor(filled, dtype=torch.int64, device=model.device),
+            attention_mask=torch.tensor(mask, dtype=torch.int64, device=model.device),
+            generation_config=options,
+            stopping_criteria=[_Stop(tokenizer, longest, stop_words)] if stop_words else None,
+        )
     texts: list[str] = tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)
     return texts
+
+
+@contextmanager
+def _own_options_aside(model: Any) -> Iterator[None]:
+    """Set aside a model's own options of writing, with which transformers fills what is not given.
+
+    Such are penalties on repetition, tokens that are forced or forbidden.
+    """
+    owners = [module for module in model.modules() if "generation_config" in vars(module)]
+    kept = [module.generation_config for module in owners]
+    try:
+        for module in owners:
+            module.generation_config = transformers.GenerationConfig()
+        yield
+    finally:
+        for module, options in zip(owners, kept, strict=True):
+            module.generation_config = options
 
 
 class _Stop(transformers.StoppingCriteria):  # type: ignore[misc]
