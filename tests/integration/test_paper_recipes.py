@@ -79,8 +79,9 @@ def settings_of(name: str, models: Models, folder: Path) -> list[str]:
         source, model = save_mathematics(folder), models("llama3")
     else:
         source, model = folder / "chats.jsonl", models("gemma2")
-        turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2 w3"}]
-        source.write_text((json.dumps({"messages": turns * 2}) + "\n") * 24)
+        answer = {"role": "assistant", "content": "w2 w3"}
+        chats = [[{"role": "user", "content": f"w{n}"}, answer] * 2 for n in range(24)]
+        source.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
         (folder / "chat.jinja").write_text(TEMPLATE)
     settings = [f"data.source={source}", f"model={model}", "training.precision=float32"]
     if family == "glue":

@@ -121,8 +121,9 @@ def test_what_a_run_refuses_is_refused(
 
 
 def test_chats_without_a_template_are_refused(llama_folder: Path, tmp_path: Path) -> None:
-    said = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
-    data = lines(tmp_path / "data.jsonl", [{"messages": said}] * 12)
+    answer = {"role": "assistant", "content": "w2"}
+    chats = [[{"role": "user", "content": f"w{i}"}, answer] for i in range(12)]
+    data = lines(tmp_path / "data.jsonl", [{"messages": chat} for chat in chats])
     with pytest.raises(DataError, match="the model's tokenizer has no chat template"):
         try_recipe(load("own-generation", [f"model={llama_folder}", f"data.source={data}"]))
 

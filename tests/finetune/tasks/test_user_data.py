@@ -54,7 +54,7 @@ def test_texts_of_the_user_are_read(columns: list[str], bert_folder: Path, tmp_p
 def test_mistakes_in_data_of_the_user_name_the_column(
     label: int, more: list[str], text: str, bert_folder: Path, tmp_path: Path
 ) -> None:
-    rows = [{"text": "w1 w2", "label": label if i % 2 else 0} for i in range(40)]
+    rows = [{"text": f"w1 w{i}", "label": label if i % 2 else 0} for i in range(40)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=text):
         understanding.prepare(
@@ -161,7 +161,7 @@ def test_a_recipe_for_data_of_its_own_keeps_its_task_when_their_place_changes() 
     [
         (CHATS, ["data.columns=[messages, other]"], "has no column 'other'; it has messages"),
         ([{"n": 1}] * 9, ["data.columns=[n]"], "column 'n' .* does not hold strings"),
-        ([{"text": "a"}] * 2, [], "has 2 examples; give at least 3: to train on"),
+        ([{"text": "a"}, {"text": "b"}], [], "has 2 examples; give at least 3: to train on"),
         ([*CHATS, {"text": "a"}], [], "mixes shapes: 1 of its 31 rows hold text and no messages"),
     ],
     ids=range(4),
@@ -182,7 +182,8 @@ def test_what_is_trained_on_is_not_tested(key: str, bert_folder: Path, tmp_path:
 
 
 def test_rows_without_a_text_are_left_out(bert_folder: Path, tmp_path: Path) -> None:
-    rows = [{"text": text, "label": i % 2} for text in (None, " ", "w1 w2") for i in range(20)]
+    said = [None] * 20 + [" "] * 20 + [f"w1 w{i}" for i in range(20)]
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(said)]
     path = write(tmp_path / "mine.jsonl", rows)
     sizes = ("data.train=16", "data.test=4")
     task = understanding.prepare(small(bert_folder, "task=mine", f"data.source={path}", *sizes))
@@ -193,11 +194,25 @@ def test_rows_without_a_text_are_left_out(bert_folder: Path, tmp_path: Path) -> 
 
 
 def test_texts_are_cut_to_what_the_model_can_read(llama_folder: Path, tmp_path: Path) -> None:
-    path = write(tmp_path / "mine.jsonl", [{"text": "w1 " * 3000}] * 4 + [{"text": "w2 w3"}] * 4)
+    path = write(tmp_path / "mine.jsonl", [{"text": "w1 " * 3000 + f"w{i}"} for i in range(8)])
     settings = [f"model={llama_folder}", f"data.source={path}", "data.max_length=9999"]
     task = generation.prepare(load("own-generation", settings))
     longest = max(len(row["input_ids"]) for row in [*task.train, *task.test])
     assert 60 < longest <= task.model.config.max_position_embeddings == 64
+
+
+def test_what_is_said_twice_is_not_in_two_parts(
+    bert_folder: Path, llama_folder: Path, tmp_path: Path
+) -> None:
+    rows = [{"text": f"w1 w{i}", "label": i % 2} for i in range(20)] * 2
+    path = write(tmp_path / "mine.jsonl", rows)
+    sizes = ("data.train=16", "data.test=4")
+    with pytest.warns(UserWarning, match="20 of the 40 examples .* repeat an earlier one"):
+        task = understanding.prepare(small(bert_folder, "task=mine", f"data.source={path}", *sizes))
+    parts = [{tuple(row["input_ids"]) for row in part} for part in (task.train, task.test)]
+    assert (len(parts[0]), len(parts[1]), parts[0] & parts[1]) == (16, 4, set())
+    with pytest.warns(UserWarning, match="20 of the 40 examples"):
+        generation.prepare(load("own-generation", [f"model={llama_folder}", f"data.source={path}"]))
 
 
 def test_a_size_of_0_is_for_data_of_the_user() -> None:

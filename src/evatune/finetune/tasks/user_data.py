@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any, Protocol, Self, TypeVar
@@ -16,6 +16,7 @@ from evatune.loading.hub import reading, require_path
 from evatune.loading.labels import LabelColumn
 from evatune.loading.records import Origin
 from evatune.loading.tables import load_split
+from evatune.utils.warn import warn
 
 MOST_HELD_OUT = 500
 """Examples of a part whose size is left open, at most."""
@@ -46,7 +47,11 @@ def require_task(task: str, tasks: Sequence[str], domain: str) -> None:
 
 
 def load_examples(
-    recipe: Recipe, usable: Callable[[Any], _Examples], tasks: Sequence[str], example: str
+    recipe: Recipe,
+    usable: Callable[[Any], _Examples],
+    tasks: Sequence[str],
+    example: str,
+    said: Callable[[_Examples], Iterable[object]] | None = None,
 ) -> Split[_Examples]:
     """Return as many examples of `data.source` for each part as the recipe says.
 
@@ -57,6 +62,8 @@ def load_examples(
     Args:
         usable: from a table to the examples in it; raises DataError where they cannot be read.
         tasks: names that are taken. example: a recipe that needs no network.
+        said: from examples to what each says. Where the test is cut off the data to train on, those
+            that say what an earlier one does are left out: what is tested was not trained on.
 
     Raises:
         ConfigError: a task's name that has data of its own; sizes beyond the data. DataError:
@@ -83,6 +90,8 @@ def load_examples(
         tests = data.test_split and load_split(source, data.test_split, data.subset)
     train = usable(table)
     if data.test_split is None:
+        if said is not None:
+            train = _without_repeats(train, said(train), source)
         data = sized(data, len(train), len(train))
         sizes = {"train": data.train, "validation": data.validation, "test": data.test}
         return Split(*(train.select(part) for part in draw(len(train), recipe.task, **sizes)))
@@ -91,6 +100,21 @@ def load_examples(
     learned, chosen_by = draw(len(train), recipe.task, train=data.train, validation=data.validation)
     (tested,) = draw(len(test), recipe.task, test=data.test)
     return Split(train.select(learned), train.select(chosen_by), test.select(tested))
+
+
+def _without_repeats(examples: _Examples, said: Iterable[object], source: str) -> _Examples:
+    """Return the examples but those that say what an earlier one does; a warning counts them."""
+    first: dict[str, int] = {}
+    for index, content in enumerate(said):
+        first.setdefault(repr(content), index)
+    repeats = len(examples) - len(first)
+    if not repeats:
+        return examples
+    warn(
+        f"{repeats:,} of the {len(examples):,} examples of {source!r} repeat an earlier one and are"
+        " left out, so that nothing is tested that was trained on"
+    )
+    return examples.select(list(first.values()))
 
 
 def checked(find: Callable[[Any], object]) -> Callable[[Any], Any]:

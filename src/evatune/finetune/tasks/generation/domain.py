@@ -276,7 +276,11 @@ def _user_records(recipe: Recipe) -> Split[Records]:
     data = recipe.data
     origin = own_origin(data)
     records: Split[Records] = load_examples(
-        recipe, lambda table: find_records(table, data.columns, origin), tuple(TASKS), _OFFLINE
+        recipe,
+        lambda table: find_records(table, data.columns, origin),
+        tuple(TASKS),
+        _OFFLINE,
+        said=iter,
     )
     if records.train.layout != records.test.layout:
         raise DataError(

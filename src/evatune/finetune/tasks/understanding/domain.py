@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -267,7 +267,10 @@ def _user_examples(
         read = [[text or "" for text in table[column]] for column in columns(table)]
         return list(zip(*read, strict=True))
 
-    tables = load_examples(recipe, with_text, TASKS, "understanding-movie")
+    def said(table: Any) -> Iterable[object]:
+        return zip(texts(table), table[data.label_column], strict=True)
+
+    tables = load_examples(recipe, with_text, TASKS, "understanding-movie", said)
     others = more_tests(data, with_text)
     labels: Split[Any]
     if data.metric in OF_NUMBERS:
