@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from evatune.errors import ConfigError, DataError
-from evatune.loading.records import Chat, Completion, Instruction
-from tests.loading.helpers import ASKED, FROM, SAID, records
+from evatune.loading.columns import find_records
+from evatune.loading.records import Chat, Completion, Instruction, Origin
+from evatune.loading.tables import load_table
+from tests.loading.helpers import ASKED, FROM, SAID, records, write
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,21 @@ def test_columns_that_are_named_come_before_what_is_recognized(tmp_path: Path) -
     assert list(records(tmp_path, row, columns=("a", "b", "c"))) == [Instruction("x", "y", "z")]
     with pytest.raises(ConfigError, match="--columns names 4 columns"):
         records(tmp_path, row, columns=("a", "b", "c", "messages"))
+
+
+def test_answers_that_are_numbers_are_read_as_text(tmp_path: Path) -> None:
+    for value, text in ((2, "2"), (-2.5, "-2.5"), (3.0, "3")):
+        rows = [{"question": "q", "answer": value, "n": 1}, {"question": "r", "answer": None}]
+        assert list(records(tmp_path, *rows)) == [Completion("q\n", text)]
+        found = records(tmp_path, *rows, columns=("question", "answer"))
+        assert list(found) == [Completion("q\n", text)]
+    found = records(tmp_path, {"instruction": "a", "input": "b", "output": 1})
+    assert list(found) == [Instruction("a", "b", "1")]
+    assert list(records(tmp_path, {"text": "x", "question": "q", "answer": 1})) == [
+        Completion("", "x")
+    ]
+    path = write(tmp_path / "a.csv", "question,answer\n1+1?,2\n2+2?,\n")
+    assert list(find_records(load_table(path), (), Origin("a.csv"))) == [Completion("1+1?\n", "2")]
 
 
 def test_rows_without_an_answer_are_left_out(tmp_path: Path) -> None:

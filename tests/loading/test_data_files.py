@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 import pytest
 
 from evatune.errors import DataError
+from evatune.loading.tables import load_table
 from evatune.loading.texts import load_texts
 from tests.loading.helpers import texts_of, write
 
@@ -53,6 +55,52 @@ def test_a_name_is_no_pattern(tmp_path: Path, name: str) -> None:
 def test_a_file_that_changed_is_read_anew(tmp_path: Path) -> None:
     for word in ("one", "two2"):
         assert texts_of(write(tmp_path / "a.jsonl", f'{{"text": "{word}"}}\n')) == [word]
+
+
+@pytest.mark.parametrize(("ending", "sep"), [("csv", ","), ("tsv", "\t")])
+def test_words_that_pandas_takes_for_gaps_are_texts(tmp_path: Path, ending: str, sep: str) -> None:
+    words = ["None", "null", "N/A", "NA", "nan", ""]
+    rows = [f"{word}{sep}{number}" for word, number in zip(words, (1, 2, "", 4, 5, 6), strict=True)]
+    table = load_table(write(tmp_path / f"a.{ending}", "\n".join([f"text{sep}n", *rows])))
+    assert table["text"][:] == [*words[:-1], None]
+    assert table["n"][:] == [1, 2, None, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("lines", "texts"),
+    [
+        (['"starts\ta', "plain\tb", 'end" of it\ta'], ['"starts', "plain", 'end" of it']),
+        (['"starts\ta', "plain\tb", 'ends"\ta'], ['"starts', "plain", 'ends"']),
+        (['"all"\ta', '"Go," he said\tb'], ['"all"', '"Go," he said']),
+        (['x "y"\ta'], ['x "y"']),
+        (['"he said ""hi"""\ta', '""\tb', "x\tc"], ['he said "hi"', None, "x"]),
+        (['"a\tb"\tc', '"a\n\nb"\td'], ["a\tb", "a\n\nb"]),
+    ],
+)
+def test_quotes_of_a_table_with_tabs_are_text_unless_all_cells_close(
+    tmp_path: Path, lines: list[str], texts: list[str | None]
+) -> None:
+    for end in ("\n", "\r\n"):
+        content = end.join(["text\tlabel", *lines]) + end
+        assert load_table(write(tmp_path / "a.tsv", content))["text"][:] == texts
+
+
+def test_a_table_with_tabs_is_read_as_pandas_writes_it(tmp_path: Path) -> None:
+    for columns in (1, 2):
+        frame = pd.DataFrame({"text": ['"', 'a "b"', "c\nd", "e\tf", '"g"', "h"]})
+        for column in range(1, columns):
+            frame[f"n{column}"] = range(6)
+        frame.to_csv(tmp_path / "a.tsv", sep="\t", index=False)
+        assert load_table(tmp_path / "a.tsv")["text"][:] == frame["text"].to_list()
+
+
+def test_the_mark_of_an_encoding_is_no_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "d" / "a.txt", "\ufeffone\ntwo\n")
+    assert texts_of(path) == ["one", "two"]
+    assert texts_of(tmp_path / "d") == ["one\ntwo\n"]
+    for quote in ("", '"'):
+        path = write(tmp_path / "a.tsv", f"\ufefftext\tn\n{quote}one\t2\n")
+        assert load_table(path).column_names == ["text", "n"]
 
 
 def test_hidden_files_and_what_systems_leave_are_no_data(tmp_path: Path) -> None:

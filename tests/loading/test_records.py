@@ -13,7 +13,7 @@ from tests.loading.helpers import ASKED, SAID, records
 
 
 def test_messages_are_taken_in_the_forms_that_occur(tmp_path: Path) -> None:
-    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    parts = [{"type": "text", "text": text} for text in ("h", None, "i")]
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     found = records(tmp_path, {"messages": [{"role": "user", "content": parts}, SAID, call]})
     assert list(found) == [Chat([ASKED, SAID, call | {"content": ""}])]
@@ -31,6 +31,7 @@ def test_one_sentence_says_what_was_recognized(tmp_path: Path) -> None:
     ("messages", "text"),
     [
         ([{"role": "user", "content": [{"type": "image"}]}, SAID], "content is no text"),
+        ([{"role": "user", "content": [{"type": "text", "text": 3}]}, SAID], "content is no text"),
         ([ASKED, {"role": None, "content": "x"}], "holds a message without a role"),
     ],
 )

@@ -6,13 +6,14 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 from evatune.choices import IGNORED
-from evatune.errors import ConfigError
+from evatune.errors import ConfigError, DataError
 from evatune.loading.encoding import Encoder, as_completion, has_loss, require_rows
 from evatune.loading.pictures import read_picture
 from evatune.loading.records import Chat, Records
@@ -58,8 +59,12 @@ class ShuffledBatches(ABC):
         """Return a hash of what the rows hold, by which a run that goes on knows its data."""
         digest = hashlib.sha256()
         for row in self.table:
-            digest.update(repr(row).encode("utf-8", "surrogatepass") + b"\0")
+            digest.update(repr(self.content(row)).encode("utf-8", "surrogatepass") + b"\0")
         return digest.hexdigest()
+
+    def content(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a row of the table with what it holds in place of where that is."""
+        return row
 
     @property
     def template(self) -> str | None:
@@ -214,6 +219,9 @@ class MediaBatches(ShuffledBatches):
     def table(self) -> Any:
         return self.rows
 
+    def content(self, row: dict[str, Any]) -> dict[str, Any]:
+        return row | {self.column: hashlib.sha256(_file_bytes(row[self.column])).hexdigest()}
+
     def collate(self, rows: dict[str, list[Any]]) -> Any:
         batch = self.prepared(rows[self.column])
         if self.classes is not None:
@@ -244,6 +252,22 @@ class AudioBatches(MediaBatches):
         rate = self.processor.sampling_rate
         waves = [read_wave(sound, rate) for sound in media]
         return dict(self.processor(waves, sampling_rate=rate, padding=True, return_tensors="pt"))
+
+
+def _file_bytes(medium: Mapping[str, Any]) -> bytes:
+    """Return the file of an image or a sound, given as {"bytes", "path"}.
+
+    Raises DataError for one that is not there.
+    """
+    if medium["bytes"] is not None:
+        return bytes(medium["bytes"])
+    try:
+        return Path(medium["path"]).read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{medium['path']!r} cannot be read ({error.strerror}); mend it, or move it out of the"
+            " data"
+        ) from error
 
 
 def _by_row(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

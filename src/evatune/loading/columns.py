@@ -44,6 +44,7 @@ def find_records(
 
     Looked for are, in this order: a column of chats; `prompt` and `completion` (or what other data
     sets call them); `instruction`, `input` and `output`; `text`; the only column of strings.
+    Answers may be numbers, which are read as text.
 
     Args:
         table: a `datasets.Dataset`. columns: one of chats or texts; two, prompt and completion;
@@ -54,6 +55,7 @@ def find_records(
         DataError: nothing is recognized, a column is missing or does not hold strings, rows are of
             different shapes, or none holds anything. ConfigError: more than three columns.
     """
+    table = _answers_as_text(table, columns)
     layout = _named(table, columns, origin) if columns else _recognized(table, origin, ignored)
     _require_one_shape(table, layout, columns, origin)
     whole = table.select_columns(list(layout.columns))
@@ -162,6 +164,26 @@ class _Whole:
     def __call__(self, row: dict[str, Any]) -> bool:
         value = row[self.layout.columns[-1]]
         return bool(value.strip() if isinstance(value, str) else value)
+
+
+def _answers_as_text(table: Any, columns: Sequence[str]) -> Any:
+    """Return the table with text in place of answers that are numbers, such as "2" for 2.
+
+    Answers are in the last of the two or three columns that are named, or, where none are and no
+    column has what else is recognized, in those that go with prompts of text.
+    """
+    if columns:
+        answers = [columns[-1]] if len(columns) in (2, 3) else []
+    elif _fitting(table):
+        answers = []
+    else:
+        strings, pairs = string_columns(table), (*_PAIRS, (_INSTRUCTION[0], _INSTRUCTION[-1]))
+        answers = [answer for prompt, answer in pairs if prompt in strings]
+    numbers = [name for name in answers if _is_number(table.features.get(name))]
+    if not numbers:
+        return table
+    features = table.features | {name: datasets.Value("string") for name in numbers}
+    return table.cast(datasets.Features(features), keep_in_memory=True)
 
 
 def _named(table: Any, columns: Sequence[str], origin: Origin) -> Layout:
@@ -290,6 +312,13 @@ def _instead(table: Any, column: str) -> str:
 
 def _is_string(feature: Any) -> bool:
     return getattr(feature, "dtype", "") in ("string", "large_string")
+
+
+def _is_number(feature: Any) -> bool:
+    """Return whether a column holds numbers that are no classes."""
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(
+        ("int", "uint", "float")
+    )
 
 
 def _is_json(feature: Any) -> bool:

@@ -7,6 +7,7 @@ JSON is checked first (`file_checks`).
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -94,10 +95,44 @@ def _builder(kind: str, files: Sequence[Path], *, one_document: bool) -> Any:
     if kind == "text":
         unit = "document" if one_document else "line"
         # Only the demo data hold bytes to replace: others are checked before.
-        return _prepared("text", files, {"sample_by": unit, "encoding_errors": "replace"})
-    if kind == "tsv":
-        return _prepared("csv", files, {"sep": "\t"})
+        # A mark of the encoding (BOM) at the start of a file is no text.
+        reading = {"encoding": "utf-8-sig", "encoding_errors": "replace"}
+        return _prepared("text", files, {"sample_by": unit, **reading})
+    if kind in ("csv", "tsv"):
+        # Words that pandas takes for a gap, such as None and NA, are texts like any other.
+        options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+        if kind == "tsv":
+            options["sep"] = "\t"
+            if not all(map(_quotes_cells, files)):
+                options["quoting"] = csv.QUOTE_NONE
+        return _prepared("csv", files, options)
     return _prepared(kind, files, {})
+
+
+def _quotes_cells(path: Path) -> bool:
+    """Return whether the quotes around cells of a TSV file are those of CSV, and no text.
+
+    They are if each cell that begins with a quote ends with one, and those within are doubled, as
+    pandas writes it. GLUE's files and others quote nothing, and a cell may begin with a quotation.
+    Where some of these would only end in a later cell or line, although the file is a table of
+    several columns without that, each of its lines is a row, and the quotes are text.
+    """
+    is_open = goes_on = False
+    widths = set()
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        for line in filter(str.strip, file):
+            cells = line.rstrip("\n").split("\t")
+            widths.add(len(cells))
+            for cell in cells:
+                if not is_open and not cell.startswith('"'):
+                    continue
+                inner = (cell if is_open else cell[1:]).replace('""', "")
+                if '"' in inner[:-1]:
+                    return False
+                is_open = not inner.endswith('"')
+                goes_on |= is_open
+    is_table = len(widths) == 1 and widths != {1}
+    return not is_open and not (goes_on and is_table)
 
 
 def _files_in(folder: Path) -> list[Path]:

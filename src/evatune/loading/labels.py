@@ -36,8 +36,9 @@ class LabelColumn:
             table: a `datasets.Dataset` with the column. values: its entries, or those of other
                 splits too.
 
-        Raises DataError for entries that are no classes, or of one class only.
+        Raises DataError for entries that are missing or no classes, or of one class only.
         """
+        self.require_each(values)
         feature = table.features[self.name]
         declared = isinstance(feature, datasets.ClassLabel)
         if all(isinstance(value, str) for value in values):
@@ -53,6 +54,20 @@ class LabelColumn:
                 f"column {self.name!r} of {self.source!r} holds one class only; give at least two"
             )
         return numbers, names
+
+    def require_each(self, values: Sequence[Any]) -> None:
+        """Raise a DataError that names the first row without a label.
+
+        Args:
+            values: the entries of the column from its first row on.
+        """
+        missing = [row for row, value in enumerate(values, 1) if value is None or value != value]
+        if missing:
+            raise DataError(
+                f"column {self.name!r} of {self.source!r} holds no label in row {missing[0]:,}"
+                f" ({len(missing):,} of {len(values):,} rows have none); fill it in, take such rows"
+                f" out, or name another column with {self.option}"
+            )
 
     def _number(self, value: Any, count: int) -> int:
         if isinstance(value, int) and 0 <= value < count:

@@ -145,7 +145,7 @@ class Records:
             raise self._no_messages("holds a message without a role")
         content = message.setdefault("content", "")
         if isinstance(content, list) and all(_is_text_part(part) for part in content):
-            message["content"] = "".join(part["text"] for part in content)
+            message["content"] = "".join(part["text"] or "" for part in content)
         elif not isinstance(content, str):
             raise self._no_messages("holds a message whose content is no text")
         return message
@@ -164,4 +164,8 @@ def joined(prompt: str, answer: str) -> tuple[str, str]:
 
 
 def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and "text" in part
+    return (
+        isinstance(part, dict)
+        and part.get("type") == "text"
+        and isinstance(part.get("text", 0), str | None)
+    )

@@ -8,6 +8,7 @@ from typing import Any
 from evatune.errors import DataError
 from evatune.loading.data_files import (
     existing_split,
+    is_hidden,
     is_saved_by_datasets,
     read_data_files,
     unknown_split,
@@ -55,7 +56,35 @@ def load_split(source: str | Path, split: str, subset: str | None = None) -> Any
             f"folder {str(path)!r} has one of the signs *?[ in its name, which `datasets` reads as"
             " a pattern; rename it"
         )
-    splits = datasets.load_dataset(str(source), subset)
+    splits = (
+        _splits_of(path, subset) if path.is_dir() else datasets.load_dataset(str(source), subset)
+    )
     if split not in splits:
         raise unknown_split(source, split, list(splits))
     return splits[split]
+
+
+def _splits_of(folder: Path, subset: str | None) -> Any:
+    """Return the splits that `datasets` makes of a folder. DataError where it leaves files out.
+
+    It takes names such as train and test_2 for those of splits, also those of classes and of years,
+    and then reads no others; a list of its own in README.md is what the user wants.
+    """
+    builder = datasets.load_dataset_builder(str(folder), subset)
+    root, readme = folder.resolve(), folder / "README.md"
+    read = {Path(file) for files in (builder.config.data_files or {}).values() for file in files}
+    if not (readme.is_file() and "configs:" in readme.read_text("utf-8", "replace")):
+        kinds = {file.suffix.lower() for file in read}
+        found = (
+            path for path in root.rglob("*") if path.suffix.lower() in kinds and path.is_file()
+        )
+        left = sorted(path for path in found if not is_hidden(path, root) and path not in read)
+        if left:
+            raise DataError(
+                f"{len(left):,} of the files of folder {str(folder)!r} would be left out, such as"
+                f" {str(left[0].relative_to(root))!r}, because names of others say a split"
+                f" ({', '.join(map(str, builder.config.data_files))}); move all that it holds into"
+                " a subfolder named train, or into one for each split"
+            )
+    builder.download_and_prepare()
+    return builder.as_dataset()

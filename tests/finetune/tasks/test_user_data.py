@@ -42,6 +42,7 @@ def test_texts_of_the_user_are_read(columns: list[str], bert_folder: Path, tmp_p
     ("label", "more", "text"),
     [
         (7, [], "holds the label 7; its 2 classes must be names, or numbers from 0 to 1"),
+        (None, [], r"holds no label in row 2 \(20 of 40 rows have none\); fill it in"),
         (
             1,
             ["data.label_column=class"],
@@ -52,7 +53,7 @@ def test_texts_of_the_user_are_read(columns: list[str], bert_folder: Path, tmp_p
     ],
 )
 def test_mistakes_in_data_of_the_user_name_the_column(
-    label: int, more: list[str], text: str, bert_folder: Path, tmp_path: Path
+    label: int | None, more: list[str], text: str, bert_folder: Path, tmp_path: Path
 ) -> None:
     rows = [{"text": f"w1 w{i}", "label": label if i % 2 else 0} for i in range(40)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -217,7 +217,7 @@ def test_a_mistake_in_the_recipe_says_what_is_allowed(
         ([-1] * 8, [], "column 'label' of .* holds the label -1; its 1 classes"),
         ([1, 2] * 4, [], "holds the label 2; its 2 classes must be names, or numbers from 0 to 1"),
         ([0.5, 1.5] * 4, [], "holds the label 0.5"),
-        ([0, 1, None, 0] * 2, [], "holds the label None"),
+        ([0, 1, None, 0] * 2, [], r"holds no label in row 3 \(2 of 8 rows have none\); fill it in"),
         (["a"] * 8, [], "holds one class only; give at least two"),
         ([0, 1], [], "has 2 examples; lower them"),
     ],

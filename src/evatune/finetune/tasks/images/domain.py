@@ -33,6 +33,7 @@ from evatune.finetune.tasks.user_data import (
     checked,
     describe_parts,
     encode_labels,
+    label_column,
     load_examples,
     own_origin,
     own_sources,
@@ -242,6 +243,7 @@ def _user_images(recipe: Recipe) -> tuple[_Labeled, Split[list[int]], str]:
 
     def find(table: Any) -> str:
         require_labels(table, data.label_column, origin)
+        label_column(data).require_each(table[data.label_column])
         return media_column(table, data.columns, origin)
 
     tables = load_examples(recipe, checked(find), tuple(TASKS), "images-digits")

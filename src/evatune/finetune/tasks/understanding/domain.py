@@ -28,6 +28,7 @@ from evatune.finetune.tasks.understanding.scoring import (
 from evatune.finetune.tasks.user_data import (
     describe_parts,
     encode_labels,
+    label_column,
     label_numbers,
     load_examples,
     more_tests,
@@ -247,13 +248,15 @@ def _user_examples(
     There is one class where the labels are numbers.
     """
     data = recipe.data
-    origin = own_origin(data)
+    origin, labeled = own_origin(data), label_column(data)
 
     def columns(table: Any) -> tuple[str, ...]:
         return text_columns(table, data.columns, origin, data.label_column)
 
     def with_text(table: Any) -> Any:
         has_text = partial(_has_text, columns=columns(table))
+        read = table.select_columns(list({*columns(table), labeled.name}))
+        labeled.require_each([row[labeled.name] if has_text(row) else "" for row in read])
         # In memory, eight bytes a row: else a folder that `datasets` saved would get cache files.
         found = table.filter(has_text, keep_in_memory=True)
         if len(found) == 0:
