@@ -36,6 +36,6 @@ def test_a_task_of_another_checkpoint_is_passed_over_and_its_classes_are_left_ou
 
 
 def test_a_domain_without_another_task_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ours", lambda: ["images-ring", "generation-numbers"])
+    monkeypatch.setattr(module, "bundled_recipes", lambda: ["images-ring", "generation-numbers"])
     with pytest.raises(ConfigError, match="no other task of images for the model of task 'ring'"):
         another_task(recipe("images-ring"))
