@@ -109,7 +109,7 @@ def test_an_interval_that_does_not_stand_among_many_says_so() -> None:
     lines = tuned_lines(methods=("lora", "eva", *rivals), tasks=("digits",), test_seeds=3)
     higher = told(lines)[HIGHER]
     assert higher.outcome == "win"
-    assert "as one of all methods not significant (p = 0." in higher.text
+    assert "not significant among all methods (Holm's p = 0." in higher.text
     alone = told([line for line in lines if line.method in ("lora", "eva")])[HIGHER]
     assert (alone.outcome, "not significant" in alone.text) == ("win", False)
 

@@ -318,11 +318,11 @@ def _evidence(line: DomainDifference) -> str:
 
 
 def _uncorrected(line: DomainDifference) -> str:
-    """Return that an interval without 0 is one of several, where its p then says less."""
+    """Return that a win or loss is not significant by Holm's p over all methods; "" where it is."""
     p_value = line.fixed_tasks_holm
     if _outcome(line.fixed_tasks) == "tie" or p_value is None or p_value < _SIGNIFICANT:
         return ""
-    return f"; as one of all methods not significant (p = {p_value:.2g} by Holm)"
+    return f"; not significant among all methods (Holm's p = {p_value:.2g})"
 
 
 def interval_text(test: TTest | None) -> str:
