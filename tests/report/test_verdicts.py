@@ -12,6 +12,7 @@ from tests.tuned_lines import tuned_lines
 FASTER, HIGHER = "Faster convergence?", "Higher average?"
 BEST, FEWER = "Above the best competitor?", "Fewer parameters?"
 PRECISE, LOWER = "Precise enough to tell?", "Better at lower rates?"
+UNTUNED = "Higher, without tuning?"
 KAPPA = "Does κ predict the ratio of best rates?"
 PARTICIPATION = "Does PR predict the gain of eva?"
 VALIDATION = "Higher, where validation chooses?"
@@ -24,9 +25,9 @@ def told(lines: Sequence[RunLine]) -> dict[str, Verdict]:
 
 def test_planted_differences_are_told() -> None:
     answers = told(tuned_lines(methods=("lora", "eva", "lora-ga", "pissa")))
-    claims = (FASTER, HIGHER, BEST, FEWER, PRECISE, LOWER, KAPPA, PARTICIPATION)
+    claims = (FASTER, HIGHER, BEST, FEWER, PRECISE, LOWER, UNTUNED, KAPPA, PARTICIPATION)
     assert tuple(answers) == claims
-    faster, higher, best, fewer, precise, _, kappa, _ = answers.values()
+    faster, higher, best, fewer, precise, _, _, kappa, _ = answers.values()
     assert [one.outcome for one in (faster, higher, fewer, kappa)] == ["win", "win", "win", "yes"]
     assert "of a run sooner than lora does. On these tasks: win [+" in faster.text
     assert "of tasks 4 won, 0 tied, 0 lost." in fewer.text
@@ -68,6 +69,8 @@ def test_nothing_is_said_of_a_default_that_nobody_ran() -> None:
     assert tuple(answers) == (
         "Faster, with the paper's settings?",
         "Higher, with the paper's settings?",
+        "Better at lower rates, with the paper's settings?",
+        "Higher without tuning, with the paper's settings?",
         VALIDATION,
         KAPPA,
         "Does PR predict the gain of eva-paper-centered?",
@@ -76,7 +79,7 @@ def test_nothing_is_said_of_a_default_that_nobody_ran() -> None:
 
 def test_nothing_is_asked_that_takes_more_tasks_or_a_competitor() -> None:
     few = told(tuned_lines(methods=("lora", "eva"), tasks=("digits",)))
-    assert tuple(few) == (FASTER, HIGHER, FEWER, PRECISE, LOWER)
+    assert tuple(few) == (FASTER, HIGHER, FEWER, PRECISE, LOWER, UNTUNED)
 
 
 def test_a_comparison_without_eva_says_what_it_can() -> None:
@@ -167,11 +170,18 @@ def test_lower_rates_are_those_below_loras_best() -> None:
     assert lower.outcome == "loss"
     assert "1.8 and 3.2 times below lora's best, eva's validation loss falls by" in lower.text
     assert "% less than lora's" in lower.text
-    lower = told(as_eva("lora-fa", ("digits",)))[LOWER]
-    assert lower.outcome == "unknown (fewer than three tasks)"
+    untuned = told(as_eva("lora-fa", three))[UNTUNED]
+    assert untuned.outcome == "loss"
+    assert "eva is 1.9 points below lora in score on validation examples" in untuned.text
+    one_task = told(as_eva("lora-fa", ("digits",)))
+    assert (
+        one_task[LOWER].outcome == one_task[UNTUNED].outcome == "unknown (fewer than three tasks)"
+    )
     # whose first step is three times as long, and whose rates are others
     lower = told(as_eva("pissa"))[LOWER]
     assert (lower.outcome, "lack 2 rates" in lower.text) == ("unknown", True)
+    untuned = told(tuned_lines(methods=("lora", "eva"), tasks=("digits",)))[UNTUNED]
+    assert (untuned.outcome, "have not two rates" in untuned.text) == ("unknown", True)
 
 
 def test_a_loss_is_told_like_a_win() -> None:

@@ -101,7 +101,8 @@ def _by_default(groups: Sequence[Group]) -> list[Verdict]:
         *_against_best(groups, "Above the best competitor?", SUBJECT),
         _claim(groups, "Fewer parameters?", Group.parameters_saved, _parameters_text),
         _precision(groups),
-        _lower_rates(groups),
+        _lower_rates(groups, "Better at lower rates?", SUBJECT),
+        _over_rates(groups, "Higher, without tuning?", SUBJECT),
     ]
 
 
@@ -218,19 +219,36 @@ def _precision(groups: Sequence[Group]) -> Verdict:
     )
 
 
-def _lower_rates(groups: Sequence[Group]) -> Verdict:
+def _lower_rates(groups: Sequence[Group], claim: str, subject: str) -> Verdict:
     """Return whether the subject is the better one where the rate is too low for the reference."""
-    claim = "Better at lower rates?"
-    line = _line(compared(all_tasks(groups, Group.gained_at_lower_rates)), SUBJECT)
+    line = _line(compared(all_tasks(groups, Group.gained_at_lower_rates)), subject)
     if line is None:
-        text = f"{SUBJECT} and {REFERENCE} lack {LOWER_RATES} rates below {REFERENCE}'s best."
+        text = f"{subject} and {REFERENCE} lack {LOWER_RATES} rates below {REFERENCE}'s best."
         return Verdict(claim, "unknown", text)
     factors = " and ".join(f"{_FACTOR**step:.1f}" for step in range(1, LOWER_RATES + 1))
     text = (
-        f"At rates {factors} times below {REFERENCE}'s best, {SUBJECT}'s validation loss falls by"
+        f"At rates {factors} times below {REFERENCE}'s best, {subject}'s validation loss falls by"
         f" {_size(line.mean)} % {'more' if line.mean >= 0 else 'less'} than {REFERENCE}'s, of what"
         f" {REFERENCE}'s falls by at its best."
     )
+    return _of_rates(claim, text, line)
+
+
+def _over_rates(groups: Sequence[Group], claim: str, subject: str) -> Verdict:
+    """Return whether the subject is the better one at rates that nobody chose."""
+    line = _line(compared(all_tasks(groups, Group.gained_over_rates)), subject)
+    if line is None:
+        text = f"{subject} and {REFERENCE} have not two rates in common on every task."
+        return Verdict(claim, "unknown", text)
+    text = (
+        f"At the same rate, {subject} is {_apart(line.mean)} {REFERENCE} in score on validation"
+        " examples, in the mean over all rates that both searches ran."
+    )
+    return _of_rates(claim, text, line)
+
+
+def _of_rates(claim: str, text: str, line: DomainDifference) -> Verdict:
+    """Return the verdict by the interval over tasks: most rates have a single seed."""
     if line.random_tasks is None:
         return Verdict(claim, "unknown (fewer than three tasks)", text)
     outcome = _outcome(line.random_tasks)
@@ -242,14 +260,16 @@ def _as_in_the_paper(groups: Sequence[Group]) -> list[Verdict]:
     """Return the claims of scores and speed for the paper's settings, where every task has them."""
     if _line(score_differences(groups), _OF_PAPER) is None:
         return []
+    settings = "with the paper's settings?"
     claims: list[tuple[str, Callable[[Group], Values], Callable[[str, float], str]]] = [
-        ("Faster, with the paper's settings?", Group.steps_saved, _saved_text),
-        ("Higher, with the paper's settings?", Group.test_scores, _score_text),
+        (f"Faster, {settings}", Group.steps_saved, _saved_text),
+        (f"Higher, {settings}", Group.test_scores, _score_text),
     ]
-    above_best = "Above the best competitor, with the paper's settings?"
     return [
         *(_claim(groups, *claim, _OF_PAPER) for claim in claims),
-        *_against_best(groups, above_best, _OF_PAPER),
+        *_against_best(groups, f"Above the best competitor, {settings}", _OF_PAPER),
+        _lower_rates(groups, f"Better at lower rates, {settings}", _OF_PAPER),
+        _over_rates(groups, f"Higher without tuning, {settings}", _OF_PAPER),
         _validation_chooses(groups),
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -45,6 +46,18 @@ def test_the_rate_is_chosen_on_tuning_seeds_and_tested_on_others() -> None:
     # Seed 0 alone has both lower rates; one is nearly as good as the best, one a little worse.
     (gained,) = group.gained_at_lower_rates()["digits"]["lora"].items()
     assert gained == (0, pytest.approx(0.99, abs=0.01))
+
+
+def test_rates_that_two_methods_share_are_compared_by_the_seeds_that_all_of_them_have() -> None:
+    lines = tuned_lines(methods=("lora", "dora"), tasks=("digits",))
+    lines.append(line_of("images", "digits", "dora", 0.01 * FACTOR**3, 0, False, diverged=True))
+    (group,) = summarize(lines).groups
+    of_lora, of_dora = (
+        [point.scores[0] for point in cell.rates if point.rate <= 0.01 * FACTOR**2]
+        for cell in group.cells
+    )
+    gained = group.gained_over_rates()["digits"]
+    assert gained == {"lora": {0: 0.0}, "dora": {0: pytest.approx(fmean(of_dora) - fmean(of_lora))}}
 
 
 def test_a_rate_with_one_seed_is_not_chosen_over_those_with_three() -> None:

@@ -162,6 +162,14 @@ class Group:
         """
         return self._values(lambda cell: _gains_below(cell, self.cell(cell.task, REFERENCE)))
 
+    def gained_over_rates(self) -> Values:
+        """Return by how much methods are above LoRA in validation score at the same rate.
+
+        The mean over the rates that both have run, by tuning seed: what to expect of a rate that
+        nobody chose. A run that diverged counts as 0.
+        """
+        return self._values(lambda cell: _gains_over(cell, self.cell(cell.task, REFERENCE)))
+
     def parameters_saved(self) -> Values:
         """Return by which share of LoRA's trainable parameters a method has fewer."""
 
@@ -217,6 +225,19 @@ def method_order(name: str) -> tuple[int, int, str]:
     if known is None:  # one that is no longer registered
         return (len(_ROLES), 0, name)
     return (_ROLES.index(known.role), list(METHODS).index(base), name)
+
+
+def _gains_over(cell: Cell, reference: Cell | None) -> dict[int, float | None]:
+    of_reference = {point.rate: point.scores for point in reference.rates} if reference else {}
+    shared = [
+        (point.scores, of_reference[point.rate])
+        for point in cell.rates
+        if point.rate in of_reference
+    ]
+    if len(shared) < 2:
+        return {}
+    seeds = sorted(set.intersection(*(set(one) & set(other) for one, other in shared)))
+    return {seed: fmean(one[seed] - other[seed] for one, other in shared) for seed in seeds}
 
 
 def _gains_below(cell: Cell, reference: Cell | None) -> dict[int, float | None]:
