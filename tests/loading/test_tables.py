@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from evatune.errors import DataError
-from evatune.loading.tables import load_split
+from evatune.loading.tables import load_split, load_table
 from tests.loading.helpers import write
 
 
@@ -30,6 +30,24 @@ def test_no_picture_is_left_out_for_the_name_of_its_class(tmp_path: Path) -> Non
     table = load_split(tmp_path / "b", "train")
     assert len(table) == 6
     assert table.features["label"].names == ["bus", "car", "train"]
+
+
+def test_files_of_a_folder_are_read_alike_with_and_without_its_splits(tmp_path: Path) -> None:
+    write(tmp_path / "texts" / "a.txt", "\ufefftwo\nlines\n")
+    write(tmp_path / "texts" / "b.txt", "one")
+    write(tmp_path / "cells" / "a.csv", "text\nNA\nNone\n")
+    write(tmp_path / "tabs" / "a.tsv", 'text\tlabel\n"Oh" she said\t1\n')
+    for name, texts in {
+        "texts": ["two\nlines\n", "one"],
+        "cells": ["NA", "None"],
+        "tabs": ['"Oh" she said'],
+    }.items():
+        folder = tmp_path / name
+        assert load_table(folder)["text"] == load_split(folder, "train")["text"] == texts
+    write(tmp_path / "records" / "a.jsonl", "[1]\n")
+    for load in (load_table, load_split):
+        with pytest.raises(DataError, match=r"a\.jsonl"):
+            load(tmp_path / "records", "train")
 
 
 def test_no_file_is_left_out_for_the_name_of_another(tmp_path: Path) -> None:

@@ -55,8 +55,9 @@ def read_data_files(path: Path, split: str) -> Any:
         return _one_split(datasets.load_from_disk(str(path)), path, split)
     files = [path] if path.is_file() else _files_in(path)
     kind = _common_kind(path, files)
-    _check(files, kind)
-    builder = _builder(kind, files, one_document=path.is_dir())
+    check_content(kind, files)
+    reading = reading_options(kind, files, one_document=path.is_dir())
+    builder = _prepared("csv" if kind == "tsv" else kind, files, reading)
     with existing_split(path, split):
         return builder.as_dataset(split=split)
 
@@ -79,7 +80,7 @@ def unknown_split(source: str | Path, split: str, names: Sequence[str]) -> DataE
     return DataError(f"{str(source)!r} has no split {split!r}; choose one of {', '.join(names)}")
 
 
-def _check(files: Sequence[Path], kind: str) -> None:
+def check_content(kind: str | None, files: Sequence[Path]) -> None:
     """Raise a DataError for content that the reader of this kind must not see."""
     if kind == "json":
         for file in files:
@@ -90,23 +91,28 @@ def _check(files: Sequence[Path], kind: str) -> None:
                 require_utf8(file)
 
 
-def _builder(kind: str, files: Sequence[Path], *, one_document: bool) -> Any:
-    """Return the builder of `datasets` that has read files of one kind."""
+def reading_options(
+    kind: str | None, files: Sequence[Path], *, one_document: bool
+) -> dict[str, Any]:
+    """Return the options with which `datasets` reads files of one kind.
+
+    Args:
+        one_document: a text file is one record; else each of its lines is.
+    """
     if kind == "text":
-        unit = "document" if one_document else "line"
         # Only the demo data hold bytes to replace: others are checked before.
         # A mark of the encoding (BOM) at the start of a file is no text.
-        reading = {"encoding": "utf-8-sig", "encoding_errors": "replace"}
-        return _prepared("text", files, {"sample_by": unit, **reading})
-    if kind in ("csv", "tsv"):
-        # Words that pandas takes for a gap, such as None and NA, are texts like any other.
-        options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
-        if kind == "tsv":
-            options["sep"] = "\t"
-            if not all(map(_quotes_cells, files)):
-                options["quoting"] = csv.QUOTE_NONE
-        return _prepared("csv", files, options)
-    return _prepared(kind, files, {})
+        unit = "document" if one_document else "line"
+        return {"sample_by": unit, "encoding": "utf-8-sig", "encoding_errors": "replace"}
+    if kind not in ("csv", "tsv"):
+        return {}
+    # Words that pandas takes for a gap, such as None and NA, are texts like any other.
+    options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+    if kind == "tsv":
+        options["sep"] = "\t"
+        if not all(map(_quotes_cells, files)):
+            options["quoting"] = csv.QUOTE_NONE
+    return options
 
 
 def _quotes_cells(path: Path) -> bool:

@@ -7,10 +7,13 @@ from typing import Any
 
 from evatune.errors import DataError
 from evatune.loading.data_files import (
+    check_content,
     existing_split,
     is_hidden,
     is_saved_by_datasets,
+    kind_of,
     read_data_files,
+    reading_options,
     unknown_split,
 )
 from evatune.loading.hub import reading, require_path
@@ -65,18 +68,20 @@ def load_split(source: str | Path, split: str, subset: str | None = None) -> Any
 
 
 def _splits_of(folder: Path, subset: str | None) -> Any:
-    """Return the splits that `datasets` makes of a folder. DataError where it leaves files out.
+    """Return the splits that `datasets` makes of a folder, its files read as by `load_table`.
 
-    It takes names such as train and test_2 for those of splits, also those of classes and of years,
-    and then reads no others; a list of its own in README.md is what the user wants.
+    Raises DataError where it leaves files out. It takes names such as train and test_2 for those
+    of splits, also those of classes and of years, and then reads no others; a list of its own in
+    README.md is what the user wants.
     """
     builder = datasets.load_dataset_builder(str(folder), subset)
     root, readme = folder.resolve(), folder / "README.md"
     read = {Path(file) for files in (builder.config.data_files or {}).values() for file in files}
+    kinds = {kind_of(path) for path in read}
     if not (readme.is_file() and "configs:" in readme.read_text("utf-8", "replace")):
-        kinds = {file.suffix.lower() for file in read}
+        endings = {file.suffix.lower() for file in read}
         found = (
-            path for path in root.rglob("*") if path.suffix.lower() in kinds and path.is_file()
+            path for path in root.rglob("*") if path.suffix.lower() in endings and path.is_file()
         )
         left = sorted(path for path in found if not is_hidden(path, root) and path not in read)
         if left:
@@ -86,5 +91,11 @@ def _splits_of(folder: Path, subset: str | None) -> Any:
                 f" ({', '.join(map(str, builder.config.data_files))}); move all that it holds into"
                 " a subfolder named train, or into one for each split"
             )
+    kind = kinds.pop() if len(kinds) == 1 else None
+    if kind is not None:
+        files = sorted(read)
+        check_content(kind, files)
+        options = reading_options(kind, files, one_document=True)
+        builder = datasets.load_dataset_builder(str(folder), subset, **options)
     builder.download_and_prepare()
     return builder.as_dataset()
