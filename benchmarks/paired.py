@@ -19,7 +19,7 @@ from pathlib import Path
 from evatune.finetune.comparison.run_lines import read_lines
 from evatune.finetune.comparison.tuned_cells import Cell, Group
 from evatune.finetune.comparison.tuned_summary import summarize
-from evatune.report.verdicts import all_tasks, compared, interval_text, signed
+from evatune.report.evidence import all_tasks, compared, interval_text, signed
 
 _ROOT = Path(__file__).resolve().parents[1]
 _MEASURES = (

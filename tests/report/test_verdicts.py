@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evatune.finetune.comparison.tuned_summary import summarize
-from evatune.report.verdicts import Verdict, verdicts
+from evatune.report.evidence import Verdict
+from evatune.report.verdicts import verdicts
 from evatune.schemas.tuned import RunLine
 from tests.tuned_lines import tuned_lines
 

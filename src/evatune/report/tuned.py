@@ -14,18 +14,11 @@ from evatune.errors import ConfigError
 from evatune.finetune.comparison.statistics import DomainDifference, PairedDifference, TTest
 from evatune.finetune.comparison.tuned_cells import Cell, Group, TunedSummary
 from evatune.report.advice import advice, repeat_command
+from evatune.report.evidence import Verdict, compared, interval_text, score_differences, signed
 from evatune.report.plots import save_figure
 from evatune.report.tables import fitted_table
 from evatune.report.tuned_plots import curves_plot, forest_plot, ranks_plot, rates_plot
-from evatune.report.verdicts import (
-    SUBJECT,
-    Verdict,
-    compared,
-    interval_text,
-    score_differences,
-    signed,
-    verdicts,
-)
+from evatune.report.verdicts import SUBJECT, verdicts
 from evatune.utils.atomic import write_text
 from evatune.utils.extras import extras
 from evatune.utils.markup import markdown_code, markdown_text, printable

@@ -12,9 +12,9 @@ import numpy as np
 from evatune.finetune.comparison.statistics import DomainComparison, DomainDifference
 from evatune.finetune.comparison.tuned_cells import FULL, Cell, Group, RatePoint, base_name
 from evatune.finetune.recipe import REFERENCE
+from evatune.report.evidence import signed
 from evatune.report.plots import STYLE
 from evatune.report.summary import split_name
-from evatune.report.verdicts import signed
 from evatune.utils.extras import extras
 from evatune.utils.markup import plot_text
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from evatune.errors import ConfigError
 
-STEPS_PER_DECADE = 4  # of the grid of rates: ×1.78
+STEPS_PER_DECADE = 4  # of the grid of rates
+RATE_FACTOR = 10 ** (1 / STEPS_PER_DECADE)  # ×1.78
 _SPREAD = 2  # positions on both sides of the recipe's rate, to begin with
 _FINALISTS = 3
 _MOST_POSITIONS = 13

@@ -10,6 +10,7 @@ from evatune.finetune.comparison.summary import Comparison, MeanStd, MethodSumma
 from evatune.finetune.recipe import REFERENCE, Recipe
 from evatune.finetune.recipe_tree import all_settings, as_tree
 from evatune.report.charts import Curve, Score, curves, scores
+from evatune.report.evidence import compared, interval_text, signed
 from evatune.report.pages.base import (
     Cell,
     Chart,
@@ -22,7 +23,7 @@ from evatune.report.pages.base import (
 )
 from evatune.report.pages.calibration import adapter_facts
 from evatune.report.pages.run import model_name
-from evatune.report.verdicts import SUBJECT, compared, interval_text, signed
+from evatune.report.verdicts import SUBJECT
 
 _HEADINGS = ["task", "method", "learning rate", "seeds", "score", "±", "loss", "steps to target"]
 _HEADINGS += ["parameters", "gradient of B", "seconds to initialize", "to train"]

@@ -9,6 +9,7 @@ from evatune.finetune.comparison.tuned_cells import Cell, Group, TunedSummary
 from evatune.finetune.recipe import REFERENCE
 from evatune.report.advice import Advice, advice, repeat_command
 from evatune.report.charts import Curve, Score, curves, scores
+from evatune.report.evidence import Verdict
 from evatune.report.pages.base import Chart, Page, Table, Tile, document, text_cell
 from evatune.report.tuned import (
     CELL_HEADINGS,
@@ -18,7 +19,7 @@ from evatune.report.tuned import (
     method_rows,
     protocol,
 )
-from evatune.report.verdicts import Verdict, verdicts
+from evatune.report.verdicts import verdicts
 
 _FEW = 4  # verdicts in large type
 
