@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -136,6 +137,32 @@ def other_model(rank: int) -> Any:
     return error_of(
         lambda: evatune.calibrate(toy() if rank else nn.Sequential(nn.Linear(64, 64)), wide(), ALL)
     )
+
+
+def other_alpha(rank: int) -> Any:
+    model = get_peft_model(toy(), LoraConfig(r=4, lora_alpha=8 << rank, target_modules=["q"]))
+    return error_of(lambda: evatune.initialize(model, wide()[rank::2], config=ALL))
+
+
+def split_by_tensor_parallelism(rank: int) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model = toy()
+    mesh = init_device_mesh("cpu", (2,))
+    parallelize_module(model.blocks[0], mesh, {"up": ColwiseParallel()})
+    return error_of(lambda: evatune.calibrate(model, wide(), ALL, targets=["q"]))
+
+
+def bound_within_a_step(rank: int) -> Any:
+    """The data need both processes for each batch, as accelerate's dispatched ones do."""
+
+    def dispatched() -> Iterator[Tensor]:
+        for batch in wide()[rank::2]:
+            dist.barrier()
+            yield batch
+
+    return facts(evatune.calibrate(toy(), dispatched(), replace(ALL, max_batches=5)))
 
 
 def no_data(rank: int) -> Any:
@@ -310,6 +337,9 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
             no_such_target,
             other_weights,
             other_model,
+            other_alpha,
+            split_by_tensor_parallelism,
+            bound_within_a_step,
             no_data,
             no_data_at_all,
             failing_model,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import evatune
 from evatune import CalibrationConfig
@@ -29,6 +30,7 @@ from tests.processes import ALL, error_of, spawn, toy, wide
         ("other_targets", "only process 0 has layers blocks.0.down"),
         ("other_weights", "weights blocks.1.down.weight is "),
         ("other_model", "model is Sequential on process 0 and Toy on process 1"),
+        ("other_alpha", "lora_alpha is 8 on process 0 and 16 on process 1"),
     ],
 )
 def test_different_work_is_refused_on_every_process(
@@ -110,8 +112,30 @@ def test_a_failure_between_two_messages_ends_all(tmp_path: Path) -> None:
     assert "stopped in the middle of a message" in said or "lost process 1 of 2" in said
 
 
-def absent(rank: int, folder: str) -> None:
-    """Process 1 works alone at first and then comes; process 2 never does."""
+def failing_in_shards(rank: int, folder: str) -> None:
+    """Process 1 fails while process 0 waits for its part of the weights, not for a message."""
+    model = toy()
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        if rank == 1 and torch.equal(batch, wide()[5]):
+            raise MemoryError("no space left")
+        return model(batch)
+
+    said = error_of(lambda: evatune.calibrate(model, wide()[rank::2], ALL, forward=forward))
+    Path(folder, f"{rank}.txt").write_text(": ".join(said))
+
+
+def test_a_failure_among_shards_ends_all(tmp_path: Path) -> None:
+    assert spawn(failing_in_shards, tmp_path) == [0, 0]
+    assert (tmp_path / "1.txt").read_text() == "MemoryError: no space left"
+    assert (tmp_path / "0.txt").read_text().startswith("ProcessError: ")
+
+
+def late(rank: int, folder: str) -> None:
+    """Process 1 works alone at first and then comes; process 2 comes when both have given up."""
     if rank == 1:
         evatune.calibrate(toy(), wide(4), CalibrationConfig(rank=4, tolerance=0, distributed=False))
     if rank < 2:
@@ -122,12 +146,11 @@ def absent(rank: int, folder: str) -> None:
     end = time.monotonic() + 60
     while len(list(Path(folder).glob("?.txt"))) < 2 and time.monotonic() < end:
         time.sleep(0.1)
+    assert evatune.calibrate(toy(), wide()[rank::3], ALL).processes == 3
 
 
-def test_processes_that_never_come_are_named_after_the_seconds_that_the_option_gives(
-    tmp_path: Path,
-) -> None:
-    assert spawn(absent, tmp_path, 3) == [0, 0, 0]
+def test_processes_that_come_late_are_named_and_all_can_try_again(tmp_path: Path) -> None:
+    assert spawn(late, tmp_path, 3) == [0, 0, 0]
     for rank in (0, 1):
         said = (tmp_path / f"{rank}.txt").read_text()
         assert said.startswith(

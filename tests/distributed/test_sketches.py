@@ -136,6 +136,15 @@ def test_every_process_has_a_turn_whatever_max_batches(both: list[dict[str, Any]
     assert both[0]["more_processes_than_batches"]["batches"] == 2
 
 
+def test_a_bound_within_a_step_is_kept_though_all_ask_for_a_batch(
+    both: list[dict[str, Any]],
+) -> None:
+    found = [process["bound_within_a_step"] for process in both]
+    assert same(*found)
+    assert found[0]["batches"] == 5
+    assert set(found[0]["status"].values()) == {"max_batches_reached"}
+
+
 def test_all_stop_together_when_the_directions_have_settled(both: list[dict[str, Any]]) -> None:
     found = both[0]["default_stop"]
     one = evatune.calibrate(toy(), wide(64), CalibrationConfig(rank=4, tolerance=0.05))

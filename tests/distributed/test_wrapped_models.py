@@ -55,6 +55,13 @@ def test_a_model_in_shards_runs_in_step_and_its_adapter_is_written_on_every_proc
     assert "sharded" in found[0]["refused"][1]
 
 
+def test_layers_in_parts_are_refused(both: list[dict[str, Any]]) -> None:
+    for process in both:
+        kind, message = process["split_by_tensor_parallelism"]
+        assert kind == "AdapterError"
+        assert message.startswith("blocks.0.up.weight is split by tensor parallelism")
+
+
 def test_fsdp1_is_calibrated_like_fsdp2_and_not_written_to(both: list[dict[str, Any]]) -> None:
     for process in both:
         for found in process["in_fsdp1"]["found"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -29,6 +30,10 @@ def test_batches_for_a_pass_are_the_trainers_examples_in_the_seeds_order(tmp_pat
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(orders[2]) == list(range(10))
     assert trainer.accelerator._dataloaders == []
+    parts = [list(training_batches(trainer, 4, 0, process, 5)) for process in range(5)]
+    labels = [torch.cat([batch["labels"] for batch in part]).tolist() for part in parts]
+    assert sorted(chain.from_iterable(labels)) == list(range(10))
+    assert all(labels)
 
 
 def test_a_trainer_says_how_many_batches_there_are(tmp_path: Path) -> None:

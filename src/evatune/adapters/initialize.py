@@ -61,6 +61,7 @@ def initialize_model(
     if isinstance(batches, Calibration):
         calibration = _fitted(batches, adapter, options, caps)
     else:
+        process_group.require_equal(_start_of(lora, scale), "start the same adapter")
         run_options = replace(options.run, caps=caps, active=active_positions(lora))
         settings = options.settings(lora, caps)
         _require_wide_enough(adapter, settings, caps)
@@ -118,6 +119,16 @@ def scale_in_force(lora: LoraConfig, scale: Scale | None) -> Scale:
             " two, or pass scale='whiten'"
         )
     return scale
+
+
+def _start_of(lora: LoraConfig, scale: Scale) -> dict[str, Any]:
+    """Return what beside the calibration decides on the adapter's start."""
+    return {
+        "scale": scale,
+        "lora_alpha": lora.lora_alpha,
+        "alpha_pattern": dict(lora.alpha_pattern),
+        "use_rslora": lora.use_rslora,
+    }
 
 
 def _check_unsupported(adapter: LoraAdapter, on_unsupported: OnUnsupported) -> None:

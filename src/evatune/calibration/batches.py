@@ -44,7 +44,9 @@ class Step:
 class BatchSource:
     """Yields steps until the batches of all processes have ended, or their bound is reached.
 
-    Step t of process p has batch (t - 1)·size + p + 1 of them all.
+    Step t of process p has batch (t - 1)·size + p + 1 of them all. Where the bound ends within a
+    step, all processes ask their data for a batch nevertheless, since making one may take all of
+    them, and those past the bound leave theirs unread.
 
     Args:
         batches: this process's.
@@ -150,13 +152,13 @@ class BatchSource:
 
     def _advance(self, number: int) -> bool:
         """Take the batch of a step; false if there is none for this process."""
-        self.is_open = self.is_open and self._batch_number(number) <= self.limit
         batch = next(self._data, _END) if self.is_open else _END
         self.is_open = batch is not _END
-        if self.is_open:
-            self._batch = batch
-            self.count += 1
-        return self.is_open
+        if not self.is_open or self._batch_number(number) > self.limit:
+            return False
+        self._batch = batch
+        self.count += 1
+        return True
 
     def _anyone_has_batch(self, has_batch: bool, number: int) -> bool:
         """Return whether any process has a batch in this step; in the first one all must."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ def run(
     if process_group.size > 1:
         _require_same_work(state, options)
     in_lockstep = process_group.size > 1 and is_sharded(model)
+    # in shards the others wait for this process's weights and hear no message of ours
+    forward_pass = process_group.library_messages if in_lockstep else nullcontext
     device = model_device(model)
     converged = False
     with states_kept(model):
@@ -60,13 +63,12 @@ def run(
             # making the batch may have turned it on
             with torch.inference_mode(mode=False):
                 if step.runs_model:
-                    observer.observe(step)
+                    with forward_pass():
+                        observer.observe(step)
                     state.nonfinite.check(step.batch_number)
                 with full_precision(device):
                     if step.refresh_due:
-                        state.synchronize(source)
-                        state.refresher.refresh(source.total)
-                        converged = state.has_converged(source.total)
+                        converged = state.refresh(source)
                 _report(step, state, source, options)
                 if converged:
                     break

@@ -60,9 +60,22 @@ class CalibrationState:
         )
         self.nonfinite = NonFiniteWatch(self.shared_inputs, process_group)
         self._caps = dict(options.caps)
+        self._refreshed_at = 0  # batches of all processes
         self._weights: dict[str, str] = {}  # by name, their hashes, once somebody asked
 
-    def synchronize(self, source: BatchSource) -> None:
+    def refresh(self, source: BatchSource) -> bool:
+        """Refresh with what all processes have seen; return whether the run has converged.
+
+        Where nobody has seen a batch since the last time there is nothing to do.
+        """
+        self._synchronize(source)
+        if source.total == self._refreshed_at:
+            return False
+        self._refreshed_at = source.total
+        self.refresher.refresh(source.total)
+        return self.has_converged(source.total)
+
+    def _synchronize(self, source: BatchSource) -> None:
         """Tell the other processes of the batches and bad rows here, and hear of theirs."""
         here = {
             "batches": source.count,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import time
@@ -28,8 +27,8 @@ _ADVICE = (
     "call evatune on every process, or let each work alone with"
     " CalibrationConfig(distributed=False) on every one"
 )
-# of groups, equal on all processes since they form them in the same order
-_numbers = itertools.count()
+# of groups formed so far, equal on all processes since they form them in the same order
+_formed = 0
 
 
 class ProcessGroup:
@@ -130,7 +129,8 @@ class _DistributedGroup(ProcessGroup):
     def __init__(self, device: torch.device, timeout: float) -> None:
         super().__init__()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._name = f"evatune/{next(_numbers)}"
+        global _formed
+        self._name = f"evatune/{_formed}"
         try:
             missing = self._wait_for_all(timeout)
             if not missing:
@@ -145,6 +145,7 @@ class _DistributedGroup(ProcessGroup):
                 f" {timeout:g} seconds; {_ADVICE}, or give slow ones time with"
                 " CalibrationConfig(rendezvous_timeout=...)"
             )
+        _formed += 1
         self._store = self.group.get_group_store()
         self._messages = 0
         self._busy = False  # between the parts of a message, when nothing else can be said
@@ -156,7 +157,9 @@ class _DistributedGroup(ProcessGroup):
     def _wait_for_all(self, timeout: float) -> list[int]:
         """Wait for all processes to come here; return the ranks that are missing at the end.
 
-        `new_group` would wait as long as for a message later on, and not tell who is missing.
+        `new_group` would wait as long as for a message later on, and not tell who is missing. Where
+        some are, this process takes back that it came: who comes late is not to count on it, and
+        all may try again.
         """
         store = dist.group.WORLD.get_group_store()  # type: ignore[union-attr]
         store.set(f"{self._name}/came/{self.rank}", "")
@@ -167,6 +170,8 @@ class _DistributedGroup(ProcessGroup):
             if time.monotonic() > end:
                 break
             time.sleep(0.02 if missing else 0)
+        if missing:
+            store.delete_key(f"{self._name}/came/{self.rank}")
         return missing
 
     def gather(self, value: Any) -> list[Any]:
@@ -185,11 +190,11 @@ class _DistributedGroup(ProcessGroup):
         """
         if self._busy:
             return
-        reason = " ".join(str(error).split())[:500]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         try:
-            self._gather_text(json.dumps({"error": f"{type(error).__name__}: {reason}"}))
+            self._gather_text(json.dumps({"error": reason}))
         except ProcessError as lost:
-            raise lost from error
+            raise ProcessError(f"{reason}; and then: {lost}") from error
 
     def close(self) -> None:
         """Close the connections, which ends the wait of others for a message that will not come."""

@@ -31,11 +31,11 @@ def is_sharded_parameter(parameter: Tensor) -> bool:
 
 
 def require_weights(model: nn.Module) -> None:
-    """Raise an AdapterError for a model that cannot be run since weights are not there.
+    """Raise an AdapterError for a model whose weights are not there when a layer runs.
 
-    They may be on the meta device, or in DeepSpeed's shards that no engine gathers. Those that
-    accelerate has offloaded, and brings in time, are there; those of adapters, which may be made
-    yet, do not count.
+    They may be on the meta device, in DeepSpeed's shards that no engine gathers, or split by tensor
+    parallelism, whose layers never see them whole. Those that accelerate has offloaded, and brings
+    in time, are there; those of adapters, which may be made yet, do not count.
     """
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
     missing = None if offloaded else _first_without_data(model)
@@ -43,6 +43,13 @@ def require_weights(model: nn.Module) -> None:
         raise AdapterError(
             f"{missing} is on the meta device, where there are shapes and no values; load the"
             " weights first (from_pretrained, or to_empty and load_state_dict)"
+        )
+    split = _first_split(model)
+    if split is not None:
+        raise AdapterError(
+            f"{split} is split by tensor parallelism (parallelize_module, tp_plan), where each"
+            " process sees a part of a layer; call evatune.calibrate on a model that is not split,"
+            " and evatune.initialize(model, calibration) before it is"
         )
     scattered = any(_is_scattered(parameter) for parameter in model.parameters())
     gathered = any(hasattr(module, "ds_inflight_param_registry") for module in model.modules())
@@ -60,6 +67,26 @@ def _first_without_data(model: nn.Module) -> str | None:
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.device.type == "meta":
                 return base_name(f"{name}.{key}".lstrip("."))
+    return None
+
+
+def _first_split(model: nn.Module) -> str | None:
+    """Return the name of a parameter in parts that no FSDP2 module gathers."""
+    if not any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        return None
+    from torch.distributed.fsdp import FSDPModule
+
+    gathered = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, FSDPModule)
+        for parameter in module.parameters()
+    }
+    for name, parameter in model.named_parameters():
+        placements = getattr(parameter, "placements", ())
+        shards = sum(placement.is_shard() for placement in placements)
+        if placements and (id(parameter) not in gathered or shards > 1):
+            return base_name(name)
     return None
 
 

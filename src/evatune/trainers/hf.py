@@ -155,6 +155,7 @@ def training_batches(
         if trainer.accelerator.dispatch_batches is not False:
             loader = islice(loader, process, None, processes)
     else:
+        size = max(1, min(size, len(data) // processes))  # of few examples, a batch for each
         order = RandomSampler(data, generator=torch.Generator("cpu").manual_seed(seed))
         share = islice(BatchSampler(order, size, drop_last=False), process, None, processes)
         loader = (inner.collate_fn([data[index] for index in indices]) for indices in share)
