@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from evatune.finetune.comparison.tuned_conditions import Source
 from evatune.finetune.comparison.tuned_summary import summarize
 from evatune.report.plots import save_figure
 from evatune.report.tuned_plots import line_styles, ranks_plot, rates_plot
@@ -30,6 +31,21 @@ def test_a_picture_has_the_same_bytes_each_time(tmp_path: Path) -> None:
         assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
     lora = summarize(tuned_lines(tasks=("digits",), methods=("lora",), test_seeds=0)).groups[0]
     assert ranks_plot(lora, "eva") is None
+
+
+def test_a_legend_stays_inside_its_picture_whatever_methods_are_called() -> None:
+    lines = tuned_lines(methods=[*METHODS][:9], tasks=("digits",))
+    lines += tuned_lines(methods=["eva-paper-centered"], tasks=("digits",), budget="parameters")
+    settings = {"adapter.rank": 2, "adapter.rho": 2, "adapter.budget": "ranks"}
+    source = {("images", "digits"): Source("mine.yaml", settings)}
+    (group,) = summarize(lines, source).groups
+    assert "eva-paper-centered (budget parameters)" in group.methods
+    figure = rates_plot(group, group.methods, "loss")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1
+    assert figure.bbox.y0 <= box.y0
 
 
 def test_a_rate_that_diverged_is_marked() -> None:

@@ -335,7 +335,8 @@ def _panels(
     label: str,
 ) -> Figure:
     styles = line_styles(methods)
-    rows = math.ceil(len(group.methods) / _LEGEND_COLUMNS)
+    names = [_row_label(method) for method in group.methods]
+    rows = math.ceil(len(names) / _LEGEND_COLUMNS) + sum("\n" in name for name in names)
     with matplotlib.rc_context(STYLE):
         size = (_WIDTH, 0.5 + 0.17 * rows + 2.4 * len(group.tasks))
         figure = Figure(figsize=size, layout="constrained")
@@ -346,7 +347,7 @@ def _panels(
         panels[-1].set_xlabel(label)
         handles = [Line2D([], [], **styles[method].line()) for method in group.methods]
         figure.legend(
-            handles, [plot_text(name) for name in group.methods], loc="outside lower left",
-            ncols=_LEGEND_COLUMNS, frameon=False, fontsize=8, columnspacing=1, handlelength=1.8,
+            handles, names, loc="outside lower left", ncols=_LEGEND_COLUMNS,
+            frameon=False, fontsize=8, columnspacing=1, handlelength=1.8,
         )  # fmt: skip
     return figure
