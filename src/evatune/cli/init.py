@@ -320,6 +320,7 @@ def _initialize(
 def _write(folder: Path, adapted: Any, calibration: Calibration, settings: dict[str, Any]) -> None:
     from evatune.report.cards import CardFacts, write_card
     from evatune.report.pages.calibration import render
+    from evatune.report.summary import Figures
 
     adapted.save_pretrained(folder)
     calibration.save(folder / _RECORD)
@@ -330,7 +331,8 @@ def _write(folder: Path, adapted: Any, calibration: Calibration, settings: dict[
     )
     write_card(folder, facts, calibration)
     following = _next_command(calibration, settings)
-    page = render(calibration, calibration.allocate(), settings, settings["scale"], following)
+    figures = Figures.of(calibration, calibration.allocate())
+    page = render(figures, settings, settings["scale"], following)
     (folder / "report.html").write_text(page, encoding="utf-8")
     record = {"settings": settings, "versions": calibration.versions | _library_versions()}
     (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -77,14 +77,14 @@ def calibration_facts(calibration: Calibration) -> dict[str, Any]:
     """Return what `--json` says about a calibration."""
     from dataclasses import asdict
 
-    from evatune.report.summary import layer_rows, plan_of, totals
+    from evatune.report.summary import Figures
 
-    plan, problem = plan_of(calibration)
+    figures = Figures.of(calibration)
     return {
         "model": calibration.model,
         "config": asdict(calibration.config),
         "versions": calibration.versions,
-        "totals": totals(calibration, plan),
-        "problem": problem,
-        "layers": [row.facts() for row in layer_rows(calibration, plan)],
+        "totals": asdict(figures.totals),
+        "problem": figures.problem,
+        "layers": [row.facts() for row in figures.rows],
     }

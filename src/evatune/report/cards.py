@@ -17,7 +17,7 @@ from evatune.errors import RecordError
 from evatune.loading.demo import model_id
 from evatune.report.charts import HeatCell, heat_map
 from evatune.report.evaluation import HEADINGS, TITLE
-from evatune.report.summary import split_name, totals_of
+from evatune.report.summary import Figures, by_type, mean_or_none
 from evatune.report.text import LORA_RATE, percent, rate_text
 from evatune.report.vega import picture
 from evatune.utils.extras import extras
@@ -210,16 +210,16 @@ def _facts(
     }
     if calibration is not None:
         plan = calibration.allocate()
-        figures = totals_of(calibration, plan)
+        totals = Figures.of(calibration, plan).totals
         fields["ρ"] = f"{plan.rho:g}"
         fields["calibrated on"] = f"{calibration.batches} batches"
-        if figures.captured_mean is not None and figures.random_mean is not None:
-            times = figures.captured_mean / figures.random_mean
+        if totals.captured_mean is not None and totals.random_mean is not None:
+            times = totals.captured_mean / totals.random_mean
             fields["energy of unseen rows captured"] = (
-                f"{percent(figures.captured_mean)}, {times:.1f} times a random A of the same ranks"
-                f" ({percent(figures.random_mean)})"
+                f"{percent(totals.captured_mean)}, {times:.1f} times a random A of the same ranks"
+                f" ({percent(totals.random_mean)})"
             )
-        steps = figures.step_ratio.get(facts.scale or "")
+        steps = totals.step_ratio.get(facts.scale or "")
         if facts.scale is not None and steps is not None:
             rate = rate_text(LORA_RATE / steps.median)
             fields["length of A's rows"] = facts.scale
@@ -256,8 +256,7 @@ def _types(rows: Sequence[AdapterRow], calibration: Calibration | None) -> list[
     if calibration is not None:
         captured = calibration.captured({name: ranks[name] for name in ranks if name in known})
     lines = []
-    for kind in dict.fromkeys(split_name(name)[1] for name in ranks):
-        names = [name for name in ranks if split_name(name)[1] == kind]
+    for kind, names in by_type(ranks).items():
         values = [ranks[name] for name in names]
         shares = [captured[name] for name in names if name in captured]
         chance = [ranks[name] / known[name].in_features for name in names if name in known]
@@ -268,8 +267,8 @@ def _types(rows: Sequence[AdapterRow], calibration: Calibration | None) -> list[
                 str(min(values)),
                 f"{fmean(values):.1f}",
                 str(max(values)),
-                percent(fmean(shares) if shares else None),
-                percent(fmean(chance) if chance else None),
+                percent(mean_or_none(shares)),
+                percent(mean_or_none(chance)),
             ]
         )
     return lines

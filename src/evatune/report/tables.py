@@ -8,9 +8,8 @@ from typing import Any
 from evatune.adapters.saved import AdapterRow
 from evatune.calibration.result import Calibration
 from evatune.choices import SCALES
-from evatune.ranks.allocation import RankPlan
 from evatune.report.evaluation import HEADINGS, SPARE, TITLE, evaluation_cells
-from evatune.report.summary import LayerRow, layer_rows, plan_of
+from evatune.report.summary import Figures, LayerRow
 from evatune.report.text import (
     LAYER_HEADINGS,
     TYPE_HEADINGS,
@@ -50,13 +49,11 @@ def show_calibration(
     Args:
         scales: for which the learning rates are told.
     """
-    plan, _ = plan_of(calibration)
-    terminal.print(calibration_table(terminal, calibration, plan))
-    terminal.print(
-        plain(verdict(calibration, plan)), style="bold", soft_wrap=not terminal.is_terminal
-    )
+    figures = Figures.of(calibration)
+    terminal.print(layers_table(terminal, figures.rows))
+    terminal.print(plain(verdict(figures)), style="bold", soft_wrap=not terminal.is_terminal)
     terminal.print()
-    say(terminal, *summary_lines(calibration, plan, scales))
+    say(terminal, *summary_lines(figures, scales))
 
 
 def say(terminal: Console, *lines: str) -> None:
@@ -73,16 +70,15 @@ def plain(text: str) -> Text:
     return Text(printable(text))
 
 
-def calibration_table(terminal: Console, calibration: Calibration, plan: RankPlan) -> Table:
+def layers_table(terminal: Console, rows: Sequence[LayerRow]) -> Table:
     """Return a table of layers, or of layer types where layers are too many or too wide."""
-    rows = layer_rows(calibration, plan)
     by_layer = _per_layer(terminal, rows)
     has_types = len({row.type for row in rows}) < len(rows)
     too_wide = has_types and _width(terminal, by_layer) > terminal.width
     return _per_type(terminal, rows) if len(rows) > _LONG or too_wide else by_layer
 
 
-def _per_layer(terminal: Console, rows: list[LayerRow]) -> Table:
+def _per_layer(terminal: Console, rows: Sequence[LayerRow]) -> Table:
     styles = ["yellow" if row.attention else "" for row in rows]
     spare = ("in→out", "rows", "parameters", "explained", "PR", "missed")
     return fitted_table(
@@ -95,7 +91,7 @@ def _per_layer(terminal: Console, rows: list[LayerRow]) -> Table:
     )
 
 
-def _per_type(terminal: Console, rows: list[LayerRow]) -> Table:
+def _per_type(terminal: Console, rows: Sequence[LayerRow]) -> Table:
     lines = type_cells(rows)
     spare = (
         *("parameters", "layers", "worst", "PR median", "missed worst"),
