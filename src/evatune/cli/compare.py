@@ -129,7 +129,8 @@ def _compare_tuned(
         from evatune.finetune.comparison.search import tune
         from evatune.utils.lock import held
 
-        import_module("evatune.report.tuned")  # which may lack an extra, and comes after hours
+        # It comes after hours, and may lack an extra.
+        import_module("evatune.report.tuned_markdown")
 
     seeds, workers = Seeds(tuple(tuning), tuple(tests)), _workers(options)
     path = folder / "runs.jsonl"
@@ -172,7 +173,8 @@ def _show_tuned(path: Path, sources: list[str], settings: list[Recipe], as_json:
     from evatune.report.advice import advice_lines
     from evatune.report.pages.tuned import render
     from evatune.report.tables import console, say
-    from evatune.report.tuned import overview_lines, tuned_facts, tuned_tables, write_pages
+    from evatune.report.tuned import overview_lines, tuned_facts, tuned_tables
+    from evatune.report.tuned_markdown import write_pages
     from evatune.utils.atomic import write_text
 
     recipes = {

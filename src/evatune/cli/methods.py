@@ -29,5 +29,5 @@ def methods(
         return
     terminal = console()
     rows = [(fact["name"], fact["about"], fact["source"]) for fact in facts]
-    headings, spare = ("method", "what it does", "source"), ("source",)
-    terminal.print(fitted_table(terminal, "", headings, rows, spare=spare))
+    headings, droppable = ("method", "what it does", "source"), ("source",)
+    terminal.print(fitted_table(terminal, "", headings, rows, droppable=droppable))

@@ -323,9 +323,7 @@ class Curve:
     panel: str = ""
 
 
-def curves(
-    lines: Iterable[Curve], title: str, methods: Sequence[str], *, log: bool = False
-) -> Spec:
+def curves(lines: Iterable[Curve], methods: Sequence[str], *, log: bool = False) -> Spec:
     """Return curves over steps, a color per method; a panel each where the lines name panels.
 
     Args:
@@ -342,7 +340,7 @@ def curves(
     panels = list(dict.fromkeys(value["panel"] for value in values))
     log = log and all(value["value"] > 0 for value in values)
     scale = {"type": "log"} if log else {"zero": False}
-    up: Spec = {"field": "value", "type": "quantitative", "title": title, "scale": scale}
+    up: Spec = {"field": "value", "type": "quantitative", "title": "", "scale": scale}
     if log:
         up |= {"axis": {"tickCount": 5, "format": "~g"}}
     elif any(len(figures) == 1 for figures in _figures_of(values).values()):

@@ -195,7 +195,7 @@ def charts(runs: Sequence[FinishedRun], recipe: Recipe) -> list[Chart]:
         ]
         if lines:
             names = [line.method for line in lines]
-            spec = curves(lines, "", names, log=name == "gradients")
+            spec = curves(lines, names, log=name == "gradients")
             shown.append(Chart(name, titles.get(name, title), spec))
     return shown
 
