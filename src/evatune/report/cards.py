@@ -22,13 +22,12 @@ from evatune.report.text import LORA_RATE, percent, rate_text
 from evatune.report.vega import picture
 from evatune.utils.extras import extras
 from evatune.utils.markup import markdown_code, markdown_text
-from evatune.utils.names import hub_id
+from evatune.utils.names import ADAPTER_FILE, CALIBRATION_FILE, hub_id
 from evatune.version import __version__
 
 with extras(__name__):
     from yaml import YAMLError
 
-WEIGHTS = "adapter_model.safetensors"
 CARD, PICTURE = "README.md", "ranks.png"
 # Stand in a card until it is pushed, or its base model is known.
 REPOSITORY, _BASE, _UNNAMED = "YOUR-NAME/REPOSITORY", "BASE_MODEL", "a model of your own"
@@ -80,7 +79,7 @@ def card_files(
 
     Raises RecordError for a folder that holds no LoRA adapter, or a damaged one.
     """
-    rows = sorted(adapter_rows(folder / WEIGHTS), key=_place)
+    rows = sorted(adapter_rows(folder / ADAPTER_FILE), key=_place)
     config = read_config(folder)
     card = _card(rows, config, facts, calibration)
     return {
@@ -120,7 +119,7 @@ def pushed_card(folder: Path, repository: str, base_model: str) -> dict[str, byt
     """
     card = own_card(folder)
     if card is None:
-        record = folder / "calibration.safetensors"
+        record = folder / CALIBRATION_FILE
         calibration = Calibration.load(record) if record.is_file() else None
         files = card_files(folder, CardFacts(base_model=base_model), calibration)
     else:
