@@ -7,7 +7,7 @@ from pathlib import Path
 
 from evatune.finetune.comparison.run_lines import read_lines
 from evatune.finetune.comparison.tuned_summary import summarize
-from evatune.report.tuned import write_pages
+from evatune.report.tuned_markdown import write_pages
 
 _ROOT = Path(__file__).resolve().parents[1]
 

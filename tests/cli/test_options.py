@@ -12,9 +12,15 @@ from typer.testing import CliRunner
 
 from evatune.calibration.config import CalibrationConfig
 from evatune.cli.compare_options import CompareOptions
-from evatune.cli.completion import recipe_names
 from evatune.cli.init_options import InitOptions
-from evatune.cli.options import argument, config_of, option, setting, takes_options
+from evatune.cli.options import (
+    argument,
+    config_of,
+    option,
+    recipe_names,
+    setting,
+    takes_options,
+)
 
 
 @dataclass(frozen=True)

@@ -106,14 +106,14 @@ def test_spectra_have_the_numbers_of_their_blocks_and_gray_for_what_is_in_none()
 
 
 def test_one_figure_has_a_tick_that_says_it() -> None:
-    drawn = picture(curves([Curve("eva", [(0, 2.8), (5, 2.8)])], "", ["eva"]), "svg").decode()
+    drawn = picture(curves([Curve("eva", [(0, 2.8), (5, 2.8)])], ["eva"]), "svg").decode()
     assert ">2.8<" in drawn
-    assert "axis" not in curves([Curve("eva", [(0, 2.8), (5, 2.7)])], "", ["eva"])["encoding"]["y"]
+    assert "axis" not in curves([Curve("eva", [(0, 2.8), (5, 2.7)])], ["eva"])["encoding"]["y"]
 
 
 def test_curves_of_several_tasks_have_panels_and_no_numbers_that_are_none() -> None:
     lines = [Curve("eva", [(1, 1.0), (2, float("nan"))], "a"), Curve("eva", [(1, 2.0)], "b")]
-    spec = curves(lines, "", ["eva"])
+    spec = curves(lines, ["eva"])
     assert [value["step"] for value in spec["data"]["values"]] == [1, 1]
     assert spec["usermeta"] == {"fit": "facet", "panels": 2}
     assert picture(spec, "svg").startswith(b"<svg")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import evatune
-from evatune.report.summary import layer_rows, plan_of, split_name, totals
+from evatune.report.summary import Figures, split_name
 
 
 @pytest.mark.parametrize(
@@ -22,15 +22,16 @@ def test_a_name_is_split_into_block_and_type(name: str, block: str, layer_type: 
 
 
 def test_totals_are_those_of_the_rows(calibration: evatune.Calibration) -> None:
-    plan, problem = plan_of(calibration)
-    rows = [row for row in layer_rows(calibration, plan) if row.rank]
+    figures = Figures.of(calibration)
+    rows = [row for row in figures.rows if row.rank]
     captured = [row.captured for row in rows if row.captured is not None]
-    figures = totals(calibration, plan)
-    assert problem is None
-    assert figures["parameters"] == sum(row.parameters for row in rows)
-    assert figures["ranks"] == sum(row.rank for row in rows)
-    assert figures["captured_mean"] == pytest.approx(sum(captured) / len(captured))
-    assert figures["captured_worst"] == min(captured)
+    totals = figures.totals
+    assert figures.problem is None
+    assert totals.parameters == sum(row.parameters for row in rows)
+    assert totals.ranks == sum(row.rank for row in rows)
+    assert totals.captured_mean == pytest.approx(sum(captured) / len(captured))
+    assert totals.captured_worst == min(captured)
     missed = [row.estimated_missed for row in rows if row.estimated_missed is not None]
-    assert min(missed) < figures["estimated_missed"] < max(missed)
+    assert totals.estimated_missed is not None
+    assert min(missed) < totals.estimated_missed < max(missed)
     assert [row.facts()["estimated_missed"] for row in rows] == missed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import evatune
-from evatune.report.summary import Spread
+from evatune.report.summary import Figures, Spread
 from evatune.report.text import in_words, rate_text, signed_percent, summary_lines
 
 
@@ -19,4 +19,4 @@ def test_a_spread_without_width_is_one_figure() -> None:
 
 def test_a_difference_has_the_minus_sign_of_charts(calibration: evatune.Calibration) -> None:
     assert [signed_percent(share) for share in (-0.044, 0.044)] == ["−4.4%", "+4.4%"]
-    assert "(-" not in " ".join(summary_lines(calibration, calibration.allocate(), ["matched"]))
+    assert "(-" not in " ".join(summary_lines(Figures.of(calibration), ["matched"]))

@@ -13,12 +13,8 @@ from rich.console import Console
 from evatune.errors import ConfigError
 from evatune.finetune.comparison.tuned_cells import TunedSummary
 from evatune.finetune.comparison.tuned_summary import summarize
-from evatune.report.tuned import (
-    domain_page,
-    overview_page,
-    tuned_tables,
-    write_pages,
-)
+from evatune.report.tuned import tuned_tables
+from evatune.report.tuned_markdown import domain_page, overview_page, write_pages
 from tests.helpers import wide_terminal
 from tests.tuned_lines import line_of, tuned_lines
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Collection
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -15,46 +15,46 @@ from evatune.utils.text import first_line
 Names = str | list[str]
 
 
-@dataclass(frozen=True)
-class LoraOptions:
-    """The parts of a `LoraConfig` that the command line sets."""
-
-    rank: int
-    alpha: float
-    targets: Names
-    exclude: Names | None
-    task_type: str | None
-    head: tuple[str, ...] = ()  # modules that are trained in full, and saved with the adapter
-
-
-def add_lora(model: nn.Module, options: LoraOptions) -> PeftModel:
+def add_lora(
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Names,
+    exclude: Names | None = None,
+    task_type: str | None = None,
+    head: Collection[str] = (),
+) -> PeftModel:
     """Return a PEFT model around `model`, with a LoRA adapter.
 
     PEFT's own errors do not say which names would match; ours do.
+
+    Args:
+        head: modules that are trained in full, and saved with the adapter.
     """
-    find_target_layers(model, options.targets)
+    find_target_layers(model, targets)
     config = LoraConfig(
-        r=options.rank,
-        lora_alpha=options.alpha,
-        target_modules=options.targets,
-        exclude_modules=options.exclude,
-        task_type=options.task_type,
-        modules_to_save=list(options.head) or None,
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=targets,
+        exclude_modules=exclude,
+        task_type=task_type,
+        modules_to_save=list(head) or None,
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*no modules were excluded", category=UserWarning)
         try:
             return get_peft_model(model, config)
         except (ValueError, UserWarning) as error:
-            if options.exclude is None:
+            if exclude is None:
                 raise TargetError(
-                    f"PEFT takes no adapter of rank {options.rank} there ({first_line(error)});"
+                    f"PEFT takes no adapter of rank {rank} there ({first_line(error)});"
                     " choose another rank, or other targets"
                 ) from error
-            target_layers = find_target_layers(model, options.targets)
+            target_layers = find_target_layers(model, targets)
             names = ", ".join(layer.name for layer in target_layers[:3])
             raise TargetError(
-                f"exclude_modules {options.exclude!r} leaves out none of the targeted layers, or"
+                f"exclude_modules {exclude!r} leaves out none of the targeted layers, or"
                 f" all of them; they are {names}, …; name some of them by their endings, or by a"
                 " regular expression for whole names"
             ) from error

@@ -15,12 +15,12 @@ from evatune.errors import ConfigError, RecordError
 from evatune.loading.demo import model_id
 from evatune.schemas import naming_file
 from evatune.schemas.text import parse_json, read_text
+from evatune.utils.names import ADAPTER_CONFIG, ADAPTER_FILE
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What a loader or a reader needs. Records, pages and optimizers hold paths and settings of this
 # machine, and some are pickled.
 _NEEDED = (
-    _WEIGHTS,
+    ADAPTER_FILE,
     "*.png",
     "tokenizer*.json",
     "tokenizer.model",
@@ -79,9 +79,9 @@ def published_files(folder: Path, base_model: str) -> dict[str, bytes | Path]:
 
     Raises RecordError for an adapter whose weights are missing, or pickled.
     """
-    if not (folder / _WEIGHTS).is_file():
+    if not (folder / ADAPTER_FILE).is_file():
         raise RecordError(
-            f"{str(folder)!r} holds no {_WEIGHTS}; save the adapter again, with save_pretrained"
+            f"{str(folder)!r} holds no {ADAPTER_FILE}; save the adapter again, with save_pretrained"
         )
     files: dict[str, bytes | Path] = {
         path.name: path
@@ -89,11 +89,11 @@ def published_files(folder: Path, base_model: str) -> dict[str, bytes | Path]:
         for path in sorted(folder.glob(pattern))
         if path.is_file()
     }
-    with naming_file(folder / _CONFIG, "save the adapter again"):
-        config = parse_json(read_text(folder / _CONFIG))
+    with naming_file(folder / ADAPTER_CONFIG, "save the adapter again"):
+        config = parse_json(read_text(folder / ADAPTER_CONFIG))
     assert isinstance(config, dict)  # as `read_config` found it
     text = json.dumps(config | {"base_model_name_or_path": base_model}, indent=2) + "\n"
-    return files | {_CONFIG: text.encode("utf-8")}
+    return files | {ADAPTER_CONFIG: text.encode("utf-8")}
 
 
 def push_files(repository: str, content: Mapping[str, bytes | Path], *, private: bool) -> str:

@@ -13,6 +13,7 @@ from evatune.errors import RecordError
 from evatune.layers import PEFT_PREFIX
 from evatune.scaling import lora_scale
 from evatune.schemas import Damage, brief, naming_file
+from evatune.utils.names import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -82,7 +83,7 @@ def read_config(folder: Path) -> LoraConfig:
     from evatune.schemas.adapter import require_lora
     from evatune.schemas.text import parse_json, read_text
 
-    path = folder / "adapter_config.json"
+    path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise RecordError(
             f"{str(path)!r} does not exist, which says what the adapter's scale is; put it beside"
@@ -156,7 +157,7 @@ def require_quick_patterns(folder: Path, config: LoraConfig, names: Iterable[str
     """Raise a RecordError for patterns in a saved config that run for too long on these names."""
     from evatune.schemas.adapter import require_quick
 
-    with naming_file(folder / "adapter_config.json", "write the names of the layers there"):
+    with naming_file(folder / ADAPTER_CONFIG, "write the names of the layers there"):
         require_quick(vars(config), names)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,8 @@ import typer
 from evatune.cli.compare_options import TEST_SEEDS, CompareOptions
 from evatune.cli.hints import AXES
 from evatune.cli.libraries import libraries_on_stderr, loading_libraries, progress_on_stderr
-from evatune.cli.options import takes_options
-from evatune.cli.train import RUNS, TRUSTED
+from evatune.cli.options import split_names, takes_options, this_command
+from evatune.cli.train import RUNS
 from evatune.utils.launcher import require_alone
 from evatune.utils.markup import printable
 from evatune.utils.names import as_shown
@@ -35,10 +35,10 @@ def compare(options: CompareOptions) -> None:
     overrides = [text for text in options.recipes if "=" in text]
     require_alone("evatune compare")
     _require_no_axis(overrides, options.lrs)
-    overrides += [TRUSTED] if options.trust_remote_code else []
-    settings = [load(source, overrides) for source in sources]
-    folder = as_shown(options.out or _default_folder(sources, settings, options.tuned))
-    if options.tuned:
+    trusted = options.trust_remote_code
+    settings = [load(source, overrides, trust_remote_code=trusted) for source in sources]
+    folder = as_shown(options.out or _default_folder(sources, settings, options.tune))
+    if options.tune:
         _compare_tuned(options, sources, settings, folder)
     else:
         _compare_grid(options, settings, folder)
@@ -54,14 +54,14 @@ def _compare_grid(options: CompareOptions, settings: list[Recipe], folder: Path)
             "--test-seeds are for --tune, which tests what other seeds chose; add --tune, or give"
             " all seeds to --seeds"
         )
-    with _loading(options):
+    with loading_libraries(options.as_json):
         from evatune.finetune.comparison.grid import Run, grid, run_all
         from evatune.finetune.comparison.summary import summarize
         from evatune.report.runs import comparison_table
         from evatune.report.tables import console
         from evatune.utils.lock import held
 
-    runs = grid(settings, _methods(options), seeds, rates, folder / "cells")
+    runs = grid(settings, split_names(options.methods), seeds, rates, folder / "cells")
     _require_comparison(folder)
     with held(folder):
         with libraries_on_stderr(), _runs_shown(options.as_json, len(runs)) as tell:
@@ -124,12 +124,13 @@ def _compare_tuned(
             "--tune chooses the learning rates and the losses to reach; leave out --lrs and"
             " --target-loss"
         )
-    with _loading(options):
+    with loading_libraries(options.as_json):
         from evatune.finetune.comparison.rate_rule import Seeds, Trial
         from evatune.finetune.comparison.search import tune
         from evatune.utils.lock import held
 
-        import_module("evatune.report.tuned")  # which may lack an extra, and comes after hours
+        # It comes after hours, and may lack an extra.
+        import_module("evatune.report.tuned_markdown")
 
     seeds, workers = Seeds(tuple(tuning), tuple(tests)), _workers(options)
     path = folder / "runs.jsonl"
@@ -141,9 +142,8 @@ def _compare_tuned(
                 aim = "test" if trial.tested else "tune"
                 tell(f"{name}, {aim}, seed {trial.seed}", problem)
 
-            searches = tune(
-                settings, _methods(options), seeds, path, workers, ended, options.executor
-            )
+            methods = split_names(options.methods)
+            searches = tune(settings, methods, seeds, path, workers, ended, options.executor)
         if path.exists():
             _show_tuned(path, sources, settings, options.as_json)
     failed = {search.name: search.problem for search in searches if search.problem}
@@ -161,9 +161,6 @@ def _show_tuned(path: Path, sources: list[str], settings: list[Recipe], as_json:
     Args:
         sources: of the recipes. settings: the recipes themselves, with what the command replaces.
     """
-    import shlex
-    import sys
-
     from evatune.finetune.comparison.run_lines import read_lines
     from evatune.finetune.comparison.tuned_conditions import Source
     from evatune.finetune.comparison.tuned_summary import summarize
@@ -172,7 +169,8 @@ def _show_tuned(path: Path, sources: list[str], settings: list[Recipe], as_json:
     from evatune.report.advice import advice_lines
     from evatune.report.pages.tuned import render
     from evatune.report.tables import console, say
-    from evatune.report.tuned import overview_lines, tuned_facts, tuned_tables, write_pages
+    from evatune.report.tuned import overview_lines, tuned_facts, tuned_tables
+    from evatune.report.tuned_markdown import write_pages
     from evatune.utils.atomic import write_text
 
     recipes = {
@@ -180,7 +178,7 @@ def _show_tuned(path: Path, sources: list[str], settings: list[Recipe], as_json:
         for source, recipe in zip(sources, settings, strict=True)
     }
     summary = summarize(read_lines([path]), recipes)
-    command = shlex.join(["evatune", *sys.argv[1:]])
+    command = this_command()
     written = write_pages(summary, path.parent / "tables", command)
     report = path.parent / "report.html"
     write_text(report, render(summary, command))
@@ -212,8 +210,6 @@ def _write_comparison(
     Args:
         following: the command that the page advises next.
     """
-    import shlex
-    import sys
     from dataclasses import asdict
 
     from evatune.finetune.comparison.run_lines import finite
@@ -221,7 +217,7 @@ def _write_comparison(
     from evatune.report.runs import comparison_markdown
     from evatune.utils.atomic import write_text
 
-    command = shlex.join(["evatune", *sys.argv[1:]])
+    command = this_command()
     facts: dict[str, Any] = {
         "command": command,
         "target_losses": comparison.targets,
@@ -263,13 +259,6 @@ def _require_comparison(folder: Path) -> None:
         )
 
 
-def _loading(options: CompareOptions) -> AbstractContextManager[None]:
-    """Return the block in which a comparison imports what it needs, before it begins anything."""
-    from rich.console import Console
-
-    return loading_libraries(Console(stderr=True, quiet=options.as_json))
-
-
 @contextmanager
 def _runs_shown(quiet: bool, total: int | None) -> Iterator[Callable[[str, str | None], None]]:
     """Yield a function that shows how many runs have ended, and which was the last.
@@ -290,10 +279,6 @@ def _runs_shown(quiet: bool, total: int | None) -> Iterator[Callable[[str, str |
         yield tell
 
 
-def _methods(options: CompareOptions) -> list[str]:
-    return [name.strip() for name in options.methods.split(",") if name.strip()]
-
-
 def _workers(options: CompareOptions) -> int:
     return options.workers or os.cpu_count() or 1
 
@@ -302,7 +287,7 @@ def _numbers(text: str, kind: Any, option: str) -> list[Any]:
     from evatune.errors import ConfigError
 
     try:
-        return [kind(part) for part in text.split(",") if part.strip()]
+        return [kind(part) for part in split_names(text)]
     except ValueError:
         raise ConfigError(
             f"{option} is {text!r}; give numbers with commas between, such as {option} 0,1,2"

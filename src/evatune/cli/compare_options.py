@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from evatune.cli.completion import recipe_names
-from evatune.cli.libraries import TRUST_HELP
-from evatune.cli.options import argument, option
+from evatune.cli.options import TRUST_HELP, argument, option, recipe_names
 
 TEST_SEEDS = "10,11,12,13,14"
 
@@ -28,7 +26,7 @@ class CompareOptions:
     lrs: str = option(
         default="", help="Learning rates, with commas between. Default: the recipe's."
     )
-    tuned: bool = option(
+    tune: bool = option(
         "--tune",
         default=False,
         help="Search each method's learning rate around the recipe's on validation examples"

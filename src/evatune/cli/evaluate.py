@@ -8,12 +8,8 @@ from typing import Annotated
 
 import typer
 
-from evatune.cli.libraries import (
-    TRUST_HELP,
-    libraries_on_stderr,
-    loading_libraries,
-    progress_on_stderr,
-)
+from evatune.cli.libraries import libraries_on_stderr, loading_libraries, progress_on_stderr
+from evatune.cli.options import Trust, split_names
 from evatune.utils.markup import printable
 
 
@@ -47,19 +43,14 @@ def evaluate(
             " mistakes and no attacker: best in a container.",
         ),
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help=TRUST_HELP)
-    ] = False,
+    trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure a finished run of language generation on standard tasks.
 
     Scores are kept in evaluation.json of the run, and shown on its page and its model card.
     """
-    from rich.console import Console
-
-    log = Console(stderr=True, quiet=as_json)
-    with loading_libraries(log):
+    with loading_libraries(as_json):
         from evatune.finetune.evaluation.evaluate import EvaluationOptions
         from evatune.finetune.evaluation.evaluate import evaluate as measure
         from evatune.finetune.run_folder import EVALUATION, finished_run
@@ -71,9 +62,9 @@ def evaluate(
 
         quiet_libraries()
 
-    names = [name.strip() for text in tasks or [] for name in text.split(",")]
+    names = [name for text in tasks or [] for name in split_names(text)]
     options = EvaluationOptions(
-        tasks=list(dict.fromkeys(filter(None, names))),
+        tasks=list(dict.fromkeys(names)),
         include=include_path,
         data=data,
         limit=limit,

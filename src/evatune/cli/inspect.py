@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evatune.cli.libraries import load_torch
+from evatune.utils.names import ADAPTER_FILE, CALIBRATION_FILE
 
 if TYPE_CHECKING:
     from evatune.calibration.result import Calibration
@@ -61,14 +62,12 @@ def _find(file: Path) -> tuple[Path | None, Path | None]:
     if not file.is_dir():
         return (file, None) if is_adapter(file) else (None, file)
     files = [
-        path if path.exists() else None
-        for path in (file / "adapter_model.safetensors", file / "calibration.safetensors")
+        path if path.exists() else None for path in (file / ADAPTER_FILE, file / CALIBRATION_FILE)
     ]
     if not any(files):
         raise RecordError(
-            f"folder {str(file)!r} holds neither calibration.safetensors nor"
-            " adapter_model.safetensors; give a folder that evatune init or PEFT's save_pretrained"
-            " wrote"
+            f"folder {str(file)!r} holds neither {CALIBRATION_FILE} nor {ADAPTER_FILE}; give a"
+            " folder that evatune init or PEFT's save_pretrained wrote"
         )
     return files[0], files[1]
 
@@ -77,14 +76,14 @@ def calibration_facts(calibration: Calibration) -> dict[str, Any]:
     """Return what `--json` says about a calibration."""
     from dataclasses import asdict
 
-    from evatune.report.summary import layer_rows, plan_of, totals
+    from evatune.report.summary import Figures
 
-    plan, problem = plan_of(calibration)
+    figures = Figures.of(calibration)
     return {
         "model": calibration.model,
         "config": asdict(calibration.config),
         "versions": calibration.versions,
-        "totals": totals(calibration, plan),
-        "problem": problem,
-        "layers": [row.facts() for row in layer_rows(calibration, plan)],
+        "totals": asdict(figures.totals),
+        "problem": figures.problem,
+        "layers": [row.facts() for row in figures.rows],
     }

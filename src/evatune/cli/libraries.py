@@ -17,19 +17,20 @@ from evatune.utils.loggers import quiet_loggers
 if TYPE_CHECKING:
     from rich.console import Console
 
-TRUST_HELP = "Run Python code that comes with the model. Look at it first."
-
 
 @contextmanager
-def loading_libraries(log: Console) -> Iterator[None]:
-    """Show a spinner while the block imports what a command needs, before it begins anything.
+def loading_libraries(quiet: bool) -> Iterator[Console]:
+    """Yield a console for stderr that shows a spinner while the block imports what a command needs.
 
-    Raises MissingExtraError where it could not show its results in the end.
+    Nothing is begun yet. Raises MissingExtraError where results could not be shown in the end.
     """
     require("cli", "this command")
+    from rich.console import Console
+
     quiet_loggers()
+    log = Console(stderr=True, quiet=quiet)
     with log.status("loading libraries"), libraries_on_stderr(), ends_at_once():
-        yield
+        yield log
 
 
 def load_torch() -> None:

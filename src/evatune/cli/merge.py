@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evatune.cli.libraries import load_torch
+from evatune.utils.names import CALIBRATION_FILE, resolved
 from evatune.utils.text import shortened
 
 if TYPE_CHECKING:
@@ -40,10 +41,9 @@ def merge(
     from evatune.cli.inspect import calibration_facts
     from evatune.errors import ConfigError
     from evatune.report.summary import plan_of
-    from evatune.utils.names import resolved
     from evatune.utils.outputs import claimed_file
 
-    files = [path / "calibration.safetensors" if path.is_dir() else path for path in shards]
+    files = [path / CALIBRATION_FILE if path.is_dir() else path for path in shards]
     for index, file in enumerate(files):
         if resolved(file) in (resolved(other) for other in files[:index]):
             raise ConfigError(f"{str(file)!r} is given twice; its data would count twice")

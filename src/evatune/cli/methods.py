@@ -12,11 +12,9 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List the methods that train and compare know, and where each comes from."""
-    from rich.console import Console
-
     from evatune.cli.libraries import loading_libraries
 
-    with loading_libraries(Console(stderr=True, quiet=as_json)):
+    with loading_libraries(as_json):
         from evatune.finetune.methods import METHODS
         from evatune.report.tables import console, fitted_table
 
@@ -29,5 +27,5 @@ def methods(
         return
     terminal = console()
     rows = [(fact["name"], fact["about"], fact["source"]) for fact in facts]
-    headings, spare = ("method", "what it does", "source"), ("source",)
-    terminal.print(fitted_table(terminal, "", headings, rows, spare=spare))
+    headings, droppable = ("method", "what it does", "source"), ("source",)
+    terminal.print(fitted_table(terminal, "", headings, rows, droppable=droppable))

@@ -1,9 +1,11 @@
-"""Options of a command as one frozen dataclass, of which each field is an option."""
+"""Options: those that commands share, and those of a command as one frozen dataclass."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, Field, field, fields
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -12,6 +14,26 @@ import typer
 
 Config = TypeVar("Config")
 Options = TypeVar("Options")
+
+TRUST_HELP = "Run Python code that comes with the model. Look at it first."
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)]
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    """Return the recipes of ours whose names begin with what is there: completions for Tab."""
+    from evatune.finetune.recipe_files import bundled_recipes
+
+    return [name for name in bundled_recipes() if name.startswith(incomplete)]
+
+
+def split_names(text: str) -> list[str]:
+    """Return what stands between the commas of an option, without spaces around it."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def this_command() -> str:
+    """Return the command line as the user gave it."""
+    return shlex.join(["evatune", *sys.argv[1:]])
 
 
 def argument(*, help: str, autocompletion: Callable[[str], list[str]]) -> Any:
@@ -44,11 +66,15 @@ def setting(config: type, name: str, *names: str, panel: str, default: Any = MIS
     return option(*names, default=chosen, help=source.metadata["help"], panel=panel)
 
 
-def config_of(config: type[Config], options: Any) -> Config:
-    """Return the `config` whose fields have the values of the options of the same names."""
+def config_of(config: type[Config], options: Any, **others: Any) -> Config:
+    """Return the `config` whose fields have the values of the options of the same names.
+
+    Args:
+        others: values of fields that have no such option, or another value than it.
+    """
     of_config: Any = config
     names = {each.name for each in fields(of_config)} & {each.name for each in fields(options)}
-    return config(**{name: getattr(options, name) for name in names})
+    return config(**{name: getattr(options, name) for name in names} | others)
 
 
 def takes_options(

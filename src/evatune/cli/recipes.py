@@ -9,9 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from evatune.cli.completion import recipe_names
 from evatune.cli.libraries import libraries_on_stderr, loading_libraries
-from evatune.cli.train import TRUSTED, Trust
+from evatune.cli.options import Trust, recipe_names
 from evatune.utils.markup import printable
 from evatune.utils.text import folded
 
@@ -94,12 +93,8 @@ def check(
     """Tell what a recipe downloads and costs, and try it on a small stand-in of its model."""
     from evatune.finetune.recipe_files import load
 
-    settings = load(recipe, [*(overrides or []), *([TRUSTED] if trust_remote_code else [])])
-
-    from rich.console import Console
-
-    log = Console(stderr=True, quiet=as_json)
-    with loading_libraries(log):
+    settings = load(recipe, overrides or (), trust_remote_code=trust_remote_code)
+    with loading_libraries(as_json) as log:
         from evatune.finetune.check import check as check_recipe
         from evatune.loading.quiet import quiet_libraries
         from evatune.report.checks import facts, show

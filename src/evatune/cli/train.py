@@ -8,19 +8,13 @@ from typing import Annotated
 
 import typer
 
-from evatune.cli.completion import recipe_names
-from evatune.cli.libraries import (
-    TRUST_HELP,
-    libraries_on_stderr,
-    loading_libraries,
-    progress_on_stderr,
-)
+from evatune.cli.libraries import libraries_on_stderr, loading_libraries, progress_on_stderr
+from evatune.cli.options import Trust, recipe_names
+from evatune.utils.launcher import is_main_process
 from evatune.utils.markup import printable
 from evatune.utils.names import as_shown
 
 RUNS = Path("runs")
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)]
-TRUSTED = "trust_remote_code=true"
 
 
 def train(
@@ -53,18 +47,12 @@ def train(
     from evatune.finetune.recipe import USER_TASK
     from evatune.finetune.recipe_files import load
 
-    settings = load(recipe, [*(overrides or []), *([TRUSTED] if trust_remote_code else [])])
+    settings = load(recipe, overrides or (), trust_remote_code=trust_remote_code)
     name = Path(recipe).stem
     if settings.data.source is not None:  # one recipe is for all of the user's data
         name += f"-{settings.task.removeprefix(f'{USER_TASK}-')}"
     folder = as_shown(out or RUNS / f"{name}-{settings.method}-seed{settings.seed}")
-
-    from rich.console import Console
-
-    from evatune.utils.launcher import is_main_process
-
-    log = Console(stderr=True, quiet=as_json or not is_main_process())
-    with loading_libraries(log):
+    with loading_libraries(as_json or not is_main_process()) as log:
         from evatune.finetune.run import run
         from evatune.loading.quiet import quiet_libraries
         from evatune.report.pages.run import render

@@ -86,11 +86,12 @@ def _for_data(source: str) -> str:
     return f"if it is data to train on: {name} data.source={shlex.quote(source)}"
 
 
-def load(source: str, overrides: Iterable[str] = ()) -> Recipe:
+def load(source: str, overrides: Iterable[str] = (), *, trust_remote_code: bool = False) -> Recipe:
     """Return a recipe of ours or of the user's, with overrides.
 
     Args:
         overrides: `key=value`, such as `training.learning_rate=3e-4`.
+        trust_remote_code: code that comes with the model may run.
 
     Raises ConfigError that lists every mistake at once, each with the nearest valid key.
     """
@@ -120,6 +121,8 @@ def load(source: str, overrides: Iterable[str] = ()) -> Recipe:
         _leave_own_task(tree)
     for key, value in settings:
         _put(tree, key, value)
+    if trust_remote_code:
+        tree["trust_remote_code"] = True
     return parse(tree, source)
 
 

@@ -12,6 +12,7 @@ from evatune.schemas import Damage
 from evatune.schemas.run import TrainerState
 from evatune.schemas.tensors import read_header
 from evatune.schemas.text import read_text, validate_json
+from evatune.utils.names import ADAPTER_FILE
 
 _STATE = "trainer_state.json"  # written last
 _SCHEDULE = "scheduler.pt"
@@ -31,7 +32,7 @@ _ZIP_ERRORS = (
     ValueError,
 )
 
-_WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
+_WEIGHTS = ("model.safetensors", ADAPTER_FILE)
 
 
 def newest_whole(folder: Path) -> Path | None:

@@ -34,7 +34,6 @@ from evatune.finetune.metrics import count_trainable, peak_memory, read_metrics,
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.resuming import newest_whole
 from evatune.finetune.run_folder import (
-    CALIBRATION,
     CHECKPOINTS,
     INITIAL_ADAPTER,
     RESULT,
@@ -50,7 +49,7 @@ from evatune.finetune.training import build_trainer, training_shown
 from evatune.trainers.hf import training_batches
 from evatune.utils.atomic import write_text, writing
 from evatune.utils.lock import held
-from evatune.utils.names import resolved
+from evatune.utils.names import CALIBRATION_FILE, resolved
 
 # Endings of what Trainer's evaluation says about speed.
 _ABOUT_SPEED = ("runtime", "per_second", "model_preparation_time")
@@ -154,7 +153,7 @@ def _run(
     resumed = checkpoint is not None
     started = _start(recipe, folder, folder, quiet=quiet, resumed=resumed, say=say, task=task)
     if started.calibration is not None:
-        started.calibration.save(folder / CALIBRATION)
+        started.calibration.save(folder / CALIBRATION_FILE)
     trained = _train(started, checkpoint, quiet)
     validation = None if trained.task.validation is None else trained.measures("validation")
     measures = trained.measures("test")

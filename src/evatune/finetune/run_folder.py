@@ -20,10 +20,11 @@ from evatune.schemas import Damage, brief, naming_file
 from evatune.schemas.run import Evaluation, Result
 from evatune.schemas.text import parse_json, read_text, validate_json
 from evatune.utils.atomic import write_text
+from evatune.utils.names import CALIBRATION_FILE
 from evatune.utils.text import ABSENT, shortened
 
 RESULT, RECIPE, EVALUATION = "result.json", "recipe.json", "evaluation.json"
-CALIBRATION, INITIAL_ADAPTER, CHECKPOINTS = "calibration.safetensors", "start", "checkpoints"
+INITIAL_ADAPTER, CHECKPOINTS = "start", "checkpoints"
 RESUME_ADVICE = "make room, then run the same command again to go on"
 
 
@@ -91,7 +92,7 @@ def finished_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
 
 def read_start(recipe: Recipe, folder: Path) -> Calibration | None:
     """Return the calibration that a run's adapter started from; None without, as in controls."""
-    path = folder / CALIBRATION
+    path = folder / CALIBRATION_FILE
     if not find_method(recipe.method).starts_as_calibrated or not path.is_file():
         return None
     return Calibration.load(path)
@@ -183,7 +184,7 @@ def claimed_run(recipe: Recipe, folder: Path) -> Iterator[None]:
 
 
 def _remove_traces(folder: Path) -> None:
-    for name in (CALIBRATION, INITIAL_ADAPTER, CHECKPOINTS, RECIPE):
+    for name in (CALIBRATION_FILE, INITIAL_ADAPTER, CHECKPOINTS, RECIPE):
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)

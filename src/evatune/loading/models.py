@@ -75,6 +75,7 @@ AUDIO = Medium(
     "audio-classification",
 )
 _MEDIA_FOLDER = "a local folder with config.json, weights and preprocessor_config.json"
+_SAMPLE_TOKENS = 32
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -295,16 +296,16 @@ def adapter_tokenizer(adapter: Path, trust_remote_code: bool = False) -> Any:
         )
 
 
-def sample_batch(loaded: TextModel, count: int = 32, seed: int = 0) -> dict[str, Tensor]:
+def sample_batch(loaded: TextModel) -> dict[str, Tensor]:
     """Return one row of random ordinary tokens, for a forward pass of any text model."""
     config: Any = loaded.model.config
     tokenizer = loaded.tokenizer
     text_config = config.get_text_config()
     vocabulary = getattr(text_config, "vocab_size", None) or len(tokenizer)
-    positions = getattr(text_config, "max_position_embeddings", None) or count
+    positions = getattr(text_config, "max_position_embeddings", None) or _SAMPLE_TOKENS
     usable = range(min(len(tokenizer), vocabulary))
     ordinary = sorted(set(usable) - set(tokenizer.all_special_ids))
-    drawn = random.Random(seed).choices(ordinary, k=min(count, positions))
+    drawn = random.Random(0).choices(ordinary, k=min(_SAMPLE_TOKENS, positions))
     ids = torch.tensor([drawn], dtype=torch.int64, device="cpu")
     if tokenizer.eos_token_id is not None:
         ids[:, -1] = tokenizer.eos_token_id  # where some classifiers look

@@ -17,18 +17,17 @@ from evatune.errors import RecordError
 from evatune.loading.demo import model_id
 from evatune.report.charts import HeatCell, heat_map
 from evatune.report.evaluation import HEADINGS, TITLE
-from evatune.report.summary import split_name, totals_of
+from evatune.report.summary import Figures, by_type, mean_or_none
 from evatune.report.text import LORA_RATE, percent, rate_text
 from evatune.report.vega import picture
 from evatune.utils.extras import extras
 from evatune.utils.markup import markdown_code, markdown_text
-from evatune.utils.names import hub_id
+from evatune.utils.names import ADAPTER_FILE, CALIBRATION_FILE, hub_id
 from evatune.version import __version__
 
 with extras(__name__):
     from yaml import YAMLError
 
-WEIGHTS = "adapter_model.safetensors"
 CARD, PICTURE = "README.md", "ranks.png"
 # Stand in a card until it is pushed, or its base model is known.
 REPOSITORY, _BASE, _UNNAMED = "YOUR-NAME/REPOSITORY", "BASE_MODEL", "a model of your own"
@@ -80,7 +79,7 @@ def card_files(
 
     Raises RecordError for a folder that holds no LoRA adapter, or a damaged one.
     """
-    rows = sorted(adapter_rows(folder / WEIGHTS), key=_place)
+    rows = sorted(adapter_rows(folder / ADAPTER_FILE), key=_place)
     config = read_config(folder)
     card = _card(rows, config, facts, calibration)
     return {
@@ -120,7 +119,7 @@ def pushed_card(folder: Path, repository: str, base_model: str) -> dict[str, byt
     """
     card = own_card(folder)
     if card is None:
-        record = folder / "calibration.safetensors"
+        record = folder / CALIBRATION_FILE
         calibration = Calibration.load(record) if record.is_file() else None
         files = card_files(folder, CardFacts(base_model=base_model), calibration)
     else:
@@ -210,16 +209,16 @@ def _facts(
     }
     if calibration is not None:
         plan = calibration.allocate()
-        figures = totals_of(calibration, plan)
+        totals = Figures.of(calibration, plan).totals
         fields["ρ"] = f"{plan.rho:g}"
         fields["calibrated on"] = f"{calibration.batches} batches"
-        if figures.captured_mean is not None and figures.random_mean is not None:
-            times = figures.captured_mean / figures.random_mean
+        if totals.captured_mean is not None and totals.random_mean is not None:
+            times = totals.captured_mean / totals.random_mean
             fields["energy of unseen rows captured"] = (
-                f"{percent(figures.captured_mean)}, {times:.1f} times a random A of the same ranks"
-                f" ({percent(figures.random_mean)})"
+                f"{percent(totals.captured_mean)}, {times:.1f} times a random A of the same ranks"
+                f" ({percent(totals.random_mean)})"
             )
-        steps = figures.step_ratio.get(facts.scale or "")
+        steps = totals.step_ratio.get(facts.scale or "")
         if facts.scale is not None and steps is not None:
             rate = rate_text(LORA_RATE / steps.median)
             fields["length of A's rows"] = facts.scale
@@ -256,8 +255,7 @@ def _types(rows: Sequence[AdapterRow], calibration: Calibration | None) -> list[
     if calibration is not None:
         captured = calibration.captured({name: ranks[name] for name in ranks if name in known})
     lines = []
-    for kind in dict.fromkeys(split_name(name)[1] for name in ranks):
-        names = [name for name in ranks if split_name(name)[1] == kind]
+    for kind, names in by_type(ranks).items():
         values = [ranks[name] for name in names]
         shares = [captured[name] for name in names if name in captured]
         chance = [ranks[name] / known[name].in_features for name in names if name in known]
@@ -268,8 +266,8 @@ def _types(rows: Sequence[AdapterRow], calibration: Calibration | None) -> list[
                 str(min(values)),
                 f"{fmean(values):.1f}",
                 str(max(values)),
-                percent(fmean(shares) if shares else None),
-                percent(fmean(chance) if chance else None),
+                percent(mean_or_none(shares)),
+                percent(mean_or_none(chance)),
             ]
         )
     return lines

@@ -12,7 +12,8 @@ from typing import Any
 from evatune.calibration.result import Calibration
 from evatune.ranks.allocation import RankPlan
 from evatune.report.colors import Color, ink_on, rgb
-from evatune.report.summary import split_name
+from evatune.report.summary import mean_or_none, split_name
+from evatune.report.text import NONE, or_dash
 from evatune.report.vega import SCHEMA, Spec
 
 # Less than uniform, the same, more. Orange and blue are told apart by all eyes.
@@ -23,7 +24,6 @@ COLORS = ["#3f7fd1", "#e0701a", "#2f9e63", "#c8378f", "#8a6fd1", "#a8842c", "#3a
 _CHANCE = "#8a939c"
 _OUTSIDE = "#7b8794"  # of layers outside blocks
 _MOST_BLOCKS = 150  # across a map, and lines of a kind in a panel
-_UNKNOWN = "–"
 _POINTS = 28  # of a spectrum, more of which no eye sees
 
 
@@ -43,7 +43,7 @@ class HeatCell:
 
     @property
     def text(self) -> str:
-        return _UNKNOWN if self.figure is None else f"{self.figure:.0f}"
+        return or_dash(self.figure, ".0f")
 
 
 # Formats of the facts about a layer that are numbers.
@@ -69,7 +69,7 @@ def heat_map(cells: Sequence[HeatCell], legend: str) -> Spec:
     values: list[dict[str, Any]] = []
     for cell in cells:
         block, kind = split_name(cell.name)
-        position = {"layer": cell.name, "block": block or "–", "type": kind}
+        position = {"layer": cell.name, "block": block or NONE, "type": kind}
         drawn = {
             "text": cell.text,
             "difference": round(cell.difference, 4),
@@ -135,9 +135,8 @@ def _merged_experts(cells: Sequence[HeatCell]) -> list[HeatCell]:
             merged += members
             continue
         figures = [cell.figure for cell in members if cell.figure is not None]
-        figure = fmean(figures) if figures else None
         difference = fmean(cell.difference for cell in members)
-        merged.append(HeatCell(name, figure, difference, {"layers": len(members)}))
+        merged.append(HeatCell(name, mean_or_none(figures), difference, {"layers": len(members)}))
     return merged
 
 
@@ -194,7 +193,7 @@ def spectra(calibration: Calibration, plan: RankPlan) -> Spec:
     for number, names in panels.items():
         about: dict[str, Any] = {"panel": titles[number], "layer": names[0]}
         block = blocks[number]
-        about |= {"depth": depths[block]} if block else {"outside": _UNKNOWN}
+        about |= {"depth": depths[block]} if block else {"outside": NONE}
         shares = calibration.spectra[names[0]].explained_variance_ratio.double().cumsum(0).tolist()
         width = calibration.layers[names[0]].in_features
         rank = min(max(plan.ranks[name] for name in names), len(shares))
@@ -250,7 +249,7 @@ def _spectra_spec(
     outside = {
         "field": "outside",
         "type": "nominal",
-        "scale": {"domain": [_UNKNOWN], "range": [_OUTSIDE]},
+        "scale": {"domain": [NONE], "range": [_OUTSIDE]},
         "legend": {"title": None, "symbolType": "stroke"} if blocks else None,
     }
     by_layer: Spec = {"x": across, "y": up, "detail": {"field": "layer"}}
@@ -324,9 +323,7 @@ class Curve:
     panel: str = ""
 
 
-def curves(
-    lines: Iterable[Curve], title: str, methods: Sequence[str], *, log: bool = False
-) -> Spec:
+def curves(lines: Iterable[Curve], methods: Sequence[str], *, log: bool = False) -> Spec:
     """Return curves over steps, a color per method; a panel each where the lines name panels.
 
     Args:
@@ -343,7 +340,7 @@ def curves(
     panels = list(dict.fromkeys(value["panel"] for value in values))
     log = log and all(value["value"] > 0 for value in values)
     scale = {"type": "log"} if log else {"zero": False}
-    up: Spec = {"field": "value", "type": "quantitative", "title": title, "scale": scale}
+    up: Spec = {"field": "value", "type": "quantitative", "title": "", "scale": scale}
     if log:
         up |= {"axis": {"tickCount": 5, "format": "~g"}}
     elif any(len(figures) == 1 for figures in _figures_of(values).values()):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from evatune.report.text import or_dash
+
 TITLE = "Measured on standard tasks"
 HEADINGS = ("task", "metric", "score", "standard error", "examples")
-SPARE = ("examples", "standard error")
+DROPPABLE = ("examples", "standard error")
 
 
 def evaluation_rows(tasks: Mapping[str, Mapping[str, Any]]) -> list[tuple[Any, ...]]:
@@ -26,10 +28,6 @@ def evaluation_rows(tasks: Mapping[str, Mapping[str, Any]]) -> list[tuple[Any, .
 def evaluation_cells(tasks: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Return the rows as text."""
     return [
-        (name, metric, _text(score, ".4f"), _text(error, ".4f"), _text(examples, ",d"))
+        (name, metric, or_dash(score, ".4f"), or_dash(error, ".4f"), or_dash(examples, ",d"))
         for name, metric, score, error, examples in evaluation_rows(tasks)
     ]
-
-
-def _text(value: float | None, form: str) -> str:
-    return "–" if value is None else f"{value:{form}}"

@@ -96,6 +96,11 @@ def interval_text(test: TTest | None) -> str:
     return f" [{signed(test.interval.low)}, {signed(test.interval.high)}]"
 
 
+def difference_text(mean: float, test: TTest | None) -> str:
+    """Return a difference in hundredths with its 95 % interval: "+0.4 [−0.4, +1.2]"."""
+    return signed(mean) + interval_text(test)
+
+
 def signed(share: float) -> str:
     """Return a share in hundredths: "−0.4"."""
     return with_minus(f"{100 * share:+.1f}")

@@ -11,16 +11,17 @@ from evatune.errors import RecordError
 from evatune.finetune.methods import find_method
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.run_folder import read_evaluation, read_start
-from evatune.report.cards import WEIGHTS, CardFacts, write_card
+from evatune.report.cards import CardFacts, write_card
 from evatune.report.evaluation import evaluation_cells
 from evatune.report.text import score_text
+from evatune.utils.names import ADAPTER_FILE
 
 
 def write_run_card(folder: Path, recipe: Recipe, result: Mapping[str, Any]) -> None:
     """Write the card of a finished run's adapter; nothing where the method has no LoRA adapter."""
     method = find_method(recipe.method)
     adapter = folder / method.saved_as
-    if not (adapter / WEIGHTS).is_file():
+    if not (adapter / ADAPTER_FILE).is_file():
         return
     facts = CardFacts(
         data=recipe.data.source or f"{recipe.domain} / {recipe.task}",

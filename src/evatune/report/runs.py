@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from evatune.report.markdown import markdown_table
 from evatune.report.tables import fitted_table
+from evatune.report.text import NONE
 from evatune.utils.extras import extras
 from evatune.utils.markup import markdown_code, markdown_text
 
@@ -32,7 +33,7 @@ _HEADINGS = (
     "train s",
 )
 # What a narrow terminal does without, the first first.
-_SPARE = (
+_DROPPABLE = (
     *("grad B", "init s", "parameters", "steps to target", "train s"),
     *("seeds", "loss", "learning rate"),
 )
@@ -57,7 +58,7 @@ def comparison_table(terminal: Console, comparison: Comparison) -> Table:
         _HEADINGS,
         [*lines, *averages],
         styles=[*styles, *("" for _ in averages)],
-        spare=_SPARE,
+        droppable=_DROPPABLE,
         sections=sections,
         notes=["comparison.md has them.", *_caption(comparison)],
     )
@@ -65,20 +66,10 @@ def comparison_table(terminal: Console, comparison: Comparison) -> Table:
 
 def comparison_markdown(comparison: Comparison, command: str) -> str:
     """Return the same table as Markdown, under the command that made it."""
-    lines = [
-        markdown_code(command),
-        "",
-        "| " + " | ".join(_HEADINGS) + " |",
-        "|---|---" + "|---:" * (len(_HEADINGS) - 2) + "|",
-    ]
-    for task in comparison.targets:
-        lines += map(_markdown_row, _rows(comparison, task))
-    lines += map(_markdown_row, _averages(comparison))
-    return "\n".join([*lines, "", *map(markdown_text, _caption(comparison))]) + "\n"
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(markdown_text, cells)) + " |"
+    rows = [row for task in comparison.targets for row in _rows(comparison, task)]
+    table = markdown_table(_HEADINGS, [*rows, *_averages(comparison)], words=2)
+    caption = map(markdown_text, _caption(comparison))
+    return "\n".join([markdown_code(command), "", *table, "", *caption]) + "\n"
 
 
 def _rows(comparison: Comparison, task: str) -> list[list[str]]:
@@ -127,19 +118,19 @@ def _cells(line: MethodSummary, chosen: bool) -> list[str]:
     return [
         line.task,
         line.method,
-        _spread(line.score, ".3f"),
-        _spread(line.eval_loss, ".3f"),
+        _mean_std(line.score, ".3f"),
+        _mean_std(line.eval_loss, ".3f"),
         f"{line.learning_rate:g}{' *' if chosen else '  '}",
         str(line.seeds),
-        "–" if line.steps_to_target is None else _spread(line.steps_to_target, ".0f"),
-        _spread(line.trainable_parameters, ",.0f"),
-        "–" if line.first_gradient_b is None else _spread(line.first_gradient_b, ".3g"),
-        _spread(line.init_seconds, ".1f"),
-        _spread(line.train_seconds, ".1f"),
+        NONE if line.steps_to_target is None else _mean_std(line.steps_to_target, ".0f"),
+        _mean_std(line.trainable_parameters, ",.0f"),
+        NONE if line.first_gradient_b is None else _mean_std(line.first_gradient_b, ".3g"),
+        _mean_std(line.init_seconds, ".1f"),
+        _mean_std(line.train_seconds, ".1f"),
     ]
 
 
-def _spread(value: MeanStd, form: str) -> str:
+def _mean_std(value: MeanStd, form: str) -> str:
     return f"{value.mean:{form}}" + (
         "" if value.deviation is None else f" ± {value.deviation:{form}}"
     )

@@ -1,12 +1,13 @@
-"""One row per layer: what the tables, the page and `--json` show."""
+"""Figures of a calibration by layer, by layer type and in all, for tables, pages and `--json`."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
-from statistics import median
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
 from typing import Any
 
 from evatune.calibration.result import Calibration
@@ -166,6 +167,76 @@ def split_name(name: str) -> tuple[str, str]:
     return ".".join([match.group(1), *inner]), kind or name
 
 
+def by_type(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return layer type → names of its layers, in the order in which they come."""
+    types: dict[str, list[str]] = {}
+    for name in names:
+        types.setdefault(split_name(name)[1], []).append(name)
+    return types
+
+
+@dataclass(frozen=True)
+class TypeRow:
+    """The ranks and energies of all layers of a type; None where nothing is known.
+
+    Attributes:
+        type: as in `LayerRow`. participation_ratio: the median. parameters: the sum.
+        captured_mean, captured_worst: shares of the energy of unseen rows. random_mean: what random
+            directions are expected to hold.
+        statuses: with their counts, such as "3 converged, 1 drifting".
+    """
+
+    type: str
+    layers: int
+    rank_min: int
+    rank_mean: float
+    rank_max: int
+    participation_ratio: float | None
+    parameters: int
+    captured_mean: float | None
+    captured_worst: float | None
+    random_mean: float
+    missed_worst: float | None
+    statuses: str
+
+    @property
+    def times_random(self) -> float | None:
+        """How many times as much of the energy they capture as random directions would."""
+        if not self.captured_mean or not self.random_mean:
+            return None
+        return self.captured_mean / self.random_mean
+
+
+def type_rows(rows: Sequence[LayerRow]) -> list[TypeRow]:
+    """Return a row per layer type, in the order of their first layers."""
+    types: dict[str, list[LayerRow]] = {}
+    for row in rows:
+        types.setdefault(row.type, []).append(row)
+    return [_type_row(layer_type, members) for layer_type, members in types.items()]
+
+
+def _type_row(layer_type: str, members: Sequence[LayerRow]) -> TypeRow:
+    ranks = [row.rank for row in members]
+    captured = [row.captured for row in members if row.captured is not None]
+    missed = [row.estimated_missed for row in members if row.estimated_missed is not None]
+    participation = [row.participation_ratio for row in members if row.participation_ratio]
+    counts = Counter(row.status for row in members)
+    return TypeRow(
+        type=layer_type,
+        layers=len(members),
+        rank_min=min(ranks),
+        rank_mean=fmean(ranks),
+        rank_max=max(ranks),
+        participation_ratio=median(participation) if participation else None,
+        parameters=sum(row.parameters for row in members),
+        captured_mean=mean_or_none(captured),
+        captured_worst=min(captured, default=None),
+        random_mean=fmean(row.random for row in members),
+        missed_worst=max(missed, default=None),
+        statuses=", ".join(f"{count} {status}" for status, count in counts.items()),
+    )
+
+
 @dataclass(frozen=True)
 class Spread:
     """The median and the ends of some figures."""
@@ -177,7 +248,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Totals:
-    """The figures below the table of layers; None where nothing is known.
+    """The figures below the table of layers, also in `--json`; None where nothing is known.
 
     Attributes:
         layers_with_rank: layers that get a rank; means, worst shares and spreads are over these.
@@ -215,14 +286,39 @@ class Totals:
         return self.parameters / self.uniform_parameters - 1 if self.uniform_parameters else 0.0
 
 
-def totals(calibration: Calibration, plan: RankPlan) -> dict[str, Any]:
-    """Return the figures below the table for `--json`."""
-    return asdict(totals_of(calibration, plan))
+@dataclass(frozen=True)
+class Figures:
+    """All that is shown of a calibration, computed once.
+
+    Attributes:
+        problem: why no ranks can be given; None where they are.
+        rows: one per layer, in model order.
+    """
+
+    calibration: Calibration
+    plan: RankPlan
+    problem: str | None
+    rows: Sequence[LayerRow]
+    totals: Totals
+
+    @classmethod
+    def of(cls, calibration: Calibration, plan: RankPlan | None = None) -> Figures:
+        """Return the figures with the ranks of a plan. Default: `plan_of` the calibration."""
+        problem = None
+        if plan is None:
+            plan, problem = plan_of(calibration)
+        rows = layer_rows(calibration, plan)
+        return cls(calibration, plan, problem, rows, _totals(calibration, plan, rows))
+
+    @property
+    def known_mean(self) -> float | None:
+        """The mean over layers with a rank of the shares that `LayerRow.known` gives."""
+        shares = [row.known for row in self.rows if row.rank]
+        return mean_or_none([share for share in shares if share is not None])
 
 
-def totals_of(calibration: Calibration, plan: RankPlan) -> Totals:
-    """Return the figures below the table."""
-    rows = [row for row in layer_rows(calibration, plan) if row.rank]
+def _totals(calibration: Calibration, plan: RankPlan, every_row: Sequence[LayerRow]) -> Totals:
+    rows = [row for row in every_row if row.rank]
     captured = calibration.captured(plan.ranks).values()
     ratios = [ratio for row in rows if (ratio := row.of_achievable) is not None]
     participation = [row.participation_ratio for row in rows if row.participation_ratio]
@@ -239,18 +335,23 @@ def totals_of(calibration: Calibration, plan: RankPlan) -> Totals:
         budget_spent=plan.spent,
         parameters=plan.parameters,
         uniform_parameters=plan.uniform_parameters,
-        captured_mean=sum(captured) / len(captured) if captured else None,
-        captured_worst=min(captured) if captured else None,
-        random_mean=sum(row.random for row in rows) / len(rows) if rows else None,
+        captured_mean=mean_or_none(captured),
+        captured_worst=min(captured, default=None),
+        random_mean=mean_or_none([row.random for row in rows]),
         estimated_missed=calibration.estimated_missed,
-        of_achievable_mean=sum(ratios) / len(ratios) if ratios else None,
-        of_achievable_worst=min(ratios) if ratios else None,
+        of_achievable_mean=mean_or_none(ratios),
+        of_achievable_worst=min(ratios, default=None),
         participation_ratio=_spread(participation),
         layers_above_pr=sum(row.rank > (row.participation_ratio or math.inf) for row in rows),
         step_ratio={
             scale: _spread(calibration.step_ratios(scale, plan).values()) for scale in SCALES
         },
     )
+
+
+def mean_or_none(values: Collection[float]) -> float | None:
+    """Return the mean; None where there are no values."""
+    return fmean(values) if values else None
 
 
 def _spread(values: Collection[float]) -> Spread | None:

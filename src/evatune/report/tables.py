@@ -8,9 +8,8 @@ from typing import Any
 from evatune.adapters.saved import AdapterRow
 from evatune.calibration.result import Calibration
 from evatune.choices import SCALES
-from evatune.ranks.allocation import RankPlan
-from evatune.report.evaluation import HEADINGS, SPARE, TITLE, evaluation_cells
-from evatune.report.summary import LayerRow, layer_rows, plan_of
+from evatune.report.evaluation import DROPPABLE, HEADINGS, TITLE, evaluation_cells
+from evatune.report.summary import Figures, LayerRow
 from evatune.report.text import (
     LAYER_HEADINGS,
     TYPE_HEADINGS,
@@ -50,13 +49,11 @@ def show_calibration(
     Args:
         scales: for which the learning rates are told.
     """
-    plan, _ = plan_of(calibration)
-    terminal.print(calibration_table(terminal, calibration, plan))
-    terminal.print(
-        plain(verdict(calibration, plan)), style="bold", soft_wrap=not terminal.is_terminal
-    )
+    figures = Figures.of(calibration)
+    terminal.print(layers_table(terminal, figures.rows))
+    terminal.print(plain(verdict(figures)), style="bold", soft_wrap=not terminal.is_terminal)
     terminal.print()
-    say(terminal, *summary_lines(calibration, plan, scales))
+    say(terminal, *summary_lines(figures, scales))
 
 
 def say(terminal: Console, *lines: str) -> None:
@@ -73,35 +70,39 @@ def plain(text: str) -> Text:
     return Text(printable(text))
 
 
-def calibration_table(terminal: Console, calibration: Calibration, plan: RankPlan) -> Table:
+def layers_table(terminal: Console, rows: Sequence[LayerRow]) -> Table:
     """Return a table of layers, or of layer types where layers are too many or too wide."""
-    rows = layer_rows(calibration, plan)
     by_layer = _per_layer(terminal, rows)
     has_types = len({row.type for row in rows}) < len(rows)
     too_wide = has_types and _width(terminal, by_layer) > terminal.width
     return _per_type(terminal, rows) if len(rows) > _LONG or too_wide else by_layer
 
 
-def _per_layer(terminal: Console, rows: list[LayerRow]) -> Table:
+def _per_layer(terminal: Console, rows: Sequence[LayerRow]) -> Table:
     styles = ["yellow" if row.attention else "" for row in rows]
-    spare = ("in→out", "rows", "parameters", "explained", "PR", "missed")
+    droppable = ("in→out", "rows", "parameters", "explained", "PR", "missed")
     return fitted_table(
         terminal,
         "What each layer got",
         LAYER_HEADINGS,
         layer_cells(rows),
         styles=styles,
-        spare=spare,
+        droppable=droppable,
     )
 
 
-def _per_type(terminal: Console, rows: list[LayerRow]) -> Table:
-    lines = type_cells(rows)
-    spare = (
+def _per_type(terminal: Console, rows: Sequence[LayerRow]) -> Table:
+    droppable = (
         *("parameters", "layers", "worst", "PR median", "missed worst"),
         *("statuses", "captured mean", "mean"),
     )
-    return fitted_table(terminal, "What each layer type got", TYPE_HEADINGS, lines, spare=spare)
+    return fitted_table(
+        terminal,
+        "What each layer type got",
+        TYPE_HEADINGS,
+        type_cells(rows),
+        droppable=droppable,
+    )
 
 
 def fitted_table(
@@ -111,22 +112,22 @@ def fitted_table(
     lines: Sequence[Sequence[str]],
     *,
     styles: Sequence[str] = (),
-    spare: Sequence[str] = (),
+    droppable: Sequence[str] = (),
     sections: Collection[int] = (),
     notes: Sequence[str] = (_IN_JSON,),
 ) -> Table:
-    """Return a table without as many of the `spare` columns as a narrow terminal asks for.
+    """Return a table without as many of the `droppable` columns as a narrow terminal asks for.
 
     A line below it names those. Where even the others have no room, words are folded and numbers
     stay whole.
 
     Args:
-        styles: of each line. spare: headings, the most dispensable first.
+        styles: of each line. droppable: headings, the most dispensable first.
         sections: places of the lines under which a rule is drawn.
         notes: lines below the table, of which the first says where columns left out are.
     """
-    for dropped in range(len(spare) + 1):
-        gone = spare[:dropped]
+    for dropped in range(len(droppable) + 1):
+        gone = droppable[:dropped]
         table = Table(
             title=title or None,
             title_justify="left",
@@ -164,7 +165,7 @@ def _width(terminal: Console, table: Table) -> int:
 
 def evaluation_table(terminal: Console, tasks: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return a table with a line per metric of each task that a run was measured on."""
-    return fitted_table(terminal, TITLE, HEADINGS, evaluation_cells(tasks), spare=SPARE)
+    return fitted_table(terminal, TITLE, HEADINGS, evaluation_cells(tasks), droppable=DROPPABLE)
 
 
 def adapter_table(terminal: Console, rows: Iterable[AdapterRow]) -> Table:
@@ -182,5 +183,5 @@ def adapter_table(terminal: Console, rows: Iterable[AdapterRow]) -> Table:
         )
         for row in rows
     ]
-    spare = ("parameters", "mean row norm of A", "alpha")
-    return fitted_table(terminal, "Adapter", headings, lines, spare=spare)
+    droppable = ("parameters", "mean row norm of A", "alpha")
+    return fitted_table(terminal, "Adapter", headings, lines, droppable=droppable)

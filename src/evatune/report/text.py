@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from statistics import fmean, median
 from typing import Any
 
 from evatune.calibration.result import Calibration
-from evatune.ranks.allocation import RankPlan
-from evatune.report.summary import LayerRow, Spread, Totals, layer_rows, plan_of, totals_of
+from evatune.report.summary import Figures, LayerRow, Spread, Totals, type_rows
 from evatune.utils.text import shortened
 
+NONE = "–"  # in place of a figure that is not known
 LORA_RATE = 2e-4  # that many users of LoRA bring
 _LITTLE = 2.0  # times a random A, below which there is little that data could say
 _FEW = 100  # examples, below which chance alone moves a score by ten points
@@ -45,7 +43,7 @@ def layer_cells(rows: Sequence[LayerRow]) -> list[tuple[str, ...]]:
             row.name,
             f"{row.spec.in_features}→{row.spec.out_features}",
             str(row.rank),
-            effective(row.participation_ratio),
+            or_dash(row.participation_ratio, ".1f"),
             f"{row.parameters:,}",
             f"{row.rows:,}",
             percent(row.explained),
@@ -59,39 +57,29 @@ def layer_cells(rows: Sequence[LayerRow]) -> list[tuple[str, ...]]:
 
 def type_cells(rows: Sequence[LayerRow]) -> list[tuple[str, ...]]:
     """Return a line of cells per layer type, in the order of `TYPE_HEADINGS`."""
-    lines: list[tuple[str, ...]] = []
-    for layer_type in dict.fromkeys(row.type for row in rows):
-        members = [row for row in rows if row.type == layer_type]
-        ranks = [row.rank for row in members]
-        captured = [row.captured for row in members if row.captured is not None]
-        missed = [row.estimated_missed for row in members if row.estimated_missed is not None]
-        participation = [row.participation_ratio for row in members if row.participation_ratio]
-        counts = Counter(row.status for row in members)
-        lines.append(
-            (
-                layer_type,
-                str(len(members)),
-                str(min(ranks)),
-                f"{sum(ranks) / len(ranks):.1f}",
-                str(max(ranks)),
-                effective(median(participation) if participation else None),
-                f"{sum(row.parameters for row in members):,}",
-                percent(sum(captured) / len(captured) if captured else None),
-                percent(min(captured, default=None)),
-                percent(max(missed, default=None)),
-                ", ".join(f"{n} {status}" for status, n in counts.items()),
-            )
+    return [
+        (
+            row.type,
+            str(row.layers),
+            str(row.rank_min),
+            f"{row.rank_mean:.1f}",
+            str(row.rank_max),
+            or_dash(row.participation_ratio, ".1f"),
+            f"{row.parameters:,}",
+            percent(row.captured_mean),
+            percent(row.captured_worst),
+            percent(row.missed_worst),
+            row.statuses,
         )
-    return lines
+        for row in type_rows(rows)
+    ]
 
 
-def verdict(calibration: Calibration, plan: RankPlan) -> str:
+def verdict(figures: Figures) -> str:
     """Return the result in one sentence."""
-    problem = plan_of(calibration)[1] if not plan.spent else None
-    if problem:
-        return f"No ranks can be given: {problem}."
-    figures = totals_of(calibration, plan)
-    share, of_random = mean_captured(calibration, plan), figures.random_mean
+    if figures.problem:
+        return f"No ranks can be given: {figures.problem}."
+    share, of_random = figures.known_mean, figures.totals.random_mean
     if share is None or not of_random:
         return "Nothing is known of what the directions hold: no row was seen."
     ratio = share / of_random
@@ -101,8 +89,8 @@ def verdict(calibration: Calibration, plan: RankPlan) -> str:
     )
     if ratio < _LITTLE:
         return f"{held}: there is little to gain over LoRA's own start here."
-    if not is_settled(calibration):
-        missed = percent(calibration.estimated_missed)
+    if not is_settled(figures.calibration):
+        missed = percent(figures.totals.estimated_missed)
         return f"{held}; they may miss {missed} of what the best ones hold: read more batches."
     return f"{held}: ready to train."
 
@@ -113,49 +101,42 @@ def is_settled(calibration: Calibration) -> bool:
     return missed is None or missed <= max(_SETTLED, calibration.config.tolerance)
 
 
-def mean_captured(calibration: Calibration, plan: RankPlan) -> float | None:
-    """Return what the ranks' directions hold of the energy, mean over layers; None unknown."""
-    rows = [row for row in layer_rows(calibration, plan) if row.rank]
-    shares = [share for row in rows if (share := row.known) is not None]
-    return fmean(shares) if shares else None
-
-
-def summary_lines(calibration: Calibration, plan: RankPlan, scales: Sequence[str]) -> list[str]:
+def summary_lines(figures: Figures, scales: Sequence[str]) -> list[str]:
     """Return the lines below the table; one has the learning rates that belong to `scales`."""
-    figures = totals_of(calibration, plan)
+    totals, statuses = figures.totals, figures.calibration.status
     lines = [
         (
-            f"{figures.layers} layers with {figures.distinct_inputs} distinct inputs,"
-            f" {figures.batches} batches; {figures.ranks} ranks, {figures.parameters:,} parameters"
-            f" ({signed_percent(figures.parameter_change)} against LoRA of rank {plan.rank}"
-            " everywhere)"
+            f"{totals.layers} layers with {totals.distinct_inputs} distinct inputs,"
+            f" {totals.batches} batches; {totals.ranks} ranks, {totals.parameters:,} parameters"
+            f" ({signed_percent(totals.parameter_change)} against LoRA of rank"
+            f" {figures.plan.rank} everywhere)"
         ),
     ]
-    if figures.captured_mean is not None:
+    if totals.captured_mean is not None:
         lines.append(
             "Energy of unseen rows inside the chosen directions:"
-            f" {percent(figures.captured_mean)} on average,"
-            f" {percent(figures.captured_worst)} in the worst layer;"
-            f" {percent(figures.of_achievable_mean)} and {percent(figures.of_achievable_worst)} of"
+            f" {percent(totals.captured_mean)} on average,"
+            f" {percent(totals.captured_worst)} in the worst layer;"
+            f" {percent(totals.of_achievable_mean)} and {percent(totals.of_achievable_worst)} of"
             " what the same ranks explain of the rows that chose them"
         )
-    if figures.estimated_missed is not None:
+    if totals.estimated_missed is not None:
         lines.append(
-            f"Estimated miss: {percent(figures.estimated_missed)} of the energy that the best"
+            f"Estimated miss: {percent(totals.estimated_missed)} of the energy that the best"
             " directions would capture of fresh data, as a mean over the ranks"
         )
-    lines += _lines_of_steps(figures, scales)
-    for status in dict.fromkeys(calibration.status.values()):
+    lines += _lines_of_steps(totals, scales)
+    for status in dict.fromkeys(statuses.values()):
         if status != "converged":
-            names = [name for name, other in calibration.status.items() if other == status]
+            names = [name for name, other in statuses.items() if other == status]
             advice = status.advice[0].upper() + status.advice[1:]
             lines.append(f"{status}: {shortened(names, 3)}. {advice}.")
     return lines
 
 
-def _lines_of_steps(figures: Totals, scales: Sequence[str]) -> list[str]:
+def _lines_of_steps(totals: Totals, scales: Sequence[str]) -> list[str]:
     """Return what the spectra say about the learning rate, and about what there is to gain."""
-    steps = {scale: figures.step_ratio[scale] for scale in scales}
+    steps = {scale: totals.step_ratio[scale] for scale in scales}
     rates = [
         f"{rate_text(LORA_RATE / spread.median)} at scale={scale}, where κ is {in_words(spread)}"
         for scale, spread in steps.items()
@@ -167,12 +148,12 @@ def _lines_of_steps(figures: Totals, scales: Sequence[str]) -> list[str]:
             f"A LoRA rate of {rate_text(LORA_RATE)} corresponds to {'; '.join(rates)}. B's first"
             " steps change the outputs κ times as much as LoRA's"
         )
-    participation = figures.participation_ratio
+    participation = totals.participation_ratio
     if participation is not None:
         lines.append(
             "Participation ratio PR, the effective number of directions that an input has:"
-            f" {in_words(participation)}; the rank is above it in {figures.layers_above_pr} of"
-            f" {figures.layers_with_rank} layers"
+            f" {in_words(participation)}; the rank is above it in {totals.layers_above_pr} of"
+            f" {totals.layers_with_rank} layers"
         )
     return lines
 
@@ -212,14 +193,14 @@ def rate_text(rate: float) -> str:
     return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
 
-def effective(number: float | None) -> str:
-    """Return an effective number of directions for people; a dash where there is none."""
-    return "–" if number is None else f"{number:.1f}"
+def or_dash(value: float | None, form: str) -> str:
+    """Return a figure for people; a dash where there is none."""
+    return NONE if value is None else f"{value:{form}}"
 
 
 def percent(share: float | None) -> str:
     """Return a share in [0, 1] for people; a dash where there is none."""
-    return "–" if share is None else f"{share:.1%}"
+    return or_dash(share, ".1%")
 
 
 def signed_percent(share: float) -> str:

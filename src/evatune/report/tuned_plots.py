@@ -15,6 +15,7 @@ from evatune.finetune.recipe import REFERENCE
 from evatune.report.evidence import signed
 from evatune.report.plots import STYLE
 from evatune.report.summary import split_name
+from evatune.report.text import NONE
 from evatune.utils.extras import extras
 from evatune.utils.markup import plot_text
 
@@ -323,7 +324,7 @@ def _rank_panel(axes: Axes, cell: Cell) -> None:
             blocks.index(block), types.index(kind), str(ranks[name]),
             ha="center", va="center", color=shade, fontsize=7,
         )  # fmt: skip
-    axes.set_xticks(range(len(blocks)), [plot_text(block or "–") for block in blocks], fontsize=8)
+    axes.set_xticks(range(len(blocks)), [plot_text(block or NONE) for block in blocks], fontsize=8)
     axes.set_yticks(range(len(types)), [plot_text(kind) for kind in types], fontsize=8)
     axes.set_title(plot_text(cell.task), loc="left", fontsize=9)
 

@@ -11,6 +11,7 @@ from evatune.ranks.allocation import RankPlan
 from evatune.report.colors import ink_on
 from evatune.report.plots import STYLE
 from evatune.report.summary import plan_of, split_name
+from evatune.report.text import NONE
 from evatune.sketch.spectrum import Spectrum
 from evatune.utils.extras import extras
 from evatune.utils.markup import plot_text
@@ -97,7 +98,7 @@ def _(plan: RankPlan, ax: Axes) -> None:
                 red, green, blue = grounds[down, across, :3].tolist()
                 ink = ink_on((red, green, blue), _INK)
                 ax.text(across, down, f"{rank:.0f}", ha="center", va="center", color=ink)
-    ax.set_xticks(range(len(blocks)), [plot_text(block) or "–" for block in blocks])
+    ax.set_xticks(range(len(blocks)), [plot_text(block) or NONE for block in blocks])
     ax.set_yticks(range(len(types)), [plot_text(layer_type) for layer_type in types])
     ax.set_xlabel("block")
     bar = ax.figure.colorbar(image, ax=ax, ticks=[0, plan.rank, most])

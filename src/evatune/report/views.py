@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from evatune.calibration.result import Calibration
 from evatune.ranks.allocation import RankPlan
-from evatune.report.summary import layer_rows, plan_of, split_name
+from evatune.report.summary import Figures, by_type, layer_rows, plan_of, split_name
 from evatune.report.text import (
     LAYER_HEADINGS,
     TYPE_HEADINGS,
@@ -92,21 +92,19 @@ def view_of(value: Any) -> View:
 
 @view_of.register(Calibration)
 def _(calibration: Calibration) -> View:
-    plan, _ = plan_of(calibration)
-    rows = layer_rows(calibration, plan)
-    if len(rows) <= _FEW:
-        headings, cells = _chosen(_OF_LAYERS, LAYER_HEADINGS, layer_cells(rows))
+    figures = Figures.of(calibration)
+    if len(figures.rows) <= _FEW:
+        headings, cells = _chosen(_OF_LAYERS, LAYER_HEADINGS, layer_cells(figures.rows))
     else:
-        headings, cells = _chosen(_OF_TYPES, TYPE_HEADINGS, type_cells(rows))
-    lines = [verdict(calibration, plan), *summary_lines(calibration, plan, ["matched"])]
+        headings, cells = _chosen(_OF_TYPES, TYPE_HEADINGS, type_cells(figures.rows))
+    lines = [verdict(figures), *summary_lines(figures, ["matched"])]
     return View(repr(calibration).strip("<>"), headings, cells, lines)
 
 
 @view_of.register(RankPlan)
 def _(plan: RankPlan) -> View:
-    ranks: dict[str, list[int]] = {}
-    for name, rank in plan.ranks.items():
-        ranks.setdefault(split_name(name)[1], []).append(rank)
+    types = by_type(plan.ranks)
+    ranks = {kind: [plan.ranks[name] for name in names] for kind, names in types.items()}
     cells = [
         (
             layer_type,

@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path, PurePosixPath
 
+CALIBRATION_FILE = "calibration.safetensors"
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's
 _NAME_BYTES = 255  # of a name, on nearly every file system
 _MOST_PART_BYTES = 100  # of a name's part that comes from a recipe
 

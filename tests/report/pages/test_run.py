@@ -12,8 +12,9 @@ import evatune
 from evatune.finetune.metrics import METRICS
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.recipe_tree import as_tree, parse
-from evatune.finetune.run_folder import CALIBRATION, RECIPE, RESULT, reference_run
+from evatune.finetune.run_folder import RECIPE, RESULT, reference_run
 from evatune.report.pages.run import render
+from evatune.utils.names import CALIBRATION_FILE
 from tests.helpers import Toy, inputs
 from tests.report.pages.helpers import Document, specs
 
@@ -121,7 +122,7 @@ def test_lora_runs_that_diverged_do_not_hide_one_that_did_not(tmp_path: Path) ->
 def test_a_control_does_not_say_that_its_start_is_evas(method: str, tmp_path: Path) -> None:
     recipe = finished(tmp_path / "run", 0.75, method=method)
     calibration = evatune.calibrate(Toy(), inputs(), evatune.CalibrationConfig(rank=4))
-    calibration.save(tmp_path / "run" / CALIBRATION)
+    calibration.save(tmp_path / "run" / CALIBRATION_FILE)
     text = Document(render(tmp_path / "run", recipe)).text
     assert ("The chosen directions hold" in text) == (method == "eva")
 

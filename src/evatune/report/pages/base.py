@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
+from evatune.report.text import or_dash
 from evatune.report.vega import Spec, library
 from evatune.utils.extras import extras
 from evatune.utils.markup import printable, printable_in
@@ -116,7 +117,7 @@ def text_cell(text: str, hint: str = "") -> Cell:
 
 def number_cell(value: float | None, form: str) -> Cell:
     """Return a cell of a number in a form such as ",d" or ".1%"; a dash where there is none."""
-    return Cell(value, "–" if value is None else f"{value:{form}}")
+    return Cell(value, or_dash(value, form))
 
 
 def _part(name: str) -> str:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from statistics import fmean, median
 from typing import Any
 
 from evatune.calibration.result import Calibration
 from evatune.choices import DEFAULT_SCALE
 from evatune.loading.demo import model_id
-from evatune.ranks.allocation import RankPlan
 from evatune.report.charts import HeatCell, heat_map, spectra
 from evatune.report.pages.base import (
-    Cell,
     Chart,
     Page,
     Table,
@@ -23,11 +19,11 @@ from evatune.report.pages.base import (
     number_cell,
     text_cell,
 )
-from evatune.report.summary import LayerRow, layer_rows, totals_of
+from evatune.report.summary import Figures, LayerRow, type_rows
 from evatune.report.text import (
     LORA_RATE,
-    effective,
-    mean_captured,
+    NONE,
+    or_dash,
     percent,
     rate_text,
     signed_percent,
@@ -52,8 +48,7 @@ _MEANING = (
 
 
 def render(
-    calibration: Calibration,
-    plan: RankPlan,
+    figures: Figures,
     settings: Mapping[str, Any],
     scale: str | None = DEFAULT_SCALE,
     command: str = "",
@@ -66,6 +61,7 @@ def render(
         scale: of the rows of A, for what is said about learning rates; None: nothing is said.
         command: what to do next, shown to be copied.
     """
+    calibration, plan = figures.calibration, figures.plan
     source = settings.get("model") or calibration.model
     model = short_name(model_id(source) or source)
     facts = {
@@ -78,70 +74,69 @@ def render(
     page = Page(
         title=f"EVA start for {model}",
         facts={name: value for name, value in facts.items() if value},
-        verdict=verdict(calibration, plan),
+        verdict=verdict(figures),
         command=command,
-        tiles=tiles(calibration, plan, scale),
-        charts=charts(calibration, plan),
-        tables=tables(calibration, plan),
-        notes=notes(calibration, plan, scale),
-        settings=settings_of(calibration, settings),
+        tiles=tiles(figures, scale),
+        charts=charts(figures),
+        tables=tables(figures),
+        notes=notes(figures, scale),
+        settings=recorded_settings(calibration, settings),
     )
     return document(page)
 
 
-def notes(calibration: Calibration, plan: RankPlan, scale: str | None) -> list[str]:
+def notes(figures: Figures, scale: str | None) -> list[str]:
     """Return what a calibration says in sentences, and what its figures mean."""
-    return [*summary_lines(calibration, plan, [scale] if scale else []), *_MEANING]
+    return [*summary_lines(figures, [scale] if scale else []), *_MEANING]
 
 
 def adapter_facts(rank: int, rho: float | None, alpha: Any) -> str:
     """Return "16 / 2 / 32"; a dash for what is not known."""
-    known = ("–" if value is None else f"{value:g}" for value in (rank, rho, alpha))
-    return " / ".join(known)
+    return " / ".join(or_dash(value, "g") for value in (rank, rho, alpha))
 
 
-def settings_of(calibration: Calibration, settings: Mapping[str, Any]) -> dict[str, Any]:
+def recorded_settings(calibration: Calibration, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a run and its calibration, and the versions of what made it."""
     versions = {f"{name} version": value for name, value in calibration.versions.items()}
     return {**settings, **asdict(calibration.config), **versions}
 
 
-def tiles(calibration: Calibration, plan: RankPlan, scale: str | None) -> list[Tile]:
+def tiles(figures: Figures, scale: str | None) -> list[Tile]:
     """Return the figures below the header."""
-    figures = totals_of(calibration, plan)
-    share, of_random = mean_captured(calibration, plan), figures.random_mean
-    seen = "unseen rows'" if figures.captured_mean is not None else "the rows'"
+    totals = figures.totals
+    share, of_random = figures.known_mean, totals.random_mean
+    seen = "unseen rows'" if totals.captured_mean is not None else "the rows'"
     shown = [
         Tile(percent(share), f"of {seen} energy captured, mean over layers"),
         Tile(
-            times(share / of_random) if share is not None and of_random else "–",
+            times(share / of_random) if share is not None and of_random else NONE,
             f"a random A of the same ranks ({percent(of_random)})",
         ),
-        Tile(percent(figures.captured_worst), "captured in the worst layer"),
+        Tile(percent(totals.captured_worst), "captured in the worst layer"),
         Tile(
-            f"{figures.parameters:,}",
-            f"trainable parameters, {signed_percent(figures.parameter_change)} against rank"
-            f" {plan.rank}",
+            f"{totals.parameters:,}",
+            f"trainable parameters, {signed_percent(totals.parameter_change)} against rank"
+            f" {figures.plan.rank}",
         ),
-        Tile(percent(figures.estimated_missed), "estimated miss against the best directions"),
+        Tile(percent(totals.estimated_missed), "estimated miss against the best directions"),
     ]
-    steps = figures.step_ratio.get(scale or "")
+    steps = totals.step_ratio.get(scale or "")
     if steps is not None:
         rate = rate_text(LORA_RATE / steps.median)
         shown.append(Tile(rate, f"learning rate for LoRA's {rate_text(LORA_RATE)} ({scale})"))
     return shown
 
 
-def charts(calibration: Calibration, plan: RankPlan) -> list[Chart]:
+def charts(figures: Figures) -> list[Chart]:
     """Return rank and energy of every layer as maps, and the spectra."""
-    rows = layer_rows(calibration, plan)
+    calibration, plan, rows = figures.calibration, figures.plan, figures.rows
     if not rows:
         return []
-    of_ranks = rank_map(calibration, plan)
+    of_ranks = _rank_map(figures)
     merged = any("layers" in value for value in of_ranks["data"]["values"])
     experts = " Experts of a block share a cell, with their means." if merged else ""
     uniform = f"Uniform LoRA gives {plan.rank} to every layer.{experts}"
-    energies = [_energy_cell(calibration, plan, row) for row in rows]
+    energies = [_energy_cell(figures, row) for row in rows]
     shown = [
         Chart(
             "ranks",
@@ -166,24 +161,24 @@ def charts(calibration: Calibration, plan: RankPlan) -> list[Chart]:
     return shown
 
 
-def rank_map(calibration: Calibration, plan: RankPlan) -> Spec:
+def _rank_map(figures: Figures) -> Spec:
     """Return the rank of every layer as a map."""
     cells = [
         HeatCell(
             row.name,
             row.rank,
-            row.rank - calibration.layers[row.name].uniform_rank(plan.rank),
+            row.rank - _uniform_rank(figures, row),
             _layer_facts(row),
         )
-        for row in layer_rows(calibration, plan)
+        for row in figures.rows
     ]
-    return heat_map(cells, f"ranks against uniform ({plan.rank})")
+    return heat_map(cells, f"ranks against uniform ({figures.plan.rank})")
 
 
-def _energy_cell(calibration: Calibration, plan: RankPlan, row: LayerRow) -> HeatCell:
+def _energy_cell(figures: Figures, row: LayerRow) -> HeatCell:
     share = row.known
     figure = None if share is None else 100 * share
-    return HeatCell(row.name, figure, _gained(calibration, plan, row), _layer_facts(row))
+    return HeatCell(row.name, figure, _gained(figures, row), _layer_facts(row))
 
 
 def _layer_facts(row: LayerRow) -> dict[str, Any]:
@@ -197,39 +192,30 @@ def _layer_facts(row: LayerRow) -> dict[str, Any]:
     }
 
 
-def tables(calibration: Calibration, plan: RankPlan) -> list[Table]:
+def tables(figures: Figures) -> list[Table]:
     """Return a table of layer types, and one of all layers."""
-    rows = layer_rows(calibration, plan)
-    return [_by_type(rows), _by_layer(rows)]
+    return [_by_type(figures.rows), _by_layer(figures.rows)]
 
 
 def _by_type(rows: Sequence[LayerRow]) -> Table:
     headings = ["layer type", "layers", "rank min", "mean", "max", "captured", "random", "times"]
     headings += ["PR median", "parameters", "status"]
-    lines = []
-    for kind in dict.fromkeys(row.type for row in rows):
-        members = [row for row in rows if row.type == kind]
-        ranks = [row.rank for row in members]
-        shares = [share for row in members if (share := row.known) is not None]
-        of_random = fmean(row.random for row in members)
-        share = fmean(shares) if shares else None
-        ratios = [row.participation_ratio for row in members if row.participation_ratio]
-        statuses = Counter(row.status for row in members)
-        lines.append(
-            (
-                text_cell(kind),
-                number_cell(len(members), "d"),
-                number_cell(min(ranks), "d"),
-                number_cell(fmean(ranks), ".1f"),
-                number_cell(max(ranks), "d"),
-                number_cell(share, ".1%"),
-                number_cell(of_random, ".1%"),
-                number_cell(share / of_random if share and of_random else None, ".1f"),
-                number_cell(median(ratios) if ratios else None, ".1f"),
-                number_cell(sum(row.parameters for row in members), ",d"),
-                text_cell(", ".join(f"{count} {status}" for status, count in statuses.items())),
-            )
+    lines = [
+        (
+            text_cell(row.type),
+            number_cell(row.layers, "d"),
+            number_cell(row.rank_min, "d"),
+            number_cell(row.rank_mean, ".1f"),
+            number_cell(row.rank_max, "d"),
+            number_cell(row.captured_mean, ".1%"),
+            number_cell(row.random_mean, ".1%"),
+            number_cell(row.times_random, ".1f"),
+            number_cell(row.participation_ratio, ".1f"),
+            number_cell(row.parameters, ",d"),
+            text_cell(row.statuses),
         )
+        for row in type_rows(rows)
+    ]
     return Table("layer-types", "Layer types", headings, lines)
 
 
@@ -242,7 +228,7 @@ def _by_layer(rows: Sequence[LayerRow]) -> Table:
             number_cell(row.spec.in_features, "d"),
             number_cell(row.spec.out_features, "d"),
             number_cell(row.rank, "d"),
-            Cell(row.participation_ratio, effective(row.participation_ratio)),
+            number_cell(row.participation_ratio, ".1f"),
             number_cell(row.parameters, ",d"),
             number_cell(row.rows, ",d"),
             number_cell(row.explained, ".1%"),
@@ -259,16 +245,20 @@ def _by_layer(rows: Sequence[LayerRow]) -> Table:
     return Table("layers", f"All {len(rows):,} layers", headings, shown, note, marked)
 
 
-def _gained(calibration: Calibration, plan: RankPlan, row: LayerRow) -> float:
+def _gained(figures: Figures, row: LayerRow) -> float:
     """Return the points of energy that a layer holds more than at the uniform rank."""
-    spectrum = calibration.spectra[row.name]
-    uniform = calibration.layers[row.name].uniform_rank(plan.rank)
+    spectrum = figures.calibration.spectra[row.name]
+    uniform = _uniform_rank(figures, row)
     if spectrum.certificate is not None:
         held = [spectrum.certificate.captured(rank) for rank in (row.rank, uniform)]
     else:
         shares = spectrum.explained_variance_ratio
         held = [float(shares[:rank].sum()) for rank in (row.rank, uniform)]
     return 100 * (held[0] - held[1])
+
+
+def _uniform_rank(figures: Figures, row: LayerRow) -> int:
+    return figures.calibration.layers[row.name].uniform_rank(figures.plan.rank)
 
 
 def _data(settings: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from evatune.report.pages.base import (
 )
 from evatune.report.pages.calibration import adapter_facts
 from evatune.report.pages.run import model_name
+from evatune.report.text import NONE
 from evatune.report.verdicts import SUBJECT
 
 _HEADINGS = ["task", "method", "learning rate", "seeds", "score", "±", "loss", "steps to target"]
@@ -174,11 +175,11 @@ def _charts(best: Sequence[MethodSummary], methods: Sequence[str], loss_title: s
             scores(points, methods),
             "Each method at its best rate; the line is a standard deviation over seeds each way.",
         ),
-        Chart("loss", loss_title, curves(losses, "", methods), "Mean over seeds."),
+        Chart("loss", loss_title, curves(losses, methods), "Mean over seeds."),
     ]
     if any(len(curve.points) > 1 for curve in of_score):
         note = "Mean over seeds."
-        shown.append(Chart("score", "Score while training", curves(of_score, "", methods), note))
+        shown.append(Chart("score", "Score while training", curves(of_score, methods), note))
     return shown
 
 
@@ -230,7 +231,7 @@ def _difference_row(line: PairedDifference) -> list[Cell]:
         text_cell(line.task),
         text_cell(line.method),
         Cell(line.mean, f"{signed(line.mean)} points"),
-        text_cell(interval_text(line.test).strip() or "–"),
+        text_cell(interval_text(line.test).strip() or NONE),
         number_cell(len(line.seeds), "d"),
         text_cell(line.outcome or "unknown (one seed)"),
     ]

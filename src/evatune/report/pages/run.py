@@ -34,6 +34,7 @@ from evatune.report.pages.base import (
     number_cell,
     text_cell,
 )
+from evatune.report.summary import Figures
 from evatune.report.text import caution, rate_text, score_text
 from evatune.report.text import verdict as start_verdict
 from evatune.utils.names import short_name
@@ -88,15 +89,15 @@ def render(folder: Path, recipe: Recipe) -> str:
 
 def _with_start(page: Page, calibration: Calibration, recipe: Recipe) -> Page:
     """Return the page with what the calibration found below what the training reached."""
-    plan = calibration.allocate()
+    figures = Figures.of(calibration, calibration.allocate())
     scale = find_method(recipe.method).scale(recipe.adapter.scale)
-    notes = [start_verdict(calibration, plan), *start.notes(calibration, plan, scale)]
+    notes = [start_verdict(figures), *start.notes(figures, scale)]
     return replace(
         page,
-        charts=[*page.charts, *start.charts(calibration, plan)],
-        tables=[*page.tables, *start.tables(calibration, plan)],
+        charts=[*page.charts, *start.charts(figures)],
+        tables=[*page.tables, *start.tables(figures)],
         notes=notes,
-        settings=start.settings_of(calibration, page.settings),
+        settings=start.recorded_settings(calibration, page.settings),
     )
 
 
@@ -194,7 +195,7 @@ def charts(runs: Sequence[FinishedRun], recipe: Recipe) -> list[Chart]:
         ]
         if lines:
             names = [line.method for line in lines]
-            spec = curves(lines, "", names, log=name == "gradients")
+            spec = curves(lines, names, log=name == "gradients")
             shown.append(Chart(name, titles.get(name, title), spec))
     return shown
 

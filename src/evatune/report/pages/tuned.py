@@ -17,8 +17,8 @@ from evatune.report.tuned import (
     METHOD_HEADINGS,
     cell_rows,
     method_rows,
-    protocol,
 )
+from evatune.report.tuned_markdown import protocol
 from evatune.report.verdicts import verdicts
 
 _FEW = 4  # verdicts in large type
@@ -103,7 +103,7 @@ def _charts(groups: Sequence[Group], methods: Sequence[str]) -> list[Chart]:
     for name, title, points_of in parts:
         lines = [Curve(cell.method, points_of(cell), panel) for panel, cell in named]
         if any(len(line.points) > 1 for line in lines):
-            spec = curves(lines, "", methods)
+            spec = curves(lines, methods)
             shown.append(Chart(name, title, spec, "Mean over test seeds, at the tuned rates."))
     return shown
 

@@ -39,7 +39,7 @@ def draw_among_shapes(rng: np.random.Generator, label: int, wanted: Any) -> Any:
     """
     others = [outline for outline in SHAPES if outline is not wanted]
     image, ink = ground_and_ink(rng)
-    for cell in filled_cells(rng, label, CELLS, others=3):
+    for cell in filled_cells(rng, label, CELLS):
         outline = wanted if cell == label else others[rng.integers(len(others))]
         center = cell_middle(cell, CELLS) + complex(*rng.uniform(-0.8, 0.8, 2))
         radius, angle = rng.uniform(3, 4.2), rng.uniform(0, TURN)
@@ -55,7 +55,7 @@ def draw_ring(rng: np.random.Generator, label: int) -> Any:
     """
     ground, ink = ground_and_ink(rng)
     fine = Image.new("L", (_FINE * SIDE, _FINE * SIDE))
-    for cell in filled_cells(rng, label, CELLS, others=3):
+    for cell in filled_cells(rng, label, CELLS):
         center = cell_middle(cell, CELLS) + complex(*rng.uniform(-0.6, 0.6, 2))
         reach = rng.uniform(2.8, 3.8) * complex(1, 1)
         corners = [_FINE * (center - reach), _FINE * (center + reach)]
@@ -70,10 +70,10 @@ def draw_ring(rng: np.random.Generator, label: int) -> Any:
     return finish(rng, paint(ground, fine, ink), noise=0.05)
 
 
-def filled_cells(rng: np.random.Generator, label: int, side: int, *, others: int) -> list[int]:
-    """Return the cell of the label, and as many other cells as are to be filled, at random."""
+def filled_cells(rng: np.random.Generator, label: int, side: int) -> list[int]:
+    """Return the cell of the label, and three others at random."""
     free = [cell for cell in rng.permutation(side**2).tolist() if cell != label]
-    return [label, *free[:others]]
+    return [label, *free[:3]]
 
 
 def cell_middle(cell: int, side: int) -> complex:

@@ -34,7 +34,7 @@ def draw(rng: np.random.Generator, label: int, pictures: Pictures) -> Any:
     ground, ink = ground_and_ink(rng)
     fine = Image.new("L", (2 * SIDE, 2 * SIDE))
     others = [digit for digit in range(10) if digit != WANTED]
-    for cell in filled_cells(rng, label, CELLS, others=3):
+    for cell in filled_cells(rng, label, CELLS):
         choices = pictures[WANTED if cell == label else others[rng.integers(len(others))]]
         picture = choices[int(rng.integers(len(choices)))]
         side = int(rng.integers(15, 18))
