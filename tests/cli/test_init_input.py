@@ -244,7 +244,7 @@ def test_a_bad_option_is_named_with_what_is_allowed(
         ("blank.txt", b"\n\n  \n\t\n", ["blank.txt' holds no text", "give data"]),
         ("blank.csv", b"text,label\n,1\n , 2\n", ["blank.csv' holds no text", "'text'"]),
         ("two.csv", b"a,b\nx,y\n", ["2 columns of strings (a, b)", "--columns"]),
-        ("numbers.csv", b"a,b\n1,2\n", ["no column 'text'", "0 columns of strings"]),
+        ("numbers.csv", b"a,b\n1,2\n", ["none of the columns of", "(a, b) holds texts"]),
         ("torn.jsonl", b'{"text": "a"}\n{"text"', ["torn.jsonl'", "JSON"]),
         ("quote.csv", b'text,b\n"a,2\n3,4\n', ["quote.csv'", "EOF inside string"]),
         ("fake.parquet", b"PAR1 but not really", ["fake.parquet'", "Parquet"]),

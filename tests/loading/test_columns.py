@@ -105,7 +105,7 @@ def test_rows_without_an_answer_are_left_out(tmp_path: Path) -> None:
         ([{"text": "x"}], ("words",), "has no column 'words'; it has text"),
         ([{"chosen": "a", "rejected": "b", "prompt": "c"}], (), "preferences .*DPOTrainer"),
         ([{"a": "x", "b": "y"}], (), r"2 columns of strings \(a, b\); say which with --columns"),
-        ([{"a": 1}], (), "0 columns of strings"),
+        ([{"a": 1}], (), "none of the columns"),
     ],
     ids=range(10),
 )

@@ -293,9 +293,9 @@ def _only_string_column(table: Any, origin: Origin, ignored: Sequence[str]) -> s
         return names[0]
     if not names:
         raise DataError(
-            f"{origin.source!r} has no column 'text' and 0 columns of strings (it has"
-            f" {listed(table.column_names)}); give chats (messages), prompts with completions, or"
-            " texts"
+            f"none of the columns of {origin.source!r} ({listed(table.column_names)}) holds texts;"
+            f" give data with a column 'text', with chats (messages), or with prompts and"
+            " completions"
         )
     has_header = kind_of(Path(origin.source)) in ("csv", "tsv")
     header = "; the first line of such a file must name its columns" if has_header else ""

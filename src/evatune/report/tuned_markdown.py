@@ -129,7 +129,7 @@ def protocol(summary: TunedSummary) -> list[str]:
         (unsettled, "have fewer than three tuning seeds at the chosen rate"),
         (untested, "have no test yet at the chosen rate"),
         (lost, "diverged at every rate, or have no run that chooses one"),
-        (tested_before, "have earlier tests, at a rate that more runs showed not to be the best"),
+        (tested_before, "were tested before, at a rate that later runs showed not to be the best"),
     ):
         if members:
             names = ", ".join(f"{cell.method} on {cell.task}" for cell in members[:8])

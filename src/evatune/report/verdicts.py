@@ -172,8 +172,8 @@ def _precision(groups: Sequence[Group]) -> Verdict:
     return Verdict(
         claim,
         outcome,
-        f"{width}, and {FULL} fine-tuning is {_apart(full.mean)} {REFERENCE}: half of that, or"
-        f" {_size(_PRECISE)}, is narrow enough.",
+        f"{width}, and {FULL} fine-tuning is {_apart(full.mean)} {REFERENCE}; half of that is"
+        f" precise enough, and so are {_size(_PRECISE)} points.",
     )
 
 

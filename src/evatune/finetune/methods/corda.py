@@ -83,7 +83,7 @@ METHODS = (
     Corda(
         "corda",
         least_width=1,
-        about="A·B is a part of W by the inputs' covariance",
+        about="B·A is a part of W by the inputs' covariance",
         source="Yang et al. 2024",
     ),
 )

@@ -70,7 +70,7 @@ METHODS = (
         "lora-one",
         {"use_rslora": True},
         least_width=1,
-        about="A·B as one step of gradient descent",
+        about="B·A as one step of gradient descent",
         source="Zhang et al. 2025, arXiv 2502.01235",
     ),
 )

@@ -39,7 +39,7 @@ METHODS = (
     Milora(
         "milora",
         least_width=1,
-        about="A·B is the smallest singular triplets of W",
+        about="B·A is the smallest singular triplets of W",
         source="Wang et al. 2024, arXiv 2406.09044",
     ),
 )

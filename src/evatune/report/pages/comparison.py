@@ -171,7 +171,7 @@ def _charts(best: Sequence[MethodSummary], methods: Sequence[str], loss_title: s
     shown = [
         Chart(
             "scores",
-            "Score after training",
+            "Test score after training",
             scores(points, methods),
             "Each method at its best rate; the line is a standard deviation over seeds each way.",
         ),
@@ -179,7 +179,9 @@ def _charts(best: Sequence[MethodSummary], methods: Sequence[str], loss_title: s
     ]
     if any(len(curve.points) > 1 for curve in of_score):
         note = "Mean over seeds."
-        shown.append(Chart("score", "Score while training", curves(of_score, methods), note))
+        shown.append(
+            Chart("score", "Score on validation examples", curves(of_score, methods), note)
+        )
     return shown
 
 
