@@ -63,7 +63,8 @@ def initialize_model(
     else:
         run_options = replace(options.run, caps=caps, active=active_positions(lora))
         settings = options.settings(lora, caps)
-        _require_wide_enough(adapter, settings, caps)
+        specs = [target_layer.spec for target_layer in adapter.target_layers]
+        require_wide_enough(specs, settings.redistribution, caps)
         calibration = run(
             outer, adapter.target_layers, batches, settings, process_group, run_options
         )
@@ -182,19 +183,6 @@ def _parameters_stay(
         if adapter.name in target.layer.lora_magnitude_vector:
             return False
     return True
-
-
-def _require_wide_enough(
-    adapter: LoraAdapter, config: CalibrationConfig, caps: Mapping[str, int]
-) -> None:
-    """Raise a BudgetError before any batch for layers too narrow for the ranks to be spent."""
-    require_wide_enough(
-        {target_layer.name: target_layer.spec for target_layer in adapter.target_layers},
-        rank=config.redistribution.rank,
-        rho=config.redistribution.rho,
-        budget=config.budget,
-        caps=caps,
-    )
 
 
 def _fitted(

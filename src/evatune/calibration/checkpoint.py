@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from evatune.choices import is_whole
 from evatune.errors import ConfigError
 from evatune.schemas import Damage, brief, naming_file
 from evatune.utils.outputs import claimed_file
@@ -46,7 +47,7 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+        if not is_whole(self.every) or self.every < 1:
             raise ConfigError(
                 f"checkpoint_every is {self.every!r}; it must be a whole number of at least 1 batch"
             )

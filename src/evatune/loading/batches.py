@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import transformers
 
-from evatune.choices import IGNORED
-from evatune.errors import ConfigError, DataError
+from evatune.choices import IGNORED, require_whole
+from evatune.errors import DataError
 from evatune.loading.encoding import Encoder, as_completion, has_loss, require_rows
 from evatune.loading.pictures import read_picture
 from evatune.loading.records import Chat, Records
@@ -47,13 +47,8 @@ class ShuffledBatches(ABC):
     def require_sizes(self, *names: str) -> None:
         """Raise a ConfigError for a size or a seed out of its range."""
         for name in ("batch_size", *names):
-            value = getattr(self, name)
-            if value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; it must be at least 0")
-        if self.seed >= 2**63:
-            raise ConfigError(f"seed is {self.seed}; it must be below 2 to the power 63")
+            require_whole(name, getattr(self, name), 1)
+        require_whole("seed", self.seed, 0)
 
     def digest(self) -> str:
         """Return a hash of what the rows hold, by which a run that goes on knows its data."""
