@@ -28,6 +28,7 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 BUDGETS: tuple[Budget, ...] = get_args(Budget)
 SKETCH_NAMES: tuple[SketchName, ...] = get_args(SketchName)
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+ON_UNSUPPORTED: tuple[OnUnsupported, ...] = get_args(OnUnsupported)
 
 # Of `evatune.initialize`, `evatune init` and the recipes: the one at which LoRA's usual α and rates
 # are as safe as in LoRA, whatever the width. See docs/learning-rate.md for what was measured.

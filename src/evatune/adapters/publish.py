@@ -15,6 +15,7 @@ from evatune.errors import ConfigError, RecordError
 from evatune.loading.demo import model_id
 from evatune.schemas import naming_file
 from evatune.schemas.text import parse_json, read_text
+from evatune.utils.text import one_line
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What a loader or a reader needs. Records, pages and optimizers hold paths and settings of this
@@ -110,10 +111,9 @@ def push_files(repository: str, content: Mapping[str, bytes | Path], *, private:
         raise ConfigError(_refusal(repository, error)) from error
     # the kinds depend on the HTTP client of this version of huggingface_hub
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(
-            f"cannot push to {repository!r}: the model hub cannot be reached ({reason}); try again"
-            " with a connection"
+            f"cannot push to {repository!r}: the model hub cannot be reached ({one_line(error)});"
+            " try again with a connection"
         ) from error
     return str(address)
 
@@ -130,5 +130,4 @@ def _refusal(repository: str, error: Any) -> str:
             f"the hub does not let this token write to {repository!r} (status {status}); use your"
             " own name or an organization's before the slash, and a token that may write"
         )
-    reason = " ".join(str(error).split())[:200]
-    return f"the hub refused the adapter for {repository!r} ({reason}); try again later"
+    return f"the hub refused the adapter for {repository!r} ({one_line(error)}); try again later"

@@ -13,6 +13,7 @@ from evatune.errors import RecordError
 from evatune.layers import PEFT_PREFIX
 from evatune.scaling import lora_scale
 from evatune.schemas import Damage, brief, naming_file
+from evatune.utils.text import one_line
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -103,8 +104,7 @@ def read_config(folder: Path) -> LoraConfig:
         try:
             config: LoraConfig = LoraConfig.from_peft_type(**fields)
         except (TypeError, ValueError, AttributeError, KeyError, ImportError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise Damage(f"is damaged ({type(error).__name__}: {reason})") from error
+            raise Damage(f"is damaged ({type(error).__name__}: {one_line(error)})") from error
     config.rank_pattern = config.rank_pattern or {}
     config.alpha_pattern = config.alpha_pattern or {}
     return config

@@ -4,34 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from evatune.calibration.checkpoint import Checkpoint
 from evatune.calibration.config import CalibrationConfig
+from evatune.calibration.progress import ProgressFunction
 from evatune.capture.recorder import RowsFunction
 from evatune.errors import ConfigError
 from evatune.modeling.forward import ForwardFunction
 from evatune.modeling.loss import LossFunction
 from evatune.schemas import brief
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The state of a run after a batch, as a `progress` callback receives it."""
-
-    batch: int  # batches done
-    max_batches: int  # bound of the settings, or of the data where it says how long it is
-    rows: int  # most rows any layer has seen
-    settled: int  # layers whose directions have settled, as of the last check
-    layers: int
-    inputs: int = 0  # distinct inputs of these layers, each with one sketch
-    sketch_bytes: int = 0  # memory of the sketches
-
-
-ProgressFunction = Callable[[Progress], None]
-ProgressOption = ProgressFunction | Literal["auto"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +24,7 @@ class RunOptions:
 
     Attributes:
         forward, rows, loss, checkpoint: as for `evatune.calibrate`.
-        progress: called after each batch; `evatune.calibration.progress` makes one of "auto".
+        progress: called after each batch; `progress_callback` makes one of "auto".
         caps: ranks that the stop rule's trial redistribution keeps to, as `allocate` does.
         active: from a batch to the (B, T) positions at which the adapter acts; None: at all.
     """

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from evatune.errors import ProcessError
-from evatune.utils.text import ABSENT, Difference, first_difference
+from evatune.utils.text import ABSENT, Difference, first_difference, one_line
 
 # A process that is not heard of for this long is given up; torch's own default for gloo is three
 # times as long.
@@ -185,7 +185,7 @@ class _DistributedGroup(ProcessGroup):
         """
         if self._busy:
             return
-        reason = " ".join(str(error).split())[:500]
+        reason = one_line(error, most=500)
         try:
             self._gather_text(json.dumps({"error": f"{type(error).__name__}: {reason}"}))
         except ProcessError as lost:

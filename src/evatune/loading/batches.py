@@ -44,10 +44,8 @@ class ShuffledBatches(ABC):
     def collate(self, rows: dict[str, list[Any]]) -> Any:
         """Return the batch of some rows, given by columns; None where nothing of them counts."""
 
-    def require_sizes(self, *names: str) -> None:
-        """Raise a ConfigError for a size or a seed out of its range."""
-        for name in ("batch_size", *names):
-            require_whole(name, getattr(self, name), 1)
+    def __post_init__(self) -> None:
+        require_whole("batch_size", self.batch_size, 1)
         require_whole("seed", self.seed, 0)
 
     def digest(self) -> str:
@@ -98,7 +96,8 @@ class TextBatches(ShuffledBatches):
     classes: str | None = None
 
     def __post_init__(self) -> None:
-        self.require_sizes("max_length")
+        super().__post_init__()
+        require_whole("max_length", self.max_length, 1)
 
     @property
     def table(self) -> Any:
@@ -121,25 +120,28 @@ class TextBatches(ShuffledBatches):
 
 
 @dataclass(frozen=True)
-class AnswerBatches(ShuffledBatches):
+class RecordBatches(ShuffledBatches):
+    """Tokenized batches of shuffled records."""
+
+    encoder: Encoder
+    records: Records
+    batch_size: int
+    seed: int
+
+    @property
+    def table(self) -> Any:
+        return self.records.table
+
+
+@dataclass(frozen=True)
+class AnswerBatches(RecordBatches):
     """Tokenized batches of shuffled records, with a label for each token that is to be learned.
 
     Attributes:
         labels: False: without labels, for models that learn in another way.
     """
 
-    encoder: Encoder
-    records: Records
-    batch_size: int
-    seed: int
     labels: bool = True
-
-    def __post_init__(self) -> None:
-        self.require_sizes()
-
-    @property
-    def table(self) -> Any:
-        return self.records.table
 
     @property
     def template(self) -> str | None:
@@ -164,21 +166,8 @@ class AnswerBatches(ShuffledBatches):
         require_rows([] if batch is None else [batch], self.encoder.origin)
 
 
-@dataclass(frozen=True)
-class TargetBatches(ShuffledBatches):
+class TargetBatches(RecordBatches):
     """Tokenized batches for encoder-decoder models: prompts to read, answers to write as labels."""
-
-    encoder: Encoder
-    records: Records
-    batch_size: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        self.require_sizes()
-
-    @property
-    def table(self) -> Any:
-        return self.records.table
 
     def collate(self, rows: dict[str, list[Any]]) -> Any:
         records = [self.records.record(row) for row in _by_row(rows)]
@@ -206,9 +195,6 @@ class MediaBatches(ShuffledBatches):
     batch_size: int
     seed: int
     classes: str | None = None
-
-    def __post_init__(self) -> None:
-        self.require_sizes()
 
     @property
     def table(self) -> Any:

@@ -2,7 +2,7 @@
 
 `text` reads JSON and YAML, `tensors` safetensors; `record`, `adapter` and `run` say what may be in
 them. All of them raise `Damage`, a clause without the file's name: the caller knows the file, and
-makes a sentence of it with `telling`.
+makes a sentence of it with `raise_with_path`.
 """
 
 from __future__ import annotations

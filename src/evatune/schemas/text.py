@@ -12,6 +12,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from evatune.schemas.damage import Damage, brief
+from evatune.utils.text import one_line
 
 _T = TypeVar("_T")
 
@@ -94,7 +95,7 @@ def parse_yaml(text: str) -> Any:
     try:
         return yaml.load(text, Loader=_PlainLoader)  # a SafeLoader
     except yaml.YAMLError as error:
-        raise Damage(f"is not YAML: {' '.join(str(error).split())[:300]}") from error
+        raise Damage(f"is not YAML: {one_line(error)}") from error
     except Damage:
         raise
     except ValueError as error:  # such as February 30
