@@ -13,7 +13,7 @@ import huggingface_hub
 from evatune.adapters.saved import read_config
 from evatune.errors import ConfigError, RecordError
 from evatune.loading.demo import model_id
-from evatune.schemas import naming_file
+from evatune.schemas import raise_with_path
 from evatune.schemas.text import parse_json, read_text
 from evatune.utils.text import one_line
 
@@ -90,7 +90,7 @@ def published_files(folder: Path, base_model: str) -> dict[str, bytes | Path]:
         for path in sorted(folder.glob(pattern))
         if path.is_file()
     }
-    with naming_file(folder / _CONFIG, "save the adapter again"):
+    with raise_with_path(folder / _CONFIG, "save the adapter again"):
         config = parse_json(read_text(folder / _CONFIG))
     assert isinstance(config, dict)  # as `read_config` found it
     text = json.dumps(config | {"base_model_name_or_path": base_model}, indent=2) + "\n"

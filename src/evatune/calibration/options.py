@@ -15,7 +15,7 @@ from evatune.capture.recorder import RowsFunction
 from evatune.errors import ConfigError
 from evatune.modeling.forward import ForwardFunction
 from evatune.modeling.loss import LossFunction
-from evatune.schemas import brief
+from evatune.schemas import short_repr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +41,12 @@ class RunOptions:
         for name in ("forward", "rows", "loss"):
             function = getattr(self, name)
             if function is not None and not callable(function):
-                raise ConfigError(f"{name} is {brief(function)}; give a function, or leave it out")
+                raise ConfigError(
+                    f"{name} is {short_repr(function)}; give a function, or leave it out"
+                )
         if self.checkpoint is not None and not isinstance(self.checkpoint, Checkpoint):
             raise ConfigError(
-                f"checkpoint is {brief(self.checkpoint)}; give an"
+                f"checkpoint is {short_repr(self.checkpoint)}; give an"
                 " evatune.calibration.Checkpoint(path)"
             )
 
@@ -53,7 +55,7 @@ def require_model(model: Any) -> None:
     """Raise a ConfigError for what is no model."""
     if isinstance(model, nn.Module):
         return
-    what = f"{brief(model)}, a {type(model).__name__}"
+    what = f"{short_repr(model)}, a {type(model).__name__}"
     way = "give a torch.nn.Module, such as get_peft_model returns"
     if hasattr(model, "get_train_dataloader"):
         what, way = "a Trainer", "call evatune.initialize(trainer), or give its model and batches"
@@ -66,7 +68,7 @@ def settings_of(config: CalibrationConfig | None) -> CalibrationConfig:
         return CalibrationConfig()
     if not isinstance(config, CalibrationConfig):
         raise ConfigError(
-            f"config is {brief(config)}, a {type(config).__name__}; give an"
+            f"config is {short_repr(config)}, a {type(config).__name__}; give an"
             " evatune.CalibrationConfig, such as CalibrationConfig(center=True)"
         )
     return config
