@@ -33,7 +33,6 @@ from evatune.loading.demo import demo_data, demo_model
 from evatune.loading.models import load_model
 from evatune.loading.texts import load_texts
 from evatune.sketch import NystromSketch, SketchSettings
-from evatune.sketch.spectrum import principal_angles
 
 RANK, RHO, TIMED_BATCHES, HELD_OUT = 16, 2.0, 16, 16
 LAYERS = r"encoder\..*\.(query|key|value|dense)"
@@ -283,7 +282,9 @@ def stability(model: nn.Module, batches: list[Any]) -> dict[str, float]:
         apart[0].merge(apart[1])
 
         def angle(a: Tensor, b: Tensor, lead: int = lead) -> float:
-            return float(principal_angles(a[:lead], b[:lead]).max())
+            a, b = a[:lead].double(), b[:lead].double()
+            sine = torch.linalg.matrix_norm(a - a @ b.T @ b, 2).clamp(max=1)
+            return float(sine.asin())
 
         base = whole.spectrum().directions
         for key, value in {

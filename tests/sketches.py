@@ -39,3 +39,31 @@ def feed(sketch: Sketch, rows: Tensor, size: int, refresh: bool = True) -> Spect
         if refresh and number & (number - 1) == 0:
             sketch.refresh()
     return sketch.spectrum()
+
+
+def principal_angles(a: Tensor, b: Tensor) -> Tensor:
+    """Return the angles in radians between the row spaces of two orthonormal bases.
+
+    Args:
+        a: (p, d) with orthonormal rows. b: (q, d) likewise.
+
+    Returns:
+        (min(p, q),) float64, ascending. Computed from sines where the cosine is near one
+        (Björck & Golub 1973), so tiny angles are not rounded to 1e-8.
+    """
+    small, large = sorted((a.double(), b.double()), key=len)
+    overlaps = small @ large.T
+    cosines = torch.linalg.svdvals(overlaps).clamp(max=1.0)  # descending, so angles ascend
+    residual = small - overlaps @ large
+    sines = torch.linalg.svdvals(residual).clamp(max=1.0).flip(0)
+    return torch.where(cosines > 0.7, torch.asin(sines), torch.acos(cosines))
+
+
+def captured_energy(directions: Tensor, rows: Tensor) -> float:
+    """Return the share of `‖rows‖²`, rows (n, d), in the span of orthonormal directions (k, d)."""
+    rows = rows.double()
+    total = float(rows.square().sum())
+    if total <= 0:
+        return 0.0
+    projected = rows @ directions.double().T
+    return float(projected.square().sum()) / total

@@ -10,7 +10,7 @@ TYPE_CHECKING = False  # true for type checkers; typing itself takes longer to l
 if TYPE_CHECKING:
     from evatune.api import calibrate, initialize
     from evatune.calibration.config import CalibrationConfig
-    from evatune.calibration.options import Progress
+    from evatune.calibration.progress import Progress
     from evatune.calibration.result import Calibration
     from evatune.calibration.status import Status
     from evatune.errors import EvatuneError
@@ -37,7 +37,7 @@ __getattr__ = names_from(
         "Calibration": "calibration.result",
         "CalibrationConfig": "calibration.config",
         "EvatuneError": "errors",
-        "Progress": "calibration.options",
+        "Progress": "calibration.progress",
         "RankPlan": "ranks.allocation",
         "Spectrum": "sketch.spectrum",
         "Status": "calibration.status",

@@ -12,8 +12,8 @@ from evatune.adapters.options import InitializeOptions, RankOptions
 from evatune.calibration.checkpoint import Checkpoint
 from evatune.calibration.config import CalibrationConfig
 from evatune.calibration.loop import run
-from evatune.calibration.options import ProgressOption, RunOptions, require_model, settings_of
-from evatune.calibration.progress import reported
+from evatune.calibration.options import RunOptions, require_model, settings_of
+from evatune.calibration.progress import ProgressOption, progress_callback
 from evatune.calibration.result import Calibration
 from evatune.capture import find_target_layers
 from evatune.capture.recorder import RowsFunction
@@ -127,7 +127,7 @@ def calibrate(
     device, timeout = model_device(model), settings.rendezvous_timeout
     with (
         ProcessGroup.create(settings.distributed, device, timeout) as process_group,
-        reported(progress, settings) as report,
+        progress_callback(progress, settings) as report,
     ):
         options = RunOptions(
             forward=forward, rows=rows, loss=loss, progress=report, checkpoint=checkpoint
@@ -259,7 +259,7 @@ def initialize(
     together = settings.distributed and finished is None
     with (
         ProcessGroup.create(together, device, settings.rendezvous_timeout) as process_group,
-        reported(progress, settings, runs=finished is None) as report,
+        progress_callback(progress, settings, runs=finished is None) as report,
     ):
         options = InitializeOptions(
             ranks=RankOptions(rank=rank, rho=rho, budget=budget, metric=metric),

@@ -6,6 +6,7 @@ Nothing heavy loads here: `--help` lists these names.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from evatune.errors import ConfigError
@@ -27,6 +28,7 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 BUDGETS: tuple[Budget, ...] = get_args(Budget)
 SKETCH_NAMES: tuple[SketchName, ...] = get_args(SketchName)
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+ON_UNSUPPORTED: tuple[OnUnsupported, ...] = get_args(OnUnsupported)
 
 # Of `evatune.initialize`, `evatune init` and the recipes: the one at which LoRA's usual α and rates
 # are as safe as in LoRA, whatever the width. See docs/learning-rate.md for what was measured.
@@ -35,6 +37,16 @@ DEFAULT_RANK, DEFAULT_RHO = 16, 2.0
 
 IGNORED = -100
 """Label of a token that the loss leaves out, by torch's and transformers' convention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankBudget:
+    """How many ranks there are, and by which rule they spread; see `evatune.ranks.allocate`."""
+
+    rank: int
+    rho: float
+    budget: Budget
+    metric: Metric
 
 
 def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -48,9 +60,29 @@ def largest_rank(rank: int, rho: float) -> int:
     return math.floor(rank * rho + 1e-9)
 
 
+def is_number(value: object) -> bool:
+    """Return whether a value is a number that JSON can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> bool:
+    """Return whether a value is a whole number; to Python, True is one."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def require_whole(name: str, value: int, least: int) -> None:
+    """Raise a ConfigError unless the option `name` is a whole number, `least` ≤ value < 2⁶³."""
+    if not is_whole(value):
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+    if value < least:
+        raise ConfigError(f"{name} is {value}; it must be at least {least}")
+    if value >= 2**63:
+        raise ConfigError(f"{name} is {value}; it must be below 2 to the power 63")
+
+
 def require_rho(rho: float) -> None:
     """Raise a ConfigError unless 1 ≤ ρ < ∞."""
-    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 1 <= rho < math.inf:
+    if not is_number(rho) or not 1 <= rho < math.inf:
         raise ConfigError(
             f"rho is {rho!r}; it must be a number of at least 1 (1 = no redistribution, 2 = the"
             " usual choice)"

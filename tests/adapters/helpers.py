@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import evatune
+from evatune.adapters.export.merged import load_adapter, merge
 from tests.helpers import tokens
 
 GONE = "model.layers.0.self_attn.q_proj"
@@ -66,3 +68,8 @@ def redistributed(model: Any, *gone: str) -> evatune.Calibration:
 def logits(model: nn.Module) -> Tensor:
     ids = torch.cat([tokens()[0]["input_ids"], torch.arange(48, 60)[None]])
     return model.eval()(input_ids=ids).logits.detach()
+
+
+def merge_adapter(base: nn.Module, adapter: Path) -> nn.Module:
+    """The base model with a saved adapter added into its weights, in place."""
+    return merge(load_adapter(base, adapter), adapter)

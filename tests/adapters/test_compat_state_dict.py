@@ -23,6 +23,7 @@ from tests.helpers import (
     tokens,
 )
 from tests.processes import spawn
+from tests.sketches import principal_angles
 
 torch.set_num_threads(1)
 
@@ -287,5 +288,5 @@ def test_every_process_gets_the_result_of_all_batches(tmp_path: Path) -> None:
         here = own[name]
         assert torch.equal(here, there[name])
         assert len(here) == len(a)
-        assert float(evatune.sketch.spectrum.principal_angles(here, a).max()) < 0.1
+        assert float(principal_angles(here, a).max()) < 0.1
     assert any(not torch.equal(apart[name], own[name]) for name in alone)

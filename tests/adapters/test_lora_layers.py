@@ -15,10 +15,9 @@ from torch import Tensor, nn
 import evatune
 from evatune.adapters.compat import initialize_lora_eva_weights
 from evatune.adapters.export import export_uniform
-from evatune.adapters.export.merged import merge_adapter
 from evatune.errors import AdapterError, ConfigError, TargetError
 from evatune.finetune.methods import METHODS, AdapterSetup
-from evatune.sketch.spectrum import captured_energy
+from tests.adapters.helpers import merge_adapter
 from tests.helpers import matrices, result, round_trip
 from tests.layer_models import (
     CONVS,
@@ -33,6 +32,7 @@ from tests.layer_models import (
     sequences,
     texts,
 )
+from tests.sketches import captured_energy
 
 torch.set_num_threads(1)
 

@@ -15,9 +15,10 @@ import evatune
 from evatune import Calibration, CalibrationConfig, Status
 from evatune.calibration.merge import loss_bounds
 from evatune.errors import ConfigError
-from evatune.sketch.spectrum import Spectrum, captured_energy, principal_angles
+from evatune.sketch.spectrum import Spectrum
 from tests.calibration_shards import SHARDS, of_rows, planted, routed
 from tests.helpers import Toy, inputs
+from tests.sketches import captured_energy, principal_angles
 
 torch.set_num_threads(1)
 

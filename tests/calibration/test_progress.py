@@ -11,7 +11,7 @@ import torch
 
 import evatune
 from evatune import CalibrationConfig
-from evatune.calibration.progress import reported
+from evatune.calibration.progress import progress_callback
 from evatune.errors import ConfigError
 from evatune.utils import progress
 from tests.helpers import Toy, inputs
@@ -74,16 +74,16 @@ def test_another_process_than_the_first_and_none_show_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = CalibrationConfig()
-    with reported(None, config) as report:
+    with progress_callback(None, config) as report:
         assert report is None
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    with reported("auto", config) as report:
+    with progress_callback("auto", config) as report:
         assert report is None
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    with reported("auto", config) as report:
+    with progress_callback("auto", config) as report:
         assert report is not None
-    with reported("auto", config, runs=False) as report:
+    with progress_callback("auto", config, runs=False) as report:
         assert report is None
 
 

@@ -13,8 +13,8 @@ import evatune
 from evatune.capture import RowSelector, input_views
 from evatune.capture.input_views import ConvPatches
 from evatune.errors import DataError
-from evatune.sketch.spectrum import captured_energy
 from tests.layer_models import CONVS, EXACT_6, Words, best, images, moments, patches, texts
+from tests.sketches import captured_energy
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import evatune
 from evatune import CalibrationConfig, Status
 from evatune.errors import LayerError
-from evatune.sketch.spectrum import captured_energy
 from tests.distributed.scenarios import Routed, routed, rows_outside
 from tests.processes import (
     ALL,
@@ -24,6 +23,7 @@ from tests.processes import (
     toy,
     wide,
 )
+from tests.sketches import captured_energy
 
 
 @pytest.mark.parametrize(

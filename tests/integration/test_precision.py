@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import evatune
 from evatune import Calibration, CalibrationConfig, Status
-from evatune.sketch.spectrum import captured_energy
 from tests.helpers import Toy, inputs, tiny_bert
 from tests.quantized import QUANTIZED, batches, plain
+from tests.sketches import captured_energy
 
 torch.set_num_threads(1)
 SETTINGS = CalibrationConfig(rank=4, tolerance=0)

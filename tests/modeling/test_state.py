@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import evatune
-from evatune.calibration.options import Progress
+from evatune.calibration.progress import Progress
 from tests.helpers import EXACT, Toy, inputs, state_of, tiny_llama, tokens
 
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from evatune.choices import METRICS
 from evatune.errors import BudgetError, ConfigError
 from evatune.layers import LayerSpec
-from evatune.ranks.allocation import Candidate, RankPlan, allocate, worth_gained
+from evatune.ranks.allocation import Candidate, RankPlan, allocate, value_gained
 from evatune.sketch.spectrum import InputMoments, Spectrum
 
 torch.set_num_threads(1)
@@ -365,11 +365,11 @@ def test_raw_energies_of_gradients_count_as_sums_over_the_data() -> None:
 def test_ranks_gain_what_their_components_are_worth(metric: str) -> None:
     layers = {"a": candidate([4.0, 2.0, 1.0], 8, 8), "b": candidate([4.0, 2.0, 1.0], 8, 8, 5.0)}
     plan = allocate(layers, rank=1, rho=3, metric=metric)
-    assert worth_gained(layers, plan, plan, {}) == 0
+    assert value_gained(layers, plan, plan, {}) == 0
     for ranks in ({"a": 1, "b": 1}, {"a": 0, "b": 2}, {"a": 2}):
         other = replace(plan, ranks=ranks)
         lost = 1 - value(layers, other) / value(layers, plan) if len(ranks) == 2 else None
-        gained = worth_gained(layers, other, plan, {})
+        gained = value_gained(layers, other, plan, {})
         assert 0 <= gained < 1
         assert lost is None or gained == pytest.approx(lost)
 
@@ -380,7 +380,7 @@ def test_ranks_above_the_usual_cap_gain_by_their_own() -> None:
     plan = allocate(layers, rank=1, rho=1, metric="sum", caps=caps)
     assert plan.ranks == {"a": 3, "b": 1}
     poorer = replace(plan, ranks={"a": 1, "b": 0})
-    gained = worth_gained(layers, poorer, plan, caps)
+    gained = value_gained(layers, poorer, plan, caps)
     assert gained == pytest.approx(1 - (4 / 7) / (7 / 7 + 4 / 4))
 
 
@@ -389,4 +389,4 @@ def test_ranks_that_move_between_equal_components_gain_nothing() -> None:
     plan = allocate(layers, rank=2)
     for a in range(5):
         other = replace(plan, ranks={"a": a, "b": 4 - a})
-        assert worth_gained(layers, other, plan, {}) == pytest.approx(0)
+        assert value_gained(layers, other, plan, {}) == pytest.approx(0)

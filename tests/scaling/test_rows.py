@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import evatune
-from evatune.scaling import completed, scaled_rows, step_ratio
+from evatune.scaling import pad_with_random_rows, scaled_rows, step_ratio
 from evatune.sketch.spectrum import InputMoments
 from tests.helpers import (
     Toy,
@@ -140,7 +140,7 @@ def test_random_rows_are_as_long_as_pefts_at_the_scales_that_match_it(
     spectrum = feed(build("exact", 24, 4), planted(400, 24)[:2], 2)
     rows = scaled_rows(spectrum, 4, scale)
     assert len(rows) == 2
-    norms = completed(rows, 4, scale, seed=0).norm(dim=1)
+    norms = pad_with_random_rows(rows, 4, scale, seed=0).norm(dim=1)
     aim = float(norms[:2].mean()) if length is None else length
     assert torch.allclose(norms[2:], torch.full((2,), aim))
 

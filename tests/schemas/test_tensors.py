@@ -14,7 +14,7 @@ import evatune
 from evatune import Calibration, CalibrationConfig
 from evatune.calibration.checkpoint import Checkpoint
 from evatune.errors import RecordError
-from evatune.schemas import Damage
+from evatune.schemas import FormatError
 from evatune.schemas.tensors import read_header, read_tensors
 from tests.calibration_files import contents, small_calibration
 from tests.helpers import Toy, inputs
@@ -82,5 +82,5 @@ def test_a_header_is_held_against_the_file_before_anything_is_allocated(
     ).encode()
     (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
     for read in (read_header, read_tensors):
-        with pytest.raises(Damage, match=reason):
+        with pytest.raises(FormatError, match=reason):
             read(tmp_path / "x")

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from evatune.sketch import SKETCHES, AdditiveSketch, is_additive
-from evatune.sketch.spectrum import principal_angles
-from tests.sketches import build, feed, planted
+from tests.sketches import build, feed, planted, principal_angles
 
 ADDITIVE = [kind for kind in SKETCHES if is_additive(kind)]
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from evatune.sketch import SKETCHES
-from evatune.sketch.spectrum import captured_energy, principal_angles
-from tests.sketches import build, feed, planted, truth
+from tests.sketches import build, captured_energy, feed, planted, principal_angles, truth
 
 
 @pytest.mark.parametrize("center", [False, True])

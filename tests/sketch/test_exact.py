@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evatune.sketch.spectrum import captured_energy, principal_angles
-from tests.sketches import build, feed, planted, truth
+from tests.sketches import build, captured_energy, feed, planted, principal_angles, truth
 
 
 @pytest.mark.parametrize("norm", [1e3, 1e4])

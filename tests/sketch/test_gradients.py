@@ -10,7 +10,8 @@ from torch import Tensor
 
 from evatune.sketch import Examples, SketchSettings, make_example_sketch
 from evatune.sketch.gradients import GradientSketch
-from evatune.sketch.spectrum import Spectrum, captured_energy
+from evatune.sketch.spectrum import Spectrum
+from tests.sketches import captured_energy
 
 Pair = tuple[Tensor, Tensor]
 

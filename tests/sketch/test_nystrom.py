@@ -10,8 +10,7 @@ from torch import Tensor
 
 from evatune.sketch import SketchSettings, make_sketch
 from evatune.sketch.nystrom import NystromSketch, basis_columns
-from evatune.sketch.spectrum import principal_angles
-from tests.sketches import build, feed, planted, truth
+from tests.sketches import build, feed, planted, principal_angles, truth
 
 
 def test_equal_seeds_give_equal_bits_and_the_seed_matters() -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from evatune.sketch import Examples, SketchSettings, make_example_sketch
 from evatune.sketch.regression import RegressionSketch
-from evatune.sketch.spectrum import Spectrum, captured_energy
+from evatune.sketch.spectrum import Spectrum
+from tests.sketches import captured_energy
 
 
 def sketched(x: Tensor, g: Tensor, components: int, *, parts: int = 4) -> RegressionSketch:

@@ -7,8 +7,8 @@ import torch
 
 from evatune.sketch import SKETCHES
 from evatune.sketch.rows import power_of_two
-from evatune.sketch.spectrum import Spectrum, principal_angles
-from tests.sketches import build, feed, planted, truth
+from evatune.sketch.spectrum import Spectrum
+from tests.sketches import build, feed, planted, principal_angles, truth
 
 
 @pytest.mark.parametrize("center", [False, True])

@@ -10,9 +10,9 @@ import torch
 import evatune
 from evatune import CalibrationConfig
 from evatune.sketch import SKETCHES
-from evatune.sketch.spectrum import InputMoments, empty, principal_angles
+from evatune.sketch.spectrum import InputMoments, empty
 from tests.helpers import Toy, inputs
-from tests.sketches import build, feed, planted
+from tests.sketches import build, feed, planted, principal_angles
 
 
 def test_principal_angles_resolve_what_a_cosine_in_float32_cannot() -> None:

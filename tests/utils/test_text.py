@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from evatune.utils.text import ABSENT, duration, first_difference, folded, shortened, size
+from evatune.utils.text import ABSENT, duration, first_difference, folded, one_line, shortened, size
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,12 @@ def test_the_first_difference_is_named_by_its_keys(
     first: Any, second: Any, difference: Any
 ) -> None:
     assert first_difference(first, second) == difference
+
+
+def test_errors_are_told_in_one_line_and_never_in_none() -> None:
+    assert one_line(ValueError("two\n  lines")) == "two lines"
+    assert one_line(ValueError("long"), most=2) == "lo"
+    assert one_line(TimeoutError()) == "TimeoutError"
 
 
 def test_a_line_is_folded_on_a_terminal_and_whole_in_a_pipe(

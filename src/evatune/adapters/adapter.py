@@ -11,7 +11,12 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import EMBEDDING_LAYER_NAMES, get_pattern_key
 from torch import Tensor, nn
 
-from evatune.adapters.lora_layers import LoraTarget, find_lora_targets, pairs, tied_layers
+from evatune.adapters.lora_layers import (
+    LoraTarget,
+    find_lora_targets,
+    lora_matrix_pairs,
+    tied_layers,
+)
 from evatune.capture import TargetLayer
 from evatune.errors import AdapterError
 from evatune.modeling.wrappers import adapted_inside, peft_name
@@ -81,7 +86,7 @@ class LoraAdapter:
         """Raise an AdapterError for an adapter that is not at its start, which is BA = 0."""
         for target in self.targets:
             # a bias of B may be random before training, as PEFT draws it
-            for a, b, _ in pairs(target.layer, self.name):
+            for a, b, _ in lora_matrix_pairs(target.layer, self.name):
                 # B = 0 as a rule, but A = 0 of embeddings
                 if a.device.type != "meta" and _has_nonzero(b) and _has_nonzero(a):
                     raise AdapterError(

@@ -42,11 +42,11 @@ from evatune.adapters.adapter import LoraAdapter, lora_config
 from evatune.adapters.lora_layers import LoraTarget
 from evatune.adapters.options import with_label_mask
 from evatune.adapters.variants import active_positions, require_known_variant
-from evatune.adapters.write import usual_start, write_rows
+from evatune.adapters.write import reset_to_default_init, write_rows
 from evatune.calibration.config import CalibrationConfig
 from evatune.calibration.loop import run
 from evatune.calibration.options import RunOptions
-from evatune.calibration.progress import reported
+from evatune.calibration.progress import progress_callback
 from evatune.capture import RowSelector, TargetLayer, find_target_layers, selector_for
 from evatune.capture.layer_types import is_linear, target_layers_of
 from evatune.capture.recorder import RowsFunction
@@ -150,7 +150,7 @@ def get_eva_state_dict(
     batches = dataloader if forward is None else _moved(dataloader, device)
     with (
         ProcessGroup.create(config.distributed, device, config.rendezvous_timeout) as process_group,
-        reported("auto" if show_progress_bar else None, config) as progress,
+        progress_callback("auto" if show_progress_bar else None, config) as progress,
     ):
         options = RunOptions(
             forward=forward, rows=rows, progress=progress, active=active_positions(peft_config)
@@ -243,7 +243,7 @@ def initialize_lora_eva_weights(
         shape = target.layer.r[adapter_name], target.target_layers[0].in_features
         rows[target.name] = default_rows(shape)
     for layer in adapter.others.values():  # they may be on the meta device
-        usual_start(layer, adapter)
+        reset_to_default_init(layer, adapter)
     write_rows(adapter, rows, lora.r)
     if missing or adapter.others:
         names = [*(target.name for target in missing), *adapter.others]

@@ -11,15 +11,22 @@ from peft import LoraConfig
 from torch import nn
 
 from evatune.adapters.adapter import LoraAdapter, lora_config
-from evatune.adapters.lora_layers import describe, pairs
+from evatune.adapters.lora_layers import describe, lora_matrix_pairs
 from evatune.adapters.options import InitializeOptions, needed_components
 from evatune.adapters.variants import active_positions, require_known_variant
-from evatune.adapters.write import usual_start, write_rows
+from evatune.adapters.write import reset_to_default_init, write_rows
 from evatune.calibration.config import CalibrationConfig
 from evatune.calibration.loop import run
 from evatune.calibration.merge import same_model
 from evatune.calibration.result import Calibration
-from evatune.choices import DEFAULT_SCALE, SCALES, OnUnsupported, Scale, require_choice
+from evatune.choices import (
+    DEFAULT_SCALE,
+    ON_UNSUPPORTED,
+    SCALES,
+    OnUnsupported,
+    Scale,
+    require_choice,
+)
 from evatune.distributed.group import ProcessGroup
 from evatune.errors import AdapterError, ConfigError, DataError, TargetError
 from evatune.modeling.sharding import is_sharded, is_sharded_parameter, require_weights
@@ -27,7 +34,7 @@ from evatune.modeling.state import adapters_off, require_trainable
 from evatune.modeling.wrappers import adapted, is_engine, unwrapped
 from evatune.modeling.wrappers import describe as describe_model
 from evatune.ranks.allocation import require_wide_enough
-from evatune.scaling import completed, scaled_rows
+from evatune.scaling import pad_with_random_rows, scaled_rows
 from evatune.utils.text import shortened
 from evatune.utils.warn import warn
 
@@ -48,23 +55,24 @@ def initialize_model(
     peft_model = adapted(outer)
     lora = lora_config(peft_model, options.adapter_name)
     require_trainable(peft_model)
-    scale = scale_in_force(lora, options.scale)
+    scale = resolve_scale(lora, options.scale)
     require_known_variant(peft_model, lora, options.adapter_name)
     adapter = LoraAdapter.find(peft_model, options.adapter_name)
     _check_unsupported(adapter, options.on_unsupported)
     if not options.overwrite:
         adapter.require_fresh()
     caps = adapter.pattern_ranks() if options.keeps_rank_pattern else {}
+    settings = options.settings(lora, caps)
     if model is not outer or is_sharded(peft_model):
-        _require_writable(model, adapter, options.settings(lora, caps), caps)
+        _require_writable(model, adapter, settings, caps)
 
     if isinstance(batches, Calibration):
-        calibration = _fitted(batches, adapter, options, caps)
+        calibration = _from_finished_calibration(batches, adapter, options, caps)
     else:
         process_group.require_equal(_start_of(lora, scale), "start the same adapter")
         run_options = replace(options.run, caps=caps, active=active_positions(lora))
-        settings = options.settings(lora, caps)
-        _require_wide_enough(adapter, settings, caps)
+        specs = [target_layer.spec for target_layer in adapter.target_layers]
+        require_wide_enough(specs, settings.redistribution, caps)
         calibration = run(
             outer, adapter.target_layers, batches, settings, process_group, run_options
         )
@@ -101,7 +109,7 @@ def calibration_settings(model: nn.Module, config: CalibrationConfig) -> Calibra
     return settings if settings.n_components >= usual else replace(settings, components=usual)
 
 
-def scale_in_force(lora: LoraConfig, scale: Scale | None) -> Scale:
+def resolve_scale(lora: LoraConfig, scale: Scale | None) -> Scale:
     """Return the caller's scale, else what `EvaConfig.whiten` of the adapter's config says.
 
     The config says it before the adapter is written, and not after.
@@ -136,8 +144,7 @@ def _check_unsupported(adapter: LoraAdapter, on_unsupported: OnUnsupported) -> N
 
     Where there are no other layers there is nothing to skip to, and it is an error as well.
     """
-    if on_unsupported not in ("error", "skip"):
-        raise ConfigError(f"on_unsupported is {on_unsupported!r}; it must be 'error' or 'skip'")
+    require_choice("on_unsupported", on_unsupported, ON_UNSUPPORTED)
     if not adapter.others:
         return
     kinds = [describe(name, layer) for name, layer in adapter.others.items()]
@@ -195,20 +202,7 @@ def _parameters_stay(
     return True
 
 
-def _require_wide_enough(
-    adapter: LoraAdapter, config: CalibrationConfig, caps: Mapping[str, int]
-) -> None:
-    """Raise a BudgetError before any batch for layers too narrow for the ranks to be spent."""
-    require_wide_enough(
-        {target_layer.name: target_layer.spec for target_layer in adapter.target_layers},
-        rank=config.redistribution.rank,
-        rho=config.redistribution.rho,
-        budget=config.budget,
-        caps=caps,
-    )
-
-
-def _fitted(
+def _from_finished_calibration(
     calibration: Calibration,
     adapter: LoraAdapter,
     options: InitializeOptions,
@@ -308,10 +302,12 @@ def _write(adapter: LoraAdapter, calibration: Calibration, scale: Scale) -> None
     rows_of_a = {}
     for number, (name, rank) in enumerate(plan.ranks.items()):
         rows = scaled_rows(calibration.spectra[name], rank, scale)
-        rows_of_a[name] = completed(rows, rank, scale, seed=calibration.config.seed + number)
+        rows_of_a[name] = pad_with_random_rows(
+            rows, rank, scale, seed=calibration.config.seed + number
+        )
     for layer in adapter.others.values():
-        if any(a.device.type == "meta" for a, _, _ in pairs(layer, adapter.name)):
-            usual_start(layer, adapter)
+        if any(a.device.type == "meta" for a, _, _ in lora_matrix_pairs(layer, adapter.name)):
+            reset_to_default_init(layer, adapter)
     write_rows(adapter, rows_of_a, plan.rank)
 
 

@@ -115,7 +115,7 @@ def describe(path: str, layer: LoraLayer) -> str:
     return f"{peft_name(path)} ({type(base).__name__}{why})"
 
 
-def pairs(
+def lora_matrix_pairs(
     layer: LoraLayer, adapter_name: str
 ) -> list[tuple[nn.Parameter, nn.Parameter, nn.Parameter | None]]:
     """Return A, B and B's bias of every pair of the layer."""
@@ -124,7 +124,7 @@ def pairs(
     b = layer.lora_B[adapter_name]
     pair = (layer.lora_A[adapter_name].weight, b.weight, b.bias)
     if isinstance(layer, MultiheadAttention):
-        return [pair, *pairs(layer.base_layer.out_proj, adapter_name)]
+        return [pair, *lora_matrix_pairs(layer.base_layer.out_proj, adapter_name)]
     return [pair]
 
 

@@ -13,9 +13,10 @@ import huggingface_hub
 from evatune.adapters.saved import read_config
 from evatune.errors import ConfigError, RecordError
 from evatune.loading.demo import model_id
-from evatune.schemas import naming_file
+from evatune.schemas import raise_with_path
 from evatune.schemas.text import parse_json, read_text
 from evatune.utils.names import ADAPTER_CONFIG, ADAPTER_FILE
+from evatune.utils.text import one_line
 
 # What a loader or a reader needs. Records, pages and optimizers hold paths and settings of this
 # machine, and some are pickled.
@@ -89,7 +90,7 @@ def published_files(folder: Path, base_model: str) -> dict[str, bytes | Path]:
         for path in sorted(folder.glob(pattern))
         if path.is_file()
     }
-    with naming_file(folder / ADAPTER_CONFIG, "save the adapter again"):
+    with raise_with_path(folder / ADAPTER_CONFIG, "save the adapter again"):
         config = parse_json(read_text(folder / ADAPTER_CONFIG))
     assert isinstance(config, dict)  # as `read_config` found it
     text = json.dumps(config | {"base_model_name_or_path": base_model}, indent=2) + "\n"
@@ -110,10 +111,9 @@ def push_files(repository: str, content: Mapping[str, bytes | Path], *, private:
         raise ConfigError(_refusal(repository, error)) from error
     # the kinds depend on the HTTP client of this version of huggingface_hub
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(
-            f"cannot push to {repository!r}: the model hub cannot be reached ({reason}); try again"
-            " with a connection"
+            f"cannot push to {repository!r}: the model hub cannot be reached ({one_line(error)});"
+            " try again with a connection"
         ) from error
     return str(address)
 
@@ -130,5 +130,4 @@ def _refusal(repository: str, error: Any) -> str:
             f"the hub does not let this token write to {repository!r} (status {status}); use your"
             " own name or an organization's before the slash, and a token that may write"
         )
-    reason = " ".join(str(error).split())[:200]
-    return f"the hub refused the adapter for {repository!r} ({reason}); try again later"
+    return f"the hub refused the adapter for {repository!r} ({one_line(error)}); try again later"

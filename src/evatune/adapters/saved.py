@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from evatune.errors import RecordError
 from evatune.layers import PEFT_PREFIX
 from evatune.scaling import lora_scale
-from evatune.schemas import Damage, brief, naming_file
+from evatune.schemas import FormatError, raise_with_path, short_repr
 from evatune.utils.names import ADAPTER_CONFIG
+from evatune.utils.text import one_line
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -50,7 +51,7 @@ def is_adapter(file: Path) -> bool:
 
     try:
         return any(name.endswith(tuple(_PAIRS)) for name in read_header(file).shapes)
-    except Damage:
+    except FormatError:
         return False
 
 
@@ -89,14 +90,14 @@ def read_config(folder: Path) -> LoraConfig:
             f"{str(path)!r} does not exist, which says what the adapter's scale is; put it beside"
             " the weights"
         )
-    with naming_file(path, "save the adapter again, or put its config back"):
+    with raise_with_path(path, "save the adapter again, or put its config back"):
         fields = parse_json(read_text(path))
         if not isinstance(fields, dict):
-            raise Damage("is damaged: it does not hold keys with values")
+            raise FormatError("is damaged: it does not hold keys with values")
         kind = fields.get("peft_type")
         if kind != "LORA":
             raise RecordError(
-                f"{str(folder)!r} holds an adapter of type {brief(kind)}; only LoRA is read"
+                f"{str(folder)!r} holds an adapter of type {short_repr(kind)}; only LoRA is read"
             )
         fields.pop("runtime_config", None)  # which PEFT does not take from files either
         require_lora(fields)
@@ -104,15 +105,14 @@ def read_config(folder: Path) -> LoraConfig:
         try:
             config: LoraConfig = LoraConfig.from_peft_type(**fields)
         except (TypeError, ValueError, AttributeError, KeyError, ImportError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise Damage(f"is damaged ({type(error).__name__}: {reason})") from error
+            raise FormatError(f"is damaged ({type(error).__name__}: {one_line(error)})") from error
     config.rank_pattern = config.rank_pattern or {}
     config.alpha_pattern = config.alpha_pattern or {}
     return config
 
 
 def _require_known_keys(fields: Mapping[str, Any]) -> None:
-    """Raise Damage for keys that PEFT does not have, unless a newer one wrote them.
+    """Raise FormatError for keys that PEFT does not have, unless a newer one wrote them.
 
     Of those it warns itself.
     """
@@ -125,7 +125,7 @@ def _require_known_keys(fields: Mapping[str, Any]) -> None:
     except (InvalidVersion, TypeError):
         is_newer = "peft_version" not in fields  # PEFT did not write it at first
     if unknown and not is_newer:
-        raise Damage(f"holds the key {brief(unknown[0])}, which LoraConfig does not have")
+        raise FormatError(f"holds the key {short_repr(unknown[0])}, which LoraConfig does not have")
 
 
 def require_ranks(weights: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
@@ -147,8 +147,8 @@ def require_ranks(weights: Path, state: Mapping[str, Tensor], config: LoraConfig
         rank = pattern.get(get_pattern_key(pattern.keys(), layer), config.r)
         if rank != len(tensor):
             raise RecordError(
-                f"{str(weights)!r} holds matrices of rank {len(tensor)} for {brief(layer)}, and "
-                f"adapter_config.json beside it says {rank}; put the two files of one adapter "
+                f"{str(weights)!r} holds matrices of rank {len(tensor)} for {short_repr(layer)},"
+                f" and adapter_config.json beside it says {rank}; put the two files of one adapter "
                 "together, or save it again"
             )
 
@@ -157,7 +157,7 @@ def require_quick_patterns(folder: Path, config: LoraConfig, names: Iterable[str
     """Raise a RecordError for patterns in a saved config that run for too long on these names."""
     from evatune.schemas.adapter import require_quick
 
-    with naming_file(folder / ADAPTER_CONFIG, "write the names of the layers there"):
+    with raise_with_path(folder / ADAPTER_CONFIG, "write the names of the layers there"):
         require_quick(vars(config), names)
 
 
@@ -168,7 +168,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     from evatune.schemas.tensors import read_tensors
 
-    with naming_file(path, "save the adapter again"):
+    with raise_with_path(path, "save the adapter again"):
         state = read_tensors(path)
         for name, tensor in state.items():
             _require_matrix(name, tensor, state)
@@ -177,19 +177,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _require_matrix(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> None:
     if len(name) > _MAX_NAME:
-        raise Damage(f"names a tensor in {len(name)} characters, and {_MAX_NAME} are the most")
+        raise FormatError(f"names a tensor in {len(name)} characters, and {_MAX_NAME} are the most")
     if ".lora_" in name and not (tensor.numel() and tensor.is_floating_point()):
-        raise Damage(f"is damaged: {brief(name)} holds no numbers")
+        raise FormatError(f"is damaged: {short_repr(name)} holds no numbers")
     end = _end_of_a(name)
     if end is None:
         return
     layer = name.removesuffix(end)
     other = state.get(layer + _PAIRS[end])
     if other is None:
-        raise Damage(f"lacks A or B of {brief(layer)}")
+        raise FormatError(f"lacks A or B of {short_repr(layer)}")
     # B of a convolution with groups has a part of the ranks, of one group.
     if min(tensor.ndim, other.ndim) < 2 or len(tensor) % other.shape[1]:
-        raise Damage(f"is damaged: the matrices of {brief(layer)} do not fit each other")
+        raise FormatError(f"is damaged: the matrices of {short_repr(layer)} do not fit each other")
 
 
 def layer_names(state: Mapping[str, Tensor]) -> list[str]:

@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
 from evatune.adapters.adapter import LoraAdapter
-from evatune.adapters.lora_layers import LoraTarget, matrices_of, pairs
+from evatune.adapters.lora_layers import LoraTarget, lora_matrix_pairs, matrices_of
 from evatune.adapters.patterns import pattern_of, set_targets, targets_for
 from evatune.modeling.forward import model_device
 from evatune.modeling.state import cuda_devices
@@ -78,7 +78,7 @@ def write_rows(adapter: LoraAdapter, rows: Mapping[str, Tensor], rank: int) -> N
     adapter.model.peft_config[adapter.name] = config  # type: ignore[index, operator]
 
 
-def usual_start(layer: LoraLayer, adapter: LoraAdapter) -> None:
+def reset_to_default_init(layer: LoraLayer, adapter: LoraAdapter) -> None:
     """Have PEFT initialize a layer as it does by default."""
     plain_config = copy.copy(adapter.config)
     plain_config.init_lora_weights = True
@@ -150,7 +150,7 @@ def _fill(
 ) -> None:
     """Give the layer its rank, α and A; B = 0."""
     _resize(layer, new, adapter)
-    for (a, b, bias), matrix in zip(pairs(layer, adapter.name), matrices, strict=True):
+    for (a, b, bias), matrix in zip(lora_matrix_pairs(layer, adapter.name), matrices, strict=True):
         _put(a, matrix)
         b.zero_()
         if bias is not None:
@@ -162,7 +162,7 @@ def _resize(layer: LoraLayer, new: RankAndAlpha, adapter: LoraAdapter) -> None:
 
     Parameters keep their dtype, and their identity where they fit.
     """
-    old = pairs(layer, adapter.name)
+    old = lora_matrix_pairs(layer, adapter.name)
     # A trained magnitude vector of DoRA starts anew as well.
     has_magnitude = adapter.name in layer.lora_magnitude_vector
     is_missing = any(a.device.type == "meta" for a, _, _ in old)
@@ -190,7 +190,7 @@ def _replace_parameters(
     trainable = {name: parameter.requires_grad for name, parameter in before.items()}
     training = {name: module.training for name, module in layer.named_modules()}
     _update(layer, new, adapter.config, adapter.name)
-    for pair in pairs(layer, adapter.name):
+    for pair in lora_matrix_pairs(layer, adapter.name):
         for parameter in pair:
             if parameter is not None:
                 # get_peft_model may have chosen float32 above a 16-bit base
@@ -222,7 +222,7 @@ def _tie(layer: LoraLayer, embedding: LoraLayer, new: RankAndAlpha, adapter: Lor
     """Give a tied layer rank and α, and as A and B the transposes of the embedding's B and A."""
     trainable = layer.lora_A[adapter.name].weight.requires_grad
     _resize(layer, new, adapter)
-    a, b, _ = pairs(embedding, adapter.name)[0]
+    a, b, _ = lora_matrix_pairs(embedding, adapter.name)[0]
     for linear, source in ((layer.lora_A[adapter.name], b), (layer.lora_B[adapter.name], a)):
         if linear.weight.data_ptr() != source.data_ptr():
             linear.weight = nn.Parameter(source.t(), trainable)

@@ -10,7 +10,7 @@ from evatune.utils.lazy import names_from
 
 if TYPE_CHECKING:
     from evatune.calibration.checkpoint import Checkpoint
-    from evatune.calibration.options import Progress
+    from evatune.calibration.progress import Progress
     from evatune.calibration.result import Calibration
 
 __all__ = ["Calibration", "CalibrationConfig", "Checkpoint", "Progress", "Status"]
@@ -21,6 +21,6 @@ __getattr__ = names_from(
     {
         "Calibration": "calibration.result",
         "Checkpoint": "calibration.checkpoint",
-        "Progress": "calibration.options",
+        "Progress": "calibration.progress",
     },
 )

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from evatune.choices import is_whole
 from evatune.errors import ConfigError
-from evatune.schemas import Damage, brief, naming_file
+from evatune.schemas import FormatError, raise_with_path, short_repr
 from evatune.utils.outputs import claimed_file
 from evatune.utils.text import ABSENT, Difference, first_difference
 
@@ -46,7 +47,7 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+        if not is_whole(self.every) or self.every < 1:
             raise ConfigError(
                 f"checkpoint_every is {self.every!r}; it must be a whole number of at least 1 batch"
             )
@@ -97,12 +98,12 @@ class Checkpoint:
         from evatune.schemas.tensors import read_sealed
         from evatune.schemas.text import validate_json
 
-        with naming_file(self.path, "remove it, or leave --resume out"):
+        with raise_with_path(self.path, "remove it, or leave --resume out"):
             tensors, text = read_sealed(self.path, [_FORMAT], "a checkpoint of evatune")
             record = validate_json(CheckpointRecord, text)
             unsupported = [name for name, tensor in tensors.items() if not _is_whole(tensor)]
             if unsupported:
-                raise Damage(f"is damaged: {brief(unsupported[0])} has NaN or Inf in it")
+                raise FormatError(f"is damaged: {short_repr(unsupported[0])} has NaN or Inf in it")
         values = record.model_dump()
         was = {**{key: values.get(key) for key in same}, **record.about}
         now = json.loads(json.dumps({**same, **self.about}))
@@ -123,7 +124,7 @@ def _is_checkpoint(path: Path) -> bool:
 
     try:
         return read_header(path).metadata.get("format", "").startswith(_FAMILY)
-    except Damage:
+    except FormatError:
         return False
 
 

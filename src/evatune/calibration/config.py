@@ -17,10 +17,13 @@ from evatune.choices import (
     Budget,
     Metric,
     Objective,
+    RankBudget,
     SketchName,
+    is_number,
     largest_rank,
     require_choice,
     require_rho,
+    require_whole,
 )
 from evatune.errors import ConfigError
 
@@ -28,21 +31,6 @@ from evatune.errors import ConfigError
 def _setting(default: Any, help: str) -> Any:
     """Return a field with its help text, for the command line."""
     return field(default=default, metadata={"help": help})
-
-
-def _is_number(value: object) -> bool:
-    """Return whether a value is a number that JSON can hold."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Redistribution:
-    """Settings of the redistribution of ranks; see `evatune.ranks.allocate`."""
-
-    rank: int
-    rho: float
-    budget: Budget
-    metric: Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,24 +115,16 @@ class CalibrationConfig:
             ("ignore_index", -(2**63)),
         ):
             value = getattr(self, name)
-            if value is None and name in ("rank", "components"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ConfigError(
-                    f"{name} is {value!r}; it must be a whole number of at least {least}"
-                )
-            if value < least:
-                raise ConfigError(f"{name} is {value}; it must be at least {least}")
-            if value >= 2**63:
-                raise ConfigError(f"{name} is {value}; it must be below 2 to the power 63")
+            if value is not None or name not in ("rank", "components"):
+                require_whole(name, value, least)
         require_rho(self.redistribution.rho)
-        if not (_is_number(self.tolerance) and 0 <= self.tolerance < 1):
+        if not (is_number(self.tolerance) and 0 <= self.tolerance < 1):
             raise ConfigError(
                 f"tolerance is {self.tolerance!r}; it must be a number in [0, 1), and 0 means never"
                 " stop early"
             )
         timeout = self.rendezvous_timeout
-        if not (_is_number(timeout) and 0 < timeout < math.inf):
+        if not (is_number(timeout) and 0 < timeout < math.inf):
             raise ConfigError(
                 f"rendezvous_timeout is {timeout!r}; it must be a number of seconds above 0"
             )
@@ -180,9 +160,9 @@ class CalibrationConfig:
         return self.objective != "activations"
 
     @property
-    def redistribution(self) -> Redistribution:
+    def redistribution(self) -> RankBudget:
         """Settings of the redistribution, with the defaults in place of what is left open."""
-        return Redistribution(
+        return RankBudget(
             rank=DEFAULT_RANK if self.rank is None else self.rank,
             rho=DEFAULT_RHO if self.rho is None else self.rho,
             budget=self.budget,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from evatune.calibration.config import CalibrationConfig
 from evatune.capture import InputGroup, SharedInputs, TargetLayer
 from evatune.errors import BudgetError
-from evatune.ranks.allocation import Candidate, RankPlan, allocate, worth_gained
+from evatune.ranks.allocation import Candidate, RankPlan, allocate, value_gained
 from evatune.sketch.spectrum import Spectrum
 
 # Two or three batches agree too easily, and the bound costs next to nothing.
@@ -36,7 +37,7 @@ class Estimate(NamedTuple):
     mean_of_all: float
 
 
-class Known(NamedTuple):
+class CheckedSpectra(NamedTuple):
     """The spectra of an earlier check, and its batches."""
 
     batches: int
@@ -65,7 +66,7 @@ class ConvergenceMonitor:
         self._tolerance = config.tolerance
         self._redistribution = config.redistribution
         self._caps = caps
-        self.known: list[Known] = []
+        self.known: list[CheckedSpectra] = []
         self.latest: Estimate | None = None
         self.settled: set[str] = set()
 
@@ -73,8 +74,8 @@ class ConvergenceMonitor:
         """Return whether directions and ranks have both settled; remember these spectra."""
         self.latest = estimate = self._estimate(spectra, batches)
         directions_settled = estimate.mean_of_all < self._tolerance and batches >= MIN_BATCHES
-        settled = directions_settled and self._missed_worth(spectra, batches) < self._tolerance
-        self.known = [*self.known[-1:], Known(batches, spectra)]
+        settled = directions_settled and self._missed_value(spectra, batches) < self._tolerance
+        self.known = [*self.known[-1:], CheckedSpectra(batches, spectra)]
         self.settled = {name for name, share in estimate.missed.items() if share < self._tolerance}
         return settled
 
@@ -112,15 +113,15 @@ class ConvergenceMonitor:
             mean_of_all=(of_known + total - known) / total if total else 1.0,
         )
 
-    def _missed_worth(self, spectra: Mapping[InputGroup, Spectrum], batches: int) -> float:
-        """Return the share of these spectra's worth that the ranks of about half the data miss.
+    def _missed_value(self, spectra: Mapping[InputGroup, Spectrum], batches: int) -> float:
+        """Return the share of these spectra's value that the ranks of about half the data miss.
 
         It is 1 where there is too little data for ranks, then or now.
         """
         before, now = self._trial_plan(self._known_at_half(batches)), self._trial_plan(spectra)
         if before is None or now is None:
             return 1.0
-        return worth_gained(self._candidates(spectra), before, now, self._caps)
+        return value_gained(self._candidates(spectra), before, now, self._caps)
 
     def _known_at_half(self, batches: int) -> Mapping[InputGroup, Spectrum]:
         """Return the spectra of the check whose batches are nearest to half of these, by ratio."""
@@ -141,10 +142,7 @@ class ConvergenceMonitor:
         try:
             return allocate(
                 candidates,
-                rank=self._redistribution.rank,
-                rho=self._redistribution.rho,
-                budget=self._redistribution.budget,
-                metric=self._redistribution.metric,
+                **asdict(self._redistribution),
                 caps={name: cap for name, cap in self._caps.items() if name in candidates},
             )
         except BudgetError:

@@ -15,7 +15,7 @@ from evatune.calibration.config import CalibrationConfig
 from evatune.calibration.data import CalibratedLayer, CalibrationData
 from evatune.calibration.status import Status
 from evatune.layers import LayerSpec
-from evatune.schemas import Damage, brief, naming_file
+from evatune.schemas import FormatError, raise_with_path, short_repr
 from evatune.sketch.spectrum import Certificate, InputMoments, Spectrum, empty
 from evatune.utils.atomic import MAKE_ROOM, atomic_file, writing
 
@@ -68,12 +68,12 @@ def load_calibration(path: str | os.PathLike[str], kind: type[Data]) -> Data:
     from evatune.schemas.tensors import read_sealed
     from evatune.schemas.text import validate_json
 
-    with naming_file(path, _ADVICE):
+    with raise_with_path(path, _ADVICE):
         tensors, text = read_sealed(Path(path), _FORMATS, "an evatune calibration")
         try:
             return _from_record(validate_json(CalibrationRecord, text), tensors, kind)
-        except Damage as damage:
-            raise Damage(
+        except FormatError as damage:
+            raise FormatError(
                 f"says it is an evatune calibration, but its record is damaged: it {damage}"
             ) from damage
 
@@ -84,7 +84,7 @@ def _from_record(record: CalibrationRecord, tensors: dict[str, Tensor], kind: ty
         number: _spectrum(number, facts, config, tensors) for number, facts in record.inputs.items()
     }
     if tensors:
-        raise Damage(f"does not say what the tensor {brief(min(tensors))} is")
+        raise FormatError(f"does not say what the tensor {short_repr(min(tensors))} is")
     spectra, status, layers = {}, {}, {}
     for name, facts in record.layers.items():
         status[name] = facts.status
@@ -136,12 +136,12 @@ def _spectrum(
 ) -> Spectrum:
     """Return what the tensors of an input say, and take them out of `tensors`.
 
-    Raises Damage for what contradicts itself.
+    Raises FormatError for what contradicts itself.
     """
 
     def take(key: str) -> Tensor:
         if f"{number}.{key}" not in tensors:
-            raise Damage(f"lacks the tensor {number}.{key}")
+            raise FormatError(f"lacks the tensor {number}.{key}")
         return tensors.pop(f"{number}.{key}")
 
     certificate, inputs = None, None
@@ -149,7 +149,7 @@ def _spectrum(
         energies = take("fresh_energies")
         certificate = Certificate(energies, facts.fresh_total_energy, facts.fresh_rows)
     if (facts.input_energy is not None) != config.needs_loss:
-        raise Damage(f"does not fit objective {config.objective!r} in input {number}")
+        raise FormatError(f"does not fit objective {config.objective!r} in input {number}")
     if facts.input_energy is not None:
         inputs = InputMoments(take("input_moments"), facts.input_energy)
     spectrum = Spectrum(
@@ -164,7 +164,7 @@ def _spectrum(
         mixing=take("mixing") if config.objective == "regression" else None,
     )
     for contradiction in spectrum.contradictions(config.n_components):
-        raise Damage(f"contradicts itself in input {number}: {contradiction}")
+        raise FormatError(f"contradicts itself in input {number}: {contradiction}")
     return spectrum
 
 
@@ -200,12 +200,12 @@ def _layer_of(name: str, facts: LayerRecord) -> CalibratedLayer:
 
 
 def _require_fit(name: str, layer: CalibratedLayer, status: Status, spectrum: Spectrum) -> None:
-    """Raise Damage unless the spectrum is one of this layer that may have ended so."""
+    """Raise FormatError unless the spectrum is one of this layer that may have ended so."""
     if layer.input is not None and spectrum.directions.shape[1] != layer.in_features:
-        raise Damage(
-            f"gives {brief(name)} {layer.in_features} inputs, and others in its directions"
+        raise FormatError(
+            f"gives {short_repr(name)} {layer.in_features} inputs, and others in its directions"
         )
     # An expert may get an adapter that no row says anything of.
     seldom = status is Status.SELDOM_ROUTED
     if status.usable and not seldom and not (spectrum.rows and spectrum.total_energy):
-        raise Damage(f"calls {brief(name)} {status}, and its rows have no energy")
+        raise FormatError(f"calls {short_repr(name)} {status}, and its rows have no energy")

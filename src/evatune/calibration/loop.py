@@ -14,7 +14,8 @@ from evatune.calibration.build import build_calibration
 from evatune.calibration.config import CalibrationConfig
 from evatune.calibration.loss_observer import LossObserver
 from evatune.calibration.observer import BatchObserver, Observer
-from evatune.calibration.options import Progress, RunOptions
+from evatune.calibration.options import RunOptions
+from evatune.calibration.progress import Progress
 from evatune.calibration.result import Calibration
 from evatune.calibration.state import CalibrationState
 from evatune.calibration.status import Status
@@ -24,7 +25,7 @@ from evatune.errors import ConfigError
 from evatune.modeling.batches import require_arguments
 from evatune.modeling.forward import model_device
 from evatune.modeling.sharding import is_sharded, require_weights
-from evatune.modeling.state import full_precision, states_kept
+from evatune.modeling.state import full_precision, preserve_model_state
 from evatune.sketch import is_additive
 
 
@@ -55,7 +56,7 @@ def run(
     forward_pass = process_group.library_messages if in_lockstep else nullcontext
     device = model_device(model)
     converged = False
-    with states_kept(model):
+    with preserve_model_state(model):
         # loaders draw their seed as soon as they are asked
         source = BatchSource(batches, process_group, config.max_batches, in_lockstep)
         _resume(state, source, observer, options)

@@ -4,34 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from evatune.calibration.checkpoint import Checkpoint
 from evatune.calibration.config import CalibrationConfig
+from evatune.calibration.progress import ProgressFunction
 from evatune.capture.recorder import RowsFunction
 from evatune.errors import ConfigError
 from evatune.modeling.forward import ForwardFunction
 from evatune.modeling.loss import LossFunction
-from evatune.schemas import brief
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The state of a run after a batch, as a `progress` callback receives it."""
-
-    batch: int  # batches done
-    max_batches: int  # bound of the settings, or of the data where it says how long it is
-    rows: int  # most rows any layer has seen
-    settled: int  # layers whose directions have settled, as of the last check
-    layers: int
-    inputs: int = 0  # distinct inputs of these layers, each with one sketch
-    sketch_bytes: int = 0  # memory of the sketches
-
-
-ProgressFunction = Callable[[Progress], None]
-ProgressOption = ProgressFunction | Literal["auto"] | None
+from evatune.schemas import short_repr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +24,7 @@ class RunOptions:
 
     Attributes:
         forward, rows, loss, checkpoint: as for `evatune.calibrate`.
-        progress: called after each batch; `evatune.calibration.progress` makes one of "auto".
+        progress: called after each batch; `progress_callback` makes one of "auto".
         caps: ranks that the stop rule's trial redistribution keeps to, as `allocate` does.
         active: from a batch to the (B, T) positions at which the adapter acts; None: at all.
     """
@@ -57,10 +41,12 @@ class RunOptions:
         for name in ("forward", "rows", "loss"):
             function = getattr(self, name)
             if function is not None and not callable(function):
-                raise ConfigError(f"{name} is {brief(function)}; give a function, or leave it out")
+                raise ConfigError(
+                    f"{name} is {short_repr(function)}; give a function, or leave it out"
+                )
         if self.checkpoint is not None and not isinstance(self.checkpoint, Checkpoint):
             raise ConfigError(
-                f"checkpoint is {brief(self.checkpoint)}; give an"
+                f"checkpoint is {short_repr(self.checkpoint)}; give an"
                 " evatune.calibration.Checkpoint(path)"
             )
 
@@ -69,7 +55,7 @@ def require_model(model: Any) -> None:
     """Raise a ConfigError for what is no model."""
     if isinstance(model, nn.Module):
         return
-    what = f"{brief(model)}, a {type(model).__name__}"
+    what = f"{short_repr(model)}, a {type(model).__name__}"
     way = "give a torch.nn.Module, such as get_peft_model returns"
     if hasattr(model, "get_train_dataloader"):
         what, way = "a Trainer", "call evatune.initialize(trainer), or give its model and batches"
@@ -82,7 +68,7 @@ def settings_of(config: CalibrationConfig | None) -> CalibrationConfig:
         return CalibrationConfig()
     if not isinstance(config, CalibrationConfig):
         raise ConfigError(
-            f"config is {brief(config)}, a {type(config).__name__}; give an"
+            f"config is {short_repr(config)}, a {type(config).__name__}; give an"
             " evatune.CalibrationConfig, such as CalibrationConfig(center=True)"
         )
     return config

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from evatune.calibration.config import CalibrationConfig
 from evatune.calibration.convergence import MIN_BATCHES
-from evatune.calibration.options import Progress, ProgressFunction, ProgressOption
 from evatune.errors import ConfigError
 from evatune.utils.progress import Display, display
 from evatune.utils.text import duration, size
 
 
+@dataclass(frozen=True)
+class Progress:
+    """The state of a run after a batch, as a `progress` callback receives it."""
+
+    batch: int  # batches done
+    max_batches: int  # bound of the settings, or of the data where it says how long it is
+    rows: int  # most rows any layer has seen
+    settled: int  # layers whose directions have settled, as of the last check
+    layers: int
+    inputs: int = 0  # distinct inputs of these layers, each with one sketch
+    sketch_bytes: int = 0  # memory of the sketches
+
+
+ProgressFunction = Callable[[Progress], None]
+ProgressOption = ProgressFunction | Literal["auto"] | None
+
+
 @contextmanager
-def reported(
+def progress_callback(
     progress: ProgressOption, config: CalibrationConfig, *, runs: bool = True
 ) -> Iterator[ProgressFunction | None]:
     """Yield the function that a run calls after each batch; None for none.

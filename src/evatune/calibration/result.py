@@ -13,7 +13,15 @@ from evatune.calibration.data import CalibrationData
 from evatune.calibration.file import load_calibration, save_calibration
 from evatune.calibration.merge import merge_calibrations
 from evatune.calibration.status import Status
-from evatune.choices import DEFAULT_SCALE, SCALES, Budget, Metric, Scale, require_choice
+from evatune.choices import (
+    DEFAULT_SCALE,
+    SCALES,
+    Budget,
+    Metric,
+    Scale,
+    is_number,
+    require_choice,
+)
 from evatune.errors import ConfigError, LayerError
 from evatune.ranks.allocation import Candidate, RankPlan, allocate
 from evatune.scaling import step_ratio
@@ -143,8 +151,7 @@ class Calibration(CalibrationData, Shown):
         Raises:
             ConfigError: a rate or a scale that is none. BudgetError: as for `allocate`.
         """
-        is_number = isinstance(lora_rate, (int, float)) and not isinstance(lora_rate, bool)
-        if not is_number or not 0 < lora_rate < math.inf:
+        if not is_number(lora_rate) or not 0 < lora_rate < math.inf:
             raise ConfigError(
                 f"lora_rate is {lora_rate!r}; it must be a number above 0, such as 2e-4"
             )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from evatune.calibration.batches import BatchSource
 from evatune.calibration.config import CalibrationConfig
-from evatune.calibration.convergence import ConvergenceMonitor, Estimate, Known
+from evatune.calibration.convergence import CheckedSpectra, ConvergenceMonitor, Estimate
 from evatune.calibration.nonfinite import NonFiniteWatch
 from evatune.calibration.options import RunOptions
 from evatune.calibration.refresh import SketchRefresher
@@ -139,7 +139,7 @@ class CalibrationState:
         for name, tensor in tensors.items():
             number, key, tensor_name = name.split(".", 2)
             states.setdefault(f"{number}.{key}", {})[tensor_name] = tensor
-        self.convergence.known = [Known(batches, {}) for batches in record.checked]
+        self.convergence.known = [CheckedSpectra(batches, {}) for batches in record.checked]
         if self.convergence.known:  # the last check was of the last refresh
             self.refresher.latest = self.convergence.known[-1].spectra
         groups = self.shared_inputs.arrange(record.groups, self._sketch_by_name)

@@ -29,7 +29,7 @@ from evatune.utils.launcher import is_main_process
 from evatune.utils.markup import printable
 from evatune.utils.names import ADAPTER_FILE, CALIBRATION_FILE
 from evatune.utils.outputs import Output, claimed_folder, require_apart
-from evatune.utils.text import shortened
+from evatune.utils.text import one_line, shortened
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -293,7 +293,7 @@ def _initialize(
     except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError) as error:
         raise DataError(
             f"running the model on the data failed ({type(error).__name__}:"
-            f" {' '.join(str(error).split())[:300]}); try another --task, --dtype or --device, a"
+            f" {one_line(error)}); try another --task, --dtype or --device, a"
             " smaller --batch-size or --max-length, or a tokenizer that fits"
         ) from error
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from evatune.errors import ProcessError
-from evatune.utils.text import ABSENT, Difference, first_difference
+from evatune.utils.text import ABSENT, Difference, first_difference, one_line
 
 # A process that is not heard of for this long is given up; torch's own default for gloo is three
 # times as long.
@@ -190,7 +190,7 @@ class _DistributedGroup(ProcessGroup):
         """
         if self._busy:
             return
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        reason = f"{type(error).__name__}: {one_line(error, most=500)}"
         try:
             self._gather_text(json.dumps({"error": reason}))
         except ProcessError as lost:

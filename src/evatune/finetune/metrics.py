@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 
 from evatune.modeling.sharding import is_sharded_parameter, whole_shape
-from evatune.schemas import Damage, naming_file
+from evatune.schemas import FormatError, raise_with_path
 from evatune.schemas.run import MetricsLine
 from evatune.schemas.text import read_text, validate_json
 from evatune.utils.atomic import write_text
@@ -35,13 +35,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     if not path.exists():
         return []
-    with naming_file(path, "remove it; the result of the run stands without"):
+    with raise_with_path(path, "remove it; the result of the run stands without"):
         texts = read_text(path, errors="replace").splitlines()
     lines = []
     for number, text in enumerate(texts, start=1):
         try:
             lines.append(validate_json(MetricsLine, text).model_dump())
-        except Damage as damage:
+        except FormatError as damage:
             if number < len(texts):
                 where = f"line {number} of {str(path)!r}"
                 warnings.warn(f"{where} is left out: it {damage}", stacklevel=2)

@@ -16,7 +16,7 @@ from evatune.errors import ConfigError
 from evatune.finetune.recipe import SIZES, USER_TASK, Recipe
 from evatune.finetune.recipe_tree import parse
 from evatune.loading.file_checks import json_name
-from evatune.schemas import Damage, naming_file
+from evatune.schemas import FormatError, raise_with_path
 from evatune.schemas.text import parse_yaml, read_text
 
 _RECIPES = files("evatune.finetune").joinpath("recipes")
@@ -73,7 +73,9 @@ def text_of(source: str) -> str:
     if path.is_dir() or (path.is_file() and path.suffix.lower() not in _SUFFIXES):
         raise ConfigError(f"{source!r} is no recipe, which is a YAML file; {_for_data(source)}")
     if path.is_file():
-        with naming_file(source, "give a YAML file; `evatune recipes show` shows one", ConfigError):
+        with raise_with_path(
+            source, "give a YAML file; `evatune recipes show` shows one", ConfigError
+        ):
             return read_text(path)
     near = difflib.get_close_matches(source, bundled_recipes(), n=1, cutoff=0.4)
     names = f"ours are {', '.join(bundled_recipes())}"
@@ -96,7 +98,7 @@ def load(source: str, overrides: Iterable[str] = (), *, trust_remote_code: bool 
     Raises ConfigError that lists every mistake at once, each with the nearest valid key.
     """
     text = text_of(source)
-    with naming_file(source, "`evatune recipes show` shows a recipe", ConfigError):
+    with raise_with_path(source, "`evatune recipes show` shows a recipe", ConfigError):
         raw = parse_yaml(text)
     if not isinstance(raw, dict):
         fault = "is empty" if raw is None else f"holds {json_name(type(raw))}"
@@ -137,7 +139,7 @@ def _put(tree: dict[str, Any], key: str, text: str) -> None:
         tree = inner
     try:
         tree[last] = parse_yaml(text)
-    except Damage:
+    except FormatError:
         tree[last] = text
 
 

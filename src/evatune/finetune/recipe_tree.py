@@ -23,7 +23,7 @@ from evatune.finetune.recipe import (
     TrainingOptions,
 )
 from evatune.finetune.recipe_keys import nearest_key, recipe_keys
-from evatune.schemas import brief
+from evatune.schemas import short_repr
 
 # Settings that came later than the first runs, by part.
 _LATER = {
@@ -164,7 +164,7 @@ def _explain(key: str, item: Mapping[str, Any]) -> str:
     """Return what is wrong with a key, from pydantic's account of it."""
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         nearest = nearest_key(key, [each.name for each in recipe_keys()])
-        return f"unknown key {brief(key)}" + (f" (nearest: {nearest})" if nearest else "")
+        return f"unknown key {short_repr(key)}" + (f" (nearest: {nearest})" if nearest else "")
     if item["type"] in ("missing", "missing_argument"):
-        return f"key {brief(key)} is missing"
-    return f"{key} is {brief(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"
+        return f"key {short_repr(key)} is missing"
+    return f"{key} is {short_repr(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"

@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from evatune.schemas import Damage
+from evatune.schemas import FormatError
 from evatune.schemas.run import TrainerState
 from evatune.schemas.tensors import read_header
 from evatune.schemas.text import read_text, validate_json
@@ -44,7 +44,7 @@ def newest_whole(folder: Path) -> Path | None:
     for path in sorted(_checkpoints(folder), key=_step, reverse=True):
         try:
             _require_whole(path)
-        except Damage as damage:
+        except FormatError as damage:
             shutil.rmtree(path, ignore_errors=True)
             warnings.warn(
                 f"checkpoint {str(path)!r} cannot be gone on from: it {damage}. It is removed, and "
@@ -67,27 +67,27 @@ def _step(path: Path) -> int:
 
 
 def _require_whole(path: Path) -> None:
-    """Raise Damage unless every file that Trainer reads is there and is what was written."""
+    """Raise FormatError unless every file that Trainer reads is there and is what was written."""
     states = sorted(state.name for state in path.glob(_RANDOM_STATES))
     optimizer = _optimizer(path)
     missing = [name for name in (_STATE, _SCHEDULE, *optimizer) if not (path / name).is_file()]
     if not states:
         missing.append(_RANDOM_STATES)
     if missing:
-        raise Damage(f"lacks {missing[0]}")
+        raise FormatError(f"lacks {missing[0]}")
     state = validate_json(TrainerState, read_text(path / _STATE))
     if state.global_step != _step(path):
-        raise Damage(f"is of step {state.global_step} by its {_STATE}")
+        raise FormatError(f"is of step {state.global_step} by its {_STATE}")
     for name in (_SCHEDULE, *optimizer, *states):
         _require_whole_archive(path / name)
     weights = [path / name for name in _WEIGHTS if (path / name).is_file()]
     if not weights:
-        raise Damage(f"lacks {' and '.join(_WEIGHTS)}")
+        raise FormatError(f"lacks {' and '.join(_WEIGHTS)}")
     for file in weights:
         try:
             read_header(file)
-        except Damage as damage:
-            raise Damage(f"holds a {file.name} that {damage}") from damage
+        except FormatError as damage:
+            raise FormatError(f"holds a {file.name} that {damage}") from damage
 
 
 def _optimizer(path: Path) -> list[str]:
@@ -99,11 +99,13 @@ def _optimizer(path: Path) -> list[str]:
 
 
 def _require_whole_archive(path: Path) -> None:
-    """Raise Damage unless a file of torch.save has its own checksums; nothing is unpickled."""
+    """Raise FormatError unless a file of torch.save has its own checksums; nothing is unpickled."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except _ZIP_ERRORS as error:
-        raise Damage(f"holds a damaged {path.name} ({error})") from error
+        raise FormatError(f"holds a damaged {path.name} ({error})") from error
     if damaged is not None:
-        raise Damage(f"holds a damaged {path.name} (the checksum of {damaged[:80]!r} is another)")
+        raise FormatError(
+            f"holds a damaged {path.name} (the checksum of {damaged[:80]!r} is another)"
+        )

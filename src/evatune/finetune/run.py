@@ -21,7 +21,7 @@ import transformers
 
 from evatune.api import initialize
 from evatune.calibration import Calibration
-from evatune.calibration.options import ProgressOption
+from evatune.calibration.progress import ProgressOption
 from evatune.choices import Scale
 from evatune.distributed.group import ProcessGroup
 from evatune.distributed.launch import launched

@@ -16,7 +16,7 @@ from evatune.finetune.methods import find_method
 from evatune.finetune.metrics import METRICS
 from evatune.finetune.recipe import REFERENCE, Recipe
 from evatune.finetune.recipe_tree import as_tree, flat, parse
-from evatune.schemas import Damage, brief, naming_file
+from evatune.schemas import FormatError, raise_with_path, short_repr
 from evatune.schemas.run import Evaluation, Result
 from evatune.schemas.text import parse_json, read_text, validate_json
 from evatune.utils.atomic import write_text
@@ -36,7 +36,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     path = folder / RESULT
     if not path.exists():
         return None
-    with naming_file(path, "remove it, and the run is done again"):
+    with raise_with_path(path, "remove it, and the run is done again"):
         return validate_json(Result, read_text(path)).model_dump()
 
 
@@ -48,7 +48,7 @@ def read_evaluation(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / EVALUATION
     if not path.exists():
         return {}
-    with naming_file(path, "remove it, and evaluate the run again"):
+    with raise_with_path(path, "remove it, and evaluate the run again"):
         evaluation = validate_json(Evaluation, read_text(path))
     return {name: task.model_dump() for name, task in evaluation.tasks.items()}
 
@@ -138,10 +138,10 @@ def require_own_run(folder: Path, tree: dict[str, Any]) -> None:
 
 
 def _read_recipe(path: Path, advice: str = "its run cannot go on; name another --out") -> Recipe:
-    with naming_file(path, advice, ConfigError):
+    with raise_with_path(path, advice, ConfigError):
         fields = parse_json(read_text(path))
         if not isinstance(fields, dict):
-            raise Damage("is damaged: it does not hold keys with values")
+            raise FormatError("is damaged: it does not hold keys with values")
     return parse(fields, f"{str(path)!r}, whose run cannot go on,")
 
 
@@ -157,7 +157,7 @@ def _changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _value(values: dict[str, Any], name: str) -> str:
-    return brief(values[name]) if name in values else "missing"
+    return short_repr(values[name]) if name in values else "missing"
 
 
 def _is_free(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from evatune.adapters.lora_layers import lora_layers
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks import Task
 from evatune.modeling.forward import call_model, model_device, to_device
-from evatune.modeling.state import states_kept
+from evatune.modeling.state import preserve_model_state
 
 _EXAMPLES = 24
 _MOST_ROWS = 128  # of an example, evenly over it
@@ -64,7 +64,7 @@ def kappas_and_participation(
     layers = lora_layers(model)
     if not layers:
         return [], []
-    with states_kept(model), _recorded_inputs(layers) as rows:
+    with preserve_model_state(model), _recorded_inputs(layers) as rows:
         _run_training_examples(model.eval(), task)
     kappas, ratios = [], []
     for name, parts in rows.items():

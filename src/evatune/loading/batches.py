@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import transformers
 
-from evatune.choices import IGNORED
-from evatune.errors import ConfigError, DataError
+from evatune.choices import IGNORED, require_whole
+from evatune.errors import DataError
 from evatune.loading.encoding import Encoder, as_completion, has_loss, require_rows
 from evatune.loading.pictures import read_picture
 from evatune.loading.records import Chat, Records
@@ -44,16 +44,9 @@ class ShuffledBatches(ABC):
     def collate(self, rows: dict[str, list[Any]]) -> Any:
         """Return the batch of some rows, given by columns; None where nothing of them counts."""
 
-    def require_sizes(self, *names: str) -> None:
-        """Raise a ConfigError for a size or a seed out of its range."""
-        for name in ("batch_size", *names):
-            value = getattr(self, name)
-            if value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; it must be at least 0")
-        if self.seed >= 2**63:
-            raise ConfigError(f"seed is {self.seed}; it must be below 2 to the power 63")
+    def __post_init__(self) -> None:
+        require_whole("batch_size", self.batch_size, 1)
+        require_whole("seed", self.seed, 0)
 
     def digest(self) -> str:
         """Return a hash of what the rows hold, by which a run that goes on knows its data."""
@@ -103,7 +96,8 @@ class TextBatches(ShuffledBatches):
     classes: str | None = None
 
     def __post_init__(self) -> None:
-        self.require_sizes("max_length")
+        super().__post_init__()
+        require_whole("max_length", self.max_length, 1)
 
     @property
     def table(self) -> Any:
@@ -126,25 +120,28 @@ class TextBatches(ShuffledBatches):
 
 
 @dataclass(frozen=True)
-class AnswerBatches(ShuffledBatches):
+class RecordBatches(ShuffledBatches):
+    """Tokenized batches of shuffled records."""
+
+    encoder: Encoder
+    records: Records
+    batch_size: int
+    seed: int
+
+    @property
+    def table(self) -> Any:
+        return self.records.table
+
+
+@dataclass(frozen=True)
+class AnswerBatches(RecordBatches):
     """Tokenized batches of shuffled records, with a label for each token that is to be learned.
 
     Attributes:
         labels: False: without labels, for models that learn in another way.
     """
 
-    encoder: Encoder
-    records: Records
-    batch_size: int
-    seed: int
     labels: bool = True
-
-    def __post_init__(self) -> None:
-        self.require_sizes()
-
-    @property
-    def table(self) -> Any:
-        return self.records.table
 
     @property
     def template(self) -> str | None:
@@ -169,21 +166,8 @@ class AnswerBatches(ShuffledBatches):
         require_rows([] if batch is None else [batch], self.encoder.origin)
 
 
-@dataclass(frozen=True)
-class TargetBatches(ShuffledBatches):
+class TargetBatches(RecordBatches):
     """Tokenized batches for encoder-decoder models: prompts to read, answers to write as labels."""
-
-    encoder: Encoder
-    records: Records
-    batch_size: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        self.require_sizes()
-
-    @property
-    def table(self) -> Any:
-        return self.records.table
 
     def collate(self, rows: dict[str, list[Any]]) -> Any:
         records = [self.records.record(row) for row in _by_row(rows)]
@@ -211,9 +195,6 @@ class MediaBatches(ShuffledBatches):
     batch_size: int
     seed: int
     classes: str | None = None
-
-    def __post_init__(self) -> None:
-        self.require_sizes()
 
     @property
     def table(self) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 
 from evatune.errors import DataError
 from evatune.utils.extras import extras
+from evatune.utils.text import one_line
 
 with extras(__name__):
     import datasets
@@ -38,7 +39,7 @@ def read_picture(picture: Mapping[str, Any]) -> Image.Image:
         raise _unreadable(path, "its format is not known") from error
     # as Pillow raises them
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _unreadable(path, " ".join(str(error).split())[:200]) from error
+        raise _unreadable(path, one_line(error)) from error
 
 
 def _in_bytes(image: Image.Image) -> Image.Image:

@@ -14,6 +14,7 @@ import numpy as np
 from evatune.errors import DataError
 from evatune.loading.data_files import is_hidden
 from evatune.utils.extras import extras
+from evatune.utils.text import one_line
 
 with extras(__name__):
     import datasets
@@ -59,8 +60,8 @@ def read_wave(sound: Mapping[str, Any], rate: int) -> Any:
         file_rate, samples = _read(file)
     except (OSError, ValueError, RuntimeError, struct.error) as error:
         raise DataError(
-            f"{name!r} cannot be read as a sound ({' '.join(str(error).split())[:200]}); give WAV"
-            " files, or for others: pip install soundfile"
+            f"{name!r} cannot be read as a sound ({one_line(error)}); give WAV files, or for"
+            " others: pip install soundfile"
         ) from error
     mono = samples.mean(-1) if samples.ndim > 1 else samples
     mono = mono[: _LONGEST * file_rate]

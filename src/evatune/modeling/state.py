@@ -131,12 +131,12 @@ def may_stop_early(model: nn.Module) -> bool:
 @contextmanager
 def evaluation_state(model: nn.Module) -> Iterator[None]:
     """Run the base model in evaluation mode; put modes, adapters and random states back."""
-    with states_kept(model), as_base(model):
+    with preserve_model_state(model), as_base(model):
         yield
 
 
 @contextmanager
-def states_kept(model: nn.Module) -> Iterator[None]:
+def preserve_model_state(model: nn.Module) -> Iterator[None]:
     """Put modes and random states back as they were, whatever happens inside."""
     modes = [(module, module.training) for module in model.modules()]
     python_state = random.getstate()

@@ -8,7 +8,7 @@ components kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from evatune.choices import (
@@ -16,9 +16,12 @@ from evatune.choices import (
     METRICS,
     Budget,
     Metric,
+    RankBudget,
+    is_whole,
     largest_rank,
     require_choice,
     require_rho,
+    require_whole,
 )
 from evatune.errors import BudgetError, ConfigError
 from evatune.layers import LayerSpec
@@ -110,23 +113,14 @@ def allocate(
     layer costs, which stays below a few seconds for models of common shape and, for pathological
     shapes only, gives way to filling the budget greedily by metric per parameter, never above it.
     """
-    _require_options(rank, rho, budget, metric, min_rank)
+    rank_budget = RankBudget(rank=rank, rho=rho, budget=budget, metric=metric)
+    _require_options(rank_budget, min_rank)
     caps = _checked_caps(caps or {}, layers)
-    uniform_ranks = {name: caps.get(name, rank) for name in layers}  # without redistribution
-    largest = largest_rank(rank, rho)
-    floors = floors or {}
-    shares = [
-        _Share(
-            name=name,
-            spec=layer.spec,
-            uniform_rank=uniform_ranks[name],
-            cap=min(caps.get(name, largest), _usable_rank(layer)),
-            floor=max(min_rank, floors.get(name, 0)),
-        )
-        for name, layer in layers.items()
-    ]
-    groups = _rank_groups(shares, in_parameters=budget == "parameters")
-    _require_room(groups, rank, rho, budget, caps)
+    floors = {name: max(min_rank, (floors or {}).get(name, 0)) for name in layers}
+    specs = {name: layer.spec for name, layer in layers.items()}
+    usable = {name: _usable_rank(layer) for name, layer in layers.items()}
+    groups = _rank_groups(specs, usable, rank_budget, caps, floors)
+    _require_room(groups, rank_budget, caps)
     limit = sum(group.uniform_rank * group.cost for group in groups)
     left = limit - sum(group.floor * group.cost for group in groups)
     if left < 0:
@@ -135,7 +129,9 @@ def allocate(
             " lower it"
         )
     group_ranks = _redistribute(groups, layers, metric, left)
-    ranks = {name: group_ranks[layer.spec.rank_group or name] for name, layer in layers.items()}
+    rank_of = {name: group_ranks[group.key] for group in groups for name in group.names}
+    ranks = {name: rank_of[name] for name in layers}
+    uniform_ranks = {name: caps.get(name, rank) for name in layers}
     return RankPlan(
         ranks=ranks,
         rank=rank,
@@ -150,59 +146,31 @@ def allocate(
 
 
 def require_wide_enough(
-    specs: Mapping[str, LayerSpec],
-    *,
-    rank: int,
-    rho: float,
-    budget: Budget,
-    caps: Mapping[str, int],
+    specs: Iterable[LayerSpec], rank_budget: RankBudget, caps: Mapping[str, int]
 ) -> None:
-    """Raise the BudgetError of `allocate` for layers that no spectra could help: too narrow ones.
-
-    All arguments are as for `allocate`.
-    """
-    largest = largest_rank(rank, rho)
-    shares = [
-        _Share(
-            name=name,
-            spec=spec,
-            uniform_rank=caps.get(name, rank),
-            cap=min(caps.get(name, largest), spec.max_rank),
-            floor=0,
-        )
-        for name, spec in specs.items()
-    ]
-    groups = _rank_groups(shares, in_parameters=budget == "parameters")
-    _require_room(groups, rank, rho, budget, caps)
+    """Raise the BudgetError of `allocate` for layers too narrow for it, whatever their spectra."""
+    by_name = {spec.name: spec for spec in specs}
+    widest = {name: spec.max_rank for name, spec in by_name.items()}
+    groups = _rank_groups(by_name, widest, rank_budget, caps, floors={})
+    _require_room(groups, rank_budget, caps)
 
 
-def worth_gained(
+def value_gained(
     layers: Mapping[str, Candidate], old: RankPlan, new: RankPlan, caps: Mapping[str, int]
 ) -> float:
-    """Return the share of `new`'s total worth that `old`'s ranks would miss.
+    """Return the share of `new`'s total value that `old`'s ranks would miss.
 
     Both by the metric of `new`, and the spectra of `layers` and the caps for which `new` was made.
-    Ranks that move between components of equal worth gain nothing.
+    Ranks that move between components of equal value gain nothing.
     """
     largest = largest_rank(new.rank, new.rho)
-    worth_of_old, worth_of_new = 0.0, 0.0
+    value_of_old, value_of_new = 0.0, 0.0
     for name, layer in layers.items():
         cap = min(caps.get(name, largest), _usable_rank(layer))
-        worths = _worth(layer.spectrum, new.metric, cap)
-        worth_of_old += math.fsum(worths[: old.ranks.get(name, 0)])
-        worth_of_new += math.fsum(worths[: new.ranks.get(name, 0)])
-    return max(0.0, 1 - worth_of_old / worth_of_new) if worth_of_new > 0 else 0.0
-
-
-@dataclass(frozen=True)
-class _Share:
-    """A layer with the bounds of its rank."""
-
-    name: str
-    spec: LayerSpec
-    uniform_rank: int
-    cap: int
-    floor: int
+        values = _values(layer.spectrum, new.metric, cap)
+        value_of_old += math.fsum(values[: old.ranks.get(name, 0)])
+        value_of_new += math.fsum(values[: new.ranks.get(name, 0)])
+    return max(0.0, 1 - value_of_old / value_of_new) if value_of_new > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -226,33 +194,41 @@ class _RankGroup:
     cost: int
 
 
-def _rank_groups(shares: Sequence[_Share], *, in_parameters: bool) -> list[_RankGroup]:
-    members: dict[str, list[_Share]] = {}
-    for share in shares:
-        members.setdefault(share.spec.rank_group or share.name, []).append(share)
+def _rank_groups(
+    specs: Mapping[str, LayerSpec],
+    usable: Mapping[str, int],  # ranks of each layer, at most
+    rank_budget: RankBudget,
+    caps: Mapping[str, int],
+    floors: Mapping[str, int],
+) -> list[_RankGroup]:
+    """Return the layers by rank group, each group with the bounds of its rank."""
+    members: dict[str, list[str]] = {}
+    for name, spec in specs.items():
+        members.setdefault(spec.rank_group or name, []).append(name)
+    largest = largest_rank(rank_budget.rank, rank_budget.rho)
+    in_parameters = rank_budget.budget == "parameters"
     groups = []
-    for key, tied in members.items():
-        specs = [share.spec for share in tied]
-        step = specs[0].groups
-        cap = max(share.cap for share in tied) // step * step
-        floor = max(share.floor for share in tied)
-        steps = math.ceil(floor / step)
+    for key, names in members.items():
+        tied = [specs[name] for name in names]
+        step = tied[0].groups
+        cap = max(min(caps.get(name, largest), usable[name]) for name in names) // step * step
+        floor = max(floors.get(name, 0) for name in names)
         groups.append(
             _RankGroup(
                 key=key,
-                names=[share.name for share in tied],
+                names=names,
                 step=step,
-                uniform_rank=tied[0].uniform_rank,
+                uniform_rank=caps.get(names[0], rank_budget.rank),
                 cap=cap,
-                floor=min(steps * step, cap),
-                cost=sum(spec.parameters_per_rank if in_parameters else 1 for spec in specs),
+                floor=min(math.ceil(floor / step) * step, cap),
+                cost=sum(spec.parameters_per_rank if in_parameters else 1 for spec in tied),
             )
         )
     return groups
 
 
 def _require_room(
-    groups: Sequence[_RankGroup], rank: int, rho: float, budget: Budget, caps: Mapping[str, int]
+    groups: Sequence[_RankGroup], rank_budget: RankBudget, caps: Mapping[str, int]
 ) -> None:
     """Raise a BudgetError where the groups' caps leave less room than their uniform ranks cost."""
     limit = sum(group.uniform_rank * group.cost for group in groups)
@@ -261,13 +237,13 @@ def _require_room(
         return
     tight = {group.key: group.cap for group in groups if group.cap < group.uniform_rank}
     named = shortened([f"{key} ({cap})" for key, cap in tight.items()])
-    share = f"{rank} or its cap" if caps else f"{rank}"
+    share = f"{rank_budget.rank} or its cap" if caps else f"{rank_budget.rank}"
     layers = sum(len(group.names) for group in groups)
     raise BudgetError(
-        f"the budget of {limit} {budget} ({share} per layer over {layers} layers) cannot be met:"
-        f" the layers take at most {room}. Below {share}: {named or 'none'}. Lower rank, raise rho"
-        f" (now {rho:g}), use more data, leave these layers out of the targets, or give them ranks"
-        f" of their own: LoraConfig(rank_pattern={_pattern(tight)})"
+        f"the budget of {limit} {rank_budget.budget} ({share} per layer over {layers} layers)"
+        f" cannot be met: the layers take at most {room}. Below {share}: {named or 'none'}. Lower"
+        f" rank, raise rho (now {rank_budget.rho:g}), use more data, leave these layers out of the"
+        f" targets, or give them ranks of their own: LoraConfig(rank_pattern={_pattern(tight)})"
     )
 
 
@@ -286,10 +262,10 @@ def _redistribute(
     # first m.
     classes: dict[int, list[tuple[float, int, int]]] = {}
     for order, group in enumerate(groups):
-        worths = [_worth(layers[name].spectrum, metric, group.cap) for name in group.names]
+        values = [_values(layers[name].spectrum, metric, group.cap) for name in group.names]
         components = classes.setdefault(group.step * group.cost, [])
         for j in range(group.floor, group.cap, group.step):
-            gain = math.fsum(gain for worth in worths for gain in worth[j : j + group.step])
+            gain = math.fsum(gain for gains in values for gain in gains[j : j + group.step])
             components.append((-gain, j, order))
     ranked = {cost: sorted(classes[cost]) for cost in sorted(classes) if classes[cost]}
     gains = {cost: [-loss for loss, _, _ in items] for cost, items in ranked.items()}
@@ -300,8 +276,8 @@ def _redistribute(
     return ranks
 
 
-def _worth(spectrum: Spectrum, metric: str, cap: int) -> list[float]:
-    """Return what each component of a layer is worth."""
+def _values(spectrum: Spectrum, metric: str, cap: int) -> list[float]:
+    """Return the value of each component of a layer by the metric."""
     energies = spectrum.energies.double()
     if not len(energies) or spectrum.total_energy <= 0:
         return []
@@ -331,18 +307,17 @@ def _usable_rank(layer: Candidate) -> int:
     return min(widest, layer.spectrum.usable)
 
 
-def _require_options(rank: int, rho: float, budget: str, metric: str, min_rank: int) -> None:
+def _require_options(rank_budget: RankBudget, min_rank: int) -> None:
     """Raise a ConfigError for an option out of its range."""
-    for name, value in (("rank", rank), ("min_rank", min_rank)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{name} is {value!r}; it must be a whole number")
-    if rank < 1:
-        raise ConfigError(f"rank is {rank}; it must be at least 1")
-    require_rho(rho)
-    require_choice("metric", metric, METRICS)
-    require_choice("budget", budget, BUDGETS)
-    if min_rank < 0 or min_rank > rank:
-        raise ConfigError(f"min_rank is {min_rank}; it must lie between 0 and rank ({rank})")
+    rank = rank_budget.rank
+    require_whole("rank", rank, 1)
+    require_rho(rank_budget.rho)
+    require_choice("metric", rank_budget.metric, METRICS)
+    require_choice("budget", rank_budget.budget, BUDGETS)
+    if not is_whole(min_rank) or not 0 <= min_rank <= rank:
+        raise ConfigError(
+            f"min_rank is {min_rank!r}; it must be a whole number between 0 and rank ({rank})"
+        )
 
 
 def _checked_caps(caps: Mapping[str, int], layers: Mapping[str, Candidate]) -> dict[str, int]:
@@ -353,7 +328,7 @@ def _checked_caps(caps: Mapping[str, int], layers: Mapping[str, Candidate]) -> d
                 f"caps names {name!r}, which is no layer; the layers are"
                 f" {shortened(list(layers)) or 'none'}"
             )
-        if isinstance(cap, bool) or not isinstance(cap, int) or cap < 1:
+        if not is_whole(cap) or cap < 1:
             raise ConfigError(
                 f"the cap of {name} is {cap!r}; it must be a whole number of at least 1"
             )

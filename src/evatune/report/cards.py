@@ -23,6 +23,7 @@ from evatune.report.vega import picture
 from evatune.utils.extras import extras
 from evatune.utils.markup import markdown_code, markdown_text
 from evatune.utils.names import ADAPTER_FILE, CALIBRATION_FILE, hub_id
+from evatune.utils.text import one_line
 from evatune.version import __version__
 
 with extras(__name__):
@@ -104,10 +105,9 @@ def own_card(folder: Path) -> ModelCard | None:
     try:
         card = ModelCard.load(path)
     except (ValueError, UnicodeDecodeError, YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise RecordError(
-            f"{str(path)!r} is no model card ({reason}); mend the lines between its first two ---,"
-            " or remove it, and a new one is written"
+            f"{str(path)!r} is no model card ({one_line(error)}); mend the lines between its first"
+            " two ---, or remove it, and a new one is written"
         ) from error
     return None if _EMPTY_FORM in card.text else card
 

@@ -7,14 +7,14 @@ from evatune.scaling.random_rows import (
     orthogonal_rows,
     seeded_generator,
 )
-from evatune.scaling.rows import completed, scaled_rows, step_ratio
+from evatune.scaling.rows import pad_with_random_rows, scaled_rows, step_ratio
 
 __all__ = [
     "DEFAULT_LENGTH",
-    "completed",
     "default_rows",
     "lora_scale",
     "orthogonal_rows",
+    "pad_with_random_rows",
     "scale_divisor",
     "scaled_rows",
     "seeded_generator",

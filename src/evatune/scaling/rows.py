@@ -19,7 +19,7 @@ _SIGMA_FLOOR = 1e-3
 _ENERGY_FLOOR = 1e-6
 
 
-def completed(rows: Tensor, rank: int, scale: Scale, *, seed: int) -> Tensor:
+def pad_with_random_rows(rows: Tensor, rank: int, scale: Scale, *, seed: int) -> Tensor:
     """Return `rank` rows: those given and random ones for the rest, orthogonal to all others.
 
     They are as long as PEFT's own where the scale matches those, for what few rows showed says
@@ -78,7 +78,7 @@ def step_ratio(spectrum: Spectrum, rank: int, scale: Scale, usual_rank: int) -> 
         # of rows of length 1
         energies = _regression_rows(spectrum, count).square().sum(1).reciprocal()
     energy = float((lengths.square() * energies).sum())
-    if count < rank:  # see `completed`
+    if count < rank:  # see `pad_with_random_rows`
         rest = spectrum.total_second_moment - float(moments.sum())
         along_others = max(0.0, rest) / max(1, width - count)
         energy += (rank - count) * _length_of_random_rows(lengths, scale) ** 2 * along_others

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from evatune.schemas.damage import Damage, brief
+from evatune.schemas.format_error import FormatError, short_repr
 from evatune.schemas.text import fitting
 
 _Rank = Annotated[int, Field(ge=1, le=2**24)]
@@ -58,7 +58,7 @@ class LoraRecord(BaseModel):
 
 
 def require_lora(fields: Mapping[str, Any]) -> None:
-    """Raise Damage unless these are fields of a LoRA config, in types and ranges.
+    """Raise FormatError unless these are fields of a LoRA config, in types and ranges.
 
     PEFT itself checks neither.
     """
@@ -68,13 +68,13 @@ def require_lora(fields: Mapping[str, Any]) -> None:
         try:
             re.compile(expression)
         except (re.error, RecursionError, OverflowError) as error:
-            raise Damage(
-                f"holds the pattern {brief(pattern)}, which is no regular expression ({error})"
+            raise FormatError(
+                f"holds the pattern {short_repr(pattern)}, which is no regular expression ({error})"
             ) from error
 
 
 def require_quick(fields: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise Damage for patterns that take too long on these names, as nested repetitions do.
+    """Raise FormatError for patterns that take too long on these names, as nested repetitions do.
 
     PEFT hands them to `re`, which nothing can stop. So those with more than one repetition or
     choice are first tried in another process, which can be stopped.
@@ -94,9 +94,9 @@ def require_quick(fields: Mapping[str, Any], names: Iterable[str]) -> None:
             timeout=_TRIAL_SECONDS,
         )
     except (subprocess.SubprocessError, OSError) as error:
-        raise Damage(
+        raise FormatError(
             "holds patterns that cannot be matched with the names of the layers within "
-            f"{_TRIAL_SECONDS:g} s, among them {brief(doubtful[0])}"
+            f"{_TRIAL_SECONDS:g} s, among them {short_repr(doubtful[0])}"
         ) from error
 
 

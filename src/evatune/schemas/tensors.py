@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from evatune.schemas.damage import Damage, brief
+from evatune.schemas.format_error import FormatError, short_repr
 from evatune.schemas.text import fitting, parse_json, readable, require_file
 
 _LENGTH_BYTES = 8  # of the header's length, before the header
@@ -68,9 +68,13 @@ def read_header(path: Path) -> Header:
         size = path.stat().st_size - _LENGTH_BYTES
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         if not 0 <= length <= size:
-            raise Damage("is damaged or not a safetensors file (its header goes beyond its end)")
+            raise FormatError(
+                "is damaged or not a safetensors file (its header goes beyond its end)"
+            )
         if length > _HEADER_BYTES:
-            raise Damage(f"has a header of {length} bytes, and {_HEADER_BYTES} are read at most")
+            raise FormatError(
+                f"has a header of {length} bytes, and {_HEADER_BYTES} are read at most"
+            )
         raw = file.read(length)
     try:
         fields = parse_json(raw.decode("utf-8"))
@@ -78,8 +82,8 @@ def read_header(path: Path) -> Header:
             metadata = TypeAdapter(dict[str, str]).validate_python(_take(fields, _METADATA))
             entries = TypeAdapter(dict[str, _Entry]).validate_python(fields)
         _require_covered(entries, size - length)
-    except (Damage, UnicodeDecodeError) as error:
-        raise Damage(f"is damaged or not a safetensors file (its header {error})") from error
+    except (FormatError, UnicodeDecodeError) as error:
+        raise FormatError(f"is damaged or not a safetensors file (its header {error})") from error
     return Header(metadata, {name: tuple(entry.shape) for name, entry in entries.items()})
 
 
@@ -110,17 +114,19 @@ def read_sealed(path: Path, kinds: Sequence[str], what: str) -> tuple[dict[str, 
     kind = metadata.get("format")
     if kind not in kinds:
         known = " or ".join(kinds)
-        raise Damage(f"is a safetensors file but not {what} (format {brief(kind)}, not {known})")
+        raise FormatError(
+            f"is a safetensors file but not {what} (format {short_repr(kind)}, not {known})"
+        )
     has_checksum = kind == kinds[0]
     expected = {"format", "record"}
     if has_checksum:
         expected.add("sha256")
     if metadata.keys() != expected:
-        raise Damage(f"is damaged (the metadata of {kind} are {', '.join(sorted(expected))})")
+        raise FormatError(f"is damaged (the metadata of {kind} are {', '.join(sorted(expected))})")
     tensors = _load(path)
     record = metadata["record"]
     if has_checksum and metadata["sha256"] != checksum(tensors, kinds[0], record):
-        raise Damage("is damaged (its contents do not have the checksum that it names)")
+        raise FormatError("is damaged (its contents do not have the checksum that it names)")
     return tensors, record
 
 
@@ -141,27 +147,29 @@ def _load(path: Path) -> dict[str, Tensor]:
         with readable():
             tensors: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
-        raise Damage(f"is damaged ({error})") from error
+        raise FormatError(f"is damaged ({error})") from error
     return tensors
 
 
 def _take(fields: object, key: str) -> object:
     if not isinstance(fields, dict):
-        raise Damage("does not hold keys with values")
+        raise FormatError("does not hold keys with values")
     return fields.pop(key, {})
 
 
 def _require_covered(entries: Mapping[str, _Entry], size: int) -> None:
-    """Raise Damage unless the tensors fill the rest of the file, one after the other."""
+    """Raise FormatError unless the tensors fill the rest of the file, one after the other."""
     end = 0
     in_order = sorted(entries.items(), key=lambda item: item[1].data_offsets)
     for name, entry in in_order:
         if entry.dtype not in _BYTES:
-            raise Damage(f"names the type {brief(entry.dtype)} for {brief(name)}")
+            raise FormatError(f"names the type {short_repr(entry.dtype)} for {short_repr(name)}")
         first, last = entry.data_offsets
         nbytes = math.prod(entry.shape) * _BYTES[entry.dtype]
         if first != end or last - first != nbytes:
-            raise Damage(f"declares {brief(name)} as {brief(entry.shape)}, which is not its size")
+            raise FormatError(
+                f"declares {short_repr(name)} as {short_repr(entry.shape)}, which is not its size"
+            )
         end = last
     if end != size:
-        raise Damage(f"declares {end} bytes of tensors, and {size} are there")
+        raise FormatError(f"declares {end} bytes of tensors, and {size} are there")

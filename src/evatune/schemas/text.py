@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from evatune.schemas.damage import Damage, brief
+from evatune.schemas.format_error import FormatError, short_repr
+from evatune.utils.text import one_line
 
 _T = TypeVar("_T")
 
@@ -27,35 +28,37 @@ def read_text(path: Path, errors: str = "strict") -> str:
     with readable():
         size = path.stat().st_size
         if size > _TEXT_BYTES:
-            raise Damage(f"has {size} bytes, and {_TEXT_BYTES} are read at most")
+            raise FormatError(f"has {size} bytes, and {_TEXT_BYTES} are read at most")
         raw = path.read_bytes()
     try:
         return raw.decode("utf-8", errors)
     except UnicodeDecodeError as error:
-        raise Damage(f"is not text in UTF-8 (byte {error.start} is not)") from error
+        raise FormatError(f"is not text in UTF-8 (byte {error.start} is not)") from error
 
 
 def require_file(path: Path) -> None:
-    """Raise Damage unless there is a file at a path, which the system may not even look at."""
+    """Raise FormatError unless there is a file at a path, which the system may not even look at."""
     with readable():
         is_file = path.is_file()
     if not is_file:
-        raise Damage("is not a file")
+        raise FormatError("is not a file")
 
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Raise Damage for what the system refuses in the block."""
+    """Raise FormatError for what the system refuses in the block."""
     try:
         yield
     except OSError as error:
-        raise Damage(f"cannot be read ({error.strerror or error})") from error
+        raise FormatError(f"cannot be read ({error.strerror or error})") from error
 
 
 def parse_json(text: str) -> Any:
     """Return the value of a JSON text; NaN and Infinity are read, and left to the schema."""
     if len(text) > _TEXT_BYTES:
-        raise Damage(f"holds JSON of {len(text)} characters, and {_TEXT_BYTES} are read at most")
+        raise FormatError(
+            f"holds JSON of {len(text)} characters, and {_TEXT_BYTES} are read at most"
+        )
     try:
         value = json.loads(
             text,
@@ -64,9 +67,9 @@ def parse_json(text: str) -> Any:
             parse_float=_real,
         )
     except RecursionError:
-        raise Damage(f"holds JSON that is nested deeper than {_MAX_NESTING} levels") from None
+        raise FormatError(f"holds JSON that is nested deeper than {_MAX_NESTING} levels") from None
     except json.JSONDecodeError as error:
-        raise Damage(f"holds no whole JSON ({error})") from error
+        raise FormatError(f"holds no whole JSON ({error})") from error
     _require_shallow(value, "JSON")
     return value
 
@@ -80,25 +83,25 @@ def validate_json(kind: type[_T], text: str) -> _T:
 
 @contextmanager
 def fitting() -> Iterator[None]:
-    """Raise Damage for what pydantic refuses in the block."""
+    """Raise FormatError for what pydantic refuses in the block."""
     try:
         yield
     except ValidationError as error:
-        raise Damage(f"does not fit: {explained(error)}") from error
+        raise FormatError(f"does not fit: {explained(error)}") from error
 
 
 def parse_yaml(text: str) -> Any:
     """Return the value of a YAML text without tags, anchors and aliases."""
     if len(text.encode("utf-8", "surrogatepass")) > _YAML_BYTES:
-        raise Damage(f"holds more than {_YAML_BYTES >> 10} kB of YAML")
+        raise FormatError(f"holds more than {_YAML_BYTES >> 10} kB of YAML")
     try:
         return yaml.load(text, Loader=_PlainLoader)  # a SafeLoader
     except yaml.YAMLError as error:
-        raise Damage(f"is not YAML: {' '.join(str(error).split())[:300]}") from error
-    except Damage:
+        raise FormatError(f"is not YAML: {one_line(error)}") from error
+    except FormatError:
         raise
     except ValueError as error:  # such as February 30
-        raise Damage(f"holds a value that YAML has no meaning for ({error})") from error
+        raise FormatError(f"holds a value that YAML has no meaning for ({error})") from error
 
 
 def explained(error: ValidationError) -> str:
@@ -108,19 +111,21 @@ def explained(error: ValidationError) -> str:
     more = f", and {len(others)} more" if others else ""
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("missing", "missing_argument"):
-        return f"key {brief(key)} is missing{more}"
+        return f"key {short_repr(key)} is missing{more}"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"key {brief(key)} is unknown{more}"
+        return f"key {short_repr(key)} is unknown{more}"
     if not key:
         return f"{reason}{more}"
-    return f"{brief(key)} is {brief(first['input'])}: {reason[:1].lower()}{reason[1:]}{more}"
+    return (
+        f"{short_repr(key)} is {short_repr(first['input'])}: {reason[:1].lower()}{reason[1:]}{more}"
+    )
 
 
 def _without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     mapping: dict[str, Any] = {}
     for key, value in pairs:
         if key in mapping:
-            raise Damage(f"holds the key {brief(key)} twice")
+            raise FormatError(f"holds the key {short_repr(key)} twice")
         mapping[key] = value
     return mapping
 
@@ -137,7 +142,9 @@ def _real(text: str) -> float:
 
 def _require_few_digits(text: str) -> None:
     if len(text) > _MAX_DIGITS:
-        raise Damage(f"holds a number of {len(text)} characters, and {_MAX_DIGITS} are the most")
+        raise FormatError(
+            f"holds a number of {len(text)} characters, and {_MAX_DIGITS} are the most"
+        )
 
 
 def _require_shallow(value: Any, what: str) -> None:
@@ -147,7 +154,7 @@ def _require_shallow(value: Any, what: str) -> None:
         level = [child for parent in level for child in _children(parent)]
         if not level:
             return
-    raise Damage(f"holds {what} that is nested deeper than {_MAX_NESTING} levels")
+    raise FormatError(f"holds {what} that is nested deeper than {_MAX_NESTING} levels")
 
 
 def _children(value: Any) -> Iterable[Any]:
@@ -166,11 +173,13 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise Damage(f"holds an anchor or alias of YAML ({brief(event.anchor)}); write it out")
+            raise FormatError(
+                f"holds an anchor or alias of YAML ({short_repr(event.anchor)}); write it out"
+            )
         if event.tag is not None:
-            raise Damage(f"holds a tag of YAML ({brief(event.tag)}); write plain values")
+            raise FormatError(f"holds a tag of YAML ({short_repr(event.tag)}); write plain values")
         if self._nesting > _MAX_NESTING:
-            raise Damage(f"holds YAML that is nested deeper than {_MAX_NESTING} levels")
+            raise FormatError(f"holds YAML that is nested deeper than {_MAX_NESTING} levels")
         self._nesting += 1
         try:
             return super().compose_node(parent, index)
@@ -183,9 +192,9 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
         for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise Damage(f"holds the key {brief(key)}, which is not text")
+                raise FormatError(f"holds the key {short_repr(key)}, which is not text")
             if key in mapping:
-                raise Damage(f"holds the key {brief(key)} twice")
+                raise FormatError(f"holds the key {short_repr(key)} twice")
             mapping[key] = self.construct_object(value_node, deep=deep)
         return mapping
 

@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from transformers import TrainerCallback
 
 from evatune.adapters.adapter import lora_config
-from evatune.adapters.initialize import initialize_model, scale_in_force
+from evatune.adapters.initialize import initialize_model, resolve_scale
 from evatune.adapters.options import InitializeOptions
 from evatune.calibration.result import Calibration
 from evatune.distributed.group import ProcessGroup
@@ -38,7 +38,7 @@ def initialize_trainer(
     """
     _require_untouched(trainer)
     model = adapted(unwrapped(trainer.model))
-    scale = scale_in_force(lora_config(model, options.adapter_name), options.scale)
+    scale = resolve_scale(lora_config(model, options.adapter_name), options.scale)
     batches: Iterable[Any] | Calibration
     if calibration is not None:
         batches = calibration

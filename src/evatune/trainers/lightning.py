@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from evatune.adapters.adapter import lora_config
-from evatune.adapters.initialize import scale_in_force
+from evatune.adapters.initialize import resolve_scale
 from evatune.api import initialize
 from evatune.calibration.result import Calibration
 from evatune.errors import AdapterError, DataError
@@ -85,7 +85,7 @@ class EvaCallback(pl.Callback):  # type: ignore[misc]  # not a type: its library
             )
         model = adapted(pl_module)
         lora = lora_config(model, self.options.get("adapter_name", "default"))
-        scale = scale_in_force(lora, self.options.get("scale"))
+        scale = resolve_scale(lora, self.options.get("scale"))
         if isinstance(self.batches, Calibration):
             self.calibration = initialize(model, self.batches, forward=self.forward, **self.options)
         else:

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from evatune.errors import MissingExtraError
-from evatune.utils.extras import EXTRA_OF, missing
+from evatune.utils.extras import extras
 
 if TYPE_CHECKING:
     import pandas
@@ -29,7 +29,14 @@ class Shown:
 
         Raises MissingExtraError where pandas is not installed.
         """
-        _require("pandas", "to_pandas()")
+        try:
+            import_module("pandas")
+        except ImportError as error:
+            raise MissingExtraError(
+                "pandas is not installed, which to_pandas() needs; install it with: pip install"
+                " pandas",
+                name="pandas",
+            ) from error
         frame: pandas.DataFrame = _views().frame(self)
         return frame
 
@@ -43,7 +50,8 @@ class Shown:
         Args:
             ax: where to draw. Default: a new figure.
         """
-        _require("matplotlib", "plot()")
+        with extras("plot()"):
+            import_module("matplotlib")
         axes: Axes = import_module("evatune.report.view_plots").plot(self, ax)
         return axes
 
@@ -54,17 +62,3 @@ class Shown:
 
 def _views() -> Any:
     return import_module("evatune.report.views")
-
-
-def _require(library: str, what: str) -> None:
-    """Raise a MissingExtraError where a library is not installed."""
-    try:
-        import_module(library)
-    except ImportError as error:
-        if library in EXTRA_OF:
-            raise missing(library, what) from error
-        raise MissingExtraError(
-            f"{library} is not installed, which {what} needs; install it with: pip install"
-            f" {library}",
-            name=library,
-        ) from error

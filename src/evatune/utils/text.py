@@ -45,6 +45,11 @@ def first_line(error: BaseException) -> str:
     return line if line.endswith((".", "!", "?")) else f"{line}."
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """Return an error's text in one line, cut off after `most` characters."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def folded(text: str, indent: str) -> str:
     """Return a line folded at words on a terminal, whole in a pipe.
 

@@ -10,8 +10,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from evatune.adapters.export.merged import merge_adapter, write_merged
+from evatune.adapters.export.merged import write_merged
 from evatune.errors import AdapterError
+from tests.adapters.helpers import merge_adapter
 from tests.helpers import (
     output,
     perturbed_adapter,

@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraGAConfig, preprocess_loraga
 
 from evatune.adapters.lora_layers import lora_layers
-from evatune.sketch.spectrum import principal_angles
 from tests.finetune.helpers import ALPHA, RANK, MethodCase, PlantedGradient
+from tests.sketches import principal_angles
 
 torch.set_num_threads(1)
 

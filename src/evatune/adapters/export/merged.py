@@ -27,6 +27,7 @@ from evatune.loading import models
 from evatune.utils.markup import markdown_code
 from evatune.utils.names import short_name
 from evatune.utils.outputs import claimed_folder, require_apart
+from evatune.utils.text import one_line
 
 _HEAD = re.compile(r"\.(score|classifier|(classifier|classification_head)\.out_proj)\.weight$")
 
@@ -77,18 +78,6 @@ def _load_base_model(request: ExportRequest, source: str, config: LoraConfig) ->
         ) from error
 
 
-def merge_adapter(base: nn.Module, adapter: str | Path) -> nn.Module:
-    """Return the base model with a saved adapter added into its weights, in place.
-
-    PEFT checks the sums for NaN and Inf. Weights that several layers share come apart where the
-    adapter belongs to one of these layers only.
-
-    Raises RecordError for an adapter that is damaged, not LoRA, or not of this base model;
-    AdapterError where PEFT's sum is not what the adapter computes.
-    """
-    return _merged(_adapted(base, Path(adapter)), Path(adapter))
-
-
 def write_merged(base: Any, adapter: Path, folder: Path, batch: dict[str, Tensor]) -> str | None:
     """Write a transformers model with a saved adapter added in, and check what was written.
 
@@ -100,16 +89,17 @@ def write_merged(base: Any, adapter: Path, folder: Path, batch: dict[str, Tensor
         Why they could not be compared; None if they were.
 
     Raises:
-        AdapterError: the model, loaded again, computes something else.
-        All else as for `merge_adapter`.
+        RecordError: the adapter is damaged, not LoRA, or not of this base model.
+        AdapterError: the weights cannot hold the sum, or the model, loaded again, computes
+            something else.
     """
-    model = _adapted(base, adapter)
+    model = load_adapter(base, adapter)
     expected, unchecked = None, None
     try:
         expected = _output(model, batch)
     except Exception as error:  # whatever a model raises that wants more than tokens
-        unchecked = f"{type(base).__name__} does not run on tokens alone: {_brief(error)}"
-    reloaded = _save_and_reload(_merged(model, adapter), folder)
+        unchecked = f"{type(base).__name__} does not run on tokens alone: {one_line(error)}"
+    reloaded = _save_and_reload(merge(model, adapter), folder)
     if expected is not None:
         difference = _output(reloaded.eval(), batch) - expected
         relative = float(difference.norm() / expected.norm())
@@ -128,7 +118,7 @@ def _save_and_reload(merged: Any, folder: Path) -> Any:
             folder, dtype="auto", output_loading_info=True, trust_remote_code=False
         )
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise _merge_error(f"cannot be saved and loaded ({_brief(error)})") from error
+        raise _merge_error(f"cannot be saved and loaded ({one_line(error)})") from error
     lost = sorted({*loading["missing_keys"], *loading["mismatched_keys"]})
     if lost:
         raise _merge_error(f"has no weights for {lost[0]} when it is loaded again")
@@ -148,11 +138,7 @@ def _output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return first.double()
 
 
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _adapted(base: nn.Module, adapter: Path) -> PeftModel:
+def load_adapter(base: nn.Module, adapter: Path) -> PeftModel:
     """Return the base model with the saved adapter beside its weights."""
     config = read_config(adapter)
     state = read_adapter_weights(adapter)
@@ -187,8 +173,12 @@ def _extend(base: Any, state: Mapping[str, Tensor]) -> None:
         base.resize_token_embeddings(len(saved), mean_resizing=False)
 
 
-def _merged(model: PeftModel, adapter: Path) -> nn.Module:
-    """Return the base model inside, with the adapter's updates in its weights."""
+def merge(model: PeftModel, adapter: Path) -> nn.Module:
+    """Return the base model inside, with the adapter's updates in its weights.
+
+    PEFT checks the sums for NaN and Inf. Weights that several layers share come apart where the
+    adapter belongs to one of these layers only.
+    """
     _require_mergeable(model)
     base = model.get_base_model()
     tied = dict(getattr(base, "all_tied_weights_keys", None) or {})
@@ -208,7 +198,7 @@ def _refusing(base: nn.Module, adapter: Path) -> Iterator[None]:
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, UserWarning) as error:
         raise RecordError(
             f"adapter {str(adapter)!r} cannot be merged into {type(base).__name__} "
-            f"({_brief(error)}); give the model it was trained on"
+            f"({one_line(error)}); give the model it was trained on"
         ) from error
 
 

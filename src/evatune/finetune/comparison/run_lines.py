@@ -12,8 +12,8 @@ from typing import Any
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.recipe_tree import as_tree
-from evatune.schemas import naming_file
-from evatune.schemas.damage import Damage
+from evatune.schemas import raise_with_path
+from evatune.schemas.format_error import FormatError
 from evatune.schemas.text import read_text, validate_json
 from evatune.schemas.tuned import RunLine
 from evatune.utils.json_lines import append_json_line, whole_lines
@@ -34,12 +34,14 @@ def read_lines(paths: Iterable[Path]) -> list[RunLine]:
     """
     lines: dict[str, RunLine] = {}
     for path in paths:
-        with naming_file(path, "is it the runs.jsonl of `evatune compare --tune`?", ConfigError):
+        with raise_with_path(
+            path, "is it the runs.jsonl of `evatune compare --tune`?", ConfigError
+        ):
             for number, text in enumerate(whole_lines(read_text(path)), 1):
                 try:
                     line = validate_json(RunLine, text)
-                except Damage as damage:
-                    raise Damage(f"has a line {number} that {damage}") from damage
+                except FormatError as damage:
+                    raise FormatError(f"has a line {number} that {damage}") from damage
                 known = lines.get(line.id)
                 if known is None or line.tested > known.tested:
                     lines[line.id] = line

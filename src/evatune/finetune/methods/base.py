@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from evatune.adapters.lora_layers import find_lora_targets, lora_layers
 from evatune.calibration import Calibration, CalibrationConfig
-from evatune.calibration.options import ProgressOption
+from evatune.calibration.progress import ProgressOption
 from evatune.capture.recorder import RowsFunction
 from evatune.capture.targets import find_target_layers
 from evatune.choices import DEFAULT_SCALE, Budget, Scale

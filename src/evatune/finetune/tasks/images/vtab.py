@@ -26,7 +26,7 @@ from evatune.finetune.recipe import DataOptions
 from evatune.finetune.tasks.splits import Split
 from evatune.loading.cache import cache_folder
 from evatune.loading.hub import reading, require_path
-from evatune.schemas import naming_file
+from evatune.schemas import raise_with_path
 from evatune.schemas.text import read_text
 from evatune.utils.names import stays_below
 from evatune.utils.outputs import claimed_folder
@@ -152,7 +152,7 @@ def vtab_images(name: str, data: DataOptions) -> VtabImages:
 def _listed(folder: Path, part: str, task: VtabTask) -> Iterator[tuple[Path, int]]:
     """Yield the images of a list, with their classes; DataError where it is not whole."""
     path = folder / f"{part}.txt"
-    with naming_file(path, "get the bundle anew, or another copy of it", DataError):
+    with raise_with_path(path, "get the bundle anew, or another copy of it", DataError):
         lines = read_text(path).splitlines()
     expected = _SIZES.get(part, task.test)
     if len(lines) != expected:

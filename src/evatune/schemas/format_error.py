@@ -1,4 +1,4 @@
-"""Damage: what is wrong with a file, in words short enough for one line."""
+"""What is wrong with a file, in words short enough for one line."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _repr.maxdict = _repr.maxlist = 3
 _repr.maxlevel = 2
 
 
-class Damage(ValueError):
+class FormatError(ValueError):
     """A fault of a file, as the second half of a sentence: "is no JSON: …"."""
 
 
-def brief(value: object) -> str:
+def short_repr(value: object) -> str:
     """Return a value that came from a file as a short text in one line."""
     return _repr.repr(value)
 
 
 @contextmanager
-def naming_file(
+def raise_with_path(
     path: str | os.PathLike[str], advice: str, error: type[EvatuneError] = RecordError
 ) -> Iterator[None]:
-    """Raise `error`, with the file's name and what to do, for any `Damage` in the block."""
+    """Raise `error`, with the file's name and what to do, for any `FormatError` in the block."""
     try:
         yield
-    except Damage as damage:
-        raise error(f"{str(path)!r} {damage}; {advice}") from damage
+    except FormatError as fault:
+        raise error(f"{str(path)!r} {fault}; {advice}") from fault

@@ -1,4 +1,4 @@
-"""Damage is told in one sentence, whatever the kind of file."""
+"""A fault of a file is told in one sentence, whatever the kind of file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from evatune.errors import ConfigError, EvatuneError, RecordError
-from evatune.schemas import Damage, brief, naming_file
+from evatune.schemas import FormatError, raise_with_path, short_repr
 from tests.fuzzing import fuzz
 
 
@@ -16,9 +16,9 @@ from tests.fuzzing import fuzz
 def test_damage_becomes_a_sentence_with_the_file_and_what_to_do(error: type[EvatuneError]) -> None:
     with (
         pytest.raises(error, match=r"^'c\.json' holds no key; write it again$"),
-        naming_file("c.json", "write it again", error),
+        raise_with_path("c.json", "write it again", error),
     ):
-        raise Damage("holds no key")
+        raise FormatError("holds no key")
 
 
 LONG = ["x" * 10_000, 10**1000, [[[[1]]]] * 50, {number: number for number in range(99)}]
@@ -26,7 +26,7 @@ LONG = ["x" * 10_000, 10**1000, [[[[1]]]] * 50, {number: number for number in ra
 
 @pytest.mark.parametrize("value", LONG, ids=["text", "number", "list", "dict"])
 def test_values_are_shown_in_one_short_line(value: Any) -> None:
-    text = brief(value)
+    text = short_repr(value)
     assert len(text) <= 160
     assert "\n" not in text
 
