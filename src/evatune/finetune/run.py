@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 import torch
 import transformers
@@ -22,7 +22,6 @@ import transformers
 from evatune.api import initialize
 from evatune.calibration import Calibration
 from evatune.calibration.options import ProgressOption
-from evatune.choices import Scale
 from evatune.distributed.group import ProcessGroup
 from evatune.distributed.launch import launched
 from evatune.finetune.another_task import another_task
@@ -377,7 +376,7 @@ def _initialize(
         batches=lambda size: training_batches(trainer, size, recipe.seed),
         rho=recipe.adapter.rho,
         budget=recipe.adapter.budget,
-        scale=cast("Scale", recipe.adapter.scale),  # which the recipe has checked
+        scale=recipe.adapter.scale,
         seed=recipe.seed,
         initial_adapter=folder / INITIAL_ADAPTER,
         rows=task.rows,

@@ -14,7 +14,7 @@ from torch import nn
 from evatune.errors import ConfigError
 from evatune.finetune.methods import Method, OptimizerOptions
 from evatune.finetune.metrics import METRICS, MetricsCallback
-from evatune.finetune.recipe import TO_FLOOR, Recipe
+from evatune.finetune.recipe import COSINE_WITH_MIN_LR, Recipe
 from evatune.finetune.run_folder import CHECKPOINTS, RESUME_ADVICE
 from evatune.finetune.sharding import sharding_arguments
 from evatune.finetune.tasks import Task
@@ -97,7 +97,7 @@ def _arguments(
     recipe: Recipe, model: Any, folder: Path, *, resumed: bool, saves: bool
 ) -> transformers.TrainingArguments:
     training = recipe.training
-    floor = {"min_lr_rate": training.floor} if training.schedule == TO_FLOOR else None
+    floor = {"min_lr_rate": training.floor} if training.schedule == COSINE_WITH_MIN_LR else None
     share, rest = divmod(training.batch_size, processes())
     if rest:
         raise ConfigError(
