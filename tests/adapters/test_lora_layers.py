@@ -18,6 +18,7 @@ from evatune.adapters.export import export_uniform
 from evatune.adapters.export.merged import merge_adapter
 from evatune.errors import AdapterError, ConfigError, TargetError
 from evatune.finetune.methods import METHODS, AdapterSetup
+from evatune.finetune.recipe import AdapterOptions
 from evatune.sketch.spectrum import captured_energy
 from tests.helpers import matrices, result, round_trip
 from tests.layer_models import (
@@ -239,7 +240,11 @@ def test_layers_that_are_not_supported_are_named_or_left_as_peft_made_them(
 
 def adapted(method: str, model: nn.Module, targets: list[str]) -> Any:
     setup = AdapterSetup(
-        rank=2, alpha=2, targets=targets, task_type=None, head=[], new_head=False, steps=1
+        adapter=AdapterOptions(rank=2, alpha=2, targets=targets),
+        task_type=None,
+        head=[],
+        new_head=False,
+        steps=1,
     )
     return METHODS[method].adapt(model, setup)
 
