@@ -273,12 +273,10 @@ def start_run(job: Job, folder: Path, head_rate: float | None) -> _Started:
     transformers.set_seed(job.seed)
     task = replace(prepared.task, model=copy.deepcopy(prepared.task.model))
     setup = AdapterSetup(
-        rank=job.rank,
-        alpha=job.alpha,
-        targets=recipe.adapter.targets,
-        task_type=task.task_type,
+        adapter=replace(recipe.adapter, rank=job.rank, alpha=job.alpha),
+        task_type=task.models.task_type,
         head=task.head,
-        new_head=task.new_head,
+        new_head=task.models.new_head,
         steps=recipe.training.steps,
     )
     model = method.adapt(task.model, setup)
@@ -287,16 +285,16 @@ def start_run(job: Job, folder: Path, head_rate: float | None) -> _Started:
         initialize=partial(evatune.initialize, trainer, rows=task.rows),
         initialize_elsewhere=partial(evatune.initialize, trainer, rows=task.rows),
         batches=lambda size: training_batches(trainer, size, recipe.seed),
-        rho=start.rho,
         seed=job.seed,
         initial_adapter=folder / "initial",
+        options={"rho": start.rho},
         rows=task.rows,
     )
     method.prepare(trainer.model, preparation)
     started = _Started(trainer, task, prepared.test)
     if start.method != "full":
         started.kappa = measure_start(model, task, job)
-    if head_rate is not None and task.new_head:
+    if head_rate is not None and task.models.new_head:
         trainer.optimizer = _with_head_rate(trainer, task.head, head_rate)
     return started
 

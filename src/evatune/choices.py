@@ -34,6 +34,8 @@ ON_UNSUPPORTED: tuple[OnUnsupported, ...] = get_args(OnUnsupported)
 # are as safe as in LoRA, whatever the width. See docs/learning-rate.md for what was measured.
 DEFAULT_SCALE: Scale = "matched"
 DEFAULT_RANK, DEFAULT_RHO = 16, 2.0
+DEFAULT_BUDGET: Budget = "ranks"
+DEFAULT_METRIC: Metric = "ratio"
 
 IGNORED = -100
 """Label of a token that the loss leaves out, by torch's and transformers' convention."""

@@ -17,6 +17,7 @@ from evatune.adapters.compat import initialize_lora_eva_weights
 from evatune.adapters.export import export_uniform
 from evatune.errors import AdapterError, ConfigError, TargetError
 from evatune.finetune.methods import METHODS, AdapterSetup
+from evatune.finetune.recipe import AdapterOptions
 from tests.adapters.helpers import merge_adapter
 from tests.helpers import matrices, result, round_trip
 from tests.layer_models import (
@@ -239,7 +240,11 @@ def test_layers_that_are_not_supported_are_named_or_left_as_peft_made_them(
 
 def adapted(method: str, model: nn.Module, targets: list[str]) -> Any:
     setup = AdapterSetup(
-        rank=2, alpha=2, targets=targets, task_type=None, head=[], new_head=False, steps=1
+        adapter=AdapterOptions(rank=2, alpha=2, targets=targets),
+        task_type=None,
+        head=[],
+        new_head=False,
+        steps=1,
     )
     return METHODS[method].adapt(model, setup)
 

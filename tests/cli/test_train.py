@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evatune.utils.lock import held
+from evatune.utils.lock import lock_folder
 from tests.conftest import Command, refused
 from tests.finetune.helpers import SMALL
 
@@ -51,7 +51,7 @@ def test_a_folder_is_for_one_process_at_a_time(
 ) -> None:
     settings = [*SMALL, f"model={bert_folder}"]
     folder = tmp_path / "run"
-    with held(folder):
+    with lock_folder(folder):
         for name, method in (("train", ["method=head"]), ("compare", ["--methods", "head"])):
             answer = command(name, "understanding-bbc", *settings, *method, "--out", folder)
             refused(answer, "in use by another evatune train, compare or evaluate")

@@ -16,7 +16,7 @@ from evatune import initialize
 from evatune.cli import main
 from evatune.finetune.methods import METHODS, AdapterSetup, Preparation
 from evatune.finetune.metrics import read_metrics
-from evatune.finetune.recipe import Recipe
+from evatune.finetune.recipe import AdapterOptions, Recipe
 from evatune.finetune.recipe_files import load
 from evatune.finetune.tasks.rl.policy import Windows
 from tests.helpers import tiny_bert, tiny_llama, tokens
@@ -127,9 +127,7 @@ class MethodCase:
     def adapted(self, method: str, rank: int = RANK, targets: Any = None) -> Any:
         head = self.kind in ("bert", "dinov2")
         setup = AdapterSetup(
-            rank=rank,
-            alpha=ALPHA,
-            targets=targets or self.targets,
+            adapter=AdapterOptions(rank=rank, alpha=ALPHA, targets=targets or self.targets),
             task_type=self.task_type,
             head=["classifier"] if head else ["lm_head"],
             new_head=head,
@@ -154,9 +152,9 @@ class MethodCase:
             initialize=initialize or (lambda **_: None),
             initialize_elsewhere=initialize or (lambda **_: None),
             batches=batches or self.of,
-            rho=2,
             seed=0,
             initial_adapter=start,
+            options={"rho": 2},
         )
         METHODS[method].prepare(model, preparation)
 
@@ -190,9 +188,7 @@ class PlantedGradient:
     def started(self, method: str, *, rank: int, alpha: float, start: Path) -> Any:
         """Return the LoRA layer as the method starts it."""
         setup = AdapterSetup(
-            rank=rank,
-            alpha=alpha,
-            targets=["layer"],
+            adapter=AdapterOptions(rank=rank, alpha=alpha, targets=["layer"]),
             task_type=None,
             head=[],
             new_head=False,
@@ -203,9 +199,9 @@ class PlantedGradient:
             initialize=lambda **_: None,
             initialize_elsewhere=lambda **_: None,
             batches=lambda size: self.batches,
-            rho=2,
             seed=0,
             initial_adapter=start,
+            options={"rho": 2},
         )
         METHODS[method].prepare(model, preparation)
         return model.base_model.model.layer

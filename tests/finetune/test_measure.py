@@ -18,7 +18,7 @@ from evatune.finetune.recipe import Recipe
 from evatune.finetune.recipe_tree import parse
 from evatune.finetune.run import measure, run
 from evatune.finetune.start_facts import StartFacts, start_facts
-from evatune.finetune.tasks import Task
+from evatune.finetune.tasks import Task, find_domain
 from tests.finetune.helpers import small
 
 torch.set_num_threads(1)
@@ -99,14 +99,13 @@ def facts_of(a: torch.Tensor, alpha: float, recipe: Recipe) -> tuple[float | Non
     model.base_model.model.layer.lora_A["default"].weight.data.copy_(a)
     examples = [torch.eye(width)[index] for index in range(width)]
     task = Task(
+        models=find_domain("rl").models,
         model=model,
         train=examples,
         validation=None,
         test=examples,
         collator=lambda rows: {"x": torch.stack(rows)},
         head=[],
-        new_head=False,
-        task_type=None,
     )
     facts = start_facts(model, task, recipe)
     return facts.kappa, facts.participation
@@ -134,14 +133,13 @@ def test_a_model_without_an_adapter_has_no_such_facts(bert_folder: Path) -> None
     model = Linear(4)
     collator = DataCollatorWithPadding(None)
     task = Task(
+        models=find_domain("rl").models,
         model=model,
         train=[],
         validation=None,
         test=[],
         collator=collator,
         head=[],
-        new_head=False,
-        task_type=None,
     )
     assert start_facts(model, task, recipe) == StartFacts(None, None, None)
 

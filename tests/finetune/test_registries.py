@@ -13,7 +13,8 @@ from torch import nn
 from evatune.adapters.lora_layers import lora_layers
 from evatune.errors import ConfigError
 from evatune.finetune.methods import METHODS, find_method
-from evatune.finetune.methods.base import Lora, OptimizerOptions, Preparation
+from evatune.finetune.methods.base import Lora, Preparation
+from evatune.finetune.recipe import TrainingOptions
 from evatune.finetune.recipe_tree import parse
 from evatune.finetune.run import run
 from evatune.finetune.tasks import DOMAINS, Domain, ModelKind, Task, find_domain
@@ -31,8 +32,8 @@ class ToyMethod(Lora):
         for layer in lora_layers(model).values():
             nn.init.ones_(layer.lora_A["default"].weight)
 
-    def optimizer(self, model: nn.Module, options: OptimizerOptions) -> Any:
-        return torch.optim.SGD(model.parameters(), lr=options.learning_rate)
+    def optimizer(self, model: nn.Module, training: TrainingOptions) -> Any:
+        return torch.optim.SGD(model.parameters(), lr=training.learning_rate)
 
     def after_step(self, model: nn.Module, step: int) -> None:
         steps.append(step)
@@ -65,7 +66,7 @@ MODELS = ModelKind(
 )
 
 
-def prepare(recipe: Any, most: int | None = None) -> Task:
+def prepare(recipe: Any, max_examples: int | None = None) -> Task:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(recipe.data.train, 4, generator=generator)
     examples = [{"x": x, "labels": x.sum()} for x in inputs]
@@ -74,14 +75,13 @@ def prepare(recipe: Any, most: int | None = None) -> Task:
         return {key: torch.stack([row[key] for row in rows]) for key in ("x", "labels")}
 
     return Task(
+        models=MODELS,
         model=ToyModel(),
         train=examples,
         validation=None,
         test=examples,
         collator=collate,
         head=MODELS.head(None),
-        new_head=MODELS.new_head,
-        task_type=MODELS.task_type,
         metric=lambda prediction: {"score": 0.5},
     )
 

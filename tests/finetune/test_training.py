@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from evatune.errors import ConfigError
 from evatune.finetune.methods.base import Lora
-from evatune.finetune.tasks import Task
+from evatune.finetune.tasks import Task, find_domain
 from evatune.finetune.training import build_trainer, training_shown
 from evatune.utils import progress
 from tests.finetune.helpers import MethodCase, small
@@ -43,14 +43,13 @@ def _trainer(method: Lora, folder: Path, *overrides: str) -> Any:
     case = MethodCase("bert")
     rows = [{key: value[0] for key, value in batch.items()} for batch in case.of(1)]
     task = Task(
+        models=find_domain("understanding").models,
         model=case.model(),
         train=rows,
         validation=None,
         test=rows,
         collator=transformers.default_data_collator,
         head=["classifier"],
-        new_head=True,
-        task_type="SEQ_CLS",
     )
     model = case.adapted("lora")
     recipe = small("demo", *overrides)

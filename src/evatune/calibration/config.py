@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from evatune.choices import (
     BUDGETS,
+    DEFAULT_BUDGET,
+    DEFAULT_METRIC,
     DEFAULT_RANK,
     DEFAULT_RHO,
     IGNORED,
@@ -84,9 +86,11 @@ class CalibrationConfig:
     )
     components: int | None = None
     budget: Budget = _setting(
-        "ranks", "What stays the same as in uniform LoRA: ranks or parameters."
+        DEFAULT_BUDGET, "What stays the same as in uniform LoRA: ranks or parameters."
     )
-    metric: Metric = _setting("ratio", "What components are ranked by: ratio, raw, max or sum.")
+    metric: Metric = _setting(
+        DEFAULT_METRIC, "What components are ranked by: ratio, raw, max or sum."
+    )
     objective: Objective = _setting(
         "activations", "What directions are leading in: activations, gradients or regression."
     )

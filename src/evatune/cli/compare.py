@@ -59,11 +59,11 @@ def _compare_grid(options: CompareOptions, settings: list[Recipe], folder: Path)
         from evatune.finetune.comparison.summary import summarize
         from evatune.report.runs import comparison_table
         from evatune.report.tables import console
-        from evatune.utils.lock import held
+        from evatune.utils.lock import lock_folder
 
     runs = grid(settings, split_names(options.methods), seeds, rates, folder / "cells")
     _require_comparison(folder)
-    with held(folder):
+    with lock_folder(folder):
         with libraries_on_stderr(), _runs_shown(options.as_json, len(runs)) as tell:
 
             def ended(run: Run, problem: str | None) -> None:
@@ -127,7 +127,7 @@ def _compare_tuned(
     with loading_libraries(options.as_json):
         from evatune.finetune.comparison.rate_rule import Seeds, Trial
         from evatune.finetune.comparison.search import tune
-        from evatune.utils.lock import held
+        from evatune.utils.lock import lock_folder
 
         # It comes after hours, and may lack an extra.
         import_module("evatune.report.tuned_markdown")
@@ -135,7 +135,7 @@ def _compare_tuned(
     seeds, workers = Seeds(tuple(tuning), tuple(tests)), _workers(options)
     path = folder / "runs.jsonl"
     _require_comparison(folder)
-    with held(folder):
+    with lock_folder(folder):
         with libraries_on_stderr(), _runs_shown(options.as_json, None) as tell:
 
             def ended(name: str, trial: Trial, problem: str | None) -> None:
@@ -162,7 +162,7 @@ def _show_tuned(path: Path, sources: list[str], settings: list[Recipe], as_json:
         sources: of the recipes. settings: the recipes themselves, with what the command replaces.
     """
     from evatune.finetune.comparison.run_lines import read_lines
-    from evatune.finetune.comparison.tuned_conditions import Source
+    from evatune.finetune.comparison.tuned_conditions import KnownRecipe
     from evatune.finetune.comparison.tuned_summary import summarize
     from evatune.finetune.recipe_files import load
     from evatune.finetune.recipe_tree import all_settings, as_tree
@@ -174,7 +174,7 @@ def _show_tuned(path: Path, sources: list[str], settings: list[Recipe], as_json:
     from evatune.utils.atomic import write_text
 
     recipes = {
-        (recipe.domain, recipe.task): Source(source, all_settings(as_tree(load(source))))
+        (recipe.domain, recipe.task): KnownRecipe(source, all_settings(as_tree(load(source))))
         for source, recipe in zip(sources, settings, strict=True)
     }
     summary = summarize(read_lines([path]), recipes)

@@ -52,7 +52,7 @@ def _is_other(other: Recipe, recipe: Recipe) -> bool:
 
 def _without_classes(task: Task) -> Task:
     """Return the task with no labels in its batches where its head, and so its classes, are new."""
-    if not task.new_head:
+    if not task.models.new_head:
         return task
 
     def collate(examples: Any) -> Any:

@@ -8,7 +8,7 @@ from evatune.finetune.recipe import Recipe
 from evatune.utils.extras import require
 
 
-def require_fit(method: Method, recipe: Recipe) -> None:
+def require_compatible(method: Method, recipe: Recipe) -> None:
     """Require that a base of 4 bits, or in shards, allows the method.
 
     Raises:

@@ -52,7 +52,7 @@ def _add_examples(digest: Any, task: Task) -> None:
 def _own_weights(task: Task) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of the checkpoint: a new head's are drawn."""
     for name, weight in task.model.named_parameters():
-        is_drawn = task.new_head and is_in_head(name, task.head)
+        is_drawn = task.models.new_head and is_in_head(name, task.head)
         if not is_drawn:
             yield name, weight
 

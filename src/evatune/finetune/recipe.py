@@ -8,7 +8,7 @@ from pydantic import AfterValidator, ConfigDict, Field, Strict
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from evatune.choices import DEFAULT_RHO, DEFAULT_SCALE, SCALES
+from evatune.choices import DEFAULT_BUDGET, DEFAULT_RHO, DEFAULT_SCALE, Budget, Scale
 from evatune.utils.names import name_problem
 
 
@@ -22,18 +22,6 @@ def _require_name(name: str) -> str:
 Name = Annotated[str, AfterValidator(_require_name)]  # what becomes part of a path
 
 
-def _one_of(choices: tuple[str, ...]) -> AfterValidator:
-    """Return a validator that accepts these texts alone."""
-
-    def require(text: str) -> str:
-        if text not in choices:
-            raise PydanticCustomError("choice", f"choose one of {', '.join(choices)}")
-        return text
-
-    return AfterValidator(require)
-
-
-Scale = Annotated[str, _one_of(SCALES)]
 REFERENCE = "lora"  # the method that others are held against
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _Flag = Annotated[bool, Strict()]
@@ -41,17 +29,17 @@ _Whole = Annotated[int, Strict()]
 _Real = Annotated[float, Strict(), Field(le=1e9)]
 _Text = Annotated[str, Field(max_length=4096)]
 _Texts = Annotated[list[_Text], Field(max_length=10_000)]
-TO_FLOOR = "cosine_with_min_lr"  # the schedule that `training.floor` is for
 # Schedules of transformers that need no settings but those of a recipe.
-SCHEDULES = (
+Schedule = Literal[
     "linear",
     "cosine",
-    TO_FLOOR,
+    "cosine_with_min_lr",
     "constant",
     "constant_with_warmup",
     "polynomial",
     "inverse_sqrt",
-)
+]
+COSINE_WITH_MIN_LR: Schedule = "cosine_with_min_lr"  # the one that `training.floor` is for
 # In recipes that wait for the user's data, and the beginning of such a task's name.
 USER_TASK = "own"
 HUB = "hub"  # as data.source: a task's own data on the hub
@@ -156,18 +144,15 @@ class AdapterOptions:
         default=8, ge=1, le=2**16, description="ranks per layer, before any redistribution"
     )
     alpha: _Real = Field(default=8, gt=0, description="LoRA's alpha; default: the rank")
-    scale: Scale = Field(
-        default=DEFAULT_SCALE,
-        description="EVA: length of the rows of A",
-        json_schema_extra={"enum": list(SCALES)},
-    )
+    scale: Scale = Field(default=DEFAULT_SCALE, description="EVA: length of the rows of A")
     rho: _Real = Field(
         default=int(DEFAULT_RHO),  # recipes write 2, not 2.0
         ge=1,
         description="EVA: no layer gets more than rho times rank; 1 is no redistribution",
     )
-    budget: Literal["ranks", "parameters"] = Field(
-        default="ranks", description="EVA: what redistribution keeps within that of uniform ranks"
+    budget: Budget = Field(
+        default=DEFAULT_BUDGET,
+        description="EVA: what redistribution keeps within that of uniform ranks",
     )
     targets: _Text | _Texts = Field(default="all-linear", description="layers, as PEFT names them")
     bias: Literal["none", "all", "lora_only"] = Field(
@@ -211,16 +196,14 @@ class TrainingOptions:
     warmup: _Real = Field(
         default=0.06, ge=0, lt=1, description="share of the steps in which the learning rate rises"
     )
-    schedule: Annotated[_Text, _one_of(SCHEDULES)] = Field(
-        default="linear",
-        description="learning rate after warm-up, as transformers names it",
-        json_schema_extra={"enum": list(SCHEDULES)},
+    schedule: Schedule = Field(
+        default="linear", description="learning rate after warm-up, as transformers names it"
     )
     floor: _Real = Field(
         default=0.0,
         ge=0,
         le=1,
-        description=f"{TO_FLOOR}: share of the learning rate that it falls to",
+        description=f"{COSINE_WITH_MIN_LR}: share of the learning rate that it falls to",
     )
     max_grad_norm: _Real = Field(
         default=1.0, ge=0, description="norm that longer gradients are cut to; 0: none are"

@@ -15,7 +15,7 @@ from evatune.finetune.recipe import Recipe
 _LONGEST = 13  # letters of a bound; larger numbers only keep nonsense out
 _TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 # What other libraries and other people call it.
-_ELSEWHERE = {
+_ALIASES = {
     "lr": "training.learning_rate",
     "epochs": "training.steps",
     "num_train_epochs": "training.steps",
@@ -87,7 +87,7 @@ def _keys_of(kind: Any, prefix: str = "") -> Iterator[RecipeKey]:
 def known_as(key: str, names: Sequence[str]) -> str | None:
     """Return which of the keys `names` has this name without its part, or in another library."""
     by_last_part = {name.rpartition(".")[2]: name for name in names}
-    return (_ELSEWHERE | by_last_part).get(key.replace("-", "_").rpartition(".")[2])
+    return (_ALIASES | by_last_part).get(key.replace("-", "_").rpartition(".")[2])
 
 
 def nearest_key(key: str, names: Sequence[str]) -> str | None:
@@ -109,8 +109,6 @@ def nearest_key(key: str, names: Sequence[str]) -> str | None:
 def _key(name: str, field: FieldInfo) -> RecipeKey:
     required = field.is_required()
     allowed: Any = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    if isinstance(field.json_schema_extra, dict):
-        allowed = field.json_schema_extra["enum"]
     return RecipeKey(
         name=name,
         type="text" if allowed else _in_words(field.annotation),

@@ -13,9 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from evatune.errors import ConfigError
 from evatune.finetune.recipe import (
+    COSINE_WITH_MIN_LR,
     SIZES,
     SUCCESS,
-    TO_FLOOR,
     USER_TASK,
     AdapterOptions,
     DataOptions,
@@ -26,7 +26,7 @@ from evatune.finetune.recipe_keys import nearest_key, recipe_keys
 from evatune.schemas import short_repr
 
 # Settings that came later than the first runs, by part.
-_LATER = {
+_ADDED_SINCE = {
     "data": ("chat_template", "metric", "more_test_splits"),
     "adapter": ("bias", "quantize"),
     "training": ("gradient_checkpointing", "sharding", "floor", "max_grad_norm"),
@@ -70,9 +70,9 @@ def _between_keys(recipe: Recipe) -> str | None:
         if data.source is None and getattr(data, name) == 0:
             return f"data.{name} is 0, which is for data.source; give at least 1"
     training = recipe.training
-    if training.floor and training.schedule != TO_FLOOR:
+    if training.floor and training.schedule != COSINE_WITH_MIN_LR:
         return (
-            f"training.floor is for training.schedule={TO_FLOOR}, and this is"
+            f"training.floor is for training.schedule={COSINE_WITH_MIN_LR}, and this is"
             f" {training.schedule}; leave one of them out"
         )
     if recipe.domain != "rl" and data.max_length < _FEWEST_TOKENS:
@@ -108,7 +108,9 @@ def _left_out() -> dict[str, Any]:
     """Return path → default of the settings that `as_tree` leaves out where they have it."""
     usual = {"data": DataOptions(), "adapter": AdapterOptions(), "training": TrainingOptions()}
     later = {
-        f"{part}.{key}": getattr(usual[part], key) for part, keys in _LATER.items() for key in keys
+        f"{part}.{key}": getattr(usual[part], key)
+        for part, keys in _ADDED_SINCE.items()
+        for key in keys
     }
     return {"trust_remote_code": False} | later
 
@@ -167,4 +169,7 @@ def _explain(key: str, item: Mapping[str, Any]) -> str:
         return f"unknown key {short_repr(key)}" + (f" (nearest: {nearest})" if nearest else "")
     if item["type"] in ("missing", "missing_argument"):
         return f"key {short_repr(key)} is missing"
+    if item["type"] == "literal_error":
+        kinds = {each.name: each.kind for each in recipe_keys()}
+        return f"{key} is {short_repr(item['input'])}: choose {kinds[key]}"
     return f"{key} is {short_repr(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"

@@ -11,10 +11,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 import torch
 import transformers
@@ -22,11 +22,10 @@ import transformers
 from evatune.api import initialize
 from evatune.calibration import Calibration
 from evatune.calibration.progress import ProgressOption
-from evatune.choices import Scale
 from evatune.distributed.group import ProcessGroup
 from evatune.distributed.launch import launched
 from evatune.finetune.another_task import another_task
-from evatune.finetune.compatibility import require_fit
+from evatune.finetune.compatibility import require_compatible
 from evatune.finetune.fingerprint import data_fingerprint
 from evatune.finetune.methods import AdapterSetup, Method, Preparation, find_method
 from evatune.finetune.methods.base import EvaOptions
@@ -48,7 +47,7 @@ from evatune.finetune.tasks.quantization import keep_trainable
 from evatune.finetune.training import build_trainer, training_shown
 from evatune.trainers.hf import training_batches
 from evatune.utils.atomic import write_text, writing
-from evatune.utils.lock import held
+from evatune.utils.lock import lock_folder
 from evatune.utils.names import CALIBRATION_FILE, resolved
 
 # Endings of what Trainer's evaluation says about speed.
@@ -91,7 +90,7 @@ def run(
             another process works. DataError: data cannot be had.
     """
     find_domain(recipe.domain)
-    require_fit(find_method(recipe.method), recipe)
+    require_compatible(find_method(recipe.method), recipe)
     folder = resolved(folder)  # what is checked here and what is written later are the same place
     with launched() as process_group, _claimed(recipe, folder, process_group) as finished:
         if finished is not None:
@@ -113,20 +112,16 @@ def _claimed(
     recipe: Recipe, folder: Path, process_group: ProcessGroup
 ) -> Iterator[dict[str, Any] | None]:
     """Yield what a finished run has written; else None, with the folder held for this run."""
-    if process_group.rank > 0:  # the first one looks after it
-        yield process_group.gather(None)[0]
-        return
-    result = finished_result(recipe, folder)
-    if result is not None:
+    result = None
+    with ExitStack() as stack:
+        if process_group.rank == 0:  # which looks after the folder for all
+            result = finished_result(recipe, folder)
+            if result is None:
+                stack.enter_context(lock_folder(folder))
+                result = finished_result(recipe, folder)  # by whoever held the folder until now
+            if result is None:
+                stack.enter_context(claimed_run(recipe, folder))
         yield process_group.gather(result)[0]
-        return
-    with held(folder):
-        result = finished_result(recipe, folder)  # by whoever held the folder until now
-        if result is not None:
-            yield process_group.gather(result)[0]
-            return
-        with claimed_run(recipe, folder):
-            yield process_group.gather(None)[0]
 
 
 def _take_part(recipe: Recipe, folder: Path, checkpoint: Path | None, task: Task | None) -> None:
@@ -134,11 +129,11 @@ def _take_part(recipe: Recipe, folder: Path, checkpoint: Path | None, task: Task
     resumed = checkpoint is not None
     with tempfile.TemporaryDirectory() as scratch:
         started = _start(recipe, folder, Path(scratch), quiet=True, resumed=resumed, task=task)
-        trained = _train(started, checkpoint, quiet=True)
+        _train(started, checkpoint, quiet=True)
         for part in ("validation", "test"):
-            if part == "test" or trained.task.validation is not None:
-                trained.measures(part)
-        whole_weights(trained.trainer)
+            if part == "test" or started.task.validation is not None:
+                started.measures(part)
+        whole_weights(started.trainer)
 
 
 def _run(
@@ -154,15 +149,14 @@ def _run(
     started = _start(recipe, folder, folder, quiet=quiet, resumed=resumed, say=say, task=task)
     if started.calibration is not None:
         started.calibration.save(folder / CALIBRATION_FILE)
-    trained = _train(started, checkpoint, quiet)
-    validation = None if trained.task.validation is None else trained.measures("validation")
-    measures = trained.measures("test")
-    method, model = started.method, trained.trainer.model
-    weights = whole_weights(trained.trainer)
+    train_seconds = _train(started, checkpoint, quiet)
+    task, method, model = started.task, started.method, started.trainer.model
+    validation = None if task.validation is None else started.measures("validation")
+    measures = started.measures("test")
+    weights = whole_weights(started.trainer)
     if method.trains:
         with writing(folder / method.saved_as, RESUME_ADVICE):
             method.save(model, folder / method.saved_as, folder / INITIAL_ADAPTER, weights)
-    task = trained.task
     result = {
         "score": measures.pop("score"),
         "score_name": task.score_name,
@@ -173,7 +167,7 @@ def _run(
         "trainable_parameters": count_trainable(model),
         "first_gradient_b": _first_gradient_b(folder),
         "init_seconds": started.init_seconds,
-        "train_seconds": trained.train_seconds,
+        "train_seconds": train_seconds,
         "resumed": resumed,
         "steps": recipe.training.steps,
         "peak_memory_bytes": peak_memory(),
@@ -206,15 +200,16 @@ def measure(recipe: Recipe, folder: Path, *, tested: bool) -> dict[str, Any]:
     Raises:
         See `run`.
     """
+    require_compatible(find_method(recipe.method), recipe)
     if not tested:
         recipe = replace(
             recipe, training=replace(recipe.training, eval_every=recipe.training.steps)
         )
     started = _start(recipe, folder, folder, quiet=True, checkpoints=False)
     facts = start_facts(started.trainer.model, started.task, recipe)
-    trained = _train(started, None, quiet=True)
-    test = trained.measures("test") if tested else None
-    validation = trained.measures("validation")
+    train_seconds = _train(started, None, quiet=True)
+    test = started.measures("test") if tested else None
+    validation = started.measures("validation")
     lines = [line for line in read_metrics(folder) if "eval_loss" in line]
     curve = [[line["step"], line["eval_loss"], line.get("eval_score")] for line in lines]
     first, last = curve[0][1], curve[-1][1]
@@ -223,9 +218,9 @@ def measure(recipe: Recipe, folder: Path, *, tested: bool) -> dict[str, Any]:
         "validation": validation,
         "test": test,
         "diverged": not last <= first,  # also where one is no number
-        "parameters": count_trainable(trained.trainer.model),
+        "parameters": count_trainable(started.trainer.model),
         "init_seconds": started.init_seconds,
-        "train_seconds": trained.train_seconds,
+        "train_seconds": train_seconds,
         "peak_memory_bytes": peak_memory(),
         "kappa": facts.kappa,
         "participation": facts.participation,
@@ -236,7 +231,7 @@ def measure(recipe: Recipe, folder: Path, *, tested: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Started:
-    """A run before its first step.
+    """A run that is set up, before its first step and after its last one.
 
     Attributes:
         folder: for what every process of a run writes; see `_start`.
@@ -250,21 +245,6 @@ class _Started:
     folder: Path
     calibration: Calibration | None
     init_seconds: float
-
-
-@dataclass(frozen=True)
-class _Trained:
-    """A run after its last step.
-
-    Attributes:
-        folder: for what every process of a run writes.
-        train_seconds: of the last stretch, if the run was resumed.
-    """
-
-    trainer: Any
-    task: Task
-    folder: Path
-    train_seconds: float
 
     def measures(self, part: Part) -> dict[str, Any]:
         """Return a part's measures after the last step by their names, loss and score among them.
@@ -314,14 +294,13 @@ def _start(
     reset_peak_memory()
     transformers.set_seed(recipe.seed)
     method = find_method(recipe.method)
-    require_fit(method, recipe)
     task = task or find_domain(recipe.domain).prepare(recipe)
     keep_trainable(task.model)
     if task.about:
         say(task.about)
 
     start = time.perf_counter()
-    model = method.adapt(task.model, adapter_setup(recipe, task, task.head))
+    model = method.adapt(task.model, adapter_setup(recipe, task.models, task.head))
     trainer = build_trainer(
         recipe, task, method, model, folder, resumed=resumed, checkpoints=checkpoints
     )
@@ -330,28 +309,24 @@ def _start(
     return _Started(recipe, trainer, task, method, process_folder, calibration, init_seconds)
 
 
-def _train(started: _Started, checkpoint: Path | None, quiet: bool) -> _Trained:
-    """Train from the start or the checkpoint on, up to the last step."""
+def _train(started: _Started, checkpoint: Path | None, quiet: bool) -> float:
+    """Train from the start or the checkpoint on, up to the last step, and return the seconds."""
     recipe, trainer = started.recipe, started.trainer
     transformers.set_seed(recipe.seed)  # whatever a method drew, all see the same batches
     start = time.perf_counter()
     if started.method.trains:
         with training_shown(trainer, quiet):
             _train_from(trainer, checkpoint, recipe.training.steps)
-    train_seconds = time.perf_counter() - start
-    return _Trained(trainer, started.task, started.folder, train_seconds)
+    return time.perf_counter() - start
 
 
-def adapter_setup(recipe: Recipe, kind: Task | ModelKind, head: list[str]) -> AdapterSetup:
+def adapter_setup(recipe: Recipe, models: ModelKind, head: list[str]) -> AdapterSetup:
     """Return the settings of a recipe's adapter for a model of this kind."""
     return AdapterSetup(
-        rank=recipe.adapter.rank,
-        alpha=recipe.adapter.alpha,
-        targets=recipe.adapter.targets,
-        bias=recipe.adapter.bias,
-        task_type=kind.task_type,
+        adapter=recipe.adapter,
+        task_type=models.task_type,
         head=head,
-        new_head=kind.new_head,
+        new_head=models.new_head,
         steps=recipe.training.steps,
     )
 
@@ -374,11 +349,13 @@ def _initialize(
         initialize=initialize_here,
         initialize_elsewhere=initialize_elsewhere,
         batches=lambda size: training_batches(trainer, size, recipe.seed),
-        rho=recipe.adapter.rho,
-        budget=recipe.adapter.budget,
-        scale=cast("Scale", recipe.adapter.scale),  # which the recipe has checked
         seed=recipe.seed,
         initial_adapter=folder / INITIAL_ADAPTER,
+        options={
+            "rho": recipe.adapter.rho,
+            "budget": recipe.adapter.budget,
+            "scale": recipe.adapter.scale,
+        },
         rows=task.rows,
         progress=progress,
     )

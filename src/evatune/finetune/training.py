@@ -12,9 +12,9 @@ import transformers
 from torch import nn
 
 from evatune.errors import ConfigError
-from evatune.finetune.methods import Method, OptimizerOptions
+from evatune.finetune.methods import Method
 from evatune.finetune.metrics import METRICS, MetricsCallback
-from evatune.finetune.recipe import TO_FLOOR, Recipe
+from evatune.finetune.recipe import COSINE_WITH_MIN_LR, Recipe
 from evatune.finetune.run_folder import CHECKPOINTS, RESUME_ADVICE
 from evatune.finetune.sharding import sharding_arguments
 from evatune.finetune.tasks import Task
@@ -46,11 +46,6 @@ def build_trainer(
     training = recipe.training
     if training.gradient_checkpointing:
         _enable_checkpointing(model, recipe.model)
-    optimizer_options = OptimizerOptions(
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        lora_plus_ratio=training.lora_plus_ratio,
-    )
     batch_size = training.batch_size * training.accumulate
     callbacks: list[Any] = [_AfterStep(method)]
     if is_main_process():
@@ -66,7 +61,7 @@ def build_trainer(
             data_collator=task.collator,
             compute_metrics=task.metric,
             preprocess_logits_for_metrics=task.reduce,
-            optimizers=(method.optimizer(model, optimizer_options), None),
+            optimizers=(method.optimizer(model, training), None),
             callbacks=callbacks,
         )
     # such as a tracker that is not installed
@@ -77,7 +72,7 @@ def build_trainer(
     # Trainer takes every model that has keyword arguments for one that divides its loss by a count
     # of tokens that it is given; classifiers, such as Bert's, take the mean over their own batch,
     # which Trainer would multiply by the number of processes, and not divide by the accumulated.
-    trainer.model_accepts_loss_kwargs &= task.task_type == "CAUSAL_LM"
+    trainer.model_accepts_loss_kwargs &= task.models.task_type == "CAUSAL_LM"
     return trainer
 
 
@@ -97,7 +92,7 @@ def _arguments(
     recipe: Recipe, model: Any, folder: Path, *, resumed: bool, saves: bool
 ) -> transformers.TrainingArguments:
     training = recipe.training
-    floor = {"min_lr_rate": training.floor} if training.schedule == TO_FLOOR else None
+    floor = {"min_lr_rate": training.floor} if training.schedule == COSINE_WITH_MIN_LR else None
     share, rest = divmod(training.batch_size, processes())
     if rest:
         raise ConfigError(

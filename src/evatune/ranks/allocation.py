@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from evatune.choices import (
     BUDGETS,
+    DEFAULT_BUDGET,
+    DEFAULT_METRIC,
+    DEFAULT_RHO,
     METRICS,
     Budget,
     Metric,
@@ -70,9 +73,9 @@ def allocate(
     layers: Mapping[str, Candidate],
     *,
     rank: int,
-    rho: float = 2.0,
-    budget: Budget = "ranks",
-    metric: Metric = "ratio",
+    rho: float = DEFAULT_RHO,
+    budget: Budget = DEFAULT_BUDGET,
+    metric: Metric = DEFAULT_METRIC,
     min_rank: int = 0,
     caps: Mapping[str, int] | None = None,
     floors: Mapping[str, int] | None = None,

@@ -15,7 +15,7 @@ _NAME = ".evatune.lock"
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Make `folder` and hold it for this process alone; if nothing was put into it, it goes again.
 
     The lock is the system's: it ends with the process that holds it, however that ends.

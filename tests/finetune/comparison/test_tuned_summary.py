@@ -11,7 +11,7 @@ import pytest
 
 from evatune.errors import ConfigError
 from evatune.finetune.comparison.run_lines import read_lines
-from evatune.finetune.comparison.tuned_conditions import Source
+from evatune.finetune.comparison.tuned_conditions import KnownRecipe
 from evatune.finetune.comparison.tuned_summary import summarize
 from evatune.finetune.recipe_files import load
 from evatune.finetune.recipe_tree import all_settings, as_tree
@@ -92,7 +92,7 @@ def test_a_scale_that_differs_is_a_condition_also_where_the_rank_does() -> None:
             lines += tuned_lines(methods=TWO, tasks=("digits",), rank=16, alpha=alpha)
         lines += tuned_lines(methods=TWO, tasks=("digits",), rank=2, alpha=2)
         settings = {"adapter.rank": 2, "adapter.alpha": 2, "adapter.rho": 2}
-        source = Source("mine.yaml", settings)
+        source = KnownRecipe("mine.yaml", settings)
         return [
             group.condition for group in summarize(lines, {("images", "digits"): source}).groups
         ]
@@ -108,7 +108,7 @@ def test_settings_that_differ_make_methods_and_conditions() -> None:
     lines += of_ratio(64.0, tuned_lines(methods=("lora", "loraplus"), tasks=("digits",)))
     settings = {"adapter.rank": 2, "adapter.rho": 2, "training.steps": STEPS}
     settings["training.lora_plus_ratio"] = 16
-    groups = summarize(lines, {("images", "digits"): Source("mine.yaml", settings)}).groups
+    groups = summarize(lines, {("images", "digits"): KnownRecipe("mine.yaml", settings)}).groups
     found = {group.condition: group.methods for group in groups}
     assert found == {
         "": ["lora", "eva", "eva (rho 1)", "loraplus (ratio 64)"],
@@ -127,7 +127,7 @@ def test_settings_that_a_run_leaves_out_at_their_defaults_make_conditions_too() 
         lines.append(line.model_copy(update={"settings": settings, "id": f"{line.id}-nf4"}))
     ours = all_settings(as_tree(load("images-digits", ["training.max_grad_norm=0.5"])))
     same = ("adapter.quantize", "training.max_grad_norm")
-    source = Source("mine.yaml", {key: ours[key] for key in same})
+    source = KnownRecipe("mine.yaml", {key: ours[key] for key in same})
     groups = summarize(lines, {("images", "digits"): source}).groups
     assert {group.condition for group in groups} == {"", "quantize nf4"}
     command = repeat_command(groups[1].cells[0])

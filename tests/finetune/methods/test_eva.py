@@ -76,10 +76,9 @@ def test_the_recipes_scale_is_evas_and_its_variants_keep_their_own(tmp_path: Pat
         initialize=lambda **options: asked.update(options),  # type: ignore[arg-type, return-value]
         initialize_elsewhere=lambda **_: None,  # type: ignore[arg-type, return-value]
         batches=lambda size: [],
-        rho=2,
         seed=0,
         initial_adapter=tmp_path,
-        scale="whiten-matched",
+        options={"rho": 2, "scale": "whiten-matched"},
     )
     for name, scale in (("eva", "whiten-matched"), ("eva-whiten", "whiten")):
         METHODS[name].prepare(None, preparation)

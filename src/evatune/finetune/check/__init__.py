@@ -22,7 +22,7 @@ from evatune.finetune.check.cost import (
 )
 from evatune.finetune.check.plan import Need, Plan, plan_of
 from evatune.finetune.check.trial import INSTEAD, Trial, try_recipe
-from evatune.finetune.compatibility import require_fit
+from evatune.finetune.compatibility import require_compatible
 from evatune.finetune.methods import find_method
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.tasks import find_domain
@@ -63,7 +63,7 @@ def check(recipe: Recipe, *, download: bool = False) -> Check:
     """
     require_alone("evatune recipes check")
     find_domain(recipe.domain)
-    require_fit(find_method(recipe.method), recipe)
+    require_compatible(find_method(recipe.method), recipe)
     with _readable(recipe) as readable:
         return _checked(readable, download)
 

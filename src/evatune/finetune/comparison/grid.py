@@ -10,10 +10,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from evatune.errors import ConfigError, EvatuneError, RecordError
+from evatune.errors import ConfigError, RecordError
 from evatune.finetune.comparison.ray_workers import run_calls_on_ray
 from evatune.finetune.comparison.run_lines import settings_digest
-from evatune.finetune.comparison.workers import run_calls
+from evatune.finetune.comparison.workers import problem_of, run_calls
 from evatune.finetune.methods import find_method
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.recipe_tree import as_tree, parse
@@ -159,21 +159,17 @@ def _run_in_worker(tree: dict[str, Any], folder: str) -> str | None:
     quiet_worker()
     try:
         run(parse(tree), Path(folder), quiet=True)
-    except EvatuneError as error:
-        return str(error)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return problem_of(error)
     return None
 
 
 def quiet_worker() -> None:
     """Have a worker compute on one thread, and keep libraries from telling what they do."""
-    import datasets
     import torch
-    import transformers
+
+    from evatune.loading.quiet import quiet_libraries
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    quiet_libraries()

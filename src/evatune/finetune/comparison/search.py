@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from evatune.errors import ConfigError, EvatuneError
+from evatune.errors import ConfigError
 from evatune.finetune.comparison.grid import (
     DIED,
     EXECUTORS,
@@ -25,6 +25,7 @@ from evatune.finetune.comparison.grid import (
 )
 from evatune.finetune.comparison.rate_rule import Seeds, Trial, next_trials, positions, rate_at
 from evatune.finetune.comparison.run_lines import append_line, read_lines, settings_digest
+from evatune.finetune.comparison.workers import problem_of
 from evatune.finetune.methods import find_method
 from evatune.finetune.recipe import Recipe
 from evatune.finetune.recipe_tree import as_tree, parse
@@ -234,7 +235,5 @@ def _work(tree: dict[str, Any], job: _Job) -> dict[str, Any]:
             return {"data": fingerprint(recipe), "code": find_domain(recipe.domain).version}
         with tempfile.TemporaryDirectory() as folder:
             return {"line": measure(recipe, Path(folder), tested=job == "test")}
-    except EvatuneError as error:
-        return {"problem": str(error)}
     except Exception as error:
-        return {"problem": f"{type(error).__name__}: {error}"}
+        return {"problem": problem_of(error)}

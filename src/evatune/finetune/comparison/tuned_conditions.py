@@ -17,7 +17,7 @@ _OF_METHODS = tuple(dict.fromkeys(chain(*(method.own_settings for method in METH
 
 
 @dataclass(frozen=True)
-class Source:
+class KnownRecipe:
     """The name of a recipe, as `evatune train` takes it, and its settings."""
 
     name: str
@@ -25,8 +25,8 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A run, and where it stands.
+class LabeledRun:
+    """A run, with its method and its condition.
 
     Attributes:
         method: with settings that make it one of its own: "eva (rho 1)".
@@ -40,13 +40,13 @@ class Placed:
     overrides: Mapping[str, Any]
 
 
-def place(lines: Sequence[RunLine], source: Source | None) -> list[Placed]:
+def label_runs(lines: Sequence[RunLine], recipe: KnownRecipe | None) -> list[LabeledRun]:
     """Return the lines of a task, each with its method and its conditions."""
     trees = [all_settings(line.tree()) for line in lines]
-    base = trees[0] if source is None else source.settings
+    base = trees[0] if recipe is None else recipe.settings
     differing = [_differing(tree, base) for tree in trees]
     shared = _shared(differing)
-    placed = []
+    labeled = []
     for line, tree, overrides in zip(lines, trees, differing, strict=True):
         of_method = {key: overrides[key] for key in _own_settings(line.method) if key in overrides}
         no_condition = {*_OF_THE_RUN, *_OF_METHODS, *shared, _ALPHA}
@@ -54,8 +54,8 @@ def place(lines: Sequence[RunLine], source: Source | None) -> list[Placed]:
         if _alpha_over_rank(tree) != _alpha_over_rank({**tree, **base}):
             condition[_ALPHA] = _alpha(tree)
         method = f"{line.method} ({_words(of_method)})" if of_method else line.method
-        placed.append(Placed(line, method, _words(condition), overrides))
-    return placed
+        labeled.append(LabeledRun(line, method, _words(condition), overrides))
+    return labeled
 
 
 def _alpha_over_rank(tree: Mapping[str, Any]) -> float:

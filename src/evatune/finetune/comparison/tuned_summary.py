@@ -21,7 +21,7 @@ from evatune.finetune.comparison.tuned_cells import (
     TunedSummary,
     method_order,
 )
-from evatune.finetune.comparison.tuned_conditions import Placed, Source, place
+from evatune.finetune.comparison.tuned_conditions import KnownRecipe, LabeledRun, label_runs
 from evatune.finetune.methods import METHODS
 from evatune.finetune.methods.loraplus import RATIO_OF_B
 from evatune.finetune.recipe import REFERENCE
@@ -32,18 +32,18 @@ from evatune.schemas.tuned import RunLine
 _TUNING_SEEDS = 3  # of a rate that can be chosen
 
 
-def bundled_sources(lines: Iterable[RunLine]) -> dict[tuple[str, str], Source]:
+def bundled_sources(lines: Iterable[RunLine]) -> dict[tuple[str, str], KnownRecipe]:
     """Return the recipes that come with evatune for the tasks of the lines."""
     keys = {line.key for line in lines}
     return {
-        (domain, task): Source(name, all_settings(as_tree(load(name))))
+        (domain, task): KnownRecipe(name, all_settings(as_tree(load(name))))
         for domain, task in keys
         if (name := f"{domain}-{task}") in bundled_recipes()
     }
 
 
 def summarize(
-    lines: Sequence[RunLine], recipes: Mapping[tuple[str, str], Source] | None = None
+    lines: Sequence[RunLine], recipes: Mapping[tuple[str, str], KnownRecipe] | None = None
 ) -> TunedSummary:
     """Return the summary of the runs.
 
@@ -55,16 +55,16 @@ def summarize(
     seed that both chose a rate and tested it.
     """
     known = bundled_sources(lines) if recipes is None else recipes
-    placed: dict[tuple[str, str], dict[tuple[str, str], list[Placed]]] = {}
+    labeled: dict[tuple[str, str], dict[tuple[str, str], list[LabeledRun]]] = {}
     for key in sorted({line.key for line in lines}):
         domain, task = key
         of_task = [line for line in lines if line.key == key]
-        for placed_line in place(of_task, known.get(key)):
-            group = placed.setdefault((domain, placed_line.condition), {})
-            group.setdefault((task, placed_line.method), []).append(placed_line)
+        for run in label_runs(of_task, known.get(key)):
+            group = labeled.setdefault((domain, run.condition), {})
+            group.setdefault((task, run.method), []).append(run)
     groups = [
         _group(domain, condition, cells, known)
-        for (domain, condition), cells in sorted(placed.items())
+        for (domain, condition), cells in sorted(labeled.items())
     ]
     return TunedSummary(tuple(groups), len(lines))
 
@@ -72,21 +72,21 @@ def summarize(
 def _group(
     domain: str,
     condition: str,
-    placed: Mapping[tuple[str, str], Sequence[Placed]],
-    recipes: Mapping[tuple[str, str], Source],
+    labeled: Mapping[tuple[str, str], Sequence[LabeledRun]],
+    recipes: Mapping[tuple[str, str], KnownRecipe],
 ) -> Group:
-    lines = [placed_line.line for runs in placed.values() for placed_line in runs]
-    for task in {task for task, _ in placed}:
+    lines = [run.line for runs in labeled.values() for run in runs]
+    for task in {task for task, _ in labeled}:
         _require_one_origin([line for line in lines if line.settings.task == task])
     cells = []
-    for (task, method), runs in placed.items():
+    for (task, method), runs in labeled.items():
         goals = {}
         for name in (REFERENCE, FULL):
-            to_reach = [placed_line.line for placed_line in placed.get((task, name), [])]
+            to_reach = [run.line for run in labeled.get((task, name), [])]
             _, _, goals[name] = _final_runs(to_reach)
-        source = recipes.get((domain, task))
-        cells.append(_cell(task, method, runs, goals, source))
-    order = list(dict.fromkeys(task for task, _ in placed))
+        recipe = recipes.get((domain, task))
+        cells.append(_cell(task, method, runs, goals, recipe))
+    order = list(dict.fromkeys(task for task, _ in labeled))
     cells.sort(key=lambda cell: (order.index(cell.task), method_order(cell.method)))
     tuning_seeds = sorted({line.seed for line in lines if not line.tested})
     test_seeds = sorted({line.seed for line in lines if line.tested})
@@ -105,11 +105,11 @@ def _require_one_origin(lines: Sequence[RunLine]) -> None:
 def _cell(
     task: str,
     method: str,
-    placed: Sequence[Placed],
+    labeled: Sequence[LabeledRun],
     goals: Mapping[str, Mapping[int, RunLine]],
-    source: Source | None,
+    recipe: KnownRecipe | None,
 ) -> Cell:
-    lines = [placed_line.line for placed_line in placed]
+    lines = [run.line for run in labeled]
     rates, rate, final = _final_runs(lines)
     overlap = {line.seed for line in lines if not line.tested} & set(final)
     if overlap:
@@ -119,13 +119,13 @@ def _cell(
         )
     at_rate = list(final.values()) or [line for line in lines if line.rate == rate]
     first = min(final.values(), key=lambda line: line.seed, default=lines[0])
-    overrides = next(other.overrides for other in placed if other.line is first)
+    overrides = next(other.overrides for other in labeled if other.line is first)
     steps = first.settings.training.steps
     return Cell(
         task=task,
         method=method,
-        overrides=None if source is None else overrides,
-        recipe="" if source is None else source.name,
+        overrides=None if recipe is None else overrides,
+        recipe="" if recipe is None else recipe.name,
         rates=rates,
         rate=rate,
         settled=any(point.rate == rate and len(point.losses) >= _TUNING_SEEDS for point in rates),

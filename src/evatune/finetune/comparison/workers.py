@@ -18,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from pkgutil import resolve_name
 from typing import Any, NoReturn, cast
 
+from evatune.errors import EvatuneError
 from evatune.utils.loggers import quiet_loggers
 
 _GRACE_SECONDS = 5.0  # seconds for a worker to leave by itself before it is killed
@@ -91,6 +92,11 @@ def run_calls(
                 yield answer
     finally:
         _end(processes.values())
+
+
+def problem_of(error: Exception) -> str:
+    """Return what went wrong, in one sentence where evatune raised it."""
+    return str(error) if isinstance(error, EvatuneError) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from evatune.finetune.tasks.generation.domain import load_model
 from evatune.loading.chats import load_template
 from evatune.loading.hub import reading
 from evatune.loading.models import default_device
-from evatune.utils.lock import held
+from evatune.utils.lock import lock_folder
 from evatune.utils.names import resolved
 
 
@@ -65,7 +65,7 @@ def evaluate(folder: Path, options: EvaluationOptions) -> dict[str, dict[str, An
     folder = resolved(folder)
     recipe, _ = finished_run(folder)
     options = _completed(recipe, options)
-    with held(folder):
+    with lock_folder(folder):
         measured: dict[str, dict[str, Any]] = {}
         for entries in _measured(recipe, folder, options):
             add_evaluation(folder, entries)

@@ -14,21 +14,14 @@ from evatune.finetune.methods import (
     lora_orthogonal,
     loraplus,
     milora,
-    olora,
-    pissa,
+    peft_starts,
     without_adapter,
 )
-from evatune.finetune.methods.base import (
-    AdapterSetup,
-    Method,
-    OptimizerOptions,
-    Preparation,
-)
+from evatune.finetune.methods.base import AdapterSetup, Method, Preparation
 
 _FILES = (
     lora,
-    pissa,
-    olora,
+    peft_starts,
     milora,
     corda,
     lora_ga,
@@ -63,7 +56,6 @@ __all__ = [
     "METHODS",
     "AdapterSetup",
     "Method",
-    "OptimizerOptions",
     "Preparation",
     "find_method",
 ]

@@ -21,11 +21,12 @@ class AdaLora(Lora):
     fits_shards: ClassVar[bool] = False
 
     def config(self, setup: AdapterSetup) -> Any:
+        rank = setup.adapter.rank
         # 1.5 times the rank at first, pruned to it over the middle part of the run.
         return AdaLoraConfig(
             **setup.lora_options,
-            init_r=math.ceil(1.5 * setup.rank),
-            target_r=setup.rank,
+            init_r=math.ceil(1.5 * rank),
+            target_r=rank,
             total_step=setup.steps,
             tinit=setup.steps // 10,
             tfinal=setup.steps // 3,

@@ -17,8 +17,10 @@ from evatune.calibration import Calibration, CalibrationConfig
 from evatune.calibration.progress import ProgressOption
 from evatune.capture.recorder import RowsFunction
 from evatune.capture.targets import find_target_layers
-from evatune.choices import DEFAULT_SCALE, Budget, Scale
+from evatune.choices import Budget, Scale
 from evatune.errors import ConfigError
+from evatune.finetune.methods.gradients import mean_gradients
+from evatune.finetune.recipe import AdapterOptions, TrainingOptions
 
 # Examples per batch → one pass over the training data, on the model's device.
 Batches = Callable[[int], Iterable[Any]]
@@ -49,31 +51,26 @@ class AdapterSetup:
     """The settings of a run's adapter, the same for every method.
 
     Attributes:
-        rank: r of every layer, before any redistribution. alpha: LoRA's α.
-        targets: layers, as PEFT names them.
+        adapter: the recipe's.
         task_type: PEFT's name of the kind of task; None for a model that it has no name for.
         head: endings of the names of the modules that make up the head.
         new_head: the head is not in the checkpoint, so every method trains it in full.
         steps: optimizer steps to come.
-        bias: biases to train, as PEFT names them.
     """
 
-    rank: int
-    alpha: float
-    targets: str | list[str]
+    adapter: AdapterOptions
     task_type: str | None
     head: list[str]
     new_head: bool
     steps: int
-    bias: str = "none"
 
     @property
     def lora_options(self) -> dict[str, Any]:
         """The options that PEFT's configurations of every kind of LoRA have in common."""
         return {
-            "target_modules": self.targets,
-            "lora_alpha": self.alpha,
-            "bias": self.bias,
+            "target_modules": self.adapter.targets,
+            "lora_alpha": self.adapter.alpha,
+            "bias": self.adapter.bias,
             "modules_to_save": self.head if self.new_head else None,
             "task_type": TaskType(self.task_type) if self.task_type else None,
         }
@@ -87,7 +84,7 @@ class Preparation:
         initialize: `evatune.initialize`, bound to the run's model or trainer.
         initialize_elsewhere: the same with the data of another task.
         batches: training batches of any size, for passes of other kinds.
-        rho, budget: of EVA's redistribution. scale: of the rows of its A. seed: of the run.
+        options: of `evatune.initialize`, as the recipe has them. seed: of the run.
         initial_adapter: folder in which a method that changes the base weights keeps its adapter
             as it was before training.
         rows: the task's choice of rows. progress: as for `evatune.initialize`.
@@ -96,22 +93,11 @@ class Preparation:
     initialize: Initialize
     initialize_elsewhere: Initialize
     batches: Batches
-    rho: float
     seed: int
     initial_adapter: Path
-    budget: Budget = "ranks"
-    scale: Scale = DEFAULT_SCALE
+    options: EvaOptions = field(default_factory=EvaOptions)
     rows: RowsFunction | None = None
     progress: ProgressOption = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerOptions:
-    """The settings of a run's optimizer."""
-
-    learning_rate: float
-    weight_decay: float
-    lora_plus_ratio: float
 
 
 @dataclass(frozen=True)
@@ -167,7 +153,7 @@ class Method:
         """Return the scale of A's rows in a recipe that says `usual`; None where it has none."""
         return None
 
-    def optimizer(self, model: nn.Module, options: OptimizerOptions) -> Any:
+    def optimizer(self, model: nn.Module, training: TrainingOptions) -> Any:
         """Return the method's own optimizer, or None for the run's usual one."""
         return None
 
@@ -219,7 +205,7 @@ class Lora(Method):
 
     def adapt(self, model: nn.Module, setup: AdapterSetup) -> Any:
         # Its error says what would match.
-        target_layers = find_target_layers(model, setup.targets)
+        target_layers = find_target_layers(model, setup.adapter.targets)
         with warnings.catch_warnings():
             # PEFT then sets it.
             message = "fan_in_fan_out is set to"
@@ -246,7 +232,17 @@ class Lora(Method):
 
     def config(self, setup: AdapterSetup) -> Any:
         """Return PEFT's configuration of the adapter."""
-        return LoraConfig(r=setup.rank, **setup.lora_options, **self.options)
+        return LoraConfig(r=setup.adapter.rank, **setup.lora_options, **self.options)
+
+    def gradients(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
+        """Return the mean gradient of the loss by each layer's W, (out, in) float32 on the CPU.
+
+        Raises ConfigError for a layer that the training data never reaches.
+        """
+        layers = lora_layers(model)
+        gradients = mean_gradients(model, layers, batches)
+        self.require_reached(layers.keys() - gradients.keys())
+        return gradients
 
     def require_reached(self, missing: Collection[str]) -> None:
         """Raise a ConfigError for layers that the pass over the training data did not reach."""
@@ -290,3 +286,12 @@ class Lora(Method):
                     f"({type(layer.get_base_layer()).__name__}) is none; name other "
                     "adapter.targets, or choose lora or eva"
                 )
+
+
+def rows_of_a(model: nn.Module) -> dict[str, Tensor]:
+    """Return A (r, d) by layer. A layer that was left without a rank has no adapter, and no A."""
+    return {
+        path: layer.lora_A["default"].weight
+        for path, layer in lora_layers(model).items()
+        if "default" in layer.lora_A
+    }

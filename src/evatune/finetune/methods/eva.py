@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from evatune.adapters.lora_layers import lora_layers
 from evatune.api import calibrate
 from evatune.calibration import Calibration, CalibrationConfig
-from evatune.finetune.methods.base import EvaOptions, Lora, Preparation
+from evatune.finetune.methods.base import EvaOptions, Lora, Preparation, rows_of_a
 from evatune.scaling import default_rows, orthogonal_rows, seeded_generator
 from evatune.sketch.spectrum import Spectrum
 
@@ -37,12 +37,7 @@ class Eva(Lora):
 
     def options_of_run(self, preparation: Preparation) -> EvaOptions:
         """Return the options of `evatune.initialize`: the run's, or the method's own."""
-        usual: EvaOptions = {
-            "rho": preparation.rho,
-            "budget": preparation.budget,
-            "scale": preparation.scale,
-        }
-        return usual | self.initialize_options
+        return preparation.options | self.initialize_options
 
     def scale(self, usual: str) -> str | None:
         return self.initialize_options.get("scale", usual)
@@ -86,7 +81,7 @@ class RandomDirections(Eva):
         calibration = super().prepare(model, preparation)
         assert calibration is not None
         generator = seeded_generator(preparation.seed)
-        for path, a in _rows_of_a(model).items():
+        for path, a in rows_of_a(model).items():
             length = _length_of_equal_energy(a, calibration.spectra[path])
             a.copy_(orthogonal_rows(a.shape, length, generator))
         return calibration
@@ -121,26 +116,16 @@ class MinorDirections(Lora):
         calibration = calibrate(
             model, batches, config, rows=preparation.rows, progress=preparation.progress
         )
-        for path, layer in layers.items():
-            a = layer.lora_A["default"].weight
+        for path, a in rows_of_a(model).items():
             a.copy_(calibration.spectra[path].directions[-len(a) :])
         return calibration
-
-
-def _rows_of_a(model: nn.Module) -> dict[str, Tensor]:
-    """Return A (r, d) by layer. A layer that was left without a rank has no adapter, and no A."""
-    return {
-        path: layer.lora_A["default"].weight
-        for path, layer in lora_layers(model).items()
-        if "default" in layer.lora_A
-    }
 
 
 @torch.no_grad()
 def _redraw(model: nn.Module, seed: int) -> None:
     """Give every layer PEFT's default A, at the rank that it has."""
     generator = seeded_generator(seed)
-    for a in _rows_of_a(model).values():
+    for a in rows_of_a(model).values():
         a.copy_(default_rows(a.shape, generator))
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
 
 import torch
 from peft.tuners.lora import LoraGAConfig
-from torch import Tensor
 
 from evatune.adapters.lora_layers import lora_layers
 from evatune.calibration import Calibration
-from evatune.finetune.methods.base import Batches, Lora, Preparation
-from evatune.finetune.methods.gradients import mean_gradients
+from evatune.finetune.methods.base import Batches, Lora, Preparation, rows_of_a
 from evatune.finetune.methods.singular import leading_triplets
 from evatune.finetune.methods.weight_init import (
     WeightInit,
@@ -28,12 +27,9 @@ _GAMMA = 16
 _ITERATIONS = 4  # of the randomized SVD, which is 4r columns wide
 
 
-def _gradients(method: Lora, model: Any, batches: Batches) -> dict[str, Tensor]:
-    """Return the mean gradient of every layer, (out, in) float32 on the CPU."""
-    layers = lora_layers(model)
-    gradients = mean_gradients(model, layers, islice(batches(_EXAMPLES), _BATCHES))
-    method.require_reached(layers.keys() - gradients.keys())
-    return gradients
+def _first_batches(batches: Batches) -> Iterable[Any]:
+    """Return the batches that the gradient is a mean over."""
+    return islice(batches(_EXAMPLES), _BATCHES)
 
 
 @dataclass(frozen=True)
@@ -50,9 +46,8 @@ class LoraGA(WeightInit):
     """
 
     def apply(self, model: Any, batches: Batches) -> None:
-        layers = lora_layers(model)
-        gradients = _gradients(self, model, batches)
-        for name, layer in layers.items():
+        gradients = self.gradients(model, _first_batches(batches))
+        for name, layer in lora_layers(model).items():
             rank = layer.r["default"]
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             gradient = gradients.pop(name).to(a.device)
@@ -78,12 +73,10 @@ class GradientA(Lora):
 
     @torch.no_grad()
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
-        layers = lora_layers(model)
         with evaluation_state(model):
             torch.manual_seed(preparation.seed)
-            gradients = _gradients(self, model, preparation.batches)
-        for name, layer in layers.items():
-            a = layer.lora_A["default"].weight
+            gradients = self.gradients(model, _first_batches(preparation.batches))
+        for name, a in rows_of_a(model).items():
             gradient = gradients.pop(name).to(a.device)
             _, _, vt = leading_triplets(gradient, len(a), width=4 * len(a), iterations=_ITERATIONS)
             a.copy_(vt)
@@ -101,7 +94,7 @@ class PeftLoraGA(LoraGA):
     def apply(self, model: Any, batches: Batches) -> None:
         options = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
         config = peft_config(model, **options)
-        gradients = _gradients(self, model, batches)
+        gradients = self.gradients(model, _first_batches(batches))
         for name, layer in lora_layers(model).items():
             base = layer.get_base_layer()
             # Where PEFT's start looks for what its `preprocess_loraga` puts there.

@@ -11,7 +11,6 @@ import torch
 from evatune.adapters.lora_layers import lora_layers
 from evatune.calibration import Calibration
 from evatune.finetune.methods.base import Lora, Preparation
-from evatune.finetune.methods.gradients import mean_gradients
 from evatune.finetune.methods.singular import leading_triplets
 from evatune.modeling.state import evaluation_state
 
@@ -47,13 +46,10 @@ class LoraOne(Lora):
         Raises:
             ConfigError: a layer that the training data never reaches.
         """
-        layers = lora_layers(model)
         with evaluation_state(model):
             torch.manual_seed(preparation.seed)
-            batches = islice(preparation.batches(_EXAMPLES), _BATCHES)
-            gradients = mean_gradients(model, layers, batches)
-            self.require_reached(layers.keys() - gradients.keys())
-            for name, layer in layers.items():
+            gradients = self.gradients(model, islice(preparation.batches(_EXAMPLES), _BATCHES))
+            for name, layer in lora_layers(model).items():
                 a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
                 descent = -gradients.pop(name).to(a.device)
                 u, values, vt = leading_triplets(

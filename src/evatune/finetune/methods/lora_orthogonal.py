@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from evatune.adapters.lora_layers import lora_layers
 from evatune.calibration import Calibration
-from evatune.finetune.methods.base import Lora, Preparation
+from evatune.finetune.methods.base import Lora, Preparation, rows_of_a
 from evatune.scaling import DEFAULT_LENGTH, orthogonal_rows, seeded_generator
 
 
@@ -29,8 +28,7 @@ class LoraOrthogonal(Lora):
     @torch.no_grad()
     def prepare(self, model: Any, preparation: Preparation) -> Calibration | None:
         generator = seeded_generator(preparation.seed)
-        for layer in lora_layers(model).values():
-            a = layer.lora_A["default"].weight
+        for a in rows_of_a(model).values():
             a.copy_(orthogonal_rows(a.shape, DEFAULT_LENGTH, generator))
         return None
 

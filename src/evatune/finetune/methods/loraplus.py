@@ -9,7 +9,8 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
-from evatune.finetune.methods.base import Lora, OptimizerOptions
+from evatune.finetune.methods.base import Lora
+from evatune.finetune.recipe import TrainingOptions
 
 RATIO_OF_B = "training.lora_plus_ratio"
 
@@ -21,13 +22,13 @@ class LoraPlus(Lora):
     fits_shards: ClassVar[bool] = False
     own_settings: ClassVar[tuple[str, ...]] = (RATIO_OF_B,)
 
-    def optimizer(self, model: nn.Module, options: OptimizerOptions) -> Any:
+    def optimizer(self, model: nn.Module, training: TrainingOptions) -> Any:
         return create_loraplus_optimizer(
             model,
             torch.optim.AdamW,
-            lr=options.learning_rate,
-            loraplus_lr_ratio=options.lora_plus_ratio,
-            loraplus_weight_decay=options.weight_decay,  # PEFT's groups ignore the optimizer's own
+            lr=training.learning_rate,
+            loraplus_lr_ratio=training.lora_plus_ratio,
+            loraplus_weight_decay=training.weight_decay,  # PEFT's groups ignore the optimizer's own
         )
 
 

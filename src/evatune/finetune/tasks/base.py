@@ -21,13 +21,12 @@ class Task:
     """Model, examples and measures of one task.
 
     Attributes:
+        models: the domain's.
         model: what is fine-tuned; its forward returns a loss when a batch holds labels.
         train, validation, test: examples, as `datasets` or as torch's `Dataset`, no example in two
             of them; `collator` turns a list of them into a batch. validation is None where the
             recipe asks for none.
         head: endings of the names of the modules that the method "head" trains.
-        new_head: the head is not in the checkpoint, so every method trains it in full.
-        task_type: PEFT's name of the kind of task, None where it has none.
         metric: Trainer's `compute_metrics`, at every evaluation; it gives "score" unless `evaluate`
             does.
         reduce: Trainer's `preprocess_logits_for_metrics`: what the metric needs of the logits, to
@@ -42,14 +41,13 @@ class Task:
         about: a sentence on data of the user's: what was recognized, and how they were split.
     """
 
+    models: ModelKind
     model: Any
     train: Any
     validation: Any
     test: Any
     collator: Callable[[Any], Any]
     head: list[str]
-    new_head: bool
-    task_type: str | None
     metric: Callable[[Any], dict[str, float]] | None = None
     reduce: Callable[[Any, Any], Any] | None = None
     evaluate: Callable[[Any, Part, Path], dict[str, float]] | None = None
@@ -89,7 +87,8 @@ class ModelKind:
         loader: transformers' auto class. processor: that of what prepares the inputs, or None.
         demo: recipe → folder of the small model that `model: demo` stands for.
         head: model → endings of the names of the modules that make up its head.
-        new_head, task_type: as a `Task` has them.
+        new_head: the head is not in the checkpoint, so every method trains it in full.
+        task_type: PEFT's name of the kind of task, None where it has none.
         dtype: recipe → of the weights that are loaded.
         untrained: the new model that `model: untrained` stands for; None where it stands for none.
     """
@@ -127,7 +126,7 @@ class DataSource:
 class Prepare(Protocol):
     """Loads everything that a run of a recipe needs."""
 
-    def __call__(self, recipe: Recipe, most: int | None = None) -> Task:
+    def __call__(self, recipe: Recipe, max_examples: int | None = None) -> Task:
         """Return the task, with at most so many examples of each part.
 
         What can be wrong with examples, such as their labels, is looked for in all of them first.
@@ -158,3 +157,14 @@ def accuracy(prediction: Any) -> dict[str, float]:
     """Return the share of the examples whose class is the most likely one."""
     hits = prediction.predictions.argmax(-1) == prediction.label_ids
     return {"score": float(hits.mean())}
+
+
+def by_length(examples: Any) -> Any:
+    """Return encoded examples (a `datasets.Dataset`), shortest first; None of no examples.
+
+    So little of a batch is padding; no measure sees it.
+    """
+    if not len(examples):
+        return None
+    lengths = [len(row["input_ids"]) for row in examples]
+    return examples.select(sorted(range(len(lengths)), key=lengths.__getitem__))

@@ -51,7 +51,7 @@ def load_examples(
     usable: Callable[[Any], _Examples],
     tasks: Sequence[str],
     example: str,
-    said: Callable[[_Examples], Iterable[object]] | None = None,
+    content: Callable[[_Examples], Iterable[object]] | None = None,
 ) -> Split[_Examples]:
     """Return as many examples of `data.source` for each part as the recipe says.
 
@@ -62,8 +62,8 @@ def load_examples(
     Args:
         usable: from a table to the examples in it; raises DataError where they cannot be read.
         tasks: names that are taken. example: a recipe that needs no network.
-        said: from examples to what each says. Where the test is cut off the data to train on, those
-            that say what an earlier one does are left out: what is tested was not trained on.
+        content: from examples to what each says. Where the test is cut off the data to train on,
+            those that say what an earlier one does are left out: what is tested was not trained on.
 
     Raises:
         ConfigError: a task's name that has data of its own; sizes beyond the data. DataError:
@@ -90,8 +90,8 @@ def load_examples(
         tests = data.test_split and load_split(source, data.test_split, data.subset)
     train = usable(table)
     if data.test_split is None:
-        if said is not None:
-            train = _without_repeats(train, said(train), source)
+        if content is not None:
+            train = _without_repeats(train, content(train), source)
         data = sized(data, len(train), len(train))
         sizes = {"train": data.train, "validation": data.validation, "test": data.test}
         return Split(*(train.select(part) for part in draw(len(train), recipe.task, **sizes)))
@@ -102,10 +102,10 @@ def load_examples(
     return Split(train.select(learned), train.select(chosen_by), test.select(tested))
 
 
-def _without_repeats(examples: _Examples, said: Iterable[object], source: str) -> _Examples:
+def _without_repeats(examples: _Examples, contents: Iterable[object], source: str) -> _Examples:
     """Return the examples but those that say what an earlier one does; a warning counts them."""
     first: dict[str, int] = {}
-    for index, content in enumerate(said):
+    for index, content in enumerate(contents):
         first.setdefault(repr(content), index)
     repeats = len(examples) - len(first)
     if not repeats:

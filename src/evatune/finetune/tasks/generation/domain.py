@@ -15,7 +15,7 @@ import transformers
 from evatune.errors import ConfigError, DataError
 from evatune.finetune.methods import find_method
 from evatune.finetune.recipe import Recipe
-from evatune.finetune.tasks.base import DataSource, Domain, ModelKind, Part, Task
+from evatune.finetune.tasks.base import DataSource, Domain, ModelKind, Part, Task, by_length
 from evatune.finetune.tasks.generation import mathematics, question_sets, reviews
 from evatune.finetune.tasks.generation.base import Pair
 from evatune.finetune.tasks.generation.hub_sets import HubSets, set_sources
@@ -27,7 +27,7 @@ from evatune.finetune.tasks.generation.scoring import (
     token_losses,
 )
 from evatune.finetune.tasks.generation.tasks import TASKS
-from evatune.finetune.tasks.quantization import quantized
+from evatune.finetune.tasks.pretrained import load_pretrained
 from evatune.finetune.tasks.splits import Split
 from evatune.finetune.tasks.user_data import (
     describe_parts,
@@ -41,7 +41,6 @@ from evatune.loading.assets import asset
 from evatune.loading.chats import load_template, require_template
 from evatune.loading.columns import find_records
 from evatune.loading.encoding import Encoder, Row, encode_answer
-from evatune.loading.hub import reading, require_path
 from evatune.loading.records import Records
 from evatune.utils.extras import require
 
@@ -52,7 +51,7 @@ _INSTEAD = (
 )
 
 
-def prepare(recipe: Recipe, most: int | None = None) -> Task:
+def prepare(recipe: Recipe, max_examples: int | None = None) -> Task:
     """Load everything a run needs. The examples depend on the sizes alone, not on the run's seed.
 
     The loss counts the answer's tokens only. The score is, by task: the share of an answer's
@@ -62,18 +61,18 @@ def prepare(recipe: Recipe, most: int | None = None) -> Task:
     with other tokenizers can be compared.
 
     Args:
-        most: examples of each part, and of each of several tests, that are encoded.
+        max_examples: examples of each part, and of each of several tests, that are encoded.
 
     Raises ConfigError for an unknown task or sizes beyond the data, DataError where model or data
     cannot be had.
     """
     if recipe.task == question_sets.TASK:
-        return _of_question_sets(recipe, most)
+        return _of_question_sets(recipe, max_examples)
     if recipe.task == mathematics.TASK:
-        return _of_mathematics(recipe, most)
+        return _of_mathematics(recipe, max_examples)
     if recipe.data.source is not None:
-        return _of_the_user(recipe, most)
-    pairs = _bundled_pairs(recipe).map(lambda part: part[:most])
+        return _of_the_user(recipe, max_examples)
+    pairs = _bundled_pairs(recipe).map(lambda part: part[:max_examples])
     model, tokenizer = load_model(recipe)
     task = _task(model, tokenizer, _encoded(pairs, tokenizer, recipe.data.max_length))
     evaluate = _evaluation(recipe, tokenizer, pairs)
@@ -85,9 +84,9 @@ def prepare(recipe: Recipe, most: int | None = None) -> Task:
     return task
 
 
-def _of_question_sets(recipe: Recipe, most: int | None) -> Task:
+def _of_question_sets(recipe: Recipe, max_examples: int | None) -> Task:
     """Return the task of eight sets of questions, scored by the mean over their accuracies."""
-    sets = question_sets.question_sets(recipe.data).first(most)
+    sets = question_sets.question_sets(recipe.data).first(max_examples)
     model, tokenizer = load_model(recipe)
     longest, size = recipe.data.max_length, recipe.evaluation_batch
 
@@ -105,13 +104,13 @@ def _of_question_sets(recipe: Recipe, most: int | None) -> Task:
     return replace(task, metric=measures, evaluate=shares, score_name=name)
 
 
-def _of_mathematics(recipe: Recipe, most: int | None) -> Task:
+def _of_mathematics(recipe: Recipe, max_examples: int | None) -> Task:
     """Return the task of mathematical problems, scored by the mean share solved of two tests.
 
     Validation is scored by how likely its answers are.
     """
     require("eval", "the test of mathematics")
-    sets = mathematics.mathematics(recipe.data).first(most)
+    sets = mathematics.mathematics(recipe.data).first(max_examples)
     model, tokenizer = load_model(recipe)
     size = recipe.evaluation_batch
 
@@ -159,7 +158,7 @@ def _encoded(pairs: Split[list[Pair]], tokenizer: Any, longest: int) -> Split[li
     )
 
 
-def _of_the_user(recipe: Recipe, most: int | None) -> Task:
+def _of_the_user(recipe: Recipe, max_examples: int | None) -> Task:
     """Return the task of `data.source`: to answer as it does, or to write such texts."""
     data = recipe.data
     template = None if data.chat_template is None else load_template(data.chat_template)
@@ -172,25 +171,25 @@ def _of_the_user(recipe: Recipe, most: int | None) -> Task:
         require_template(tokenizer, train.origin)
     longest = min(data.max_length, _positions(model, tokenizer))
     encoder = Encoder(tokenizer, longest, train.origin)
-    parts = records.map(lambda part: part.select(range(len(part))[:most]))
+    parts = records.map(lambda part: part.select(range(len(part))[:max_examples]))
     rows = parts.map(lambda part: encoder.rows(part) if len(part) else [])
     count = len(records.train) + len(records.validation) + len(records.test)
     what = train.describe(count, template=bool(tokenizer.chat_template))
-    sizes = describe_parts(rows if most is None else records, data)
+    sizes = describe_parts(rows if max_examples is None else records, data)
     return replace(_task(model, tokenizer, rows), about=f"{what}; {sizes}")
 
 
 def _task(model: Any, tokenizer: Any, rows: Split[list[Row]]) -> Task:
     """Return the task of encoded examples, scored by how likely their answers are."""
+    examples = rows.map(datasets.Dataset.from_list)
     return Task(
+        models=MODELS,
         model=model,
-        train=datasets.Dataset.from_list(rows.train),
-        validation=_to_evaluate(rows.validation),
-        test=_to_evaluate(rows.test),
+        train=examples.train,
+        validation=by_length(examples.validation),
+        test=by_length(examples.test),
         collator=transformers.DataCollatorForSeq2Seq(tokenizer),
         head=MODELS.head(model),
-        new_head=MODELS.new_head,
-        task_type=MODELS.task_type,
         metric=partial(scored_measures, tokenizer=tokenizer),
         reduce=token_losses,
         score_name="one over the perplexity per character",
@@ -199,18 +198,8 @@ def _task(model: Any, tokenizer: Any, rows: Split[list[Row]]) -> Task:
 
 def load_model(recipe: Recipe) -> tuple[Any, Any]:
     """Return a recipe's causal language model and its tokenizer, which can pad."""
-    source = MODELS.source(recipe)
-    require_path(source, "model")
-    with reading(source, "a causal language model and its tokenizer", _INSTEAD):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            source, trust_remote_code=recipe.trust_remote_code
-        )
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=MODELS.dtype(recipe),
-            **quantized(recipe),
-            trust_remote_code=recipe.trust_remote_code,
-        )
+    what = "a causal language model and its tokenizer"
+    model, tokenizer, _ = load_pretrained(MODELS, recipe, what, _INSTEAD)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -225,17 +214,6 @@ def _dtype(recipe: Recipe) -> torch.dtype:
     trained = find_method(recipe.method).trains_base or recipe.adapter.bias != "none"
     half = recipe.training.precision == "bf16" and not trained
     return torch.bfloat16 if half else torch.float32
-
-
-def _to_evaluate(rows: list[Row]) -> Any:
-    """Return encoded examples as a `datasets.Dataset`, or None of no examples.
-
-    They are in the order of their lengths, so that little of a batch is padding; no measure sees
-    it.
-    """
-    if not rows:
-        return None
-    return datasets.Dataset.from_list(sorted(rows, key=lambda row: len(row["input_ids"])))
 
 
 def _evaluation(
@@ -280,7 +258,7 @@ def _user_records(recipe: Recipe) -> Split[Records]:
         lambda table: find_records(table, data.columns, origin),
         tuple(TASKS),
         _OFFLINE,
-        said=iter,
+        content=iter,
     )
     if records.train.layout != records.test.layout:
         raise DataError(

@@ -28,10 +28,10 @@ class HubSets:
     validation: list[Pair]
     tests: dict[str, list[Pair]]
 
-    def first(self, most: int | None) -> HubSets:
+    def first(self, max_examples: int | None) -> HubSets:
         """Return the first questions of each part and test, or all."""
-        tests = {name: pairs[:most] for name, pairs in self.tests.items()}
-        return HubSets(self.train[:most], self.validation[:most], tests)
+        tests = {name: pairs[:max_examples] for name, pairs in self.tests.items()}
+        return HubSets(self.train[:max_examples], self.validation[:max_examples], tests)
 
 
 def set_sources(data: DataOptions, sets: Iterable[tuple[str, str | None]]) -> list[DataSource]:

@@ -11,7 +11,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from evatune.finetune.tasks.images.vtab import (
     vtab_images,
 )
 from evatune.finetune.tasks.new_modules import new_modules
-from evatune.finetune.tasks.quantization import quantized
+from evatune.finetune.tasks.pretrained import load_pretrained
 from evatune.finetune.tasks.splits import Split, draw_from, draw_split
 from evatune.finetune.tasks.user_data import (
     checked,
@@ -42,7 +41,6 @@ from evatune.finetune.tasks.user_data import (
 from evatune.loading.assets import asset
 from evatune.loading.cache import build_once
 from evatune.loading.columns import media_column, require_labels
-from evatune.loading.hub import reading, require_path
 from evatune.loading.pictures import read_picture
 from evatune.utils.progress import Display
 
@@ -94,11 +92,11 @@ class _Drawn:
     process: _Process = field(compare=False)
 
 
-def prepare(recipe: Recipe, most: int | None = None) -> Task:
+def prepare(recipe: Recipe, max_examples: int | None = None) -> Task:
     """Load everything a run needs. The split depends on the sizes alone, not on the run's seed.
 
     Args:
-        most: images of each part, after the labels of all have been looked at.
+        max_examples: images of each part, after the labels of all have been looked at.
 
     Raises ConfigError for an unknown task or sizes beyond the data, DataError where model or data
     cannot be had.
@@ -116,7 +114,7 @@ def prepare(recipe: Recipe, most: int | None = None) -> Task:
     model, processor, head = _load_model(recipe, images.classes)
     if recipe.task in VTAB:
         read_class_token(model)
-    split = split.map(lambda part: part[:most])
+    split = split.map(lambda part: part[:max_examples])
 
     def process(indices: Sequence[int]) -> dict[str, Tensor]:
         pictures = [images.picture(index).convert("RGB") for index in indices]
@@ -132,6 +130,7 @@ def prepare(recipe: Recipe, most: int | None = None) -> Task:
         return {**inputs(indices), "labels": _label_tensor(labels)}
 
     return Task(
+        models=MODELS,
         model=model,
         train=_Examples(images, split.train),
         validation=_Examples(images, split.validation) if split.validation else None,
@@ -139,29 +138,16 @@ def prepare(recipe: Recipe, most: int | None = None) -> Task:
         collator=collate,
         metric=accuracy,
         head=head,
-        new_head=MODELS.new_head,
-        task_type=MODELS.task_type,
         about=about,
     )
 
 
 def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any, list[str]]:
     """Return a classifier for the classes, its image processor, and the names of what is new."""
-    source = MODELS.source(recipe)
-    require_path(source, "model")
-    with reading(source, "an image classifier", _INSTEAD):
-        processor = transformers.AutoImageProcessor.from_pretrained(
-            source, trust_remote_code=recipe.trust_remote_code
-        )
-        model, loaded = transformers.AutoModelForImageClassification.from_pretrained(
-            source,
-            num_labels=classes,
-            ignore_mismatched_sizes=True,
-            dtype=torch.float32,
-            **quantized(recipe),
-            output_loading_info=True,
-            trust_remote_code=recipe.trust_remote_code,
-        )
+    options = {"num_labels": classes, "ignore_mismatched_sizes": True}
+    model, processor, missing = load_pretrained(
+        MODELS, recipe, "an image classifier", _INSTEAD, **options
+    )
     if not isinstance(getattr(model, "classifier", None), torch.nn.Module):
         raise DataError(
             f"the head of {recipe.model!r} is not named classifier; give a model such as ViT,"
@@ -171,7 +157,7 @@ def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any, list[str]]:
     # Trainer resumes only from those that the modules have now: a resumed run would lose what
     # attention layers have learned.
     model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
-    return model, processor, new_modules(model, loaded["missing_keys"], MODELS.head(model))
+    return model, processor, new_modules(model, missing, MODELS.head(model))
 
 
 def _bundled_images(recipe: Recipe) -> tuple[_Labeled, Split[list[int]]]:

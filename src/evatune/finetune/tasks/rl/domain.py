@@ -39,7 +39,7 @@ _SOON = "mean share of the steps left at success"
 Episodes = dict[str, Tensor]
 
 
-def prepare(recipe: Recipe, most: int | None = None) -> Task:
+def prepare(recipe: Recipe, max_examples: int | None = None) -> Task:
     """Load everything a run needs.
 
     `data.train`, `data.validation` and `data.test` count episodes, at least one of each of
@@ -47,12 +47,12 @@ def prepare(recipe: Recipe, most: int | None = None) -> Task:
     counts steps of a window.
 
     Args:
-        most: episodes of each part, and of those that the policy plays.
+        max_examples: episodes of each part, and of those that the policy plays.
 
     Raises ConfigError for an unknown task, a model that does not fit or sizes beyond the data,
     DataError where Meta-World or the episodes cannot be had.
     """
-    data = _shortened(recipe.data, most)
+    data = _shortened(recipe.data, max_examples)
     if recipe.task not in TASKS:
         raise ConfigError(
             f"task is {recipe.task!r}; tasks of reinforcement learning are {', '.join(TASKS)}"
@@ -80,14 +80,13 @@ def prepare(recipe: Recipe, most: int | None = None) -> Task:
 
     by_success = data.metric == SUCCESS
     return Task(
+        models=MODELS,
         model=model,
         train=Windows(episodes.train, data.max_length),
         validation=apart(episodes.validation) if len(episodes.validation["lengths"]) else None,
         test=apart(episodes.test),
         collator=transformers.default_data_collator,
         head=MODELS.head(model),
-        new_head=MODELS.new_head,
-        task_type=MODELS.task_type,
         evaluate=partial(
             play,
             tasks=tasks,
@@ -101,12 +100,12 @@ def prepare(recipe: Recipe, most: int | None = None) -> Task:
     )
 
 
-def _shortened(data: DataOptions, most: int | None) -> DataOptions:
+def _shortened(data: DataOptions, max_examples: int | None) -> DataOptions:
     """Return the options with at most so many episodes of each kind."""
-    if most is None:
+    if max_examples is None:
         return data
     sizes = {key: getattr(data, key) for key in ("train", "validation", "test", "episodes")}
-    return replace(data, **{key: min(size, most) for key, size in sizes.items()})
+    return replace(data, **{key: min(size, max_examples) for key, size in sizes.items()})
 
 
 def _episodes(tasks: Sequence[str], data: DataOptions) -> Split[Episodes]:

@@ -10,14 +10,13 @@ from typing import Any
 
 import datasets
 import tokenizers
-import torch
 import transformers
 
 from evatune.errors import ConfigError, DataError
 from evatune.finetune.recipe import Recipe
-from evatune.finetune.tasks.base import DataSource, Domain, ModelKind, Task
+from evatune.finetune.tasks.base import DataSource, Domain, ModelKind, Task, by_length
 from evatune.finetune.tasks.new_modules import new_modules
-from evatune.finetune.tasks.quantization import quantized
+from evatune.finetune.tasks.pretrained import load_pretrained
 from evatune.finetune.tasks.splits import Split, draw_split
 from evatune.finetune.tasks.understanding import grammar
 from evatune.finetune.tasks.understanding.scoring import (
@@ -40,7 +39,6 @@ from evatune.loading.assets import asset
 from evatune.loading.columns import text_columns
 from evatune.loading.corpora import ARCHIVE, SENTIMENT, bbc, sentiment
 from evatune.loading.demo import demo_model
-from evatune.loading.hub import reading, require_path
 from evatune.loading.models import make_ready
 from evatune.loading.texts import truncate_texts
 
@@ -65,16 +63,17 @@ class _Labeled:
     texts: list[tuple[str, ...]]
     labels: Sequence[float]  # of classes, whole numbers
 
-    def first(self, most: int | None) -> _Labeled:
+    def first(self, max_examples: int | None) -> _Labeled:
         """Return the first texts, or all."""
-        return _Labeled(self.texts[:most], self.labels[:most])
+        return _Labeled(self.texts[:max_examples], self.labels[:max_examples])
 
 
-def prepare(recipe: Recipe, most: int | None = None) -> Task:
+def prepare(recipe: Recipe, max_examples: int | None = None) -> Task:
     """Load everything a run needs. The split depends on the sizes alone, not on the run's seed.
 
     Args:
-        most: texts of each part that are encoded, after the labels of all have been looked at.
+        max_examples: texts of each part that are encoded, after the labels of all have been looked
+            at.
 
     Raises ConfigError for an unknown task or sizes beyond the data, DataError where data cannot be
     had.
@@ -101,46 +100,37 @@ def prepare(recipe: Recipe, most: int | None = None) -> Task:
             " accuracy"
         )
     model, tokenizer, head = _load_model(recipe, classes)
-    examples = examples.map(lambda part: part.first(most))
-    more = {name: part.first(most) for name, part in more.items()}
+    examples = examples.map(lambda part: part.first(max_examples))
+    more = {name: part.first(max_examples) for name, part in more.items()}
     longest = min(recipe.data.max_length, tokenizer.model_max_length)
+    encode = partial(_encode, tokenizer=tokenizer, longest=longest)
     return Task(
+        models=MODELS,
         model=model,
-        train=_encode(examples.train, tokenizer, longest),
-        validation=_to_evaluate(examples.validation, tokenizer, longest),
-        test=_to_evaluate(examples.test, tokenizer, longest),
+        train=encode(examples.train),
+        validation=by_length(encode(examples.validation)),
+        test=by_length(encode(examples.test)),
         collator=transformers.DataCollatorWithPadding(tokenizer),
         metric=partial(number_measures if classes == 1 else class_measures, metric=metric),
         head=head,
-        new_head=MODELS.new_head,
-        task_type=MODELS.task_type,
         about=about,
         score_name=_NAMES[metric],
-        more_tests={name: _to_evaluate(part, tokenizer, longest) for name, part in more.items()},
+        more_tests={name: by_length(encode(part)) for name, part in more.items()},
     )
 
 
 def _load_model(recipe: Recipe, classes: int) -> tuple[Any, Any, list[str]]:
     """Return a classifier with a new head, its tokenizer, and the names of what is new in it."""
-    source = MODELS.source(recipe)
-    require_path(source, "model")
-    with reading(source, "a model and tokenizer", _INSTEAD):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            source, trust_remote_code=recipe.trust_remote_code
-        )
-        model, loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
-            source,
-            num_labels=classes,
-            **({"problem_type": "regression"} if classes == 1 else {}),
-            dtype=torch.float32,  # whatever the checkpoint's is; mixed precision is the trainer's
-            **quantized(recipe),
-            output_loading_info=True,
-            trust_remote_code=recipe.trust_remote_code,
-        )
+    options: dict[str, Any] = {"num_labels": classes}
+    if classes == 1:
+        options["problem_type"] = "regression"
+    model, tokenizer, missing = load_pretrained(
+        MODELS, recipe, "a model and tokenizer", _INSTEAD, **options
+    )
     make_ready(model, tokenizer)
     if recipe.model == "demo" and _is_grammar(recipe):
         _add_ends(tokenizer)
-    return model, tokenizer, new_modules(model, loaded["missing_keys"], MODELS.head(model))
+    return model, tokenizer, new_modules(model, missing, MODELS.head(model))
 
 
 def _demo_model(recipe: Recipe) -> Path:
@@ -166,23 +156,12 @@ def _add_ends(tokenizer: Any) -> None:
 
 def _encode(examples: _Labeled, tokenizer: Any, longest: int) -> Any:
     """Return a `datasets.Dataset` of tokens and labels."""
+    if not examples.labels:
+        return datasets.Dataset.from_dict({})
     columns = zip(*examples.texts, strict=True)
     texts = [truncate_texts(column, tokenizer, longest) for column in columns]
     encoded = tokenizer(*texts, truncation=True, max_length=longest)
     return datasets.Dataset.from_dict({**encoded, "labels": examples.labels})
-
-
-def _to_evaluate(examples: _Labeled, tokenizer: Any, longest: int) -> Any:
-    """Return the encoded examples, or None of no examples.
-
-    They are in the order of their lengths, so that little of a batch is padding; the metric does
-    not see it.
-    """
-    if not examples.labels:
-        return None
-    rows = _encode(examples, tokenizer, longest)
-    lengths = [len(row["input_ids"]) for row in rows]
-    return rows.select(sorted(range(len(lengths)), key=lengths.__getitem__))
 
 
 def _bundled_examples(recipe: Recipe) -> tuple[Split[_Labeled], int]:
@@ -270,10 +249,10 @@ def _user_examples(
         read = [[text or "" for text in table[column]] for column in columns(table)]
         return list(zip(*read, strict=True))
 
-    def said(table: Any) -> Iterable[object]:
+    def content(table: Any) -> Iterable[object]:
         return zip(texts(table), table[data.label_column], strict=True)
 
-    tables = load_examples(recipe, with_text, TASKS, "understanding-movie", said)
+    tables = load_examples(recipe, with_text, TASKS, "understanding-movie", content)
     others = more_tests(data, with_text)
     labels: Split[Any]
     if data.metric in OF_NUMBERS:
