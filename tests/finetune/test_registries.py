@@ -133,6 +133,8 @@ def test_a_toy_task_of_images_is_drawn_and_split(
 def test_names_that_no_registry_has_are_refused_with_those_that_there_are() -> None:
     with pytest.raises(ConfigError, match="domain is 'sums'; choose one of generation, underst"):
         find_domain("sums")
+    with pytest.raises(ConfigError, match=r"'lora_ga'; did you mean lora-ga\? `evatune methods`"):
+        find_method("lora_ga")
     with pytest.raises(ConfigError, match="method is 'toy'; choose one of lora, "):
         find_method("toy")
 

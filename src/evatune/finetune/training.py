@@ -24,7 +24,7 @@ from evatune.utils.progress import Display, display
 from evatune.utils.text import duration
 
 # Logged by Trainer → as it is shown.
-_SHOWN = {"loss": "loss", "eval_score": "score"}
+_SHOWN = {"loss": "training loss", "eval_score": "validation score"}
 
 
 def build_trainer(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from evatune.errors import ConfigError
 from evatune.finetune.methods import (
     adalora,
@@ -48,7 +50,10 @@ def find_method(name: str) -> Method:
     if name in _REFUSED:
         raise ConfigError(f"method {name!r} {_REFUSED[name]}")
     if name not in METHODS:
-        raise ConfigError(f"method is {name!r}; choose one of {', '.join(METHODS)}")
+        near = difflib.get_close_matches(name.replace("_", "-"), METHODS, n=1)
+        known = f"choose one of {', '.join(METHODS)}"
+        hint = f"did you mean {near[0]}? `evatune methods` lists all" if near else known
+        raise ConfigError(f"method is {name!r}; {hint}")
     return METHODS[name]
 
 

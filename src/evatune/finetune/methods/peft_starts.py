@@ -28,7 +28,7 @@ METHODS = (
         "pissa",
         start="pissa",
         least_width=1,
-        about="A·B is the largest singular triplets of W",
+        about="B·A is the largest singular triplets of W",
         source="Meng et al. 2024, arXiv 2404.02948",
     ),
     PeftStart(
@@ -36,7 +36,7 @@ METHODS = (
         start="olora",
         least_width=1,
         conv1d=False,
-        about="A·B is a part of W by its QR",
+        about="B·A is a part of W by its QR",
         source="Büyükakyüz 2024, arXiv 2406.01775",
     ),
 )
