@@ -146,8 +146,8 @@ def test_training_tells_of_its_steps_loss_and_score(
 
 SAID = [
     "20 steps, about 40 s",
-    "training: 3 of 20 steps, 6 s, loss 1.23, score 0.5",
-    "trained for 4 steps in 8 s, loss 1.23, score 0.5",
+    "training: 3 of 20 steps, 6 s, training loss 1.23, validation score 0.5",
+    "trained for 4 steps in 8 s, training loss 1.23, validation score 0.5",
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evatune.finetune.comparison.tuned_conditions import Source
+from evatune.finetune.comparison.tuned_conditions import KnownRecipe
 from evatune.finetune.comparison.tuned_summary import summarize
 from evatune.report.plots import save_figure
 from evatune.report.tuned_plots import line_styles, ranks_plot, rates_plot
@@ -37,7 +37,7 @@ def test_a_legend_stays_inside_its_picture_whatever_methods_are_called() -> None
     lines = tuned_lines(methods=[*METHODS][:9], tasks=("digits",))
     lines += tuned_lines(methods=["eva-paper-centered"], tasks=("digits",), budget="parameters")
     settings = {"adapter.rank": 2, "adapter.rho": 2, "adapter.budget": "ranks"}
-    source = {("images", "digits"): Source("mine.yaml", settings)}
+    source = {("images", "digits"): KnownRecipe("mine.yaml", settings)}
     (group,) = summarize(lines, source).groups
     assert "eva-paper-centered (budget parameters)" in group.methods
     figure = rates_plot(group, group.methods, "loss")
