@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,3 +122,12 @@ def test_nothing_to_resume_is_said(init: Command, work: Path) -> None:
 
 def test_checkpoints_come_after_whole_batches(init: Command, work: Path) -> None:
     refused(init(checkpoint_every=0), "checkpoint_every is 0; it must be at least 1", folder=work)
+
+
+@pytest.mark.parametrize("options", [{"resume": True}, {"checkpoint_every": 2}])
+def test_several_processes_keep_no_checkpoint(
+    init: Command, work: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    two = SimpleNamespace(rank=0, size=2)
+    monkeypatch.setattr("evatune.distributed.launch.launched", lambda: nullcontext(two))
+    refused(init(**options), "for one process, and these are 2", folder=work)

@@ -85,6 +85,7 @@ def init(options: InitOptions) -> None:
         import_module("evatune.report.tables")
         quiet_libraries()
     with launched() as process_group, ExitStack() as held:
+        _require_one_process(options, process_group)
         output = checkpoint = None
         if process_group.rank == 0:
             output = held.enter_context(claimed_folder(options.out, options.overwrite))
@@ -121,6 +122,17 @@ def _require_sizes(options: InitOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
+
+
+def _require_one_process(options: InitOptions, process_group: ProcessGroup) -> None:
+    """Raise a ConfigError for a checkpoint where several processes calibrate together."""
+    from evatune.errors import ConfigError
+
+    if process_group.size > 1 and (options.resume or options.checkpoint_every is not None):
+        raise ConfigError(
+            f"--resume and --checkpoint-every are for one process, and these are"
+            f" {process_group.size}; leave them out, or start init without torchrun"
+        )
 
 
 def _load(options: InitOptions, log: Console) -> _Job:
