@@ -2,12 +2,14 @@
 
     python benchmarks/paired.py eva-paper-centered eva-paper-random
     python benchmarks/paired.py eva-paper-centered lora --choices
+    python benchmarks/paired.py eva-paper-centered lora --lines benchmarks/results/fresh-seed
 
 docs/results hold every method against LoRA. This prints, for any other reference, the differences
 of test scores, of the share of a run by which both are before LoRA, and of validation scores over
 all rates that both searches share with LoRA's, in hundredths with 95 % intervals. With `--choices`
 it prints on how many tasks less than a whole search would have preferred the method that has the
-better test score.
+better test score. `fresh-seed` holds a second search of both methods by another seed, run after the
+first had shown what to expect at rates that nobody chose.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from evatune.finetune.comparison.tuned_cells import Cell, Group
 from evatune.finetune.comparison.tuned_summary import summarize
 from evatune.report.evidence import all_tasks, compared, interval_text, signed
 
-_ROOT = Path(__file__).resolve().parents[1]
+_RESULTS = Path(__file__).resolve().parent / "results"
 _MEASURES = (
     ("score", Group.test_scores),
     ("sooner", Group.steps_saved),
@@ -112,10 +114,11 @@ def main() -> None:
     )
     parser.add_argument("method", help="as the pages call it, such as 'loraplus (ratio 64)'")
     parser.add_argument("reference")
-    parser.add_argument("--lines", type=Path, default=_ROOT / "benchmarks/results/comparison")
+    parser.add_argument("--lines", type=Path, nargs="+", default=[_RESULTS / "comparison"])
     parser.add_argument("--choices", action="store_true")
     arguments = parser.parse_args()
-    summary = summarize(read_lines(sorted(arguments.lines.glob("*.jsonl"))))
+    paths = [path for folder in arguments.lines for path in sorted(folder.glob("*.jsonl"))]
+    summary = summarize(read_lines(paths))
     groups = [group for group in summary.groups if not group.condition]
     for name in (arguments.method, arguments.reference):
         if name not in summary.methods:

@@ -130,4 +130,4 @@ def test_several_processes_keep_no_checkpoint(
 ) -> None:
     two = SimpleNamespace(rank=0, size=2)
     monkeypatch.setattr("evatune.distributed.launch.launched", lambda: nullcontext(two))
-    refused(init(**options), "for one process, and these are 2", folder=work)
+    refused(init(**options), "work with one process only, and 2 are running", folder=work)

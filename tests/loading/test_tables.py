@@ -64,6 +64,10 @@ def test_no_file_is_left_out_for_the_name_of_another(tmp_path: Path) -> None:
     write(folder / "README.md", listed)
     assert len(load_split(folder, "train")) == 1
     (folder / "README.md").unlink()
+    own = "---\nconfigs:\n- config_name: default\n  data_files: a.txt\n  sample_by: line\n---\n"
+    write(tmp_path / "lines" / "README.md", own)
+    write(tmp_path / "lines" / "a.txt", "two\nlines\n")
+    assert len(load_split(tmp_path / "lines", "train")) == 2
     for path in folder.glob("*.jsonl"):
         path.rename(write(folder / "train" / path.name, ""))
     assert len(load_split(folder, "train")) == 3

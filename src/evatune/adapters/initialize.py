@@ -69,7 +69,7 @@ def initialize_model(
     if isinstance(batches, Calibration):
         calibration = _from_finished_calibration(batches, adapter, options, caps)
     else:
-        process_group.require_equal(_start_of(lora, scale), "start the same adapter")
+        process_group.require_equal(_start_settings(lora, scale), "start the same adapter")
         run_options = replace(options.run, caps=caps, active=active_positions(lora))
         specs = [target_layer.spec for target_layer in adapter.target_layers]
         require_wide_enough(specs, settings.redistribution, caps)
@@ -129,8 +129,8 @@ def resolve_scale(lora: LoraConfig, scale: Scale | None) -> Scale:
     return scale
 
 
-def _start_of(lora: LoraConfig, scale: Scale) -> dict[str, Any]:
-    """Return what beside the calibration decides on the adapter's start."""
+def _start_settings(lora: LoraConfig, scale: Scale) -> dict[str, Any]:
+    """Return what, besides the calibration, determines the adapter's start."""
     return {
         "scale": scale,
         "lora_alpha": lora.lora_alpha,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -142,7 +141,10 @@ class ConvergenceMonitor:
         try:
             return allocate(
                 candidates,
-                **asdict(self._redistribution),
+                rank=self._redistribution.rank,
+                rho=self._redistribution.rho,
+                budget=self._redistribution.budget,
+                metric=self._redistribution.metric,
                 caps={name: cap for name, cap in self._caps.items() if name in candidates},
             )
         except BudgetError:

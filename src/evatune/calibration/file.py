@@ -72,10 +72,10 @@ def load_calibration(path: str | os.PathLike[str], kind: type[Data]) -> Data:
         tensors, text = read_sealed(Path(path), _FORMATS, "an evatune calibration")
         try:
             return _from_record(validate_json(CalibrationRecord, text), tensors, kind)
-        except FormatError as damage:
+        except FormatError as fault:
             raise FormatError(
-                f"says it is an evatune calibration, but its record is damaged: it {damage}"
-            ) from damage
+                f"says it is an evatune calibration, but its record is damaged: it {fault}"
+            ) from fault
 
 
 def _from_record(record: CalibrationRecord, tensors: dict[str, Tensor], kind: type[Data]) -> Data:

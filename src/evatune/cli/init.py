@@ -130,8 +130,8 @@ def _require_one_process(options: InitOptions, process_group: ProcessGroup) -> N
 
     if process_group.size > 1 and (options.resume or options.checkpoint_every is not None):
         raise ConfigError(
-            f"--resume and --checkpoint-every are for one process, and these are"
-            f" {process_group.size}; leave them out, or start init without torchrun"
+            "--resume and --checkpoint-every work with one process only, and"
+            f" {process_group.size} are running; leave them out, or start init without torchrun"
         )
 
 
@@ -324,7 +324,7 @@ def _write(folder: Path, adapted: Any, calibration: Calibration, settings: dict[
     )
     write_card(folder, facts, calibration)
     following = _next_command(calibration, settings)
-    figures = Figures.of(calibration, calibration.allocate())
+    figures = Figures.of(calibration)
     page = render(figures, settings, settings["scale"], following)
     (folder / "report.html").write_text(page, encoding="utf-8")
     record = {"settings": settings, "versions": calibration.versions | _library_versions()}

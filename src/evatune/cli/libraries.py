@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def loading_libraries(quiet: bool) -> Iterator[Console]:
     """Yield a console for stderr that shows a spinner while the block imports what a command needs.
 
-    Nothing is begun yet. Raises MissingExtraError where results could not be shown in the end.
+    Raises MissingExtraError where results could not be shown in the end.
     """
     require("cli", "this command")
     from rich.console import Console

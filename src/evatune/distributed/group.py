@@ -162,16 +162,14 @@ class _DistributedGroup(ProcessGroup):
         all may try again.
         """
         store = dist.group.WORLD.get_group_store()  # type: ignore[union-attr]
-        store.set(f"{self._name}/came/{self.rank}", "")
+        came = [f"{self._name}/came/{rank}" for rank in range(self.size)]
+        store.set(came[self.rank], "")
         end = time.monotonic() + timeout
-        missing = list(range(self.size))
-        while missing:
-            missing = [rank for rank in missing if not store.check([f"{self._name}/came/{rank}"])]
-            if time.monotonic() > end:
-                break
-            time.sleep(0.02 if missing else 0)
+        while not store.check(came) and time.monotonic() < end:
+            time.sleep(0.02)
+        missing = [rank for rank, key in enumerate(came) if not store.check([key])]
         if missing:
-            store.delete_key(f"{self._name}/came/{self.rank}")
+            store.delete_key(came[self.rank])
         return missing
 
     def gather(self, value: Any) -> list[Any]:
@@ -194,7 +192,7 @@ class _DistributedGroup(ProcessGroup):
         try:
             self._gather_text(json.dumps({"error": reason}))
         except ProcessError as lost:
-            raise ProcessError(f"{reason}; and then: {lost}") from error
+            raise ProcessError(f"{reason}; while telling the others: {lost}") from error
 
     def close(self) -> None:
         """Close the connections, which ends the wait of others for a message that will not come."""

@@ -41,10 +41,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(texts, start=1):
         try:
             lines.append(validate_json(MetricsLine, text).model_dump())
-        except FormatError as damage:
+        except FormatError as fault:
             if number < len(texts):
                 where = f"line {number} of {str(path)!r}"
-                warnings.warn(f"{where} is left out: it {damage}", stacklevel=2)
+                warnings.warn(f"{where} is left out: it {fault}", stacklevel=2)
     return lines
 
 

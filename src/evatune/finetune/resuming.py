@@ -44,10 +44,10 @@ def newest_whole(folder: Path) -> Path | None:
     for path in sorted(_checkpoints(folder), key=_step, reverse=True):
         try:
             _require_whole(path)
-        except FormatError as damage:
+        except FormatError as fault:
             shutil.rmtree(path, ignore_errors=True)
             warnings.warn(
-                f"checkpoint {str(path)!r} cannot be gone on from: it {damage}. It is removed, and "
+                f"checkpoint {str(path)!r} cannot be gone on from: it {fault}. It is removed, and "
                 "the run goes on from the one before, or from its beginning",
                 stacklevel=3,
             )
@@ -86,8 +86,8 @@ def _require_whole(path: Path) -> None:
     for file in weights:
         try:
             read_header(file)
-        except FormatError as damage:
-            raise FormatError(f"holds a {file.name} that {damage}") from damage
+        except FormatError as fault:
+            raise FormatError(f"holds a {file.name} that {fault}") from fault
 
 
 def _optimizer(path: Path) -> list[str]:

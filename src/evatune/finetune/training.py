@@ -21,7 +21,7 @@ from evatune.finetune.tasks import Task
 from evatune.utils.atomic import writing
 from evatune.utils.launcher import is_main_process, processes
 from evatune.utils.progress import Display, display
-from evatune.utils.text import duration
+from evatune.utils.text import duration, one_line
 
 # Logged by Trainer → as it is shown.
 _SHOWN = {"loss": "training loss", "eval_score": "validation score"}
@@ -66,8 +66,9 @@ def build_trainer(
         )
     # such as a tracker that is not installed
     except (ValueError, RuntimeError, ImportError) as error:
-        message = " ".join(str(error).split())
-        raise ConfigError(f"Trainer refuses these settings: {message}") from error
+        raise ConfigError(
+            f"Trainer refuses these settings: {one_line(error, most=2000)}"
+        ) from error
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)  # metrics go to the file
     # Trainer takes every model that has keyword arguments for one that divides its loss by a count
     # of tokens that it is given; classifiers, such as Bert's, take the mean over their own batch,

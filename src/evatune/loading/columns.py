@@ -294,7 +294,7 @@ def _only_string_column(table: Any, origin: Origin, ignored: Sequence[str]) -> s
     if not names:
         raise DataError(
             f"none of the columns of {origin.source!r} ({listed(table.column_names)}) holds texts;"
-            f" give data with a column 'text', with chats (messages), or with prompts and"
+            " give data with a column 'text', with chats (messages), or with prompts and"
             " completions"
         )
     has_header = kind_of(Path(origin.source)) in ("csv", "tsv")

@@ -77,8 +77,8 @@ def _splits_of(folder: Path, subset: str | None) -> Any:
     builder = datasets.load_dataset_builder(str(folder), subset)
     root, readme = folder.resolve(), folder / "README.md"
     read = {Path(file) for files in (builder.config.data_files or {}).values() for file in files}
-    kinds = {kind_of(path) for path in read}
-    if not (readme.is_file() and "configs:" in readme.read_text("utf-8", "replace")):
+    has_list = readme.is_file() and "configs:" in readme.read_text("utf-8", "replace")
+    if not has_list:
         endings = {file.suffix.lower() for file in read}
         found = (
             path for path in root.rglob("*") if path.suffix.lower() in endings and path.is_file()
@@ -91,10 +91,10 @@ def _splits_of(folder: Path, subset: str | None) -> Any:
                 f" ({', '.join(map(str, builder.config.data_files))}); move all that it holds into"
                 " a subfolder named train, or into one for each split"
             )
+    kinds, files = {kind_of(path) for path in read}, sorted(read)
     kind = kinds.pop() if len(kinds) == 1 else None
-    if kind is not None:
-        files = sorted(read)
-        check_content(kind, files)
+    check_content(kind, files)
+    if kind is not None and not has_list:  # which may have options of its own
         options = reading_options(kind, files, one_document=True)
         builder = datasets.load_dataset_builder(str(folder), subset, **options)
     builder.download_and_prepare()

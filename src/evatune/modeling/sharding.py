@@ -84,7 +84,7 @@ def _first_split(model: nn.Module) -> str | None:
     }
     for name, parameter in model.named_parameters():
         placements = getattr(parameter, "placements", ())
-        shards = sum(placement.is_shard() for placement in placements)
+        shards = sum(not placement.is_replicate() for placement in placements)
         if placements and (id(parameter) not in gathered or shards > 1):
             return base_name(name)
     return None

@@ -24,7 +24,7 @@ _FEWEST_PAIRS = 4  # of a correlation
 
 
 def predictions(groups: Sequence[Group], subjects: Sequence[str]) -> list[Verdict]:
-    """Return what κ and, for methods that ran, PR predict; nothing of what takes more tasks."""
+    """Return what κ and PR predict of these methods, but for what needs more tasks."""
     tasks = sum(len(group.tasks) for group in groups)
     told = []
     if tasks > 1:

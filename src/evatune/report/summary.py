@@ -195,16 +195,17 @@ class TypeRow:
     parameters: int
     captured_mean: float | None
     captured_worst: float | None
+    known_mean: float | None
     random_mean: float
     missed_worst: float | None
     statuses: str
 
     @property
     def times_random(self) -> float | None:
-        """How many times as much of the energy they capture as random directions would."""
-        if not self.captured_mean or not self.random_mean:
+        """How many times as much of the energy they hold as random directions would."""
+        if not self.known_mean or not self.random_mean:
             return None
-        return self.captured_mean / self.random_mean
+        return self.known_mean / self.random_mean
 
 
 def type_rows(rows: Sequence[LayerRow]) -> list[TypeRow]:
@@ -231,6 +232,7 @@ def _type_row(layer_type: str, members: Sequence[LayerRow]) -> TypeRow:
         parameters=sum(row.parameters for row in members),
         captured_mean=mean_or_none(captured),
         captured_worst=min(captured, default=None),
+        known_mean=mean_or_none([row.known for row in members if row.known is not None]),
         random_mean=fmean(row.random for row in members),
         missed_worst=max(missed, default=None),
         statuses=", ".join(f"{count} {status}" for status, count in counts.items()),

@@ -83,12 +83,12 @@ def _figures(summary: TunedSummary) -> Iterable[tuple[str, Figure]]:
 
 
 def overview_page(summary: TunedSummary, command: str) -> str:
-    """Return the summary: the verdicts, by domain and over all, and a table per condition."""
+    """Return the summary: per condition a table of the domains, their pictures, and verdicts."""
     lines = ["# Methods at tuned learning rates", "", _made_by(command), "", *protocol(summary)]
+    lines += ["", f"What each method is: {markdown_code('evatune methods')}."]
     for condition in dict.fromkeys(group.condition for group in summary.groups):
         groups = [group for group in summary.groups if group.condition == condition]
-        lines += ["", f"## {_title(condition)}", "", *_verdict_lines(verdicts(groups))]
-        lines += ["", *_domains_table(groups), ""]
+        lines += ["", f"## {_title(condition)}", "", *_domains_table(groups), ""]
         for group in groups:
             lines += [
                 f"### [{group.domain}]({group.domain}.md)",
@@ -96,6 +96,7 @@ def overview_page(summary: TunedSummary, command: str) -> str:
                 *_picture(group, "forest"),
                 "",
             ]
+        lines += ["### Verdicts", "", *_verdict_lines(verdicts(groups))]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -196,7 +196,7 @@ def _over_rates(groups: Sequence[Group], claim: str, subject: str) -> Verdict:
     """Return whether the subject is the better one at rates that nobody chose."""
     line = line_of(compared(all_tasks(groups, Group.gained_over_rates)), subject)
     if line is None:
-        text = f"{subject} and {REFERENCE} have not two rates in common on every task."
+        text = f"{subject} and {REFERENCE} do not have two rates in common on every task."
         return Verdict(claim, "unknown", text)
     text = (
         f"At the same rate, {subject} is {_apart(line.mean)} {REFERENCE} in score on validation"

@@ -40,8 +40,8 @@ def read_lines(paths: Iterable[Path]) -> list[RunLine]:
             for number, text in enumerate(whole_lines(read_text(path)), 1):
                 try:
                     line = validate_json(RunLine, text)
-                except FormatError as damage:
-                    raise FormatError(f"has a line {number} that {damage}") from damage
+                except FormatError as fault:
+                    raise FormatError(f"has a line {number} that {fault}") from fault
                 known = lines.get(line.id)
                 if known is None or line.tested > known.tested:
                     lines[line.id] = line

@@ -160,7 +160,7 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 
 def by_length(examples: Any) -> Any:
-    """Return encoded examples (a `datasets.Dataset`), shortest first; None of no examples.
+    """Return encoded examples (a `datasets.Dataset`), shortest first; None if there are none.
 
     So little of a batch is padding; no measure sees it.
     """

@@ -1,4 +1,4 @@
-"""Models of checkpoints, with what prepares their inputs."""
+"""Load a pretrained model with its processor."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ def _by_type(rows: Sequence[LayerRow]) -> Table:
             number_cell(row.rank_min, "d"),
             number_cell(row.rank_mean, ".1f"),
             number_cell(row.rank_max, "d"),
-            number_cell(row.captured_mean, ".1%"),
+            number_cell(row.known_mean, ".1%"),
             number_cell(row.random_mean, ".1%"),
             number_cell(row.times_random, ".1f"),
             number_cell(row.participation_ratio, ".1f"),

@@ -89,7 +89,7 @@ def render(folder: Path, recipe: Recipe) -> str:
 
 def _with_start(page: Page, calibration: Calibration, recipe: Recipe) -> Page:
     """Return the page with what the calibration found below what the training reached."""
-    figures = Figures.of(calibration, calibration.allocate())
+    figures = Figures.of(calibration)
     scale = find_method(recipe.method).scale(recipe.adapter.scale)
     notes = [start_verdict(figures), *start.notes(figures, scale)]
     return replace(
