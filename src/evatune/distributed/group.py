@@ -165,12 +165,16 @@ class _DistributedGroup(ProcessGroup):
         came = [f"{self._name}/came/{rank}" for rank in range(self.size)]
         store.set(came[self.rank], "")
         end = time.monotonic() + timeout
-        while not store.check(came) and time.monotonic() < end:
+        unseen = list(range(self.size))
+        while not store.check(came):
+            if time.monotonic() > end:
+                gone = [rank for rank, key in enumerate(came) if not store.check([key])]
+                if gone:
+                    store.delete_key(came[self.rank])
+                return unseen or gone
+            unseen = [rank for rank in unseen if not store.check([came[rank]])]
             time.sleep(0.02)
-        missing = [rank for rank, key in enumerate(came) if not store.check([key])]
-        if missing:
-            store.delete_key(came[self.rank])
-        return missing
+        return []
 
     def gather(self, value: Any) -> list[Any]:
         messages = self._gather_text(json.dumps({"value": value}))
