@@ -158,8 +158,8 @@ class _DistributedGroup(ProcessGroup):
         """Wait for all processes to come here; return the ranks that are missing at the end.
 
         `new_group` would wait as long as for a message later on, and not tell who is missing. Where
-        some are, this process takes back that it came: who comes late is not to count on it, and
-        all may try again.
+        some are, this process takes back that it came, so that a late one does not count on it and
+        all can try again; those that it never saw are named before others that gave up.
         """
         store = dist.group.WORLD.get_group_store()  # type: ignore[union-attr]
         came = [f"{self._name}/came/{rank}" for rank in range(self.size)]
@@ -171,7 +171,7 @@ class _DistributedGroup(ProcessGroup):
                 gone = [rank for rank, key in enumerate(came) if not store.check([key])]
                 if gone:
                     store.delete_key(came[self.rank])
-                return unseen or gone
+                return [rank for rank in gone if rank in unseen] or gone
             unseen = [rank for rank in unseen if not store.check([came[rank]])]
             time.sleep(0.02)
         return []

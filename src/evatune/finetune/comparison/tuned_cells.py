@@ -165,8 +165,8 @@ class Group:
     def gained_over_rates(self) -> Values:
         """Return by how much methods are above LoRA in validation score at the same rate.
 
-        The mean over the rates that both have run, by tuning seed: what to expect of a rate that
-        nobody chose. A run that diverged counts as 0.
+        It is the mean over the rates that both have run, by tuning seed: what to expect at a rate
+        that nobody chose. A run that diverged counts as 0.
         """
         return self._values(lambda cell: _gains_over(cell, self.cell(cell.task, REFERENCE)))
 
